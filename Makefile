@@ -1,0 +1,56 @@
+# Everything is made below build/. `make help` lists the targets.
+
+PYTHON ?= /usr/bin/python3
+EXTRAS := daemon,cli,yara,dev
+VENV := build/venv
+BIN := $(VENV)/bin
+# For pytest or the benchmarks: make test ARGS='-k policy -x'. Coverage is measured when nothing is given.
+ARGS ?=
+
+# The environment must not lead the interpreter elsewhere.
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test races lint format bench constraints clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: $(VENV)/.ready ## make build/venv with all that tests and checks need (done by the other targets as well)
+
+$(VENV)/.ready: pyproject.toml constraints.txt scripts/setup
+	@scripts/setup $(EXTRAS)
+	@touch $@
+
+$(VENV)/.ready-bench: $(VENV)/.ready
+	@scripts/setup $(EXTRAS),bench
+	@touch $@
+
+test: $(VENV)/.ready ## run all tests with branch coverage (as root: none is skipped)
+	@$(BIN)/python -m pytest -q $(or $(ARGS),--cov --cov-report=html)
+
+races: $(VENV)/.ready ## run the race tests for long
+	@FDBROKER_RACES=long $(BIN)/python -m pytest -q -o faulthandler_timeout=0 tests/races $(ARGS)
+
+lint: $(VENV)/.ready ## style, format, types and who imports whom
+	@failed=; \
+	$(BIN)/python -m ruff check --quiet . || failed="$$failed style"; \
+	$(BIN)/python -m ruff format --quiet --diff . || failed="$$failed format"; \
+	$(BIN)/python -m mypy || failed="$$failed types"; \
+	$(BIN)/lint-imports --no-logo --cache-dir build/import-linter || failed="$$failed imports"; \
+	if [ -n "$$failed" ]; then echo "lint: not in order:$$failed" >&2; exit 1; fi
+
+format: $(VENV)/.ready ## rewrite the sources in the format that lint asks for
+	@$(BIN)/python -m ruff check --quiet --fix-only .
+	@$(BIN)/python -m ruff format .
+
+bench: $(VENV)/.ready-bench ## run the benchmarks
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+constraints: ## resolve all dependencies anew and write constraints.txt
+	@scripts/setup --constraints $(EXTRAS),bench
+
+clean: ## remove all that was made
+	@rm -rf build dist .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

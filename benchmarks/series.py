@@ -1,0 +1,147 @@
+"""What is measured: variants, each taken once a round, and series, each a ratio of two of them.
+
+To add a series, write its variants, or use those that are there, and a line in SERIES.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from benchmarks.brokers import CLIENT_UID, pin
+from benchmarks.errors import BenchmarkError
+from benchmarks.native import Request, client_command, measure
+
+if TYPE_CHECKING:
+    from benchmarks.stage import BrokerName, Stage
+
+_BATCH1_OPENS = 10_000
+_BATCH64_OPENS = 32_000
+_CLIENTS_OPENS = 64_000
+_PYTHON_OPENS = 3_200
+_PYTHON_BATCH64_OPENS = 16_000
+
+
+class Variant(Protocol):
+    """Something that yields one figure a round."""
+
+    @property
+    def unit(self) -> str:
+        """What the figure counts."""
+
+    def measure(self, stage: Stage) -> float:
+        """Return the figure."""
+
+
+@dataclass(frozen=True)
+class Opens:
+    """The client in C on a broker: microseconds a path.
+
+    One connection: both ends on one CPU. Several: both ends on two CPUs.
+    """
+
+    broker: BrokerName
+    batch: int
+    opens: int
+    connections: int = 1
+    unit: str = "us/path"
+
+    def measure(self, stage: Stage) -> float:
+        """Return the microseconds that a path took."""
+        broker = stage.broker(self.broker)
+        cpus = stage.one_cpu if self.connections == 1 else stage.two_cpus
+        audited = self.broker == "fdbroker-audit"
+        opens = stage.opens(self.opens)
+        pin(broker.pid, cpus)
+        if audited:
+            # It is opened for appending, so the broker goes on at the new end.
+            os.truncate(stage.audit_file, 0)
+        request = Request(
+            broker.socket, stage.tree.everything, self.batch, opens, self.connections, cpus
+        )
+        found = measure(client_command(stage.client_program, CLIENT_UID, request))
+        if audited and stage.audit_file.read_bytes().count(b"\n") < opens // self.batch:
+            raise BenchmarkError("the audit does not have every request")
+        return found.microseconds
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The client in Python that opens and reads: microseconds a file, all on one CPU."""
+
+    by: Literal["privsep", "fdbroker"]
+    batch: int
+    opens: int
+    unit: str = "us/file"
+
+    def measure(self, stage: Stage) -> float:
+        """Return the microseconds that a file took."""
+        socket = "-"
+        if self.by == "fdbroker":
+            broker = stage.broker("fdbroker")
+            pin(broker.pid, stage.one_cpu)
+            socket = str(broker.socket)
+        command = [stage.python, "-m", "benchmarks.python_client", self.by, socket]
+        command += [str(stage.tree.exact), str(self.batch), str(stage.opens(self.opens))]
+        command += [str(stage.one_cpu[0]), str(CLIENT_UID)]
+        return measure(command, stage.environment).microseconds
+
+
+@dataclass(frozen=True)
+class IdleSize:
+    """A broker that was started and asked nothing: its resident memory."""
+
+    unit: str = "MiB"
+
+    def measure(self, stage: Stage) -> float:
+        """Return VmRSS in MiB."""
+        return stage.idle_mib()
+
+
+@dataclass(frozen=True)
+class Series:
+    """A figure and its bar: `above` divided by `below`, or `above` itself where that is None."""
+
+    name: str
+    above: str
+    below: str | None
+    better: Literal["lower", "higher"]
+    bar: float
+
+    def holds(self, value: float) -> bool:
+        """Return whether `value` is on the right side of the bar."""
+        return value <= self.bar if self.better == "lower" else value >= self.bar
+
+
+# Variants that are compared stand next to each other, so that they run so too.
+VARIANTS: dict[str, Variant] = {
+    "floor_1": Opens("floor", 1, _BATCH1_OPENS),
+    "fdbroker_1": Opens("fdbroker", 1, _BATCH1_OPENS),
+    "fdbroker_audit_1": Opens("fdbroker-audit", 1, _BATCH1_OPENS),
+    "floor_64": Opens("floor", 64, _BATCH64_OPENS),
+    "fdbroker_64": Opens("fdbroker", 64, _BATCH64_OPENS),
+    "fdbroker_audit_64": Opens("fdbroker-audit", 64, _BATCH64_OPENS),
+    "floor_clients16": Opens("floor", 32, _CLIENTS_OPENS, 16),
+    "fdbroker_clients16": Opens("fdbroker", 32, _CLIENTS_OPENS, 16),
+    "floor_clients64": Opens("floor", 32, _CLIENTS_OPENS, 64),
+    "fdbroker_clients64": Opens("fdbroker", 32, _CLIENTS_OPENS, 64),
+    "fdbroker_clients4": Opens("fdbroker", 32, _CLIENTS_OPENS, 4),
+    "privsep_read": Reads("privsep", 1, _PYTHON_OPENS),
+    "fdbroker_read_1": Reads("fdbroker", 1, _PYTHON_OPENS),
+    "fdbroker_read_64": Reads("fdbroker", 64, _PYTHON_BATCH64_OPENS),
+    "fdbroker_idle": IdleSize(),
+}
+
+SERIES = (
+    Series("open_batch1", "fdbroker_1", "floor_1", "lower", 1.9),
+    Series("open_batch64", "fdbroker_64", "floor_64", "lower", 2.0),
+    Series("open_batch1_audit", "fdbroker_audit_1", "floor_1", "lower", 2.2),
+    Series("open_batch64_audit", "fdbroker_audit_64", "floor_64", "lower", 2.3),
+    Series("clients16_batch32", "fdbroker_clients16", "floor_clients16", "lower", 3.0),
+    Series("clients64_batch32", "fdbroker_clients64", "floor_clients64", "lower", 3.0),
+    Series("convoy_64_over_4", "fdbroker_clients64", "fdbroker_clients4", "lower", 1.2),
+    Series("privsep_batch1", "privsep_read", "fdbroker_read_1", "higher", 1.5),
+    Series("privsep_batch64", "privsep_read", "fdbroker_read_64", "higher", 6.0),
+    Series("idle_rss_mib", "fdbroker_idle", None, "lower", 16.0),
+)

@@ -1,0 +1,119 @@
+"""Where the figures are taken: the tree, the programs, and the brokers that run meanwhile."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from benchmarks.brokers import (
+    CLIENT_UID,
+    STRANGER_UID,
+    Broker,
+    make_policy,
+    resident_mib,
+    start_fdbroker,
+    start_floor,
+)
+from benchmarks.errors import BenchmarkError
+from benchmarks.native import Request, client_command, is_refused, measure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from benchmarks.tree import Tree
+
+BrokerName = Literal["floor", "fdbroker", "fdbroker-audit"]
+_CHECK_BATCH = 64
+
+
+@dataclass
+class Stage:
+    """Everything that the variants share.
+
+    A broker is started and checked when a variant first asks for it, and lives
+    until the stage is left.
+    """
+
+    directory: Path
+    tree: Tree
+    floor_program: Path
+    client_program: Path
+    one_cpu: tuple[int, ...]
+    two_cpus: tuple[int, ...]
+    python: str
+    environment: dict[str, str]
+    scale: float = 1.0
+    _running: dict[BrokerName, Broker] = field(default_factory=dict)
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> Stage:
+        """Start nothing yet."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop every broker."""
+        self._stack.__exit__(kind, error, trace)
+
+    @property
+    def audit_file(self) -> Path:
+        """Where the broker with an audit writes it."""
+        return self.directory / "audit.jsonl"
+
+    def opens(self, wanted: int) -> int:
+        """Return how many opens to make where `wanted` is right for a full run."""
+        return max(int(wanted * self.scale), 256)
+
+    def broker(self, name: BrokerName) -> Broker:
+        """Return a running broker."""
+        if name not in self._running:
+            broker = self._stack.enter_context(self._start(name))
+            self._check(name, broker)
+            self._running[name] = broker
+        return self._running[name]
+
+    def idle_mib(self) -> float:
+        """Start one more broker, ask nothing of it, return its size."""
+        with self._start("fdbroker") as broker:
+            return resident_mib(broker.pid)
+
+    @contextmanager
+    def _start(self, name: BrokerName) -> Iterator[Broker]:
+        with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.directory) as sockets:
+            socket_dir = Path(sockets)
+            socket_dir.chmod(0o755)
+            if name == "floor":
+                with start_floor(self.floor_program, socket_dir, self.tree.root) as broker:
+                    yield broker
+            else:
+                policy = make_policy(self.tree.root)
+                audit = self.audit_file if name == "fdbroker-audit" else None
+                with start_fdbroker(policy, socket_dir, audit) as broker:
+                    yield broker
+
+    def _check(self, name: BrokerName, broker: Broker) -> None:
+        """See that a broker gives the right files, and fdbroker those of its policy only.
+
+        A broker that hands out the wrong ones, or anything to anybody, can be very fast.
+        """
+        every = Request(broker.socket, self.tree.everything, _CHECK_BATCH, self.tree.files, read=True)
+        found = measure(client_command(self.client_program, CLIENT_UID, every))
+        if found.checksum != self.tree.checksum:
+            raise BenchmarkError(f"{name} gave other files than it was asked for")
+        if name == "floor":
+            return
+        for uid, paths, what in (
+            (STRANGER_UID, self.tree.everything, "a file to a uid that no rule names"),
+            (CLIENT_UID, self.tree.forbidden, "a file that a rule denies"),
+        ):
+            one = Request(broker.socket, paths, batch=1, opens=1)
+            if not is_refused(client_command(self.client_program, uid, one)):
+                raise BenchmarkError(f"{name} did not refuse {what}")

@@ -1,0 +1,129 @@
+r"""The record of every decision: JSON lines, ASCII only, one write per request.
+
+A path is text where its bytes are UTF-8, so that `path.encode()` gives them
+back; otherwise `path` shows what can be shown and `path_hex` has the bytes.
+Everything outside printable ASCII is escaped, so that no name can end a line,
+colour a terminal or forge a field.
+
+`run` is random for each start of the broker and `seq` counts its records: a
+gap shows. A write that fails or is short makes `write` return False, and the
+caller gives nothing; the next record starts on a new line.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from json.encoder import encode_basestring_ascii as quoted
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fdbroker.policy.rules import Rule
+
+# Longer ones are refused as paths; their beginning is enough to recognise them.
+_MAX_RECORDED_BYTES = 4096
+
+
+def quoted_path(path: bytes) -> str:
+    """Return the JSON members that record `path`."""
+    cut = ""
+    if len(path) > _MAX_RECORDED_BYTES:
+        cut = f',"path_length":{len(path)}'
+        path = path[:_MAX_RECORDED_BYTES]
+    try:
+        return f'"path":{quoted(path.decode())}{cut}'
+    except UnicodeDecodeError:
+        return f'"path":{quoted(path.decode(errors="replace"))},"path_hex":"{path.hex()}"{cut}'
+
+
+class Audit:
+    """Writes records to a descriptor that the launcher opened; owns nothing.
+
+    Without a descriptor nothing is recorded: for benchmarks and trials, and
+    `status` says so.
+    """
+
+    def __init__(self, descriptor: int | None, *, deny_on_failure: bool) -> None:
+        self.run = os.urandom(8).hex()
+        self.deny_on_failure = deny_on_failure
+        self.failures = 0
+        self._descriptor = descriptor
+        self._sequence = 0
+        self.on = descriptor is not None
+        self._resynchronise = False
+        self._prefix = f'{{"run":"{self.run}","seq":'
+        self._endings: dict[tuple[str, Rule | None], str] = {}
+
+    def decisions(
+        self, head: str, action: str, decided: Sequence[tuple[bytes, str, Rule | None]], extra: str = ""
+    ) -> bool:
+        """Record what was decided for the paths of one request.
+
+        `head` is the requester as `member_text` gives it, `decided` has path,
+        reason (`ok`: allowed) and rule. Return whether to go on with it.
+        """
+        if self._descriptor is None:
+            return True
+        prefix = self._prefix
+        sequence = self._sequence
+        middle = f',"time":"{_now()}","event":"{action}",{head},'
+        endings = self._endings
+        lines = []
+        for path, reason, rule in decided:
+            ending = endings.get((reason, rule))
+            if ending is None:
+                ending = self._ending(reason, rule)
+            lines.append(f"{prefix}{sequence}{middle}{quoted_path(path)}{extra}{ending}")
+            sequence += 1
+        self._sequence = sequence
+        return self._write("".join(lines)) or not self.deny_on_failure
+
+    def event(self, name: str, members: str = "") -> bool:
+        """Record something that is not a decision on a path. Return whether it was written."""
+        if self._descriptor is None:
+            return True
+        sequence, self._sequence = self._sequence, self._sequence + 1
+        comma = "," if members else ""
+        return self._write(
+            f'{self._prefix}{sequence},"time":"{_now()}","event":{quoted(name)}{comma}{members}}}\n'
+        )
+
+    def _ending(self, reason: str, rule: Rule | None) -> str:
+        if len(self._endings) >= 4096:  # noqa: PLR2004 - rules of old policies must not pile up
+            self._endings.clear()
+        decision = "allow" if reason == "ok" else "deny"
+        name = "null" if rule is None else quoted(rule.name)
+        ending = f',"decision":"{decision}","reason":{quoted(reason)},"rule":{name}}}\n'
+        self._endings[reason, rule] = ending
+        return ending
+
+    def _write(self, text: str) -> bool:
+        assert self._descriptor is not None  # noqa: S101 - for the type checker; the callers looked
+        data = text.encode("ascii")
+        if self._resynchronise:
+            data = b"\n" + data
+        try:
+            written = os.write(self._descriptor, data)
+        except OSError:
+            written = 0
+        if written == len(data):
+            self._resynchronise = False
+            return True
+        self.failures += 1
+        self._resynchronise = self._resynchronise or written > 0
+        return False
+
+
+def member_text(**members: str | int | None) -> str:
+    """Return JSON members without braces, in the order given."""
+    return ",".join(
+        f'"{name}":{value if isinstance(value, int) else "null" if value is None else quoted(value)}'
+        for name, value in members.items()
+    )
+
+
+def _now() -> str:
+    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds // 1000:06d}Z"

@@ -1,0 +1,112 @@
+"""The first file that the broker's interpreter runs: python3 -I -S entry.py HANDOVER_FD [--dev].
+
+A fresh interpreter without site-packages knows nothing of `fdbroker`, and
+adding a directory to sys.path would let it import whatever lies beside the
+package. So one finder is registered that finds the trusted folders and nothing
+else: sources that belong to root and that nobody else can write, as all their
+parents do. They are compiled from source each time: a `.pyc` is code that no
+reviewer reads.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import stat
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import types
+    from collections.abc import Sequence
+
+TRUSTED_FOLDERS = frozenset({"kernel", "wire", "policy", "broker"})
+
+
+class UntrustedSourceError(ImportError):
+    """A source file or a directory above it could be changed by somebody other than root."""
+
+
+def check_only_root_writes(path: str) -> None:
+    """Check that `path` and every directory above it belong to root and nobody else can write them.
+
+    Raises:
+        UntrustedSourceError: one does not; the text names it and the cure.
+
+    """
+    while True:
+        facts = os.lstat(path)
+        if stat.S_ISLNK(facts.st_mode) or facts.st_uid != 0 or facts.st_mode & 0o022:
+            raise UntrustedSourceError(
+                f"{path} is a link, or somebody other than root can change it;"
+                " install fdbroker as root, or start with --dev to try it out"
+            )
+        parent = os.path.dirname(path)
+        if parent == path:
+            return
+        path = parent
+
+
+class _SourceOnly(importlib.machinery.SourceFileLoader):
+    """Loads a module from its source; never reads or writes a `.pyc`."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
+
+
+class TrustedFinder:
+    """Finds `fdbroker` and its trusted folders below `base`, and nothing else."""
+
+    def __init__(self, base: str, *, check: bool) -> None:
+        self._base = base
+        self._check = check
+
+    def find_spec(
+        self, fullname: str, _path: Sequence[str] | None, _target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Return how to load `fullname`, None for what is not ours. See importlib.abc.MetaPathFinder.
+
+        Raises:
+            UntrustedSourceError: it is ours, but not only root's to write.
+
+        """
+        package, _, rest = fullname.partition(".")
+        if package != "fdbroker":
+            return None
+        if not rest:
+            # A bare package: fdbroker/__init__.py is for clients and imports their side.
+            return importlib.machinery.ModuleSpec(fullname, None, is_package=True)
+        folder, _, module = rest.partition(".")
+        if folder not in TRUSTED_FOLDERS or "." in module:
+            return None
+        path = os.path.join(self._base, folder, f"{module or '__init__'}.py")
+        if not os.path.exists(path):
+            return None
+        if self._check:
+            check_only_root_writes(path)
+        return importlib.util.spec_from_file_location(
+            fullname,
+            path,
+            loader=_SourceOnly(fullname, path),
+            submodule_search_locations=None if module else [],
+        )
+
+
+def main() -> int:
+    """Register the finder and start the broker; return its exit status."""
+    handover, *options = sys.argv[1:]
+    check = "--dev" not in options
+    base = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if check:
+        check_only_root_writes(os.path.abspath(__file__))
+    # Untyped on purpose: the protocol class of the standard library would have to be imported for it.
+    sys.meta_path.append(TrustedFinder(base, check=check))  # type: ignore[arg-type]
+    from fdbroker.broker.main import run  # noqa: PLC0415 - it can be found from here on only
+
+    return run(int(handover))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""From a handover to a serving broker: verify, open the roots, give up the rest, serve.
+
+The launcher prepared everything and is gone by execve. What it promised is
+verified here, from /proc/self/status and not from its word, and a difference
+stops the start: there is no silent weak mode. All imports end before Landlock
+and seccomp.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fdbroker.broker.audit import Audit, member_text
+from fdbroker.broker.identity import ControlGroups, IdentityError, probe_level
+from fdbroker.broker.opening import Opener
+from fdbroker.broker.roots import RootError, hold_roots
+from fdbroker.broker.server import Broker, Parts
+from fdbroker.kernel import landlock, process, seccomp
+from fdbroker.kernel.capabilities import CAP_DAC_READ_SEARCH, parse_process_state, read_process_state
+from fdbroker.kernel.files import open_path_beneath, open_proc_self_fd
+from fdbroker.policy.decide import Policy
+from fdbroker.policy.rules import PolicyError, RuleSet, read_policy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXIT_STOPPED = 0
+EXIT_FAILED = 1
+EXIT_NOT_STARTED = 2
+
+_ONLY_CAPABILITY = 1 << CAP_DAC_READ_SEARCH
+_FILTERED = 2  # "Seccomp:" of /proc/PID/status
+
+
+class StartError(Exception):
+    """The broker does not start; the text says what differs and what to do."""
+
+
+class Handover(NamedTuple):
+    """What the launcher hands over, as JSON on a descriptor. Descriptors are owned from then on."""
+
+    uid: int
+    gid: int
+    policy: RuleSet
+    listeners: Sequence[tuple[int, str]]
+    connections: Sequence[tuple[int, str]]
+    audit: int | None
+    ready: int | None
+    cgroup_root: str | None
+    boot_id: str
+    seccomp: bytes
+
+
+def read_handover(descriptor: int) -> Handover:
+    """Read the handover to its end and close the descriptor.
+
+    Raises:
+        StartError: it is not what a launcher of this version writes.
+
+    """
+    try:
+        with open(descriptor, "rb") as file:
+            document: dict[str, Any] = json.load(file)
+        return Handover(
+            uid=int(document["uid"]),
+            gid=int(document["gid"]),
+            policy=read_policy(document["policy"]),
+            listeners=[(int(number), str(name)) for number, name in document["listeners"]],
+            connections=[(int(number), str(name)) for number, name in document["connections"]],
+            audit=document["audit"],
+            ready=document["ready"],
+            cgroup_root=document["cgroup_root"],
+            boot_id=str(document["boot_id"]),
+            seccomp=bytes.fromhex(document["seccomp"]),
+        )
+    except PolicyError as error:
+        raise StartError(f"the compiled policy can't be used: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StartError(f"the handover can't be read: {error!r}; start the broker by fdbrokerd") from error
+
+
+def check_descriptors(handover: Handover) -> None:
+    """Check that this process has the descriptors it was told of and no others.
+
+    Raises:
+        StartError: a stranger's descriptor came along, or one is missing.
+
+    """
+    promised = {number for number, _ in (*handover.listeners, *handover.connections)}
+    promised |= {number for number in (handover.audit, handover.ready) if number is not None}
+    present = set()
+    for name in os.listdir("/proc/self/fd"):
+        number = int(name)
+        try:
+            os.fstat(number)
+        except OSError:
+            continue  # the listing's own, closed by now
+        present.add(number)
+    present -= {0, 1, 2}
+    if present != promised - {0, 1, 2}:
+        raise StartError(
+            f"the broker was handed descriptors {sorted(promised)} but has {sorted(present)};"
+            " whoever starts it must close all others"
+        )
+
+
+def check_state(handover: Handover) -> None:
+    """Check that this process is the broker's user with its one capability and nothing else.
+
+    Raises:
+        StartError: something differs; the text lists it all.
+
+    """
+    state = read_process_state()
+    wanted = {
+        "uids": (state.uids, (handover.uid,) * 4),
+        "gids": (state.gids, (handover.gid,) * 4),
+        "supplementary groups": (set(state.groups) - {handover.gid}, set()),
+        "permitted capabilities": (hex(state.permitted), hex(_ONLY_CAPABILITY)),
+        "effective capabilities": (hex(state.effective), hex(_ONLY_CAPABILITY)),
+        "no_new_privs": (state.no_new_privs, True),
+        "threads": (state.threads, 1),
+    }
+    odd = [f"{what} {is_!r} instead of {should!r}" for what, (is_, should) in wanted.items() if is_ != should]
+    if state.bounding & ~_ONLY_CAPABILITY:
+        odd.append(f"bounding set {state.bounding:#x} has more than CAP_DAC_READ_SEARCH")
+    if 0 in state.uids:
+        odd.append("uid 0, which never opens a file")
+    if odd:
+        raise StartError(f"the process is not in the broker's state: {'; '.join(odd)}; start it by fdbrokerd")
+
+
+def _probe_openat2() -> None:
+    """Find out now, with a cure, rather than by refusing every request."""
+    here = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        os.close(open_path_beneath(here, b"."))
+    except OSError as error:
+        raise StartError(
+            f"{error}: it needs Linux 5.6, and a filter must not take it away"
+            " (RestrictSUIDSGID= of systemd does: leave it off for this service)"
+        ) from error
+    finally:
+        os.close(here)
+
+
+def _list_only(cgroup_root: str | None, policy: RuleSet) -> list[int]:
+    """Open the control group tree, if rules need it, to be listed and not read."""
+    if cgroup_root is None or not policy.cgroups:
+        return []
+    return [os.open(cgroup_root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
+
+
+def build(handover: Handover) -> tuple[Broker, Audit]:
+    """Open what has to be open, restrict this process for good, and return the broker.
+
+    Raises:
+        StartError, RootError, OSError: it does not start.
+
+    """
+    policy = handover.policy
+    settings = policy.settings
+    level, why = probe_level()
+    if policy.cgroups and level < 2:  # noqa: PLR2004 - the levels are numbers
+        raise StartError(f"the policy has rules for units or control groups, but {why}")
+    if policy.cgroups and handover.cgroup_root is None:
+        raise StartError("the policy has rules for units or control groups, but no cgroup2 is mounted")
+    _probe_openat2()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    process.set_dumpable(False)  # noqa: FBT003 - the value is the whole call
+    roots = hold_roots(policy.roots, read_only_required=settings.read_only_view_required)
+    opener = Opener(roots, open_proc_self_fd())
+    audit = Audit(handover.audit, deny_on_failure=settings.deny_when_audit_fails)
+    cgroups = ControlGroups(handover.cgroup_root, policy.cgroups)
+    broker = Broker(Parts(Policy(policy), opener, audit, cgroups, level))
+    for number, name in handover.listeners:
+        broker.add_listener(socket.socket(fileno=number), name)
+    for number, name in handover.connections:
+        broker.adopt(socket.socket(fileno=number), name)
+    status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)  # Landlock will not let us
+    list_only = _list_only(handover.cgroup_root, policy)
+    report = landlock.restrict_to([root.descriptor for root in roots], list_only)
+    for descriptor in list_only:
+        os.close(descriptor)
+    if report.missing:
+        sys.stderr.write(f"fdbroker: Landlock of this kernel (ABI {report.abi}) lacks: {report.missing}\n")
+    seccomp.install(handover.seccomp)
+    after = parse_process_state(os.pread(status, 16384, 0))
+    os.close(status)
+    if after.seccomp != _FILTERED:
+        raise StartError("the kernel took the seccomp filter but does not show it")
+    started = audit.event(
+        "started",
+        member_text(
+            boot=handover.boot_id, pid=os.getpid(), uid=handover.uid, identity=level, landlock=report.abi
+        ),
+    )
+    if not started and settings.deny_when_audit_fails:
+        raise StartError("the audit can't be written; free its disk or choose another place")
+    return broker, audit
+
+
+def run(handover_descriptor: int) -> int:
+    """Start, serve until SIGTERM or SIGINT, and return the exit status."""
+    try:
+        handover = read_handover(handover_descriptor)
+        check_descriptors(handover)
+        check_state(handover)
+        broker, audit = build(handover)
+    except (StartError, RootError, IdentityError, OSError) as error:
+        sys.stderr.write(f"fdbroker: {error}\n")
+        return EXIT_NOT_STARTED
+    signal.set_wakeup_fd(broker.wake_descriptor)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: broker.stop())
+    if handover.ready is not None:
+        os.write(handover.ready, b"ready\n")
+        os.close(handover.ready)
+    # What exists now stays: the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
+    broker.serve()
+    broker.close()
+    audit.event("stopped")
+    return EXIT_STOPPED

@@ -1,0 +1,287 @@
+"""One path: decide on the name, open, decide on the object, reopen. In this order, always.
+
+Every function here answers with an `Outcome` and raises nothing: an error in
+the decision path is a denial. Where a rule asks something of the object, "not
+there" and "refused" are one answer to the client; the audit has the reason.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.kernel.files import (
+    DirectoryEntry,
+    has_lost_its_name,
+    open_path_beneath,
+    read_directory,
+    reopen_for_reading,
+)
+from fdbroker.policy.decide import NameDecision, decide_object
+from fdbroker.wire.format import MAX_REPLY, Reason
+from fdbroker.wire.messages import GIVEN, FileStat, ListEntry, Result, broken, refused
+from fdbroker.wire.replies import encode_list_entry
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fdbroker.broker.roots import HeldRoot
+    from fdbroker.policy.decide import ActionView, View
+    from fdbroker.policy.rules import Rule
+
+_DENIED = refused(Reason.DENIED)
+# Nothing but `path_invalid` depends on the path's spelling alone.
+_INVALID = {
+    "path_too_long": refused(Reason.PATH_INVALID, errno.ENAMETOOLONG),
+    "name_too_long": refused(Reason.PATH_INVALID, errno.ENAMETOOLONG),
+} | {
+    problem: refused(Reason.PATH_INVALID)
+    for problem in ("empty", "nul", "relative", "trailing_slash", "empty_component", "dot_component")
+}
+_BY_ERRNO = {
+    errno.ENOENT: ("not_found", refused(Reason.NOT_FOUND)),
+    errno.ENOTDIR: ("not_directory", refused(Reason.NOT_DIRECTORY)),
+    errno.ELOOP: ("symlink", refused(Reason.SYMLINK)),
+    errno.EXDEV: ("crosses_mount", refused(Reason.CROSSES_MOUNT)),
+    errno.ENAMETOOLONG: ("path_too_long", _INVALID["path_too_long"]),
+    errno.EAGAIN: ("busy", refused(Reason.BUSY)),
+    # Only Landlock or another LSM says this to a process with CAP_DAC_READ_SEARCH.
+    errno.EACCES: ("kernel_denied", _DENIED),
+}
+_OF_OBJECT = {
+    "filesystem": refused(Reason.FILESYSTEM),
+    "mount_not_read_only": refused(Reason.MOUNT_NOT_READ_ONLY),
+    "symlink": refused(Reason.SYMLINK),
+    "not_directory": refused(Reason.NOT_DIRECTORY),
+    "not_regular": refused(Reason.NOT_REGULAR),
+    "is_directory": refused(Reason.NOT_REGULAR, errno.EISDIR),
+    "lost_its_name": _DENIED,
+    "moved": refused(Reason.BUSY),
+}
+# Failures of the broker as a whole. They say nothing of the object.
+_OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_PAGE = 256
+_LIST_HEAD = 12 + 8 + 8  # header, result, cookie
+
+
+class Outcome(NamedTuple):
+    """What became of one path: the client's result, the audit's reason and rule.
+
+    `descriptor` is owned by whoever has the outcome; -1: none.
+    """
+
+    result: Result
+    reason: str
+    rule: Rule | None
+    descriptor: int = -1
+    facts: FileStat | None = None
+
+
+class Page(NamedTuple):
+    """One page of a directory, its entries encoded."""
+
+    outcome: Outcome
+    entries: Sequence[bytes] = ()
+    cookie: int = 0
+    last: bool = True
+
+
+class Opener:
+    """Opens below held roots; knows no client but by the decisions it is given."""
+
+    def __init__(self, roots: Sequence[HeldRoot], proc_self_fd: int) -> None:
+        self._roots = tuple(roots)
+        self._proc_self_fd = proc_self_fd
+
+    def open(self, view: ActionView, path: bytes, client_uid: int) -> Outcome:
+        """Open a regular file for reading, as `view` (of the action `open`) allows."""
+        decision = view.decide(path)
+        if not decision.allowed:
+            return _refusal(decision)
+        held = -1
+        try:
+            root = self._roots[decision.root.index]  # type: ignore[union-attr]  # allowed has a root
+            held = open_path_beneath(
+                root.descriptor, path[root.skip :] or b".", cross_mounts=root.cross_mounts
+            )
+            facts = os.fstat(held)
+            mode = facts.st_mode
+            rule = decision.rule
+            objection = root.objection(held) if root.cross_mounts else None
+            if objection is not None or not stat.S_ISREG(mode):
+                return _object_refusal(decision, objection or _kind_refused(mode))
+            if not decision.plain:
+                allowed, reason, rule = decide_object(decision, facts, client_uid)
+                if not allowed:
+                    return Outcome(_DENIED, reason, rule)
+                # The count is in `facts`, taken before; see has_lost_its_name.
+                if decision.asks_links and has_lost_its_name(self._proc_self_fd, held):
+                    return _object_refusal(decision, "lost_its_name")
+            return Outcome(GIVEN, "ok", rule, reopen_for_reading(self._proc_self_fd, held))
+        except OSError as error:
+            return _failure(decision, error)
+        finally:
+            if held >= 0:
+                os.close(held)
+
+    def stat(self, view: ActionView, path: bytes, client_uid: int) -> Outcome:
+        """Describe what is there, of whatever kind, as `view` (of the action `stat`) allows."""
+        decision = view.decide(path)
+        if not decision.allowed:
+            return _refusal(decision)
+        held = -1
+        try:
+            root = self._roots[decision.root.index]  # type: ignore[union-attr]  # allowed has a root
+            held = open_path_beneath(
+                root.descriptor, path[root.skip :] or b".", cross_mounts=root.cross_mounts
+            )
+            return self._judge(decision, root, held, client_uid)
+        except OSError as error:
+            return _failure(decision, error)
+        finally:
+            if held >= 0:
+                os.close(held)
+
+    def list(self, view: View, path: bytes, cookie: int, most: int, client_uid: int) -> Page:
+        """Give one page of a directory, as the actions `list` and `stat` of `view` allow.
+
+        A page reads one chunk of the directory, so that a directory of a
+        million names that a client may not see costs no more than its pages.
+        After the page was read the directory is resolved again and must be
+        the same one: a held directory goes on resolving wherever it is moved.
+        """
+        decision = view.actions["list"].decide(path)
+        if not decision.allowed:
+            return Page(_refusal(decision))
+        held = opened = again = -1
+        try:
+            root = self._roots[decision.root.index]  # type: ignore[union-attr]  # allowed has a root
+            below = path[root.skip :] or b"."
+            held = open_path_beneath(root.descriptor, below, cross_mounts=root.cross_mounts)
+            outcome = self._judge(decision, root, held, client_uid)
+            if outcome.facts is None:
+                return Page(outcome)
+            if not stat.S_ISDIR(outcome.facts.mode):
+                kind = "symlink" if stat.S_ISLNK(outcome.facts.mode) else "not_directory"
+                return Page(_object_refusal(decision, kind))
+            opened = reopen_for_reading(self._proc_self_fd, held)
+            try:
+                os.lseek(opened, cookie, os.SEEK_SET)
+            except (OverflowError, OSError):
+                return Page(Outcome(refused(Reason.PATH_INVALID), "cookie", outcome.rule))
+            chunk = read_directory(opened)
+            entries, cookie = self._entries(view, path, held, chunk[: most or _PAGE], client_uid, cookie)
+            # Where the whole chunk was used, a look behind it saves the client a page without entries.
+            last = not chunk or (cookie == chunk[-1].next and not read_directory(opened))
+            again = open_path_beneath(root.descriptor, below, cross_mounts=root.cross_mounts)
+            if not os.path.samestat(os.fstat(again), os.fstat(held)):
+                return Page(_object_refusal(decision, "moved"))
+            return Page(outcome, entries, cookie, last=last)
+        except OSError as error:
+            return Page(_failure(decision, error))
+        finally:
+            for descriptor in (held, opened, again):
+                if descriptor >= 0:
+                    os.close(descriptor)
+
+    def _entries(
+        self,
+        view: View,
+        directory: bytes,
+        held: int,
+        names: Sequence[DirectoryEntry],
+        client_uid: int,
+        cookie: int,
+    ) -> tuple[Sequence[bytes], int]:
+        """Return the encoded entries that fit into a reply, and the cookie behind the last one looked at."""
+        encoded = []
+        size = _LIST_HEAD
+        for entry in names:
+            shown = self._entry(view, directory.rstrip(b"/") + b"/" + entry.name, held, entry, client_uid)
+            if shown is not None:
+                data = encode_list_entry(shown)
+                size += len(data)
+                if size > MAX_REPLY:
+                    break
+                encoded.append(data)
+            cookie = entry.next
+        return encoded, cookie
+
+    def _entry(
+        self, view: View, path: bytes, directory: int, entry: DirectoryEntry, client_uid: int
+    ) -> ListEntry | None:
+        """Return what the client may see of one name, None if not even that."""
+        may_list = view.actions["list"].decide(path)
+        if not may_list.allowed:
+            return None
+        may_stat = view.actions["stat"].decide(path)
+        if may_list.plain and not may_stat.allowed:
+            return ListEntry(entry.name, entry.kind, None)
+        held = -1
+        try:
+            held = open_path_beneath(directory, entry.name)
+            facts = os.fstat(held)
+        except OSError as error:
+            # A mount point is named, but what is mounted there is not looked at.
+            seen = error.errno == errno.EXDEV and may_list.plain
+            return ListEntry(entry.name, entry.kind, None) if seen else None
+        finally:
+            if held >= 0:
+                os.close(held)
+        if not may_list.plain and not decide_object(may_list, facts, client_uid).allowed:
+            return None
+        kind = entry.kind or stat.S_IFMT(facts.st_mode) >> 12
+        shown = may_stat.plain or (may_stat.allowed and decide_object(may_stat, facts, client_uid).allowed)
+        return ListEntry(entry.name, kind, _file_stat(facts) if shown else None)
+
+    def _judge(self, decision: NameDecision, root: HeldRoot, held: int, client_uid: int) -> Outcome:
+        """Decide on an object of any kind and describe it."""
+        facts = os.fstat(held)
+        objection = root.objection(held)
+        if objection is not None and objection != "mount_not_read_only":
+            return _object_refusal(decision, objection)
+        allowed, reason, rule = decide_object(decision, facts, client_uid)
+        if not allowed:
+            return Outcome(_DENIED, reason, rule)
+        return Outcome(GIVEN, "ok", rule, -1, _file_stat(facts))
+
+
+def _refusal(decision: NameDecision) -> Outcome:
+    return Outcome(_INVALID.get(decision.reason, _DENIED), decision.reason, decision.rule)
+
+
+def _object_refusal(decision: NameDecision, reason: str) -> Outcome:
+    rule = decision.rule or decision.allows[0]
+    return Outcome(_OF_OBJECT[reason] if decision.plain else _DENIED, reason, rule)
+
+
+def _failure(decision: NameDecision, error: OSError) -> Outcome:
+    """Turn a system call that failed into a denial."""
+    number = error.errno or errno.EIO
+    rule = decision.rule or decision.allows[0]
+    if number in _OURS:
+        return Outcome(broken(number), errno.errorcode[number], rule)
+    reason, result = _BY_ERRNO.get(number, (errno.errorcode.get(number, "unknown"), broken(number)))
+    return Outcome(result if decision.plain else _DENIED, reason, rule)
+
+
+def _kind_refused(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "is_directory"
+    return "symlink" if stat.S_ISLNK(mode) else "not_regular"
+
+
+def _file_stat(facts: os.stat_result) -> FileStat:
+    return FileStat(
+        device=facts.st_dev,
+        inode=facts.st_ino,
+        mode=facts.st_mode,
+        links=facts.st_nlink,
+        uid=facts.st_uid,
+        gid=facts.st_gid,
+        size=facts.st_size,
+        mtime_ns=facts.st_mtime_ns,
+        ctime_ns=facts.st_ctime_ns,
+    )

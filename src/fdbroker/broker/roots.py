@@ -1,0 +1,124 @@
+"""The trees that can be reached, opened once at start, and what may be served of them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.kernel.files import FilesystemFacts, filesystem_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fdbroker.policy.rules import Root
+
+# linux/magic.h. A type that is not listed is not served: files of kernel file
+# systems look regular, and reading one can do anything. Network file systems
+# and FUSE are left out, since opening a file there may wait for somebody else.
+SERVED_FILESYSTEMS = {
+    0xEF53: "ext2/ext3/ext4",
+    0x58465342: "xfs",
+    0x9123683E: "btrfs",
+    0x01021994: "tmpfs",
+    0xF2F52010: "f2fs",
+    0x794C7630: "overlayfs",
+    0x2FC12FC1: "zfs",
+    0xCA451A4E: "bcachefs",
+    0x73717368: "squashfs",
+    0xE0F5E1E2: "erofs",
+    0x9660: "iso9660",
+    0x15013346: "udf",
+    0x4D44: "vfat",
+    0x2011BAB0: "exfat",
+    0x7366746E: "ntfs3",
+    0x3153464A: "jfs",
+    0x52654973: "reiserfs",
+    0x858458F6: "ramfs",
+}
+
+
+class RootError(Exception):
+    """A configured root can't be served; the text names it, the reason and the cure."""
+
+
+class HeldRoot(NamedTuple):
+    """A root with its O_PATH descriptor. `look` : each object's file system must be looked at."""
+
+    descriptor: int
+    skip: int
+    cross_mounts: bool
+    read_only_required: bool
+
+    def objection(self, held: int) -> str | None:
+        """Return why an object behind this root's mounts is not to be served, or None.
+
+        Only where mounts are crossed: elsewhere openat2 keeps to the root's
+        file system and mount, and those were looked at once, at start.
+        """
+        if not self.cross_mounts:
+            return None
+        return objection_to_filesystem(filesystem_of(held), read_only_required=self.read_only_required)
+
+
+def objection_to_filesystem(facts: FilesystemFacts, *, read_only_required: bool) -> str | None:
+    """Return `filesystem`, `mount_not_read_only` or None. Pure."""
+    if facts.type not in SERVED_FILESYSTEMS:
+        return "filesystem"
+    if read_only_required and not facts.read_only:
+        return "mount_not_read_only"
+    return None
+
+
+def hold_roots(roots: Sequence[Root], *, read_only_required: bool) -> list[HeldRoot]:
+    """Open every root with O_PATH; the caller owns the descriptors, for good.
+
+    Raises:
+        RootError: a root is missing, no directory, reached by a symbolic
+            link, on a file system that is not served, or writable where the
+            read-only view is required. What was opened is closed.
+
+    """
+    held: list[HeldRoot] = []
+    try:
+        for root in roots:
+            descriptor = _open_root(root)
+            held.append(HeldRoot(descriptor, root.skip, root.cross_mounts, read_only_required))
+            facts = filesystem_of(descriptor)
+            objection = objection_to_filesystem(facts, read_only_required=read_only_required)
+            where = f"root {root.name!r} ({os.fsdecode(root.path)})"
+            if objection == "filesystem":
+                raise RootError(
+                    f"{where} is on a file system of type {facts.type:#x}, which is not served:"
+                    " choose a directory on a local disk or tmpfs"
+                )
+            if objection is not None:
+                raise RootError(
+                    f"{where} is writable in the broker's view: start it with a read-only view"
+                    " (fdbrokerd makes one; with systemd, ReadOnlyPaths=/) or say 'read_only_view: off'"
+                )
+    except BaseException:
+        for entry in held:
+            os.close(entry.descriptor)
+        raise
+    return held
+
+
+def _open_root(root: Root) -> int:
+    """Open component by component, so that no symbolic link is followed on the way."""
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    here = os.open("/", flags)
+    for component in root.path.split(b"/"):
+        if not component:
+            continue
+        try:
+            below = os.open(component, flags, dir_fd=here)
+        except OSError as error:
+            raise RootError(
+                f"root {root.name!r} ({os.fsdecode(root.path)}) can't be opened at"
+                f" {os.fsdecode(component)!r}: {error.strerror};"
+                " it must be a directory, reached without symbolic links"
+            ) from None
+        finally:
+            os.close(here)
+        here = below
+    return here

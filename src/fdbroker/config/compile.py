@@ -1,0 +1,308 @@
+"""From the text of a policy to the compiled policy: names become numbers, and everything is checked.
+
+Pure apart from `Lookups`. Every problem is noted with its place and reading
+goes on, so that the author sees all of them at once; a policy with any problem
+is not compiled at all.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, get_args
+
+from fdbroker.config.clients import ClientReader
+from fdbroker.config.compiled import CompiledPolicy, CompiledRoot, CompiledRule
+from fdbroker.config.conditions import ConditionReader
+from fdbroker.config.errors import ProblemList, closest, did_you_mean, quoted
+from fdbroker.config.identities import Lookups, SystemLookups
+from fdbroker.config.reader import Reader
+from fdbroker.config.scalars import parse_boolean, parse_count, parse_path
+from fdbroker.config.schema import (
+    CONNECTIONS_PER_UID,
+    IN_FLIGHT_PER_CONNECTION,
+    NAME_PATTERN,
+    READ_ONLY_VIEW_DEFAULT,
+    Action,
+    Audit,
+    Delivery,
+    Limits,
+    OnFailure,
+    Policy,
+    ReadOnlyView,
+    Root,
+    Rule,
+)
+from fdbroker.config.sources import read_policy_file
+from fdbroker.config.yaml_tree import Mapping, Node, Text, parse_yaml
+from fdbroker.policy.globs import compile_glob
+
+VERSION = 1
+
+_NAME = re.compile(NAME_PATTERN)
+_ROOTS_CURE = "name at least one, as in 'home: {path: /home}'"
+_RULE_CURE = "write a mapping that begins with '- name: ...'"
+_GLOBS_CURE = 'write globs relative to the root, as in "*/Mail/**"'
+
+
+def compile_policy(text: bytes, filename: str, lookups: Lookups) -> CompiledPolicy:
+    """Check a policy and return it compiled.
+
+    `filename` is for messages only; nothing is opened by it.
+
+    Raises:
+        ConfigError: the policy is refused; it has every problem that was found.
+
+    """
+    problems = ProblemList(filename)
+    tree = parse_yaml(text, problems)
+    compiled = None if tree is None else _Compiler(Reader(problems), lookups).policy(tree)
+    problems.raise_if_any()
+    if compiled is None:  # pragma: no cover - nothing is left out without a problem
+        raise AssertionError("a policy was not compiled and no problem was noted")
+    return compiled
+
+
+def load_policy_file(path: str, *, dev: bool = False) -> CompiledPolicy:
+    """Read a policy file that only root can have written, and compile it for this machine.
+
+    `dev` takes a file of the user who runs this as well, in a directory such
+    as /tmp: for development only.
+
+    Raises:
+        ConfigError: the file can't be trusted or read, or the policy is refused.
+
+    """
+    return compile_policy(read_policy_file(path, dev=dev), path, SystemLookups())
+
+
+class _Compiler:
+    """Reads one policy. Where a value is refused something stands in; the problem is noted."""
+
+    def __init__(self, reader: Reader, lookups: Lookups) -> None:
+        self._reader = reader
+        self._lookups = lookups
+        self._clients = ClientReader(reader, lookups)
+        self._conditions = ConditionReader(reader, self._clients)
+
+    def policy(self, tree: Node) -> CompiledPolicy | None:
+        mapping = self._reader.mapping(tree, "the policy", "begin with 'version: 1'")
+        if mapping is None or not self._is_our_version(mapping):
+            return None
+        found = self._reader.entries(mapping, "", Policy)
+        root_names, roots = self._roots(found.get("roots"))
+        view = self._reader.choice(found.get("read_only_view"), "read_only_view", get_args(ReadOnlyView))
+        return CompiledPolicy(
+            version=VERSION,
+            roots=roots,
+            rules=self._rules(found.get("rules"), root_names),
+            limits=self._limits(found.get("limits")),
+            audit={"on_failure": self._on_failure(found.get("audit"))},
+            read_only_view=view or READ_ONLY_VIEW_DEFAULT,
+        )
+
+    def _is_our_version(self, mapping: Mapping) -> bool:
+        """Of a policy for another version nothing else is said: it would be wrong."""
+        entry = mapping.entries.get("version")
+        if entry is None:
+            return True
+        version = self._reader.parsed(entry.value, "version", parse_count, "write 'version: 1'")
+        if version not in (None, VERSION):
+            self._reader.add(
+                entry.value.mark,
+                f"version {version} of the policy format is not known",
+                f"write 'version: {VERSION}', or use the fdbroker that this policy is for",
+            )
+        return version == VERSION
+
+    # ---- roots ----
+
+    def _roots(self, node: Node | None) -> tuple[list[str] | None, list[CompiledRoot]]:
+        """Return the names, of bad roots too so that no rule is blamed for naming one, and the roots."""
+        mapping = self._reader.mapping(node, "roots", _ROOTS_CURE)
+        if mapping is None:
+            return None, []
+        roots: list[CompiledRoot] = []
+        names_by_path: dict[str, str] = {}
+        for name, entry in mapping.entries.items():
+            self._check_name(entry.key, "root name")
+            what = f"root {quoted(name)}"
+            root = self._reader.mapping(entry.value, what, "write {path: /DIRECTORY}")
+            if root is None:
+                continue
+            found = self._reader.entries(root, what, Root)
+            path = self._root_path(found.get("path"), what, name, names_by_path)
+            cure = "write true or false"
+            cross = self._reader.parsed(
+                found.get("cross_mounts"), f"{what}: cross_mounts", parse_boolean, cure
+            )
+            roots.append(CompiledRoot(name=name, path=path, cross_mounts=bool(cross)))
+        return list(mapping.entries), roots
+
+    def _root_path(self, node: Node | None, what: str, name: str, names_by_path: dict[str, str]) -> str:
+        what = f"{what}: path"
+        path = self._reader.parsed(node, what, parse_path, "write the absolute path of a directory")
+        if node is None or path is None:
+            return ""
+        first = names_by_path.setdefault(path, name)
+        if first != name:
+            self._reader.add(
+                node.mark,
+                f"{what}: {quoted(path)} is that of root {quoted(first)} too",
+                "keep one root for a path",
+            )
+            return path
+        fault = self._lookups.directory(path)
+        if fault is not None:
+            self._reader.add(node.mark, f"{what}: {fault.reason}", fault.cure)
+        return path
+
+    def _check_name(self, text: Text, what: str) -> None:
+        if not _NAME.fullmatch(text.value):
+            self._reader.add(
+                text.mark,
+                f"{what} {quoted(text.value)} is not allowed",
+                "use a-z, 0-9, '_' and '-', beginning with a letter or digit",
+            )
+
+    # ---- rules ----
+
+    def _rules(self, node: Node | None, root_names: list[str] | None) -> list[CompiledRule]:
+        rules: list[CompiledRule] = []
+        first_use: dict[str, Text] = {}
+        items = self._reader.items(node, "rules", "write a list; [] denies everything")
+        for number, item in enumerate(items, 1):
+            mapping = self._reader.mapping(item, f"rule {number}", _RULE_CURE)
+            if mapping is not None:
+                rules.append(self._rule(mapping, number, root_names, first_use))
+        return rules
+
+    def _rule(
+        self, mapping: Mapping, number: int, root_names: list[str] | None, first_use: dict[str, Text]
+    ) -> CompiledRule:
+        named = mapping.entries.get("name")
+        what = f"rule {number}"
+        if named is not None and isinstance(named.value, Text) and named.value.value:
+            what = f"rule {quoted(named.value.value)}"
+        # Who an allow rule is for must be said; a deny rule without it is for everybody.
+        found = self._reader.entries(mapping, what, Rule, ["client"] if "allow" in mapping.entries else [])
+        effect, actions = self._effect(mapping, what)
+        clients = self._clients.clients(found["client"], f"{what}: client") if "client" in found else None
+        return CompiledRule(
+            {
+                "name": self._rule_name(found.get("name"), what, first_use),
+                "effect": effect,
+                "actions": actions,
+                "root": self._rule_root(found.get("in"), what, root_names),
+                "clients": [{"any": True}] if clients is None else clients,
+                "paths": self._globs(found.get("paths"), f"{what}: paths"),
+                "except": self._globs(found.get("except"), f"{what}: except"),
+                "where": self._conditions.where(found.get("where"), f"{what}: where"),
+                "deliver": self._deliver(mapping, what, actions),
+            }
+        )
+
+    def _rule_name(self, node: Node | None, what: str, first_use: dict[str, Text]) -> str:
+        text = self._reader.text(node, f"{what}: name", "write a short name; the audit shows it")
+        if text is None:
+            return ""
+        self._check_name(text, "rule name")
+        first = first_use.setdefault(text.value, text)
+        if first is not text:
+            self._reader.add(
+                text.mark,
+                f"rule name {quoted(text.value)} is given twice, first in line {first.mark.line}",
+                "give each rule a name of its own",
+            )
+        return text.value
+
+    def _effect(self, mapping: Mapping, what: str) -> tuple[Literal["allow", "deny"], list[str]]:
+        allow, deny = mapping.entries.get("allow"), mapping.entries.get("deny")
+        if allow is not None and deny is not None:
+            later = max(allow.key.mark, deny.key.mark)
+            self._reader.add(later, f"{what} has both 'allow' and 'deny'", "make two rules of it")
+        elif allow is None and deny is None:
+            # An unknown key that looks like one of them has been reported, with that suggestion.
+            misspelt = any(closest(key, ("allow", "deny")) for key in mapping.entries)
+            if not misspelt:
+                cure = "add one of them with a list of actions"
+                self._reader.add(mapping.mark, f"{what} has neither 'allow' nor 'deny'", cure)
+        words = get_args(Action)
+        allowed = self._reader.choices(allow.value, f"{what}: allow", words) if allow is not None else []
+        denied = self._reader.choices(deny.value, f"{what}: deny", words) if deny is not None else []
+        return ("allow", allowed) if deny is None else ("deny", denied)
+
+    def _rule_root(self, node: Node | None, what: str, root_names: list[str] | None) -> str:
+        cure = "write the name of one root; a rule is about one"
+        text = self._reader.text(node, f"{what}: in", cure)
+        if text is None:
+            return ""
+        if root_names is not None and text.value not in root_names:
+            self._reader.add(
+                text.mark,
+                f"{what}: in: there is no root {quoted(text.value)}",
+                did_you_mean(text.value, root_names, f"the roots are {', '.join(root_names)}"),
+            )
+        return text.value
+
+    def _globs(self, node: Node | None, what: str) -> list[str]:
+        patterns = []
+        for text in self._reader.texts(node, what, _GLOBS_CURE):
+            cure = _GLOBS_CURE
+            if text.value.startswith("/"):
+                cure = "leave out the path of the root: globs are relative to it"
+            elif text.value.endswith("/"):
+                cure = f"write {quoted(text.value.rstrip('/') + '/**')} for a directory and all below it"
+            try:
+                compile_glob(text.value.encode())
+            except ValueError as error:
+                self._reader.add(text.mark, f"{what}: {quoted(text.value)}: {error}", cure)
+            else:
+                patterns.append(text.value)
+        return patterns
+
+    def _deliver(self, mapping: Mapping, what: str, actions: list[str]) -> list[str]:
+        entry = mapping.entries.get("deliver")
+        if entry is None:
+            return ["descriptor"]
+        if "deny" in mapping.entries:
+            self._reader.add(
+                entry.key.mark,
+                f"{what}: a deny rule delivers nothing",
+                "remove 'deliver'; what is denied is denied however it would be delivered",
+            )
+        elif actions and "open" not in actions:
+            self._reader.add(
+                entry.key.mark, f"{what}: only what is opened is delivered", "remove 'deliver', or allow open"
+            )
+        return self._reader.choices(entry.value, f"{what}: deliver", get_args(Delivery))
+
+    # ---- the rest ----
+
+    def _limits(self, node: Node | None) -> dict[str, int]:
+        limits = {
+            "connections_per_uid": Limits().connections_per_uid,
+            "in_flight_per_connection": Limits().in_flight_per_connection,
+        }
+        ranges = {
+            "connections_per_uid": CONNECTIONS_PER_UID,
+            "in_flight_per_connection": IN_FLIGHT_PER_CONNECTION,
+        }
+        cure = f"write some of {', '.join(limits)}, or leave limits out"
+        mapping = self._reader.mapping(node, "limits", cure)
+        if mapping is None:
+            return limits
+        found = self._reader.entries(mapping, "limits", Limits)
+        for key, value in found.items():
+            allowed = ranges[key]
+            cure = f"write a number from {allowed[0]} to {allowed[-1]}"
+            count = self._reader.parsed(value, f"limits: {key}", parse_count, cure)
+            if count is not None and count not in allowed:
+                self._reader.add(value.mark, f"limits: {key}: {count} is out of range", cure)
+            limits[key] = limits[key] if count is None else count
+        return limits
+
+    def _on_failure(self, node: Node | None) -> str:
+        mapping = self._reader.mapping(node, "audit", "write {on_failure: deny}, or leave audit out")
+        found = {} if mapping is None else self._reader.entries(mapping, "audit", Audit)
+        choice = self._reader.choice(found.get("on_failure"), "audit: on_failure", get_args(OnFailure))
+        return choice or Audit().on_failure

@@ -1,0 +1,112 @@
+"""The compiled policy: what the broker reads, as docs/compiled-policy.md describes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TypedDict
+
+_WIDTH = 110
+# A rule is nested deeper than this, so it is never squeezed into one line.
+_MAX_DEPTH_ON_A_LINE = 3
+
+
+class CompiledRoot(TypedDict):
+    """A tree that can be reached."""
+
+    name: str
+    path: str
+    cross_mounts: bool
+
+
+class CompiledClient(TypedDict, total=False):
+    """One entry of a rule's clients; every key in it must match."""
+
+    any: bool
+    uids: list[int]
+    gids: list[int]
+    cgroups: list[str]
+
+
+class CompiledOwner(TypedDict):
+    """Owners that a condition accepts; `client`: whoever asks."""
+
+    uids: list[int]
+    client: bool
+
+
+class CompiledGroup(TypedDict):
+    """Groups that a condition accepts."""
+
+    gids: list[int]
+
+
+class CompiledWhere(TypedDict, total=False):
+    """Conditions on the object: those that the author wrote."""
+
+    owner: CompiledOwner
+    group: CompiledGroup
+    mode: dict[str, int]
+    size: dict[str, int]
+    links: dict[str, int]
+
+
+# By call, since `except` is no name in Python.
+CompiledRule = TypedDict(
+    "CompiledRule",
+    {
+        "name": str,
+        "effect": str,
+        "actions": list[str],
+        "root": str,
+        "clients": list[CompiledClient],
+        "paths": list[str],
+        "except": list[str],
+        "where": CompiledWhere,
+        "deliver": list[str],
+    },
+)
+
+
+class CompiledPolicy(TypedDict):
+    """A whole policy; names have become numbers and defaults are written out."""
+
+    version: int
+    roots: list[CompiledRoot]
+    rules: list[CompiledRule]
+    limits: dict[str, int]
+    audit: dict[str, str]
+    read_only_view: str
+
+
+def dumps(policy: CompiledPolicy) -> str:
+    """Return the policy as JSON that a person can read: short lists on one line, ASCII, a newline at its end.
+
+    ASCII only, so that no character of a name can make the text look
+    different from what it says.
+    """
+    return _format(policy, "") + "\n"
+
+
+def _format(value: object, indent: str) -> str:
+    line = json.dumps(value)
+    if _depth(value) <= _MAX_DEPTH_ON_A_LINE and len(indent) + len(line) <= _WIDTH:
+        return line
+    deeper = indent + "  "
+    if isinstance(value, Mapping):
+        parts = [f"{json.dumps(key)}: {_format(inner, deeper)}" for key, inner in value.items()]
+        first, last = "{", "}"
+    elif isinstance(value, list):
+        parts = [_format(inner, deeper) for inner in value]
+        first, last = "[", "]"
+    else:
+        return line
+    return f"{first}\n{deeper}" + f",\n{deeper}".join(parts) + f"\n{indent}{last}"
+
+
+def _depth(value: object) -> int:
+    if isinstance(value, Mapping):
+        return 1 + max(map(_depth, value.values()), default=0)
+    if isinstance(value, list):
+        return 1 + max(map(_depth, value), default=0)
+    return 0

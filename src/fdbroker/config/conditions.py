@@ -1,0 +1,116 @@
+"""What an object must be like: `where`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fdbroker.config.clients import ClientReader
+from fdbroker.config.compiled import CompiledOwner, CompiledWhere
+from fdbroker.config.reader import Reader
+from fdbroker.config.scalars import ScalarError, parse_count, parse_mode, parse_size
+from fdbroker.config.schema import CountRange, ModeCondition, SizeRange, Where
+from fdbroker.config.yaml_tree import Node
+
+_WHERE_CURE = "write some of owner, group, mode, size, links, or leave where out"
+_MODE_CURE = 'write {all: "0400"}, {none: "0022"} or both'
+
+
+class ConditionReader:
+    """Reads the conditions of a rule."""
+
+    def __init__(self, reader: Reader, clients: ClientReader) -> None:
+        self._reader = reader
+        self._clients = clients
+
+    def where(self, node: Node | None, what: str) -> CompiledWhere:
+        """Return the conditions that are written; {} for none."""
+        mapping = self._reader.mapping(node, what, _WHERE_CURE)
+        if mapping is None:
+            return {}
+        found = self._reader.entries(mapping, what, Where)
+        where: CompiledWhere = {}
+        if "owner" in found:
+            where["owner"] = self._owner(found["owner"], f"{what}: owner")
+        if "group" in found:
+            names = self._clients.names(found["group"], f"{what}: group")
+            where["group"] = {"gids": self._clients.gids(names, f"{what}: group")}
+        if "mode" in found:
+            where["mode"] = self._mode(found["mode"], f"{what}: mode")
+        if "size" in found:
+            cure = "write {max: 2GiB}, {min: 1} or both"
+            where["size"] = self._range(found["size"], f"{what}: size", SizeRange, parse_size, cure)
+        if "links" in found:
+            cure = "write {max: 1}, {min: 2} or both"
+            where["links"] = self._range(found["links"], f"{what}: links", CountRange, _parse_links, cure)
+        return where
+
+    def _owner(self, node: Node, what: str) -> CompiledOwner:
+        client = False
+        users = []
+        for text in self._clients.names(node, what):
+            if text.value == "client":
+                client = True
+            elif text.value == "on_behalf_of":
+                cure = "write client, names or numbers"
+                self._reader.add(text.mark, f"{what}: 'on_behalf_of' is not supported by this version", cure)
+            else:
+                users.append(text)
+        return {"uids": self._clients.uids(users, what), "client": client}
+
+    def _mode(self, node: Node, what: str) -> dict[str, int]:
+        mapping = self._reader.mapping(node, what, _MODE_CURE)
+        if mapping is None:
+            return {}
+        found = self._reader.entries(mapping, what, ModeCondition)
+        masks = {}
+        for key in ("all", "none"):
+            mask = self._reader.parsed(found.get(key), f"{what}: {key}", _parse_mask, _MODE_CURE)
+            if mask is not None:
+                masks[key] = mask
+        both = masks.get("all", 0) & masks.get("none", 0)
+        if both:
+            self._reader.add(
+                mapping.mark,
+                f"{what}: bits 0{both:03o} must be both set and clear, which nothing can meet",
+                "name a bit in one of the two only",
+            )
+        return masks
+
+    def _range(
+        self,
+        node: Node,
+        what: str,
+        structure: type[SizeRange | CountRange],
+        parse: Callable[[str], int],
+        cure: str,
+    ) -> dict[str, int]:
+        mapping = self._reader.mapping(node, what, cure)
+        if mapping is None:
+            return {}
+        found = self._reader.entries(mapping, what, structure)
+        bounds = {}
+        for key in ("min", "max"):
+            bound = self._reader.parsed(found.get(key), f"{what}: {key}", parse, cure)
+            if bound is not None:
+                bounds[key] = bound
+        if len(bounds) > 1 and bounds["min"] > bounds["max"]:
+            self._reader.add(
+                mapping.mark,
+                f"{what}: min {bounds['min']} is more than max {bounds['max']}, which nothing can meet",
+                "exchange the two",
+            )
+        return bounds
+
+
+def _parse_mask(text: str) -> int:
+    mask = parse_mode(text)
+    if mask == 0:
+        raise ScalarError("0 names no bit", "name at least one, or leave the key out")
+    return mask
+
+
+def _parse_links(text: str) -> int:
+    count = parse_count(text)
+    if count == 0:
+        raise ScalarError("0: a file that has a name has at least one link", "write 1 or more")
+    return count

@@ -1,0 +1,164 @@
+"""Who is meant: users, groups and units by name, as the numbers and paths that the kernel knows."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import re
+import stat
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+from fdbroker.config.errors import quoted
+from fdbroker.config.scalars import ScalarError
+
+# What ids without a mapping show as: anybody's, seen from a user namespace.
+OVERFLOW_ID = 65534
+OVERFLOW_NAMES = frozenset({"nobody", "nogroup", "nfsnobody"})
+# (uid_t)-1 means "no id" to the kernel.
+MAX_ID = 2**32 - 2
+
+_UNIT = re.compile(r"[A-Za-z0-9:_.\\@-]+")
+_MAX_UNIT_NAME = 255
+# Names of cgroup v1 files and prefixes of controller files, which systemd
+# keeps free by a "_" before the unit's name.
+_RESERVED_CGROUP_NAME = re.compile(
+    r"[_.]|(notify_on_release|release_agent|tasks)$"
+    r"|(cgroup|cpu|cpuacct|cpuset|io|blkio|memory|devices|pids"
+    r"|bpf-firewall|bpf-devices|bpf-foreign|bpf-socket-bind|bpf-restrict-network-interfaces)\."
+)
+
+
+class Fault(NamedTuple):
+    """Why a directory can't be a root, and the cure."""
+
+    reason: str
+    cure: str
+
+
+class Lookups(Protocol):
+    """What compiling a policy asks of the machine; all the rest of it is pure."""
+
+    def user(self, name: str) -> int | None:
+        """Return the uid of a user, or None if there is no such user."""
+
+    def group(self, name: str) -> int | None:
+        """Return the gid of a group, or None if there is no such group."""
+
+    def user_names(self) -> Iterable[str]:
+        """Return names to suggest from; asked for only when a name is unknown."""
+
+    def group_names(self) -> Iterable[str]:
+        """Return names to suggest from; asked for only when a name is unknown."""
+
+    def directory(self, path: str) -> Fault | None:
+        """Return why `path`, absolute and normal, is no directory reached without symbolic links."""
+
+
+class SystemLookups:
+    """The answers of this machine: its user database and its file system."""
+
+    def user(self, name: str) -> int | None:
+        """Return the uid of a user, or None."""
+        try:
+            return pwd.getpwnam(name).pw_uid
+        except KeyError:
+            return None
+
+    def group(self, name: str) -> int | None:
+        """Return the gid of a group, or None."""
+        try:
+            return grp.getgrnam(name).gr_gid
+        except KeyError:
+            return None
+
+    def user_names(self) -> Iterable[str]:
+        """Return the users that the database lists."""
+        return [entry.pw_name for entry in pwd.getpwall()]
+
+    def group_names(self) -> Iterable[str]:
+        """Return the groups that the database lists."""
+        return [entry.gr_name for entry in grp.getgrall()]
+
+    def directory(self, path: str) -> Fault | None:
+        """Look at every component of `path`, so that the message names the one that is wrong."""
+        at = ""
+        for component in path.split("/")[1:]:
+            at = f"{at}/{component}"
+            try:
+                status = os.lstat(at)
+            except OSError as error:
+                return Fault(f"{quoted(at)}: {error.strerror}", "name a directory that exists")
+            if stat.S_ISLNK(status.st_mode):
+                real = os.path.realpath(path)
+                return Fault(f"{quoted(at)} is a symbolic link", f"write the real path, {quoted(real)}")
+            if not stat.S_ISDIR(status.st_mode):
+                return Fault(f"{quoted(at)} is not a directory", "name a directory")
+        return None
+
+
+class OfflineLookups:
+    """Takes every name and directory as given, to check a policy that is for another machine.
+
+    Never compile with it: its ids are not ids. -1 is no uid or gid, and the
+    broker takes no policy that has it as one of a client.
+    """
+
+    def user(self, name: str) -> int | None:  # noqa: ARG002
+        """Return -1."""
+        return -1
+
+    def group(self, name: str) -> int | None:  # noqa: ARG002
+        """Return -1."""
+        return -1
+
+    def user_names(self) -> Iterable[str]:
+        """Return nothing, as no name is unknown."""
+        return ()
+
+    def group_names(self) -> Iterable[str]:
+        """Return nothing, as no name is unknown."""
+        return ()
+
+    def directory(self, path: str) -> Fault | None:  # noqa: ARG002
+        """Return None."""
+        return None
+
+
+def unit_cgroup(name: str) -> str:
+    r"""Return the control group in which the system's systemd puts a unit, where its `Slice=` is not set.
+
+    `x.service` is in `/system.slice`; instances of a template are in a slice
+    of their own, whose name has the template's with `-` and `\` escaped, since
+    `-` in the name of a slice means nesting.
+
+    Raises:
+        ScalarError: it is not the name of a service or scope.
+
+    """
+    prefix, dot, suffix = name.rpartition(".")
+    if not dot or suffix not in {"service", "scope"}:
+        cure = f"write {quoted(name + '.service')}" if "." not in name else "write NAME.service or NAME.scope"
+        if suffix == "slice":
+            cure = "name the slice by its path: cgroup: /NAME.slice"
+        raise ScalarError(f"{quoted(name)} is not the name of a service or scope", cure)
+    if not prefix or not _UNIT.fullmatch(prefix) or len(name) > _MAX_UNIT_NAME:
+        raise ScalarError(
+            f"{quoted(name)} is not a name that a unit can have",
+            r"write it as systemctl shows it; other characters are escaped there, as in a\x20b.service",
+        )
+    template, at, instance = prefix.partition("@")
+    if at and not (template and instance):
+        raise ScalarError(
+            f"{quoted(name)} names a template, not a unit", "name an instance, as in NAME@INSTANCE.service"
+        )
+    if name == "init.scope":
+        return "/init.scope"
+    escaped = f"_{name}" if _RESERVED_CGROUP_NAME.match(name) else name
+    if not at:
+        return f"/system.slice/{escaped}"
+    slice_name = template.replace("\\", r"\x5c").replace("-", r"\x2d")
+    if slice_name.startswith("."):
+        slice_name = rf"\x2e{slice_name[1:]}"
+    return f"/system.slice/system-{slice_name}.slice/{escaped}"

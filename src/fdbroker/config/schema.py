@@ -1,0 +1,191 @@
+"""The keys of the policy file, as typed structures.
+
+They are the one list of keys, of which are required and of the words to choose
+from: the reader takes them from here, and so does the JSON Schema that editors
+complete and check with. They describe the file as a YAML editor sees it, where
+a plain number is a number; fdbroker itself reads every scalar as text.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
+
+Action: TypeAlias = Literal["open", "stat", "list", "walk"]
+Delivery: TypeAlias = Literal["descriptor", "copy"]
+OnFailure: TypeAlias = Literal["deny", "allow"]
+ReadOnlyView: TypeAlias = Literal["required", "off"]
+
+READ_ONLY_VIEW_DEFAULT: ReadOnlyView = "required"
+CONNECTIONS_PER_UID = range(1, 10_000 + 1)
+# One full reply has 253 descriptors: with less, a request for it could never be answered.
+IN_FLIGHT_PER_CONNECTION = range(253, 8192 + 1)
+
+_Name: TypeAlias = Annotated[str, Meta(pattern=NAME_PATTERN)]
+_Path: TypeAlias = Annotated[str, Meta(pattern=r"^/")]
+_Glob: TypeAlias = Annotated[str, Meta(pattern=r"^[^/]")]
+_Globs: TypeAlias = _Glob | Annotated[list[_Glob], Meta(min_length=1)]
+_Actions: TypeAlias = Action | Annotated[list[Action], Meta(min_length=1)]
+_Deliveries: TypeAlias = Delivery | Annotated[list[Delivery], Meta(min_length=1)]
+_Identity: TypeAlias = int | str
+_Identities: TypeAlias = _Identity | Annotated[list[_Identity], Meta(min_length=1)]
+_Words: TypeAlias = str | Annotated[list[str], Meta(min_length=1)]
+_Size: TypeAlias = int | Annotated[str, Meta(pattern=r"^[0-9]+([kKMGT]B|[KMGT]iB|B)?$")]
+_Mode: TypeAlias = int | Annotated[str, Meta(pattern=r"^0[0-7]{1,4}$")]
+
+
+class _Keys(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What all structures here have in common."""
+
+
+class Root(_Keys):
+    """A tree that can be reached."""
+
+    path: Annotated[_Path, Meta(description="Absolute path of a directory, without symbolic links.")]
+    cross_mounts: Annotated[bool, Meta(description="Whether file systems mounted below it are served.")] = (
+        False
+    )
+
+
+class Client(_Keys):
+    """Who asks. All keys must hold; of a list, one."""
+
+    user: Annotated[_Identities | UnsetType, Meta(description="User names or numbers.")] = UNSET
+    group: Annotated[
+        _Identities | UnsetType, Meta(description="Group names or numbers; supplementary groups count.")
+    ] = UNSET
+    unit: Annotated[
+        _Words | UnsetType, Meta(description="systemd services or scopes in the system's default slice.")
+    ] = UNSET
+    cgroup: Annotated[_Words | UnsetType, Meta(description="Control groups, by their full path.")] = UNSET
+
+
+class ModeCondition(_Keys):
+    """Bits of a file's mode, in octal."""
+
+    all: Annotated[_Mode | UnsetType, Meta(description="Bits that must be set.")] = UNSET
+    none: Annotated[_Mode | UnsetType, Meta(description="Bits that must be clear.")] = UNSET
+
+
+class SizeRange(_Keys):
+    """An inclusive range of sizes."""
+
+    min: _Size | UnsetType = UNSET
+    max: _Size | UnsetType = UNSET
+
+
+class CountRange(_Keys):
+    """An inclusive range of counts."""
+
+    min: int | UnsetType = UNSET
+    max: int | UnsetType = UNSET
+
+
+class Where(_Keys):
+    """What the opened object must be like."""
+
+    owner: Annotated[
+        _Identities | UnsetType, Meta(description="Owners: names, numbers, or the word client.")
+    ] = UNSET
+    group: Annotated[_Identities | UnsetType, Meta(description="Groups: names or numbers.")] = UNSET
+    mode: ModeCondition | UnsetType = UNSET
+    size: Annotated[SizeRange | UnsetType, Meta(description="Size of a regular file.")] = UNSET
+    links: Annotated[CountRange | UnsetType, Meta(description="Hard links of a regular file.")] = UNSET
+
+
+class Rule(_Keys, kw_only=True):
+    """One rule; it has either allow or deny."""
+
+    name: Annotated[_Name, Meta(description="Shown in the audit and in explanations; unique.")]
+    allow: Annotated[_Actions | UnsetType, Meta(description="Actions that this rule allows.")] = UNSET
+    deny: Annotated[_Actions | UnsetType, Meta(description="Actions that this rule refuses.")] = UNSET
+    client: Annotated[
+        Literal["any"] | Client | Annotated[list[Client], Meta(min_length=1)] | UnsetType,
+        Meta(description="Whom the rule is about; required with allow, everybody where left out with deny."),
+    ] = UNSET
+    in_: Annotated[str, Meta(description="The root that the globs are relative to.")] = msgspec.field(
+        name="in"
+    )
+    paths: Annotated[_Globs, Meta(description="Globs relative to the root.")]
+    except_: Annotated[
+        _Globs | UnsetType, Meta(description="Globs that the rule is not about, though paths match.")
+    ] = msgspec.field(name="except", default=UNSET)
+    where: Where | UnsetType = UNSET
+    deliver: Annotated[_Deliveries | UnsetType, Meta(description="How contents may be handed out.")] = UNSET
+
+
+class Limits(_Keys):
+    """Limits on every client."""
+
+    connections_per_uid: Annotated[
+        int,
+        Meta(ge=CONNECTIONS_PER_UID[0], le=CONNECTIONS_PER_UID[-1], description="Connections of one user."),
+    ] = 64
+    in_flight_per_connection: Annotated[
+        int,
+        Meta(
+            ge=IN_FLIGHT_PER_CONNECTION[0],
+            le=IN_FLIGHT_PER_CONNECTION[-1],
+            description="Descriptors sent to one connection and not yet acknowledged.",
+        ),
+    ] = 512
+
+
+class Audit(_Keys):
+    """The record of decisions."""
+
+    on_failure: Annotated[
+        OnFailure, Meta(description="What becomes of a request whose record can't be written.")
+    ] = "deny"
+
+
+_EITHER = {
+    "oneOf": [
+        {"required": ["allow", "client"]},
+        {"required": ["deny"], "not": {"required": ["deliver"]}},
+    ]
+}
+
+
+class Policy(_Keys):
+    """The policy of fdbroker."""
+
+    version: Annotated[Literal[1], Meta(description="The version of this format.")]
+    roots: Annotated[
+        dict[_Name, Root], Meta(min_length=1, description="The only trees that can ever be reached, by name.")
+    ]
+    rules: Annotated[
+        list[Annotated[Rule, Meta(extra_json_schema=_EITHER)]],
+        Meta(description="Any matching deny wins; else any matching allow; else denied."),
+    ]
+    limits: Limits = msgspec.field(default_factory=Limits)
+    audit: Audit = msgspec.field(default_factory=Audit)
+    read_only_view: Annotated[
+        ReadOnlyView, Meta(description="Whether files are opened through read-only mounts only.")
+    ] = READ_ONLY_VIEW_DEFAULT
+
+
+# Keys of the design that this version does not serve. Refused by name: a
+# condition that is silently ignored is a rule that silently allows more.
+NOT_SUPPORTED = frozenset(
+    {"age", "identity", "label", "listeners", "on_behalf_of", "opens", "service", "symlinks"}
+)
+NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"limits"}
+
+
+def keys_of(structure: type[msgspec.Struct]) -> dict[str, bool]:
+    """Return the keys of a structure in their order, each with whether it is required."""
+    return {field.encode_name: field.required for field in msgspec.structs.fields(structure)}
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema (draft 2020-12) of the policy file, for editors.
+
+    What it can't say (names that must exist, globs that must compile) the
+    compiler says.
+    """
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(Policy)}

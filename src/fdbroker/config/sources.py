@@ -1,0 +1,158 @@
+"""Opens the policy file, and believes it only if nobody but root can have written it.
+
+Every directory on the way is opened and looked at through its descriptor, from
+`/` down, and the next one is opened relative to it: what was checked is what is
+used, whatever happens to names meanwhile. Symbolic links are refused on the
+whole way. A POSIX ACL that lets somebody write shows in the group bits of the
+mode (its mask), so the mode is enough to look at.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import NoReturn
+
+from fdbroker.config.errors import ConfigError, Problem, quoted
+from fdbroker.config.yaml_tree import MAX_BYTES
+
+_DIRECTORY_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: a FIFO in its place must not hang root. O_NOCTTY: nor a terminal become ours.
+_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def read_policy_file(path: str, *, dev: bool = False) -> bytes:
+    """Return the bytes of a policy file of root's.
+
+    The file must be a regular one with one link and at most 1 MiB; it and all
+    directories above it must belong to root and be writable by nobody else.
+    With `dev` the user who runs this is as good as root, and directories like
+    /tmp (sticky) are accepted.
+
+    Raises:
+        ConfigError: anything of this does not hold, or the file can't be read.
+
+    """
+    return _Source(path, dev=dev).read()
+
+
+class _Source:
+    """One reading of one file. What is wrong is collected, as far as looking on is safe."""
+
+    def __init__(self, path: str, *, dev: bool) -> None:
+        self._given = path
+        self._dev = dev
+        self._owners = {0, os.geteuid()} if dev else {0}
+        self._problems: list[Problem] = []
+
+    def read(self) -> bytes:
+        # Lexically: a symbolic link before a `..` would be refused in any case.
+        path = os.path.abspath(self._given) if self._given and "\0" not in self._given else "/"
+        if path == "/":
+            self._refuse(self._given, "is not the name of a file", "name the policy file")
+        directory = self._open_directory(os.path.dirname(path))
+        try:
+            descriptor = self._open(os.path.basename(path), _FILE_FLAGS, directory, self._given)
+        finally:
+            os.close(directory)
+        try:
+            return self._read_file(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _open_directory(self, path: str) -> int:
+        at = "/"
+        descriptor = os.open(at, _DIRECTORY_FLAGS)
+        try:
+            self._check_directory(at, os.fstat(descriptor))
+            for component in [part for part in path.split("/") if part]:
+                at = os.path.join(at, component)
+                below = self._open(component, _DIRECTORY_FLAGS, descriptor, at)
+                os.close(descriptor)
+                descriptor = below
+                self._check_directory(at, os.fstat(descriptor))
+            # A file in a directory of somebody else's is not even opened.
+            self._stop_if_any()
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _open(self, name: str, flags: int, directory: int, shown: str) -> int:
+        try:
+            return os.open(name, flags, dir_fd=directory)
+        except OSError as error:
+            if _is_link(name, directory):
+                real = quoted(os.path.realpath(self._given))
+                self._refuse(shown, "is a symbolic link", f"name the file by its real path, {real}")
+            self._refuse(shown, f"can't be opened: {error.strerror}", "check the path and who runs this")
+
+    def _check_directory(self, path: str, status: os.stat_result) -> None:
+        if status.st_uid not in self._owners:
+            self._note(
+                path,
+                f"this directory above the policy file belongs to uid {status.st_uid}, not to root",
+                "keep the file in a directory of root's",
+            )
+        sticky = self._dev and status.st_mode & stat.S_ISVTX
+        if status.st_mode & _OTHERS_WRITE and not sticky:
+            self._note(
+                path,
+                f"this directory above the policy file has mode {_octal(status)}, which lets others write",
+                "keep the file in a directory that only root can write to",
+            )
+
+    def _read_file(self, descriptor: int) -> bytes:
+        before = os.fstat(descriptor)
+        self._check_file(before)
+        parts = []
+        left = MAX_BYTES + 1
+        while left and (part := os.read(descriptor, left)):
+            parts.append(part)
+            left -= len(part)
+        after = os.fstat(descriptor)
+        text = b"".join(parts)
+        # Half of a policy is a valid policy with fewer denials.
+        if before.st_mtime_ns != after.st_mtime_ns or not before.st_size == after.st_size == len(text):
+            self._refuse(self._given, "changed while it was read", "try again when it is written")
+        return text
+
+    def _check_file(self, status: os.stat_result) -> None:
+        if not stat.S_ISREG(status.st_mode):
+            self._refuse(self._given, "is not a regular file", "name the policy file")
+        if status.st_uid not in self._owners:
+            self._note(self._given, f"belongs to uid {status.st_uid}, not to root", "chown it to root")
+        if status.st_mode & _OTHERS_WRITE:
+            self._note(self._given, f"has mode {_octal(status)}, which lets others write", "chmod go-w it")
+        if status.st_nlink != 1:
+            self._note(
+                self._given,
+                f"has {status.st_nlink} names (hard links), which may be in places that others write to",
+                "replace it by a copy",
+            )
+        if status.st_size > MAX_BYTES:
+            self._note(self._given, f"has more than {MAX_BYTES} bytes", "a policy is smaller: use globs")
+        self._stop_if_any()
+
+    def _note(self, file: str, message: str, cure: str) -> None:
+        self._problems.append(Problem(file, None, None, message, cure))
+
+    def _stop_if_any(self) -> None:
+        if self._problems:
+            raise ConfigError(self._problems)
+
+    def _refuse(self, file: str, message: str, cure: str) -> NoReturn:
+        self._note(file, message, cure)
+        raise ConfigError(self._problems)
+
+
+def _is_link(name: str, directory: int) -> bool:
+    try:
+        return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
+    except OSError:
+        return False
+
+
+def _octal(status: os.stat_result) -> str:
+    return f"0{stat.S_IMODE(status.st_mode):03o}"

@@ -1,0 +1,73 @@
+"""Descriptors with one owner, closed on every path."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+    from typing import Self
+
+
+class Descriptors:
+    """Owns open descriptors until somebody takes them; closes the rest.
+
+    Make it before looking at the message that the descriptors came with. As a
+    context manager it closes what is left at the end of the block.
+    """
+
+    __slots__ = ("_owned",)
+
+    def __init__(self, owned: Iterable[int] = ()) -> None:
+        self._owned = list(owned)
+
+    def __len__(self) -> int:
+        """Return how many are owned."""
+        return len(self._owned)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close what is left."""
+        self.close()
+
+    def __del__(self) -> None:
+        """Close what an exception left behind: the last resort, not the way."""
+        self.close()
+
+    def add(self, descriptor: int) -> None:
+        """Own one more."""
+        self._owned.append(descriptor)
+
+    def numbers(self) -> list[int]:
+        """Return the numbers, in order; the ownership stays here."""
+        return list(self._owned)
+
+    def take(self) -> int:
+        """Give the first one to the caller, who owns it from now on.
+
+        Raises:
+            IndexError: none is left.
+
+        """
+        return self._owned.pop(0)
+
+    def take_all(self) -> list[int]:
+        """Give all to the caller, in order."""
+        owned, self._owned = self._owned, []
+        return owned
+
+    def close(self) -> None:
+        """Close all that are left. An error of close(2) changes nothing: the number is free."""
+        owned, self._owned = self._owned, []
+        for descriptor in owned:
+            try:
+                os.close(descriptor)
+            except OSError:  # noqa: PERF203 - each must be tried
+                continue

@@ -1,0 +1,204 @@
+"""Opening below a held directory, looking at what was opened, and nothing else.
+
+The order that is safe against every change of names: `open_path_beneath`
+(O_PATH: a FIFO's writer is not woken, a device is not touched, a lease is not
+broken), then look at the object with `os.fstat`, then `reopen_for_reading` the
+same object through its descriptor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import struct
+from typing import NamedTuple
+
+from fdbroker.kernel.errors import SyscallError
+from fdbroker.kernel.libc import LIBC, SYS_GETDENTS64, SYS_OPENAT2
+
+# linux/openat2.h (5.6)
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+
+_BENEATH = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS
+_RETRIES = 8  # openat2 answers EAGAIN when the tree moved under it; bounded, or an attacker could hold us
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+_HOW_SIZE = ctypes.c_size_t(ctypes.sizeof(_OpenHow))
+# O_NOFOLLOW with O_PATH: a symbolic link as last component is opened itself,
+# so that it can be described; one in the middle is ELOOP.
+_FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_how_within = _OpenHow(_FLAGS, 0, _BENEATH | RESOLVE_NO_XDEV)
+_how_across = _OpenHow(_FLAGS, 0, _BENEATH)
+_WITHIN = ctypes.byref(_how_within)
+_ACROSS = ctypes.byref(_how_across)
+# A second prototype of the same function, with its types fixed: this is the
+# hot path, and conversion by prototype is the fast one.
+_openat2 = ctypes.CDLL(None, use_errno=True).syscall
+_openat2.restype = ctypes.c_long
+_openat2.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+def open_path_beneath(directory: int, path: bytes, *, cross_mounts: bool = False) -> int:
+    """Open `path` below the held `directory` with O_PATH and return the descriptor.
+
+    Forced: nothing above the directory, no magic links, no symbolic links on
+    the way (one at the end is opened itself), no other mounts unless
+    `cross_mounts`. openat2(2), Linux 5.6. The caller owns the descriptor.
+
+    Raises:
+        SyscallError: ENOENT, ENOTDIR, ELOOP, EXDEV, ENAMETOOLONG, EAGAIN (the
+            tree kept moving), EINVAL (a NUL in the path), ENOSYS (an older
+            kernel, or a filter such as RestrictSUIDSGID= of systemd).
+
+    """
+    # ctypes would cut the path at a NUL and open another file.
+    if b"\0" in path:
+        raise SyscallError(errno.EINVAL, "openat2", directory=directory, path=path)
+    how = _ACROSS if cross_mounts else _WITHIN
+    for _ in range(_RETRIES):
+        descriptor: int = _openat2(SYS_OPENAT2, directory, path, how, 24)
+        if descriptor >= 0:
+            return descriptor
+        number = ctypes.get_errno()
+        if number not in {errno.EAGAIN, errno.EINTR}:
+            break
+    raise SyscallError(
+        number,
+        "openat2",
+        directory=directory,
+        path=path,
+        flags="O_PATH|O_NOFOLLOW|O_CLOEXEC",
+        resolve=hex(_how_across.resolve if cross_mounts else _how_within.resolve),
+    )
+
+
+def open_proc_self_fd() -> int:
+    """Open /proc/self/fd of this process to be held; the caller owns the descriptor.
+
+    It speaks of the process that opened it, so open it after the last fork.
+    """
+    return os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def reopen_for_reading(proc_self_fd: int, descriptor: int) -> int:
+    """Open the object behind an O_PATH descriptor for reading; a new open file description.
+
+    O_NONBLOCK while opening, so that a lease held by somebody is EAGAIN at once
+    and not 45 seconds; cleared afterwards, since the receiver would see it.
+    Call it on regular files and directories only: what kind it is was seen on
+    the same descriptor and can't change. The caller owns what is returned.
+
+    Raises:
+        OSError: EAGAIN (a lease), EACCES (Landlock), ENFILE, EMFILE, ...
+
+    """
+    opened = os.open(
+        str(descriptor),
+        os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC,
+        dir_fd=proc_self_fd,
+    )
+    try:
+        fcntl.fcntl(opened, fcntl.F_SETFL, 0)
+    except BaseException:
+        os.close(opened)
+        raise
+    return opened
+
+
+def has_lost_its_name(proc_self_fd: int, descriptor: int) -> bool:
+    """Return whether the name by which the object was found is gone.
+
+    A link count of 1 means one name, but not which: the name that we used may
+    have been removed while another one stays. Check the count first, then
+    this. A file whose name really ends in " (deleted)" counts as gone.
+    """
+    return os.readlink(str(descriptor), dir_fd=proc_self_fd).endswith(" (deleted)")
+
+
+class FilesystemFacts(NamedTuple):
+    """Of fstatfs(2): the magic number of the type and the mount's ST_* flags."""
+
+    type: int
+    flags: int
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the mount by which it was opened is read-only."""
+        return bool(self.flags & os.ST_RDONLY)
+
+
+class _Statfs(ctypes.Structure):
+    _fields_ = (
+        ("type", ctypes.c_long),
+        ("sizes", ctypes.c_long * 7),
+        ("name_length", ctypes.c_long),
+        ("fragment", ctypes.c_long),
+        ("flags", ctypes.c_long),
+        ("spare", ctypes.c_long * 4),
+    )
+
+
+def filesystem_of(descriptor: int) -> FilesystemFacts:
+    """Return type and mount flags of the file system behind a descriptor, O_PATH or not.
+
+    `os.fstatvfs` has the flags alone; this is both in one call.
+    """
+    room = _Statfs()
+    if LIBC.fstatfs(descriptor, ctypes.byref(room)) != 0:
+        raise SyscallError(ctypes.get_errno(), "fstatfs", descriptor=descriptor)
+    return FilesystemFacts(room.type & 0xFFFFFFFF, room.flags)
+
+
+class DirectoryEntry(NamedTuple):
+    """One of getdents64(2). `next` is the position behind it, to go on from."""
+
+    name: bytes
+    kind: int
+    next: int
+
+
+_DIRECTORY_CHUNK = 32768
+_DIRENT = struct.Struct("=QqHB")
+_DIRENT_NAME = 19
+
+
+def read_directory(descriptor: int) -> list[DirectoryEntry]:
+    """Return the next entries of a directory, without `.` and `..`; [] at its end.
+
+    Constant memory, unlike `os.listdir`: at most what fits into 32 KiB. The
+    position is the descriptor's; set it with `os.lseek` to a `next` seen before.
+    A chunk that held nothing but the dots is skipped over.
+
+    Raises:
+        SyscallError: ENOTDIR, ENOENT (the directory was removed), EINVAL.
+
+    """
+    room = ctypes.create_string_buffer(_DIRECTORY_CHUNK)
+    while True:
+        size = LIBC.syscall(
+            ctypes.c_long(SYS_GETDENTS64), ctypes.c_int(descriptor), room, ctypes.c_size_t(len(room))
+        )
+        if size < 0:
+            raise SyscallError(ctypes.get_errno(), "getdents64", descriptor=descriptor)
+        if size == 0:
+            return []
+        chunk = room.raw[:size]
+        entries = []
+        at = 0
+        while at < size:
+            _, position, length, kind = _DIRENT.unpack_from(chunk, at)
+            name = chunk[at + _DIRENT_NAME : at + length].split(b"\0", 1)[0]
+            if name not in {b".", b".."}:
+                entries.append(DirectoryEntry(name, kind, position))
+            at += length
+        if entries:
+            return entries

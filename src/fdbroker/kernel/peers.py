@@ -1,0 +1,148 @@
+"""Who is at the other end of a Unix socket, by the kernel's word alone.
+
+What a call returns says *when* it was true: SO_PEERCRED, SO_PEERGROUPS and
+SO_PEERPIDFD speak of the moment of connect(), listen() or socketpair();
+SCM_CREDENTIALS of the moment of the send; PIDFD_GET_INFO of now.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import select
+import socket
+import struct
+from typing import NamedTuple
+
+from fdbroker.kernel.errors import SyscallError
+from fdbroker.kernel.libc import LIBC
+
+SO_PEERGROUPS = 59  # Linux 4.13
+SO_PEERPIDFD = 77  # Linux 6.5
+
+# _IOWR(0xFF, 11, struct pidfd_info) with the structure's first size, 64 bytes; Linux 6.13.
+PIDFD_GET_INFO = 0xC040FF0B
+PIDFD_INFO_PID = 1
+PIDFD_INFO_CREDS = 2
+PIDFD_INFO_CGROUPID = 4
+_PIDFD_WANTED = PIDFD_INFO_PID | PIDFD_INFO_CREDS | PIDFD_INFO_CGROUPID
+_PIDFD_INFO = struct.Struct("=QQ11Ii")
+_PIDFD_REQUEST = _PIDFD_INFO.pack(_PIDFD_WANTED, *([0] * 13))
+
+_UCRED = struct.Struct("=iII")
+
+
+class Ucred(NamedTuple):
+    """struct ucred: a process and its effective ids at connect, or real ids at a send."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+class PidfdInfo(NamedTuple):
+    """What PIDFD_GET_INFO says of a process that exists now."""
+
+    cgroup_id: int
+    pid: int
+    tgid: int
+    real_uid: int
+    real_gid: int
+    effective_uid: int
+    effective_gid: int
+
+
+def peer_credentials(sock: socket.socket) -> bytes:
+    """Return SO_PEERCRED as the raw 12 bytes, which compare with SCM_CREDENTIALS; see `read_ucred`."""
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+
+
+def read_ucred(raw: bytes) -> Ucred:
+    """Return a raw struct ucred as numbers.
+
+    Raises:
+        SyscallError: EBADMSG: it has not 12 bytes.
+
+    """
+    if len(raw) != _UCRED.size:
+        raise SyscallError(errno.EBADMSG, "struct ucred", length=len(raw))
+    return Ucred(*_UCRED.unpack(raw))
+
+
+def peer_groups(sock: socket.socket) -> tuple[int, ...]:
+    """Return the supplementary groups of the peer at connect (SO_PEERGROUPS, Linux 4.13).
+
+    Not by `socket.getsockopt`, which has room for 256 groups, while a process
+    may have 65,536.
+    """
+    size = ctypes.c_uint32(256 * 4)
+    while True:
+        room = ctypes.create_string_buffer(size.value)
+        result = LIBC.getsockopt(
+            sock.fileno(), socket.SOL_SOCKET, SO_PEERGROUPS, ctypes.byref(room), ctypes.byref(size)
+        )
+        if result == 0:
+            return struct.unpack(f"={size.value // 4}I", room.raw[: size.value])
+        number = ctypes.get_errno()
+        # ERANGE comes with the size that would do.
+        if number != errno.ERANGE or size.value <= len(room):
+            raise SyscallError(number, "getsockopt", option="SO_PEERGROUPS", room=len(room))
+
+
+def peer_pidfd(sock: socket.socket) -> int | None:
+    """Return a descriptor of the peer's process (SO_PEERPIDFD), None where Linux is older than 6.5.
+
+    The caller owns it; it is close-on-exec.
+
+    Raises:
+        OSError: the peer is gone (ESRCH, EINVAL, by kernel), or there was none (ENODATA).
+
+    """
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            return None
+        raise
+
+
+def has_exited(pidfd: int) -> bool:
+    """Return whether the process of `pidfd` has exited, reaped or not (pidfd_open(2))."""
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def pidfd_info_raw(pidfd: int) -> bytes:
+    """Return the 64 bytes of PIDFD_GET_INFO (Linux 6.13); see `read_pidfd_info`.
+
+    Raises:
+        OSError: ENOTTY, EINVAL: the kernel is older; ESRCH: the process is gone.
+
+    """
+    return fcntl.ioctl(pidfd, PIDFD_GET_INFO, _PIDFD_REQUEST)
+
+
+def same_process_now(now: bytes, before: bytes) -> bool:
+    """Return whether two raw answers agree in mask, cgroup, pid and every id.
+
+    The parent's pid (bytes 24 to 28) is left out: it changes when the parent
+    dies, which says nothing about the process.
+    """
+    return now[:24] == before[:24] and now[28:60] == before[28:60]
+
+
+def read_pidfd_info(raw: bytes) -> PidfdInfo:
+    """Return a raw answer as numbers.
+
+    Raises:
+        SyscallError: ESRCH: the mask lacks what was asked for. That is how
+            the kernel answers for a peer that was reaped: with success, and
+            uid 0 in the structure.
+
+    """
+    mask, cgroup_id, pid, tgid, _, ruid, rgid, euid, egid, *_rest = _PIDFD_INFO.unpack(raw)
+    if mask & _PIDFD_WANTED != _PIDFD_WANTED:
+        raise SyscallError(errno.ESRCH, "ioctl", request="PIDFD_GET_INFO", mask=mask)
+    return PidfdInfo(cgroup_id, pid, tgid, ruid, rgid, euid, egid)

@@ -1,0 +1,141 @@
+"""Unix sockets: messages with ancillary data, sent and received whole or not at all.
+
+`socket.recv_fds` is not used: it ignores its flags, so that what it receives
+is inheritable, and it hides MSG_CTRUNC, by which the kernel says that it threw
+descriptors away.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import socket
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.kernel.descriptors import Descriptors
+from fdbroker.kernel.errors import SyscallError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+SCM_MAX_FD = 253  # include/net/scm.h
+SO_PASSRIGHTS = 83  # Linux 6.16; not in Python's socket module
+SIOCOUTQ = 0x5411  # bytes sent and not yet received; unix(7) does not say it, af_unix.c does
+
+_SPACE_FOR_CREDENTIALS = socket.CMSG_SPACE(12)  # struct ucred
+_SPACE_FOR_RIGHTS = socket.CMSG_SPACE(SCM_MAX_FD * 4)
+_ANCILLARY_SPACE = _SPACE_FOR_CREDENTIALS + _SPACE_FOR_RIGHTS
+_RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
+
+
+class Received(NamedTuple):
+    """One message. `credentials`: the raw struct ucred of its sender, where asked for.
+
+    `descriptors` are owned by the receiver of this value, also when the
+    message turns out to be nonsense. `truncated`: the message was longer than
+    the room given for it; the rest of it is lost.
+    """
+
+    data: bytes
+    descriptors: Descriptors
+    credentials: bytes | None
+    truncated: bool
+
+
+def receive(sock: socket.socket, size: int) -> Received:
+    """Receive one message (SEQPACKET, DGRAM) or what is there (STREAM).
+
+    Descriptors are close-on-exec. Blocks, or raises BlockingIOError, as the
+    socket is set.
+
+    Raises:
+        SyscallError: EMFILE: the kernel dropped descriptors (MSG_CTRUNC),
+            mostly because this process may have no more; those that did come
+            were closed.
+        OSError: from recvmsg(2).
+
+    """
+    data, ancillary, flags, _ = sock.recvmsg(size, _ANCILLARY_SPACE, _RECEIVE_FLAGS)
+    return _received(data, ancillary, flags)
+
+
+def receive_into(sock: socket.socket, room: bytearray) -> Received:
+    """Receive as `receive` does, by way of a buffer that is used again and again."""
+    size, ancillary, flags, _ = sock.recvmsg_into([room], _ANCILLARY_SPACE, _RECEIVE_FLAGS)
+    return _received(bytes(memoryview(room)[:size]), ancillary, flags)
+
+
+def _received(data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int) -> Received:
+    descriptors = Descriptors()
+    credentials = None
+    for level, kind, content in ancillary:
+        if level != socket.SOL_SOCKET:
+            continue
+        if kind == socket.SCM_RIGHTS:
+            numbers = array.array("i")
+            numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
+            for number in numbers:
+                descriptors.add(number)
+        elif kind == socket.SCM_CREDENTIALS:
+            credentials = content
+    if flags & socket.MSG_CTRUNC:
+        arrived = len(descriptors)
+        descriptors.close()
+        raise SyscallError(errno.EMFILE, "recvmsg", flags="MSG_CTRUNC", descriptors_that_arrived=arrived)
+    return Received(data, descriptors, credentials, bool(flags & socket.MSG_TRUNC))
+
+
+def send(sock: socket.socket, data: bytes, descriptors: Sequence[int] = (), *, wait: bool = True) -> None:
+    """Send one message with copies of `descriptors`; the caller still owns its own.
+
+    Never raises SIGPIPE. With `wait` False a full socket is a BlockingIOError.
+
+    Raises:
+        ValueError: more than 253 descriptors, the kernel's limit.
+        SyscallError: a message socket took only a part (can't happen on
+            SEQPACKET and DGRAM by unix(7)).
+        OSError: from sendmsg(2): EPIPE, ECONNRESET, EAGAIN, EMSGSIZE, ETOOMANYREFS.
+
+    """
+    if len(descriptors) > SCM_MAX_FD:
+        raise ValueError(f"a message carries at most {SCM_MAX_FD} descriptors, not {len(descriptors)}")
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    flags = socket.MSG_NOSIGNAL | (0 if wait else socket.MSG_DONTWAIT)
+    sent = sock.sendmsg([data], ancillary, flags)
+    if sent != len(data):
+        raise SyscallError(errno.EMSGSIZE, "sendmsg", length=len(data), sent=sent)
+
+
+def refuse_descriptors(sock: socket.socket) -> bool:
+    """Let the kernel refuse SCM_RIGHTS sent to this socket (SO_PASSRIGHTS=0, Linux 6.16).
+
+    On a listener it holds for what connects from now on, also before accept().
+    Return whether the kernel has it; without it, what arrives must be closed.
+    """
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+    except OSError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            return False
+        raise
+    return True
+
+
+def ask_for_credentials(sock: socket.socket) -> None:
+    """Have each message carry its sender's credentials (SO_PASSCRED; accepted sockets inherit it).
+
+    Hazard: a message that was queued before carries pid 0 and overflow ids.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+
+
+def bytes_not_received(sock: socket.socket) -> int:
+    """Return how much of what was sent the peer has not received (SIOCOUTQ), in the kernel's accounting.
+
+    0 means that every descriptor that was sent is out of flight: the kernel's
+    word, which needs no acknowledgement by the peer.
+    """
+    answer = fcntl.ioctl(sock.fileno(), SIOCOUTQ, b"\0\0\0\0")
+    return int(struct.unpack("=i", answer)[0])

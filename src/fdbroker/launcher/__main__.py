@@ -1,0 +1,129 @@
+"""Start a broker in the foreground, as root: python -m fdbroker.launcher --policy FILE --socket PATH.
+
+The policy is compiled by a child that ends; this process never parses YAML.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pwd
+import socket
+import subprocess
+import sys
+from typing import Any
+
+from fdbroker.launcher.mounts import ReadOnlyViewError
+from fdbroker.launcher.privileges import PrivilegeError
+from fdbroker.launcher.start import Start, start_broker
+
+_EXIT_NOT_STARTED = 2
+_BACKLOG = 128
+
+
+def main() -> int:
+    """Start the broker; return only if it does not start."""
+    options = _parse_arguments()
+    if os.geteuid() != 0:
+        sys.stderr.write("fdbroker: the broker is started as root, which it gives up at once\n")
+        return _EXIT_NOT_STARTED
+    try:
+        policy = _compile(options.policy, dev=options.dev)
+        start_broker(
+            Start(
+                uid=options.uid,
+                gid=options.gid,
+                policy=policy,
+                listeners=[_listen(path, options.socket_mode) for path in options.socket],
+                connections=[_inherited(text) for text in options.inherited],
+                audit=_open_audit(options.audit),
+                ready=options.ready_fd,
+                dev=options.dev,
+            )
+        )
+    except subprocess.CalledProcessError as error:
+        # The compiler has said why.
+        return error.returncode
+    except (OSError, ReadOnlyViewError, PrivilegeError) as error:
+        sys.stderr.write(f"fdbroker: {error}\n")
+        return _EXIT_NOT_STARTED
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m fdbroker.launcher", description=__doc__)
+    parser.add_argument("--policy", required=True, help="policy.yaml, or a compiled policy ending in .json")
+    parser.add_argument("--socket", action="append", default=[], help="SOCK_SEQPACKET socket to make")
+    parser.add_argument(
+        "--socket-mode", type=lambda text: int(text, 8), default=0o660, help="octal, default 660"
+    )
+    parser.add_argument(
+        "--inherited", action="append", default=[], metavar="FD=NAME", help="serve this connection"
+    )
+    parser.add_argument("--audit", default="-", help="file to append to, - for standard output, or none")
+    parser.add_argument("--user", default="fdbroker", help="who the broker runs as: a name or uid:gid")
+    parser.add_argument("--ready-fd", type=int, help="'ready' is written here once the broker serves")
+    parser.add_argument("--dev", action="store_true", help="accept sources and policies of other owners")
+    options = parser.parse_args()
+    if not options.socket and not options.inherited:
+        parser.error("a broker needs a --socket or an --inherited connection")
+    try:
+        options.uid, options.gid = _read_user(options.user)
+    except (KeyError, ValueError):
+        parser.error(f"--user {options.user!r} is neither a user of this system nor uid:gid")
+    return options
+
+
+def _read_user(text: str) -> tuple[int, int]:
+    uid, colon, gid = text.partition(":")
+    if colon:
+        return int(uid), int(gid)
+    entry = pwd.getpwnam(text)
+    return entry.pw_uid, entry.pw_gid
+
+
+def _compile(path: str, *, dev: bool) -> dict[str, Any]:
+    if path.endswith(".json"):
+        with open(path, "rb") as file:
+            document = json.load(file)
+    else:
+        command = [sys.executable, "-m", "fdbroker.config", "compile", path, *(["--dev"] if dev else [])]
+        document = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    if not isinstance(document, dict):
+        raise OSError(f"{path} is not a compiled policy")
+    return document
+
+
+def _listen(path: str, mode: int) -> tuple[int, str]:
+    """Make a listening socket; what is there already is never removed or replaced."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    before = os.umask(0o777)
+    try:
+        listener.bind(path)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; if nothing listens there any more, remove it", path
+        ) from None
+    finally:
+        os.umask(before)
+    os.chmod(path, mode)  # ours: bind made it, in a directory that only root can write
+    listener.listen(_BACKLOG)
+    return listener.detach(), os.path.basename(path)
+
+
+def _inherited(text: str) -> tuple[int, str]:
+    number, _, name = text.partition("=")
+    return int(number), name or f"inherited-{number}"
+
+
+def _open_audit(path: str) -> int | None:
+    if path == "none":
+        return None
+    if path == "-":
+        return 1
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY
+    return os.open(path, flags, 0o640)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""The read-only view: a mount namespace of its own in which nothing can be written.
+
+A descriptor that was opened through a read-only mount stays read-only for
+whoever receives it: opening it again, truncate, chmod and the rest answer
+EROFS, to the file's owner as well. So this is done before any root is opened.
+What was opened earlier (sockets, the audit file) still belongs to the old
+mounts and goes on as it was.
+
+A file system that is mounted later comes in with its own flags, writable or
+not: who opens files looks at each mount, or does not cross mounts.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.kernel import namespaces
+from fdbroker.kernel.errors import SyscallError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_ATTRIBUTES = namespaces.MOUNT_ATTR_RDONLY | namespaces.MOUNT_ATTR_NOSUID | namespaces.MOUNT_ATTR_NODEV
+_OPTIONS = frozenset({b"ro", b"nosuid", b"nodev"})
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+
+
+class ReadOnlyViewError(Exception):
+    """The view could not be made; the text says why and what helps. The process should end."""
+
+
+class Mount(NamedTuple):
+    """Of a line of /proc/PID/mountinfo: where, and the options of this mount (not of its file system)."""
+
+    point: bytes
+    options: frozenset[bytes]
+
+
+def parse_mounts(text: bytes) -> list[Mount]:
+    """Return what the text of /proc/PID/mountinfo says; proc_pid_mountinfo(5)."""
+    mounts = []
+    # Not splitlines(): the kernel escapes \n in a name but not \r.
+    for line in text.removesuffix(b"\n").split(b"\n"):
+        fields = line.split(b" ")
+        point = _ESCAPED.sub(lambda match: bytes([int(match[1], 8)]), fields[4])
+        mounts.append(Mount(point, frozenset(fields[5].split(b","))))
+    return mounts
+
+
+def read_mounts() -> list[Mount]:
+    """Return the mounts of this process."""
+    with open("/proc/self/mountinfo", "rb") as file:
+        return parse_mounts(file.read())
+
+
+def not_read_only(mounts: Iterable[Mount]) -> list[bytes]:
+    """Return where a mount is that lacks one of ro, nosuid, nodev."""
+    return [mount.point for mount in mounts if not mount.options >= _OPTIONS]
+
+
+def enter_read_only_view() -> None:
+    """Make every mount read-only, nosuid and nodev, for this process and its children alone.
+
+    A new mount namespace that gets what the system mounts and unmounts later
+    (MS_SLAVE) and gives nothing back. Needs CAP_SYS_ADMIN and Linux 5.12.
+
+    Raises:
+        ReadOnlyViewError: it failed. The mount namespace may be a new one then,
+            and some mounts read-only: end the process.
+
+    """
+    try:
+        namespaces.unshare(namespaces.CLONE_NEWNS)
+    except SyscallError as error:
+        raise ReadOnlyViewError(f"no mount namespace of its own: {error}. {_cure(error)}") from error
+    try:
+        # One call, all or nothing: the flags do not reach the mounts that these are copies of.
+        namespaces.mount_setattr(
+            b"/", attributes=_ATTRIBUTES, propagation=namespaces.MS_SLAVE, recursive=True
+        )
+    except SyscallError as error:
+        raise ReadOnlyViewError(f"{error}. {_cure(error)}{_who_refuses()}") from error
+    left = not_read_only(read_mounts())
+    if left:
+        raise ReadOnlyViewError(f"still not read-only, nosuid and nodev: {_names(left)}")
+
+
+def _cure(error: SyscallError) -> str:
+    if error.errno in {errno.EPERM, errno.EACCES}:
+        return (
+            "CAP_SYS_ADMIN is needed, and no filter against mounting: start as root, or by systemd with "
+            "ReadOnlyPaths=/ instead."
+        )
+    if error.errno == errno.ENOSYS:
+        return "Linux 5.12 is needed; by systemd, ReadOnlyPaths=/ does the same on older kernels."
+    if error.errno == errno.EINVAL:
+        return "The root directory of this process must be a mount point: not a bare chroot."
+    if error.errno == errno.EBUSY:
+        return "This process has a file open for writing in its new mount namespace: enter the view first."
+    return "The kernel gives no closer reason."
+
+
+def _who_refuses() -> str:
+    """Return a sentence about the mounts that refuse the call when they are asked one by one."""
+    refusing = []
+    for mount in read_mounts():
+        try:
+            namespaces.mount_setattr(mount.point, attributes=_ATTRIBUTES)
+        except SyscallError as error:
+            refusing.append(mount.point + b": " + os.fsencode(error.strerror or "refused"))
+    return f" Refused by {_names(refusing)}" if refusing else " Each mount alone accepts it."
+
+
+def _names(points: Iterable[bytes]) -> str:
+    # A mount point's name may hold anything; what goes to a terminal or a log is ASCII.
+    return ", ".join(point.decode("ascii", "backslashreplace") for point in points)

@@ -1,0 +1,305 @@
+"""May this client do this to that path? Pure functions that return the reason with the answer.
+
+A decision has two halves. The first needs the name alone and is made before
+the file system is touched, so that outside the allowed patterns what exists
+and what does not get one answer. The second needs the object, for rules with
+conditions.
+
+The order, in one sentence: any deny rule that matches wins; else any allow
+rule that matches; else it is denied. A path belongs to the deepest root that
+contains it, and only rules in that root allow; deny rules of every root that
+contains it hold, so that a root within another can't undo a refusal.
+
+`Policy.view` gives the part of a policy that is about one client. A view keeps,
+per directory, what is left to ask of the last component: for files of one
+directory a decision is a dictionary look-up. `ActionView.decide_whole` says the
+same without that memory; a property test holds the two together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.policy.globs import NOTHING, Remainder
+from fdbroker.policy.paths import MAX_NAME_BYTES, MAX_PATH_BYTES, components_below, problem_with_path
+from fdbroker.policy.rules import ACTIONS, ClientFacts, FileFacts, Root, Rule, RuleSet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from fdbroker.policy.globs import Glob
+
+# A client that names ever new directories fills this and pays for it itself.
+MAX_REMEMBERED_DIRECTORIES = 4096
+MAX_VIEWS = 1024
+_NOT_NAMES = frozenset({b"", b".", b".."})
+
+
+class NameDecision:
+    """What the name alone decides; immutable.
+
+    `allowed` False: refused; `reason` and `rule` say why. `allowed` True: the
+    object may be looked at, and `allows`, `denies` are the rules whose
+    conditions it must meet or must not meet. `plain`: nothing is asked of the
+    object, `rule` allows it, and the client may know whether it exists.
+    `asks_links`: some condition is about the number of links, which is only
+    worth something if the name is still there afterwards.
+    """
+
+    __slots__ = ("allowed", "allows", "asks_links", "denies", "plain", "reason", "root", "rule")
+
+    def __init__(
+        self,
+        root: Root | None,
+        reason: str,
+        rule: Rule | None = None,
+        allows: tuple[Rule, ...] = (),
+        denies: tuple[Rule, ...] = (),
+    ) -> None:
+        self.root = root
+        self.reason = reason
+        self.allows = allows
+        self.denies = denies
+        self.allowed = bool(allows)
+        self.plain = len(allows) == 1 and allows[0].where is None and not denies
+        self.asks_links = any(
+            asked.where is not None and asked.where.links is not None for asked in allows + denies
+        )
+        self.rule = allows[0] if self.plain else rule
+
+
+class ObjectDecision(NamedTuple):
+    """What name and object decide. `rule` allowed or refused it, or came nearest."""
+
+    allowed: bool
+    reason: str
+    rule: Rule | None
+
+
+def decide_object(name: NameDecision, facts: FileFacts, client_uid: int) -> ObjectDecision:
+    """Decide on an object whose name was allowed. `reason` is `ok` or what failed."""
+    for rule in name.denies:
+        if rule.where is None or rule.where.first_failure(facts, client_uid, deny=True) is None:
+            return ObjectDecision(allowed=False, reason="deny_rule", rule=rule)
+    failure = "no_rule"
+    nearest = None
+    for rule in name.allows:
+        failed = None if rule.where is None else rule.where.first_failure(facts, client_uid, deny=False)
+        if failed is None:
+            return ObjectDecision(allowed=True, reason="ok", rule=rule)
+        if nearest is None:
+            failure, nearest = f"where_{failed}", rule
+    return ObjectDecision(allowed=False, reason=failure, rule=nearest)
+
+
+class _RuleRemainder(NamedTuple):
+    """What one rule still asks of the last component."""
+
+    rule: Rule
+    include: Remainder
+    exclude: Remainder
+
+    @property
+    def settled(self) -> bool:
+        return self.include.anything and self.exclude is NOTHING
+
+    def matches(self, name: bytes) -> bool:
+        return self.include.matches(name) and not self.exclude.matches(name)
+
+
+class _Directory:
+    """The rules as they stand for the names in one directory.
+
+    `uniform` is the answer for every name, where there is one.
+    """
+
+    __slots__ = ("_action", "_path", "_remainders", "_root", "_roots_here", "uniform")
+
+    def __init__(
+        self,
+        action: ActionView,
+        path: bytes,
+        root: Root | None,
+        remainders: Sequence[_RuleRemainder],
+        roots_here: frozenset[bytes],
+    ) -> None:
+        self._action = action
+        self._path = path
+        self._root = root
+        self._remainders = tuple(remainders)
+        self._roots_here = roots_here
+        self.uniform: NameDecision | None = None
+        if not roots_here and all(entry.settled for entry in remainders):
+            self.uniform = action.combine(root, [entry.rule for entry in remainders])
+
+    def by_name(self, name: bytes) -> NameDecision:
+        if name in self._roots_here:
+            return self._action.decide_whole(self._path + b"/" + name)
+        return self._action.combine(
+            self._root, [entry.rule for entry in self._remainders if entry.matches(name)]
+        )
+
+
+class ActionView:
+    """The rules of one policy that are about one client and one action."""
+
+    def __init__(self, policy: RuleSet, rules: Iterable[Rule]) -> None:
+        self._rules = tuple(rules)
+        # The deepest root first, so that the first one that contains a path serves it.
+        self._roots = sorted(policy.roots, key=lambda root: len(root.path), reverse=True)
+        self._directories: dict[bytes, _Directory] = {}
+        self._combined: dict[tuple[int, ...], NameDecision] = {}
+        self._index: dict[tuple[int, tuple[bytes, ...]], list[Rule]] = {}
+        for rule in self._rules:
+            for prefix in {glob.literal_prefix for glob in rule.paths}:
+                self._index.setdefault((rule.root.index, prefix), []).append(rule)
+
+    def decide(self, path: bytes) -> NameDecision:
+        """Decide on `path`, which may be any bytes without NUL. Never raises."""
+        directory, _, name = path.rpartition(b"/")
+        # "", "/x", "x" and what no path may be: rare, and decided without the memory.
+        if not directory or name in _NOT_NAMES or len(name) > MAX_NAME_BYTES or len(path) > MAX_PATH_BYTES:
+            return self.decide_whole(path)
+        rules = self._directories.get(directory)
+        if rules is None:
+            problem = problem_with_path(directory)
+            if problem is not None:
+                return NameDecision(None, problem)
+            rules = self._read_directory(directory)
+        return rules.uniform or rules.by_name(name)
+
+    def decide_whole(self, path: bytes) -> NameDecision:
+        """Decide on `path` from the rules, whole; what `decide` must agree with."""
+        problem = problem_with_path(path)
+        if problem is not None:
+            return NameDecision(None, problem)
+        serving = self._serving_root(path)
+        matching = []
+        for rule in self._rules:
+            components = components_below(rule.root.path, path)
+            if (
+                components is not None
+                and (rule.deny or rule.root is serving)
+                and any(glob.matches(components) for glob in rule.paths)
+                and not any(glob.matches(components) for glob in rule.excepts)
+            ):
+                matching.append(rule)
+        return self.combine(serving, matching)
+
+    def combine(self, root: Root | None, matching: Sequence[Rule]) -> NameDecision:
+        """Return what the rules that match a name, in policy order, amount to."""
+        key = (-1 if root is None else root.index, *(rule.index for rule in matching))
+        decision = self._combined.get(key)
+        if decision is None:
+            if len(self._combined) >= MAX_REMEMBERED_DIRECTORIES:
+                self._combined.clear()
+            decision = self._combined[key] = _combine(root, matching)
+        return decision
+
+    def _serving_root(self, path: bytes) -> Root | None:
+        for root in self._roots:
+            if components_below(root.path, path) is not None:
+                return root
+        return None
+
+    def _read_directory(self, directory: bytes) -> _Directory:
+        serving = self._serving_root(directory)
+        found: dict[int, Rule] = {}
+        components_of: dict[int, list[bytes]] = {}
+        for root in self._roots:
+            components = components_below(root.path, directory)
+            if components is None:
+                continue
+            components_of[root.index] = components
+            for end in range(len(components) + 1):
+                for rule in self._index.get((root.index, tuple(components[:end])), ()):
+                    if rule.deny or root is serving:
+                        found[rule.index] = rule
+        remainders = []
+        for _, rule in sorted(found.items()):
+            components = components_of[rule.root.index]
+            include = _remainder(rule.paths, components)
+            exclude = _remainder(rule.excepts, components)
+            if include is not NOTHING and not exclude.anything:
+                remainders.append(_RuleRemainder(rule, include, exclude))
+        here = frozenset(
+            root.path.rpartition(b"/")[2]
+            for root in self._roots
+            if root.path.rpartition(b"/")[0] == directory
+        )
+        if len(self._directories) >= MAX_REMEMBERED_DIRECTORIES:
+            self._directories.clear()
+        rules = self._directories[directory] = _Directory(self, directory, serving, remainders, here)
+        return rules
+
+
+class View:
+    """The part of one policy that is about one client: an `ActionView` per action."""
+
+    __slots__ = ("actions", "policy")
+
+    def __init__(self, policy: RuleSet, rules: Sequence[Rule]) -> None:
+        self.policy = policy
+        self.actions = {
+            action: ActionView(
+                policy, [rule for rule in rules if action in rule.actions and _serves(rule, action)]
+            )
+            for action in ACTIONS
+        }
+
+
+class Policy:
+    """A compiled policy with the views of it that are in use."""
+
+    def __init__(self, rule_set: RuleSet) -> None:
+        self.rule_set = rule_set
+        self._views: dict[tuple[int, ...], View] = {}
+
+    def view(self, client: ClientFacts) -> View:
+        """Return the view of a client. Clients that the same rules are about share one."""
+        rules = [rule for rule in self.rule_set.rules if rule.is_for(client)]
+        key = tuple(rule.index for rule in rules)
+        view = self._views.get(key)
+        if view is None:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
+            view = self._views[key] = View(self.rule_set, rules)
+        return view
+
+
+def _serves(rule: Rule, action: str) -> bool:
+    """A rule that allows opening but hands out no descriptors allows no open that asks for one."""
+    return rule.deny or action != "open" or "descriptor" in rule.deliver
+
+
+def _remainder(globs: Sequence[Glob], components: Sequence[bytes]) -> Remainder:
+    """Return what any of `globs` asks of the last component below `components`."""
+    names: list[bytes] = []
+    patterns = []
+    for glob in globs:
+        states = glob.start
+        for component in components:
+            states = glob.step(states, component)
+            if not states:
+                break
+        rest = glob.remainder(states)
+        if rest.anything:
+            return rest
+        names.extend(rest.names)
+        patterns.extend(rest.patterns)
+    if not names and not patterns:
+        return NOTHING
+    return Remainder(anything=False, names=tuple(names), patterns=tuple(patterns))
+
+
+def _combine(root: Root | None, matching: Sequence[Rule]) -> NameDecision:
+    denies = [rule for rule in matching if rule.deny]
+    for rule in denies:
+        if rule.where is None:
+            return NameDecision(root, "deny_rule", rule)
+    allows = [rule for rule in matching if not rule.deny]
+    if not allows:
+        return NameDecision(root, "outside_roots" if root is None else "no_rule")
+    # One rule that asks nothing of the object makes the others' conditions moot.
+    unconditional = [rule for rule in allows if rule.where is None][:1]
+    return NameDecision(root, "ok", None, tuple(unconditional or allows), tuple(denies))

@@ -1,0 +1,368 @@
+"""The compiled policy as values: roots, rules, conditions, and who they are for.
+
+`read_policy` takes the parsed JSON of docs/compiled-policy.md. That text comes
+from root and was checked when it was compiled; it is read strictly all the
+same, because a key that is silently ignored is a rule that silently does not
+hold.
+"""
+
+from __future__ import annotations
+
+import stat
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+
+from fdbroker.policy.globs import Glob, compile_glob
+from fdbroker.policy.paths import problem_with_path
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+ACTIONS = ("open", "stat", "list", "walk")
+DELIVERIES = ("descriptor", "copy")
+_T = TypeVar("_T")
+
+
+class PolicyError(ValueError):
+    """The compiled policy is not what docs/compiled-policy.md describes; the text says where."""
+
+
+class FileFacts(Protocol):
+    """What conditions ask of an object: the fields of `os.stat_result` by that name."""
+
+    @property
+    def st_mode(self) -> int: ...
+    @property
+    def st_uid(self) -> int: ...
+    @property
+    def st_gid(self) -> int: ...
+    @property
+    def st_size(self) -> int: ...
+    @property
+    def st_nlink(self) -> int: ...
+
+
+class ClientFacts(NamedTuple):
+    """What the kernel said of a client, as far as rules ask for it.
+
+    `cgroups` holds those control groups *named by the policy* that the client
+    is in or below of; who makes this value resolves them.
+    """
+
+    uid: int
+    gids: frozenset[int]
+    cgroups: frozenset[str] = frozenset()
+
+
+class Root(NamedTuple):
+    """A tree that can be reached. `skip` bytes of a path below it precede the relative part."""
+
+    index: int
+    name: str
+    path: bytes
+    cross_mounts: bool
+    skip: int
+
+
+class ClientMatch(NamedTuple):
+    """One entry of a rule's `clients`; None: not asked. All that is asked must hold."""
+
+    uids: frozenset[int] | None
+    gids: frozenset[int] | None
+    cgroups: frozenset[str] | None
+
+    def matches(self, client: ClientFacts) -> bool:
+        """Return whether `client` is meant by this entry."""
+        return (
+            (self.uids is None or client.uid in self.uids)
+            and (self.gids is None or not self.gids.isdisjoint(client.gids))
+            and (self.cgroups is None or not self.cgroups.isdisjoint(client.cgroups))
+        )
+
+
+class Bounds(NamedTuple):
+    """An inclusive range; None: open on that side."""
+
+    least: int | None
+    most: int | None
+
+    def hold(self, value: int) -> bool:
+        """Return whether `value` lies within."""
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+
+
+class Owners(NamedTuple):
+    """Owners that a condition accepts; `client`: whoever asks."""
+
+    uids: frozenset[int]
+    client: bool
+
+
+class Conditions(NamedTuple):
+    """A rule's `where`: what the opened object must be like. None: not asked."""
+
+    owner: Owners | None
+    gids: frozenset[int] | None
+    mode_all: int
+    mode_none: int
+    size: Bounds | None
+    links: Bounds | None
+
+    def first_failure(self, facts: FileFacts, client_uid: int, *, deny: bool) -> str | None:
+        """Return the name of the first condition that does not hold, or None.
+
+        `size` and `links` are conditions on regular files. Asked of anything
+        else they hold in an allow rule and fail in a deny rule, so that they
+        neither hide every directory nor forbid it.
+        """
+        if self.owner is not None and not (
+            facts.st_uid in self.owner.uids or (self.owner.client and facts.st_uid == client_uid)
+        ):
+            return "owner"
+        if self.gids is not None and facts.st_gid not in self.gids:
+            return "group"
+        mode = facts.st_mode
+        if mode & self.mode_all != self.mode_all or mode & self.mode_none:
+            return "mode"
+        if stat.S_ISREG(mode):
+            if self.size is not None and not self.size.hold(facts.st_size):
+                return "size"
+            if self.links is not None and not self.links.hold(facts.st_nlink):
+                return "links"
+        elif deny and (self.size is not None or self.links is not None):
+            return "type"
+        return None
+
+
+class Rule:
+    """One rule; immutable. `where` is None when nothing is asked of the object."""
+
+    __slots__ = (
+        "actions",
+        "clients",
+        "deliver",
+        "deny",
+        "excepts",
+        "index",
+        "name",
+        "paths",
+        "root",
+        "where",
+    )
+
+    def __init__(self, index: int, document: Mapping[str, object], roots: Mapping[str, Root]) -> None:
+        at = f"rules[{index}]"
+        _exact_keys(
+            document,
+            at,
+            {"name", "effect", "actions", "root", "clients", "paths", "except", "where", "deliver"},
+        )
+        self.index = index
+        self.name = _get(document, "name", str, at)
+        effect = _get(document, "effect", str, at)
+        if effect not in {"allow", "deny"}:
+            raise PolicyError(f"{at}.effect is {effect!r}, not 'allow' or 'deny'")
+        self.deny = effect == "deny"
+        self.actions = frozenset(_words(document, "actions", at, ACTIONS))
+        root = _get(document, "root", str, at)
+        if root not in roots:
+            raise PolicyError(f"{at}.root is {root!r}, which is not among the roots")
+        self.root = roots[root]
+        self.clients = tuple(
+            _read_client(entry, f"{at}.clients[{i}]")
+            for i, entry in enumerate(_list(document, "clients", dict, at))
+        )
+        self.paths = _read_globs(document, "paths", at)
+        self.excepts = _read_globs(document, "except", at)
+        self.where = _read_conditions(_get(document, "where", dict, at), f"{at}.where")
+        self.deliver = frozenset(_words(document, "deliver", at, DELIVERIES))
+        if not (self.actions and self.clients and self.paths):
+            raise PolicyError(f"{at} needs at least one action, one client and one path")
+
+    def is_for(self, client: ClientFacts) -> bool:
+        """Return whether this rule is about `client` at all."""
+        return any(entry.matches(client) for entry in self.clients)
+
+
+class Settings(NamedTuple):
+    """What the policy file says beside its rules; counts are per connection or uid."""
+
+    connections_per_uid: int
+    in_flight_per_connection: int
+    deny_when_audit_fails: bool
+    read_only_view_required: bool
+
+
+class RuleSet(NamedTuple):
+    """A whole compiled policy. `cgroups`: every control group that a rule names."""
+
+    roots: tuple[Root, ...]
+    rules: tuple[Rule, ...]
+    settings: Settings
+    cgroups: frozenset[str]
+
+
+def read_policy(document: object) -> RuleSet:
+    """Read a compiled policy.
+
+    Raises:
+        PolicyError: a key is missing or unknown, or a value is of another
+            type or out of its range; the text names the place.
+
+    """
+    if not isinstance(document, dict):
+        raise PolicyError("the policy is not a JSON object")
+    _exact_keys(document, "policy", {"version", "roots", "rules", "limits", "audit", "read_only_view"})
+    if _get(document, "version", int, "policy") != 1:
+        raise PolicyError("policy.version is not 1")
+    roots: dict[str, Root] = {}
+    for i, entry in enumerate(_list(document, "roots", dict, "policy")):
+        root = _read_root(entry, i)
+        if root.name in roots or any(root.path == other.path for other in roots.values()):
+            raise PolicyError(f"roots[{i}] has the name or the path of an earlier root")
+        roots[root.name] = root
+    rules = tuple(Rule(i, entry, roots) for i, entry in enumerate(_list(document, "rules", dict, "policy")))
+    limits = _get(document, "limits", dict, "policy")
+    _exact_keys(limits, "limits", {"connections_per_uid", "in_flight_per_connection"})
+    audit = _get(document, "audit", dict, "policy")
+    _exact_keys(audit, "audit", {"on_failure"})
+    settings = Settings(
+        connections_per_uid=_count(limits, "connections_per_uid", "limits", 1),
+        # One full reply must fit, or a request for it could never be answered.
+        in_flight_per_connection=_count(limits, "in_flight_per_connection", "limits", 253),
+        deny_when_audit_fails=_one_of(audit, "on_failure", "audit", ("deny", "allow")) == "deny",
+        read_only_view_required=_one_of(document, "read_only_view", "policy", ("required", "off"))
+        == "required",
+    )
+    cgroups = frozenset(
+        path for rule in rules for client in rule.clients if client.cgroups for path in client.cgroups
+    )
+    return RuleSet(tuple(roots.values()), rules, settings, cgroups)
+
+
+def _read_root(document: Mapping[str, object], index: int) -> Root:
+    at = f"roots[{index}]"
+    _exact_keys(document, at, {"name", "path", "cross_mounts"})
+    path = _get(document, "path", str, at).encode()
+    problem = problem_with_path(path)
+    if problem is not None:
+        raise PolicyError(f"{at}.path: {problem}")
+    return Root(
+        index=index,
+        name=_get(document, "name", str, at),
+        path=path,
+        cross_mounts=_get(document, "cross_mounts", bool, at),
+        skip=1 if path == b"/" else len(path) + 1,
+    )
+
+
+def _read_client(document: Mapping[str, object], at: str) -> ClientMatch:
+    if document == {"any": True}:
+        return ClientMatch(None, None, None)
+    if not document or not document.keys() <= {"uids", "gids", "cgroups"}:
+        raise PolicyError(f"{at} must be {{'any': true}} or some of uids, gids, cgroups")
+    return ClientMatch(
+        uids=frozenset(_list(document, "uids", int, at)) if "uids" in document else None,
+        gids=frozenset(_list(document, "gids", int, at)) if "gids" in document else None,
+        cgroups=frozenset(_list(document, "cgroups", str, at)) if "cgroups" in document else None,
+    )
+
+
+def _read_globs(document: Mapping[str, object], key: str, at: str) -> tuple[Glob, ...]:
+    globs = []
+    for i, text in enumerate(_list(document, key, str, at)):
+        try:
+            globs.append(compile_glob(text.encode()))
+        except ValueError as error:
+            raise PolicyError(f"{at}.{key}[{i}]: {error}") from None
+    return tuple(globs)
+
+
+def _read_conditions(document: Mapping[str, object], at: str) -> Conditions | None:
+    if not document:
+        return None
+    known = {"owner", "group", "mode", "size", "links"}
+    if not document.keys() <= known:
+        raise PolicyError(f"{at} has keys other than {', '.join(sorted(known))}")
+    owner = gids = None
+    mode_all = mode_none = 0
+    if "owner" in document:
+        entry = _get(document, "owner", dict, at)
+        _exact_keys(entry, f"{at}.owner", {"uids", "client"})
+        owner = Owners(
+            frozenset(_list(entry, "uids", int, f"{at}.owner")),
+            _get(entry, "client", bool, f"{at}.owner"),
+        )
+    if "group" in document:
+        entry = _get(document, "group", dict, at)
+        _exact_keys(entry, f"{at}.group", {"gids"})
+        gids = frozenset(_list(entry, "gids", int, f"{at}.group"))
+    if "mode" in document:
+        entry = _get(document, "mode", dict, at)
+        if not entry or not entry.keys() <= {"all", "none"}:
+            raise PolicyError(f"{at}.mode must have all, none or both")
+        mode_all = _get(entry, "all", int, f"{at}.mode") if "all" in entry else 0
+        mode_none = _get(entry, "none", int, f"{at}.mode") if "none" in entry else 0
+    return Conditions(
+        owner=owner,
+        gids=gids,
+        mode_all=mode_all,
+        mode_none=mode_none,
+        size=_read_bounds(document, "size", at),
+        links=_read_bounds(document, "links", at),
+    )
+
+
+def _read_bounds(document: Mapping[str, object], key: str, at: str) -> Bounds | None:
+    if key not in document:
+        return None
+    entry = _get(document, key, dict, at)
+    if not entry or not entry.keys() <= {"min", "max"}:
+        raise PolicyError(f"{at}.{key} must have min, max or both")
+    return Bounds(
+        least=_get(entry, "min", int, f"{at}.{key}") if "min" in entry else None,
+        most=_get(entry, "max", int, f"{at}.{key}") if "max" in entry else None,
+    )
+
+
+def _exact_keys(document: Mapping[str, object], at: str, keys: Collection[str]) -> None:
+    if document.keys() != set(keys):
+        odd = sorted(document.keys() ^ set(keys))
+        raise PolicyError(f"{at} has missing or unknown keys: {', '.join(map(str, odd))}")
+
+
+def _get(document: Mapping[str, object], key: str, kind: type[_T], at: str) -> _T:
+    value = document.get(key)
+    # bool is an int to isinstance, and a policy in which they mix is wrong.
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise PolicyError(f"{at}.{key} is not of type {kind.__name__}")
+    return value
+
+
+def _list(document: Mapping[str, object], key: str, kind: type[_T], at: str) -> list[_T]:
+    values = _get(document, key, list, at)
+    for i, value in enumerate(values):
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise PolicyError(f"{at}.{key}[{i}] is not of type {kind.__name__}")
+    return values
+
+
+def _words(document: Mapping[str, object], key: str, at: str, allowed: tuple[str, ...]) -> list[str]:
+    words = _list(document, key, str, at)
+    for word in words:
+        if word not in allowed:
+            raise PolicyError(f"{at}.{key} has {word!r}, which is none of {', '.join(allowed)}")
+    return words
+
+
+def _one_of(document: Mapping[str, object], key: str, at: str, allowed: tuple[str, ...]) -> str:
+    word = _get(document, key, str, at)
+    if word not in allowed:
+        raise PolicyError(f"{at}.{key} is {word!r}, which is none of {', '.join(allowed)}")
+    return word
+
+
+def _count(document: Mapping[str, object], key: str, at: str, least: int) -> int:
+    value = _get(document, key, int, at)
+    if value < least:
+        raise PolicyError(f"{at}.{key} is {value}, less than {least}")
+    return value

@@ -1,0 +1,100 @@
+"""The numbers of docs/protocol.md: types, flags, reasons, layouts, limits."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from enum import IntEnum
+
+VERSION = 1
+MAGIC = b"fdbroker"
+MAX_PATHS = 253  # SCM_MAX_FD: a message carries no more descriptors
+MAX_FRAME = 65536
+MAX_LIST_ENTRIES = 1024
+# A reply has to fit into the broker's small send buffer (SO_SNDBUF 32 KiB, which the kernel doubles).
+MAX_REPLY = 32768
+
+HEADER = struct.Struct("<BBHII")  # type, flags, count, id, generation
+HELLO = struct.Struct("<8sHHI")  # magic, lowest version, highest version, features
+WELCOME = struct.Struct("<HHIHHIII")
+RESULT = struct.Struct("<BBHI")  # status, reason, errno, length
+STAT = struct.Struct("<QQIIIIQqq")
+COOKIE = struct.Struct("<Q")
+ENTRY = struct.Struct("<BBBB")  # length of the name, d_type, flags, reserved
+ERROR = struct.Struct("<BBH")  # reason, reserved, errno
+
+LIST_LAST_PAGE = 1
+ENTRY_HAS_STAT = 1
+
+
+class Type(IntEnum):
+    """Frame types: requests. A reply has bit 7 set."""
+
+    HELLO = 0x01
+    OPEN = 0x02
+    STAT = 0x03
+    LIST = 0x04
+    STATUS = 0x05
+    ERROR = 0xFF
+
+
+REPLY = 0x80
+
+
+class Status(IntEnum):
+    """What became of one path."""
+
+    GIVEN = 0
+    REFUSED = 1
+    BROKEN = 2
+
+
+class Kind(IntEnum):
+    """The three kinds of error frame, never mixed."""
+
+    REFUSED = 1
+    MALFORMED = 2
+    BROKEN = 3
+
+
+class Reason(IntEnum):
+    """Why something was not given; what a client may be told."""
+
+    NONE = 0
+    DENIED = 1
+    PATH_INVALID = 2
+    NOT_FOUND = 3
+    NOT_DIRECTORY = 4
+    NOT_REGULAR = 5
+    SYMLINK = 6
+    CROSSES_MOUNT = 7
+    MOUNT_NOT_READ_ONLY = 8
+    FILESYSTEM = 9
+    BUSY = 10
+    IDENTITY = 11
+    LIMIT = 12
+    AUDIT = 13
+    BROKEN = 14
+    MALFORMED = 15
+    VERSION = 16
+
+
+ERRNO_OF = {
+    Reason.NONE: 0,
+    Reason.DENIED: errno.EACCES,
+    Reason.PATH_INVALID: errno.EINVAL,
+    Reason.NOT_FOUND: errno.ENOENT,
+    Reason.NOT_DIRECTORY: errno.ENOTDIR,
+    Reason.NOT_REGULAR: errno.EINVAL,
+    Reason.SYMLINK: errno.ELOOP,
+    Reason.CROSSES_MOUNT: errno.EXDEV,
+    Reason.MOUNT_NOT_READ_ONLY: errno.EROFS,
+    Reason.FILESYSTEM: errno.EOPNOTSUPP,
+    Reason.BUSY: errno.EAGAIN,
+    Reason.IDENTITY: errno.EPERM,
+    Reason.LIMIT: errno.EAGAIN,
+    Reason.AUDIT: errno.EIO,
+    Reason.BROKEN: errno.EIO,
+    Reason.MALFORMED: errno.EPROTO,
+    Reason.VERSION: errno.EPROTONOSUPPORT,
+}

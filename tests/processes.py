@@ -1,0 +1,98 @@
+"""Running a function in a child process of another uid, and waiting for things without sleeping."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import select
+import signal
+import time
+import traceback
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_T = TypeVar("_T")
+
+
+class ChildError(AssertionError):
+    """The function raised in the child, or the child died; the text has its traceback."""
+
+
+def become(uid: int, gid: int | None = None, groups: tuple[int, ...] = ()) -> None:
+    """Give up root for good, in this process."""
+    os.setgroups(groups)
+    os.setresgid(*[uid if gid is None else gid] * 3)
+    os.setresuid(uid, uid, uid)
+
+
+def in_child(function: Callable[[], _T], *, uid: int | None = None, groups: tuple[int, ...] = ()) -> _T:
+    """Run `function` in a forked child, as `uid` if given, and return what it returns.
+
+    Raises:
+        ChildError: it raised, or the child ended otherwise; the text says how.
+
+    """
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            os.close(read_end)
+            if uid is not None:
+                become(uid, groups=groups)
+            answer = (True, function())
+            status = 0
+        except BaseException:  # noqa: BLE001 - whatever it was is reported
+            answer = (False, traceback.format_exc())
+        try:
+            with open(write_end, "wb") as pipe:
+                pickle.dump(answer, pipe)
+        finally:
+            os._exit(status)
+    os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        data = pipe.read()
+    _, status = os.waitpid(pid, 0)
+    if not data:
+        raise ChildError(f"the child ended without an answer, status {os.waitstatus_to_exitcode(status)}")
+    good, value = pickle.loads(data)  # noqa: S301 - our own child wrote it
+    if not good:
+        raise ChildError(value)
+    return value
+
+
+@contextlib.contextmanager
+def background(function: Callable[[], Any], *, uid: int | None = None) -> Iterator[int]:
+    """Run `function` in a forked child for the length of the block; give its pid, kill it at the end."""
+    pid = os.fork()
+    if not pid:
+        try:
+            if uid is not None:
+                become(uid)
+            function()
+        except BaseException:  # noqa: BLE001 - shown, then ended
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    try:
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> None:
+    """Ask again and again until `condition` holds; fail after `seconds`, naming `what`.
+
+    For states of other processes that give no event. It gives way between two
+    questions, so that on one CPU the other process can get there.
+    """
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"after {seconds} s still not: {what}")
+        select.select([], [], [], 0.001)

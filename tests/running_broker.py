@@ -1,0 +1,185 @@
+"""A real broker: started as root by the launcher, with its capability, mount view, Landlock and seccomp."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+BROKER_UID = 23457
+CLIENT_UID = 23456
+OTHER_UID = 23458
+OWNER_UID = 12345
+_SOURCES = Path(__file__).resolve().parent.parent / "src"
+
+ALL_ACTIONS = ["open", "stat", "list", "walk"]
+
+
+def rule(name: str, **changes: Any) -> dict[str, Any]:
+    """Return a compiled rule that allows everybody everything in the root `tree`, with changes."""
+    return {
+        "name": name,
+        "effect": "allow",
+        "actions": ALL_ACTIONS,
+        "root": "tree",
+        "clients": [{"any": True}],
+        "paths": ["**"],
+        "except": [],
+        "where": {},
+        "deliver": ["descriptor"],
+    } | changes
+
+
+def policy(tree: Path | str, *rules: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return a compiled policy with the one root `tree`; by default everybody may do everything there."""
+    return {
+        "version": 1,
+        "roots": [{"name": "tree", "path": str(tree), "cross_mounts": False}],
+        "rules": list(rules) or [rule("all")],
+        "limits": {"connections_per_uid": 64, "in_flight_per_connection": 512},
+        "audit": {"on_failure": "deny"},
+        "read_only_view": "required",
+    } | changes
+
+
+@contextlib.contextmanager
+def reachable_directory() -> Iterator[Path]:
+    """Give a new directory that every uid can reach, unlike pytest's own; removed afterwards."""
+    path = Path(tempfile.mkdtemp(prefix="fdbroker-test-"))
+    path.chmod(0o755)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+class RunningBroker:
+    """A broker process. `socket` is its SEQPACKET socket, `audit` the file it appends to."""
+
+    def __init__(self, process: subprocess.Popen[bytes], socket: Path, audit: Path, errors: Path) -> None:
+        self.process = process
+        self.pid = process.pid
+        self.socket = socket
+        self.audit = audit
+        self._errors = errors
+
+    def errors(self) -> str:
+        """Return what it wrote to standard error."""
+        return self._errors.read_text()
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the audit so far."""
+        return [json.loads(line) for line in self.audit.read_bytes().splitlines()]
+
+    def decisions(self) -> list[dict[str, Any]]:
+        """Return the records of decisions on paths."""
+        return [record for record in self.records() if "decision" in record]
+
+    def descriptors(self) -> dict[int, str]:
+        """Return its open descriptors and what they are."""
+        directory = f"/proc/{self.pid}/fd"
+        found = {}
+        for name in os.listdir(directory):
+            with contextlib.suppress(FileNotFoundError):
+                found[int(name)] = os.readlink(f"{directory}/{name}")
+        return found
+
+    def status(self) -> dict[str, str]:
+        """Return /proc/PID/status."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+    def is_alive(self) -> bool:
+        """Return whether it still runs."""
+        return self.process.poll() is None
+
+    def stop(self) -> int:
+        """Stop it as an administrator would, and return its exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=20)
+
+
+def launcher_command(policy_file: Path, *options: str) -> list[str]:
+    """Return the command that starts a broker from this checkout."""
+    return [
+        sys.executable,
+        "-m",
+        "fdbroker.launcher",
+        "--policy",
+        str(policy_file),
+        "--user",
+        f"{BROKER_UID}:{BROKER_UID}",
+        "--dev",
+        *options,
+    ]
+
+
+def launcher_environment() -> dict[str, str]:
+    """Return the environment in which that command finds the sources."""
+    return {**os.environ, "PYTHONPATH": str(_SOURCES)}
+
+
+@contextlib.contextmanager
+def running_broker(
+    directory: Path,
+    compiled: dict[str, Any] | str,
+    *options: str,
+    audit: str | None = None,
+    prefix: Sequence[str] = (),
+    pass_fds: Sequence[int] = (),
+    stop: bool = True,
+) -> Iterator[RunningBroker]:
+    """Run a broker with its socket and audit in `directory`; stop it at the end and check how it ended.
+
+    `compiled` is a compiled policy, or the text of a policy.yaml. `audit` is
+    another file than the usual one, or `none`. `prefix` goes before the command
+    (`taskset`, `strace`). With `stop` False it is killed, and may have died.
+    """
+    socket, errors = directory / "broker.seqpacket", directory / "errors"
+    records = directory / "audit.jsonl" if audit is None else Path(audit)
+    policy_file = directory / ("policy.yaml" if isinstance(compiled, str) else "policy.json")
+    policy_file.write_text(compiled if isinstance(compiled, str) else json.dumps(compiled))
+    read_end, write_end = os.pipe()
+    with open(errors, "wb") as error_file:
+        process = subprocess.Popen(
+            [
+                *prefix,
+                *launcher_command(policy_file, *options),
+                f"--socket={socket}",
+                "--socket-mode=666",
+                f"--audit={records}",
+                f"--ready-fd={write_end}",
+            ],
+            env=launcher_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=error_file,
+            pass_fds=[write_end, *pass_fds],
+        )
+    os.close(write_end)
+    with open(read_end, "rb") as ready:
+        started = ready.read() == b"ready\n"
+    broker = RunningBroker(process, socket, records, errors)
+    try:
+        if not started:
+            process.wait(timeout=20)
+            raise AssertionError(f"the broker did not start ({process.returncode}): {broker.errors()}")
+        yield broker
+        if stop:
+            assert broker.is_alive(), f"the broker died: {broker.errors()}"
+            assert broker.stop() == 0, broker.errors()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        socket.unlink(missing_ok=True)
