@@ -5,23 +5,27 @@ Whatever the benchmarks know of fdbroker's launcher is in `start_fdbroker`.
 
 from __future__ import annotations
 
+import json
 import os
-import signal
 import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.errors import BenchmarkError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-FLOOR_UID = 23457
 CLIENT_UID = 23456
+# Of their own, since the kernel counts descriptors under way by the sender's uid.
+FLOOR_UID = 23457
+BROKER_UID = 23459
 STRANGER_UID = 23458
 """A uid that no rule of the policy names."""
 _PATIENCE = 10.0
+_SOURCES = str(Path(__file__).resolve().parent.parent / "src")
 
 
 class Broker(NamedTuple):
@@ -42,9 +46,7 @@ def make_policy(root: Path) -> dict[str, object]:
         _rule("never-ssh", "deny", {"any": True}, ["*/.ssh/**"]),
         _rule("never-gnupg", "deny", {"any": True}, ["*/.gnupg/**"]),
     ]
-    others = [
-        _rule(f"reader-{n}", "allow", {"uids": [40000 + n]}, [f"user{n}*/**"]) for n in range(7)
-    ]
+    others = [_rule(f"reader-{n}", "allow", {"uids": [40000 + n]}, [f"user{n}*/**"]) for n in range(7)]
     client = _rule("benchmark", "allow", {"uids": [CLIENT_UID]}, ["**"])
     return {
         "version": 1,
@@ -79,11 +81,26 @@ def start_fdbroker(
 
     `socket_dir` exists and is root's; `audit` is a file to be written, or None for no audit.
     """
-    # Here, since the figures of the floor alone need no fdbroker.
-    from fdbroker.launcher.start import run_broker  # noqa: PLC0415
-
-    with run_broker(policy=policy, socket_dir=socket_dir, audit=audit) as running:
-        yield Broker(socket=Path(running.socket), pid=running.pid)
+    socket = socket_dir / "broker.seqpacket"
+    policy_file = socket_dir / "policy.json"
+    policy_file.write_text(json.dumps(policy), "ascii")
+    ready, ready_there = os.pipe()
+    command = [sys.executable, "-m", "fdbroker.launcher", "--dev"]
+    command += ["--policy", str(policy_file), "--socket", str(socket), "--socket-mode", "666"]
+    command += ["--user", f"{BROKER_UID}:{BROKER_UID}", "--audit", str(audit or "none")]
+    command += ["--ready-fd", str(ready_there)]
+    with subprocess.Popen(
+        command,
+        env={"PATH": os.defpath, "PYTHONPATH": _SOURCES},
+        stdin=subprocess.DEVNULL,
+        pass_fds=[ready_there],
+    ) as process:
+        os.close(ready_there)
+        with open(ready, "rb") as told:
+            started = told.read() == b"ready\n"
+        # The launcher becomes the broker by execve: one process, one pid.
+        with _until_stopped("fdbroker", process, started=started):
+            yield Broker(socket=socket, pid=process.pid)
 
 
 @contextmanager
@@ -96,15 +113,26 @@ def start_floor(binary: Path, socket_dir: Path, root: Path) -> Iterator[Broker]:
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        try:
-            if process.stdout is None or process.stdout.readline() != "ready\n":
-                raise BenchmarkError("the floor broker did not start")
+        started = process.stdout is not None and process.stdout.readline() == "ready\n"
+        with _until_stopped("the floor broker", process, started=started):
             yield Broker(socket=socket, pid=process.pid)
-            if process.poll() is not None:
-                raise BenchmarkError(f"the floor broker ended with {process.returncode}")
-        finally:
-            process.send_signal(signal.SIGTERM)
+
+
+@contextmanager
+def _until_stopped(name: str, process: subprocess.Popen[Any], *, started: bool) -> Iterator[None]:
+    """Stop `process` at the end; complain if it did not live so long."""
+    try:
+        if not started:
+            raise BenchmarkError(f"{name} did not start")
+        yield
+        if process.poll() is not None:
+            raise BenchmarkError(f"{name} ended with {process.returncode} while it was measured")
+    finally:
+        process.terminate()
+        try:
             process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def pin(pid: int, cpus: Iterable[int]) -> None:

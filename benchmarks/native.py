@@ -84,9 +84,7 @@ def is_refused(command: list[str]) -> bool:
     return done.returncode == 1 and "status 1, reason 1," in done.stderr
 
 
-def _run(
-    command: Iterable[str], environment: dict[str, str] | None
-) -> subprocess.CompletedProcess[str]:
+def _run(command: Iterable[str], environment: dict[str, str] | None) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
             list(command),

@@ -5,8 +5,6 @@ A module of its own, because the daemon finds the function by the module's name.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from oslo_privsep import capabilities, priv_context
 
 CONTEXT = priv_context.PrivContext(
@@ -18,16 +16,12 @@ CONTEXT = priv_context.PrivContext(
 
 
 @CONTEXT.entrypoint
-def read_file(path: str) -> bytes:
+def read_file(path: bytes) -> bytes:
     """Return the content of a file that the caller may not read."""
-    return Path(path).read_bytes()
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def start() -> None:
     """Fork the daemon; called as root, who may give up root afterwards."""
     CONTEXT.start(method=priv_context.Method.FORK)
-
-
-def stop() -> None:
-    """End the daemon: it ends when its channel is closed."""
-    CONTEXT.stop()

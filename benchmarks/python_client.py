@@ -15,88 +15,82 @@ import logging
 import os
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.tree import EXACT_SIZE, read_list
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     Reader = Callable[[list[bytes]], int]
 
+WARM_UP = 128
 
-def privsep_reader(uid: int) -> Reader:
-    """Start the daemon, become `uid`, return what reads paths through it.
 
-    It has no call for several files; a batch is a loop.
+@contextmanager
+def privsep_reader(uid: int) -> Iterator[Reader]:
+    """Start the daemon, become `uid`, give what reads paths through it.
+
+    It has no call for several files.
     """
-    from benchmarks import privsep_calls  # noqa: PLC0415 - needs oslo.privsep
-
+    try:
+        from benchmarks import privsep_calls  # noqa: PLC0415 - the other side does not have it in memory
+    except ImportError as error:
+        sys.exit(f"{error}; pip install 'fdbroker[bench]', or see --client-python")
     # Neither end formats a record for nobody.
     logging.disable(logging.CRITICAL)
     privsep_calls.start()
     _become(uid)
-
-    def read(paths: list[bytes]) -> int:
-        return sum(len(privsep_calls.read_file(os.fsdecode(path))) for path in paths)
-
-    return read
+    read_file = privsep_calls.read_file
+    # The daemon ends with its channel, and that with this process.
+    yield lambda paths: sum(len(read_file(path)) for path in paths)
 
 
-def fdbroker_reader(uid: int, socket: Path, batch: int) -> Reader:
-    """Become `uid`, connect, return what reads paths by the client library."""
+@contextmanager
+def fdbroker_reader(uid: int, socket: Path, batch: int) -> Iterator[Reader]:
+    """Become `uid`, connect, give what reads paths by the client library."""
     import fdbroker  # noqa: PLC0415 - the other side does not have it in memory
 
     _become(uid)
-    client = fdbroker.connect(socket)
+    with fdbroker.connect(socket) as client:
 
-    def read_one(paths: list[bytes]) -> int:
-        with client.open(paths[0]) as file:
-            return len(file.read())
+        def read_one_by_one(paths: list[bytes]) -> int:
+            size = 0
+            for path in paths:
+                with client.open(path) as file:
+                    size += len(file.read())
+            return size
 
-    def read_many(paths: list[bytes]) -> int:
-        size = 0
-        with client.open_many(paths) as files:
-            for file in files:
-                size += len(file.read())
-        return size
+        def read_many(paths: list[bytes]) -> int:
+            size = 0
+            with client.open_many(paths, batch) as results:
+                for opened in results:
+                    with opened:
+                        size += len(os.read(opened.descriptor, EXACT_SIZE))
+            return size
 
-    return read_one if batch == 1 else read_many
+        yield read_one_by_one if batch == 1 else read_many
 
 
 def main(arguments: list[str]) -> int:
     """Measure; return the exit status."""
-    kind, socket, paths_name, batch_text, opens_text, cpu, uid = arguments
-    batch = int(batch_text)
+    kind, socket, paths_name, batch, opens_text, cpu, uid = arguments
+    opens = int(opens_text)
     # Before anything is forked or connected.
     os.sched_setaffinity(0, {int(cpu)})
-    paths = read_list(Path(paths_name))
-    around = itertools.islice(itertools.cycle(paths), int(opens_text))
-    requests = [list(part) for part in iter(lambda: list(itertools.islice(around, batch)), [])]
-    if kind == "privsep":
-        read = privsep_reader(int(uid))
-    else:
-        read = fdbroker_reader(int(uid), Path(socket), batch)
-    for request in requests[:10]:
-        read(request)
-
-    began = time.perf_counter()
-    size = 0
-    for request in requests:
-        size += read(request)
-    seconds = time.perf_counter() - began
-
-    opens = sum(map(len, requests))
+    paths = list(itertools.islice(itertools.cycle(read_list(Path(paths_name))), opens))
+    privsep = kind == "privsep"
+    with privsep_reader(int(uid)) if privsep else fdbroker_reader(int(uid), Path(socket), int(batch)) as read:
+        read(paths[:WARM_UP])
+        began = time.perf_counter()
+        size = read(paths)
+        seconds = time.perf_counter() - began
     if size != opens * EXACT_SIZE:
         sys.stderr.write(f"read {size} bytes of {opens} files of {EXACT_SIZE}\n")
         return 1
     sys.stdout.write(json.dumps({"seconds": seconds, "opens": opens}) + "\n")
-    sys.stdout.flush()
-    if kind == "privsep":
-        from benchmarks import privsep_calls  # noqa: PLC0415
-
-        privsep_calls.stop()
     return 0
 
 

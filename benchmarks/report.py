@@ -40,9 +40,7 @@ def evaluate(chosen: Iterable[Series], figures: Figures) -> list[Outcome]:
     for series in chosen:
         rounds = tuple(figures[series.above])
         if series.below is not None:
-            rounds = tuple(
-                above / below for above, below in zip(rounds, figures[series.below], strict=True)
-            )
+            rounds = tuple(above / below for above, below in zip(rounds, figures[series.below], strict=True))
         outcomes.append(Outcome(series, rounds))
     return outcomes
 

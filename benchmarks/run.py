@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import sys
 import tempfile
 from pathlib import Path
 
 # What is measured is the checkout that this file is in, whatever is installed.
-CHECKOUT = Path(__file__).resolve().parent.parent
-IMPORT_PATH = (str(CHECKOUT), str(CHECKOUT / "src"))
-sys.path[:0] = IMPORT_PATH
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.native import build
@@ -26,9 +26,12 @@ from benchmarks.series import SERIES, VARIANTS, Series
 from benchmarks.stage import Stage
 from benchmarks.tree import make_tree
 
+CHECKOUT = Path(__file__).resolve().parent.parent
 ROUNDS = 9
 QUICK_ROUNDS = 3
 QUICK_SCALE = 0.25
+# The broker lets one uid have an eighth of this under way: 64 clients with 32 each.
+DESCRIPTORS = 8 * 64 * 32
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -70,8 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [series for series in SERIES if series.name in options.only]
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     try:
-        if os.geteuid() != 0:
-            raise BenchmarkError("only root can start the brokers")
+        prepare()
         figures = measure_all(chosen, rounds, options)
     except BenchmarkError as error:
         sys.stderr.write(f"\nbenchmarks: {error}\n")
@@ -82,9 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     return summary(outcomes)
 
 
-def measure_all(
-    chosen: list[Series], rounds: int, options: argparse.Namespace
-) -> dict[str, list[float]]:
+def measure_all(chosen: list[Series], rounds: int, options: argparse.Namespace) -> dict[str, list[float]]:
     """Take every variant once a round and return the figures, round by round."""
     floor, client = build(CHECKOUT / "benchmarks" / "c", CHECKOUT / "build" / "bench")
     needed = {series.above for series in chosen} | {series.below for series in chosen}
@@ -125,11 +125,23 @@ def choose_cpus() -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(usable[-1:]), tuple(usable[-2:])
 
 
+def prepare() -> None:
+    """See that brokers can be started, and that they and the clients will have descriptors enough."""
+    if os.geteuid() != 0:
+        raise BenchmarkError("only root can start the brokers")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max(hard, DESCRIPTORS)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(f"RLIMIT_NOFILE is {hard} and must be {DESCRIPTORS}: {error}") from error
+
+
 def client_environment() -> dict[str, str]:
     """Return the environment of the clients in Python."""
     return {
         "PATH": os.environ.get("PATH", os.defpath),
-        "PYTHONPATH": os.pathsep.join(IMPORT_PATH),
+        "PYTHONPATH": os.pathsep.join((str(CHECKOUT), str(CHECKOUT / "src"))),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
 

@@ -57,9 +57,7 @@ class Opens:
         if audited:
             # It is opened for appending, so the broker goes on at the new end.
             os.truncate(stage.audit_file, 0)
-        request = Request(
-            broker.socket, stage.tree.everything, self.batch, opens, self.connections, cpus
-        )
+        request = Request(broker.socket, stage.tree.everything, self.batch, opens, self.connections, cpus)
         found = measure(client_command(stage.client_program, CLIENT_UID, request))
         if audited and stage.audit_file.read_bytes().count(b"\n") < opens // self.batch:
             raise BenchmarkError("the audit does not have every request")

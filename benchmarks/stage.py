@@ -6,7 +6,7 @@ import tempfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from benchmarks.brokers import (
     CLIENT_UID,
@@ -50,7 +50,7 @@ class Stage:
     _running: dict[BrokerName, Broker] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> Self:
         """Start nothing yet."""
         return self
 

@@ -517,5 +517,6 @@ int main(int argc, char **argv)
 		   ended - began, opens, cpu, (unsigned long long)checksum) < 0 ||
 	    fflush(stdout) != 0)
 		die("standard output");
+	free(connections);
 	return 0;
 }

@@ -1,5 +1,8 @@
 """The strict part of YAML: what is refused, where, and that nothing gets through as another type."""
 
+# ruff: noqa: E501
+# A case of a table is one line, with the message as it is printed.
+
 from __future__ import annotations
 
 import time
@@ -42,14 +45,34 @@ def tree_of(text: str) -> object:
 
 @pytest.mark.parametrize(
     "text",
-    "no yes on off true null ~ 0777 0o777 22:30 1_000 08 1e3 .inf .nan 0x10 2026-01-01 = 2001-12-14T21:59:43Z".split(),
+    [
+        "no",
+        "yes",
+        "on",
+        "off",
+        "true",
+        "null",
+        "~",
+        "0777",
+        "0o777",
+        "22:30",
+        "1_000",
+        "08",
+        "1e3",
+        ".inf",
+        ".nan",
+        "0x10",
+        "2026-01-01",
+        "=",
+        "2001-12-14T21:59:43Z",
+    ],
 )
 def test_every_scalar_stays_the_text_that_was_written(text: str) -> None:
     assert tree_of(f"key: {text}") == {"key": text}
 
 
 def test_a_tree_keeps_order_and_places() -> None:
-    tree = parse_yaml("b: [x, 'y']\na: {c: \"d\"}\n".encode(), ProblemList("f"))
+    tree = parse_yaml(b"b: [x, 'y']\na: {c: \"d\"}\n", ProblemList("f"))
     assert isinstance(tree, Mapping)
     assert list(tree.entries) == ["b", "a"]
     assert tree.entries["a"].key.mark == (2, 1)
@@ -80,7 +103,7 @@ def test_columns_count_characters_and_not_bytes() -> None:
         ("a: 1\nb: 2\na: 3", "f:3:1: key 'a' is given twice, first in line 1; keep one of the two"),
         ("{a: 1, 'a': 2}", "f:1:8: key 'a' is given twice, first in line 1; keep one of the two"),
         ("? [a]\n: b", "f:1:3: a key must be text, not a list or a mapping; write 'key: value'"),
-        ("{: b}", "f:1:2: a key is empty; write 'key: value'"),
+        ("'': b", "f:1:1: a key is empty; write 'key: value'"),
         ("", "f:1:1: the file is empty; begin with 'version: 1'"),
         ("# nothing\n", "f:1:1: the file is empty; begin with 'version: 1'"),
         ("a: x\n  y", "f:1:4: a value goes over several lines; write it on one line; check that no '-' or ':' is missing in the next"),
@@ -129,7 +152,9 @@ def test_a_syntax_error_does_not_hide_what_was_found_before_it() -> None:
 def test_a_thousand_problems_are_counted_and_not_all_shown() -> None:
     found = problems_of("a: 1\n" * 1000)
     assert len(found) == MAX_PROBLEMS + 1
-    assert found[-1] == f"f: {999 - MAX_PROBLEMS} more problems are not shown; mend these first and check again"
+    assert (
+        found[-1] == f"f: {999 - MAX_PROBLEMS} more problems are not shown; mend these first and check again"
+    )
 
 
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ("{a: ", "}")])
@@ -167,12 +192,14 @@ def test_a_file_of_a_mebibyte_is_read_and_one_byte_more_is_not() -> None:
     ]
 
 
-@pytest.mark.parametrize("piece", ["[", "{", "- ", "? ", ": ", "a: ", "&a ", "!!", "'", '"', "*a ", "\x85", "|\n", "a\n"])
+@pytest.mark.parametrize(
+    "piece", ["[", "{", "- ", "? ", ": ", "a: ", "&a ", "!!", "'", '"', "*a ", "\x85", "|\n", "a\n"]
+)
 def test_a_mebibyte_of_one_piece_is_answered_soon(piece: str) -> None:
     text = piece.encode() * (MAX_BYTES // len(piece.encode()))
     began = time.monotonic()
     problems_of(text)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 20
 
 
 def test_messages_carry_no_character_that_could_steer_a_terminal() -> None:
@@ -186,8 +213,43 @@ def test_messages_carry_no_character_that_could_steer_a_terminal() -> None:
 
 
 YAML_PIECES = st.sampled_from(
-    ["a", "b: ", "- ", "\n", "  ", "[", "]", "{", "}", ",", "&a", "*a", "!", "!!str ", "%YAML 1.2\n", "---\n", "...", "'"]
-    + ['"', "\\", "\\x", "\\UFFFFFFFF", "|", ">", "|9-\n", "? ", ": ", "#", "\t", "\r\n", "<<: ", "\0", "é", "\u2028", "~"]
+    [
+        "a",
+        "b: ",
+        "- ",
+        "\n",
+        "  ",
+        "[",
+        "]",
+        "{",
+        "}",
+        ",",
+        "&a",
+        "*a",
+        "!",
+        "!!str ",
+        "%YAML 1.2\n",
+        "---\n",
+        "...",
+        "'",
+        '"',
+        "\\",
+        "\\x",
+        "\\UFFFFFFFF",
+        "|",
+        ">",
+        "|9-\n",
+        "? ",
+        ": ",
+        "#",
+        "\t",
+        "\r\n",
+        "<<: ",
+        "\x00",
+        "é",
+        "\u2028",
+        "~",
+    ]
 )
 
 
@@ -204,7 +266,8 @@ def test_any_bytes_are_read_or_refused_and_nothing_else_is_raised(text: bytes) -
 SIMPLE_TREES = st.recursive(
     st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=20),
     lambda inner: (
-        st.lists(inner, min_size=1, max_size=4) | st.dictionaries(st.text("abcxyz_-", min_size=1), inner, min_size=1)
+        st.lists(inner, min_size=1, max_size=4)
+        | st.dictionaries(st.text("abcxyz_-", min_size=1), inner, min_size=1)
     ),
     max_leaves=10,
 )

@@ -18,9 +18,7 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from fdbroker.policy.rules import Rule
+    from collections.abc import Iterable, Sequence
 
 # Longer ones are refused as paths; their beginning is enough to recognise them.
 _MAX_RECORDED_BYTES = 4096
@@ -54,28 +52,23 @@ class Audit:
         self.on = descriptor is not None
         self._resynchronise = False
         self._prefix = f'{{"run":"{self.run}","seq":'
-        self._endings: dict[tuple[str, Rule | None], str] = {}
 
     def decisions(
-        self, head: str, action: str, decided: Sequence[tuple[bytes, str, Rule | None]], extra: str = ""
+        self, requester: str, action: str, paths: Sequence[bytes], records: Iterable[str], extra: str = ""
     ) -> bool:
         """Record what was decided for the paths of one request.
 
-        `head` is the requester as `member_text` gives it, `decided` has path,
-        reason (`ok`: allowed) and rule. Return whether to go on with it.
+        `requester` is JSON members as `member_text` gives them, and so is each
+        of `records`, by `decision_members`. Return whether to go on with it.
         """
         if self._descriptor is None:
             return True
         prefix = self._prefix
         sequence = self._sequence
-        middle = f',"time":"{_now()}","event":"{action}",{head},'
-        endings = self._endings
+        middle = f',"time":"{_now()}","event":"{action}",{requester},'
         lines = []
-        for path, reason, rule in decided:
-            ending = endings.get((reason, rule))
-            if ending is None:
-                ending = self._ending(reason, rule)
-            lines.append(f"{prefix}{sequence}{middle}{quoted_path(path)}{extra}{ending}")
+        for path, record in zip(paths, records, strict=True):
+            lines.append(f"{prefix}{sequence}{middle}{quoted_path(path)}{extra},{record}}}\n")
             sequence += 1
         self._sequence = sequence
         return self._write("".join(lines)) or not self.deny_on_failure
@@ -89,15 +82,6 @@ class Audit:
         return self._write(
             f'{self._prefix}{sequence},"time":"{_now()}","event":{quoted(name)}{comma}{members}}}\n'
         )
-
-    def _ending(self, reason: str, rule: Rule | None) -> str:
-        if len(self._endings) >= 4096:  # noqa: PLR2004 - rules of old policies must not pile up
-            self._endings.clear()
-        decision = "allow" if reason == "ok" else "deny"
-        name = "null" if rule is None else quoted(rule.name)
-        ending = f',"decision":"{decision}","reason":{quoted(reason)},"rule":{name}}}\n'
-        self._endings[reason, rule] = ending
-        return ending
 
     def _write(self, text: str) -> bool:
         assert self._descriptor is not None  # noqa: S101 - for the type checker; the callers looked
@@ -116,6 +100,11 @@ class Audit:
         return False
 
 
+def decision_members(reason: str, rule: str | None) -> str:
+    """Return the members that say what was decided: `ok` is the one reason to allow."""
+    return member_text(decision="allow" if reason == "ok" else "deny", reason=reason, rule=rule)
+
+
 def member_text(**members: str | int | None) -> str:
     """Return JSON members without braces, in the order given."""
     return ",".join(
@@ -124,6 +113,12 @@ def member_text(**members: str | int | None) -> str:
     )
 
 
+_second = (0, "")  # the text of the last second that was asked for
+
+
 def _now() -> str:
+    global _second  # noqa: PLW0603 - one value, replaced whole
     seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds // 1000:06d}Z"
+    if seconds != _second[0]:
+        _second = seconds, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{_second[1]}.{nanoseconds // 1000:06d}Z"

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from fdbroker.broker.audit import member_text
+from fdbroker.kernel.descriptors import close_all
 
 if TYPE_CHECKING:
     import socket
 
     from fdbroker.broker.identity import PeerAtConnect
-    from fdbroker.kernel.descriptors import Descriptors
+    from fdbroker.broker.in_flight import InFlight
     from fdbroker.policy.decide import View
+
+
+class State(Enum):
+    """What the loop waits for on a connection."""
+
+    READING = "the next request"
+    SENDING = "room for a reply that is ready"
+    PAUSED = "the client to receive what was sent"
+    CLOSING = "the same, and then the end"
 
 
 class Unsent:
@@ -19,7 +30,7 @@ class Unsent:
 
     __slots__ = ("data", "descriptors", "request_id")
 
-    def __init__(self, data: bytes, descriptors: Descriptors, request_id: int) -> None:
+    def __init__(self, data: bytes, descriptors: list[int], request_id: int) -> None:
         self.data = data
         self.descriptors = descriptors
         self.request_id = request_id
@@ -29,37 +40,39 @@ class Connection:
     """One client. Owns its socket, its peer's pidfd and a reply that waits; `close` ends all."""
 
     __slots__ = (
+        "_flight",
         "_generation",
         "_view",
-        "closing",
         "greeted",
         "in_flight",
-        "number",
-        "paused",
         "peer",
         "record",
         "sock",
+        "state",
         "unsent",
     )
 
-    def __init__(self, sock: socket.socket, peer: PeerAtConnect, number: int, name: str) -> None:
+    def __init__(
+        self, sock: socket.socket, peer: PeerAtConnect, number: int, name: str, flight: InFlight
+    ) -> None:
         self.sock = sock
         self.peer = peer
-        self.number = number
         self.greeted = False
+        self.state = State.READING
         # Descriptors sent and, for all the kernel has told us, not yet received.
         self.in_flight = 0
-        # Nothing is read: the client has to receive first.
-        self.paused = False
-        # Nothing is read any more: the client may receive what is on its way.
-        self.closing = False
         self.unsent: Unsent | None = None
         # Who asks, as every audit record of this connection says it.
         self.record = member_text(
             socket=name, connection=number, pid=peer.pid, uid=peer.uid, gid=peer.gid, identity=peer.level
         )
+        self._flight = flight
         self._view: View | None = None
         self._generation = -1
+
+    def may_have_more(self, count: int) -> bool:
+        """Return whether `count` more descriptors may be on their way to this client."""
+        return self._flight.room_for(self, count)
 
     def view(self, generation: int) -> View | None:
         """Return the view of policy `generation`, None if it has to be made."""
@@ -69,10 +82,14 @@ class Connection:
         """Keep the view of a generation until the next one."""
         self._generation, self._view = generation, view
 
+    def discard_unsent(self) -> None:
+        """Let go of a reply that waits."""
+        if self.unsent is not None:
+            close_all(self.unsent.descriptors)
+            self.unsent = None
+
     def close(self) -> None:
         """Close socket, pidfd and what was not sent."""
-        if self.unsent is not None:
-            self.unsent.descriptors.close()
-            self.unsent = None
+        self.discard_unsent()
         self.peer.close()
         self.sock.close()

@@ -101,8 +101,7 @@ def main() -> int:
     base = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if check:
         check_only_root_writes(os.path.abspath(__file__))
-    # Untyped on purpose: the protocol class of the standard library would have to be imported for it.
-    sys.meta_path.append(TrustedFinder(base, check=check))  # type: ignore[arg-type]
+    sys.meta_path.append(TrustedFinder(base, check=check))
     from fdbroker.broker.main import run  # noqa: PLC0415 - it can be found from here on only
 
     return run(int(handover))

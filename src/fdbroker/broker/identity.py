@@ -93,7 +93,7 @@ class PeerAtConnect:
         try:
             if self._info:
                 now = peers.pidfd_info_raw(self._pidfd)
-                if not peers.same_process_now(now, self._info):
+                if now != self._info and not peers.same_process_now(now, self._info):
                     # Raises for a process that is gone; what is left is one that changed.
                     peers.read_pidfd_info(now)
                     return "identity_changed_since_connect"

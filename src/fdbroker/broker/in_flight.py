@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from fdbroker.kernel.sockets import bytes_not_received
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Mapping
 
     from fdbroker.broker.connection import Connection
 
@@ -29,8 +29,10 @@ _DRAINED = 1
 class InFlight:
     """The count per uid and in all; the count of a connection is its own `in_flight`."""
 
-    def __init__(self, most: int, most_per_uid: int) -> None:
+    def __init__(self, most: int, most_per_uid: int, connections: Mapping[int, Connection]) -> None:
+        """`connections` are all there are, by whatever key, kept up to date by their owner."""
         self.total = 0
+        self._connections = connections
         self._most = most
         self._most_per_uid = most_per_uid
         self._of_uid: dict[int, int] = {}
@@ -60,11 +62,11 @@ class InFlight:
         self.forget(connection)
         return True
 
-    def room_for(self, connection: Connection, count: int, others: Iterable[Connection]) -> bool:
+    def room_for(self, connection: Connection, count: int) -> bool:
         """Return whether `count` more may go to this client. Asks the kernel only when it is tight."""
         if self._fits(connection, count):
             return True
-        for other in others:
+        for other in self._connections.values():
             self.settle(other)
         return self._fits(connection, count)
 

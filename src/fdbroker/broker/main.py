@@ -18,10 +18,11 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.broker.audit import Audit, member_text
+from fdbroker.broker.dispatch import Parts
 from fdbroker.broker.identity import ControlGroups, IdentityError, probe_level
 from fdbroker.broker.opening import Opener
 from fdbroker.broker.roots import RootError, hold_roots
-from fdbroker.broker.server import Broker, Parts
+from fdbroker.broker.server import Broker
 from fdbroker.kernel import landlock, process, seccomp
 from fdbroker.kernel.capabilities import CAP_DAC_READ_SEARCH, parse_process_state, read_process_state
 from fdbroker.kernel.files import open_path_beneath, open_proc_self_fd
@@ -174,7 +175,7 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
         raise StartError("the policy has rules for units or control groups, but no cgroup2 is mounted")
     _probe_openat2()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    process.set_dumpable(False)  # noqa: FBT003 - the value is the whole call
+    process.set_dumpable(False)
     roots = hold_roots(policy.roots, read_only_required=settings.read_only_view_required)
     opener = Opener(roots, open_proc_self_fd())
     audit = Audit(handover.audit, deny_on_failure=settings.deny_when_audit_fails)

@@ -12,6 +12,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
+from fdbroker.broker.audit import decision_members
 from fdbroker.kernel.files import (
     DirectoryEntry,
     has_lost_its_name,
@@ -63,20 +64,27 @@ _OF_OBJECT = {
 # Failures of the broker as a whole. They say nothing of the object.
 _OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _PAGE = 256
+_MAX_GIVEN = 4096  # rules of old policies must not pile up
 _LIST_HEAD = 12 + 8 + 8  # header, result, cookie
 
 
-class Outcome(NamedTuple):
-    """What became of one path: the client's result, the audit's reason and rule.
+class Outcome:
+    """What became of one path; immutable: `result` for the client, `record` for the audit.
 
-    `descriptor` is owned by whoever has the outcome; -1: none.
+    `reason` is `ok` or why not, `rule` what allowed or refused it, `facts` what
+    stat found.
     """
 
-    result: Result
-    reason: str
-    rule: Rule | None
-    descriptor: int = -1
-    facts: FileStat | None = None
+    __slots__ = ("facts", "reason", "record", "result", "rule")
+
+    def __init__(
+        self, result: Result, reason: str, rule: Rule | None = None, facts: FileStat | None = None
+    ) -> None:
+        self.result = result
+        self.reason = reason
+        self.rule = rule
+        self.facts = facts
+        self.record = decision_members(reason, None if rule is None else rule.name)
 
 
 class Page(NamedTuple):
@@ -94,37 +102,54 @@ class Opener:
     def __init__(self, roots: Sequence[HeldRoot], proc_self_fd: int) -> None:
         self._roots = tuple(roots)
         self._proc_self_fd = proc_self_fd
+        # What is given by one rule is one outcome: made once, not per file.
+        self._given: dict[Rule | None, Outcome] = {}
 
-    def open(self, view: ActionView, path: bytes, client_uid: int) -> Outcome:
-        """Open a regular file for reading, as `view` (of the action `open`) allows."""
+    def open(self, view: ActionView, path: bytes, client_uid: int) -> tuple[int, Outcome]:
+        """Open a regular file for reading, as `view` (of the action `open`) allows.
+
+        Returns the descriptor, which the caller owns, or -1; and the outcome.
+        """
         decision = view.decide(path)
         if not decision.allowed:
-            return _refusal(decision)
+            return -1, _refusal(decision)
         held = -1
         try:
-            root = self._roots[decision.root.index]  # type: ignore[union-attr]  # allowed has a root
-            held = open_path_beneath(
-                root.descriptor, path[root.skip :] or b".", cross_mounts=root.cross_mounts
-            )
+            root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
+            held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
             facts = os.fstat(held)
-            mode = facts.st_mode
             rule = decision.rule
-            objection = root.objection(held) if root.cross_mounts else None
-            if objection is not None or not stat.S_ISREG(mode):
-                return _object_refusal(decision, objection or _kind_refused(mode))
-            if not decision.plain:
-                allowed, reason, rule = decide_object(decision, facts, client_uid)
-                if not allowed:
-                    return Outcome(_DENIED, reason, rule)
-                # The count is in `facts`, taken before; see has_lost_its_name.
-                if decision.asks_links and has_lost_its_name(self._proc_self_fd, held):
-                    return _object_refusal(decision, "lost_its_name")
-            return Outcome(GIVEN, "ok", rule, reopen_for_reading(self._proc_self_fd, held))
+            if not decision.plain or root.cross_mounts or not stat.S_ISREG(facts.st_mode):
+                refusal, rule = self._judge_file(decision, root, held, facts, client_uid)
+                if refusal is not None:
+                    return -1, refusal
+            return reopen_for_reading(self._proc_self_fd, held), self._given.get(rule) or self._give(rule)
         except OSError as error:
-            return _failure(decision, error)
+            return -1, _failure(decision, error)
         finally:
             if held >= 0:
                 os.close(held)
+
+    def _give(self, rule: Rule | None) -> Outcome:
+        if len(self._given) >= _MAX_GIVEN:
+            self._given.clear()
+        outcome = self._given[rule] = Outcome(GIVEN, "ok", rule)
+        return outcome
+
+    def _judge_file(
+        self, decision: NameDecision, root: HeldRoot, held: int, facts: os.stat_result, client_uid: int
+    ) -> tuple[Outcome | None, Rule | None]:
+        """Return why the object is not opened, or None; and the rule that says so."""
+        objection = root.objection(held)
+        if objection is not None or not stat.S_ISREG(facts.st_mode):
+            return _object_refusal(decision, objection or _kind_refused(facts.st_mode)), None
+        allowed, reason, rule = decide_object(decision, facts, client_uid)
+        if not allowed:
+            return Outcome(_DENIED, reason, rule), rule
+        # The count is in `facts`, taken before; see has_lost_its_name.
+        if decision.asks_links and has_lost_its_name(self._proc_self_fd, held):
+            return _object_refusal(decision, "lost_its_name"), rule
+        return None, rule
 
     def stat(self, view: ActionView, path: bytes, client_uid: int) -> Outcome:
         """Describe what is there, of whatever kind, as `view` (of the action `stat`) allows."""
@@ -133,7 +158,7 @@ class Opener:
             return _refusal(decision)
         held = -1
         try:
-            root = self._roots[decision.root.index]  # type: ignore[union-attr]  # allowed has a root
+            root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
             held = open_path_beneath(
                 root.descriptor, path[root.skip :] or b".", cross_mounts=root.cross_mounts
             )
@@ -157,9 +182,9 @@ class Opener:
             return Page(_refusal(decision))
         held = opened = again = -1
         try:
-            root = self._roots[decision.root.index]  # type: ignore[union-attr]  # allowed has a root
+            root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
             below = path[root.skip :] or b"."
-            held = open_path_beneath(root.descriptor, below, cross_mounts=root.cross_mounts)
+            held = open_path_beneath(root.descriptor, below, root.cross_mounts)
             outcome = self._judge(decision, root, held, client_uid)
             if outcome.facts is None:
                 return Page(outcome)
@@ -175,7 +200,7 @@ class Opener:
             entries, cookie = self._entries(view, path, held, chunk[: most or _PAGE], client_uid, cookie)
             # Where the whole chunk was used, a look behind it saves the client a page without entries.
             last = not chunk or (cookie == chunk[-1].next and not read_directory(opened))
-            again = open_path_beneath(root.descriptor, below, cross_mounts=root.cross_mounts)
+            again = open_path_beneath(root.descriptor, below, root.cross_mounts)
             if not os.path.samestat(os.fstat(again), os.fstat(held)):
                 return Page(_object_refusal(decision, "moved"))
             return Page(outcome, entries, cookie, last=last)
@@ -245,7 +270,7 @@ class Opener:
         allowed, reason, rule = decide_object(decision, facts, client_uid)
         if not allowed:
             return Outcome(_DENIED, reason, rule)
-        return Outcome(GIVEN, "ok", rule, -1, _file_stat(facts))
+        return Outcome(GIVEN, "ok", rule, _file_stat(facts))
 
 
 def _refusal(decision: NameDecision) -> Outcome:

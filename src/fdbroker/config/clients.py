@@ -98,11 +98,11 @@ class ClientReader:
         else:
             number = look_up(name)
             if number is None:
-                known = self._lookups.group_names() if kind == "group" else self._lookups.user_names()
+                known = self._lookups.group_names if kind == "group" else self._lookups.user_names
                 self._reader.add(
                     text.mark,
                     f"{what}: there is no {kind} {quoted(name)} on this system",
-                    did_you_mean(name, known, f"create the {kind}, or write its number"),
+                    lambda: did_you_mean(name, known(), f"create the {kind}, or write its number"),
                 )
         if number == OVERFLOW_ID:
             self._reader.add(

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from fdbroker.config.clients import ClientReader
 from fdbroker.config.compiled import CompiledPolicy, CompiledRoot, CompiledRule
 from fdbroker.config.conditions import ConditionReader
-from fdbroker.config.errors import ProblemList, closest, did_you_mean, quoted
+from fdbroker.config.errors import ProblemList, closest, did_you_mean, listed, quoted
 from fdbroker.config.identities import Lookups, SystemLookups
 from fdbroker.config.reader import Reader
 from fdbroker.config.scalars import parse_boolean, parse_count, parse_path
@@ -240,7 +240,7 @@ class _Compiler:
             self._reader.add(
                 text.mark,
                 f"{what}: in: there is no root {quoted(text.value)}",
-                did_you_mean(text.value, root_names, f"the roots are {', '.join(root_names)}"),
+                lambda: did_you_mean(text.value, root_names, f"the roots are {listed(root_names)}"),
             )
         return text.value
 

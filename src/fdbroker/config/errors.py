@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 MAX_PROBLEMS = 100
-_MAX_SHOWN = 60
+_MAX_SHOWN = 80
+_MAX_LISTED = 12
 # difflib takes time by the product of both lengths; no name that is meant is longer.
 _MAX_COMPARED = 64
 
@@ -61,11 +62,17 @@ class ProblemList:
     def __bool__(self) -> bool:
         return bool(self._problems)
 
-    def add(self, mark: Mark | None, message: str, cure: str) -> None:
-        """Note one problem; beyond `MAX_PROBLEMS` they are only counted."""
+    def add(self, mark: Mark | None, message: str, cure: str | Callable[[], str]) -> None:
+        """Note one problem; beyond `MAX_PROBLEMS` they are only counted.
+
+        A cure that takes time, as looking for similar names does, comes as a
+        function and is asked for only when it will be shown.
+        """
         if len(self._problems) >= MAX_PROBLEMS:
             self._left_out += 1
             return
+        if not isinstance(cure, str):
+            cure = cure()
         line, column = mark if mark is not None else (None, None)
         self._problems.append(Problem(self.file, line, column, message, cure))
 
@@ -102,6 +109,11 @@ def quoted(text: str) -> str:
     if len(text) > _MAX_SHOWN:
         text = text[: _MAX_SHOWN - 3] + "..."
     return repr(text)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return some of `names` as a list in words, for a cure."""
+    return ", ".join(names if len(names) <= _MAX_LISTED else [*names[:_MAX_LISTED], "..."])
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

@@ -89,20 +89,20 @@ class SystemLookups:
             try:
                 status = os.lstat(at)
             except OSError as error:
-                return Fault(f"{quoted(at)}: {error.strerror}", "name a directory that exists")
+                return Fault(f"{at!r}: {error.strerror}", "name a directory that exists")
             if stat.S_ISLNK(status.st_mode):
                 real = os.path.realpath(path)
-                return Fault(f"{quoted(at)} is a symbolic link", f"write the real path, {quoted(real)}")
+                return Fault(f"{at!r} is a symbolic link", f"write the real path, {real!r}")
             if not stat.S_ISDIR(status.st_mode):
-                return Fault(f"{quoted(at)} is not a directory", "name a directory")
+                return Fault(f"{at!r} is not a directory", "name a directory")
         return None
 
 
 class OfflineLookups:
     """Takes every name and directory as given, to check a policy that is for another machine.
 
-    Never compile with it: its ids are not ids. -1 is no uid or gid, and the
-    broker takes no policy that has it as one of a client.
+    Never put in force what was compiled with it: -1 stands for every name,
+    which is no process's id and so matches nobody, in deny rules too.
     """
 
     def user(self, name: str) -> int | None:  # noqa: ARG002

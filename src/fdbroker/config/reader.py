@@ -28,7 +28,7 @@ class Reader:
     def __init__(self, problems: ProblemList) -> None:
         self._problems = problems
 
-    def add(self, mark: Mark, message: str, cure: str) -> None:
+    def add(self, mark: Mark, message: str, cure: str | Callable[[], str]) -> None:
         """Note a problem that the caller found."""
         self._problems.add(mark, message, cure)
 
@@ -144,7 +144,7 @@ class Reader:
         self._problems.add(
             text.mark,
             f"{what}: {quoted(text.value)} is not a choice here",
-            did_you_mean(text.value, words, f"write {_or(words)}"),
+            lambda: did_you_mean(text.value, words, f"write {_or(words)}"),
         )
         return False
 

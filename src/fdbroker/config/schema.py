@@ -8,6 +8,9 @@ a plain number is a number; fdbroker itself reads every scalar as text.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
@@ -177,9 +180,12 @@ NOT_SUPPORTED = frozenset(
 NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"limits"}
 
 
-def keys_of(structure: type[msgspec.Struct]) -> dict[str, bool]:
+@functools.cache
+def keys_of(structure: type[msgspec.Struct]) -> Mapping[str, bool]:
     """Return the keys of a structure in their order, each with whether it is required."""
-    return {field.encode_name: field.required for field in msgspec.structs.fields(structure)}
+    return MappingProxyType(
+        {field.encode_name: field.required for field in msgspec.structs.fields(structure)}
+    )
 
 
 def json_schema() -> dict[str, Any]:

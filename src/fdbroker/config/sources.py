@@ -13,7 +13,7 @@ import os
 import stat
 from typing import NoReturn
 
-from fdbroker.config.errors import ConfigError, Problem, quoted
+from fdbroker.config.errors import ConfigError, Problem
 from fdbroker.config.yaml_tree import MAX_BYTES
 
 _DIRECTORY_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -84,8 +84,8 @@ class _Source:
             return os.open(name, flags, dir_fd=directory)
         except OSError as error:
             if _is_link(name, directory):
-                real = quoted(os.path.realpath(self._given))
-                self._refuse(shown, "is a symbolic link", f"name the file by its real path, {real}")
+                real = os.path.realpath(self._given)
+                self._refuse(shown, "is a symbolic link", f"name the file by its real path, {real!r}")
             self._refuse(shown, f"can't be opened: {error.strerror}", "check the path and who runs this")
 
     def _check_directory(self, path: str, status: os.stat_result) -> None:

@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from typing import Self
 
 
+def close_all(descriptors: list[int]) -> None:
+    """Close every descriptor and empty the list. An error of close(2) changes nothing: the number is free."""
+    while descriptors:
+        try:
+            os.close(descriptors.pop())
+        except OSError:
+            continue
+
+
 class Descriptors:
     """Owns open descriptors until somebody takes them; closes the rest.
 
@@ -64,10 +73,5 @@ class Descriptors:
         return owned
 
     def close(self) -> None:
-        """Close all that are left. An error of close(2) changes nothing: the number is free."""
-        owned, self._owned = self._owned, []
-        for descriptor in owned:
-            try:
-                os.close(descriptor)
-            except OSError:  # noqa: PERF203 - each must be tried
-                continue
+        """Let go of what is left."""
+        close_all(self._owned)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import struct
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from typing import NamedTuple
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.libc import LIBC, SYS_GETDENTS64, SYS_OPENAT2
 
-# linux/openat2.h (5.6)
+# From linux/openat2.h, Linux 5.6.
 RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
@@ -32,22 +31,22 @@ class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
-_HOW_SIZE = ctypes.c_size_t(ctypes.sizeof(_OpenHow))
 # O_NOFOLLOW with O_PATH: a symbolic link as last component is opened itself,
 # so that it can be described; one in the middle is ELOOP.
 _FLAGS = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _how_within = _OpenHow(_FLAGS, 0, _BENEATH | RESOLVE_NO_XDEV)
 _how_across = _OpenHow(_FLAGS, 0, _BENEATH)
+# The hot path: arguments that never change are made once, and a prototype
+# would convert the others more slowly than ctypes does by itself.
 _WITHIN = ctypes.byref(_how_within)
 _ACROSS = ctypes.byref(_how_across)
-# A second prototype of the same function, with its types fixed: this is the
-# hot path, and conversion by prototype is the fast one.
+_NUMBER = ctypes.c_long(SYS_OPENAT2)
+_HOW_SIZE = ctypes.c_size_t(ctypes.sizeof(_OpenHow))
 _openat2 = ctypes.CDLL(None, use_errno=True).syscall
 _openat2.restype = ctypes.c_long
-_openat2.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
-def open_path_beneath(directory: int, path: bytes, *, cross_mounts: bool = False) -> int:
+def open_path_beneath(directory: int, path: bytes, cross_mounts: bool = False) -> int:  # noqa: FBT001, FBT002 - hot
     """Open `path` below the held `directory` with O_PATH and return the descriptor.
 
     Forced: nothing above the directory, no magic links, no symbolic links on
@@ -64,13 +63,17 @@ def open_path_beneath(directory: int, path: bytes, *, cross_mounts: bool = False
     if b"\0" in path:
         raise SyscallError(errno.EINVAL, "openat2", directory=directory, path=path)
     how = _ACROSS if cross_mounts else _WITHIN
+    descriptor: int = _openat2(_NUMBER, directory, path, how, _HOW_SIZE)
+    if descriptor >= 0:
+        return descriptor
+    number = ctypes.get_errno()
     for _ in range(_RETRIES):
-        descriptor: int = _openat2(SYS_OPENAT2, directory, path, how, 24)
+        if number not in {errno.EAGAIN, errno.EINTR}:
+            break
+        descriptor = _openat2(_NUMBER, directory, path, how, _HOW_SIZE)
         if descriptor >= 0:
             return descriptor
         number = ctypes.get_errno()
-        if number not in {errno.EAGAIN, errno.EINTR}:
-            break
     raise SyscallError(
         number,
         "openat2",
@@ -89,6 +92,9 @@ def open_proc_self_fd() -> int:
     return os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
+_READ_AT_ONCE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
 def reopen_for_reading(proc_self_fd: int, descriptor: int) -> int:
     """Open the object behind an O_PATH descriptor for reading; a new open file description.
 
@@ -101,13 +107,9 @@ def reopen_for_reading(proc_self_fd: int, descriptor: int) -> int:
         OSError: EAGAIN (a lease), EACCES (Landlock), ENFILE, EMFILE, ...
 
     """
-    opened = os.open(
-        str(descriptor),
-        os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC,
-        dir_fd=proc_self_fd,
-    )
+    opened = os.open(str(descriptor), _READ_AT_ONCE, dir_fd=proc_self_fd)
     try:
-        fcntl.fcntl(opened, fcntl.F_SETFL, 0)
+        os.set_blocking(opened, True)
     except BaseException:
         os.close(opened)
         raise

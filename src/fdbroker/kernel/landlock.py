@@ -69,11 +69,11 @@ _LAYERS = (
 
 
 class LandlockReport(NamedTuple):
-    """What is enforced from now on, and what is not. Nobody may take it for granted: look."""
+    """What is enforced from now on. Nobody may take it for granted: look."""
 
     abi: int  # of the kernel, or the one asked for; 0: no Landlock, nothing is enforced
     enforced: tuple[str, ...]
-    missing: tuple[str, ...]
+    missing: tuple[str, ...]  # asked for, but the kernel is too old
 
 
 def abi_version() -> int:
@@ -124,7 +124,7 @@ def restrict_to(
     report = LandlockReport(
         used,
         tuple(layer.name for layer in layers),
-        tuple(layer.name for layer in _LAYERS if layer not in layers),
+        tuple(layer.name for layer in wanted if layer.abi > used),
     )
     if not layers:
         return report

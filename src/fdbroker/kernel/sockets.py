@@ -27,7 +27,12 @@ SIOCOUTQ = 0x5411  # bytes sent and not yet received; unix(7) does not say it, a
 _SPACE_FOR_CREDENTIALS = socket.CMSG_SPACE(12)  # struct ucred
 _SPACE_FOR_RIGHTS = socket.CMSG_SPACE(SCM_MAX_FD * 4)
 _ANCILLARY_SPACE = _SPACE_FOR_CREDENTIALS + _SPACE_FOR_RIGHTS
-_RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC
+# As plain numbers: the arithmetic of Python's enumerations costs more than a system call.
+_RECEIVE_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
+_CONTROL_TRUNCATED = int(socket.MSG_CTRUNC)
+_DATA_TRUNCATED = int(socket.MSG_TRUNC)
+_SEND_WAITING = int(socket.MSG_NOSIGNAL)
+_SEND_AT_ONCE = int(socket.MSG_NOSIGNAL) | int(socket.MSG_DONTWAIT)
 
 
 class Received(NamedTuple):
@@ -80,11 +85,11 @@ def _received(data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int) 
                 descriptors.add(number)
         elif kind == socket.SCM_CREDENTIALS:
             credentials = content
-    if flags & socket.MSG_CTRUNC:
+    if flags & _CONTROL_TRUNCATED:
         arrived = len(descriptors)
         descriptors.close()
         raise SyscallError(errno.EMFILE, "recvmsg", flags="MSG_CTRUNC", descriptors_that_arrived=arrived)
-    return Received(data, descriptors, credentials, bool(flags & socket.MSG_TRUNC))
+    return Received(data, descriptors, credentials, bool(flags & _DATA_TRUNCATED))
 
 
 def send(sock: socket.socket, data: bytes, descriptors: Sequence[int] = (), *, wait: bool = True) -> None:
@@ -102,8 +107,7 @@ def send(sock: socket.socket, data: bytes, descriptors: Sequence[int] = (), *, w
     if len(descriptors) > SCM_MAX_FD:
         raise ValueError(f"a message carries at most {SCM_MAX_FD} descriptors, not {len(descriptors)}")
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-    flags = socket.MSG_NOSIGNAL | (0 if wait else socket.MSG_DONTWAIT)
-    sent = sock.sendmsg([data], ancillary, flags)
+    sent = sock.sendmsg([data], ancillary, _SEND_WAITING if wait else _SEND_AT_ONCE)
     if sent != len(data):
         raise SyscallError(errno.EMSGSIZE, "sendmsg", length=len(data), sent=sent)
 

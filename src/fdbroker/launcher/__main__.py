@@ -88,7 +88,8 @@ def _compile(path: str, *, dev: bool) -> dict[str, Any]:
             document = json.load(file)
     else:
         command = [sys.executable, "-m", "fdbroker.config", "compile", path, *(["--dev"] if dev else [])]
-        document = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        compiler = subprocess.run(command, check=True, stdout=subprocess.PIPE)  # noqa: S603 - ourselves
+        document = json.loads(compiler.stdout)
     if not isinstance(document, dict):
         raise OSError(f"{path} is not a compiled policy")
     return document

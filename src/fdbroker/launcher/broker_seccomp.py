@@ -102,8 +102,10 @@ _WRITES_OR_CREATES = (
 # Flags of descriptors. No locks, leases, owners, signals or pipe sizes.
 _FCNTL = (fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_DUPFD_CLOEXEC)
 
-# asm-generic/ioctls.h: bytes in the send queue (SIOCOUTQ has the same number), O_NONBLOCK, close-on-exec.
-_IOCTL = (0x5411, 0x5421, 0x5451)
+# asm-generic/ioctls.h: bytes in the send queue (TIOCOUTQ, SIOCOUTQ), O_NONBLOCK (FIONBIO), close-on-exec
+# (FIOCLEX), and whether it is a terminal (TCGETS), which Python asks of the source that it quotes in a
+# traceback: a bug shall leave its trace and not a killed process.
+_IOCTL = (0x5411, 0x5421, 0x5451, 0x5401)
 # linux/pidfd.h: PIDFD_GET_INFO is _IOWR(0xFF, 11, struct pidfd_info), a structure that grows: any size.
 _PIDFD_GET_INFO = 0xC000FF0B
 _ANY_SIZE = 0xC000FFFF

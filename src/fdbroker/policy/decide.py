@@ -25,6 +25,7 @@ from fdbroker.policy.paths import MAX_NAME_BYTES, MAX_PATH_BYTES, components_bel
 from fdbroker.policy.rules import ACTIONS, ClientFacts, FileFacts, Root, Rule, RuleSet
 
 if TYPE_CHECKING:
+    import re
     from collections.abc import Iterable, Sequence
 
     from fdbroker.policy.globs import Glob
@@ -152,7 +153,7 @@ class ActionView:
         self._index: dict[tuple[int, tuple[bytes, ...]], list[Rule]] = {}
         for rule in self._rules:
             for prefix in {glob.literal_prefix for glob in rule.paths}:
-                self._index.setdefault((rule.root.index, prefix), []).append(rule)
+                self._index.setdefault((rule.root.number, prefix), []).append(rule)
 
     def decide(self, path: bytes) -> NameDecision:
         """Decide on `path`, which may be any bytes without NUL. Never raises."""
@@ -188,7 +189,7 @@ class ActionView:
 
     def combine(self, root: Root | None, matching: Sequence[Rule]) -> NameDecision:
         """Return what the rules that match a name, in policy order, amount to."""
-        key = (-1 if root is None else root.index, *(rule.index for rule in matching))
+        key = (-1 if root is None else root.number, *(rule.index for rule in matching))
         decision = self._combined.get(key)
         if decision is None:
             if len(self._combined) >= MAX_REMEMBERED_DIRECTORIES:
@@ -210,14 +211,14 @@ class ActionView:
             components = components_below(root.path, directory)
             if components is None:
                 continue
-            components_of[root.index] = components
+            components_of[root.number] = components
             for end in range(len(components) + 1):
-                for rule in self._index.get((root.index, tuple(components[:end])), ()):
+                for rule in self._index.get((root.number, tuple(components[:end])), ()):
                     if rule.deny or root is serving:
                         found[rule.index] = rule
         remainders = []
         for _, rule in sorted(found.items()):
-            components = components_of[rule.root.index]
+            components = components_of[rule.root.number]
             include = _remainder(rule.paths, components)
             exclude = _remainder(rule.excepts, components)
             if include is not NOTHING and not exclude.anything:
@@ -275,7 +276,7 @@ def _serves(rule: Rule, action: str) -> bool:
 def _remainder(globs: Sequence[Glob], components: Sequence[bytes]) -> Remainder:
     """Return what any of `globs` asks of the last component below `components`."""
     names: list[bytes] = []
-    patterns = []
+    patterns: list[re.Pattern[bytes]] = []
     for glob in globs:
         states = glob.start
         for component in components:

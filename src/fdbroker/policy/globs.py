@@ -139,8 +139,6 @@ def compile_glob(pattern: bytes) -> Glob:
             raise ValueError(
                 f"the glob has the component {component.decode()!r}, which no path here can have"
             )
-        if b"**" in component.replace(b"\\*", b"") and component != b"**":
-            raise ValueError("'**' stands for whole components: write it between slashes, or use '*'")
     return Glob(pattern, components)
 
 
@@ -179,6 +177,8 @@ def _compile_component(component: bytes) -> re.Pattern[bytes] | bytes | None:
         byte = component[at : at + 1]
         at += 1
         if byte == b"*":
+            if component[at : at + 1] == b"*":
+                raise ValueError("'**' stands for whole components: write it between slashes, or use '*'")
             is_literal = False
             pieces.append(b"")
             continue

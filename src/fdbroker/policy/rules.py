@@ -30,15 +30,24 @@ class FileFacts(Protocol):
     """What conditions ask of an object: the fields of `os.stat_result` by that name."""
 
     @property
-    def st_mode(self) -> int: ...
+    def st_mode(self) -> int:
+        """See inode(7)."""
+
     @property
-    def st_uid(self) -> int: ...
+    def st_uid(self) -> int:
+        """See inode(7)."""
+
     @property
-    def st_gid(self) -> int: ...
+    def st_gid(self) -> int:
+        """See inode(7)."""
+
     @property
-    def st_size(self) -> int: ...
+    def st_size(self) -> int:
+        """See inode(7)."""
+
     @property
-    def st_nlink(self) -> int: ...
+    def st_nlink(self) -> int:
+        """See inode(7)."""
 
 
 class ClientFacts(NamedTuple):
@@ -56,7 +65,7 @@ class ClientFacts(NamedTuple):
 class Root(NamedTuple):
     """A tree that can be reached. `skip` bytes of a path below it precede the relative part."""
 
-    index: int
+    number: int
     name: str
     path: bytes
     cross_mounts: bool
@@ -247,7 +256,7 @@ def _read_root(document: Mapping[str, object], index: int) -> Root:
     if problem is not None:
         raise PolicyError(f"{at}.path: {problem}")
     return Root(
-        index=index,
+        number=index,
         name=_get(document, "name", str, at),
         path=path,
         cross_mounts=_get(document, "cross_mounts", bool, at),

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _NO_STAT = bytes(STAT.size)
 _GIVEN = GIVEN.encode()
+_OPEN_REPLY = int(Type.OPEN | REPLY)
 
 
 def encode_welcome(reply: Welcome) -> bytes:
@@ -63,7 +64,7 @@ def encode_welcome(reply: Welcome) -> bytes:
 def encode_open_reply(request_id: int, generation: int, results: Sequence[Result]) -> bytes:
     """Return the frame; its descriptors, one per given result, go beside it."""
     entries = [_GIVEN if result is GIVEN else result.encode() for result in results]
-    return HEADER.pack(Type.OPEN | REPLY, 0, len(entries), request_id, generation) + b"".join(entries)
+    return HEADER.pack(_OPEN_REPLY, 0, len(entries), request_id, generation) + b"".join(entries)
 
 
 def encode_stat_reply(
@@ -119,12 +120,14 @@ def decode_reply(frame: bytes) -> Reply:
     decode = _DECODERS.get(kind)
     if decode is None:
         raise MalformedError(f"unknown reply type {kind:#04x}", request_id)
+    if flags & ~_FLAGS.get(kind, 0):
+        raise MalformedError(f"flags {flags:#04x}, which this type does not have", request_id)
     try:
         return decode(frame, flags, count, request_id, generation)
     except (ValueError, IndexError) as error:
         if isinstance(error, MalformedError):
             raise
-        # An unknown status, reason or kind; or text that is not UTF-8.
+        # An unknown status, reason or kind; an impossible result; or text that is not UTF-8.
         raise MalformedError(f"a reply with an impossible value: {error}", request_id) from None
 
 
@@ -134,20 +137,28 @@ def _expect(frame: bytes, length: int, what: str, request_id: int) -> None:
 
 
 def _decode_result(frame: bytes, at: int) -> Result:
-    status, reason, number, length = RESULT.unpack_from(frame, at)
-    if length:
-        raise MalformedError("a result with a length, which this version does not have")
-    if not status:
+    if frame.startswith(_GIVEN, at):
         return GIVEN
+    status, reason, number, length = RESULT.unpack_from(frame, at)
+    if not status or length:
+        raise ValueError("a result that is given and has a reason, or one with a length")
     return Result(Status(status), Reason(reason), number)
 
 
-def _decode_welcome(frame: bytes, flags: int, count: int, request_id: int, generation: int) -> Welcome:
+def _decode_stat_record(frame: bytes, at: int, *, filled: bool) -> FileStat | None:
+    if filled:
+        return FileStat(*STAT.unpack_from(frame, at))
+    if not frame.startswith(_NO_STAT, at):
+        raise ValueError("a stat record where none is given")
+    return None
+
+
+def _decode_welcome(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> Welcome:
     _expect(frame, HEADER.size + WELCOME.size, "a welcome", request_id)
     version, level, features, max_paths, reserved, max_frame, in_flight, copy_max = WELCOME.unpack_from(
         frame, HEADER.size
     )
-    if flags or count or reserved:
+    if count or reserved:
         raise MalformedError("a welcome whose reserved fields are not 0", request_id)
     return Welcome(
         request_id, generation, version, level, features, max_paths, max_frame, in_flight, copy_max
@@ -170,7 +181,7 @@ def _decode_stat(frame: bytes, _flags: int, count: int, request_id: int, generat
     results: list[tuple[Result, FileStat | None]] = []
     for at in range(HEADER.size, len(frame), size):
         result = _decode_result(frame, at)
-        facts = FileStat(*STAT.unpack_from(frame, at + RESULT.size)) if result is GIVEN else None
+        facts = _decode_stat_record(frame, at + RESULT.size, filled=result is GIVEN)
         results.append((result, facts))
     return StatReply(request_id, generation, results)
 
@@ -185,9 +196,11 @@ def _decode_list(frame: bytes, flags: int, count: int, request_id: int, generati
     for _ in range(count):
         if len(frame) < at + ENTRY.size + STAT.size:
             raise MalformedError("a list reply that ends within an entry", request_id)
-        length, kind, entry_flags, _reserved = ENTRY.unpack_from(frame, at)
+        length, kind, entry_flags, reserved = ENTRY.unpack_from(frame, at)
+        if entry_flags & ~ENTRY_HAS_STAT or reserved:
+            raise MalformedError("an entry whose reserved fields are not 0", request_id)
         at += ENTRY.size
-        facts = FileStat(*STAT.unpack_from(frame, at)) if entry_flags & ENTRY_HAS_STAT else None
+        facts = _decode_stat_record(frame, at, filled=bool(entry_flags))
         at += STAT.size
         name = frame[at : at + length]
         at += length
@@ -199,18 +212,23 @@ def _decode_list(frame: bytes, flags: int, count: int, request_id: int, generati
     return ListReply(request_id, generation, result, entries, cookie, bool(flags & LIST_LAST_PAGE))
 
 
-def _decode_status(frame: bytes, _flags: int, _count: int, request_id: int, generation: int) -> StatusReply:
+def _decode_status(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> StatusReply:
+    if count:
+        raise MalformedError("a status reply whose count is not 0", request_id)
     return StatusReply(request_id, generation, frame[HEADER.size :])
 
 
-def _decode_error(frame: bytes, flags: int, _count: int, request_id: int, generation: int) -> ErrorReply:
+def _decode_error(frame: bytes, flags: int, count: int, request_id: int, generation: int) -> ErrorReply:
     if len(frame) < HEADER.size + ERROR.size:
         raise MalformedError("an error frame without its reason", request_id)
-    reason, _reserved, number = ERROR.unpack_from(frame, HEADER.size)
+    reason, reserved, number = ERROR.unpack_from(frame, HEADER.size)
+    if count or reserved:
+        raise MalformedError("an error frame whose reserved fields are not 0", request_id)
     text = frame[HEADER.size + ERROR.size :].decode()
     return ErrorReply(request_id, generation, Kind(flags), Reason(reason), number, text)
 
 
+_FLAGS = {Type.LIST | REPLY: LIST_LAST_PAGE, Type.ERROR: Kind.REFUSED | Kind.MALFORMED | Kind.BROKEN}
 _DECODERS: dict[int, Callable[[bytes, int, int, int, int], Reply]] = {
     Type.HELLO | REPLY: _decode_welcome,
     Type.OPEN | REPLY: _decode_open,

@@ -53,14 +53,17 @@ def encode_list(request_id: int, path: bytes, cookie: int = 0, most: int = 0) ->
     """Return a request for one page of a directory.
 
     Raises:
-        ValueError: a NUL in the path, or more entries than a page can have.
+        ValueError: a NUL in the path, a path too long for a frame, or more entries than a page can have.
 
     """
     if b"\0" in path:
         raise ValueError(f"a path can't have a NUL byte: {path!r}")
     if not 0 <= most <= MAX_LIST_ENTRIES:
         raise ValueError(f"a page has 0 to {MAX_LIST_ENTRIES} entries, not {most}")
-    return HEADER.pack(Type.LIST, 0, most, request_id, 0) + COOKIE.pack(cookie) + path
+    frame = HEADER.pack(Type.LIST, 0, most, request_id, 0) + COOKIE.pack(cookie) + path
+    if len(frame) > MAX_FRAME:
+        raise ValueError(f"a path of {len(path)} bytes is too long for a frame")
+    return frame
 
 
 def encode_status(request_id: int) -> bytes:

@@ -1,0 +1,98 @@
+"""Unprivileged programs read exactly the files that a policy names, and nothing else.
+
+    import fdbroker
+
+    with fdbroker.connect() as client, client.open("/var/log/syslog") as file:
+        ...
+
+Nothing is imported before it is asked for: the broker's own process loads this
+file as well, and has no business with its clients' code.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from fdbroker.client import (
+        BrokenError,
+        BrokerError,
+        BrokerTimeoutError,
+        BusyError,
+        Client,
+        DeniedError,
+        DescribedFile,
+        DirectoryError,
+        DisconnectedError,
+        FileStat,
+        LimitError,
+        ListEntry,
+        MissingError,
+        NotDirectoryError,
+        NotRegularError,
+        OpenedFile,
+        PathInvalidError,
+        ProtocolError,
+        ReadOnlyError,
+        Reason,
+        Results,
+        SymlinkError,
+        TooManyFilesError,
+        UnavailableError,
+        UnservedError,
+        Welcome,
+        connect,
+    )
+
+    __version__: str
+
+__all__ = [
+    "BrokenError",
+    "BrokerError",
+    "BrokerTimeoutError",
+    "BusyError",
+    "Client",
+    "DeniedError",
+    "DescribedFile",
+    "DirectoryError",
+    "DisconnectedError",
+    "FileStat",
+    "LimitError",
+    "ListEntry",
+    "MissingError",
+    "NotDirectoryError",
+    "NotRegularError",
+    "OpenedFile",
+    "PathInvalidError",
+    "ProtocolError",
+    "ReadOnlyError",
+    "Reason",
+    "Results",
+    "SymlinkError",
+    "TooManyFilesError",
+    "UnavailableError",
+    "UnservedError",
+    "Welcome",
+    "__version__",
+    "connect",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import what is asked for (PEP 562)."""
+    if name == "__version__":
+        # The version is said in pyproject.toml alone; sources that are not installed have none.
+        from importlib import metadata  # noqa: PLC0415 - not in the broker's process
+
+        try:
+            return metadata.version("fdbroker")
+        except metadata.PackageNotFoundError:
+            return "0+unknown"
+    if name in __all__:
+        from fdbroker import client  # noqa: PLC0415 - not in the broker's process
+
+        return getattr(client, name)
+    raise AttributeError(f"module 'fdbroker' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

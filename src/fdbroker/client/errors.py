@@ -1,0 +1,234 @@
+"""Why the client has nothing to give: one class each, below the OSError that a caller knows already.
+
+Two kinds must never be confused: *the file* is missing or refused
+(FileNotFoundError, PermissionError, ...), and *the broker* can't be reached
+(ConnectionError). A program that takes "no broker" for "no such file" would
+skip what it has to read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from fdbroker.wire.format import ERRNO_OF, Reason
+
+if TYPE_CHECKING:
+    from fdbroker.wire.messages import ErrorReply, Result
+
+
+class BrokerError(OSError):
+    """Anything that keeps the client from doing what it was asked to do.
+
+    `errno` and `strerror` are as in each OSError. `filename` is the path that
+    was asked for, as bytes (or the broker's socket, for `UnavailableError`);
+    None where the error is about no path. `reason` is the code of
+    docs/protocol.md, `Reason.NONE` where the error arose in this process.
+    `request_id` is the number under which the broker's audit has the request,
+    0 where none was sent.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        text: str,
+        filename: bytes | None = None,
+        reason: Reason = Reason.NONE,
+        request_id: int = 0,
+    ) -> None:
+        super().__init__(number, text, filename)
+        self.reason = reason
+        self.request_id = request_id
+
+    def __reduce__(
+        self,
+    ) -> tuple[type[BrokerError], tuple[int | None, str | None, bytes | None, Reason, int]]:
+        """Say how to make it again: what crosses to another process keeps all its parts."""
+        return type(self), (self.errno, self.strerror, self.filename, self.reason, self.request_id)
+
+
+class DeniedError(BrokerError, PermissionError):
+    """The policy does not allow it, or the broker does not take the sender for who connected."""
+
+
+class MissingError(BrokerError, FileNotFoundError):
+    """Allowed, and not there."""
+
+
+class PathInvalidError(BrokerError, ValueError):
+    """Not a path that can be asked for."""
+
+
+class NotDirectoryError(BrokerError, NotADirectoryError):
+    """A component of the path, or what was to be listed, is no directory."""
+
+
+class NotRegularError(BrokerError):
+    """Only regular files are handed out."""
+
+
+class DirectoryError(NotRegularError, IsADirectoryError):
+    """Only regular files are handed out, and this is a directory."""
+
+
+class SymlinkError(BrokerError):
+    """A component of the path is a symbolic link, and no rule says that it may be one."""
+
+
+class UnservedError(BrokerError):
+    """The file is where the broker never serves any: another mount, a writable view, a kernel file system."""
+
+
+class BusyError(BrokerError, BlockingIOError):
+    """Not now: a lease is held on the file, or it was moved while it was looked up. Try again."""
+
+
+class LimitError(BrokerError, BlockingIOError):
+    """Not now: a limit of connections or of descriptors under way is reached. Try again."""
+
+
+class BrokenError(BrokerError):
+    """The broker failed: not a decision about the file. Its operator has to look."""
+
+
+class BrokerTimeoutError(BrokerError, TimeoutError):
+    """The broker did not answer in time. The connection was given up, since a late answer could come."""
+
+
+class UnavailableError(BrokerError, ConnectionError):
+    """There is no way to the broker: `filename` is its socket, `errno` says what is wrong with it."""
+
+
+class DisconnectedError(BrokerError, ConnectionResetError):
+    """The connection ended, and the request could not be repeated on another one."""
+
+
+class ProtocolError(BrokerError, ConnectionError):
+    """One side did not keep to docs/protocol.md. The connection was given up, descriptors were closed."""
+
+
+class TooManyFilesError(BrokerError):
+    """This process has no room for the descriptors that came (EMFILE). The connection was given up."""
+
+
+class ReadOnlyError(BrokerError, PermissionError):
+    """The file was to be opened for something else than reading."""
+
+
+_CLASSES: dict[Reason, type[BrokerError]] = {
+    Reason.DENIED: DeniedError,
+    Reason.PATH_INVALID: PathInvalidError,
+    Reason.NOT_FOUND: MissingError,
+    Reason.NOT_DIRECTORY: NotDirectoryError,
+    Reason.NOT_REGULAR: NotRegularError,
+    Reason.SYMLINK: SymlinkError,
+    Reason.CROSSES_MOUNT: UnservedError,
+    Reason.MOUNT_NOT_READ_ONLY: UnservedError,
+    Reason.FILESYSTEM: UnservedError,
+    Reason.BUSY: BusyError,
+    Reason.IDENTITY: DeniedError,
+    Reason.LIMIT: LimitError,
+    Reason.AUDIT: BrokenError,
+    Reason.BROKEN: BrokenError,
+    Reason.MALFORMED: ProtocolError,
+    Reason.VERSION: ProtocolError,
+}
+
+_TEXTS: dict[Reason, str] = {
+    Reason.DENIED: "the broker's policy does not allow it (or it is not there, where a rule asks about the"
+    " file); who administers the broker finds the rule in its audit",
+    Reason.PATH_INVALID: "not a path that the broker takes: it must be absolute and in normal form, without"
+    " '.', '..', '//' or a '/' at its end",
+    Reason.NOT_FOUND: "the policy allows it, but there is no such file",
+    Reason.NOT_DIRECTORY: "a component of the path, or what was to be listed, is not a directory",
+    Reason.NOT_REGULAR: "not a regular file, and the broker hands out nothing else",
+    Reason.SYMLINK: "a component is a symbolic link; ask for the path that it leads to",
+    Reason.CROSSES_MOUNT: "on another mount than the root that the policy names; it needs a root of its own,"
+    " or 'cross_mounts' in the broker's policy",
+    Reason.MOUNT_NOT_READ_ONLY: "its mount is writable in the broker's view; restart the broker, so that the"
+    " mount becomes part of its read-only view",
+    Reason.FILESYSTEM: "on a file system that the broker never serves",
+    Reason.BUSY: "somebody holds a lease on the file, or it was moved while it was looked up; try again",
+    Reason.IDENTITY: "the broker does not take the sender for who connected; connect anew",
+    Reason.LIMIT: "a limit of the broker is reached (connections, or descriptors under way); receive or close"
+    " some, then try again",
+    Reason.AUDIT: "the broker could not record its decision, so it gave nothing; its operator has to look at"
+    " the audit's disk or journal",
+    Reason.BROKEN: "the broker failed; its operator has to look at its log",
+    Reason.MALFORMED: "the broker could not read the request; client and broker do not fit together",
+    Reason.VERSION: "client and broker have no version of the protocol in common; update the older one",
+}
+
+
+def error_of_result(result: Result, path: bytes, request_id: int) -> BrokerError:
+    """Return the exception for a path that was refused or broke."""
+    return _error(result.reason, result.errno, path, request_id)
+
+
+def error_of_reply(reply: ErrorReply, path: bytes | None = None) -> BrokerError:
+    """Return the exception for an error frame; what the broker says of it comes last."""
+    return _error(reply.reason, reply.errno, path, reply.id, reply.text)
+
+
+def _error(reason: Reason, number: int, path: bytes | None, request_id: int, said: str = "") -> BrokerError:
+    # A reason without a class (0, which says nothing) is no verdict about the file.
+    kind = _CLASSES.get(reason, BrokenError)
+    number = number or ERRNO_OF[reason] or errno.EIO
+    text = _TEXTS.get(reason, "the broker gave no reason")
+    if reason is Reason.NOT_REGULAR and number == errno.EISDIR:
+        kind, text = DirectoryError, "a directory, and the broker hands out regular files only"
+    elif reason is Reason.PATH_INVALID and path is not None and path[:1] != b"/":
+        text = "the broker takes absolute paths only" if path else "the path is empty"
+    elif reason is Reason.BROKEN:
+        text = f"{text} ({os.strerror(number)})"
+    if said:
+        text = f"{text}: {said}"
+    return kind(number, text, path, reason, request_id)
+
+
+def path_not_sendable(path: bytes, number: int, why: str) -> PathInvalidError:
+    """Return the exception for a path that no frame can carry, so that it was not sent."""
+    return PathInvalidError(number, f"not a path: {why}", path, Reason.PATH_INVALID)
+
+
+def unavailable(socket_path: bytes, error: OSError) -> UnavailableError:
+    """Return the exception for a broker's socket that can't be connected to, with the cure."""
+    number = error.errno or errno.EIO
+    cures = {
+        errno.ENOENT: "the broker's socket is not there; start the broker, or give connect() the path of its"
+        " socket",
+        errno.ECONNREFUSED: "nobody listens on the broker's socket; start the broker",
+        errno.EACCES: "this user may not connect to the broker's socket; whoever administers the machine can"
+        " add it to the group that may (fdbroker-clients)",
+        errno.EPROTOTYPE: "the socket is of another type; the client needs a SOCK_SEQPACKET socket",
+        errno.EAGAIN: "the queue of the broker's socket is full; the broker is overloaded or stuck",
+    }
+    text = cures.get(number) or f"the broker's socket can't be used: {error.strerror or error}"
+    return UnavailableError(number, text, socket_path)
+
+
+def timed_out(seconds: float, what: str) -> BrokerTimeoutError:
+    """Return the exception for an answer that did not come in time."""
+    text = f"{what} within {seconds:g} s; is the broker overloaded, or its file system stuck?"
+    return BrokerTimeoutError(errno.ETIMEDOUT, text)
+
+
+def disconnected(why: str) -> DisconnectedError:
+    """Return the exception for a connection that ended and can't be replaced."""
+    return DisconnectedError(errno.ECONNRESET, why)
+
+
+def protocol_error(why: str, request_id: int = 0) -> ProtocolError:
+    """Return the exception for a broker that did not keep to the protocol."""
+    text = f"the broker does not keep to the protocol: {why}"
+    return ProtocolError(errno.EPROTO, text, None, Reason.NONE, request_id)
+
+
+def too_many_files() -> TooManyFilesError:
+    """Return the exception for descriptors that this process had no room for."""
+    text = (
+        "this process may not have the descriptors that the broker sent; close some, raise RLIMIT_NOFILE,"
+        " or ask for fewer at once"
+    )
+    return TooManyFilesError(errno.EMFILE, text)

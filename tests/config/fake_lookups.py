@@ -1,0 +1,50 @@
+"""A machine that exists only in tests: a few users, groups and directories."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fdbroker.config import Fault
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+USERS = {
+    "root": 0,
+    "clamav": 110,
+    "backup-agent": 111,
+    "log-shipper": 112,
+    "app": 113,
+    "anon": 65534,
+    "Alice": 1000,
+}
+GROUPS = {"users": 100, "projects": 2000, "adm": 4, "wheel": 4}
+DIRECTORIES = {
+    "/",
+    "/home",
+    "/home/alice",
+    "/var/mail",
+    "/var/log",
+    "/var/lib/containers",
+    "/var/lib/app",
+    "/srv/projects",
+}
+
+
+class FakeLookups:
+    def user(self, name: str) -> int | None:
+        return USERS.get(name)
+
+    def group(self, name: str) -> int | None:
+        return GROUPS.get(name)
+
+    def user_names(self) -> Iterable[str]:
+        return USERS
+
+    def group_names(self) -> Iterable[str]:
+        return GROUPS
+
+    def directory(self, path: str) -> Fault | None:
+        if path in DIRECTORIES:
+            return None
+        return Fault(f"{path!r}: No such file or directory", "name a directory that exists")

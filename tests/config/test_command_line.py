@@ -1,0 +1,120 @@
+"""`python -m fdbroker.config`: status 2 on any problem, and then nothing is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fdbroker.config.__main__ import main
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GOOD = "version: 1\nroots: {etc: {path: /etc}}\nrules: []\n"
+BAD = "version: 1\nroots: {etc: {path: /nowhere}}\nrules: [{name: r}]\n"
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    file = tmp_path / "policy.yaml"
+    file.write_text(GOOD)
+    file.chmod(0o600)
+    return file
+
+
+def test_compile_writes_to_standard_output(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", str(policy), "--dev"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["roots"] == [{"name": "etc", "path": "/etc", "cross_mounts": False}]
+    assert err == ""
+
+
+def test_compile_replaces_a_file_whole(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = policy.parent / "policy.json"
+    target = policy.parent / "target"
+    target.write_text("old")
+    output.symlink_to(target)
+    assert main(["compile", str(policy), "--dev", "--output", str(output)]) == 0
+    assert json.loads(output.read_text())["version"] == 1
+    assert not output.is_symlink()
+    assert target.read_text() == "old"
+    assert stat.S_IMODE(output.stat().st_mode) == 0o600
+    assert sorted(os.listdir(policy.parent)) == ["policy.json", "policy.yaml", "target"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_compile_writes_nothing_when_there_is_a_problem(
+    policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy.write_text(BAD)
+    output = policy.parent / "policy.json"
+    output.write_text("old")
+    assert main(["compile", str(policy), "--dev", "--output", str(output)]) == 2
+    assert output.read_text() == "old"
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        f"{policy}:2:21: root 'etc': path: '/nowhere': No such file or directory; "
+        "name a directory that exists",
+        f"{policy}:3:9: rule 'r': key 'in' is missing; add 'in: ...'",
+        f"{policy}:3:9: rule 'r': key 'paths' is missing; add 'paths: ...'",
+        f"{policy}:3:9: rule 'r' has neither 'allow' nor 'deny'; add one of them with a list of actions",
+    ]
+
+
+def test_an_output_that_can_not_be_written_is_a_problem(
+    policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = policy.parent / "missing" / "policy.json"
+    assert main(["compile", str(policy), "--dev", "--output", str(output)]) == 2
+    assert capsys.readouterr().err == f"{output}: can't be written: No such file or directory\n"
+    directory = policy.parent / "d"
+    directory.mkdir()
+    assert main(["compile", str(policy), "--dev", "--output", str(directory)]) == 2
+    assert sorted(os.listdir(policy.parent)) == ["d", "policy.yaml"]
+
+
+def test_check_says_that_there_is_no_problem(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(policy), "--dev"]) == 0
+    assert capsys.readouterr() == (f"{policy}: 1 roots, 0 rules, no problems\n", "")
+
+
+def test_check_of_a_policy_for_another_machine_looks_at_nothing_here(
+    policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rule = "{name: r, allow: open, client: {user: zz}, in: etc, paths: x}"
+    policy.write_text(f"version: 1\nroots: {{etc: {{path: /nowhere}}}}\nrules: [{rule}]\n")
+    assert main(["check", str(policy), "--dev"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    assert main(["check", str(policy), "--dev", "--offline"]) == 0
+
+
+def test_compile_can_not_be_offline(policy: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["compile", str(policy), "--dev", "--offline"])
+    assert caught.value.code == 2
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["$ref"] == "#/$defs/Policy"
+
+
+def test_it_runs_as_a_program_and_escapes_a_hostile_file_name(tmp_path: Path) -> None:
+    name = b"\xff\x1b[2J\n.yaml"
+    done = subprocess.run(
+        [sys.executable, "-m", "fdbroker.config", "check", os.fsencode(tmp_path) + b"/" + name],
+        check=False,
+        capture_output=True,
+        env={**os.environ, "PYTHONUTF8": "1"},
+    )
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert b"\x1b" not in done.stderr
+    assert b"Traceback" not in done.stderr

@@ -1,0 +1,142 @@
+"""What a policy decides, said a second time in the plainest way: over the JSON document, rule by rule.
+
+Globs are those of the standard library, component by component, so nothing is
+shared with fdbroker.policy but the words.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import stat
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from fdbroker.policy.rules import ClientFacts
+
+
+class Facts(NamedTuple):
+    """What fstat says of an object, as far as rules ask."""
+
+    st_mode: int
+    st_uid: int = 0
+    st_gid: int = 0
+    st_size: int = 0
+    st_nlink: int = 1
+
+
+class Expected(NamedTuple):
+    """What the name alone decides: the root that serves, the rules that are left to ask, by index."""
+
+    root: str | None
+    reason: str
+    allows: tuple[int, ...] = ()
+    denies: tuple[int, ...] = ()
+    rule: int | None = None
+
+
+@lru_cache(maxsize=None)
+def glob_matches(pattern: tuple[str, ...], path: tuple[str, ...]) -> bool:
+    """Say whether components of a glob match those of a path; no escapes."""
+    if not pattern:
+        return not path
+    if pattern[0] == "**":
+        return any(glob_matches(pattern[1:], path[i:]) for i in range(len(path) + 1))
+    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and glob_matches(pattern[1:], path[1:])
+
+
+def below(root: str, path: str) -> tuple[str, ...] | None:
+    """Return the components of `path` below `root`, None outside it."""
+    of_root = tuple(part for part in root.split("/") if part)
+    of_path = tuple(part for part in path.split("/") if part)
+    return of_path[len(of_root) :] if of_path[: len(of_root)] == of_root else None
+
+
+def is_for(rule: dict[str, Any], client: ClientFacts) -> bool:
+    """Say whether a rule is about a client."""
+    return any(
+        "any" in entry
+        or (
+            ("uids" not in entry or client.uid in entry["uids"])
+            and ("gids" not in entry or any(gid in client.gids for gid in entry["gids"]))
+            and ("cgroups" not in entry or any(group in client.cgroups for group in entry["cgroups"]))
+        )
+        for entry in rule["clients"]
+    )
+
+
+def matching_rules(
+    document: dict[str, Any], client: ClientFacts, action: str, path: str
+) -> tuple[str | None, list[int]]:
+    """Return the name of the root that serves `path`, and the rules that match it."""
+    paths = {root["name"]: root["path"] for root in document["roots"]}
+    containing = [name for name in paths if below(paths[name], path) is not None]
+    serving = max(containing, key=lambda name: len(paths[name]), default=None)
+    matching = []
+    for index, rule in enumerate(document["rules"]):
+        rest = below(paths[rule["root"]], path)
+        if (
+            rest is not None
+            and action in rule["actions"]
+            and is_for(rule, client)
+            and any(glob_matches(tuple(glob.split("/")), rest) for glob in rule["paths"])
+            and not any(glob_matches(tuple(glob.split("/")), rest) for glob in rule["except"])
+            and (rule["effect"] == "deny" or rule["root"] == serving)
+            and (rule["effect"] == "deny" or action != "open" or "descriptor" in rule["deliver"])
+        ):
+            matching.append(index)
+    return serving, matching
+
+
+def expect(document: dict[str, Any], client: ClientFacts, action: str, path: str) -> Expected:
+    """Return what the name alone has to decide."""
+    serving, matching = matching_rules(document, client, action, path)
+    rules = document["rules"]
+    denies = [i for i in matching if rules[i]["effect"] == "deny"]
+    allows = [i for i in matching if rules[i]["effect"] == "allow"]
+    for i in denies:
+        if not rules[i]["where"]:
+            return Expected(serving, "deny_rule", rule=i)
+    if not allows:
+        return Expected(serving, "outside_roots" if serving is None else "no_rule")
+    free = [i for i in allows if not rules[i]["where"]]
+    left = tuple(free[:1] or allows)
+    return Expected(serving, "ok", left, tuple(denies), left[0] if free and not denies else None)
+
+
+def condition_holds(where: dict[str, Any], facts: Facts, uid: int, *, deny: bool) -> bool:
+    """Say whether an object meets all conditions."""
+    regular = stat.S_ISREG(facts.st_mode)
+    for name, wanted in where.items():
+        if name == "owner":
+            good = facts.st_uid in wanted["uids"] or (wanted["client"] and facts.st_uid == uid)
+        elif name == "group":
+            good = facts.st_gid in wanted["gids"]
+        elif name == "mode":
+            good = all(
+                bool(facts.st_mode >> bit & 1) is is_set
+                for key, is_set in (("all", True), ("none", False))
+                for bit in range(16)
+                if wanted.get(key, 0) >> bit & 1
+            )
+        elif not regular:
+            good = not deny
+        else:
+            value = facts.st_size if name == "size" else facts.st_nlink
+            good = wanted.get("min", value) <= value <= wanted.get("max", value)
+        if not good:
+            return False
+    return True
+
+
+def is_given(document: dict[str, Any], client: ClientFacts, action: str, path: str, facts: Facts) -> bool:
+    """Say what comes out in the end, for a path and the object that is there."""
+    _, matching = matching_rules(document, client, action, path)
+    holding = {
+        document["rules"][i]["effect"]
+        for i in matching
+        if condition_holds(
+            document["rules"][i]["where"], facts, client.uid, deny=document["rules"][i]["effect"] == "deny"
+        )
+    }
+    return holding == {"allow"}

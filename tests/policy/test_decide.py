@@ -1,0 +1,483 @@
+"""The decision: against a second evaluator, and the sentences it has to keep one by one."""
+
+from __future__ import annotations
+
+import itertools
+import stat
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fdbroker.policy import decide as decide_module
+from fdbroker.policy.decide import ActionView, NameDecision, Policy, decide_object
+from fdbroker.policy.rules import ACTIONS, ClientFacts, read_policy
+from tests.policy import decision_model
+from tests.policy.decision_model import Facts
+from tests.running_broker import policy, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+UID, GID, OTHER = 1000, 100, 1001
+CLIENT = ClientFacts(UID, frozenset({GID}), frozenset({"/here"}))
+FILE, DIRECTORY = stat.S_IFREG | 0o640, stat.S_IFDIR | 0o750
+
+# Roots that contain each other, and one beside whose name begins alike.
+ROOTS = {"all": "/", "a": "/a", "ab": "/a/b", "abc": "/a/b/c", "ax": "/ax"}
+NAMES = ["a", "b", "c", "ax", ".b"]
+GLOBS = ["**", "*", "a", "b", "b/c", "b/**", "**/c", "a/**/c", "*/b", "[a-b]", "?", "a*", "**/b/**", "c/b/a", "b/*"]
+
+identities = st.one_of(
+    st.just({"any": True}),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "uids": st.lists(st.sampled_from([UID, OTHER]), max_size=2),
+            "gids": st.lists(st.sampled_from([GID, 101]), max_size=2),
+            "cgroups": st.lists(st.sampled_from(["/here", "/there"]), max_size=2),
+        },
+    ).filter(bool),
+)
+bounds = st.fixed_dictionaries({}, optional={"min": st.integers(0, 3), "max": st.integers(0, 3)}).filter(bool)
+masks = st.sampled_from([0, 0o400, 0o002, 0o006, 0o111])
+conditions = st.fixed_dictionaries(
+    {},
+    optional={
+        "owner": st.fixed_dictionaries(
+            {"uids": st.lists(st.sampled_from([0, UID, OTHER]), max_size=2), "client": st.booleans()}
+        ),
+        "group": st.fixed_dictionaries({"gids": st.lists(st.sampled_from([0, GID]), max_size=2)}),
+        "mode": st.fixed_dictionaries({}, optional={"all": masks, "none": masks}).filter(bool),
+        "size": bounds,
+        "links": bounds,
+    },
+)
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> dict[str, Any]:
+    names = draw(st.lists(st.sampled_from(sorted(ROOTS)), min_size=1, unique=True))
+    rules = draw(
+        st.lists(
+            st.fixed_dictionaries(
+                {
+                    "effect": st.sampled_from(["allow", "allow", "deny"]),
+                    "actions": st.lists(st.sampled_from(ACTIONS), min_size=1, unique=True),
+                    "root": st.sampled_from(names),
+                    "clients": st.lists(identities, min_size=1, max_size=2),
+                    "paths": st.lists(st.sampled_from(GLOBS), min_size=1, max_size=3),
+                    "except": st.lists(st.sampled_from(GLOBS), max_size=2),
+                    "where": st.one_of(st.just({}), conditions),
+                    "deliver": st.sampled_from([["descriptor"], ["copy"], ["descriptor", "copy"]]),
+                }
+            ),
+            max_size=6,
+        )
+    )
+    return policy(
+        "/",
+        roots=[{"name": name, "path": ROOTS[name], "cross_mounts": False} for name in names],
+        rules=[rule(f"rule {i}", **changes) for i, changes in enumerate(rules)],
+    )
+
+
+paths = st.lists(st.sampled_from(NAMES), max_size=5).map(lambda parts: "/" + "/".join(parts))
+odd_paths = st.lists(st.sampled_from(["a", "b", ".", "..", "", "/", "x" * 300]), max_size=5).map("/".join)
+clients = st.builds(
+    ClientFacts,
+    st.sampled_from([UID, OTHER, 7]),
+    st.frozensets(st.sampled_from([GID, 101, 7])),
+    st.frozensets(st.sampled_from(["/here", "/there"])),
+)
+facts = st.builds(
+    Facts,
+    st.sampled_from([FILE, DIRECTORY, stat.S_IFREG | 0o666, stat.S_IFREG, stat.S_IFLNK | 0o777, stat.S_IFIFO]),
+    st.sampled_from([0, UID, OTHER]),
+    st.sampled_from([0, GID]),
+    st.integers(0, 4),
+    st.integers(1, 4),
+)
+
+
+def view_of(
+    document: dict[str, Any], client: ClientFacts = CLIENT, action: str = "open"
+) -> ActionView:
+    return Policy(read_policy(document)).view(client).actions[action]
+
+
+def same(one: NameDecision, other: NameDecision) -> bool:
+    return all(getattr(one, name) == getattr(other, name) for name in NameDecision.__slots__)
+
+
+@given(documents(), clients, st.sampled_from(ACTIONS), st.lists(st.one_of(paths, odd_paths), min_size=1))
+@example(policy("/"), CLIENT, "open", ["//a"])
+@example(policy("/"), CLIENT, "open", ["//"])
+@example(policy("/a"), CLIENT, "open", ["//a"])
+@example(policy("/a"), CLIENT, "open", ["/a/b/../c", "/a/./b", "/a//b", "a/b", "/a/b/"])
+def test_remembered_decision_is_that_of_the_whole(
+    document: dict[str, Any], client: ClientFacts, action: str, asked: list[str]
+) -> None:
+    view = view_of(document, client, action)
+    for path in asked + asked[::-1]:
+        assert same(view.decide(path.encode()), view.decide_whole(path.encode())), path
+
+
+@given(documents(), clients, st.sampled_from(ACTIONS), st.lists(paths, min_size=1))
+def test_decision_on_a_name_is_that_of_the_plain_evaluator(
+    document: dict[str, Any], client: ClientFacts, action: str, asked: list[str]
+) -> None:
+    view = view_of(document, client, action)
+    for path in asked:
+        decision = view.decide(path.encode())
+        expected = decision_model.expect(document, client, action, path)
+        assert (None if decision.root is None else decision.root.name) == expected.root
+        assert decision.reason == expected.reason
+        assert tuple(entry.index for entry in decision.allows) == expected.allows
+        assert tuple(entry.index for entry in decision.denies) == expected.denies
+        assert (None if decision.rule is None else decision.rule.index) == expected.rule
+        assert decision.allowed is bool(expected.allows)
+
+
+@given(documents(), clients, st.sampled_from(ACTIONS), paths, facts)
+def test_decision_on_an_object_is_that_of_the_plain_evaluator(
+    document: dict[str, Any], client: ClientFacts, action: str, path: str, found: Facts
+) -> None:
+    decision = view_of(document, client, action).decide(path.encode())
+    given_ = decision.allowed and decide_object(decision, found, client.uid).allowed
+    assert given_ is decision_model.is_given(document, client, action, path, found)
+    if decision.plain:
+        assert given_
+
+
+@given(documents(), clients)
+def test_view_is_shared_by_clients_that_the_same_rules_are_about(
+    document: dict[str, Any], client: ClientFacts
+) -> None:
+    compiled = Policy(read_policy(document))
+    view = compiled.view(client)
+    about = [i for i, entry in enumerate(document["rules"]) if decision_model.is_for(entry, client)]
+    for other in (CLIENT, ClientFacts(OTHER, frozenset()), ClientFacts(7, frozenset({101}))):
+        theirs = [i for i, entry in enumerate(document["rules"]) if decision_model.is_for(entry, other)]
+        assert (compiled.view(other) is view) is (theirs == about)
+
+
+@given(st.binary(max_size=300).map(lambda raw: raw.replace(b"\0", b"/")))
+@example(b"/a/" + b"x" * 5000)
+def test_no_bytes_make_the_decision_fail(path: bytes) -> None:
+    view = view_of(policy("/a", rule("all"), rule("one", paths=["b/*.c"], effect="deny")))
+    assert same(view.decide(path), view.decide_whole(path))
+
+
+def test_without_a_rule_everything_is_denied() -> None:
+    view = view_of(policy("/a", rules=[]))
+    assert view.decide(b"/a/b/c").reason == "no_rule"
+    assert view.decide(b"/a").reason == "no_rule"
+    assert view.decide(b"/b/c").reason == "outside_roots"
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_deny_wins_wherever_it_stands(order: tuple[int, ...]) -> None:
+    rules = [rule("all"), rule("again", paths=["*/**"]), rule("never", effect="deny", paths=["*/keys"])]
+    view = view_of(policy("/a", *(rules[i] for i in order)))
+    refused = view.decide(b"/a/b/keys")
+    assert not refused.allowed
+    assert refused.reason == "deny_rule"
+    assert refused.rule is not None
+    assert refused.rule.name == "never"
+    assert view.decide(b"/a/b/other").plain
+
+
+def two_roots(*rules: dict[str, Any]) -> dict[str, Any]:
+    return policy(
+        "/a",
+        *rules,
+        roots=[
+            {"name": "tree", "path": "/a", "cross_mounts": False},
+            {"name": "inner", "path": "/a/b", "cross_mounts": True},
+        ],
+    )
+
+
+def test_deepest_root_serves_and_rules_of_an_outer_root_do_not_allow_there() -> None:
+    view = view_of(two_roots(rule("outer")))
+    assert view.decide(b"/a/x/y").plain
+    for path in (b"/a/b", b"/a/b/x", b"/a/b/x/y"):
+        decision = view.decide(path)
+        assert decision.reason == "no_rule"
+        assert decision.root is not None
+        assert decision.root.name == "inner"
+    # A name that only begins alike is no part of the inner root.
+    assert view.decide(b"/a/bb").plain
+    assert view.decide(b"/a/bb/x").plain
+
+
+def test_deny_rules_of_an_outer_root_hold_in_an_inner_one() -> None:
+    view = view_of(two_roots(rule("inner", root="inner"), rule("keys", effect="deny", paths=["**/keys"])))
+    assert view.decide(b"/a/b/x").plain
+    assert view.decide(b"/a/b/c/keys").reason == "deny_rule"
+
+
+def test_deny_rules_of_an_inner_root_do_not_reach_the_outer_one() -> None:
+    view = view_of(two_roots(rule("outer"), rule("keys", root="inner", effect="deny", paths=["**"])))
+    assert view.decide(b"/a/keys").plain
+    assert view.decide(b"/a/b/keys").reason == "deny_rule"
+
+
+def test_except_takes_away_from_its_own_rule_alone() -> None:
+    rules = [
+        rule("all but logs", except_=[]) | {"except": ["**/*.log"]},
+        rule("one log", paths=["a/x.log"]),
+    ]
+    for entry in rules:
+        entry.pop("except_", None)
+    view = view_of(policy("/r", *rules))
+    assert view.decide(b"/r/a/y").plain
+    assert view.decide(b"/r/a/y.log").reason == "no_rule"
+    one = view.decide(b"/r/a/x.log")
+    assert one.rule is not None
+    assert one.rule.name == "one log"
+
+
+def test_except_of_a_deny_rule_gives_back_what_an_allow_rule_allows() -> None:
+    deny = rule("hidden", effect="deny", paths=["**/.*", "**/.*/**"]) | {"except": ["**/.profile"]}
+    view = view_of(policy("/r", rule("all"), deny))
+    assert view.decide(b"/r/u/.profile").plain
+    assert view.decide(b"/r/u/.ssh").reason == "deny_rule"
+    assert view.decide(b"/r/u/.ssh/id").reason == "deny_rule"
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_rule_is_about_its_actions_alone(action: str) -> None:
+    document = policy("/r", rule("one", actions=[action]))
+    for asked in ACTIONS:
+        assert view_of(document, action=asked).decide(b"/r/a/b").allowed is (asked == action)
+
+
+def test_rule_that_delivers_copies_alone_opens_nothing() -> None:
+    document = policy("/r", rule("copies", deliver=["copy"]))
+    assert not view_of(document).decide(b"/r/a/b").allowed
+    assert view_of(document, action="stat").decide(b"/r/a/b").allowed
+    forbidden = policy("/r", rule("all"), rule("never", effect="deny", deliver=["copy"]))
+    assert not view_of(forbidden).decide(b"/r/a/b").allowed
+
+
+CLIENT_ENTRIES: list[tuple[list[dict[str, Any]], bool]] = [
+    ([{"any": True}], True),
+    ([{"uids": [UID]}], True),
+    ([{"uids": [OTHER]}], False),
+    ([{"uids": []}], False),
+    ([{"gids": [GID, 5]}], True),
+    ([{"gids": [5]}], False),
+    ([{"cgroups": ["/here"]}], True),
+    ([{"cgroups": ["/there"]}], False),
+    ([{"uids": [UID], "gids": [GID], "cgroups": ["/here"]}], True),
+    ([{"uids": [OTHER], "gids": [GID], "cgroups": ["/here"]}], False),
+    ([{"uids": [UID], "gids": [5], "cgroups": ["/here"]}], False),
+    ([{"uids": [UID], "gids": [GID], "cgroups": ["/there"]}], False),
+    ([{"uids": [OTHER]}, {"gids": [GID]}], True),
+    ([{"uids": [OTHER]}, {"gids": [5]}], False),
+]
+
+
+@pytest.mark.parametrize(("entries", "meant"), CLIENT_ENTRIES)
+def test_client_is_meant_when_all_of_any_entry_holds(entries: list[dict[str, Any]], meant: bool) -> None:  # noqa: FBT001
+    view = view_of(policy("/r", rule("one", clients=entries)))
+    assert view.decide(b"/r/a/b").allowed is meant
+
+
+# Condition, an object that meets it, objects that do not, and what is said of those.
+CONDITIONS: list[tuple[dict[str, Any], list[Facts], list[Facts], str]] = [
+    ({"owner": {"uids": [7], "client": False}}, [Facts(FILE, 7)], [Facts(FILE, UID), Facts(FILE, 0)], "owner"),
+    ({"owner": {"uids": [], "client": True}}, [Facts(FILE, UID)], [Facts(FILE, 7), Facts(FILE, 0)], "owner"),
+    ({"owner": {"uids": [7], "client": True}}, [Facts(FILE, UID), Facts(FILE, 7)], [Facts(FILE, 0)], "owner"),
+    ({"owner": {"uids": [], "client": False}}, [], [Facts(FILE, UID), Facts(FILE, 0)], "owner"),
+    ({"group": {"gids": [GID]}}, [Facts(FILE, 0, GID)], [Facts(FILE, 0, 0)], "group"),
+    ({"group": {"gids": []}}, [], [Facts(FILE, 0, GID)], "group"),
+    ({"mode": {"all": 0o440}}, [Facts(FILE)], [Facts(stat.S_IFREG | 0o400)], "mode"),
+    ({"mode": {"none": 0o022}}, [Facts(FILE)], [Facts(stat.S_IFREG | 0o620)], "mode"),
+    ({"mode": {"all": 0o400, "none": 0o040}}, [Facts(stat.S_IFREG | 0o400)], [Facts(FILE)], "mode"),
+    ({"mode": {"none": 0o6000}}, [Facts(FILE)], [Facts(FILE | 0o4000), Facts(FILE | 0o2000)], "mode"),
+    (
+        {"size": {"min": 1, "max": 9}},
+        [Facts(FILE, st_size=1), Facts(FILE, st_size=9)],
+        [Facts(FILE, st_size=0), Facts(FILE, st_size=10)],
+        "size",
+    ),
+    ({"size": {"max": 0}}, [Facts(FILE, st_size=0)], [Facts(FILE, st_size=1)], "size"),
+    ({"size": {"min": 2**40}}, [Facts(FILE, st_size=2**41)], [Facts(FILE, st_size=5)], "size"),
+    ({"links": {"max": 1}}, [Facts(FILE, st_nlink=1)], [Facts(FILE, st_nlink=2)], "links"),
+    ({"links": {"min": 2}}, [Facts(FILE, st_nlink=2)], [Facts(FILE, st_nlink=1)], "links"),
+]
+
+
+@pytest.mark.parametrize(("where", "meeting", "missing", "name"), CONDITIONS)
+def test_condition_of_an_allow_rule_lets_through_what_meets_it(
+    where: dict[str, Any], meeting: list[Facts], missing: list[Facts], name: str
+) -> None:
+    decision = view_of(policy("/r", rule("some", where=where))).decide(b"/r/a/b")
+    assert decision.allowed
+    assert not decision.plain
+    assert decision.asks_links is ("links" in where)
+    for found in meeting:
+        assert decide_object(decision, found, UID)[:2] == (True, "ok")
+    for found in missing:
+        refused = decide_object(decision, found, UID)
+        assert refused[:2] == (False, f"where_{name}")
+        assert refused.rule is not None
+        assert refused.rule.name == "some"
+
+
+@pytest.mark.parametrize(("where", "meeting", "missing", "name"), CONDITIONS)
+def test_condition_of_a_deny_rule_forbids_what_meets_it(
+    where: dict[str, Any], meeting: list[Facts], missing: list[Facts], name: str
+) -> None:
+    decision = view_of(policy("/r", rule("all"), rule("not these", effect="deny", where=where))).decide(b"/r/a/b")
+    assert decision.allowed
+    assert not decision.plain
+    assert decision.asks_links is ("links" in where)
+    for found in meeting:
+        refused = decide_object(decision, found, UID)
+        assert refused[:2] == (False, "deny_rule")
+        assert refused.rule is not None
+        assert refused.rule.name == "not these"
+    for found in missing:
+        allowed = decide_object(decision, found, UID)
+        assert allowed[:2] == (True, "ok")
+        assert allowed.rule is not None
+        assert allowed.rule.name == "all"
+
+
+def sets_of_conditions() -> Iterator[tuple[str, ...]]:
+    names = ("owner", "group", "mode", "size", "links")
+    for size in range(len(names) + 1):
+        yield from itertools.combinations(names, size)
+
+
+@pytest.mark.parametrize("effect", ["allow", "deny"])
+@pytest.mark.parametrize("kind", [FILE, DIRECTORY, stat.S_IFLNK | 0o640, stat.S_IFIFO | 0o640])
+def test_every_combination_of_conditions_and_of_what_meets_them(effect: str, kind: int) -> None:
+    """All 32 sets of conditions, with every way in which an object meets some and fails others."""
+    good = {"owner": UID, "group": GID, "mode": 0o640, "size": 5, "links": 1}
+    bad = {"owner": 0, "group": 0, "mode": 0o642, "size": 50, "links": 2}
+    where = {
+        "owner": {"uids": [UID], "client": False},
+        "group": {"gids": [GID]},
+        "mode": {"none": 0o002},
+        "size": {"max": 9},
+        "links": {"min": 1, "max": 1},
+    }
+    for asked in sets_of_conditions():
+        rules = [rule("this", effect=effect, where={name: where[name] for name in asked})]
+        if effect == "deny":
+            rules.append(rule("all"))
+        document = policy("/r", *rules)
+        decision = view_of(document).decide(b"/r/a/b")
+        for met in sets_of_conditions():
+            value = {name: (good if name in met else bad)[name] for name in good}
+            found = Facts(
+                stat.S_IFMT(kind) | value["mode"], value["owner"], value["group"], value["size"], value["links"]
+            )
+            # size and links say nothing about what is no regular file: there an allow rule
+            # passes over them, and a deny rule with one of them does not apply.
+            of_files = {"size", "links"}
+            regular = stat.S_ISREG(kind)
+            applies = all(name in met or (not regular and name in of_files) for name in asked)
+            if effect == "deny" and not regular and of_files & set(asked):
+                applies = False
+            given_ = decision.allowed and decide_object(decision, found, UID).allowed
+            assert given_ is (applies if effect == "allow" else not applies), (asked, met)
+            assert given_ is decision_model.is_given(document, CLIENT, "open", "/r/a/b", found)
+
+
+def test_conditions_on_size_and_links_neither_hide_nor_forbid_directories() -> None:
+    small = view_of(policy("/r", rule("small", where={"size": {"max": 1}, "links": {"max": 1}})))
+    assert decide_object(small.decide(b"/r/d"), Facts(DIRECTORY, st_size=4096, st_nlink=5), UID).allowed
+    no_links = view_of(
+        policy("/r", rule("all"), rule("never linked", effect="deny", where={"links": {"min": 2}}))
+    )
+    assert decide_object(no_links.decide(b"/r/d"), Facts(DIRECTORY, st_nlink=5), UID).allowed
+
+
+def test_refusal_names_the_rule_that_came_nearest_and_what_failed_first() -> None:
+    view = view_of(
+        policy(
+            "/r",
+            rule("mine", where={"owner": {"uids": [], "client": True}}),
+            rule("small", where={"size": {"max": 1}}),
+        )
+    )
+    decision = view.decide(b"/r/a")
+    assert decision.rule is None
+    refused = decide_object(decision, Facts(FILE, 0, st_size=5), UID)
+    assert refused[:2] == (False, "where_owner")
+    assert refused.rule is not None
+    assert refused.rule.name == "mine"
+    assert decide_object(decision, Facts(FILE, 0, st_size=1), UID).rule == decision.allows[1]
+
+
+def test_one_rule_without_conditions_makes_the_others_moot() -> None:
+    view = view_of(policy("/r", rule("small", where={"size": {"max": 1}}), rule("all"), rule("all again")))
+    decision = view.decide(b"/r/a")
+    assert decision.plain
+    assert decision.rule is not None
+    assert decision.rule.name == "all"
+    assert decide_object(decision, Facts(FILE, st_size=100), UID).allowed
+
+
+def test_object_without_any_rule_left_is_denied() -> None:
+    assert decide_object(NameDecision(None, "no_rule"), Facts(FILE), UID)[:2] == (False, "no_rule")
+
+
+def test_root_itself_is_matched_by_the_double_star_alone() -> None:
+    assert view_of(policy("/r/s", rule("all"))).decide(b"/r/s").plain
+    assert not view_of(policy("/r/s", rule("all", paths=["*"]))).decide(b"/r/s").allowed
+    assert view_of(policy("/", rule("all"))).decide(b"/").plain
+    assert view_of(policy("/", rule("all"))).decide(b"/x").plain
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7])
+def test_answers_stay_right_when_more_is_asked_than_is_remembered(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decide_module, "MAX_REMEMBERED_DIRECTORIES", limit)
+    monkeypatch.setattr(decide_module, "MAX_VIEWS", limit)
+    document = policy(
+        "/r",
+        rule("even", paths=["*0/**", "*2/**", "*4/*", "*6/*/*", "*8/x/y"]),
+        rule("mine", paths=["**/m*"], where={"owner": {"uids": [], "client": True}}),
+        rule("never", effect="deny", paths=["**/never"]),
+    )
+    compiled = Policy(read_policy(document))
+    for _ in range(2):
+        for number in range(40):
+            client = ClientFacts(number, frozenset())
+            view = compiled.view(client).actions["open"]
+            for path in (f"/r/{number}/x", f"/r/{number}/x/y", f"/r/{number}/m", f"/r/{number}/x/never"):
+                decision = view.decide(path.encode())
+                assert same(decision, view.decide_whole(path.encode()))
+                assert decision.reason == decision_model.expect(document, client, "open", path).reason
+                assert len(view._directories) <= limit
+                assert len(view._combined) <= limit
+    assert len(compiled._views) <= limit
+
+
+def test_client_that_names_ever_new_directories_is_remembered_up_to_the_limit() -> None:
+    view = view_of(policy("/r", rule("logs", paths=["**/*.log"])))
+    for number in range(decide_module.MAX_REMEMBERED_DIRECTORIES + 10):
+        assert view.decide(b"/r/%d/x.log" % number).plain
+        assert not view.decide(b"/r/%d/x" % number).allowed
+    assert len(view._directories) <= decide_module.MAX_REMEMBERED_DIRECTORIES
+    assert view.decide(b"/r/0/x.log").plain
+
+
+def test_ever_new_views_are_remembered_up_to_the_limit() -> None:
+    rules = [rule(f"bit {bit}", clients=[{"gids": [bit]}], paths=[f"d{bit}/**"]) for bit in range(11)]
+    compiled = Policy(read_policy(policy("/r", *rules)))
+    for number in range(decide_module.MAX_VIEWS + 10):
+        client = ClientFacts(UID, frozenset(bit for bit in range(11) if number >> bit & 1))
+        view = compiled.view(client).actions["open"]
+        for bit in (0, 10):
+            assert view.decide(b"/r/d%d/x" % bit).allowed is bool(number >> bit & 1)
+    assert len(compiled._views) <= decide_module.MAX_VIEWS

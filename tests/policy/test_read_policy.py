@@ -1,0 +1,250 @@
+"""The compiled policy is read strictly: whatever is missing, unknown or of another type is named with its place."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fdbroker.policy.rules import Bounds, ClientMatch, Conditions, Owners, PolicyError, Settings, read_policy
+from tests.running_broker import policy, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DOCUMENTATION = Path(__file__).resolve().parents[2] / "docs" / "compiled-policy.md"
+Place = tuple[str | int, ...]
+
+
+def example_document() -> dict[str, Any]:
+    """Return the JSON of docs/compiled-policy.md."""
+    [text] = re.findall(r"```json\n(.*?)```", DOCUMENTATION.read_text(), re.DOTALL)
+    document: dict[str, Any] = json.loads(text)
+    return document
+
+
+def places(value: object, here: Place = ()) -> Iterator[Place]:
+    """Give the place of every node."""
+    yield here
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from places(inner, (*here, key))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from places(inner, (*here, i))
+
+
+def at(document: Any, place: Place) -> Any:
+    for step in place:
+        document = document[step]
+    return document
+
+
+def spoken(place: Place) -> str:
+    """Return a place as messages say it: `rules[1].where.size`."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
+    return text.removeprefix(".")
+
+
+ALL_PLACES = list(places(example_document()))
+DICTIONARIES = [place for place in ALL_PLACES if isinstance(at(example_document(), place), dict)]
+LISTS = [place for place in ALL_PLACES if isinstance(at(example_document(), place), list)]
+MEMBERS = [place for place in ALL_PLACES if place and isinstance(place[-1], str)]
+
+
+def may_be_missing(place: Place) -> bool:
+    """Say whether docs/compiled-policy.md lets this key be missing, the others being there."""
+    parent = at(example_document(), place[:-1])
+    if "where" in place[:-1]:
+        inside = place[place.index("where") + 1 :]
+        return len(inside) == 1 or (inside[0] in {"mode", "size", "links"} and len(parent) > 1)
+    return "clients" in place[:-1] and len(parent) > 1
+
+
+def test_example_of_the_documentation_loads_and_means_what_it_says() -> None:
+    document = example_document()
+    assert len(ALL_PLACES) > 60
+    rule_set = read_policy(document)
+    [root] = rule_set.roots
+    assert (root.name, root.path, root.cross_mounts, root.skip) == ("home", b"/home", False, 6)
+    never, scan = rule_set.rules
+    assert never.deny
+    assert never.actions == {"open", "stat", "list", "walk"}
+    assert never.where is None
+    assert [glob.pattern for glob in never.paths] == [b"*/.ssh/**"]
+    assert not scan.deny
+    assert scan.clients == (
+        ClientMatch(frozenset({990}), None, None),
+        ClientMatch(frozenset({1000, 1001}), frozenset({100}), None),
+        ClientMatch(None, None, frozenset({"/system.slice/x.service"})),
+    )
+    assert [glob.pattern for glob in scan.excepts] == [b"*/.cache/**"]
+    assert scan.where == Conditions(
+        Owners(frozenset({1000}), client=True),
+        frozenset({100}),
+        256,
+        18,
+        Bounds(0, 2147483648),
+        Bounds(1, 1),
+    )
+    assert scan.deliver == {"descriptor"}
+    assert rule_set.settings == Settings(
+        64, 512, deny_when_audit_fails=True, read_only_view_required=True
+    )
+    assert rule_set.cgroups == {"/system.slice/x.service"}
+
+
+@pytest.mark.parametrize("place", MEMBERS, ids=spoken)
+def test_missing_key_is_an_error_that_names_it(place: Place) -> None:
+    document = example_document()
+    del at(document, place[:-1])[place[-1]]
+    if may_be_missing(place):
+        read_policy(document)
+        return
+    with pytest.raises(PolicyError) as caught:
+        read_policy(document)
+    assert spoken(place[:-1]) in str(caught.value)
+    if "clients" not in place[:-1]:  # an empty entry is refused as such
+        assert str(place[-1]) in str(caught.value)
+
+
+@pytest.mark.parametrize("place", DICTIONARIES, ids=lambda place: spoken(place) or "the policy")
+def test_unknown_key_is_an_error_that_names_its_place(place: Place) -> None:
+    document = example_document()
+    at(document, place)["surprise"] = 1
+    with pytest.raises(PolicyError) as caught:
+        read_policy(document)
+    assert spoken(place) in str(caught.value)
+
+
+WRONG = [None, True, 7, -1.5, "surprise", [], {}, ["surprise"], {"surprise": 1}]
+
+
+def is_of_its_type(place: Place, value: object) -> bool:
+    """Say whether `value` could stand at this place."""
+    there = at(example_document(), place)
+    if type(value) is not type(there):
+        return False
+    if isinstance(value, list):
+        element = there[0] if there else ""
+        # Nothing at all is no action, client or path; elsewhere it is nothing to match.
+        if not value:
+            return place[-1] not in {"actions", "clients", "paths"}
+        return isinstance(element, str) and place[-1] in {"paths", "except", "cgroups"}
+    if isinstance(value, dict):
+        return place[-1] == "where" and not value
+    if isinstance(value, bool):
+        return place[-1] != "any" or value
+    if isinstance(value, int):
+        return place not in {("version",), ("limits", "in_flight_per_connection")}
+    # A text: which ones are words of a closed list?
+    free = {"name", "paths", "except", "cgroups"}
+    return place[-1] in free or (isinstance(place[-1], int) and place[-2] in free)
+
+
+@pytest.mark.parametrize("place", ALL_PLACES, ids=lambda place: spoken(place) or "the policy")
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+def test_value_of_another_type_or_meaning_is_an_error_that_names_its_place(place: Place, value: Any) -> None:
+    document = example_document()
+    if place:
+        at(document, place[:-1])[place[-1]] = copy.deepcopy(value)
+    else:
+        document = copy.deepcopy(value)
+    if is_of_its_type(place, value):
+        read_policy(document)
+        return
+    with pytest.raises(PolicyError) as caught:
+        read_policy(document)
+    message = str(caught.value)
+    # The place itself, or the thing that it is a part of and its key.
+    parent, last = spoken(place[:-1]), str(place[-1]) if place else ""
+    assert spoken(place) in message or (parent in message and last in message) or (
+        "clients" in place and spoken(place[:4]) in message
+    )
+
+
+@pytest.mark.parametrize("place", LISTS, ids=spoken)
+@pytest.mark.parametrize("value", [None, 1.5, [], {}, ["a"]], ids=repr)
+def test_wrong_element_of_a_list_is_an_error_that_names_its_place(place: Place, value: object) -> None:
+    document = example_document()
+    elements = at(document, place)
+    elements.append(value)
+    with pytest.raises(PolicyError) as caught:
+        read_policy(document)
+    assert f"{spoken(place)}[{len(elements) - 1}]" in str(caught.value)
+
+
+def broken(**changes: Any) -> dict[str, Any]:
+    return policy("/r") | changes
+
+
+def root(**changes: Any) -> list[dict[str, Any]]:
+    return [{"name": "tree", "path": "/r", "cross_mounts": False} | changes]
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ([], "not a JSON object"),
+        ("text", "not a JSON object"),
+        (broken(version=2), "version is not 1"),
+        (broken(version=True), "version"),
+        (broken(version="1"), "version"),
+        (broken(roots=root(path="relative")), "roots[0].path: relative"),
+        (broken(roots=root(path="")), "roots[0].path: empty"),
+        (broken(roots=root(path="/r/")), "roots[0].path: trailing_slash"),
+        (broken(roots=root(path="/r/../s")), "roots[0].path: dot_component"),
+        (broken(roots=root(path="//r")), "roots[0].path: empty_component"),
+        (broken(roots=root(path="/\0")), "roots[0].path: nul"),
+        (broken(roots=root(path="/" + "n" * 256)), "roots[0].path: name_too_long"),
+        (broken(roots=root(path="/\ud800")), "roots[0].path"),
+        (broken(roots=root() + root(path="/s")), "roots[1] has the name or the path"),
+        (broken(roots=root() + root(name="other")), "roots[1] has the name or the path"),
+        (broken(rules=[rule("x", root="nowhere")]), "rules[0].root is 'nowhere'"),
+        (broken(rules=[rule("x", effect="Allow")]), "rules[0].effect is 'Allow'"),
+        (broken(rules=[rule("x", actions=["read"])]), "rules[0].actions has 'read'"),
+        (broken(rules=[rule("x", deliver=["socket"])]), "rules[0].deliver has 'socket'"),
+        (broken(rules=[rule("x", paths=["a", "/b"])]), "rules[0].paths[1]: the glob starts with '/'"),
+        (broken(rules=[rule("x", paths=["\ud800"])]), "rules[0].paths[0]"),
+        (broken(rules=[rule("x"), rule("y") | {"except": ["["]}]), "rules[1].except[0]"),
+        (broken(rules=[rule("x", clients=[{"any": False}])]), "rules[0].clients[0]"),
+        (broken(rules=[rule("x", clients=[{"any": 1, "uids": [0]}])]), "rules[0].clients[0]"),
+        (broken(rules=[rule("x", clients=[{}])]), "rules[0].clients[0]"),
+        (broken(rules=[rule("x", clients=[{"uids": [True]}])]), "rules[0].clients[0].uids[0]"),
+        (broken(rules=[rule("x", where={"mode": {}})]), "rules[0].where.mode"),
+        (broken(rules=[rule("x", where={"size": {}})]), "rules[0].where.size"),
+        (broken(rules=[rule("x", where={"age": {"max": 1}})]), "rules[0].where"),
+        (broken(limits={"connections_per_uid": 0, "in_flight_per_connection": 512}), "connections_per_uid is 0"),
+        (
+            broken(limits={"connections_per_uid": 1, "in_flight_per_connection": 252}),
+            "in_flight_per_connection is 252, less than 253",
+        ),
+        (broken(audit={"on_failure": "ignore"}), "audit.on_failure is 'ignore'"),
+        (broken(read_only_view="optional"), "read_only_view is 'optional'"),
+    ],
+)
+def test_policy_that_can_not_be_meant_is_refused_with_its_place(document: object, said: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        read_policy(document)
+    assert said in str(caught.value)
+
+
+def test_any_true_is_not_any_one() -> None:
+    """1 == True to Python, not to the documentation."""
+    with pytest.raises(PolicyError):
+        read_policy(broken(rules=[rule("x", clients=[{"any": 1}])]))
+
+
+def test_least_limits_are_taken() -> None:
+    settings = read_policy(broken(limits={"connections_per_uid": 1, "in_flight_per_connection": 253})).settings
+    assert settings[:2] == (1, 253)
+
+
+def test_settings_that_weaken_are_read_as_such() -> None:
+    settings = read_policy(broken(audit={"on_failure": "allow"}, read_only_view="off")).settings
+    assert not settings.deny_when_audit_fails
+    assert not settings.read_only_view_required
