@@ -60,8 +60,10 @@ def test_compile_writes_nothing_when_there_is_a_problem(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        f"{policy}:2:21: root 'etc': path: '/nowhere': No such file or directory; "
-        "name a directory that exists",
+        (
+            f"{policy}:2:21: root 'etc': path: '/nowhere': No such file or directory; "
+            "name a directory that exists"
+        ),
         f"{policy}:3:9: rule 'r': key 'in' is missing; add 'in: ...'",
         f"{policy}:3:9: rule 'r': key 'paths' is missing; add 'paths: ...'",
         f"{policy}:3:9: rule 'r' has neither 'allow' nor 'deny'; add one of them with a list of actions",

@@ -134,6 +134,23 @@ def test_targets_farther_than_a_conditional_jump_reaches_are_reached(
                 assert decide(program, call) == expected(allowed, errnos, bpf.KILL_PROCESS, call)
 
 
+@pytest.mark.parametrize("yes_distance", [0, 1, 253, 254, 255, 256, 257])
+@pytest.mark.parametrize("no_distance", [0, 1, 253, 254, 255, 256, 257])
+def test_both_ways_of_a_jump_arrive_at_every_distance(yes_distance: int, no_distance: int) -> None:
+    program = bpf._Program()
+    places: dict[int, int] = {}
+    place = program.give(3)
+    for distance in range(259, -1, -1):
+        place = program.load(4 * (distance % 4), place)  # what is between
+        if distance in {yes_distance, no_distance}:
+            places[distance] = place = program.give(1000 + distance)
+    start = program.jump_if(0x35, 5, places[yes_distance], places[no_distance])
+    program.load(0, start)
+    assembled = program.to_bytes()
+    assert decide(assembled, Call(5)) == 1000 + yes_distance
+    assert decide(assembled, Call(4)) == 1000 + no_distance
+
+
 def test_each_system_call_alone_is_told_from_its_neighbours() -> None:
     for machine, numbers in SYSCALLS.items():
         everything = bpf.assemble(dict.fromkeys(numbers), machine=machine)

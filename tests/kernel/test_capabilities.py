@@ -109,7 +109,8 @@ def test_this_process_is_read() -> None:
     assert state.uids[:3] == os.getresuid()
     assert state.gids[:3] == os.getresgid()
     assert sorted(state.groups) == sorted(os.getgroups())
-    assert read_process_state(os.getpid()) == state
+    # pytest's watchdog is a thread that comes and goes.
+    assert read_process_state(os.getpid())._replace(threads=0) == state._replace(threads=0)
 
 
 def test_the_sets_are_those_of_status() -> None:

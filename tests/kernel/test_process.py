@@ -224,6 +224,7 @@ def test_a_range_that_ends_before_it_starts_is_an_error_with_both() -> None:
 @pytest.mark.parametrize("groups", [(), (23460,), (23462, 23460, 23461)])
 def test_all_ids_change(in_child: Children, groups: tuple[int, ...]) -> None:
     def child() -> list[object]:
+        os.setgroups([4711, 4712])
         process.change_ids(23457, 23458, groups)
         state = capabilities.read_process_state()
         return [state.uids, state.gids, state.groups, state.permitted]

@@ -110,6 +110,27 @@ def test_the_mounts_of_others_stay_as_they_are(tmp_path: Path, in_child: Childre
 
 
 @pytest.mark.root
+def test_the_view_gets_what_is_mounted_later_and_gives_nothing_back(in_child: Children) -> None:
+    def fields() -> list[bytes]:
+        with open("/proc/self/mountinfo", "rb") as file:
+            return [b" ".join(line.partition(b" - ")[0].split(b" ")[6:]) for line in file]
+
+    def child() -> list[bool]:
+        # As systemd has it: all mounts are shared.
+        ms_shared = 1 << 20
+        namespaces.unshare(namespaces.CLONE_NEWNS)
+        namespaces.mount_setattr(b"/", attributes=0, propagation=ms_shared, recursive=True)
+        before = all(b"shared:" in field for field in fields())
+        outer = os.open("/proc/self/ns/mnt", os.O_RDONLY)  # lives on, with the mounts that are followed
+        mounts.enter_read_only_view()
+        follows = all(b"master:" in field for field in fields())
+        os.close(outer)
+        return [before, follows, any(b"shared:" in field for field in fields())]
+
+    assert in_child(child) == [True, True, False]
+
+
+@pytest.mark.root
 def test_what_was_open_before_goes_on(tmp_path: Path, in_child: Children) -> None:
     def child() -> None:
         with open(tmp_path / "audit", "ab", buffering=0) as audit:
@@ -172,6 +193,19 @@ def test_a_refusal_names_the_call_the_cure_and_who_refuses(
     assert text.startswith("mount_setattr(path=b'/')")
     assert cure in text
     assert f"Refused by /proc: {os.strerror(number)}" in text
+
+
+@pytest.mark.root
+def test_in_a_bare_chroot_the_error_says_so(tmp_path: Path, in_child: Children) -> None:
+    def child() -> str:
+        os.chroot(tmp_path)
+        with pytest.raises(ReadOnlyViewError) as caught:
+            mounts.enter_read_only_view()
+        return str(caught.value)
+
+    text = in_child(child)
+    assert "EINVAL" in text
+    assert "not a bare chroot" in text
 
 
 @pytest.mark.root

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import stat
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Expected(NamedTuple):
     rule: int | None = None
 
 
-@lru_cache(maxsize=None)
+@cache
 def glob_matches(pattern: tuple[str, ...], path: tuple[str, ...]) -> bool:
     """Say whether components of a glob match those of a path; no escapes."""
     if not pattern:

@@ -1,4 +1,4 @@
-"""What a glob means, said a second time: patterns as values, and matching by tables over bytes and components.
+"""What a glob means, said a second time: patterns as values, matching by tables over bytes and components.
 
 Nothing here is taken from fdbroker.policy: the patterns are made as values and
 only then written down, so that a test compares the reading of the text as well.

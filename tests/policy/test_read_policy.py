@@ -1,4 +1,4 @@
-"""The compiled policy is read strictly: whatever is missing, unknown or of another type is named with its place."""
+"""The compiled policy is read strictly: what is missing, unknown or of another type is named with its place."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DOCUMENTATION = Path(__file__).resolve().parents[2] / "docs" / "compiled-policy.md"
 Place = tuple[str | int, ...]
+Node = Any  # of a JSON document
 
 
 def example_document() -> dict[str, Any]:
@@ -38,7 +39,7 @@ def places(value: object, here: Place = ()) -> Iterator[Place]:
             yield from places(inner, (*here, i))
 
 
-def at(document: Any, place: Place) -> Any:
+def at(document: Node, place: Place) -> Node:
     for step in place:
         document = document[step]
     return document
@@ -92,9 +93,7 @@ def test_example_of_the_documentation_loads_and_means_what_it_says() -> None:
         Bounds(1, 1),
     )
     assert scan.deliver == {"descriptor"}
-    assert rule_set.settings == Settings(
-        64, 512, deny_when_audit_fails=True, read_only_view_required=True
-    )
+    assert rule_set.settings == Settings(64, 512, deny_when_audit_fails=True, read_only_view_required=True)
     assert rule_set.cgroups == {"/system.slice/x.service"}
 
 
@@ -124,11 +123,15 @@ def test_unknown_key_is_an_error_that_names_its_place(place: Place) -> None:
 WRONG = [None, True, 7, -1.5, "surprise", [], {}, ["surprise"], {"surprise": 1}]
 
 
-def is_of_its_type(place: Place, value: object) -> bool:
+def is_of_its_type(place: Place, value: Node) -> bool:
     """Say whether `value` could stand at this place."""
+    if not place:
+        return False
     there = at(example_document(), place)
     if type(value) is not type(there):
         return False
+    if place in {("roots",), ("roots", 0, "name")}:
+        return False  # the rules speak of it
     if isinstance(value, list):
         element = there[0] if there else ""
         # Nothing at all is no action, client or path; elsewhere it is nothing to match.
@@ -148,7 +151,7 @@ def is_of_its_type(place: Place, value: object) -> bool:
 
 @pytest.mark.parametrize("place", ALL_PLACES, ids=lambda place: spoken(place) or "the policy")
 @pytest.mark.parametrize("value", WRONG, ids=repr)
-def test_value_of_another_type_or_meaning_is_an_error_that_names_its_place(place: Place, value: Any) -> None:
+def test_value_of_another_type_or_meaning_is_an_error_that_names_its_place(place: Place, value: Node) -> None:
     document = example_document()
     if place:
         at(document, place[:-1])[place[-1]] = copy.deepcopy(value)
@@ -160,11 +163,16 @@ def test_value_of_another_type_or_meaning_is_an_error_that_names_its_place(place
     with pytest.raises(PolicyError) as caught:
         read_policy(document)
     message = str(caught.value)
-    # The place itself, or the thing that it is a part of and its key.
     parent, last = spoken(place[:-1]), str(place[-1]) if place else ""
-    assert spoken(place) in message or (parent in message and last in message) or (
-        "clients" in place and spoken(place[:4]) in message
-    )
+    sayings = {
+        "the place": spoken(place) in message,
+        "what it is a key of": parent in message and last in message,
+        "a word that is none": f"{parent} has {value!r}" in message,
+        "nothing where there must be something": f"{parent} needs at least one" in message and value == [],
+        "the client's entry": "clients" in place and spoken(place[:4]) in message,
+        "a rule whose root is gone": place[:1] == ("roots",) and "not among the roots" in message,
+    }
+    assert any(sayings.values()), message
 
 
 @pytest.mark.parametrize("place", LISTS, ids=spoken)
@@ -178,11 +186,11 @@ def test_wrong_element_of_a_list_is_an_error_that_names_its_place(place: Place, 
     assert f"{spoken(place)}[{len(elements) - 1}]" in str(caught.value)
 
 
-def broken(**changes: Any) -> dict[str, Any]:
+def broken(**changes: object) -> dict[str, Any]:
     return policy("/r") | changes
 
 
-def root(**changes: Any) -> list[dict[str, Any]]:
+def root(**changes: object) -> list[dict[str, Any]]:
     return [{"name": "tree", "path": "/r", "cross_mounts": False} | changes]
 
 
@@ -218,7 +226,10 @@ def root(**changes: Any) -> list[dict[str, Any]]:
         (broken(rules=[rule("x", where={"mode": {}})]), "rules[0].where.mode"),
         (broken(rules=[rule("x", where={"size": {}})]), "rules[0].where.size"),
         (broken(rules=[rule("x", where={"age": {"max": 1}})]), "rules[0].where"),
-        (broken(limits={"connections_per_uid": 0, "in_flight_per_connection": 512}), "connections_per_uid is 0"),
+        (
+            broken(limits={"connections_per_uid": 0, "in_flight_per_connection": 512}),
+            "connections_per_uid is 0",
+        ),
         (
             broken(limits={"connections_per_uid": 1, "in_flight_per_connection": 252}),
             "in_flight_per_connection is 252, less than 253",
@@ -240,7 +251,9 @@ def test_any_true_is_not_any_one() -> None:
 
 
 def test_least_limits_are_taken() -> None:
-    settings = read_policy(broken(limits={"connections_per_uid": 1, "in_flight_per_connection": 253})).settings
+    settings = read_policy(
+        broken(limits={"connections_per_uid": 1, "in_flight_per_connection": 253})
+    ).settings
     assert settings[:2] == (1, 253)
 
 

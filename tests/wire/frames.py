@@ -134,14 +134,14 @@ def vectors() -> list[Vector]:
     return found
 
 
-def _message(document: dict[str, Any]) -> Any:
+def _message(document: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
     kind = getattr(messages, document.pop("message"))
     return kind(**{key: _value(key, value) for key, value in document.items()})
 
 
-def _value(key: str, value: Any) -> Any:  # noqa: PLR0911
+def _value(key: str, value: Any) -> Any:  # noqa: ANN401 - JSON
     # Bytes are written as text, one character (U+0000 to U+00FF) for each.
-    if key in {"paths"}:
+    if key == "paths":
         return [path.encode("latin-1") for path in value]
     if key in {"path", "document", "name"}:
         return value.encode("latin-1")

@@ -54,7 +54,6 @@ class Broker:
         self._connections: dict[int, Connection] = {}
         self._connections_of: dict[int, int] = {}
         self._accepted = self._refused = self._malformed = 0
-        self._room = bytearray(MAX_FRAME + 1)
         self._stopping = False
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._epoll.register(self._wake_read, select.EPOLLIN)
@@ -253,7 +252,7 @@ class Broker:
             self._wait_for(connection, State.PAUSED)
             return
         try:
-            data, rights, credentials, truncated = sockets.receive_into(connection.sock, self._room)
+            data, rights, credentials, truncated = sockets.receive(connection.sock, MAX_FRAME + 1)
         except BlockingIOError:
             return
         except OSError as error:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, TypeVar
 from fdbroker.client.connection import Call, Connection, ConnectionLost, Deadline, connect_socket
 from fdbroker.client.engine import (
     DEFAULT_BATCH,
-    VERSION_LIMITS,
     AskStatus,
+    Limits,
     ListPage,
     OpenPaths,
     StatPaths,
+    TooLargeError,
     batches,
     item,
 )
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from fdbroker.client.engine import Answer, Item, Limits, Question, StrOrBytesPath
+    from fdbroker.client.engine import Answer, Item, Question, StrOrBytesPath
     from fdbroker.wire.messages import FileStat, ListEntry, Welcome
 
 DEFAULT_SOCKET = "/run/fdbroker/broker.seqpacket"
@@ -360,8 +361,7 @@ class Client:
 
         The lock is not held while this is suspended, so whoever iterates may use the client.
         """
-        most, limits = self._most_per_request(batch)
-        waiting = batches(map(item, paths), most, limits)
+        waiting = batches(map(item, paths), batch, self._limits)
         calls: deque[tuple[Sequence[Item], Call | None]] = deque()
         try:
             failure = self._start_next(waiting, ask, calls)
@@ -415,10 +415,10 @@ class Client:
         finally:
             self._lock.release()
 
-    def _most_per_request(self, batch: int) -> tuple[int, Limits]:
-        connection = self._connection
-        limits = VERSION_LIMITS if connection is None else connection.engine.limits
-        return min(batch, max(1, self._welcome.in_flight)), limits
+    def _limits(self) -> Limits:
+        """Return what one request may hold, by the last welcome."""
+        said = self._welcome
+        return Limits(max(1, min(said.max_paths, said.in_flight)), said.max_frame)
 
     # Connections: all of this with the lock held
 
@@ -461,6 +461,8 @@ class Client:
                 # Whatever it was, a late answer could come on this connection.
                 self._drop()
                 raise
+            except TooLargeError as error:
+                raise disconnected(f"the broker was restarted with other limits: {error}") from error
         answer, call.answer = call.answer, None
         return answer
 

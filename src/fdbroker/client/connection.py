@@ -113,17 +113,12 @@ class Connection:
         """What the broker said at the beginning."""
         return self._engine.welcome
 
-    @property
-    def engine(self) -> Engine:
-        """The protocol's side of it."""
-        return self._engine
-
     def send(self, call: Call, deadline: Deadline) -> None:
         """Send the question of `call`; its answer will be put there by `receive`.
 
         Raises:
             ConnectionLost: the broker closed the connection.
-            ValueError: it is larger than this broker takes.
+            TooLargeError: it is larger than this broker takes.
             BrokerError: as `receive`.
 
         """

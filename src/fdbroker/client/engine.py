@@ -50,7 +50,7 @@ from fdbroker.wire.requests import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import NoReturn
 
     from fdbroker.client.errors import PathInvalidError
@@ -123,6 +123,10 @@ class ListPage(NamedTuple):
 
 class AskStatus(NamedTuple):
     """How does the broker see this connection?"""
+
+
+class TooLargeError(ValueError):
+    """A question above the limits of this broker, though another one may have taken it."""
 
 
 Question = OpenPaths | StatPaths | ListPage | AskStatus
@@ -209,7 +213,8 @@ class Engine:
 
         Raises:
             RuntimeError: before the welcome or after the end.
-            ValueError: it can't be expressed (no path, a NUL) or is larger than `limits` allow.
+            TooLargeError: it is larger than `limits` allow.
+            ValueError: it can't be expressed (no path, a NUL).
 
         """
         request_id = self._next_id()
@@ -336,7 +341,7 @@ class Engine:
             frame = encode_status(request_id)
         paths = len(question.paths) if isinstance(question, OpenPaths | StatPaths) else 0
         if paths > self._limits.max_paths or len(frame) > self._limits.max_frame:
-            raise ValueError(
+            raise TooLargeError(
                 f"a request of {paths} paths and {len(frame)} bytes, the broker takes"
                 f" {self._limits.max_paths} and {self._limits.max_frame}"
             )
@@ -389,8 +394,10 @@ def item(given: StrOrBytesPath) -> Item:
     return Item(given, path, error)
 
 
-def batches(items: Iterable[Item], most: int, limits: Limits) -> Iterator[list[Item]]:
+def batches(items: Iterable[Item], most: int, limits: Callable[[], Limits]) -> Iterator[list[Item]]:
     """Split `items` into lists whose sendable paths fit into one request; lazily, in order.
+
+    `limits` is asked for each of them, since a broker that was restarted may have others.
 
     Raises:
         ValueError: `most` is below 1.
@@ -398,14 +405,15 @@ def batches(items: Iterable[Item], most: int, limits: Limits) -> Iterator[list[I
     """
     if most < 1:
         raise ValueError(f"a batch has at least 1 path, not {most}")
-    most = min(most, limits.max_paths)
     batch: list[Item] = []
     size = HEADER.size - 1
+    max_paths, max_frame = limits()
     for one in items:
         cost = 0 if one.error else len(one.path) + 1
-        if len(batch) == most or (batch and size + cost > limits.max_frame):
+        if len(batch) >= min(most, max_paths) or (batch and size + cost > max_frame):
             yield batch
             batch, size = [], HEADER.size - 1
+            max_paths, max_frame = limits()
         batch.append(one)
         size += cost
     if batch:

@@ -112,8 +112,8 @@ def restrict_to(
     `abi` pretends to be on an older kernel; more than the kernel has is ignored.
 
     Raises:
-        SyscallError: EPERM (no_new_privs is not set), EBADF or EBADFD (not a
-            directory's descriptor), E2BIG (16 domains already). Nothing is
+        SyscallError: EPERM (no_new_privs is not set), EBADF, EBADFD or EINVAL (not
+            a directory's descriptor), E2BIG (16 domains already). Nothing is
             enforced then.
 
     """

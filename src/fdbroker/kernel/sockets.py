@@ -35,6 +35,9 @@ _SEND_WAITING = int(socket.MSG_NOSIGNAL)
 _SEND_AT_ONCE = int(socket.MSG_NOSIGNAL) | int(socket.MSG_DONTWAIT)
 
 
+_NONE = Descriptors()  # what nearly every message comes with; nobody adds to what was received
+
+
 class Received(NamedTuple):
     """One message. `credentials`: the raw struct ucred of its sender, where asked for.
 
@@ -73,7 +76,7 @@ def receive_into(sock: socket.socket, room: bytearray) -> Received:
 
 
 def _received(data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int) -> Received:
-    descriptors = Descriptors()
+    descriptors = _NONE
     credentials = None
     for level, kind, content in ancillary:
         if level != socket.SOL_SOCKET:
@@ -81,8 +84,7 @@ def _received(data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int) 
         if kind == socket.SCM_RIGHTS:
             numbers = array.array("i")
             numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
-            for number in numbers:
-                descriptors.add(number)
+            descriptors = Descriptors([*descriptors.take_all(), *numbers])
         elif kind == socket.SCM_CREDENTIALS:
             credentials = content
     if flags & _CONTROL_TRUNCATED:

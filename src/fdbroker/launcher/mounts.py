@@ -105,8 +105,12 @@ def _cure(error: SyscallError) -> str:
 
 def _who_refuses() -> str:
     """Return a sentence about the mounts that refuse the call when they are asked one by one."""
+    try:
+        present = read_mounts()
+    except OSError:
+        return ""  # no /proc here: the first error is the one to tell
     refusing = []
-    for mount in read_mounts():
+    for mount in present:
         try:
             namespaces.mount_setattr(mount.point, attributes=_ATTRIBUTES)
         except SyscallError as error:

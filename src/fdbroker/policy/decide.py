@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 MAX_REMEMBERED_DIRECTORIES = 4096
 MAX_VIEWS = 1024
 _NOT_NAMES = frozenset({b"", b".", b".."})
+# What stands before the last slash of "/x" and of "//x", which is no path and must not be taken for "/x".
+_NOT_DIRECTORIES = frozenset({b"", b"/"})
 
 
 class NameDecision:
@@ -159,13 +161,17 @@ class ActionView:
         """Decide on `path`, which may be any bytes without NUL. Never raises."""
         directory, _, name = path.rpartition(b"/")
         # "", "/x", "x" and what no path may be: rare, and decided without the memory.
-        if not directory or name in _NOT_NAMES or len(name) > MAX_NAME_BYTES or len(path) > MAX_PATH_BYTES:
+        if (
+            directory in _NOT_DIRECTORIES
+            or name in _NOT_NAMES
+            or len(name) > MAX_NAME_BYTES
+            or len(path) > MAX_PATH_BYTES
+        ):
             return self.decide_whole(path)
         rules = self._directories.get(directory)
         if rules is None:
-            problem = problem_with_path(directory)
-            if problem is not None:
-                return NameDecision(None, problem)
+            if problem_with_path(directory) is not None:
+                return self.decide_whole(path)
             rules = self._read_directory(directory)
         return rules.uniform or rules.by_name(name)
 

@@ -251,7 +251,10 @@ def read_policy(document: object) -> RuleSet:
 def _read_root(document: Mapping[str, object], index: int) -> Root:
     at = f"roots[{index}]"
     _exact_keys(document, at, {"name", "path", "cross_mounts"})
-    path = _get(document, "path", str, at).encode()
+    try:
+        path = _get(document, "path", str, at).encode()
+    except UnicodeEncodeError:
+        raise PolicyError(f"{at}.path has half a surrogate pair, which is no character") from None
     problem = problem_with_path(path)
     if problem is not None:
         raise PolicyError(f"{at}.path: {problem}")
@@ -265,7 +268,8 @@ def _read_root(document: Mapping[str, object], index: int) -> Root:
 
 
 def _read_client(document: Mapping[str, object], at: str) -> ClientMatch:
-    if document == {"any": True}:
+    # Not by ==, to which 1 is True.
+    if document.keys() == {"any"} and document["any"] is True:
         return ClientMatch(None, None, None)
     if not document or not document.keys() <= {"uids", "gids", "cgroups"}:
         raise PolicyError(f"{at} must be {{'any': true}} or some of uids, gids, cgroups")

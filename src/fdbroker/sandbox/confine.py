@@ -104,7 +104,6 @@ def _close_descriptors(_context: _Context) -> tuple[bool, str]:
 
 def _clear_environment(_context: _Context) -> tuple[bool, str]:
     os.environ.clear()
-    os.umask(0o777)
     return True, "no variables"
 
 
@@ -140,7 +139,7 @@ def _set_no_new_privs(_context: _Context) -> tuple[bool, str]:
 
 def _change_ids(context: _Context) -> tuple[bool, str]:
     ids = context.wanted.ids
-    if 0 not in (*os.getresuid(), *os.getresgid()):
+    if 0 not in os.getresuid():
         if ids is not None:
             raise ValueError("only root can change them")
         return False, f"unchanged: uid {os.getuid()}, as who started it"

@@ -90,7 +90,7 @@ def start_confined(
     if pid == 0:
         _live(confinement, main, theirs, parent)
     theirs.close()
-    ours.setblocking(False)
+    ours.settimeout(0.0)
     child = ConfinedProcess(pid, ours)
     try:
         # It has nothing to pass to us; what an older kernel lets through is closed by who receives.
@@ -149,17 +149,21 @@ def _check_by_the_kernel(child: ConfinedProcess, wanted: Confinement) -> None:
         raise ConfinementError(f"the kernel says otherwise than the process: {', '.join(wrong)}")
 
 
+_ENDS = {
+    signal.SIGSYS: "it made a system call that it may not make",
+    signal.SIGXCPU: "it used up its CPU time",
+    signal.SIGKILL: "it was killed",
+}
+
+
 def _describe_end(status: int) -> str:
-    code = os.waitstatus_to_exitcode(status)
-    if code >= 0:
-        return f"it ended with status {code}"
-    names = {
-        signal.SIGSYS: "it made a system call that it may not make",
-        signal.SIGXCPU: "it used up its CPU time",
-        signal.SIGKILL: "it was killed",
-    }
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    return f"{names.get(signal.Signals(-code), 'it crashed') if -code in names else 'it crashed'} ({name})"
+    if os.WIFEXITED(status):
+        return f"it ended with status {os.WEXITSTATUS(status)}"
+    number = os.WTERMSIG(status)
+    if number not in set(signal.Signals):
+        return f"it was ended by signal {number}"
+    by = signal.Signals(number)
+    return f"{_ENDS.get(by, 'it crashed')} ({by.name})"
 
 
 def _live(
@@ -172,11 +176,13 @@ def _live(
         # Objects of the parent own descriptors whose numbers will be others' soon: none may be collected.
         gc.disable()
         gc.freeze()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+        for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(caught, signal.SIG_DFL)
         # Away from the terminal, and from the keys that signal all in the foreground.
         os.setsid()
-        os.dup2(theirs.detach(), CHANNEL, inheritable=False)
+        number = theirs.detach()
+        if number != CHANNEL:
+            os.dup2(number, CHANNEL, inheritable=False)
         # Before the filter: making the object asks the kernel what it is.
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=CHANNEL)
         report = confine(confinement, parent=parent)

@@ -27,9 +27,7 @@ class Layer(Enum):
 
 # Without one of these there is no confined process at all. Of the ids only uid 0 is impossible: who
 # is not root can't change them, and the report says so.
-STRICT = frozenset(
-    {Layer.DESCRIPTORS, Layer.NO_NEW_PRIVS, Layer.IDS, Layer.CAPABILITIES, Layer.SECCOMP}
-)
+STRICT = frozenset({Layer.DESCRIPTORS, Layer.NO_NEW_PRIVS, Layer.IDS, Layer.CAPABILITIES, Layer.SECCOMP})
 
 _ENTRY = struct.Struct("=BB")  # in force, length of the note
 _LONGEST_NOTE = 255

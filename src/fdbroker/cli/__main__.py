@@ -1,0 +1,16 @@
+"""Run the command: python -m fdbroker.cli."""
+
+from __future__ import annotations
+
+import sys
+
+try:
+    from fdbroker.cli.main import main
+except ModuleNotFoundError as missing:
+    if missing.name not in {"click", "rich"}:
+        raise
+    sys.stderr.write(f"fdbroker: the command needs {missing.name}: pip install 'fdbroker[cli]'\n")
+    sys.exit(2)
+
+if __name__ == "__main__":
+    sys.exit(main())

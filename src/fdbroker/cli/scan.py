@@ -1,0 +1,205 @@
+"""`fdbroker scan`."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from fdbroker import client
+from fdbroker.cli.output import HumanOutput, JsonOutput, Output, Totals, complain, printable
+from fdbroker.cli.progress import ScanProgress
+from fdbroker.sandbox.confine import ConfinementError
+from fdbroker.scan import hashes
+from fdbroker.scan.run import Scanned, scan
+from fdbroker.scan.supervisor import DEFAULT_TIMEOUT, Supervisor
+from fdbroker.scan.verdict import Clean
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+WORKER_USER = "fdbroker-worker"
+
+
+class _CannotStart(click.ClickException):
+    """The scan can't begin; the text says why and what helps."""
+
+    exit_code = 2
+
+    def show(self, file: object = None) -> None:  # noqa: ARG002 - click's signature
+        complain(self.message)
+
+
+@click.command("scan", short_help="Scan files and trees for what is known to be bad.")
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option(
+    "--socket",
+    "socket_path",
+    default=client.DEFAULT_SOCKET,
+    show_default=True,
+    type=click.UNPROCESSED,
+    metavar="PATH",
+    help="The broker's socket.",
+)
+@click.option(
+    "--hashes",
+    "lists",
+    multiple=True,
+    type=click.UNPROCESSED,
+    metavar="FILE",
+    help="Add a list of what is bad: a SHA-256 and a name in each line. May be given more than once.",
+)
+@click.option(
+    "--timeout",
+    default=DEFAULT_TIMEOUT,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True, max=86400),
+    metavar="SECONDS",
+    help="How long one file may take.",
+)
+@click.option(
+    "--worker-uid",
+    metavar="USER",
+    help=f"Who reads the files if root starts the scan: a user's name or number.  [default: {WORKER_USER}]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object per line (see docs/scan.md).")
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="List clean files, what was skipped, and the worker's confinement too.",
+)
+def scan_command(
+    paths: Sequence[str],
+    socket_path: str,
+    lists: Sequence[str],
+    timeout: float,
+    worker_uid: str | None,
+    *,
+    as_json: bool,
+    verbose: bool,
+) -> int:
+    """Scan files, and directories with all that is below them.
+
+    The broker opens the files, as far as its policy allows you to have them. A
+    worker process that can do nothing else reads them and compares each file's
+    SHA-256 with a list of what is known to be bad. The built-in list has the
+    EICAR test file.
+
+    \b
+    Exit status: 0  everything is clean
+                 1  something is infected
+                 2  something could not be scanned (also if something else is
+                    infected), or the scan could not be done
+
+    \b
+    Examples:  fdbroker scan ~/Downloads
+               fdbroker scan --hashes bad.sha256 --json /srv/upload
+    """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
+    ids = worker_ids(worker_uid)
+    output: Output = JsonOutput() if as_json else HumanOutput(verbose=verbose)
+    try:
+        known = hashes.load(os.fsencode(path) for path in lists)
+    except hashes.HashListError as error:
+        raise _CannotStart(str(error)) from error
+    with Supervisor(known, ids=ids, timeout=timeout) as supervisor:
+        try:
+            # Before the broker is asked: the worker has a copy of what this process knows by now.
+            report = supervisor.start()
+        except (ConfinementError, OSError) as error:
+            raise _CannotStart(f"no worker could be started, so nothing was scanned: {error}") from error
+        try:
+            broker = client.connect(os.fsencode(socket_path))
+        except client.BrokerError as error:
+            raise _CannotStart(_no_broker(socket_path, error)) from error
+        with broker:
+            output.layers(report)
+            # What this process sees under a relative path is not what the broker sees.
+            starts = [os.path.abspath(os.fsencode(path)) for path in paths]
+            totals = _scan(broker, supervisor, starts, output, show_progress=not verbose)
+    output.totals(totals)
+    return totals.exit_status()
+
+
+def _scan(
+    broker: client.Client,
+    supervisor: Supervisor,
+    starts: Sequence[bytes],
+    output: Output,
+    *,
+    show_progress: bool,
+) -> Totals:
+    totals = Totals()
+    began = time.monotonic()
+    try:
+        with ScanProgress(wanted=show_progress) as progress:
+            for event in scan(broker, supervisor, starts):
+                if isinstance(event, Scanned):
+                    totals.add(event)
+                    if isinstance(event.verdict, Clean):
+                        output.scanned(event)
+                    else:
+                        with progress.out_of_the_way():
+                            output.scanned(event)
+                else:
+                    totals.skipped += 1
+                    output.skipped(event)
+                progress.update(totals)
+    except client.BrokerError as error:
+        totals.complete = False
+        complain(f"the broker does not answer any more, so the scan is incomplete: {error.strerror}")
+    except KeyboardInterrupt:
+        totals.complete = False
+        complain("interrupted, so the scan is incomplete")
+    totals.seconds = time.monotonic() - began
+    return totals
+
+
+def worker_ids(wanted: str | None) -> tuple[int, int] | None:
+    """Return uid and gid of the worker, None where it can't be another user than this one.
+
+    Raises:
+        UsageError: no such user, root itself, or not ours to choose.
+
+    """
+    if os.geteuid() != 0:
+        if wanted is not None:
+            raise click.UsageError(
+                "--worker-uid is for root: nobody else can start a process of another user."
+            )
+        return None
+    ids = _user(WORKER_USER if wanted is None else wanted)
+    if ids is None and wanted is None:
+        raise click.UsageError(
+            f"root does not read files itself, and there is no user {WORKER_USER}. Add one (useradd --system "
+            f"{WORKER_USER}), or say who the worker shall be: --worker-uid USER."
+        )
+    if ids is None:
+        raise click.UsageError(f"--worker-uid {printable(wanted or '')}: there is no such user.")
+    if 0 in ids:
+        raise click.UsageError("the worker's user and group must not be root's: see --worker-uid.")
+    return ids
+
+
+def _user(text: str) -> tuple[int, int] | None:
+    """Return uid and gid of a user; a number that no user has is its own group."""
+    if text.isascii() and text.isdigit():
+        uid = int(text)
+        if uid > 0xFFFFFFFE:  # noqa: PLR2004 - (uid_t) -1 is no user
+            return None
+        try:
+            return uid, pwd.getpwuid(uid).pw_gid
+        except KeyError:
+            return uid, uid
+    try:
+        entry = pwd.getpwnam(text)
+    except KeyError:
+        return None
+    return entry.pw_uid, entry.pw_gid
+
+
+def _no_broker(socket_path: str, error: client.BrokerError) -> str:
+    return f"{socket_path}: {error.strerror or error} (--socket PATH names another one)"

@@ -1,0 +1,108 @@
+"""A scan: list, open through the broker, have a worker read, give verdicts."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.client import BrokerError, DirectoryError
+from fdbroker.scan.tree import File, NotAFile, Unlisted, walk
+from fdbroker.scan.verdict import Error, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from fdbroker.client import Client
+    from fdbroker.client.results import OpenedFile
+    from fdbroker.scan.supervisor import Done, Supervisor
+
+DEFAULT_BATCH = 64
+
+
+class Scanned(NamedTuple):
+    """A path with its verdict. `size` in bytes, None if it could not be opened.
+
+    `directory`: it is a directory that could not be listed.
+    """
+
+    path: bytes
+    verdict: Verdict
+    size: int | None = None
+    directory: bool = False
+
+
+class Skipped(NamedTuple):
+    """An entry that is no regular file and no directory; `kind` says what it is."""
+
+    path: bytes
+    kind: str
+
+
+def scan(
+    client: Client, supervisor: Supervisor, starts: Iterable[bytes], *, batch: int = DEFAULT_BATCH
+) -> Iterator[Scanned | Skipped]:
+    """Scan the files and trees at `starts`, which are absolute paths; yield verdicts as they come.
+
+    Raises:
+        BrokerError: the broker does not answer any more. What was known to
+            exist has its verdict by then; what else there is, nobody knows.
+
+    """
+    # Of what the listing found: what is no file, and the files whose opening is under way.
+    aside: deque[Scanned | Skipped] = deque()
+    asked: deque[File] = deque()
+
+    def paths() -> Iterator[bytes]:
+        for found in walk(client, starts):
+            if isinstance(found, NotAFile):
+                aside.append(Skipped(found.path, found.kind))
+            elif isinstance(found, Unlisted):
+                aside.append(_unlisted(found.path, found.error))
+            else:
+                asked.append(found)
+                yield found.path
+
+    broken: BrokerError | None = None
+    with client.open_many(paths(), batch=batch) as results:
+        try:
+            for result in results:
+                yield from _take(aside)
+                yield from _opened(asked.popleft(), result, supervisor)
+        except BrokerError as error:
+            broken = error
+    for done in supervisor.finish():
+        yield _scanned(done)
+    yield from _take(aside)
+    if broken is not None:
+        for file in asked:
+            yield Scanned(file.path, error_of(broken))
+        raise broken
+
+
+def error_of(error: BrokerError) -> Error:
+    """Return the verdict on what the broker did not give: its reason, as docs/protocol.md names it."""
+    name = error.reason.name.lower() if error.reason else type(error).__name__.removesuffix("Error").lower()
+    return Error(name, error.strerror or str(error))
+
+
+def _opened(file: File, result: OpenedFile, supervisor: Supervisor) -> Iterator[Scanned]:
+    if result.error is None:
+        for done in supervisor.submit(file.path, result.detach()):
+            yield _scanned(done)
+    elif file.unlisted is not None and isinstance(result.error, DirectoryError):
+        yield _unlisted(file.path, file.unlisted)
+    else:
+        yield Scanned(file.path, error_of(result.error))
+
+
+def _scanned(done: Done) -> Scanned:
+    return Scanned(done.path, done.verdict, done.size)
+
+
+def _unlisted(path: bytes, error: BrokerError) -> Scanned:
+    return Scanned(path, error_of(error), directory=True)
+
+
+def _take(queue: deque[Scanned | Skipped]) -> Iterator[Scanned | Skipped]:
+    while queue:
+        yield queue.popleft()

@@ -1,0 +1,312 @@
+"""Keeps a confined worker busy, and believes it as little as possible.
+
+The worker's bytes are hostile: an answer has one exact length, belongs to the
+file that is oldest under way, has a known code with a detail that fits, and says
+that all bytes were read; names come from this side's own list. Whatever else
+happens (a dead worker, one that is late, one that can't be started) is an error
+of the file that it happened to. The other files under way go to a new worker:
+their descriptors are still held here.
+
+A worker is one process with one thread and answers in order, so the time of a
+file runs from the moment it is the oldest one.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import select
+import stat
+import time
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.kernel import sockets
+from fdbroker.kernel.descriptors import Descriptors
+from fdbroker.sandbox.confine import Confinement, ConfinementError, Limits
+from fdbroker.sandbox.process import ConfinedProcess, start_confined
+from fdbroker.sandbox.worker_seccomp import worker_filter
+from fdbroker.scan import verdict as reasons
+from fdbroker.scan import worker
+from fdbroker.scan.verdict import Clean, Error, Infected, Verdict
+from fdbroker.scan.worker import ANSWER, REQUEST, Code
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator
+    from types import TracebackType
+    from typing import Self
+
+    from fdbroker.sandbox.report import LayerReport
+    from fdbroker.scan.hashes import HashList
+
+DEFAULT_TIMEOUT = 300.0
+DEFAULT_WINDOW = 64
+
+# A worker is replaced when it is this old, so that an honest one never meets its limit of CPU time.
+_SECONDS_OF_A_WORKER = 600.0
+_LAST_ERRNO = 4095
+# A worker that closed its channel is about to end.
+_GRACE = 1.0
+# The kernel's "not now": the socket is full, or too many descriptors of this user are under way.
+_FULL = frozenset({errno.EAGAIN, errno.ETOOMANYREFS})
+
+
+class Done(NamedTuple):
+    """A file with its verdict; `size` as it was when the file was handed in."""
+
+    path: bytes
+    size: int
+    verdict: Verdict
+
+
+class _Job(NamedTuple):
+    number: int
+    path: bytes
+    file: Descriptors  # of one
+    size: int
+    stamp: tuple[int, int]
+
+
+class Supervisor:
+    """Gives files to a worker and returns verdicts.
+
+    As a context manager it ends the worker and closes what is under way.
+
+    Args:
+        known: what is known to be bad.
+        ids: uid and gid of the worker; needed as root, impossible otherwise.
+        timeout: seconds for one file.
+        window: most files under way to the worker.
+        serve: what the worker runs, after its confinement, with its channel.
+
+    """
+
+    def __init__(
+        self,
+        known: HashList,
+        *,
+        ids: tuple[int, int] | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        window: int = DEFAULT_WINDOW,
+        serve: Callable[[socket.socket], object] | None = None,
+    ) -> None:
+        self._known = known
+        self._timeout = timeout
+        self._window = window
+        self._serve = serve or (lambda channel: worker.serve(channel, known))
+        cpu_seconds = int(_SECONDS_OF_A_WORKER + timeout) + 10
+        self._confinement = Confinement(worker_filter(), ids, Limits(cpu_seconds=cpu_seconds))
+        self._worker: ConfinedProcess | None = None
+        self._retire_at = 0.0
+        self._number = 0
+        self._oldest_since = 0.0
+        self._unsent: deque[_Job] = deque()
+        self._sent: deque[_Job] = deque()
+        self.workers_started = 0
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    @property
+    def worker_pid(self) -> int | None:
+        """The pid of the worker that runs now, None if there is none."""
+        return None if self._worker is None else self._worker.pid
+
+    def start(self) -> LayerReport:
+        """Start the worker and return what confines it.
+
+        A worker is a fork with a copy of this process's memory, so call it
+        before there is anything to hide. Later ones start by themselves.
+
+        Raises:
+            ConfinementError: it can't be confined as it must be.
+            OSError: no process or descriptors to be had.
+
+        """
+        worker.warm_up()
+        self._worker, report = start_confined(self._confinement, self._serve)
+        self._retire_at = time.monotonic() + _SECONDS_OF_A_WORKER
+        self.workers_started += 1
+        return report
+
+    def submit(self, path: bytes, descriptor: int) -> list[Done]:
+        """Hand in a file; return the verdicts that are there by now, of whatever files.
+
+        `descriptor` is the supervisor's from the call on. Waits while the window is full.
+        """
+        job = self._job(path, Descriptors([descriptor]))
+        if isinstance(job, Done):
+            return [job]
+        self._unsent.append(job)
+        done = []
+        while len(self._sent) + len(self._unsent) > self._window:
+            done.append(self._next())
+        return [*done, *self._ready()]
+
+    def finish(self) -> Iterator[Done]:
+        """Yield the verdicts of all files that are under way."""
+        while self._sent or self._unsent:
+            yield self._next()
+
+    def close(self) -> None:
+        """End the worker and close the files that are under way; their verdicts are lost."""
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+        for job in (*self._sent, *self._unsent):
+            job.file.close()
+        self._sent.clear()
+        self._unsent.clear()
+
+    def _job(self, path: bytes, file: Descriptors) -> _Job | Done:
+        try:
+            facts = os.fstat(file.numbers()[0])
+        except OSError as error:
+            file.close()
+            return Done(path, 0, Error(reasons.READ_FAILED, f"fstat: {error.strerror}"))
+        if not stat.S_ISREG(facts.st_mode):
+            file.close()
+            return Done(path, 0, Error(reasons.NOT_REGULAR, "what was handed in is no regular file"))
+        self._number += 1
+        return _Job(self._number, path, file, facts.st_size, (facts.st_mtime_ns, facts.st_ctime_ns))
+
+    def _ready(self) -> Iterator[Done]:
+        """Send what can be sent and yield the answers that came already."""
+        failed = self._send()
+        if failed is not None:
+            yield failed
+        while self._sent and self._worker is not None and _poll(self._worker.channel, 0.0):
+            yield self._next()
+
+    def _next(self) -> Done:
+        """Wait for the verdict of the oldest file under way."""
+        while True:
+            failed = self._send()
+            if failed is not None:
+                return failed
+            process = self._worker
+            if process is None or not self._sent:
+                raise RuntimeError("nothing is under way")
+            left = self._oldest_since + self._timeout - time.monotonic()
+            if not _poll(process.channel, max(0.0, left)):
+                self._replace()
+                text = f"the worker did not answer within {self._timeout:g} s"
+                return self._done(Error(reasons.TIMEOUT, text))
+            verdict = self._receive(process, self._sent[0])
+            if verdict is not None:
+                return self._done(verdict)
+
+    def _send(self) -> Done | None:
+        """Send as many files as fit. Return the oldest one, failed, if there is no way to send it."""
+        while self._unsent and len(self._sent) < self._window:
+            if self._worker is None:
+                try:
+                    self.start()
+                except (ConfinementError, OSError) as error:
+                    return self._done(Error(reasons.NO_WORKER, f"no worker could be started: {error}"))
+            job = self._unsent[0]
+            try:
+                self._send_one(job)
+            except OSError as error:
+                # Full, or dead: whoever reads the answers finds out, and knows which file is to blame.
+                if self._sent:
+                    return None
+                how = f"the worker took no file: {error.strerror}"
+                if self._worker is not None and error.errno not in _FULL:
+                    how = f"{how}; {self._worker.stop(grace=_GRACE)}"
+                self._replace()
+                return self._done(Error(reasons.WORKER_DIED, how))
+            if not self._sent:
+                self._oldest_since = time.monotonic()
+            self._sent.append(self._unsent.popleft())
+        return None
+
+    def _send_one(self, job: _Job) -> None:
+        if self._worker is not None:
+            request = REQUEST.pack(job.number, job.size)
+            sockets.send(self._worker.channel, request, job.file.numbers(), wait=False)
+
+    def _replace(self) -> None:
+        """End the worker. What it had goes to the next one, oldest first."""
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+        self._unsent.extendleft(reversed(self._sent))
+        self._sent.clear()
+
+    def _receive(self, process: ConfinedProcess, job: _Job) -> Verdict | None:
+        """Read one message of the worker; None: there was none after all."""
+        try:
+            message = sockets.receive(process.channel, ANSWER.size + 1)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            # Reported once, ahead of what is queued, when it died with requests unread.
+            return None
+        except OSError as error:
+            self._replace()
+            return Error(reasons.WORKER_PROTOCOL, f"the worker's answer could not be received: {error}")
+        with message.descriptors as sent_along:
+            if not message.data and not sent_along:
+                how = process.stop(grace=_GRACE)
+                self._replace()
+                return Error(reasons.WORKER_DIED, f"the worker ended while it had this file: {how}")
+            verdict = self._judge(message.data, job) if not sent_along else None
+        if verdict is None:
+            self._replace()
+            return Error(reasons.WORKER_PROTOCOL, "the worker's answer is none")
+        return verdict
+
+    def _judge(self, data: bytes, job: _Job) -> Verdict | None:
+        """Return the verdict of an answer, None if it is no answer to this file."""
+        if len(data) != ANSWER.size:
+            return None
+        number, code, detail, read = ANSWER.unpack(data)
+        if number != job.number:
+            return None
+        if code == Code.INFECTED and detail < len(self._known) and read == job.size:
+            return Infected(self._known.name(detail))
+        if code == Code.CLEAN and detail == 0 and read == job.size:
+            return self._clean_if_unchanged(job)
+        if code == Code.READ_FAILED and 0 < detail <= _LAST_ERRNO:
+            return Error(reasons.READ_FAILED, f"reading failed: {os.strerror(detail)}")
+        if code == Code.SHORT_READ and detail == 0 and read < job.size:
+            return Error(reasons.SHORT_READ, f"only {read} of {job.size} bytes could be read")
+        if code == Code.CHANGED and detail == 0:
+            return Error(reasons.CHANGED, "the file changed while it was read")
+        return None
+
+    def _clean_if_unchanged(self, job: _Job) -> Verdict:
+        try:
+            facts = os.fstat(job.file.numbers()[0])
+        except OSError as error:
+            return Error(reasons.READ_FAILED, f"fstat: {error.strerror}")
+        if facts.st_size != job.size or (facts.st_mtime_ns, facts.st_ctime_ns) != job.stamp:
+            return Error(reasons.CHANGED, "the file changed while it was read")
+        return Clean()
+
+    def _done(self, verdict: Verdict) -> Done:
+        """Take the oldest file out, with this verdict; the time of the next one begins."""
+        job = self._sent.popleft() if self._sent else self._unsent.popleft()
+        job.file.close()
+        now = time.monotonic()
+        self._oldest_since = now
+        if self._worker is not None and now >= self._retire_at:
+            self._replace()
+        return Done(job.path, job.size, verdict)
+
+
+def _poll(channel: socket.socket, seconds: float) -> bool:
+    """Return whether there is something to receive, or the end, after waiting for it."""
+    readable = select.poll()
+    readable.register(channel, select.POLLIN)
+    return bool(readable.poll(math.ceil(seconds * 1000)))

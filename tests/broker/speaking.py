@@ -1,0 +1,225 @@
+"""A client that says what it is told to, byte by byte, good or bad; and the reader of the audit."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fdbroker.kernel import sockets
+from fdbroker.wire.format import MAX_FRAME, Status
+from fdbroker.wire.messages import ErrorReply, ListReply, OpenReply, StatReply, StatusReply, Welcome
+from fdbroker.wire.replies import decode_reply
+from fdbroker.wire.requests import encode_hello, encode_list, encode_open, encode_stat, encode_status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+    from fdbroker.kernel.descriptors import Descriptors
+    from fdbroker.wire.messages import Reply
+
+SECONDS = 30  # after which a test fails that waits for an answer
+
+
+class Answer(NamedTuple):
+    """One frame: its bytes, what they say, and the descriptors that came with it."""
+
+    raw: bytes
+    reply: Reply
+    descriptors: Descriptors
+
+
+class Opened(NamedTuple):
+    """What became of one path: the reason's name (`ok`: given), errno, content."""
+
+    reason: str
+    errno: int
+    content: bytes | None
+
+
+class Speaker:
+    """One connection. `serve` lets the broker work, where it is stepped by the test."""
+
+    def __init__(self, sock: socket.socket, serve: Callable[[], None] | None = None) -> None:
+        self.sock = sock
+        self._serve = serve
+        sock.settimeout(SECONDS)
+
+    @classmethod
+    def connect(cls, path: Path, *, hello: bool = True) -> Self:
+        """Connect to a broker that runs by itself, and greet it."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            sock.connect(str(path))
+            speaker = cls(sock)
+            if hello:
+                speaker.greet()
+        except BaseException:
+            sock.close()
+            raise
+        return speaker
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.sock.close()
+        if self._serve is not None:
+            self._serve()
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame, and let the broker work."""
+        self.sock.send(frame)
+        if self._serve is not None:
+            self._serve()
+
+    def receive(self) -> Answer | None:
+        """Return the next frame, None at the end of the connection."""
+        try:
+            received = sockets.receive(self.sock, MAX_FRAME + 1)
+        except ConnectionResetError:
+            # It closed with something of ours unread.
+            return None
+        if not received.data:
+            return None
+        assert not received.truncated
+        return Answer(received.data, decode_reply(received.data), received.descriptors)
+
+    def ask(self, frame: bytes) -> Answer:
+        """Send a frame and return what comes back."""
+        self.send(frame)
+        answer = self.receive()
+        assert answer is not None, "the connection was closed"
+        return answer
+
+    def greet(self) -> Welcome:
+        """Say hello."""
+        reply = self.ask(encode_hello(1)).reply
+        assert isinstance(reply, Welcome), reply
+        return reply
+
+    def open(self, *paths: bytes, request_id: int = 7) -> list[Opened]:
+        """Open paths, read what is given and close it."""
+        answer = self.ask(encode_open(request_id, paths))
+        return read_opened(answer, request_id)
+
+    def open_one(self, path: bytes) -> Opened:
+        """Open one path and read it."""
+        [opened] = self.open(path)
+        return opened
+
+    def stat(self, *paths: bytes) -> StatReply:
+        """Describe paths."""
+        reply = self.ask(encode_stat(8, paths)).reply
+        assert isinstance(reply, StatReply), reply
+        return reply
+
+    def list(self, path: bytes, cookie: int = 0, most: int = 0) -> ListReply:
+        """Return one page of a directory."""
+        reply = self.ask(encode_list(9, path, cookie, most)).reply
+        assert isinstance(reply, ListReply), reply
+        return reply
+
+    def list_all(self, path: bytes, most: int = 0) -> list[bytes]:
+        """Return the names in a directory, page by page."""
+        names: list[bytes] = []
+        cookie = 0
+        while True:
+            page = self.list(path, cookie, most)
+            assert page.result.status == Status.GIVEN, page
+            names += [entry.name for entry in page.entries]
+            if page.last:
+                return names
+            cookie = page.cookie
+
+    def status(self) -> dict[str, Any]:
+        """Return how the broker sees this connection."""
+        reply = self.ask(encode_status(10)).reply
+        assert isinstance(reply, StatusReply), reply
+        document: dict[str, Any] = json.loads(reply.document)
+        return document
+
+    def error(self, frame: bytes) -> ErrorReply:
+        """Send a frame that gets an error frame back."""
+        reply = self.ask(frame).reply
+        assert isinstance(reply, ErrorReply), reply
+        return reply
+
+    def is_closed(self) -> bool:
+        """Return whether nothing more comes."""
+        return self.receive() is None
+
+
+def read_opened(answer: Answer, request_id: int = 7) -> list[Opened]:
+    """Return what an open reply gives, with every file read and closed. Each descriptor is looked at."""
+    reply = answer.reply
+    assert isinstance(reply, OpenReply), reply
+    assert reply.id == request_id
+    found = []
+    with answer.descriptors as descriptors:
+        assert len(descriptors) == sum(result.status == Status.GIVEN for result in reply.results)
+        for result in reply.results:
+            if result.status != Status.GIVEN:
+                found.append(Opened(result.reason.name.lower(), result.errno, None))
+                continue
+            with open(descriptors.take(), "rb") as file:
+                found.append(Opened("ok", 0, file.read()))
+    return found
+
+
+def frame(kind: int, flags: int = 0, count: int = 0, generation: int = 0, body: bytes = b"") -> bytes:
+    """Return a frame of any kind, with id 77, whether it makes sense or not."""
+    return struct.pack("<BBHII", kind, flags, count, 77, generation) + body
+
+
+def path_of(record: dict[str, Any]) -> bytes:
+    """Return the exact path that an audit record is about."""
+    return bytes.fromhex(record["path_hex"]) if "path_hex" in record else record["path"].encode()
+
+
+def read_audit(data: bytes) -> list[dict[str, Any]]:
+    """Return the records; broken lines, which an interrupted write leaves, are left out."""
+    records = []
+    for line in data.split(b"\n"):
+        try:
+            record = json.loads(line.decode("ascii"))
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def check_audit(records: Iterable[dict[str, Any]]) -> None:
+    """Check that nothing is missing and nothing is there twice: `seq` counts, in one run."""
+    listed = list(records)
+    assert len({record["run"] for record in listed}) <= 1
+    assert [record["seq"] for record in listed] == list(range(len(listed)))
+
+
+def descriptors_of(pid: int | str = "self") -> dict[int, str]:
+    """Return the open descriptors of a process and what they are."""
+    directory = f"/proc/{pid}/fd"
+    found = {}
+    for name in os.listdir(directory):
+        try:
+            found[int(name)] = os.readlink(f"{directory}/{name}")
+        except FileNotFoundError:
+            continue  # the listing's own
+    return found
+
+
+def names_in(paths: Sequence[bytes]) -> list[bytes]:
+    """Return the last components."""
+    return [path.rpartition(b"/")[2] for path in paths]

@@ -1,0 +1,138 @@
+"""A broker in the process of the tests, one round at a time: no capability, no Landlock, no seccomp."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+from fdbroker.broker.audit import Audit
+from fdbroker.broker.dispatch import Parts
+from fdbroker.broker.identity import ControlGroups, probe_level
+from fdbroker.broker.opening import Opener
+from fdbroker.broker.roots import hold_roots
+from fdbroker.broker.server import Broker
+from fdbroker.kernel.files import open_proc_self_fd
+from fdbroker.policy.decide import Policy
+from fdbroker.policy.rules import read_policy
+from tests.broker.speaking import Speaker, read_audit
+from tests.running_broker import policy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+
+class SteppedBroker:
+    """Owns a broker, what it is made of, and its clients."""
+
+    def __init__(
+        self,
+        tree: Path,
+        compiled: dict[str, Any] | None = None,
+        *,
+        audit: Path | None = None,
+        level: int | None = None,
+        cgroup_root: str | None = None,
+    ) -> None:
+        self.tree = tree
+        rule_set = read_policy(compiled or policy(tree))
+        self.roots = hold_roots(rule_set.roots, read_only_required=False)
+        self.proc_self_fd = open_proc_self_fd()
+        self.audit_file = audit
+        self.audit_descriptor = (
+            None
+            if audit is None
+            else os.open(audit, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        )
+        self.audit = Audit(self.audit_descriptor, deny_on_failure=rule_set.settings.deny_when_audit_fails)
+        self.opener = Opener(self.roots, self.proc_self_fd)
+        self.broker = Broker(
+            Parts(
+                Policy(rule_set),
+                self.opener,
+                self.audit,
+                ControlGroups(cgroup_root, rule_set.cgroups),
+                probe_level().level if level is None else level,
+            )
+        )
+        self._speakers: list[Speaker] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close everything."""
+        for speaker in self._speakers:
+            speaker.sock.close()
+        self.broker.close()
+        for root in self.roots:
+            os.close(root.descriptor)
+        os.close(self.proc_self_fd)
+        if self.audit_descriptor is not None:
+            os.close(self.audit_descriptor)
+
+    def serve(self) -> None:
+        """Serve until nothing is left to do."""
+        for _ in range(8):
+            self.broker.step(0)
+
+    def join(self, *, hello: bool = True) -> Speaker:
+        """Return a new client on a socket pair; the peer is this process."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        speaker = Speaker(theirs, self.serve)
+        self._speakers.append(speaker)
+        self.broker.adopt(ours, "pair")
+        if hello:
+            speaker.greet()
+        return speaker
+
+    def listen(self, directory: Path) -> Path:
+        """Serve a listening socket as well; return its path."""
+        path = directory / "listener"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(str(path))
+        path.chmod(0o666)
+        listener.listen(128)
+        self.broker.add_listener(listener, "listener")
+        return path
+
+    def call(self, path: Path, *, hello: bool = True) -> Speaker:
+        """Return a new client that connects to a listener."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        speaker = Speaker(sock, self.serve)
+        self._speakers.append(speaker)
+        sock.connect(str(path))
+        self.serve()
+        if hello:
+            speaker.greet()
+        return speaker
+
+    @property
+    def connections(self) -> int:
+        """How many connections the broker has."""
+        return len(self.broker._connections)
+
+    @property
+    def in_flight(self) -> int:
+        """How many descriptors the broker takes to be under way."""
+        return self.broker._flight.total
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the audit so far."""
+        assert self.audit_file is not None
+        return read_audit(self.audit_file.read_bytes())
+
+    def reasons(self) -> list[str]:
+        """Return the reasons of the decisions so far."""
+        return [record["reason"] for record in self.records() if "decision" in record]
+
+    def events(self) -> list[str]:
+        """Return the names of the events so far."""
+        return [record["event"] for record in self.records() if "decision" not in record]
