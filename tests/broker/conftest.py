@@ -65,4 +65,3 @@ def shared_directory() -> Iterator[Path]:
         (path / "tree").mkdir(mode=0o755)
         fill(path / "tree")
         yield path
-

@@ -15,7 +15,7 @@ from fdbroker.wire.replies import decode_reply
 from fdbroker.wire.requests import encode_hello, encode_list, encode_open, encode_stat, encode_status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -125,7 +125,7 @@ class Speaker:
         assert isinstance(reply, StatReply), reply
         return reply
 
-    def list(self, path: bytes, cookie: int = 0, most: int = 0) -> ListReply:
+    def page(self, path: bytes, cookie: int = 0, most: int = 0) -> ListReply:
         """Return one page of a directory."""
         reply = self.ask(encode_list(9, path, cookie, most)).reply
         assert isinstance(reply, ListReply), reply
@@ -136,7 +136,7 @@ class Speaker:
         names: list[bytes] = []
         cookie = 0
         while True:
-            page = self.list(path, cookie, most)
+            page = self.page(path, cookie, most)
             assert page.result.status == Status.GIVEN, page
             names += [entry.name for entry in page.entries]
             if page.last:
@@ -218,8 +218,3 @@ def descriptors_of(pid: int | str = "self") -> dict[int, str]:
         except FileNotFoundError:
             continue  # the listing's own
     return found
-
-
-def names_in(paths: Sequence[bytes]) -> list[bytes]:
-    """Return the last components."""
-    return [path.rpartition(b"/")[2] for path in paths]

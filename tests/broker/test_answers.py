@@ -15,9 +15,9 @@ import pytest
 from fdbroker.broker import opening
 from fdbroker.broker.roots import HeldRoot, objection_to_filesystem
 from fdbroker.kernel.errors import SyscallError
-from fdbroker.kernel.files import FilesystemFacts
-from fdbroker.wire.format import MAX_REPLY, Reason, Status
-from fdbroker.wire.messages import ListReply
+from fdbroker.kernel.files import FilesystemFacts, read_directory
+from fdbroker.wire.format import MAX_REPLY, Kind, Reason, Status
+from fdbroker.wire.messages import ErrorReply, ListReply
 from fdbroker.wire.requests import encode_list, encode_open
 from tests.broker.speaking import check_audit, path_of
 from tests.broker.stepping import SteppedBroker
@@ -156,7 +156,7 @@ def test_impossible_path_is_refused_before_any_rule_is_read(
     if action == "open":
         assert speaker.open_one(path) == ("path_invalid", number, None)
     else:
-        result = speaker.stat(path).results[0][0] if action == "stat" else speaker.list(path).result
+        result = speaker.stat(path).results[0][0] if action == "stat" else speaker.page(path).result
         assert (result.status, result.reason, result.errno) == (Status.REFUSED, Reason.PATH_INVALID, number)
     record = stepped.records()[-1]
     assert (record["event"], record["reason"], record["rule"]) == (action, audited, None)
@@ -178,7 +178,7 @@ def test_longest_name_and_longest_path_are_served(stepped: SteppedBroker) -> Non
     speaker = stepped.join()
     assert speaker.open_one(bytes(stepped.tree) + b"/" + b"n" * 255).content == b"long name"
     room = 4095 - len(bytes(stepped.tree))
-    parts = [b"d" * 200] * ((room - 250) // 201)
+    parts = [b"d" * 200] * ((room - 2) // 201)
     last = b"f" * (room - 201 * len(parts) - 1)
     below = os.open(stepped.tree, os.O_RDONLY)
     for part in parts:
@@ -272,15 +272,13 @@ def test_file_that_lost_its_name_is_not_given_where_links_are_counted(
     compiled = policy(tree, rule("single", where={"links": {"max": 1}}))
     with SteppedBroker(tree, compiled, audit=tmp_path / "audit") as broker:
         speaker = broker.join()
-        monkeypatch.setattr(opening.os, "fstat", remove_first)
+        monkeypatch.setattr(os, "fstat", remove_first)
         assert speaker.open_one(bytes(tree / "file")) == ("denied", errno.EACCES, None)
         monkeypatch.undo()
         assert reason_in_audit(broker) == "lost_its_name"
 
 
-def test_file_under_a_lease_is_busy_at_once(
-    stepped: SteppedBroker, request: pytest.FixtureRequest
-) -> None:
+def test_file_under_a_lease_is_busy_at_once(stepped: SteppedBroker, request: pytest.FixtureRequest) -> None:
     # The holder of a lease that is asked for gets a signal that would end it.
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
     request.addfinalizer(lambda: signal.signal(signal.SIGIO, before))
@@ -360,7 +358,7 @@ def test_failing_call_in_a_list_is_a_refusal_that_is_recorded(
 
     speaker = stepped.join()
     monkeypatch.setattr(opening, call, fail)
-    page = speaker.list(bytes(stepped.tree))
+    page = speaker.page(bytes(stepped.tree))
     assert (page.result.reason, page.result.errno, page.entries) == (Reason.BROKEN, errno.EIO, [])
     assert reason_in_audit(stepped) == "EIO"
 
@@ -403,7 +401,7 @@ def test_stat_that_can_not_look_says_so(stepped: SteppedBroker, monkeypatch: pyt
         raise OSError(errno.EIO, "the disk is gone")
 
     speaker = stepped.join()
-    monkeypatch.setattr(opening.os, "fstat", fail)
+    monkeypatch.setattr(os, "fstat", fail)
     reply = speaker.stat(bytes(stepped.tree / "file"))
     monkeypatch.undo()
     [(result, facts)] = reply.results
@@ -449,7 +447,7 @@ def test_list_of_the_longest_names_fits_into_replies(stepped: SteppedBroker) -> 
 
 def test_list_of_an_empty_directory_is_one_page(stepped: SteppedBroker) -> None:
     (stepped.tree / "nothing").mkdir()
-    page = stepped.join().list(bytes(stepped.tree / "nothing"))
+    page = stepped.join().page(bytes(stepped.tree / "nothing"))
     assert page.result.status == Status.GIVEN
     assert page.last
     assert page.entries == []
@@ -468,7 +466,7 @@ def test_list_of_an_empty_directory_is_one_page(stepped: SteppedBroker) -> None:
 def test_list_of_what_is_no_directory_is_refused(
     stepped: SteppedBroker, name: str, reason: Reason, audited: str
 ) -> None:
-    page = stepped.join().list(bytes(stepped.tree / name))
+    page = stepped.join().page(bytes(stepped.tree / name))
     assert page.result.reason == reason
     assert page.last
     assert reason_in_audit(stepped) == audited
@@ -477,7 +475,7 @@ def test_list_of_what_is_no_directory_is_refused(
 def test_list_needs_the_action_list(tree: Path, tmp_path: Path) -> None:
     compiled = policy(tree, rule("not this", actions=["open", "stat", "walk"]))
     with SteppedBroker(tree, compiled, audit=tmp_path / "audit") as broker:
-        assert broker.join().list(bytes(tree)).result.reason == Reason.DENIED
+        assert broker.join().page(bytes(tree)).result.reason == Reason.DENIED
         assert reason_in_audit(broker) == "no_rule"
 
 
@@ -493,11 +491,13 @@ def test_list_shows_what_may_be_listed_and_describes_what_may_be_described(
     (tree / "directory" / "big").write_bytes(bytes(200))
     with SteppedBroker(tree, compiled, audit=tmp_path / "audit") as broker:
         speaker = broker.join()
-        page = speaker.list(bytes(tree))
+        page = speaker.page(bytes(tree))
         shown = {entry.name: entry.stat is not None for entry in page.entries}
         # link: size is no condition on what is no file, so it is described.
         assert shown == {b"file": True, b"directory": True, b"link": True, b"fifo": True}
-        inner = {entry.name: entry.stat is not None for entry in speaker.list(bytes(tree / "directory")).entries}
+        inner = {
+            entry.name: entry.stat is not None for entry in speaker.page(bytes(tree / "directory")).entries
+        }
         assert inner == {b"inner": False, b"big": True}
         kinds = {entry.name: entry.kind for entry in page.entries}
         assert kinds == {b"file": 8, b"directory": 4, b"link": 10, b"fifo": 1}
@@ -506,14 +506,14 @@ def test_list_shows_what_may_be_listed_and_describes_what_may_be_described(
 def test_list_under_a_condition_shows_what_meets_it(tree: Path, tmp_path: Path) -> None:
     compiled = policy(tree, rule("small", actions=["list"], where={"size": {"max": 3}}))
     with SteppedBroker(tree, compiled, audit=tmp_path / "audit") as broker:
-        page = broker.join().list(bytes(tree))
+        page = broker.join().page(bytes(tree))
         assert {entry.name for entry in page.entries} == {b"empty", b"directory", b"link", b"fifo"}
         assert all(entry.stat is None for entry in page.entries)
 
 
 @pytest.mark.parametrize("cookie", [2**64 - 1, 2**63, 2**63 - 1, 12345678901234567])
 def test_list_with_a_made_up_cookie_is_answered(stepped: SteppedBroker, cookie: int) -> None:
-    page = stepped.join().list(bytes(stepped.tree), cookie)
+    page = stepped.join().page(bytes(stepped.tree), cookie)
     if page.result.status != Status.GIVEN:
         assert page.result.reason == Reason.PATH_INVALID
         assert reason_in_audit(stepped) == "cookie"
@@ -524,17 +524,17 @@ def test_list_with_a_made_up_cookie_is_answered(stepped: SteppedBroker, cookie: 
 def test_directory_that_is_exchanged_during_a_list_is_busy(
     stepped: SteppedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = opening.read_directory
+    read = read_directory
 
     def exchange_first(descriptor: int) -> object:
-        if (stepped.tree / "directory").exists():
+        if not (stepped.tree / "moved").exists():
             (stepped.tree / "directory").rename(stepped.tree / "moved")
             (stepped.tree / "directory").mkdir()
         return read(descriptor)
 
     speaker = stepped.join()
     monkeypatch.setattr(opening, "read_directory", exchange_first)
-    page = speaker.list(bytes(stepped.tree / "directory"))
+    page = speaker.page(bytes(stepped.tree / "directory"))
     assert page.result.reason == Reason.BUSY
     assert page.entries == []
     assert reason_in_audit(stepped) == "moved"
@@ -543,7 +543,7 @@ def test_directory_that_is_exchanged_during_a_list_is_busy(
 def test_name_that_goes_away_during_a_list_is_left_out(
     stepped: SteppedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = opening.read_directory
+    read = read_directory
 
     def remove_after(descriptor: int) -> object:
         names = read(descriptor)
@@ -552,7 +552,7 @@ def test_name_that_goes_away_during_a_list_is_left_out(
 
     speaker = stepped.join()
     monkeypatch.setattr(opening, "read_directory", remove_after)
-    assert b"file" not in {entry.name for entry in speaker.list(bytes(stepped.tree)).entries}
+    assert b"file" not in {entry.name for entry in speaker.page(bytes(stepped.tree)).entries}
 
 
 # file systems and mounts
@@ -582,7 +582,9 @@ def test_name_that_goes_away_during_a_list_is_left_out(
     ],
 )
 def test_file_systems_that_are_no_storage_are_not_served(
-    facts: FilesystemFacts, required: bool, objection: str | None  # noqa: FBT001
+    facts: FilesystemFacts,
+    required: bool,
+    objection: str | None,
 ) -> None:
     assert objection_to_filesystem(facts, read_only_required=required) == objection
 
@@ -612,7 +614,22 @@ def test_nothing_is_decided_twice_and_nothing_is_left_unrecorded(stepped: Steppe
     speaker = stepped.join()
     speaker.open(*[bytes(stepped.tree / "file")] * 5, b"", b"/etc/passwd")
     speaker.stat(bytes(stepped.tree / "file"), b"x")
-    speaker.list(bytes(stepped.tree))
+    speaker.page(bytes(stepped.tree))
     records = stepped.records()
     check_audit(records)
     assert [record["event"] for record in records] == ["open"] * 7 + ["stat"] * 2 + ["list"]
+
+
+def test_a_bug_in_answering_is_a_broken_reply_with_its_place_recorded_and_others_are_served(
+    stepped: SteppedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speaker, bystander = stepped.join(), stepped.join()
+    with monkeypatch.context() as patched:
+        patched.setattr(opening.Opener, "open", lambda *_: 1 // 0)
+        reply = speaker.ask(speak_open(stepped.tree / "file")).reply
+    assert isinstance(reply, ErrorReply)
+    assert (reply.kind, reply.reason) == (Kind.BROKEN, Reason.BROKEN)
+    [failed] = [record for record in stepped.records() if record["event"] == "failed"]
+    assert failed["reason"].startswith("ZeroDivisionError")
+    assert "test_answers.py:" in failed["reason"]
+    assert [entry.content for entry in bystander.open(bytes(stepped.tree / "file"))] == [b"content"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from fdbroker.client import Client
@@ -87,8 +87,9 @@ class ThreadedBroker:
 
     def __exit__(self, *_: object) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
-        for sock in self._open:
-            sock.shutdown(socket.SHUT_RDWR)
+        for sock in tuple(self._open):
+            with suppress(OSError):  # the client has gone, or this end has
+                sock.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
         if self._failures:

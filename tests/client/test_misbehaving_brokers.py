@@ -23,6 +23,7 @@ from fdbroker.client import (
 )
 from fdbroker.client.connection import Call, Connection, Deadline, connect_socket
 from fdbroker.client.engine import OpenPaths
+from fdbroker.kernel import sockets
 from fdbroker.wire.format import ERRNO_OF, HEADER, MAX_FRAME, Kind, Reason, Type
 from fdbroker.wire.messages import GIVEN, ErrorReply, Hello, OpenRequest, broken, refused
 from fdbroker.wire.replies import (
@@ -284,6 +285,52 @@ def test_a_batch_that_is_refused_as_a_whole_refuses_each_of_its_paths() -> None:
             assert c.error is None
 
 
+def test_a_status_can_be_refused() -> None:
+    refusal = error(FIRST, Kind.REFUSED, Reason.IDENTITY)
+    with broker_saying((refusal, 0)) as (client, _), pytest.raises(DeniedError):
+        client.status()
+
+
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.EACCES, errno.EPERM])
+@pytest.mark.parametrize("call", ["send", "receive"])
+def test_a_socket_that_fails_is_not_taken_for_a_file_that_is_refused(
+    monkeypatch: pytest.MonkeyPatch, number: int, call: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with broker_saying((given(FIRST), 1)) as (client, _):
+        monkeypatch.setattr(sockets, call, fail)
+        with pytest.raises(UnavailableError) as caught:
+            client.open("/a")
+        assert caught.value.errno == number
+        monkeypatch.undo()
+        with pytest.raises(DisconnectedError):
+            client.open("/a")
+
+
+def test_a_failure_to_send_the_next_batch_comes_after_what_was_received(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    send = sockets.send
+
+    def fail_at_b(sock: socket.socket, data: bytes, *, wait: bool) -> None:
+        if b"/b" in data:
+            raise OSError(errno.ENOBUFS, "no buffer")
+        send(sock, data, wait=wait)
+
+    with (
+        broker_saying((given(FIRST), 1)) as (client, _),
+        client.open_many(["/a", "/b"], batch=1) as many,
+    ):
+        monkeypatch.setattr(sockets, "send", fail_at_b)
+        with next(many) as result:
+            assert result.error is None
+        with pytest.raises(UnavailableError):
+            next(many)
+        monkeypatch.undo()
+
+
 @pytest.mark.parametrize("document", [b"", b"{", b"[]", b"\xff", b"[" * 60000])
 def test_a_status_that_is_no_json_object_is_a_protocol_error(document: bytes) -> None:
     reply = encode_status_reply(FIRST, 1, document)
@@ -461,6 +508,26 @@ def test_a_broker_that_is_gone_for_good_is_unavailable(tmp_path: Path) -> None:
     with client, pytest.raises(UnavailableError) as caught:
         client.open("/a")
     assert caught.value.errno == errno.ECONNREFUSED
+
+
+def test_a_socket_that_was_replaced_by_another_kind_is_unavailable_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "broker"
+    with ThreadedBroker(str(path), answer_one) as _:
+        client = connect(path)
+        os.close(client.open_descriptor("/a"))
+    path.unlink()
+    with client, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+        other.bind(str(path))
+        other.listen()
+        with pytest.raises(UnavailableError) as caught:
+            client.open("/a")
+        assert caught.value.errno == errno.EPROTOTYPE
+
+
+def test_a_broker_that_closes_before_its_welcome_is_a_reset(tmp_path: Path) -> None:
+    path = tmp_path / "broker"
+    with ThreadedBroker(str(path), die_at_once), pytest.raises(DisconnectedError, match="before its welcome"):
+        connect(path)
 
 
 def test_a_client_is_usable_after_a_timeout(tmp_path: Path) -> None:

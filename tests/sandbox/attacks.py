@@ -67,9 +67,7 @@ def _fork() -> int:
 
 
 def _reopen(flags: int) -> Callable[[int, int], int]:
-    return lambda descriptor, _parent: call(
-        "openat", _AT_FDCWD, b"/proc/self/fd/%d" % descriptor, flags, 0
-    )
+    return lambda descriptor, _parent: call("openat", _AT_FDCWD, b"/proc/self/fd/%d" % descriptor, flags, 0)
 
 
 # Name -> function of the descriptor that was passed, open for reading, and the parent's pid.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from fdbroker.kernel import bpf, sockets
 from fdbroker.kernel.libc import MACHINE
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fdbroker.sandbox.process import ConfinedProcess
+
+_T = TypeVar("_T")
 
 WORKER_UID = 23461
 IDS = (WORKER_UID, WORKER_UID)
@@ -39,33 +41,34 @@ def answers_one(function: Callable[[int], object]) -> Callable[[socket.socket], 
     json.dumps({"loaded": 1})
 
     def main(channel: socket.socket) -> None:
-        with (message := sockets.receive(channel, 64)).descriptors as owned:
+        with sockets.receive(channel, 64).descriptors as owned:
             answer = json.dumps(function(owned.numbers()[0]))
         sockets.send(channel, answer.encode())
 
     return main
 
 
-def ask(process: ConfinedProcess, descriptor: int) -> Any:
+def ask(process: ConfinedProcess, descriptor: int) -> object:
     """Hand over a descriptor and return the answer; None if the process ended instead."""
     sockets.send(process.channel, b"go", [descriptor])
     readable = select.poll()
     readable.register(process.channel, select.POLLIN)
     assert readable.poll(20_000), "no answer"
     with (message := sockets.receive(process.channel, 65536)).descriptors:
-        return json.loads(message.data) if message.data else None
+        answer: object = json.loads(message.data) if message.data else None
+    return answer
 
 
 def run_confined(
-    function: Callable[[int], object],
+    function: Callable[[int], _T],
     descriptor: int,
     *,
     program: bytes = REFUSING,
     ids: tuple[int, int] | None = IDS,
-) -> Any:
+) -> _T:
     """Run `function` with a descriptor in a confined process and return what it returned."""
     process, _ = start_confined(Confinement(program, ids), answers_one(function))
     try:
-        return ask(process, descriptor)
+        return cast("_T", ask(process, descriptor))
     finally:
         process.stop(grace=5.0)

@@ -128,9 +128,7 @@ def test_worker_of_an_unprivileged_parent_can_do_nothing(own_file: int) -> None:
 
 def test_layers_beside_the_filter_stop_the_worst_by_themselves(own_file: int) -> None:
     parent = os.getpid()
-    results = run_confined(
-        lambda descriptor: attempt_all(descriptor, parent), own_file, program=PERMISSIVE
-    )
+    results = run_confined(lambda descriptor: attempt_all(descriptor, parent), own_file, program=PERMISSIVE)
     worked = {name for name, number in results.items() if number == 0}
     assert not worked & STOPPED_TWICE
 
@@ -149,10 +147,13 @@ def test_worker_can_use_the_descriptor_as_meant(own_file: int) -> None:
 
 def test_metadata_call_with_the_flag_for_no_path_meets_an_empty_root(own_file: int) -> None:
     assert look_at_a_path() == 0
-    assert run_confined(lambda _descriptor: look_at_a_path(), own_file) == errno.ENOENT
+    # The worker may not even search its root: that belongs to who started it.
+    assert run_confined(lambda _descriptor: look_at_a_path(), own_file) == errno.EACCES
 
 
-@pytest.mark.parametrize("name", ["open a file", "make a Unix socket", "fork", "lock it", "be dumpable again"])
+@pytest.mark.parametrize(
+    "name", ["open a file", "make a Unix socket", "fork", "lock it", "be dumpable again"]
+)
 def test_production_filter_kills_a_worker_that_tries(name: str, own_file: int) -> None:
     process, _ = start_confined(
         Confinement(KILLING, IDS), answers_one(lambda descriptor: ATTACKS[name](descriptor, 1))

@@ -4,8 +4,7 @@ import errno
 import json
 import os
 import signal
-import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,6 +21,7 @@ from tests.processes import ChildError, in_child, wait_until
 from tests.sandbox.confined import IDS, KILLING, REFUSING, WORKER_UID, answers_one, ask, started_ids
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
 
@@ -88,9 +88,7 @@ def test_the_kernel_confirms_what_the_report_says() -> None:
 
 def test_worker_has_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FDBROKER_TEST_SECRET", "x")
-    child, _ = start_confined(
-        Confinement(REFUSING, started_ids()), answers_one(lambda _: sorted(os.environ))
-    )
+    child, _ = start_confined(Confinement(REFUSING, started_ids()), answers_one(lambda _: sorted(os.environ)))
     try:
         with open(os.devnull, "rb") as null:
             assert ask(child, null.fileno()) == []
@@ -117,7 +115,7 @@ def test_no_worker_without_its_filter(program: bytes) -> None:
         report_of(Confinement(program, started_ids()))
 
 
-def fail(*_arguments: object, **_named: object) -> Any:
+def fail(*_arguments: object, **_named: object) -> object:
     raise SyscallError(errno.ENOSYS, "test")
 
 
@@ -188,7 +186,9 @@ def test_older_landlock_is_in_force_with_what_it_lacks_in_the_note(monkeypatch: 
     monkeypatch.setattr(landlock, "restrict_to", lambda trees: old(trees, abi=3))
     state = report_of(Confinement(KILLING, IDS)).state(Layer.LANDLOCK)
     assert state.enforced
-    assert state.note == "ABI 3, no rules; not of this kernel: TCP, ioctl on devices, abstract sockets, signals"
+    assert (
+        state.note == "ABI 3, no rules; not of this kernel: TCP, ioctl on devices, abstract sockets, signals"
+    )
 
 
 def test_second_thread_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,8 +199,11 @@ def test_second_thread_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_parent_does_not_believe_what_the_kernel_contradicts(monkeypatch: pytest.MonkeyPatch) -> None:
     read = capabilities.read_process_state
-    lies = {"no_new_privs": False, "seccomp": 0, "permitted": 4, "uids": (1, 1, 1, 0)}
-    monkeypatch.setattr(capabilities, "read_process_state", lambda pid: read(pid)._replace(**lies))
+    monkeypatch.setattr(
+        capabilities,
+        "read_process_state",
+        lambda pid: read(pid)._replace(no_new_privs=False, seccomp=0, permitted=4, uids=(1, 1, 1, 0)),
+    )
     with pytest.raises(
         ConfinementError, match="says otherwise than the process: ids, capabilities, no_new_privs, seccomp"
     ):
@@ -227,6 +230,16 @@ def test_failed_start_leaves_neither_process_nor_descriptor() -> None:
     before = sorted(os.listdir("/proc/self/fd"))
     with pytest.raises(ConfinementError):
         report_of(Confinement(b"", started_ids()))
+    assert sorted(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_start_without_a_descriptor_to_be_had_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "pidfd_open", fail)
+    with pytest.raises(OSError, match="ENOSYS"):
+        report_of(Confinement(KILLING, started_ids()))
     assert sorted(os.listdir("/proc/self/fd")) == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)

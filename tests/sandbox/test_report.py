@@ -23,7 +23,7 @@ REPORTS = st.lists(st.tuples(st.booleans(), PRINTABLE), min_size=len(Layer), max
 
 
 def report(note: str = "") -> LayerReport:
-    return LayerReport(tuple(LayerState(layer, True, note) for layer in Layer))
+    return LayerReport(tuple(LayerState(layer, enforced=True, note=note) for layer in Layer))
 
 
 @given(REPORTS)

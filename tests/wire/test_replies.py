@@ -163,6 +163,17 @@ def test_bits_of_an_entry_that_mean_nothing_are_malformed(flags: int, reserved: 
         decode_reply(HEADER.pack(Type.LIST | REPLY, 1, 1, 8, 0) + body)
 
 
+@pytest.mark.parametrize(
+    ("reply", "at"),
+    [(EXAMPLES[0], 2), (EXAMPLES[0], 22), (EXAMPLES[4], 2), (EXAMPLES[5], 2), (EXAMPLES[5], 13)],
+)
+def test_reserved_fields_of_a_reply_are_0(reply: Reply, at: int) -> None:
+    frame = bytearray(encode_reply(reply))
+    frame[at] ^= 1
+    with pytest.raises(MalformedError):
+        decode_reply(bytes(frame))
+
+
 def test_text_that_is_not_utf_8_is_malformed() -> None:
     frame = encode_reply(ErrorReply(6, 7, Kind.REFUSED, Reason.LIMIT, 11, "")) + b"\xff"
     with pytest.raises(MalformedError):

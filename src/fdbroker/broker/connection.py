@@ -41,8 +41,6 @@ class Connection:
 
     __slots__ = (
         "_flight",
-        "_generation",
-        "_view",
         "greeted",
         "in_flight",
         "peer",
@@ -50,6 +48,8 @@ class Connection:
         "sock",
         "state",
         "unsent",
+        "view",
+        "view_generation",
     )
 
     def __init__(
@@ -67,20 +67,13 @@ class Connection:
             socket=name, connection=number, pid=peer.pid, uid=peer.uid, gid=peer.gid, identity=peer.level
         )
         self._flight = flight
-        self._view: View | None = None
-        self._generation = -1
+        # The part of the policy that is about this client, and the generation it was made of.
+        self.view: View | None = None
+        self.view_generation = 0
 
     def may_have_more(self, count: int) -> bool:
         """Return whether `count` more descriptors may be on their way to this client."""
         return self._flight.room_for(self, count)
-
-    def view(self, generation: int) -> View | None:
-        """Return the view of policy `generation`, None if it has to be made."""
-        return self._view if generation == self._generation else None
-
-    def keep_view(self, generation: int, view: View) -> None:
-        """Keep the view of a generation until the next one."""
-        self._generation, self._view = generation, view
 
     def discard_unsent(self) -> None:
         """Let go of a reply that waits."""

@@ -187,11 +187,10 @@ class Dispatch:
         return encode_status_reply(request.id, self.generation, json.dumps(document).encode()), []
 
     def _view(self, connection: Connection) -> View:
-        view = connection.view(self.generation)
-        if view is None:
-            view = self._policy.view(connection.peer.facts(self._cgroups))
-            connection.keep_view(self.generation, view)
-        return view
+        if connection.view is None or connection.view_generation != self.generation:
+            connection.view = self._policy.view(connection.peer.facts(self._cgroups))
+            connection.view_generation = self.generation
+        return connection.view
 
     def _record(
         self,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TRUSTED_FOLDERS = frozenset({"kernel", "wire", "policy", "broker"})
+_EXIT_NOT_STARTED = 2  # as in main.py, which is not there yet
 
 
 class UntrustedSourceError(ImportError):
@@ -99,11 +100,14 @@ def main() -> int:
     handover, *options = sys.argv[1:]
     check = "--dev" not in options
     base = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    if check:
-        check_only_root_writes(os.path.abspath(__file__))
-    sys.meta_path.append(TrustedFinder(base, check=check))
-    from fdbroker.broker.main import run  # noqa: PLC0415 - it can be found from here on only
-
+    try:
+        if check:
+            check_only_root_writes(os.path.abspath(__file__))
+        sys.meta_path.append(TrustedFinder(base, check=check))
+        from fdbroker.broker.main import run  # noqa: PLC0415 - it can be found from here on only
+    except UntrustedSourceError as error:
+        sys.stderr.write(f"fdbroker: {error}\n")
+        return _EXIT_NOT_STARTED
     return run(int(handover))
 
 

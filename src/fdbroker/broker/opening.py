@@ -64,6 +64,7 @@ _OF_OBJECT = {
 # Failures of the broker as a whole. They say nothing of the object.
 _OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _PAGE = 256
+_LIST_TRIES = 4
 _MAX_GIVEN = 4096  # rules of old policies must not pile up
 _LIST_HEAD = 12 + 8 + 8  # header, result, cookie
 
@@ -175,11 +176,23 @@ class Opener:
         A page reads one chunk of the directory, so that a directory of a
         million names that a client may not see costs no more than its pages.
         After the page was read the directory is resolved again and must be
-        the same one: a held directory goes on resolving wherever it is moved.
+        the same one, untouched: a held directory goes on resolving wherever
+        it is moved, and one that was away in between may have held other
+        names there. A directory in which much happens is tried a few times.
         """
         decision = view.actions["list"].decide(path)
         if not decision.allowed:
             return Page(_refusal(decision))
+        for _ in range(_LIST_TRIES):
+            page = self._page(view, decision, path, cookie, most, client_uid)
+            if page is not None:
+                return page
+        return Page(_object_refusal(decision, "moved"))
+
+    def _page(
+        self, view: View, decision: NameDecision, path: bytes, cookie: int, most: int, client_uid: int
+    ) -> Page | None:
+        """Give the page, or None where the directory was touched meanwhile."""
         held = opened = again = -1
         try:
             root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
@@ -201,9 +214,15 @@ class Opener:
             # Where the whole chunk was used, a look behind it saves the client a page without entries.
             last = not chunk or (cookie == chunk[-1].next and not read_directory(opened))
             again = open_path_beneath(root.descriptor, below, root.cross_mounts)
-            if not os.path.samestat(os.fstat(again), os.fstat(held)):
+            now = os.fstat(again)
+            if not os.path.samestat(now, os.fstat(held)):
                 return Page(_object_refusal(decision, "moved"))
-            return Page(outcome, entries, cookie, last=last)
+            # Times of Linux 6.13 tell any two changes apart if somebody looked in between, and we did; older
+            # ones know ticks of the clock.
+            if (now.st_mtime_ns, now.st_ctime_ns) != (outcome.facts.mtime_ns, outcome.facts.ctime_ns):
+                return None
+            # Behind the last page there is nothing, and the position would tell of names that were left out.
+            return Page(outcome, entries, 0 if last else cookie, last=last)
         except OSError as error:
             return Page(_failure(decision, error))
         finally:

@@ -196,9 +196,13 @@ class Broker:
         try:
             sock, _ = listener.accept()
             self._refuse(sock, name, "the broker has no descriptors left", member_text(reason="descriptors"))
-            self._spare = os.open("/", os.O_PATH | os.O_CLOEXEC)
         except OSError as error:
             self._audit.event("accept_failed", member_text(socket=name, errno=error.errno))
+        try:
+            self._spare = os.open("/", os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            # The whole system is out of files (ENFILE): tried again at the next shortage.
+            return
 
     # Connections go
 
@@ -261,7 +265,9 @@ class Broker:
             return
         try:
             if rights:
-                raise MalformedError(f"{len(rights)} descriptors sent to the broker, which takes none")
+                count = len(rights)
+                rights.close()
+                raise MalformedError(f"{count} descriptors sent to the broker, which takes none")
             if not data:
                 self._hang_up(connection)
                 return
@@ -278,10 +284,16 @@ class Broker:
             self._send_error(connection.sock, error.request_id, Kind.MALFORMED, Reason.MALFORMED, str(error))
             self._hang_up(connection)
             return
-        finally:
-            rights.close()
-        objection = connection.peer.objection(credentials)
-        reply, descriptors = self._dispatch.answer(connection, request, objection)
+        try:
+            objection = connection.peer.objection(credentials)
+            reply, descriptors = self._dispatch.answer(connection, request, objection)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is a denial, and the others are served
+            members = member_text(request=request.id, reason=_describe(error))
+            self._audit.event("failed", f"{connection.record},{members}")
+            text = "the broker failed on this request; its audit says where"
+            self._send_error(connection.sock, request.id, Kind.BROKEN, Reason.BROKEN, text)
+            self._hang_up(connection)
+            return
         self._send(connection, Unsent(reply, descriptors, request.id))
 
     def _send(self, connection: Connection, reply: Unsent) -> bool:
@@ -323,3 +335,12 @@ class Broker:
         except OSError:
             # Said to a client that does not listen; the audit has it.
             return
+
+
+def _describe(error: Exception) -> str:
+    """Return what was raised and where, for a report of a bug."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    where = "" if at is None else f" at {os.path.basename(at.tb_frame.f_code.co_filename)}:{at.tb_lineno}"
+    return f"{error!r}{where}"

@@ -7,9 +7,10 @@ import sys
 try:
     from fdbroker.cli.main import main
 except ModuleNotFoundError as missing:
-    if missing.name not in {"click", "rich"}:
+    package = (missing.name or "").partition(".")[0]
+    if package not in {"click", "rich"}:
         raise
-    sys.stderr.write(f"fdbroker: the command needs {missing.name}: pip install 'fdbroker[cli]'\n")
+    sys.stderr.write(f"fdbroker: the command needs {package}: pip install 'fdbroker[cli]'\n")
     sys.exit(2)
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # What the terminal's encoding lacks is escaped, not an exception.
-            stream.reconfigure(errors="backslashreplace")
+            # What the terminal's encoding lacks is escaped, not an exception; and a finding is not held back.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         status = cli.main(arguments, prog_name="fdbroker", standalone_mode=False)
         sys.stdout.flush()

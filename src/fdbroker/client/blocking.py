@@ -36,8 +36,8 @@ from fdbroker.client.errors import (
     timed_out,
 )
 from fdbroker.client.results import DescribedFile, OpenedFile, Results, file_from
-from fdbroker.wire.format import MAX_PATHS, Status
-from fdbroker.wire.messages import ErrorReply, ListReply, OpenReply, StatReply, StatusReply
+from fdbroker.wire.format import MAX_FRAME, MAX_PATHS
+from fdbroker.wire.messages import GIVEN, ErrorReply, ListReply, OpenReply, StatReply, StatusReply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -150,6 +150,9 @@ class Client:
         except BaseException:
             owned.close()
             raise
+        # A frame of the full length has to fit, however small the buffer of what was inherited.
+        with contextlib.suppress(OSError):
+            owned.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_FRAME)
         try:
             connection = Connection.greet(owned, deadline)
         except ConnectionLost as lost:
@@ -221,7 +224,7 @@ class Client:
         answer = self._ask(OpenPaths([asked]))
         with answer.descriptors as descriptors:
             reply = answer.reply
-            if isinstance(reply, OpenReply) and reply.results[0].status is Status.GIVEN:
+            if isinstance(reply, OpenReply) and reply.results[0] is GIVEN:
                 return descriptors.take()
             raise _error_of(answer, 0, asked)
 
@@ -333,7 +336,7 @@ class Client:
 
     def _page(self, path: bytes, cookie: int, most: int) -> ListReply:
         answer = self._ask(ListPage(path, cookie, most))
-        if isinstance(answer.reply, ListReply) and answer.reply.result.status is Status.GIVEN:
+        if isinstance(answer.reply, ListReply) and answer.reply.result is GIVEN:
             return answer.reply
         raise _error_of(answer, 0, path)
 
@@ -355,7 +358,7 @@ class Client:
         paths: Iterable[StrOrBytesPath],
         batch: int,
         ask: type[OpenPaths | StatPaths],
-        deliver: Callable[[Item, Answer | None, int], _Result],
+        deliver: Callable[[Sequence[Item], Answer | None], Generator[_Result, None, None]],
     ) -> Generator[_Result, None, None]:
         """Yield what `deliver` makes of each path; while a batch is delivered the next one is under way.
 
@@ -372,11 +375,7 @@ class Client:
                 with contextlib.nullcontext() if answer is None else answer.descriptors:
                     # An error there must not take away what has come already.
                     failure = failure or self._start_next(waiting, ask, calls)
-                    at = 0
-                    for one in items:
-                        yield deliver(one, answer, at)
-                        if one.error is None:
-                            at += 1
+                    yield from deliver(items, answer)
             if failure is not None:
                 raise failure
         finally:
@@ -438,6 +437,8 @@ class Client:
             return
         try:
             self._connection.send(call, deadline)
+        except TooLargeError:
+            return
         except ConnectionLost:
             self._drop()
         except BrokerError:
@@ -543,21 +544,33 @@ def _error_of(answer: Answer, at: int, path: bytes) -> BrokerError:
     return error_of_result(result, path, answer.id)
 
 
-def _opened(one: Item, answer: Answer | None, at: int) -> OpenedFile:
-    if one.error is not None or answer is None:
-        return OpenedFile(one.given, error=one.error)
-    if isinstance(answer.reply, OpenReply) and answer.reply.results[at].status is Status.GIVEN:
-        return OpenedFile(one.given, answer.descriptors.take())
-    return OpenedFile(one.given, error=_error_of(answer, at, one.path))
+def _opened(items: Sequence[Item], answer: Answer | None) -> Generator[OpenedFile, None, None]:
+    reply = None if answer is None else answer.reply
+    results = reply.results if isinstance(reply, OpenReply) else None
+    at = 0
+    for one in items:
+        if one.error is not None or answer is None:
+            yield OpenedFile(one.given, error=one.error)
+            continue
+        if results is not None and results[at] is GIVEN:
+            yield OpenedFile(one.given, answer.descriptors.take())
+        else:
+            yield OpenedFile(one.given, error=_error_of(answer, at, one.path))
+        at += 1
 
 
-def _described(one: Item, answer: Answer | None, at: int) -> DescribedFile:
-    if one.error is not None or answer is None:
-        return DescribedFile(one.given, error=one.error)
-    facts = answer.reply.results[at][1] if isinstance(answer.reply, StatReply) else None
-    if facts is not None:
-        return DescribedFile(one.given, facts)
-    return DescribedFile(one.given, error=_error_of(answer, at, one.path))
+def _described(items: Sequence[Item], answer: Answer | None) -> Generator[DescribedFile, None, None]:
+    reply = None if answer is None else answer.reply
+    results = reply.results if isinstance(reply, StatReply) else None
+    at = 0
+    for one in items:
+        if one.error is not None or answer is None:
+            yield DescribedFile(one.given, error=one.error)
+            continue
+        facts = None if results is None else results[at][1]
+        error = None if facts is not None else _error_of(answer, at, one.path)
+        yield DescribedFile(one.given, facts, error)
+        at += 1
 
 
 def _first_deadline(timeout: float | None) -> Deadline:

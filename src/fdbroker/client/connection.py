@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker.client.engine import ROOM, Engine, State
 from fdbroker.client.errors import BrokerTimeoutError, timed_out, too_many_files, unavailable
 from fdbroker.kernel import sockets
-from fdbroker.wire.format import MAX_FRAME
 
 if TYPE_CHECKING:
     from fdbroker.client.engine import Answer, Question
@@ -79,10 +78,12 @@ class Connection:
         self._sock = sock
         self._engine = Engine()
         self._calls: dict[int, Call] = {}
-        self._room = bytearray(ROOM)
         self._was_reset = False
         self._readable = select.poll()
+        self._readable.register(sock, select.POLLIN)
         self._ready = select.poll()
+        self._ready.register(sock, select.POLLIN | select.POLLOUT)
+        sock.settimeout(0)
 
     @classmethod
     def greet(cls, sock: socket.socket, deadline: Deadline) -> Connection:
@@ -95,11 +96,6 @@ class Connection:
         """
         connection = cls(sock)
         try:
-            sock.settimeout(0)
-            # Or a frame of the full length would not fit where somebody made the buffer small.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MAX_FRAME)
-            connection._readable.register(sock, select.POLLIN)
-            connection._ready.register(sock, select.POLLIN | select.POLLOUT)
             connection._send_frame(connection._engine.hello(), deadline)
             while connection._engine.state is not State.READY:
                 connection.receive(deadline)
@@ -140,6 +136,7 @@ class Connection:
             BrokerTimeoutError: nothing came.
             TooManyFilesError: descriptors came that this process had no room for.
             ProtocolError: the broker does not keep to the protocol.
+            UnavailableError: the socket can't be used.
             BrokerError: the broker ended the connection, with a reason.
 
         """
@@ -157,7 +154,7 @@ class Connection:
 
     def _receive_what_is_there(self) -> bool:
         try:
-            message = sockets.receive_into(self._sock, self._room)
+            message = sockets.receive(self._sock, ROOM)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -169,7 +166,8 @@ class Connection:
                 return False
             if error.errno in _LOST:
                 raise ConnectionLost(str(error)) from error
-            raise
+            # Not as it is: a PermissionError of a socket must not be taken for one of a file.
+            raise unavailable(None, error) from error
         if not message.data:
             message.descriptors.close()
             raise ConnectionLost("the broker closed it")
@@ -195,7 +193,7 @@ class Connection:
                     self._receive_what_is_there()
             except OSError as error:
                 if error.errno not in _LOST:
-                    raise
+                    raise unavailable(None, error) from error
                 # It may have said why before it went. This ends with an error.
                 while True:
                     self.receive(deadline)
@@ -211,7 +209,10 @@ def connect_socket(path: bytes, deadline: Deadline) -> socket.socket:
         BrokerTimeoutError: the broker did not accept.
 
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError as error:
+        raise unavailable(path, error) from error
     left = deadline.left()
     try:
         if left is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
-from enum import Enum, auto
+from enum import IntEnum, auto
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.client.errors import (
@@ -29,9 +29,9 @@ from fdbroker.wire.format import (
     MAX_PATHS,
     VERSION,
     Kind,
-    Status,
 )
 from fdbroker.wire.messages import (
+    GIVEN,
     ErrorReply,
     ListReply,
     MalformedError,
@@ -68,7 +68,7 @@ _LONGEST_PATH = 4096
 _SMALLEST_FRAME = HEADER.size + COOKIE.size + _LONGEST_PATH
 
 
-class State(Enum):
+class State(IntEnum):
     """Where a connection is."""
 
     NEW = auto()
@@ -77,7 +77,7 @@ class State(Enum):
     CLOSED = auto()
 
 
-class Happening(Enum):
+class Happening(IntEnum):
     """What may happen to a connection."""
 
     HELLO = auto()  # sent
@@ -309,7 +309,7 @@ class Engine:
                 if asked != answered:
                     self._fail(f"{answered} results for the {asked} paths of request {reply.id}", reply.id)
             if isinstance(reply, OpenReply):
-                given = sum(result.status is Status.GIVEN for result in reply.results)
+                given = reply.results.count(GIVEN)
             if isinstance(question, ListPage) and isinstance(reply, ListReply):
                 self._check_page(question, reply)
         self._check(descriptors, given, reply)
@@ -323,7 +323,7 @@ class Engine:
             self._fail(f"{len(descriptors)} descriptors came where {expected} belong", reply.id)
 
     def _check_page(self, question: ListPage, reply: ListReply) -> None:
-        if reply.result.status is not Status.GIVEN:
+        if reply.result is not GIVEN:
             return
         if question.most and len(reply.entries) > question.most:
             self._fail(f"a page of {len(reply.entries)} entries, {question.most} were asked for", reply.id)
@@ -385,7 +385,7 @@ def item(given: StrOrBytesPath) -> Item:
         TypeError: neither text nor bytes nor a path object.
 
     """
-    path = os.fsencode(given)
+    path = given if isinstance(given, bytes) else os.fsencode(given)
     error = None
     if b"\0" in path:
         error = path_not_sendable(path, errno.EINVAL, "it has a NUL byte in it")
@@ -406,15 +406,20 @@ def batches(items: Iterable[Item], most: int, limits: Callable[[], Limits]) -> I
     if most < 1:
         raise ValueError(f"a batch has at least 1 path, not {most}")
     batch: list[Item] = []
-    size = HEADER.size - 1
-    max_paths, max_frame = limits()
+    size = full = max_frame = 0
     for one in items:
         cost = 0 if one.error else len(one.path) + 1
-        if len(batch) >= min(most, max_paths) or (batch and size + cost > max_frame):
+        if batch and size + cost > max_frame:
             yield batch
-            batch, size = [], HEADER.size - 1
+            batch = []
+        if not batch:
             max_paths, max_frame = limits()
+            size, full = HEADER.size - 1, min(most, max_paths)
         batch.append(one)
         size += cost
+        # Not one path further is read, since the caller may make it only after this batch.
+        if len(batch) == full:
+            yield batch
+            batch = []
     if batch:
         yield batch

@@ -192,8 +192,8 @@ def path_not_sendable(path: bytes, number: int, why: str) -> PathInvalidError:
     return PathInvalidError(number, f"not a path: {why}", path, Reason.PATH_INVALID)
 
 
-def unavailable(socket_path: bytes, error: OSError) -> UnavailableError:
-    """Return the exception for a broker's socket that can't be connected to, with the cure."""
+def unavailable(socket_path: bytes | None, error: OSError) -> UnavailableError:
+    """Return the exception for a broker's socket that can't be connected to or used, with the cure."""
     number = error.errno or errno.EIO
     cures = {
         errno.ENOENT: "the broker's socket is not there; start the broker, or give connect() the path of its"

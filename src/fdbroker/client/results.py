@@ -74,7 +74,8 @@ class OpenedFile:
 
     def __del__(self) -> None:
         """Close the descriptor if nobody took it."""
-        self._close_descriptor()
+        if self._descriptor >= 0:
+            self._close_descriptor()
 
     @property
     def file(self) -> BufferedReader:

@@ -29,6 +29,7 @@ _SPACE_FOR_RIGHTS = socket.CMSG_SPACE(SCM_MAX_FD * 4)
 _ANCILLARY_SPACE = _SPACE_FOR_CREDENTIALS + _SPACE_FOR_RIGHTS
 # As plain numbers: the arithmetic of Python's enumerations costs more than a system call.
 _RECEIVE_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
+_SOL_SOCKET, _SCM_RIGHTS, _SCM_CREDENTIALS = socket.SOL_SOCKET, socket.SCM_RIGHTS, socket.SCM_CREDENTIALS
 _CONTROL_TRUNCATED = int(socket.MSG_CTRUNC)
 _DATA_TRUNCATED = int(socket.MSG_TRUNC)
 _SEND_WAITING = int(socket.MSG_NOSIGNAL)
@@ -66,26 +67,16 @@ def receive(sock: socket.socket, size: int) -> Received:
 
     """
     data, ancillary, flags, _ = sock.recvmsg(size, _ANCILLARY_SPACE, _RECEIVE_FLAGS)
-    return _received(data, ancillary, flags)
-
-
-def receive_into(sock: socket.socket, room: bytearray) -> Received:
-    """Receive as `receive` does, by way of a buffer that is used again and again."""
-    size, ancillary, flags, _ = sock.recvmsg_into([room], _ANCILLARY_SPACE, _RECEIVE_FLAGS)
-    return _received(bytes(memoryview(room)[:size]), ancillary, flags)
-
-
-def _received(data: bytes, ancillary: list[tuple[int, int, bytes]], flags: int) -> Received:
     descriptors = _NONE
     credentials = None
     for level, kind, content in ancillary:
-        if level != socket.SOL_SOCKET:
+        if level != _SOL_SOCKET:
             continue
-        if kind == socket.SCM_RIGHTS:
+        if kind == _SCM_RIGHTS:
             numbers = array.array("i")
             numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
             descriptors = Descriptors([*descriptors.take_all(), *numbers])
-        elif kind == socket.SCM_CREDENTIALS:
+        elif kind == _SCM_CREDENTIALS:
             credentials = content
     if flags & _CONTROL_TRUNCATED:
         arrived = len(descriptors)
@@ -108,7 +99,7 @@ def send(sock: socket.socket, data: bytes, descriptors: Sequence[int] = (), *, w
     """
     if len(descriptors) > SCM_MAX_FD:
         raise ValueError(f"a message carries at most {SCM_MAX_FD} descriptors, not {len(descriptors)}")
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    ancillary = [(_SOL_SOCKET, _SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
     sent = sock.sendmsg([data], ancillary, _SEND_WAITING if wait else _SEND_AT_ONCE)
     if sent != len(data):
         raise SyscallError(errno.EMSGSIZE, "sendmsg", length=len(data), sent=sent)

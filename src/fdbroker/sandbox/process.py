@@ -8,6 +8,7 @@ before there is anything in there that it must not know.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import os
 import select
@@ -91,7 +92,13 @@ def start_confined(
         _live(confinement, main, theirs, parent)
     theirs.close()
     ours.settimeout(0.0)
-    child = ConfinedProcess(pid, ours)
+    try:
+        child = ConfinedProcess(pid, ours)
+    except OSError:
+        ours.close()
+        os.kill(pid, signal.SIGKILL)  # ours and not waited for, so the number is nobody else's
+        os.waitpid(pid, 0)
+        raise
     try:
         # It has nothing to pass to us; what an older kernel lets through is closed by who receives.
         sockets.refuse_descriptors(ours)
@@ -176,13 +183,16 @@ def _live(
         # Objects of the parent own descriptors whose numbers will be others' soon: none may be collected.
         gc.disable()
         gc.freeze()
-        for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(caught, signal.SIG_DFL)
+        # Signals end it; no handler of the parent runs in here.
+        faulthandler.disable()
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
         # Away from the terminal, and from the keys that signal all in the foreground.
         os.setsid()
-        number = theirs.detach()
-        if number != CHANNEL:
-            os.dup2(number, CHANNEL, inheritable=False)
+        descriptor = theirs.detach()
+        if descriptor != CHANNEL:
+            os.dup2(descriptor, CHANNEL, inheritable=False)
         # Before the filter: making the object asks the kernel what it is.
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, fileno=CHANNEL)
         report = confine(confinement, parent=parent)

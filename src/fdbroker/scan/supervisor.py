@@ -20,6 +20,7 @@ import select
 import stat
 import time
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel import sockets
@@ -30,7 +31,7 @@ from fdbroker.sandbox.worker_seccomp import worker_filter
 from fdbroker.scan import verdict as reasons
 from fdbroker.scan import worker
 from fdbroker.scan.verdict import Clean, Error, Infected, Verdict
-from fdbroker.scan.worker import ANSWER, REQUEST, Code
+from fdbroker.scan.worker import ANSWER, MOST_REQUESTS, REQUEST, Code
 
 if TYPE_CHECKING:
     import socket
@@ -95,9 +96,12 @@ class Supervisor:
         self._known = known
         self._timeout = timeout
         self._window = window
+        self._group = max(1, min(MOST_REQUESTS, window // 4))
         self._serve = serve or (lambda channel: worker.serve(channel, known))
         cpu_seconds = int(_SECONDS_OF_A_WORKER + timeout) + 10
-        self._confinement = Confinement(worker_filter(), ids, Limits(cpu_seconds=cpu_seconds))
+        self._confinement = Confinement(
+            worker_filter(), ids, Limits(MOST_REQUESTS + 1, cpu_seconds=cpu_seconds)
+        )
         self._worker: ConfinedProcess | None = None
         self._retire_at = 0.0
         self._number = 0
@@ -138,19 +142,16 @@ class Supervisor:
         self.workers_started += 1
         return report
 
-    def submit(self, path: bytes, descriptor: int) -> list[Done]:
-        """Hand in a file; return the verdicts that are there by now, of whatever files.
+    def submit(self, path: bytes, descriptor: int) -> Iterator[Done]:
+        """Hand in a file; yield verdicts of whatever files, as many as it takes to have room for more.
 
-        `descriptor` is the supervisor's from the call on. Waits while the window is full.
+        `descriptor` is the supervisor's from the call on, also if nobody iterates.
         """
         job = self._job(path, Descriptors([descriptor]))
         if isinstance(job, Done):
-            return [job]
+            return iter((job,))
         self._unsent.append(job)
-        done = []
-        while len(self._sent) + len(self._unsent) > self._window:
-            done.append(self._next())
-        return [*done, *self._ready()]
+        return self._go_on()
 
     def finish(self) -> Iterator[Done]:
         """Yield the verdicts of all files that are under way."""
@@ -179,31 +180,34 @@ class Supervisor:
         self._number += 1
         return _Job(self._number, path, file, facts.st_size, (facts.st_mtime_ns, facts.st_ctime_ns))
 
-    def _ready(self) -> Iterator[Done]:
-        """Send what can be sent and yield the answers that came already."""
-        failed = self._send()
-        if failed is not None:
-            yield failed
-        while self._sent and self._worker is not None and _poll(self._worker.channel, 0.0):
-            yield self._next()
-
-    def _next(self) -> Done:
-        """Wait for the verdict of the oldest file under way."""
-        while True:
+    def _go_on(self) -> Iterator[Done]:
+        """Keep the worker busy with few messages; where the window is full, make room for a message."""
+        if not self._sent or len(self._unsent) >= self._group:
             failed = self._send()
             if failed is not None:
-                return failed
+                yield failed
+        if len(self._sent) + len(self._unsent) >= self._window:
+            while len(self._sent) + len(self._unsent) > self._window - self._group:
+                yield self._next(self._group)
+
+    def _next(self, least: int = 1) -> Done:
+        """Wait for the verdict of the oldest file under way. Send others if there are at least `least`."""
+        while True:
+            if not self._sent or len(self._unsent) >= least:
+                failed = self._send()
+                if failed is not None:
+                    return failed
             process = self._worker
             if process is None or not self._sent:
                 raise RuntimeError("nothing is under way")
+            verdict = self._receive(process, self._sent[0])
+            if verdict is not None:
+                return self._done(verdict)
             left = self._oldest_since + self._timeout - time.monotonic()
             if not _poll(process.channel, max(0.0, left)):
                 self._replace()
                 text = f"the worker did not answer within {self._timeout:g} s"
                 return self._done(Error(reasons.TIMEOUT, text))
-            verdict = self._receive(process, self._sent[0])
-            if verdict is not None:
-                return self._done(verdict)
 
     def _send(self) -> Done | None:
         """Send as many files as fit. Return the oldest one, failed, if there is no way to send it."""
@@ -213,27 +217,31 @@ class Supervisor:
                     self.start()
                 except (ConfinementError, OSError) as error:
                     return self._done(Error(reasons.NO_WORKER, f"no worker could be started: {error}"))
-            job = self._unsent[0]
+            jobs = [*islice(self._unsent, min(self._group, self._window - len(self._sent)))]
             try:
-                self._send_one(job)
+                self._send_one_message(jobs)
             except OSError as error:
                 # Full, or dead: whoever reads the answers finds out, and knows which file is to blame.
                 if self._sent:
                     return None
-                how = f"the worker took no file: {error.strerror}"
-                if self._worker is not None and error.errno not in _FULL:
-                    how = f"{how}; {self._worker.stop(grace=_GRACE)}"
+                if error.errno in _FULL:
+                    text = f"the worker could not be given the file: {error.strerror}"
+                    return self._done(Error(reasons.NO_WORKER, text))
+                how = "" if self._worker is None else self._worker.stop(grace=_GRACE)
                 self._replace()
-                return self._done(Error(reasons.WORKER_DIED, how))
+                text = f"the worker took no file ({error.strerror}): {how}"
+                return self._done(Error(reasons.WORKER_DIED, text))
             if not self._sent:
                 self._oldest_since = time.monotonic()
-            self._sent.append(self._unsent.popleft())
+            for _ in jobs:
+                self._sent.append(self._unsent.popleft())
         return None
 
-    def _send_one(self, job: _Job) -> None:
+    def _send_one_message(self, jobs: list[_Job]) -> None:
         if self._worker is not None:
-            request = REQUEST.pack(job.number, job.size)
-            sockets.send(self._worker.channel, request, job.file.numbers(), wait=False)
+            requests = b"".join(REQUEST.pack(job.number, job.size) for job in jobs)
+            descriptors = [number for job in jobs for number in job.file.numbers()]
+            sockets.send(self._worker.channel, requests, descriptors, wait=False)
 
     def _replace(self) -> None:
         """End the worker. What it had goes to the next one, oldest first."""

@@ -3,9 +3,10 @@
 Every import and every first use happens before the confinement; `warm_up` is
 called for that in the process that forks the worker.
 
-A request is a number and the size that the file is expected to have, with one
-descriptor for reading. An answer has 24 bytes: the number, a code, a detail
-and how many bytes were read.
+A message has one or more requests, each a number and the size that the file is
+expected to have, and as many descriptors for reading. Each file gets an answer of
+its own, so that it is known which one a worker was at: the number, a code, a
+detail and how many bytes were read.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 REQUEST = struct.Struct("<QQ")  # number, size
 ANSWER = struct.Struct("<QIIQ")  # number, code, detail, bytes read
+
+MOST_REQUESTS = 16  # in one message; a worker must be allowed as many descriptors and its channel
 
 _CHUNK = 128 * 1024
 
@@ -56,15 +59,20 @@ def serve(channel: socket.socket, known: HashList) -> None:
 
     """
     while True:
-        message = sockets.receive(channel, REQUEST.size + 1)
+        message = sockets.receive(channel, MOST_REQUESTS * REQUEST.size + 1)
         with message.descriptors as owned:
             if not message.data:
                 return
-            if len(message.data) != REQUEST.size or len(owned) != 1:
+            count, rest = divmod(len(message.data), REQUEST.size)
+            if rest or not 1 <= count <= MOST_REQUESTS or len(owned) != count:
                 raise ValueError("not a request")
-            number, size = REQUEST.unpack(message.data)
-            answer = ANSWER.pack(number, *examine(owned.numbers()[0], size, known))
-        sockets.send(channel, answer)
+            for number, size in REQUEST.iter_unpack(message.data):
+                descriptor = owned.take()
+                try:
+                    answer = ANSWER.pack(number, *examine(descriptor, size, known))
+                finally:
+                    os.close(descriptor)
+                sockets.send(channel, answer)
 
 
 def examine(descriptor: int, size: int, known: HashList) -> tuple[Code, int, int]:

@@ -265,9 +265,10 @@ class FakeBroker:
                         self.requests.append(request)
                     self._answer(sock, request)
         finally:
+            # In this order: who finds nothing served finds everything closed.
+            sock.close()
             with self._lock:
                 del self._served[sock]
-            sock.close()
 
     def _answer(self, sock: socket.socket, request: Request) -> None:
         if isinstance(request, Hello):

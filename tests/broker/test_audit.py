@@ -1,0 +1,323 @@
+"""The record of decisions: nothing is missing, nothing is forged, without it nothing is given."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fdbroker.broker.audit import Audit, decision_members, member_text, quoted_path
+from tests.broker.conftest import fill
+from tests.broker.speaking import Speaker, check_audit, path_of, read_audit
+from tests.broker.stepping import SteppedBroker
+from tests.processes import in_child
+from tests.running_broker import policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+paths = st.one_of(
+    st.binary(max_size=300),
+    st.text(max_size=100).map(lambda text: text.encode(errors="surrogatepass")),
+    st.lists(
+        st.sampled_from([b'"', b"\\", b"\n", b"\r", b"\x1b[2J", b"\x7f", b"\0", b"\xe2\x80\xae", b"a", b"\xff",
+                         b'","decision":"allow', b"}\n{", b"\xed\xa0\x80"])
+    ).map(b"".join),
+)  # fmt: skip
+
+
+@given(paths)
+@example(b"x" * 4096)
+@example(b"\xff" * 4096)
+def test_every_path_can_be_read_back_from_plain_ascii(path: bytes) -> None:
+    text = "{" + quoted_path(path) + "}"
+    assert re.fullmatch(r"[ -~]*", text)
+    assert path_of(json.loads(text)) == path
+
+
+@pytest.mark.parametrize("byte", [b"x", b"\xff", "ä".encode()])
+def test_endless_path_is_recorded_by_its_beginning_and_length(byte: bytes) -> None:
+    path = byte * 5000
+    record = json.loads("{" + quoted_path(path) + "}")
+    assert path_of(record) == path[:4096]
+    assert record["path_length"] == len(path)
+
+
+@given(st.text(max_size=50), st.text(max_size=50))
+def test_names_of_rules_and_sockets_can_not_forge_anything(name: str, rule: str) -> None:
+    text = "{" + member_text(socket=name, n=5, none=None) + "," + decision_members("ok", rule) + "}"
+    assert re.fullmatch(r"[ -~]*", text)
+    assert json.loads(text) == {
+        "socket": name, "n": 5, "none": None, "decision": "allow", "reason": "ok", "rule": rule,
+    }  # fmt: skip
+
+
+def test_only_ok_is_recorded_as_allowed() -> None:
+    assert '"decision":"allow"' in decision_members("ok", "r")
+    for reason in ("no_rule", "OK", "ok ", "", "where_owner"):
+        assert '"decision":"deny"' in decision_members(reason, None)
+
+
+class Record:
+    """An audit on a pipe."""
+
+    def __init__(self, *, deny: bool = True) -> None:
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.read_end, False)
+        self.audit = Audit(self.write_end, deny_on_failure=deny)
+
+    def text(self) -> bytes:
+        try:
+            return os.read(self.read_end, 1 << 20)
+        except BlockingIOError:
+            return b""
+
+    def decide(self, *decided: bytes) -> bool:
+        records = [decision_members("ok", "rule")] * len(decided)
+        return self.audit.decisions('"uid":1', "open", decided, records)
+
+
+@pytest.fixture
+def record() -> Iterator[Record]:
+    made = Record()
+    yield made
+    os.close(made.read_end)
+    os.close(made.write_end)
+
+
+def test_records_of_one_request_are_one_write_and_are_numbered_through(
+    record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = []
+    write = os.write
+
+    def counting(descriptor: int, data: bytes) -> int:
+        writes.append(data)
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", counting)
+    assert record.decide(b"/a", b"/b")
+    assert record.audit.event("some", member_text(n=1))
+    assert record.audit.event("none")
+    assert record.decide(b"/c")
+    assert len(writes) == 4
+    records = [json.loads(line) for line in record.text().splitlines()]
+    check_audit(records)
+    assert [entry["event"] for entry in records] == ["open", "open", "some", "none", "open"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", records[0]["time"])
+    assert re.fullmatch("[0-9a-f]{16}", records[0]["run"])
+
+
+def test_times_are_those_of_the_clock(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = [0, 999_999_999, 1_000_000_000, 1_700_000_000_123_456_789, 999]
+    for moment in moments:
+        monkeypatch.setattr(time, "time_ns", lambda moment=moment: moment)
+        record.audit.event("tick")
+    assert [entry["time"] for entry in read_audit(record.text())] == [
+        "1970-01-01T00:00:00.000000Z",
+        "1970-01-01T00:00:00.999999Z",
+        "1970-01-01T00:00:01.000000Z",
+        "2023-11-14T22:13:20.123456Z",
+        "1970-01-01T00:00:00.000000Z",
+    ]
+
+
+def test_two_runs_can_be_told_apart() -> None:
+    assert Audit(None, deny_on_failure=True).run != Audit(None, deny_on_failure=True).run
+
+
+def test_without_a_descriptor_nothing_is_recorded_and_nothing_denied() -> None:
+    audit = Audit(None, deny_on_failure=True)
+    assert audit.decisions("", "open", [b"/a"], [""])
+    assert audit.event("started")
+    assert not audit.on
+    assert audit.failures == 0
+
+
+@pytest.mark.parametrize("deny", [True, False])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EAGAIN, errno.EIO, errno.EPIPE, errno.EDQUOT])
+def test_write_that_fails_is_a_denial_unless_the_policy_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    deny: bool,  # noqa: FBT001
+) -> None:
+    record = Record(deny=deny)
+
+    def fail(_descriptor: int, _data: bytes) -> int:
+        raise OSError(number, "it failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", fail)
+        assert record.decide(b"/a") is not deny
+        assert not record.audit.event("some")
+    assert record.audit.failures == 2
+    assert record.decide(b"/b")
+    # The gap shows, and no line was begun that would have to be ended.
+    text = record.text()
+    assert text.startswith(b"{")
+    assert [entry["seq"] for entry in read_audit(text)] == [2]
+    os.close(record.read_end)
+    os.close(record.write_end)
+
+
+@pytest.mark.parametrize("short", [1, 10, 100])
+def test_record_after_a_short_write_starts_on_its_own_line(
+    record: Record, monkeypatch: pytest.MonkeyPatch, short: int
+) -> None:
+    write = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:short]))
+        assert not record.decide(b"/cut")
+        # Nothing but the line's end gets through, and then nothing at all.
+        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:1]))
+        assert not record.decide(b"/cut")
+        patch.setattr(os, "write", lambda descriptor, data: 0)
+        assert not record.decide(b"/cut")
+    assert record.decide(b"/whole")
+    assert record.decide(b"/whole too")
+    lines = record.text().split(b"\n")
+    assert [path_of(entry) for entry in read_audit(b"\n".join(lines))] == [b"/whole", b"/whole too"]
+    assert record.audit.failures == 3
+
+
+# With a broker
+
+
+@pytest.mark.parametrize("action", ["open", "stat", "list"])
+@pytest.mark.parametrize("on_failure", ["deny", "allow"])
+def test_nothing_is_given_that_can_not_be_recorded(
+    tree: Path, tmp_path: Path, action: str, on_failure: str
+) -> None:
+    del tmp_path
+    compiled = policy(tree, audit={"on_failure": on_failure})
+    with SteppedBroker(tree, compiled, audit=Path("/dev/full")) as broker:
+        speaker = broker.join()
+        told = ask(speaker, action, bytes(tree if action == "list" else tree / "file"))
+        assert told == (("audit", errno.EIO) if on_failure == "deny" else ("none", 0))
+        assert ask(speaker, action, b"/etc/passwd") == (
+            ("audit", errno.EIO) if on_failure == "deny" else ("denied", errno.EACCES)
+        )
+        assert broker.audit.failures == 2
+
+
+def ask(speaker: Speaker, action: str, path: bytes) -> tuple[str, int]:
+    if action == "open":
+        opened = speaker.open_one(path)
+        return opened.reason.replace("ok", "none"), opened.errno
+    if action == "stat":
+        result, facts = speaker.stat(path).results[0]
+        assert (facts is None) is bool(result.status)
+    else:
+        page = speaker.page(path)
+        result = page.result
+        assert not (result.status and page.entries)
+    return result.reason.name.lower(), result.errno
+
+
+def test_descriptors_that_can_not_be_recorded_are_closed(tree: Path) -> None:
+    with SteppedBroker(tree, audit=Path("/dev/full")) as broker:
+        speaker = broker.join()
+        before = len(os.listdir("/proc/self/fd"))
+        assert {entry.reason for entry in speaker.open(*[bytes(tree / "file")] * 253)} == {"audit"}
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def exhausted(until: Callable[[], str], most: int = 2000) -> int:
+    """Ask until the answer is a denial for want of a record; return how often it was given."""
+    for given_ in range(most):
+        if until() == "audit":
+            return given_
+    pytest.fail("there was always room")
+
+
+def test_service_resumes_when_the_file_may_grow_again(tree: Path, tmp_path: Path) -> None:
+    """By RLIMIT_FSIZE, in a child: the file has its end in the middle of a record."""
+
+    def child() -> list[str]:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        with SteppedBroker(tree, audit=tmp_path / "audit") as broker:
+            speaker = broker.join()
+            file = bytes(tree / "file")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+            given_ = exhausted(lambda: speaker.open_one(file).reason)
+            assert 1 <= given_ <= 4
+            assert (tmp_path / "audit").stat().st_size == 1000
+            assert {entry.reason for entry in speaker.open(file, b"/", b"")} == {"audit"}
+            assert speaker.open_one(file).reason == "audit"
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            assert speaker.open_one(file).reason == "ok"
+            assert speaker.open_one(file).reason == "ok"
+            records = broker.records()
+            # What was not recorded is a gap in the numbers: the cut record, three paths, and one.
+            numbers = [record["seq"] for record in records]
+            assert numbers == [*range(given_), given_ + 5, given_ + 6]
+            return [line.decode()[:2] for line in (tmp_path / "audit").read_bytes().split(b"\n") if line]
+
+    starts = in_child(child)
+    assert set(starts) == {'{"'}
+
+
+def fill_up(disk: Path) -> None:
+    """Leave no room: nothing but what is left of pages that are in use."""
+    with open(disk / "filling", "wb", buffering=0) as filling, contextlib.suppress(OSError):
+        while filling.write(bytes(4096)):
+            pass
+
+
+@pytest.mark.root
+def test_service_resumes_when_a_full_disk_has_room_again(tree: Path, reachable: Path) -> None:
+    disk = reachable / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], check=True)
+    try:
+        with SteppedBroker(tree, audit=disk / "audit") as broker:
+            speaker = broker.join()
+            file = bytes(tree / "file")
+            assert speaker.open_one(file).reason == "ok"
+            fill_up(disk)
+            # The rest of the page that the file has.
+            given_ = exhausted(lambda: speaker.open_one(file).reason)
+            assert given_ < 40
+            assert {entry.reason for entry in speaker.open(file, b"/", b"")} == {"audit"}
+            assert speaker.status()["totals"]["audit_failures"] >= 2
+            (disk / "filling").unlink()
+            assert speaker.open_one(file).content == b"content"
+            lines = broker.audit_file.read_bytes().split(b"\n") if broker.audit_file else []
+            last = json.loads(lines[-2])
+            assert last["reason"] == "ok"
+            assert last["seq"] == given_ + 1 + 1 + 3
+            numbers = [record["seq"] for record in broker.records()]
+            assert numbers == [*range(given_ + 1), last["seq"]]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_file_names_of_any_bytes_come_back_from_the_audit(stepped: SteppedBroker) -> None:
+    fill_directory = stepped.tree / "names"
+    fill_directory.mkdir()
+    names = [bytes([byte]) * length for byte in range(1, 256) if byte != 0x2F for length in (1, 255)]
+    names.remove(b".")
+    asked = [bytes(fill_directory) + b"/" + name for name in names]
+    speaker = stepped.join()
+    for start in range(0, len(asked), 250):
+        speaker.open(*asked[start : start + 250])
+    records = stepped.records()
+    check_audit(records)
+    assert [path_of(record) for record in records] == asked
+
+
+def test_tree_for_the_tests_is_made_alike_everywhere(reachable: Path) -> None:
+    fill(reachable)
+    assert {entry.name for entry in reachable.iterdir()} == {"file", "empty", "directory", "link", "fifo"}

@@ -1,0 +1,910 @@
+"""The loop: greeting, bad frames, limits, clients that do not receive, and what is left open (in process)."""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import os
+import resource
+import select
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from fdbroker.kernel import sockets
+from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Kind, Reason, Type
+from fdbroker.wire.messages import ErrorReply, OpenReply, StatusReply, Welcome
+from fdbroker.wire.requests import encode_hello, encode_list, encode_open, encode_stat, encode_status
+from tests.broker.conftest import no_descriptor_left
+from tests.broker.speaking import SECONDS, Speaker, check_audit, descriptors_of, frame, read_opened
+from tests.broker.stepping import SteppedBroker
+from tests.running_broker import policy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from fdbroker.broker.connection import Connection
+
+HELLO_BODY = struct.pack("<8sHHI", b"fdbroker", 1, 1, 0)
+FILES = 253
+
+
+@pytest.fixture
+def bystander(stepped: SteppedBroker) -> Iterator[Speaker]:
+    """Return a client that is served before and after whatever the test does."""
+    speaker = stepped.join()
+    assert speaker.open_one(bytes(stepped.tree / "file")).content == b"content"
+    yield speaker
+    assert speaker.open_one(bytes(stepped.tree / "file")).content == b"content"
+
+
+def limited(tree: Path, *, connections: int = 64, in_flight: int = 512) -> dict[str, object]:
+    limits = {"connections_per_uid": connections, "in_flight_per_connection": in_flight}
+    return policy(tree, limits=limits)
+
+
+@pytest.fixture
+def few_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let brokers that are made now believe that they may have 4,096 descriptors: 512 under way per uid."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (4096, 4096))
+
+
+# hello
+
+
+def test_welcome_tells_version_level_and_limits(stepped: SteppedBroker) -> None:
+    welcome = stepped.join(hello=False).greet()
+    assert welcome.version == 1
+    assert welcome.features == 0
+    assert welcome.max_paths == MAX_PATHS == 253
+    assert welcome.max_frame == MAX_FRAME == 65536
+    assert welcome.in_flight == 512
+    assert welcome.copy_max == 0
+    assert welcome.generation == 1
+
+
+@pytest.mark.parametrize(
+    "first", [encode_open(1, [b"/a"]), encode_stat(1, [b"/a"]), encode_list(1, b"/a"), encode_status(1)]
+)
+def test_nothing_is_answered_before_hello(stepped: SteppedBroker, bystander: Speaker, first: bytes) -> None:
+    speaker = stepped.join(hello=False)
+    error = speaker.error(first)
+    assert (error.kind, error.reason, error.errno) == (Kind.MALFORMED, Reason.MALFORMED, errno.EPROTO)
+    assert error.id == 1
+    assert "the first frame is not a hello" in error.text
+    assert speaker.is_closed()
+    assert stepped.events() == ["malformed"]
+
+
+def test_second_hello_ends_the_connection(stepped: SteppedBroker, bystander: Speaker) -> None:
+    speaker = stepped.join()
+    error = speaker.error(encode_hello(5))
+    assert (error.kind, error.id, error.text) == (Kind.MALFORMED, 5, "a second hello")
+    assert speaker.is_closed()
+    assert "a second hello" in stepped.records()[-1]["reason"]
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(2, 9), (0, 0), (65535, 65535)])
+def test_without_a_common_version_hello_is_refused_and_may_be_said_again(
+    stepped: SteppedBroker, lowest: int, highest: int
+) -> None:
+    speaker = stepped.join(hello=False)
+    error = speaker.error(frame(1, body=struct.pack("<8sHHI", b"fdbroker", lowest, highest, 0)))
+    assert (error.kind, error.reason, error.errno) == (Kind.REFUSED, Reason.VERSION, errno.EPROTONOSUPPORT)
+    assert f"version 1, not {lowest} to {highest}" in error.text
+    assert speaker.greet().version == 1
+
+
+def test_hello_with_a_range_of_versions_and_unknown_features_gets_what_there_is(
+    stepped: SteppedBroker,
+) -> None:
+    speaker = stepped.join(hello=False)
+    reply = speaker.ask(frame(1, body=struct.pack("<8sHHI", b"fdbroker", 0, 7, 0xFFFFFFFF))).reply
+    assert isinstance(reply, Welcome)
+    assert (reply.version, reply.features) == (1, 0)
+
+
+# bad frames
+
+MALFORMED = {
+    "no whole header": (b"\x02", "shorter than its header"),
+    "type 0": (frame(0, body=b"/a"), "unknown request type 0x00"),
+    "type 6": (frame(6, body=b"/a"), "unknown request type 0x06"),
+    "type of a reply": (frame(0x82, count=1, body=bytes(8)), "unknown request type 0x82"),
+    "type of an error": (frame(0xFF, flags=1, body=bytes(4)), "unknown request type 0xff"),
+    "flags": (frame(2, flags=1, count=1, body=b"/a"), "flags or reserved"),
+    "generation": (frame(2, generation=1, count=1, body=b"/a"), "flags or reserved"),
+    "0 paths": (frame(2, count=0, body=b"/a"), "1 to 253 paths, not 0"),
+    "0 paths to stat": (frame(3, count=0), "1 to 253 paths, not 0"),
+    "254 paths": (frame(2, count=254, body=b"\0".join([b"/a"] * 254)), "1 to 253 paths, not 254"),
+    "65,535 paths": (frame(2, count=65535, body=b"/a"), "1 to 253 paths, not 65535"),
+    "fewer paths": (frame(2, count=2, body=b"/a"), "2 paths announced, 1 sent"),
+    "more paths": (frame(2, count=1, body=b"/a\0/b"), "1 paths announced, 2 sent"),
+    "NUL at the end": (frame(3, count=1, body=b"/a\0"), "1 paths announced, 2 sent"),
+    "list without cookie": (frame(4, body=b"1234567"), "without its cookie"),
+    "list of too many": (frame(4, count=1025, body=bytes(8) + b"/a"), "at most 1024 entries"),
+    "list with NUL": (frame(4, body=bytes(8) + b"/a\0b"), "NUL"),
+    "status with a body": (frame(5, body=b"x"), "with a body"),
+    "status with a count": (frame(5, count=1), "with a body"),
+    "too long": (frame(2, count=1, body=b"/" * (MAX_FRAME - 11)), "longer than 65536"),
+    "much too long": (frame(2, count=1, body=b"/" * 150_000), "longer than 65536"),
+}
+BAD_HELLOS = {
+    "short": (frame(1, body=HELLO_BODY[:-1]), "wrong length"),
+    "long": (frame(1, body=HELLO_BODY + b"\0"), "wrong length"),
+    "count": (frame(1, count=1, body=HELLO_BODY), "wrong length"),
+    "magic": (frame(1, body=b"FDBROKER" + HELLO_BODY[8:]), "magic"),
+    "versions": (frame(1, body=struct.pack("<8sHHI", b"fdbroker", 2, 1, 0)), "lowest version"),
+    "flags": (frame(1, flags=128, body=HELLO_BODY), "flags or reserved"),
+    "open": (encode_open(77, [b"/a"]), "not a hello"),
+}
+
+
+def check_refused_as_malformed(stepped: SteppedBroker, speaker: Speaker, sent: bytes, said: str) -> None:
+    connections = stepped.connections
+    # What is sent must fit into the sender's own buffer.
+    speaker.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 400_000)
+    error = speaker.error(sent)
+    assert (error.kind, error.reason, error.errno) == (Kind.MALFORMED, Reason.MALFORMED, errno.EPROTO)
+    assert said in error.text
+    assert error.id in {77, 0}
+    assert speaker.is_closed()
+    assert stepped.connections == connections - 1
+    record = stepped.records()[-1]
+    assert record["event"] == "malformed"
+    assert record["reason"] == error.text
+    assert record["request"] == error.id
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_frame_is_told_recorded_and_ends_the_connection(
+    stepped: SteppedBroker, bystander: Speaker, case: str
+) -> None:
+    check_refused_as_malformed(stepped, stepped.join(), *MALFORMED[case])
+
+
+@pytest.mark.parametrize("case", BAD_HELLOS)
+def test_malformed_hello_is_told_recorded_and_ends_the_connection(
+    stepped: SteppedBroker, bystander: Speaker, case: str
+) -> None:
+    check_refused_as_malformed(stepped, stepped.join(hello=False), *BAD_HELLOS[case])
+
+
+def test_longest_frame_is_answered(stepped: SteppedBroker, bystander: Speaker) -> None:
+    speaker = stepped.join()
+    speaker.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 400_000)
+    paths = [b"/" + b"x" * 258] * 252
+    paths.append(b"/" * (MAX_FRAME - 12 - 252 * 260))
+    sent = encode_open(7, paths)
+    assert len(sent) == MAX_FRAME
+    assert {entry.reason for entry in read_opened(speaker.ask(sent))} == {"path_invalid"}
+
+
+def test_empty_message_ends_the_connection(stepped: SteppedBroker, bystander: Speaker) -> None:
+    speaker = stepped.join()
+    before = stepped.connections
+    speaker.sock.send(b"")
+    stepped.serve()
+    assert speaker.is_closed()
+    assert stepped.connections == before - 1
+
+
+def test_client_that_stops_sending_is_let_go(stepped: SteppedBroker, bystander: Speaker) -> None:
+    speaker = stepped.join()
+    before = stepped.connections
+    speaker.sock.shutdown(socket.SHUT_WR)
+    stepped.serve()
+    assert speaker.is_closed()
+    assert stepped.connections == before - 1
+
+
+def test_request_whose_sender_hung_up_is_not_decided(stepped: SteppedBroker, bystander: Speaker) -> None:
+    speaker = stepped.join()
+    decided = len(stepped.reasons())
+    speaker.sock.send(encode_open(1, [bytes(stepped.tree / "file")]))
+    speaker.close()
+    assert len(stepped.reasons()) == decided
+
+
+@pytest.mark.parametrize("whole", [encode_open(1, [b"/a", b"/b"]), encode_stat(2, [b"/a"]), encode_list(3, b"/a"),
+                                   encode_status(4), encode_hello(5)])  # fmt: skip
+def test_frame_cut_off_anywhere_is_answered_or_refused_and_never_a_crash(
+    stepped: SteppedBroker, bystander: Speaker, whole: bytes
+) -> None:
+    for length in range(1, len(whole) + 1):
+        for greeted in (True, False):
+            speaker = stepped.join(hello=greeted)
+            answer = speaker.ask(whole[:length])
+            reply = answer.reply
+            if isinstance(reply, ErrorReply):
+                assert reply.kind == Kind.MALFORMED
+                assert speaker.is_closed()
+            else:
+                # What is left may be a request of its own: a path is shorter without its end.
+                assert length == len(whole) or reply.id == whole[4]
+                assert not answer.descriptors
+            speaker.close()
+    assert stepped.connections == 1
+
+
+frames = st.one_of(
+    st.binary(min_size=1, max_size=80),
+    st.builds(
+        frame,
+        st.integers(0, 255),
+        st.sampled_from([0, 0, 0, 1, 255]),
+        st.integers(0, 300),
+        st.sampled_from([0, 0, 1]),
+        st.binary(max_size=60),
+    ),
+    st.builds(
+        lambda kind, parts, tail: frame(kind, count=len(parts), body=tail + b"\0".join(parts)),
+        st.sampled_from([1, 2, 3, 4, 5]),
+        st.lists(st.sampled_from([b"", b"/", b"/a", b"a", b"/..", b"/etc/passwd", b"/a/" * 99]), max_size=9),
+        st.sampled_from([b"", bytes(8), b"\xff" * 8, HELLO_BODY]),
+    ),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sent=st.lists(frames, min_size=1, max_size=4), greeted=st.booleans())
+@example(sent=[HELLO_BODY], greeted=False)
+def test_no_bytes_crash_it_or_leave_anything_behind(
+    stepped: SteppedBroker,
+    sent: list[bytes],
+    greeted: bool,  # noqa: FBT001
+) -> None:
+    before = descriptors_of()
+    speaker = stepped.join(hello=greeted)
+    for message in sent:
+        try:
+            speaker.send(message)
+        except BrokenPipeError:
+            break
+        answer = speaker.receive()
+        if answer is None:
+            break
+        answer.descriptors.close()
+    speaker.close()
+    assert descriptors_of() == before
+    assert stepped.connections == 0
+    with stepped.join() as other:
+        assert other.open_one(bytes(stepped.tree / "file")).content == b"content"
+
+
+# descriptors that are sent to it
+
+
+def send_rights(sock: socket.socket, count: int, data: bytes) -> None:
+    with open("/dev/null", "rb") as file:
+        rights = array.array("i", [file.fileno()] * count)
+        sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+
+
+def kernel_refuses_rights() -> bool:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        return sockets.refuse_descriptors(ours)
+
+
+@pytest.mark.skipif(not kernel_refuses_rights(), reason="SO_PASSRIGHTS needs Linux 6.16")
+@pytest.mark.parametrize("way", ["pair", "listener"])
+def test_descriptor_sent_to_it_is_refused_by_the_kernel(
+    stepped: SteppedBroker, bystander: Speaker, tmp_path: Path, way: str
+) -> None:
+    if way == "pair":
+        speaker = stepped.join()
+    else:
+        # Before accept() as well: the option is the listener's.
+        path = stepped.listen(tmp_path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        speaker = Speaker(sock, stepped.serve)
+        sock.connect(str(path))
+        with pytest.raises(PermissionError):
+            send_rights(sock, 1, encode_hello(1))
+        stepped.serve()
+        speaker.greet()
+    with speaker:
+        with pytest.raises(PermissionError):
+            send_rights(speaker.sock, 1, encode_open(1, [bytes(stepped.tree / "file")]))
+        assert speaker.open_one(bytes(stepped.tree / "file")).content == b"content"
+
+
+@pytest.mark.parametrize("count", [1, 2, 253])
+def test_descriptor_that_arrives_all_the_same_is_closed_and_ends_the_connection(
+    stepped: SteppedBroker, bystander: Speaker, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """On a kernel without SO_PASSRIGHTS, or queued before it was set."""
+    monkeypatch.setattr(sockets, "refuse_descriptors", lambda _sock: False)
+    speaker = stepped.join()
+    before = descriptors_of()
+    send_rights(speaker.sock, count, encode_open(1, [bytes(stepped.tree / "file")]))
+    stepped.serve()
+    answer = speaker.receive()
+    assert answer is not None
+    assert isinstance(answer.reply, ErrorReply)
+    assert answer.reply.kind == Kind.MALFORMED
+    assert answer.reply.text == f"{count} descriptors sent to the broker, which takes none"
+    assert speaker.is_closed()
+    assert len(descriptors_of()) == len(before) - 2  # the broker's end and its pidfd
+    assert stepped.records()[-1]["reason"] == answer.reply.text
+
+
+def test_descriptors_that_do_not_fit_are_closed_and_end_the_connection(
+    stepped: SteppedBroker, bystander: Speaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets, "refuse_descriptors", lambda _sock: False)
+    speaker = stepped.join()
+    before = len(descriptors_of())
+    with few_left(3):
+        send_rights(speaker.sock, 50, encode_status(1))
+        stepped.broker.step(0)
+    assert speaker.is_closed()
+    assert len(descriptors_of()) == before - 2
+    record = stepped.records()[-1]
+    assert (record["event"], record["errno"]) == ("receive_failed", errno.EMFILE)
+
+
+class few_left:  # noqa: N801 - reads as a with-statement
+    """Leave this process `count` free descriptors."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._filling: list[int] = []
+
+    def __enter__(self) -> None:
+        self._limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        highest = max(descriptors_of()) + 1
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 20, self._limits[1]))
+        while True:
+            try:
+                self._filling.append(os.dup(0))
+            except OSError:
+                break
+        for _ in range(self._count):
+            os.close(self._filling.pop())
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._filling:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, self._limits)
+
+
+# out of descriptors
+
+
+def test_connection_is_accepted_and_refused_with_the_reason_when_descriptors_run_out(
+    stepped: SteppedBroker, bystander: Speaker, tmp_path: Path
+) -> None:
+    path = stepped.listen(tmp_path)
+    speaker = Speaker(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), stepped.serve)
+    speaker.sock.connect(str(path))
+    with few_left(0):
+        stepped.broker.step(0)
+        # Nothing is waiting now: the loop does not spin.
+        assert stepped.broker._epoll.poll(0) == []
+    answer = speaker.receive()
+    speaker.sock.close()
+    assert answer is not None
+    assert isinstance(answer.reply, ErrorReply)
+    assert (answer.reply.kind, answer.reply.reason) == (Kind.REFUSED, Reason.LIMIT)
+    assert "no descriptors left" in answer.reply.text
+    assert stepped.records()[-1]["reason"] == "descriptors"
+    with stepped.call(path) as later:
+        assert later.open_one(bytes(stepped.tree / "file")).content == b"content"
+
+
+def test_second_shortage_is_met_like_the_first(stepped: SteppedBroker, tmp_path: Path) -> None:
+    path = stepped.listen(tmp_path)
+    for _ in range(3):
+        speaker = Speaker(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), stepped.serve)
+        speaker.sock.connect(str(path))
+        with few_left(0):
+            stepped.broker.step(0)
+        answer = speaker.receive()
+        assert answer is not None
+        assert isinstance(answer.reply, ErrorReply)
+        speaker.sock.close()
+
+
+def test_reserve_comes_back_when_whoever_wanted_to_connect_is_gone(
+    stepped: SteppedBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accept() fails for lack of descriptors, and then for lack of anybody: the next shortage must be met."""
+    stepped.listen(tmp_path)
+    [(listener, name)] = stepped.broker._listeners.values()
+    stepped.broker._accept_to_refuse(listener, name)
+    assert stepped.broker._spare >= 0
+
+
+def test_reserve_that_can_not_be_had_again_does_not_end_the_broker(
+    stepped: SteppedBroker, bystander: Speaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of the whole system's files (ENFILE), another process may be faster."""
+    path = stepped.listen(tmp_path)
+    speaker = Speaker(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), stepped.serve)
+    speaker.sock.connect(str(path))
+
+    def fail(*_arguments: object, **_more: object) -> int:
+        raise OSError(errno.ENFILE, "none left")
+
+    with monkeypatch.context() as patch, few_left(0):
+        patch.setattr(os, "open", fail)
+        stepped.broker.step(0)
+    speaker.sock.close()
+    stepped.serve()
+    with stepped.call(path) as later:
+        assert later.open_one(bytes(stepped.tree / "file")).content == b"content"
+
+
+def test_out_of_descriptors_an_open_is_broken_and_not_denied(stepped: SteppedBroker) -> None:
+    speaker = stepped.join()
+    file = bytes(stepped.tree / "file")
+    with few_left(2):
+        speaker.send(encode_open(7, [file] * 5))
+    answer = speaker.receive()
+    assert answer is not None
+    opened = read_opened(answer)
+    # Each needs two at once, and keeps one.
+    assert [entry.reason for entry in opened] == ["ok"] + ["broken"] * 4
+    assert opened[1].errno == errno.EMFILE
+    assert stepped.reasons() == ["ok"] + ["EMFILE"] * 4
+
+
+def test_error_of_accept_is_recorded_and_the_next_one_is_accepted(
+    stepped: SteppedBroker, tmp_path: Path
+) -> None:
+    path = stepped.listen(tmp_path)
+    [number] = stepped.broker._listeners
+    listener, name = stepped.broker._listeners[number]
+    errors = [OSError(errno.ECONNABORTED, "gone")]
+
+    class Failing:
+        """Fails once, then is the listener."""
+
+        def accept(self) -> tuple[socket.socket, object]:
+            if errors:
+                raise errors.pop()
+            return listener.accept()
+
+    stepped.broker._listeners[number] = (Failing(), name)  # type: ignore[assignment]
+    with stepped.call(path) as speaker:
+        assert speaker.open_one(bytes(stepped.tree / "file")).content == b"content"
+    stepped.broker._listeners[number] = (listener, name)
+    assert stepped.events() == ["accept_failed"]
+    assert stepped.records()[0]["errno"] == errno.ECONNABORTED
+
+
+# limits of connections
+
+
+def test_connections_over_the_limit_get_a_frame_that_names_limit_and_value(
+    tree: Path, tmp_path: Path
+) -> None:
+    with SteppedBroker(tree, limited(tree, connections=3), audit=tmp_path / "audit") as broker:
+        path = broker.listen(tmp_path)
+        speakers = [broker.call(path) for _ in range(3)]
+        fourth = broker.call(path, hello=False)
+        answer = fourth.receive()
+        assert answer is not None
+        assert isinstance(answer.reply, ErrorReply)
+        assert (answer.reply.kind, answer.reply.reason) == (Kind.REFUSED, Reason.LIMIT)
+        assert answer.reply.id == 0
+        assert "connections_per_uid" in answer.reply.text
+        assert f"uid {os.getuid()} has 3 connections" in answer.reply.text
+        assert fourth.is_closed()
+        record = broker.records()[-1]
+        assert (record["event"], record["reason"], record["limit"], record["uid"]) == (
+            "connection_refused", "connections_per_uid", 3, os.getuid(),
+        )  # fmt: skip
+        assert all(speaker.open_one(bytes(tree / "file")).content for speaker in speakers)
+        speakers[0].close()
+        assert broker.call(path).open_one(bytes(tree / "file")).content == b"content"
+        assert broker.connections == 3
+
+
+def test_connections_over_the_limit_of_all_get_a_frame_that_says_so(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (16, 16))
+    with SteppedBroker(tree, audit=tmp_path / "audit") as broker:
+        path = broker.listen(tmp_path)
+        speakers = [broker.call(path) for _ in range(2)]
+        answer = broker.call(path, hello=False).receive()
+        assert answer is not None
+        assert isinstance(answer.reply, ErrorReply)
+        assert (answer.reply.kind, answer.reply.reason) == (Kind.REFUSED, Reason.LIMIT)
+        assert "too many connections" in answer.reply.text
+        assert broker.records()[-1]["reason"] == "connections"
+        assert broker.connections == len(speakers)
+
+
+def test_many_connections_at_once_are_all_accepted(stepped: SteppedBroker, tmp_path: Path) -> None:
+    path = stepped.listen(tmp_path)
+    speakers = []
+    for _ in range(50):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.connect(str(path))
+        speakers.append(Speaker(sock, stepped.serve))
+    stepped.serve()
+    for speaker in speakers:
+        with speaker:
+            speaker.greet()
+    assert stepped.connections == 0
+
+
+def test_refusal_that_nobody_hears_changes_nothing(tree: Path, tmp_path: Path) -> None:
+    with SteppedBroker(tree, limited(tree, connections=1), audit=tmp_path / "audit") as broker:
+        path = broker.listen(tmp_path)
+        first = broker.call(path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.connect(str(path))
+        sock.close()
+        broker.serve()
+        assert first.open_one(bytes(tree / "file")).content == b"content"
+        assert broker.connections == 1
+
+
+# clients that do not receive
+
+
+def stall(broker: SteppedBroker, speaker: Speaker, requests: int) -> None:
+    """Ask for a file again and again without receiving."""
+    request = encode_open(7, [bytes(broker.tree / "file")] * FILES)
+    for _ in range(requests):
+        speaker.sock.send(request)
+        broker.serve()
+
+
+def test_client_that_does_not_receive_is_not_read_from_until_it_does(
+    stepped: SteppedBroker, bystander: Speaker
+) -> None:
+    speaker = stepped.join()
+    stall(stepped, speaker, 5)
+    # 2 x 253 would be over 512 - 253: the second was still read, the third was not.
+    [connection] = [found for found in stepped.broker._connections.values() if found.in_flight > 1]
+    assert connection.in_flight == 2 * FILES
+    assert stepped.reasons().count("ok") == 2 * FILES + 1
+    assert bystander.open_one(bytes(stepped.tree / "file")).content == b"content"
+    assert stepped.broker._epoll.poll(0) == []  # the loop does not spin over it
+    for answered in range(5):
+        answer = speaker.receive()
+        assert answer is not None
+        assert len(read_opened(answer)) == FILES
+        stepped.serve()
+        if answered == 0:
+            # Not everything was received: it is still waited for.
+            assert stepped.reasons().count("ok") == 2 * FILES + 2
+    assert stepped.reasons().count("ok") == 5 * FILES + 2
+
+
+def test_descriptors_in_flight_are_bounded_per_uid_over_all_its_connections(
+    tree: Path, tmp_path: Path, few_descriptors: None
+) -> None:
+    with SteppedBroker(tree, audit=tmp_path / "audit") as broker:
+        speakers = [broker.join() for _ in range(5)]
+        for speaker in speakers:
+            stall(broker, speaker, 2)
+        assert broker.in_flight <= 512
+        assert broker.in_flight == 2 * FILES
+        # The others were refused, not kept waiting, since no one knows when their turn comes.
+        assert broker.reasons().count("in_flight") == 4 * 2 * FILES
+        answer = speakers[1].receive()
+        assert answer is not None
+        assert {entry.reason for entry in read_opened(answer)} == {"limit"}
+        small = broker.join()
+        assert {entry.reason for entry in small.open(*[bytes(tree / "file")] * 6)} == {"ok"}
+        assert {entry.reason for entry in small.open(*[bytes(tree / "file")] * 7)} == {"limit"}
+        for _ in range(2):
+            received = speakers[0].receive()
+            assert received is not None
+            received.descriptors.close()
+        # Nobody tells the broker: it asks the kernel when it gets tight.
+        assert {entry.reason for entry in small.open(*[bytes(tree / "file")] * FILES)} == {"ok"}
+
+
+def test_hanging_up_on_a_client_that_does_not_receive_keeps_counting_what_it_has(
+    tree: Path, tmp_path: Path, few_descriptors: None
+) -> None:
+    with SteppedBroker(tree, audit=tmp_path / "audit") as broker:
+        rogues = []
+        for _ in range(6):
+            rogue = broker.join()
+            rogues.append(rogue)
+            stall(broker, rogue, 1)
+            rogue.sock.send(b"malformed")
+            broker.serve()
+            assert broker.in_flight <= 512
+        assert broker.in_flight == 2 * FILES
+        assert broker.reasons().count("in_flight") == 4 * FILES
+        # The two that hold something are kept until they have it, the others are gone.
+        assert broker.connections == 2
+        other = broker.join()
+        assert other.open_one(bytes(tree / "file")).content == b"content"
+        # It receives what was on its way, the error, and the end.
+        answer = rogues[0].receive()
+        assert answer is not None
+        assert isinstance(answer.reply, OpenReply)
+        answer.descriptors.close()
+        answer = rogues[0].receive()
+        assert answer is not None
+        assert isinstance(answer.reply, ErrorReply)
+        assert rogues[0].is_closed()
+        broker.serve()
+        assert broker.connections == 2
+        # The other one hangs up without receiving: the kernel takes back what it never got.
+        rogues[1].sock.close()
+        broker.serve()
+        assert broker.connections == 1
+        assert broker.in_flight <= 1  # of the one that was served, who was not asked since
+
+
+def test_client_with_a_full_queue_gets_its_reply_when_there_is_room(
+    stepped: SteppedBroker, bystander: Speaker
+) -> None:
+    speaker = stepped.join()
+    request = encode_stat(8, [bytes(stepped.tree / "file")] * FILES)
+    sent = 0
+    while True:
+        speaker.sock.send(request, socket.MSG_DONTWAIT)
+        sent += 1
+        stepped.serve()
+        if stepped.reasons().count("ok") < sent * FILES + 1:
+            break  # the last one was not read: a reply waits
+        assert sent < 100
+    assert bystander.open_one(bytes(stepped.tree / "file")).content == b"content"
+    assert stepped.broker._epoll.poll(0) == []
+    for _ in range(sent):
+        answer = speaker.receive()
+        assert answer is not None
+        assert len(answer.raw) == 12 + 64 * FILES
+        stepped.serve()
+    assert stepped.connections == 2
+
+
+def fill_queue(broker: SteppedBroker, speaker: Speaker) -> None:
+    """Ask for long lists until a reply has to wait."""
+    [connection] = [found for found in broker.broker._connections.values() if found.in_flight == 0][-1:]
+    for _ in range(100):
+        speaker.sock.send(encode_stat(8, [bytes(broker.tree / "file")] * FILES), socket.MSG_DONTWAIT)
+        broker.broker.step(0)
+        if connection.unsent is not None:
+            return
+    pytest.fail("the queue never filled")
+
+
+def test_descriptors_of_a_reply_that_waits_are_closed_when_the_client_goes(
+    stepped: SteppedBroker, bystander: Speaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = descriptors_of()
+    speaker = stepped.join()
+    send = sockets.send
+
+    def full(sock: socket.socket, data: bytes, descriptors: list[int] = [], *, wait: bool = True) -> None:  # noqa: B006
+        if descriptors:
+            raise BlockingIOError(errno.EAGAIN, "no room")
+        send(sock, data, descriptors, wait=wait)
+
+    monkeypatch.setattr(sockets, "send", full)
+    speaker.send(encode_open(7, [bytes(stepped.tree / "file")] * 10))
+    assert len(descriptors_of()) == len(before) + 3 + 10
+    speaker.close()
+    monkeypatch.undo()
+    assert descriptors_of() == before
+
+
+def test_reply_that_waits_is_sent_with_its_descriptors_once_there_is_room(
+    stepped: SteppedBroker, bystander: Speaker
+) -> None:
+    speaker = stepped.join()
+    fill_queue(stepped, speaker)
+    speaker.sock.send(encode_open(9, [bytes(stepped.tree / "file")] * 10))
+    seen = 0
+    while True:
+        stepped.serve()
+        answer = speaker.receive()
+        assert answer is not None
+        if isinstance(answer.reply, OpenReply):
+            assert [entry.content for entry in read_opened(answer, 9)] == [b"content"] * 10
+            break
+        seen += 1
+    assert seen >= 3
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOBUFS, errno.EMSGSIZE])
+def test_reply_that_can_not_be_sent_is_recorded_and_ends_the_connection(
+    stepped: SteppedBroker,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    waiting: bool,  # noqa: FBT001
+) -> None:
+    before = descriptors_of()
+    speaker = stepped.join()
+    errors = [BlockingIOError(errno.EAGAIN, "no room")] * waiting + [OSError(number, "it failed")]
+
+    def fail(*_arguments: object, **_more: object) -> None:
+        raise errors.pop(0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sockets, "send", fail)
+        speaker.send(encode_open(7, [bytes(stepped.tree / "file")] * 3))
+    assert speaker.is_closed()
+    speaker.close()
+    assert descriptors_of() == before
+    assert stepped.reasons() == ["ok"] * 3
+    record = stepped.records()[-1]
+    assert (record["event"], record["errno"], record["request"]) == ("undelivered", number, 7)
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_too_many_references_are_told_and_the_connection_goes_on(
+    stepped: SteppedBroker,
+    monkeypatch: pytest.MonkeyPatch,
+    waiting: bool,  # noqa: FBT001
+) -> None:
+    speaker = stepped.join()
+    send = sockets.send
+    errors = [BlockingIOError(errno.EAGAIN, "no room")] * waiting + [OSError(errno.ETOOMANYREFS, "too many")]
+
+    def fail(sock: socket.socket, data: bytes, descriptors: list[int] = [], *, wait: bool = True) -> None:  # noqa: B006
+        if errors:
+            raise errors.pop(0)
+        send(sock, data, descriptors, wait=wait)
+
+    before = descriptors_of()
+    with monkeypatch.context() as patch:
+        patch.setattr(sockets, "send", fail)
+        error = speaker.error(encode_open(7, [bytes(stepped.tree / "file")] * 3))
+    assert (error.kind, error.reason, error.id) == (Kind.REFUSED, Reason.LIMIT, 7)
+    assert descriptors_of() == before
+    assert stepped.events() == ["undelivered"]
+    assert speaker.open_one(bytes(stepped.tree / "file")).content == b"content"
+
+
+# the rest
+
+
+def test_status_tells_the_client_about_itself_and_root_about_all(stepped: SteppedBroker) -> None:
+    stepped.join()
+    speaker = stepped.join()
+    speaker.open(bytes(stepped.tree / "file"), b"/etc/passwd")
+    status = speaker.status()
+    assert status["generation"] == 1
+    assert status["peer"]["pid"] == os.getpid()
+    assert status["peer"]["uid"] == os.getuid()
+    assert set(os.getgroups()) <= set(status["peer"]["groups"])
+    assert status["in_flight"] in {0, 1}
+    assert status["audit"] == stepped.audit.run
+    if os.getuid() == 0:
+        totals = status["totals"]
+        assert (totals["allowed"], totals["denied"], totals["accepted"], totals["connections"]) == (
+            1,
+            1,
+            2,
+            2,
+        )
+        assert totals["audit_failures"] == 0
+    else:
+        assert "totals" not in status
+
+
+def test_status_of_a_broker_without_audit_says_so(tree: Path) -> None:
+    with SteppedBroker(tree) as broker:
+        speaker = broker.join()
+        assert speaker.open_one(bytes(tree / "file")).content == b"content"
+        assert speaker.status()["audit"] == "off"
+
+
+def test_requests_may_be_sent_ahead_and_are_answered_each(stepped: SteppedBroker) -> None:
+    speaker = stepped.join()
+    for number in range(20):
+        speaker.sock.send(encode_status(1000 + number))
+    for _ in range(20):
+        stepped.broker.step(0)
+    answers = [speaker.receive() for _ in range(20)]
+    assert [answer.reply.id for answer in answers if answer] == list(range(1000, 1020))
+    assert all(answer and isinstance(answer.reply, StatusReply) for answer in answers)
+
+
+def test_one_message_per_connection_and_round(stepped: SteppedBroker) -> None:
+    busy, other = stepped.join(), stepped.join()
+    for number in range(5):
+        busy.sock.send(encode_status(number))
+    other.sock.send(encode_status(9))
+    stepped.broker.step(0)
+    busy.sock.settimeout(0)
+    assert busy.receive() is not None
+    with pytest.raises(BlockingIOError):
+        busy.receive()
+    assert other.receive() is not None
+
+
+def test_stop_ends_the_loop_after_its_round(
+    stepped: SteppedBroker, bystander: Speaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = stepped.broker._serve_message
+
+    def stop_within(connection: Connection) -> None:
+        stepped.broker.stop()
+        handle(connection)
+
+    monkeypatch.setattr(stepped.broker, "_serve_message", stop_within)
+    bystander.sock.send(encode_status(1))
+    bystander.sock.send(encode_status(2))
+    stepped.broker.serve()
+    answer = bystander.receive()
+    assert answer is not None
+    assert answer.reply.id == 1
+    # It stays stopped, and a stop that nobody waited for is not forgotten.
+    stepped.broker.serve()
+    stepped.broker.step(0)
+    assert bystander.receive() is not None
+
+
+def test_byte_for_the_wake_descriptor_wakes_it_once(stepped: SteppedBroker) -> None:
+    os.write(stepped.broker.wake_descriptor, b"\x0f")
+    stepped.broker.step(SECONDS)
+    assert stepped.broker._epoll.poll(0) == []
+
+
+def test_closing_ends_every_connection_and_every_listener(tree: Path, tmp_path: Path) -> None:
+    with no_descriptor_left():
+        broker = SteppedBroker(tree, audit=tmp_path / "audit")
+        path = broker.listen(tmp_path)
+        speakers = [broker.join(), broker.call(path)]
+        stall(broker, speakers[0], 3)
+        others = [Speaker(speaker.sock.dup()) for speaker in speakers]
+        broker.close()
+        for other in others:
+            while (answer := other.receive()) is not None:
+                answer.descriptors.close()
+            other.close()
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock,
+            pytest.raises(ConnectionRefusedError),
+        ):
+            sock.connect(str(path))
+
+
+def test_accepted_connections_inherit_nothing_and_block_nobody(
+    stepped: SteppedBroker, tmp_path: Path
+) -> None:
+    path = stepped.listen(tmp_path)
+    stepped.call(path)
+    [connection] = stepped.broker._connections.values()
+    assert not connection.sock.getblocking()
+    assert fcntl.fcntl(connection.sock, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+    assert connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == 1
+    assert connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 65536
+    assert select.select([], [connection.sock], [], 0)[1]
+
+
+def test_everything_is_recorded_exactly_once(stepped: SteppedBroker, tmp_path: Path) -> None:
+    path = stepped.listen(tmp_path)
+    for _ in range(3):
+        with stepped.call(path) as speaker:
+            speaker.open(bytes(stepped.tree / "file"))
+            speaker.error(b"nonsense")
+    check_audit(stepped.records())
+    assert [record["event"] for record in stepped.records()] == ["open", "malformed"] * 3
+    assert {record["socket"] for record in stepped.records()} == {"listener"}
+    assert [record["connection"] for record in stepped.records()] == [1, 1, 2, 2, 3, 3]
+
+
+def test_unknown_type_byte_is_no_member_of_the_table(stepped: SteppedBroker) -> None:
+    known = {Type.HELLO, Type.OPEN, Type.STAT, Type.LIST, Type.STATUS}
+    for kind in range(256):
+        speaker = stepped.join()
+        answer = speaker.ask(frame(kind, count=1, body=b"/a"))
+        reply = answer.reply
+        if kind not in known:
+            assert isinstance(reply, ErrorReply)
+            assert reply.text == f"unknown request type {kind:#04x}"
+        speaker.close()

@@ -1,0 +1,291 @@
+"""What stops the start: exit status 2, a sentence that says why and what helps, and nothing that listens."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fdbroker.kernel import capabilities, process
+from fdbroker.launcher import start as start_module
+from fdbroker.launcher.broker_seccomp import broker_filter
+from fdbroker.launcher.privileges import become_broker
+from fdbroker.launcher.start import Start, start_broker
+from tests.processes import in_child
+from tests.running_broker import (
+    BROKER_UID,
+    launcher_command,
+    launcher_environment,
+    policy,
+    rule,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def served(reachable: Path) -> Path:
+    """Return a tree to serve."""
+    path = reachable / "tree"
+    path.mkdir()
+    return path
+
+
+def check_nothing_listens(directory: Path) -> None:
+    for path in directory.glob("*.seqpacket"):
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock,
+            pytest.raises(ConnectionRefusedError),
+        ):
+            sock.connect(str(path))
+
+
+def start_that_fails(directory: Path, compiled: dict[str, Any] | str, *options: str) -> str:
+    """Start a broker as an administrator would; return what it says, once it did not start."""
+    policy_file = directory / ("policy.yaml" if isinstance(compiled, str) else "policy.json")
+    policy_file.write_text(compiled if isinstance(compiled, str) else json.dumps(compiled))
+    done = subprocess.run(
+        [*launcher_command(policy_file), f"--socket={directory}/broker.seqpacket", "--audit=none", *options],
+        env=launcher_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    check_nothing_listens(directory)
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("{tree}/missing", "can't be opened at 'missing': No such file or directory"),
+        ("{tree}/link", "can't be opened at 'link': Not a directory"),
+        ("{tree}/link/below", "can't be opened at 'link': Not a directory"),
+        ("{tree}/file", "can't be opened at 'file': Not a directory"),
+        ("/proc", "is not served: choose a directory on a local disk or tmpfs"),
+        ("/proc/1", "is not served"),
+        ("/sys", "is not served"),
+    ],
+)
+def test_root_that_can_not_be_served_stops_the_start(
+    reachable: Path, served: Path, path: str, said: str
+) -> None:
+    (served / "real" / "below").mkdir(parents=True)
+    (served / "link").symlink_to("real")
+    (served / "file").touch()
+    text = start_that_fails(reachable, policy(path.replace("{tree}", str(served))))
+    assert text.startswith("fdbroker: root 'tree'")
+    assert said in text
+    if "can't" in said:
+        assert "it must be a directory, reached without symbolic links" in text
+
+
+@pytest.mark.parametrize("user", ["0:0", f"0:{BROKER_UID}", f"{BROKER_UID}:0"])
+def test_broker_as_root_is_not_started(reachable: Path, served: Path, user: str) -> None:
+    text = start_that_fails(reachable, policy(served), f"--user={user}")
+    assert "must not be root's" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rules": [rule("x", root="nowhere")]}, "rules[0].root is 'nowhere', which is not among the roots"),
+        ({"rules": [rule("x", paths=["/abs"])]}, "rules[0].paths[0]: the glob starts with '/'"),
+        ({"version": 2}, "policy.version is not 1"),
+        ({"surprise": 1}, "unknown keys: surprise"),
+        ({"limits": {}}, "limits has missing or unknown keys"),
+    ],
+)
+def test_compiled_policy_that_is_none_stops_the_start_and_names_the_place(
+    reachable: Path, served: Path, changes: dict[str, Any], said: str
+) -> None:
+    text = start_that_fails(reachable, policy(served, **changes))
+    assert text.startswith("fdbroker: the compiled policy can't be used: ")
+    assert said in text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "version: 1\nroots: {home: {path: /home}}\nrules:\n  - allow: [opne]\n    in: home\n",
+            ["4:", "opne"],
+        ),
+        ("version: 1\nroots: {home: {path: home}}\nrules: []\n", ["2:"]),
+        ("version: 1\n\tbad", ["2:"]),
+        ("version: 1\nversion: 1\n", ["2:"]),
+        ("", []),
+        ("version: 1\nroots: {home: {path: /home}}\nrulez: []\n", ["3:", "rulez"]),
+    ],
+)
+def test_policy_file_with_an_error_stops_the_start_and_names_line_and_reason(
+    reachable: Path, text: str, said: list[str]
+) -> None:
+    answer = start_that_fails(reachable, text)
+    assert "policy.yaml" in answer
+    for part in said:
+        assert part in answer
+    # The policy is compiled before anything else is made.
+    assert not (reachable / "broker.seqpacket").exists()
+
+
+def test_audit_that_can_not_be_written_stops_the_start(reachable: Path, served: Path) -> None:
+    text = start_that_fails(reachable, policy(served), "--audit=/dev/full")
+    assert "the audit can't be written; free its disk or choose another place" in text
+
+
+def test_socket_that_is_there_already_is_left_alone(reachable: Path, served: Path) -> None:
+    there = reachable / "there"
+    there.write_text("mine")
+    text = start_that_fails(reachable, policy(served), f"--socket={there}")
+    assert "if nothing listens there any more, remove it" in text
+    assert there.read_text() == "mine"
+
+
+# What only a wrong launcher could do: the broker looks for itself
+
+
+def launched(
+    reachable: Path, compiled: dict[str, Any], wrong: Callable[[], None], stray: int | None = None
+) -> str:
+    """Start a broker by a launcher in which something is wrong; return what the broker says."""
+    read_end, write_end = os.pipe()
+    path = reachable / "wrong.seqpacket"
+    pid = os.fork()
+    if not pid:
+        try:
+            os.dup2(os.open("/dev/null", os.O_RDWR), 0)
+            os.dup2(write_end, 1)
+            os.dup2(write_end, 2)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            listener.bind(str(path))
+            listener.listen(5)
+            wrong()
+            if stray is not None:
+                os.set_inheritable(stray, True)
+            start_broker(
+                Start(
+                    uid=BROKER_UID,
+                    gid=BROKER_UID,
+                    policy=compiled,
+                    listeners=[(listener.fileno(), "wrong")],
+                    dev=True,
+                )
+            )
+        except BaseException as error:  # noqa: BLE001 - the parent reads it
+            os.write(2, f"the launcher itself: {error!r}\n".encode())
+        finally:
+            os._exit(3)
+    os.close(write_end)
+    with open(read_end, "rb") as pipe:
+        text = pipe.read().decode()
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 2, text
+    check_nothing_listens(reachable)
+    assert text.startswith("fdbroker: ")
+    assert "Traceback" not in text
+    return text
+
+
+def patch(name: str, value: Callable[..., object]) -> None:
+    """Exchange a part of the launcher, in a child that is given up afterwards."""
+    pytest.MonkeyPatch().setattr(start_module, name, value)
+
+
+def test_view_that_is_writable_stops_the_start(reachable: Path, served: Path) -> None:
+    def no_view() -> None:
+        patch("enter_read_only_view", lambda: None)
+
+    text = launched(reachable, policy(served), no_view)
+    assert f"root 'tree' ({served}) is writable in the broker's view" in text
+    assert "ReadOnlyPaths=/" in text
+    assert "read_only_view: off" in text
+
+
+def test_descriptor_that_nobody_promised_stops_the_start(reachable: Path, served: Path) -> None:
+    def no_closing() -> None:
+        pytest.MonkeyPatch().setattr(process, "close_range", lambda *_arguments, **_more: None)
+
+    with open("/etc/passwd", "rb") as stray:
+        text = launched(reachable, policy(served), no_closing, stray.fileno())
+    assert "whoever starts it must close all others" in text
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("root", "uid 0, which never opens a file"),
+        ("too much", "permitted capabilities '0x104'"),
+        ("too little", "permitted capabilities '0x0'"),
+        ("more to gain", "no_new_privs False"),
+        ("another user", f"uids ({BROKER_UID + 9},"),
+    ],
+)
+def test_process_with_other_privileges_stops_the_start(
+    reachable: Path, served: Path, what: str, said: str
+) -> None:
+    def become(uid: int, gid: int) -> None:
+        if what == "root":
+            return
+        if what in {"too much", "more to gain"}:
+            if what == "too much":
+                process.set_no_new_privs()
+                process.set_securebits(process.SECBIT_NO_SETUID_FIXUP)
+            os.setgroups([])
+            os.setresgid(gid, gid, gid)
+            os.setresuid(uid, uid, uid)
+            if what == "too much":
+                now = capabilities.capget()
+                capabilities.capset(now._replace(inheritable=0x104))
+                for number in (capabilities.CAP_DAC_READ_SEARCH, capabilities.CAP_SETPCAP):
+                    process.raise_ambient_capability(number)
+            return
+        become_broker(uid + 9 if what == "another user" else uid, gid)
+        if what == "too little":
+            process.clear_ambient_capabilities()
+
+    def other_privileges() -> None:
+        patch("become_broker", become)
+
+    text = launched(reachable, policy(served), other_privileges)
+    assert "the process is not in the broker's state" in text
+    assert "start it by fdbrokerd" in text
+    assert said in text
+
+
+def test_rules_for_control_groups_without_any_stop_the_start(reachable: Path, served: Path) -> None:
+    def no_cgroup() -> None:
+        patch("find_cgroup2", lambda: None)
+
+    compiled = policy(served, rule("unit", clients=[{"cgroups": ["/system.slice/x.service"]}]))
+    text = launched(reachable, compiled, no_cgroup)
+    assert "rules for units or control groups, but" in text
+
+
+@pytest.mark.parametrize("program", [b"", b"\0" * 7, b"\xff" * 8])
+def test_filter_that_the_kernel_does_not_take_stops_the_start(
+    reachable: Path, served: Path, program: bytes
+) -> None:
+    def other_filter() -> None:
+        patch("broker_filter", lambda: program)
+
+    text = launched(reachable, policy(served), other_filter)
+    assert "seccomp(" in text
+    assert "EINVAL" in text
+
+
+def test_filter_for_these_tests_is_the_real_one() -> None:
+    assert len(in_child(broker_filter)) % 8 == 0

@@ -1,0 +1,59 @@
+"""Running the `fdbroker` command as a process, as some user."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from tests.running_broker import launcher_environment
+from tests.sandbox.confined import WORKER_UID
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+AS_ROOT = ("--worker-uid", str(WORKER_UID))
+
+
+def command(*arguments: str | bytes) -> list[str | bytes]:
+    return [sys.executable, "-m", "fdbroker.cli", *arguments]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {**launcher_environment(), "LANG": "C.UTF-8", **changes}
+
+
+def run(
+    *arguments: str | bytes, uid: int | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run it and return what it wrote; as another user without any groups if `uid` is given."""
+    return subprocess.run(
+        command(*arguments),
+        env=env or environment(),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        user=uid,
+        group=uid,
+        extra_groups=None if uid is None else (),
+        cwd="/",
+        check=False,
+    )
+
+
+def lines(text: str, kind: str) -> list[dict[str, Any]]:
+    """Return the JSON lines of one type."""
+    return [line for line in map(json.loads, text.splitlines()) if line["type"] == kind]
+
+
+def path_of(line: dict[str, Any]) -> bytes:
+    """Return the bytes of a path, as docs/scan.md says they are to be had."""
+    if "path_hex" in line:
+        return bytes.fromhex(line["path_hex"])
+    path: str = line["path"]
+    return path.encode()
+
+
+def verdicts(document: Sequence[dict[str, Any]]) -> dict[bytes, str]:
+    return {path_of(line): line["verdict"] for line in document}

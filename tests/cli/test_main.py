@@ -1,0 +1,168 @@
+"""The command within this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+
+from fdbroker import client
+from fdbroker.cli import main as main_module
+from fdbroker.cli.main import main
+from fdbroker.cli.output import JsonOutput, OutputError, Totals
+from fdbroker.client import Client, connect
+from fdbroker.sandbox.confine import ConfinementError
+from fdbroker.scan.supervisor import Supervisor
+from tests.cli.commands import AS_ROOT, lines, verdicts
+from tests.running_broker import policy, reachable_directory, rule, running_broker
+from tests.scan.descriptors import EICAR_NAME
+from tests.scan.trees import Tree, make_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.running_broker import RunningBroker
+
+UNLISTED = "home2"
+
+
+@pytest.fixture(scope="module")
+def directory() -> Iterator[Path]:
+    with reachable_directory() as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def tree(directory: Path) -> Tree:
+    return make_tree(directory / "tree")
+
+
+@pytest.fixture(scope="module")
+def broker(directory: Path, tree: Tree) -> Iterator[RunningBroker]:
+    rules = [rule("all"), rule("no", effect="deny", actions=["list"], paths=[UNLISTED])]
+    with running_broker(directory, policy(directory / "tree", *rules)) as running:
+        yield running
+
+
+def scan_arguments(broker: RunningBroker, *arguments: str) -> list[str]:
+    return ["scan", "--socket", str(broker.socket), *AS_ROOT, *arguments]
+
+
+def homes(tree: Tree) -> list[str]:
+    return [os.fsdecode(tree.root) + f"/home{number}" for number in range(3)]
+
+
+@pytest.mark.root
+def test_directory_that_may_not_be_listed_is_listed_as_an_error(
+    broker: RunningBroker, tree: Tree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(scan_arguments(broker, *homes(tree))) == 2
+    shown = capsys.readouterr()
+    assert f"/{UNLISTED}: error: denied: " in shown.out
+    assert shown.out.count(f": infected: {EICAR_NAME}\n") == len(tree.infected) * 2 // 3
+    assert shown.err == ""
+
+
+@pytest.mark.root
+def test_json_tells_files_from_directories(
+    broker: RunningBroker, tree: Tree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(scan_arguments(broker, "--json", *homes(tree))) == 2
+    output = capsys.readouterr().out
+    assert verdicts(lines(output, "directory")) == {tree.root + b"/" + UNLISTED.encode(): "error"}
+    assert "error" not in verdicts(lines(output, "file")).values()
+    [summary] = lines(output, "summary")
+    assert summary["errors"] == 1
+    assert summary["files"] == len(lines(output, "file"))
+
+
+@pytest.mark.root
+def test_verbose_shows_everything(
+    broker: RunningBroker, tree: Tree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(scan_arguments(broker, "-v", os.fsdecode(tree.root) + "/home1")) == 1
+    shown = capsys.readouterr()
+    assert "/home1/socket: skipped: socket\n" in shown.out
+    assert "/home1/empty: clean\n" in shown.out
+    assert "worker: landlock in force: ABI " in shown.err
+
+
+@pytest.mark.root
+def test_broker_that_goes_away_makes_the_scan_incomplete(
+    tree: Tree, directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        reachable_directory() as other,
+        running_broker(other, policy(directory / "tree"), stop=False) as broker,
+    ):
+
+        def connect_and_lose(path: bytes) -> Client:
+            connected = connect(path, timeout=1.0)
+            broker.process.kill()
+            broker.process.wait()
+            return connected
+
+        monkeypatch.setattr(client, "connect", connect_and_lose)
+        assert main(scan_arguments(broker, "--json", os.fsdecode(tree.root))) == 2
+    shown = capsys.readouterr()
+    [summary] = lines(shown.out, "summary")
+    assert (summary["complete"], summary["exit_status"]) == (False, 2)
+    assert "the scan is incomplete" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("raised", "shown"),
+    [
+        (click.ClickException("wrong"), "wrong"),
+        (click.Abort(), "fdbroker: interrupted"),
+        (KeyboardInterrupt(), "fdbroker: interrupted"),
+        (OutputError("full"), "fdbroker: the output could not be written: full"),
+        (BrokenPipeError(32, "broken"), "the output could not be written"),
+        (ValueError("unforeseen"), "ValueError: unforeseen"),
+    ],
+)
+def test_every_failure_is_status_2_and_told(
+    raised: BaseException,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_arguments: object, **_named: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(main_module.cli, "main", fail)
+    monkeypatch.setattr(main_module, "_give_up_output", lambda: None)
+    assert main([]) == 2
+    assert shown in capsys.readouterr().err
+
+
+def test_help_is_status_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scan", "--help"]) == 0
+    assert "Exit status: 0" in capsys.readouterr().out
+
+
+def test_worker_that_can_not_be_confined_stops_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_supervisor: object) -> None:
+        raise ConfinementError("seccomp: not here")
+
+    monkeypatch.setattr(Supervisor, "start", fail)
+    assert main(["scan", *(AS_ROOT if os.geteuid() == 0 else ()), "/"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == "fdbroker: no worker could be started, so nothing was scanned: seccomp: not here\n"
+
+
+def test_error_in_the_stream_is_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def write(self, _text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    with pytest.raises(OutputError, match="No space left"):
+        JsonOutput().totals(Totals())

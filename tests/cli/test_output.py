@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fdbroker.cli.output import Totals, path_members, printable
+from fdbroker.scan.run import Scanned
+from fdbroker.scan.verdict import Clean, Error, Infected
+from tests.cli.commands import path_of
+
+CLEAN = Scanned(b"/a", Clean(), 10)
+INFECTED = Scanned(b"/b", Infected("Name"), 5)
+FAILED = Scanned(b"/c", Error("denied", "no"))
+CHANGED = Scanned(b"/d", Error("changed", "changed"), 7)
+UNLISTED = Scanned(b"/e", Error("denied", "no"), directory=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"plain name.txt", "plain name.txt"),
+        ("Käse 文".encode(), "Käse 文"),
+        (b"new\nline", r"new\x0aline"),
+        (b"\x1b[31mred\x07", r"\x1b[31mred\x07"),
+        (b"\xffodd\xfe", r"\xffodd\xfe"),
+        (rb"back\slash", r"back\\slash"),
+        ("right\u202eto left".encode(), r"right\xe2\x80\xaeto left"),
+        ("\u2028".encode(), r"\xe2\x80\xa8"),
+        ("c1 \x9b".encode(), r"c1 \xc2\x9b"),
+    ],
+)
+def test_name_is_shown_without_what_plays_with_a_terminal(name: bytes, shown: str) -> None:
+    assert printable(name) == shown
+
+
+@given(st.binary())
+def test_shown_name_is_printable_and_can_be_read_back(name: bytes) -> None:
+    shown = printable(name)
+    assert shown.isprintable()
+    back = re.sub(
+        rb"\\(\\|x[0-9a-f]{2})",
+        lambda match: b"\\" if match[1] == b"\\" else bytes.fromhex(match[1][1:].decode()),
+        shown.encode(),
+    )
+    assert back == name
+
+
+@given(st.binary())
+def test_path_can_be_had_back_from_json(path: bytes) -> None:
+    assert path_of(path_members(path)) == path
+
+
+def test_hexadecimal_form_is_there_only_where_it_is_needed() -> None:
+    assert path_members("/ä".encode()) == {"path": "/ä"}
+    assert path_members(b"/\xff") == {"path": "/\ufffd", "path_hex": "2fff"}
+
+
+@pytest.mark.parametrize(
+    ("events", "complete", "status"),
+    [
+        ([], True, 0),
+        ([CLEAN], True, 0),
+        ([CLEAN, INFECTED], True, 1),
+        ([CLEAN, FAILED], True, 2),
+        ([INFECTED, FAILED], True, 2),
+        ([UNLISTED], True, 2),
+        ([CLEAN], False, 2),
+        ([INFECTED], False, 2),
+    ],
+)
+def test_exit_status_says_the_worst(events: list[Scanned], complete: bool, status: int) -> None:  # noqa: FBT001 - a parameter of the table
+    totals = Totals(complete=complete)
+    for event in events:
+        totals.add(event)
+    assert totals.exit_status() == status
+
+
+def test_totals_count_bytes_that_were_read_to_the_end() -> None:
+    totals = Totals()
+    for event in (CLEAN, INFECTED, FAILED, CHANGED, UNLISTED):
+        totals.add(event)
+    assert (totals.files, totals.bytes, totals.infected, totals.errors) == (4, 15, 1, 3)

@@ -1,0 +1,401 @@
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pwd
+import select
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+
+from fdbroker.cli.scan import WORKER_USER, worker_ids
+from tests.cli.commands import AS_ROOT, command, environment, lines, path_of, run, verdicts
+from tests.processes import wait_until
+from tests.running_broker import CLIENT_UID, policy, reachable_directory, rule, running_broker
+from tests.sandbox.confined import WORKER_UID
+from tests.scan.descriptors import EICAR_NAME
+from tests.scan.trees import Tree, make_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.running_broker import RunningBroker
+
+DENIED = "home1/with spaces*"
+
+
+@pytest.fixture(scope="module")
+def directory() -> Iterator[Path]:
+    with reachable_directory() as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+def tree(directory: Path) -> Tree:
+    return make_tree(directory / "tree")
+
+
+@pytest.fixture(scope="module")
+def broker(directory: Path, tree: Tree) -> Iterator[RunningBroker]:
+    with running_broker(directory, policy(directory / "tree")) as running:
+        yield running
+
+
+def home(tree: Tree, number: int) -> str:
+    return os.fsdecode(tree.root) + f"/home{number}"
+
+
+@pytest.mark.root
+def test_clean_files_give_status_0_and_only_a_summary(broker: RunningBroker, tree: Tree) -> None:
+    result = run("scan", "--socket", str(broker.socket), *AS_ROOT, home(tree, 0) + "/big")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert result.stdout.startswith("1 files, 20971520 bytes, 0 infected, 0 errors, 0 skipped, ")
+    assert result.stdout.count("\n") == 1
+
+
+@pytest.mark.root
+def test_infected_tree_gives_status_1_and_names_each_finding(broker: RunningBroker, tree: Tree) -> None:
+    result = run("scan", "--socket", str(broker.socket), *AS_ROOT, tree.root)
+    assert result.returncode == 1, result.stderr
+    *findings, summary = result.stdout.splitlines()
+    assert len(findings) == len(tree.infected)
+    assert all(line.endswith(f": infected: {EICAR_NAME}") for line in findings)
+    assert home(tree, 2) + f"/hard link: infected: {EICAR_NAME}" in findings
+    assert (
+        rf"{home(tree, 1)}/a directory/\xff\xfe/new\x0aline/\xffeicar\xfe: infected: {EICAR_NAME}" in findings
+    )
+    files = len(tree.clean | tree.infected)
+    assert summary.startswith(
+        f"{files} files, {tree.size} bytes, {len(tree.infected)} infected, 0 errors,"
+        f" {len(tree.skipped)} skipped, "
+    )
+    assert result.stdout.isascii()
+    assert "\x1b" not in result.stdout + result.stderr
+
+
+@pytest.mark.root
+def test_error_beside_a_finding_gives_status_2_and_both_are_listed(directory: Path, tree: Tree) -> None:
+    with reachable_directory() as other:
+        rules = [rule("all"), rule("no", effect="deny", actions=["open"], paths=[DENIED])]
+        with running_broker(other, policy(directory / "tree", *rules)) as broker:
+            result = run("scan", "--socket", str(broker.socket), *AS_ROOT, tree.root)
+    assert result.returncode == 2, result.stderr
+    assert result.stdout.count(f": infected: {EICAR_NAME}") == len(tree.infected)
+    [error] = [line for line in result.stdout.splitlines() if ": error: " in line]
+    assert error.startswith(f"{home(tree, 1)}/with spaces and 'quotes': error: denied: ")
+    assert " 1 errors, " in result.stdout
+
+
+@pytest.mark.root
+def test_json_has_every_file_with_its_bytes_recoverable(broker: RunningBroker, tree: Tree) -> None:
+    result = run("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, tree.root)
+    assert result.returncode == 1, result.stderr
+    files = lines(result.stdout, "file")
+    assert verdicts(files) == dict.fromkeys(tree.clean, "clean") | dict.fromkeys(tree.infected, "infected")
+    assert {line["name"] for line in files if line["verdict"] == "infected"} == {EICAR_NAME}
+    assert {path_of(line): line["size"] for line in files} == {
+        path: os.stat(path).st_size for path in tree.clean | tree.infected
+    }
+    skipped = lines(result.stdout, "skipped")
+    assert {path_of(line): line["kind"] for line in skipped} == tree.skipped
+    [confinement] = lines(result.stdout, "worker")
+    assert all(layer["enforced"] for layer in confinement["layers"])
+    [summary] = lines(result.stdout, "summary")
+    assert summary.pop("seconds") > 0
+    assert summary == {
+        "type": "summary",
+        "files": len(files),
+        "bytes": tree.size,
+        "infected": len(tree.infected),
+        "errors": 0,
+        "skipped": len(tree.skipped),
+        "complete": True,
+        "exit_status": 1,
+    }
+
+
+@pytest.mark.root
+def test_unprivileged_user_scans_files_that_only_the_broker_can_open(
+    broker: RunningBroker, tree: Tree
+) -> None:
+    result = run("scan", "--json", "--socket", str(broker.socket), tree.root, uid=CLIENT_UID)
+    assert result.returncode == 1, result.stderr
+    assert verdicts(lines(result.stdout, "file")).keys() == tree.clean | tree.infected
+    [confinement] = lines(result.stdout, "worker")
+    missing = {layer["name"]: layer["note"] for layer in confinement["layers"] if not layer["enforced"]}
+    assert missing == {"ids": f"unchanged: uid {CLIENT_UID}, as who started it"}
+
+
+@pytest.mark.root
+def test_missing_layer_is_told_without_being_asked(broker: RunningBroker, tree: Tree) -> None:
+    result = run("scan", "--socket", str(broker.socket), home(tree, 1) + "/empty", uid=CLIENT_UID)
+    assert result.returncode == 0
+    assert result.stderr == (
+        f"fdbroker: worker: ids NOT in force: unchanged: uid {CLIENT_UID}, as who started it\n"
+    )
+
+
+@pytest.mark.root
+def test_verbose_lists_clean_and_skipped_and_the_confinement(broker: RunningBroker, tree: Tree) -> None:
+    result = run("scan", "-v", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1))
+    assert f"{home(tree, 1)}/empty: clean\n" in result.stdout
+    assert f"{home(tree, 1)}/fifo: skipped: fifo\n" in result.stdout
+    assert f"{home(tree, 1)}/link to shadow: skipped: symbolic link\n" in result.stdout
+    assert r"/new\x0aline/\x1b[31mred: clean" in result.stdout
+    assert "fdbroker: worker: seccomp in force: " in result.stderr
+    assert "\x1b" not in result.stdout + result.stderr
+
+
+@pytest.mark.root
+def test_relative_path_is_made_absolute(broker: RunningBroker, tree: Tree) -> None:
+    relative = os.path.relpath(home(tree, 1), "/") + "/./empty"
+    result = run("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, relative)
+    assert verdicts(lines(result.stdout, "file")) == {tree.root + b"/home1/empty": "clean"}
+
+
+@pytest.mark.root
+def test_added_list_is_used(broker: RunningBroker, tree: Tree, tmp_path: Path) -> None:
+    added = tmp_path / "list"
+    added.write_text(f"{hashlib.sha256(b'fine').hexdigest()}  Fine.But.Listed\n")
+    target = home(tree, 1) + "/with spaces and 'quotes'"
+    result = run("scan", "--hashes", str(added), "--socket", str(broker.socket), *AS_ROOT, target)
+    assert result.returncode == 1
+    assert f"{target}: infected: Fine.But.Listed\n" in result.stdout
+
+
+def test_wrong_list_is_an_error_with_its_place(tmp_path: Path) -> None:
+    wrong = tmp_path / "list"
+    wrong.write_text("\nnonsense\n")
+    arguments = AS_ROOT if os.geteuid() == 0 else ()
+    result = run("scan", "--hashes", str(wrong), *arguments, "/")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"fdbroker: {wrong}:2: not a SHA-256")
+
+
+def test_missing_broker_is_told_with_what_to_do(tmp_path: Path) -> None:
+    arguments = AS_ROOT if os.geteuid() == 0 else ()
+    result = run("scan", "--json", "--socket", str(tmp_path / "none"), *arguments, "/")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert str(tmp_path / "none") in result.stderr
+    assert "start the broker" in result.stderr
+    assert "--socket" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.root
+def test_socket_that_this_user_may_not_use_is_told_with_what_to_do(broker: RunningBroker) -> None:
+    broker.socket.chmod(0o600)
+    try:
+        result = run("scan", "--socket", str(broker.socket), "/", uid=CLIENT_UID)
+    finally:
+        broker.socket.chmod(0o666)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "may not connect" in result.stderr
+    assert "fdbroker-clients" in result.stderr
+
+
+@pytest.mark.root
+def test_full_disk_behind_the_output_is_an_error_not_a_finding(broker: RunningBroker, tree: Tree) -> None:
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(
+            command("scan", "--socket", str(broker.socket), *AS_ROOT, tree.root),
+            env=environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            check=False,
+        )
+    assert result.returncode == 2
+    assert result.stderr == "fdbroker: the output could not be written: No space left on device\n"
+
+
+@pytest.mark.root
+def test_pipe_that_nobody_reads_is_an_error_not_a_finding(broker: RunningBroker, tree: Tree) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    result = subprocess.run(
+        command("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, tree.root),
+        env=environment(),
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        check=False,
+    )
+    os.close(write_end)
+    assert result.returncode == 2
+    assert result.stderr == "fdbroker: the output could not be written: Broken pipe\n"
+
+
+@pytest.mark.root
+def test_interrupted_scan_ends_with_a_summary_that_says_so(broker: RunningBroker, tree: Tree) -> None:
+    endless = home(tree, 2) + "/endless"
+    with open(endless, "wb") as file:
+        file.truncate(1 << 40)
+    process = subprocess.Popen(
+        command(
+            "scan", "--json", "--socket", str(broker.socket), *AS_ROOT, home(tree, 2) + "/empty", endless
+        ),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    try:
+        assert process.stdout is not None
+        early = process.stdout.readline() + process.stdout.readline()
+        assert verdicts(lines(early, "file")) == {tree.root + b"/home2/empty": "clean"}
+        workers = children(process.pid)
+        assert len(workers) == 1
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    finally:
+        os.unlink(endless)
+    assert process.returncode == 2
+    assert errors == "fdbroker: interrupted, so the scan is incomplete\n"
+    [summary] = lines(output, "summary")
+    assert (summary["complete"], summary["exit_status"]) == (False, 2)
+    wait_until(lambda: not os.path.exists(f"/proc/{workers[0]}"), "the worker is gone")
+
+
+def children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+def read_terminal(master: int, process: subprocess.Popen[bytes]) -> bytes:
+    """Return all that a process writes to its terminal until it ends."""
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: the last one has closed it
+        while select.select([master], [], [], 30)[0] and (data := os.read(master, 65536)):
+            shown += data
+    process.wait(timeout=30)
+    return shown
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("both", [False, True])
+def test_progress_is_shown_on_a_terminal_alone(both: bool, broker: RunningBroker, tree: Tree) -> None:  # noqa: FBT001 - a parameter
+    master, terminal = os.openpty()
+    output = terminal if both else os.open(os.devnull, os.O_WRONLY)
+    process = subprocess.Popen(
+        command("scan", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1)),
+        env=environment(TERM="xterm", COLUMNS="100"),
+        stdout=output,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    if not both:
+        os.close(output)
+    shown = read_terminal(master, process)
+    os.close(master)
+    assert process.returncode == 1
+    assert b"scanning" in shown
+    assert b"\x1b[" in shown
+    findings = [line for line in shown.split(b"\r\n") if line.endswith(b": infected: " + EICAR_NAME.encode())]
+    assert len(findings) == (len(tree.infected) // 3 if both else 0)
+    assert (b"errors, 5 skipped" in shown) is both
+
+
+@pytest.mark.root
+def test_root_must_say_who_the_worker_is_where_there_is_no_user_for_it(tree: Tree) -> None:
+    with contextlib.suppress(KeyError):
+        pwd.getpwnam(WORKER_USER)
+        pytest.skip(f"this machine has a user {WORKER_USER}")
+    result = run("scan", tree.root)
+    assert result.returncode == 2
+    assert f"useradd --system {WORKER_USER}" in result.stderr
+    assert "--worker-uid" in result.stderr
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("wanted", "what"),
+    [
+        ("0", "must not be root's"),
+        ("root", "must not be root's"),
+        ("no-such-user", "no such user"),
+        ("4294967295", "no such"),
+    ],
+)
+def test_worker_is_never_root_or_nobody_known(wanted: str, what: str) -> None:
+    with pytest.raises(click.UsageError, match=what):
+        worker_ids(wanted)
+
+
+@pytest.mark.root
+def test_worker_user_is_taken_by_name_or_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody = pwd.getpwnam("nobody")
+    assert worker_ids("nobody") == worker_ids(str(nobody.pw_uid)) == (nobody.pw_uid, nobody.pw_gid)
+    assert worker_ids(str(WORKER_UID)) == (WORKER_UID, WORKER_UID)
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: {WORKER_USER: nobody}[name])
+    assert worker_ids(None) == (nobody.pw_uid, nobody.pw_gid)
+
+
+@pytest.mark.root
+def test_only_root_chooses_the_worker() -> None:
+    result = run("scan", "--worker-uid", str(WORKER_UID), "/", uid=CLIENT_UID)
+    assert result.returncode == 2
+    assert "--worker-uid is for root" in result.stderr
+    result = run("scan", "/", uid=CLIENT_UID)
+    assert "worker-uid" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("scan",), ("scan", "--no-such-option", "/"), ("scan", "--timeout", "0", "/"), ("no",)]
+)
+def test_wrong_use_gives_status_2(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "Error: " in result.stderr
+
+
+def test_help_tells_what_a_newcomer_needs() -> None:
+    result = run("scan", "--help")
+    assert result.returncode == 0
+    for expected in (
+        "Exit status: 0",
+        "Examples:",
+        "--socket",
+        "--hashes",
+        "--json",
+        "/run/fdbroker/broker.seqpacket",
+    ):
+        assert expected in result.stdout
+    assert "scan" in run("--help").stdout
+
+
+def test_unforeseen_failure_is_status_2_with_a_traceback() -> None:
+    program = (
+        "import sys; from fdbroker.cli import main as m; from fdbroker.scan import hashes\n"
+        "hashes.load = lambda files: 1 / 0\n"
+        f"sys.exit(m.main(['scan', *{AS_ROOT if os.geteuid() == 0 else ()!r}, '/']))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, encoding="utf-8", check=False
+    )
+    assert result.returncode == 2
+    assert "ZeroDivisionError" in result.stderr
+
+
+@pytest.mark.parametrize("missing", ["click", "rich"])
+def test_missing_extra_is_told_with_what_to_install(missing: str) -> None:
+    program = (
+        f"import sys, runpy; sys.modules[{missing!r}] = None\n"
+        "runpy.run_module('fdbroker.cli', run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, encoding="utf-8", check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr == f"fdbroker: the command needs {missing}: pip install 'fdbroker[cli]'\n"

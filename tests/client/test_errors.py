@@ -1,0 +1,91 @@
+"""Every reason has its class, its text and its way across processes."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import pickle
+
+import pytest
+
+from fdbroker.client import errors
+from fdbroker.client.errors import BrokerError, error_of_reply, error_of_result
+from fdbroker.wire.format import ERRNO_OF, Kind, Reason
+from fdbroker.wire.messages import ErrorReply, broken, refused
+
+EXPECTED: dict[Reason, type[OSError]] = {
+    Reason.DENIED: PermissionError,
+    Reason.PATH_INVALID: OSError,
+    Reason.NOT_FOUND: FileNotFoundError,
+    Reason.NOT_DIRECTORY: NotADirectoryError,
+    Reason.NOT_REGULAR: OSError,
+    Reason.SYMLINK: OSError,
+    Reason.CROSSES_MOUNT: OSError,
+    Reason.MOUNT_NOT_READ_ONLY: OSError,
+    Reason.FILESYSTEM: OSError,
+    Reason.BUSY: BlockingIOError,
+    Reason.IDENTITY: PermissionError,
+    Reason.LIMIT: BlockingIOError,
+    Reason.AUDIT: OSError,
+    Reason.BROKEN: OSError,
+    Reason.MALFORMED: ConnectionError,
+    Reason.VERSION: ConnectionError,
+}
+CLASSES = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, BrokerError)]
+
+
+@pytest.mark.parametrize("reason", EXPECTED)
+def test_each_reason_has_a_class_and_a_text_of_its_own(reason: Reason) -> None:
+    error = error_of_result(refused(reason), b"/some/path", 7)
+    assert isinstance(error, EXPECTED[reason])
+    assert error.errno == ERRNO_OF[reason]
+    assert (error.reason, error.filename, error.request_id) == (reason, b"/some/path", 7)
+    assert "/some/path" in str(error)
+    texts = [error_of_result(refused(one), b"/some/path", 7).strerror for one in EXPECTED]
+    assert texts.count(error.strerror) == 1
+
+
+def test_all_reasons_are_covered() -> None:
+    assert EXPECTED.keys() == set(Reason) - {Reason.NONE}
+
+
+def test_only_a_directory_is_a_directory() -> None:
+    directory = error_of_result(refused(Reason.NOT_REGULAR, errno.EISDIR), b"/d", 1)
+    assert isinstance(directory, IsADirectoryError)
+    assert isinstance(directory, errors.NotRegularError)
+    assert not isinstance(error_of_result(refused(Reason.NOT_REGULAR), b"/fifo", 1), IsADirectoryError)
+
+
+def test_a_failure_of_the_broker_is_never_taken_for_a_verdict_about_the_file() -> None:
+    for number in (errno.ENOENT, errno.EACCES, errno.ENOMEM, 9999):
+        error = error_of_result(broken(number), b"/a", 1)
+        assert type(error) is errors.BrokenError
+        assert error.errno == number
+    nameless = error_of_result(refused(Reason.NONE), b"/a", 1)
+    assert type(nameless) is errors.BrokenError
+    assert nameless.errno == errno.EIO
+
+
+def test_an_error_frame_is_quoted() -> None:
+    error = error_of_reply(ErrorReply(3, 1, Kind.REFUSED, Reason.LIMIT, 11, "too many connections"))
+    assert isinstance(error, errors.LimitError)
+    assert "too many connections" in str(error)
+    assert error.filename is None
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_error_survives_copying_and_pickling(kind: type[BrokerError]) -> None:
+    error = kind(errno.EACCES, "text", b"/path", Reason.DENIED, 7)
+    for same in (copy.copy(error), pickle.loads(pickle.dumps(error))):  # noqa: S301 - our own
+        assert type(same) is kind
+        assert same.args == error.args
+        assert (same.errno, same.strerror, same.filename) == (errno.EACCES, "text", b"/path")
+        assert (same.reason, same.request_id) == (Reason.DENIED, 7)
+        assert str(same) == str(error)
+
+
+def test_no_error_about_the_connection_is_taken_for_one_about_the_file() -> None:
+    about_files = (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+    for kind in (errors.UnavailableError, errors.DisconnectedError, errors.ProtocolError):
+        assert issubclass(kind, ConnectionError)
+        assert not issubclass(kind, about_files)
