@@ -1,4 +1,4 @@
-"""Started in the place of broker/entry.py, by the launcher: runs the same code, and tells how it is from inside.
+"""Started in the place of broker/entry.py, by the launcher: runs the same code, and tells how it is inside.
 
 Not imported by anybody. It is given the true entry and what to do, as JSON, and
 imports nothing that the entry does not import; everything else is the broker's
@@ -29,13 +29,12 @@ sys.meta_path.append(
 )
 
 # What the entry would import next, and by that the rest.
-import json  # noqa: E402
-import socket  # noqa: E402
-
 from fdbroker.broker import main  # noqa: E402
 from fdbroker.broker.server import Broker  # noqa: E402
 from fdbroker.kernel import libc, seccomp  # noqa: E402
 
+# Not imported: what the broker does not load must not be there.
+json, socket = sys.modules["json"], sys.modules["socket"]
 instructions = json.loads(instructions_text)
 answers: dict[str, object] = {"tries": {}, "deadly": {}}
 serve = Broker.serve
@@ -80,5 +79,5 @@ def serve_and_tell(broker: Broker) -> None:
 
 
 seccomp.install = install_after_forks
-Broker.serve = serve_and_tell  # type: ignore[method-assign]
+Broker.serve = serve_and_tell  # type: ignore[assignment,method-assign]
 sys.exit(entry["main"]())  # type: ignore[operator]

@@ -261,7 +261,7 @@ def test_condition_that_is_met_gives_the_file(tree: Path, tmp_path: Path) -> Non
 def test_file_that_lost_its_name_is_not_given_where_links_are_counted(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the lookup and the look at it, its name is removed and another one stays: one link, not ours."""
+    """Between the lookup and the look at it, its name is removed and another stays: one link, not ours."""
     look = os.fstat
     os.link(tree / "file", tmp_path / "elsewhere")
 
@@ -540,6 +540,46 @@ def test_directory_that_is_exchanged_during_a_list_is_busy(
     assert reason_in_audit(stepped) == "moved"
 
 
+@pytest.mark.parametrize(("changes", "reason"), [(1, Reason.NONE), (3, Reason.NONE), (1000, Reason.BUSY)])
+def test_directory_that_changes_during_a_list_is_read_again_a_few_times(
+    stepped: SteppedBroker, monkeypatch: pytest.MonkeyPatch, changes: int, reason: Reason
+) -> None:
+    directory = stepped.tree / "directory"
+    reads = 0
+
+    def change_first(descriptor: int) -> object:
+        nonlocal reads
+        reads += 1
+        names = read_directory(descriptor)
+        # Each page takes two reads; the second one looks behind it.
+        if reads % 2 and reads < 2 * changes:
+            (directory / f"new-{reads}").touch()
+        return names
+
+    speaker = stepped.join()
+    monkeypatch.setattr(opening, "read_directory", change_first)
+    page = speaker.page(bytes(directory))
+    assert page.result.reason == reason
+    listed = {entry.name for entry in page.entries}
+    assert listed == (set() if reason else {name.encode() for name in os.listdir(directory)})
+    assert reason_in_audit(stepped) == ("moved" if reason else "ok")
+    assert reads <= 8
+
+
+def test_outcomes_of_ever_new_rules_do_not_pile_up(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "_MAX_GIVEN", 2)
+    rules = [rule(f"rule {name}", paths=[name]) for name in ("file", "empty", "directory/*")]
+    with SteppedBroker(tree, policy(tree, *rules), audit=tmp_path / "audit") as broker:
+        speaker = broker.join()
+        for name in ("file", "empty", "directory/inner", "file", "directory/inner"):
+            assert speaker.open_one(bytes(tree / name)).reason == "ok"
+        given_by = [record["rule"] for record in broker.records()]
+        assert given_by == ["rule file", "rule empty", "rule directory/*", "rule file", "rule directory/*"]
+        assert len(broker.opener._given) <= 2
+
+
 def test_name_that_goes_away_during_a_list_is_left_out(
     stepped: SteppedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -583,7 +623,7 @@ def test_name_that_goes_away_during_a_list_is_left_out(
 )
 def test_file_systems_that_are_no_storage_are_not_served(
     facts: FilesystemFacts,
-    required: bool,
+    required: bool,  # noqa: FBT001 - a column of the table
     objection: str | None,
 ) -> None:
     assert objection_to_filesystem(facts, read_only_required=required) == objection

@@ -28,12 +28,25 @@ from tests.running_broker import policy
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+PIECES = [
+    b'"',
+    b"\\",
+    b"\n",
+    b"\r",
+    b"\x1b[2J",
+    b"\x7f",
+    b"\0",
+    b"\xe2\x80\xae",
+    b"a",
+    b"\xff",
+    b"\xed\xa0\x80",
+]
+PIECES += [b'","decision":"allow', b"}\n{"]
 paths = st.one_of(
     st.binary(max_size=300),
     st.text(max_size=100).map(lambda text: text.encode(errors="surrogatepass")),
     st.lists(
-        st.sampled_from([b'"', b"\\", b"\n", b"\r", b"\x1b[2J", b"\x7f", b"\0", b"\xe2\x80\xae", b"a", b"\xff",
-                         b'","decision":"allow', b"}\n{", b"\xed\xa0\x80"])
+        st.sampled_from(PIECES)
     ).map(b"".join),
 )  # fmt: skip
 

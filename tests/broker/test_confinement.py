@@ -195,7 +195,7 @@ OUTSIDE = {
     "main.open_path_beneath(roots[0], b'out')": None,  # the link itself
     "main.open_path_beneath(roots[0], b'/etc/passwd')": errno.EXDEV,
     # Its descriptors for reading can't become ones for writing: a filter does not see flags of openat2.
-    "libc.syscall('openat2', 437, roots[0], b'file', (2).to_bytes(8, 'little') + bytes(16), 24)": errno.EACCES,
+    "libc.syscall('openat2', 437, roots[0], b'file', (2).to_bytes(24, 'little'), 24)": errno.EACCES,
     "libc.syscall('openat2', 437, roots[0], b'new', (0o101).to_bytes(8, 'little')"
     " + (0o600).to_bytes(8, 'little') + bytes(8), 24)": errno.EROFS,
     "libc.syscall('openat2', 437, -100, b'/etc/passwd', bytes(24), 24)": errno.EACCES,
@@ -211,7 +211,7 @@ INSIDE = {
         "link",
         "out",
         "private",
-    ],  # fmt: skip
+    ],
     # The one capability: it belongs to root, and nobody else may read it.
     "os.read(os.open('private', os.O_RDONLY, dir_fd=roots[0]), 100).decode()": "private",
 }

@@ -212,8 +212,16 @@ def test_request_whose_sender_hung_up_is_not_decided(stepped: SteppedBroker, bys
     assert len(stepped.reasons()) == decided
 
 
-@pytest.mark.parametrize("whole", [encode_open(1, [b"/a", b"/b"]), encode_stat(2, [b"/a"]), encode_list(3, b"/a"),
-                                   encode_status(4), encode_hello(5)])  # fmt: skip
+@pytest.mark.parametrize(
+    "whole",
+    [
+        encode_open(1, [b"/a", b"/b"]),
+        encode_stat(2, [b"/a"]),
+        encode_list(3, b"/a"),
+        encode_status(4),
+        encode_hello(5),
+    ],
+)
 def test_frame_cut_off_anywhere_is_answered_or_refused_and_never_a_crash(
     stepped: SteppedBroker, bystander: Speaker, whole: bytes
 ) -> None:

@@ -22,7 +22,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def mount(source: bytes, target: bytes, kind: bytes | None = None, flags: int = 0, data: bytes = b"") -> None:
-    """mount(2)."""
+    """Make a mount, or change one, as the flags say."""
     if _LIBC.mount(source, target, kind, ctypes.c_ulong(flags), data) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), target)

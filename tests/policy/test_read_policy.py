@@ -1,4 +1,4 @@
-"""The compiled policy is read strictly: what is missing, unknown or of another type is named with its place."""
+"""The compiled policy is read strictly: what is missing, unknown or of another type is named and placed."""
 
 from __future__ import annotations
 

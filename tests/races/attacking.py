@@ -1,4 +1,4 @@
-"""An attacker: a process that changes names as fast as it can, on a CPU that it has for itself if there are two."""
+"""An attacker: a process that changes names as fast as it can, on the CPU that its victims do not use."""
 
 from __future__ import annotations
 

@@ -64,6 +64,7 @@ _OF_OBJECT = {
 # Failures of the broker as a whole. They say nothing of the object.
 _OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _PAGE = 256
+_KIND, _REGULAR = 0o170000, 0o100000  # S_IFMT, S_IFREG
 _LIST_TRIES = 4
 _MAX_GIVEN = 4096  # rules of old policies must not pile up
 _LIST_HEAD = 12 + 8 + 8  # header, result, cookie
@@ -120,7 +121,7 @@ class Opener:
             held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
             facts = os.fstat(held)
             rule = decision.rule
-            if not decision.plain or root.cross_mounts or not stat.S_ISREG(facts.st_mode):
+            if facts.st_mode & _KIND != _REGULAR or not decision.plain or root.cross_mounts:
                 refusal, rule = self._judge_file(decision, root, held, facts, client_uid)
                 if refusal is not None:
                     return -1, refusal

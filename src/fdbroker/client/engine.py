@@ -125,6 +125,11 @@ class AskStatus(NamedTuple):
     """How does the broker see this connection?"""
 
 
+# As tuples: building a union for each question costs more than asking it.
+_ASKS_PATHS = (OpenPaths, StatPaths)
+_ANSWERS_PATHS = (OpenReply, StatReply)
+
+
 class TooLargeError(ValueError):
     """A question above the limits of this broker, though another one may have taken it."""
 
@@ -304,7 +309,7 @@ class Engine:
                     f"request {reply.id} ({type(question).__name__}) is answered by a {type(reply).__name__}",
                     reply.id,
                 )
-            if isinstance(question, OpenPaths | StatPaths) and isinstance(reply, OpenReply | StatReply):
+            if isinstance(question, _ASKS_PATHS) and isinstance(reply, _ANSWERS_PATHS):
                 asked, answered = len(question.paths), len(reply.results)
                 if asked != answered:
                     self._fail(f"{answered} results for the {asked} paths of request {reply.id}", reply.id)
@@ -339,7 +344,7 @@ class Engine:
             frame = encode_list(request_id, question.path, question.cookie, question.most)
         else:
             frame = encode_status(request_id)
-        paths = len(question.paths) if isinstance(question, OpenPaths | StatPaths) else 0
+        paths = len(question.paths) if isinstance(question, _ASKS_PATHS) else 0
         if paths > self._limits.max_paths or len(frame) > self._limits.max_frame:
             raise TooLargeError(
                 f"a request of {paths} paths and {len(frame)} bytes, the broker takes"
@@ -386,12 +391,11 @@ def item(given: StrOrBytesPath) -> Item:
 
     """
     path = given if isinstance(given, bytes) else os.fsencode(given)
-    error = None
     if b"\0" in path:
-        error = path_not_sendable(path, errno.EINVAL, "it has a NUL byte in it")
-    elif len(path) > _LONGEST_PATH:
-        error = path_not_sendable(path, errno.ENAMETOOLONG, f"it has {len(path)} bytes")
-    return Item(given, path, error)
+        return Item(given, path, path_not_sendable(path, errno.EINVAL, "it has a NUL byte in it"))
+    if len(path) > _LONGEST_PATH:
+        return Item(given, path, path_not_sendable(path, errno.ENAMETOOLONG, f"it has {len(path)} bytes"))
+    return Item(given, path, None)
 
 
 def batches(items: Iterable[Item], most: int, limits: Callable[[], Limits]) -> Iterator[list[Item]]:

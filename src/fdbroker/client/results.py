@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-    from io import BufferedReader
+    from collections.abc import Generator, Iterator
     from types import TracebackType
     from typing import Self
 
@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 
-def file_from(descriptor: int, path: StrOrBytesPath) -> BufferedReader:
+def file_from(descriptor: int, path: StrOrBytesPath) -> io.BufferedReader:
     """Return a binary file object that owns `descriptor`, with `path` as its name.
 
     The descriptor is closed if that fails.
     """
-    untaken = [descriptor]
     try:
-        # FileIO owns what its opener returned, also if it fails afterwards.
-        return open(path, "rb", opener=lambda _path, _flags: untaken.pop())
-    finally:
-        if untaken:
-            os.close(untaken.pop())
+        # Not by open(), which would ask whether it is a terminal.
+        raw = io.FileIO(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    raw.name = path
+    return io.BufferedReader(raw)
 
 
 class OpenedFile:
@@ -49,7 +50,7 @@ class OpenedFile:
         # None: the file was given.
         self.error = error
         self._descriptor = descriptor
-        self._file: BufferedReader | None = None
+        self._file: io.BufferedReader | None = None
 
     def __repr__(self) -> str:
         """Return the path and what became of it."""
@@ -70,7 +71,12 @@ class OpenedFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close what is left."""
-        self.close()
+        descriptor = self._descriptor
+        if descriptor >= 0:  # the short way: then there is no file object
+            self._descriptor = -1
+            os.close(descriptor)
+        else:
+            self.close()
 
     def __del__(self) -> None:
         """Close the descriptor if nobody took it."""
@@ -78,7 +84,7 @@ class OpenedFile:
             self._close_descriptor()
 
     @property
-    def file(self) -> BufferedReader:
+    def file(self) -> io.BufferedReader:
         """A binary file object, the same each time. It owns the descriptor; close it, or this object.
 
         Raises:
@@ -93,6 +99,8 @@ class OpenedFile:
     @property
     def descriptor(self) -> int:
         """The descriptor's number; the ownership stays here. Raises as `file` does."""
+        if self._descriptor >= 0:
+            return self._descriptor
         if self._file is not None:
             return self._file.fileno()
         self._check()
@@ -171,9 +179,9 @@ class Results(Generic[_Result]):
     def __init__(self, steps: Generator[_Result, None, None]) -> None:
         self._steps = steps
 
-    def __iter__(self) -> Self:
-        """Return itself."""
-        return self
+    def __iter__(self) -> Iterator[_Result]:
+        """Return what a loop asks: the same results, without a call of `__next__` for each."""
+        return self._steps
 
     def __next__(self) -> _Result:
         """Return the next result.

@@ -62,6 +62,7 @@ _FILES = (
     "pread64",
     "lseek",
     "close",
+    "close_range",  # only closes here: no flags are asked of it
 )
 
 # Writing to what is open: the audit, pipes, stream sockets.

@@ -160,19 +160,14 @@ class ActionView:
     def decide(self, path: bytes) -> NameDecision:
         """Decide on `path`, which may be any bytes without NUL. Never raises."""
         directory, _, name = path.rpartition(b"/")
-        # "", "/x", "x" and what no path may be: rare, and decided without the memory.
-        if (
-            directory in _NOT_DIRECTORIES
-            or name in _NOT_NAMES
-            or len(name) > MAX_NAME_BYTES
-            or len(path) > MAX_PATH_BYTES
-        ):
-            return self.decide_whole(path)
+        # What no path may be is never remembered, and so is decided whole.
         rules = self._directories.get(directory)
         if rules is None:
-            if problem_with_path(directory) is not None:
+            if directory in _NOT_DIRECTORIES or problem_with_path(directory) is not None:
                 return self.decide_whole(path)
             rules = self._read_directory(directory)
+        if name in _NOT_NAMES or len(name) > MAX_NAME_BYTES or len(path) > MAX_PATH_BYTES:
+            return self.decide_whole(path)
         return rules.uniform or rules.by_name(name)
 
     def decide_whole(self, path: bytes) -> NameDecision:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fdbroker.kernel.bpf import Condition
 
 # Descriptors that it was given.
-_FILES = ("read", "pread64", "lseek", "fstat", "close")
+_FILES = ("read", "pread64", "lseek", "fstat", "close", "close_range")
 
 # Memory, for malloc; mmap and mprotect are below.
 _MEMORY = ("brk", "munmap", "mremap", "madvise")
