@@ -6,8 +6,10 @@ Everything outside printable ASCII is escaped, so that no name can end a line,
 colour a terminal or forge a field.
 
 `run` is random for each start of the broker and `seq` counts its records: a
-gap shows. A write that fails or is short makes `write` return False, and the
-caller gives nothing; the next record starts on a new line.
+gap shows. When a write fails or is short the caller gives nothing (unless the
+policy says `on_failure: allow`); the next write starts on a new line and ends
+with an `audit_failed` record, which tells what to think of the numbers `from` to
+`to`: they are missing, or stand there although nothing was given.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class Audit:
         self._sequence = 0
         self.on = descriptor is not None
         self._resynchronise = False
+        self._lost_from: int | None = None  # the first number of a write that failed
         self._prefix = f'{{"run":"{self.run}","seq":'
 
     def decisions(
@@ -64,27 +67,33 @@ class Audit:
         if self._descriptor is None:
             return True
         prefix = self._prefix
-        sequence = self._sequence
+        first = sequence = self._sequence
         middle = f',"time":"{_now()}","event":"{action}",{requester},'
         lines = []
         for path, record in zip(paths, records, strict=True):
             lines.append(f"{prefix}{sequence}{middle}{quoted_path(path)}{extra},{record}}}\n")
             sequence += 1
         self._sequence = sequence
-        return self._write("".join(lines)) or not self.deny_on_failure
+        return self._write(first, "".join(lines)) or not self.deny_on_failure
 
     def event(self, name: str, members: str = "") -> bool:
         """Record something that is not a decision on a path. Return whether it was written."""
         if self._descriptor is None:
             return True
+        first = self._sequence
+        return self._write(first, self._event(name, members))
+
+    def _event(self, name: str, members: str) -> str:
         sequence, self._sequence = self._sequence, self._sequence + 1
         comma = "," if members else ""
-        return self._write(
-            f'{self._prefix}{sequence},"time":"{_now()}","event":{quoted(name)}{comma}{members}}}\n'
-        )
+        return f'{self._prefix}{sequence},"time":"{_now()}","event":{quoted(name)}{comma}{members}}}\n'
 
-    def _write(self, text: str) -> bool:
+    def _write(self, first: int, text: str) -> bool:
+        """Write records from number `first` on; say whether they are all there."""
         assert self._descriptor is not None  # noqa: S101 - for the type checker; the callers looked
+        if self._lost_from is not None:
+            lost = {"from": self._lost_from, "to": first - 1, "given": int(not self.deny_on_failure)}
+            text += self._event("audit_failed", member_text(**lost))
         data = text.encode("ascii")
         if self._resynchronise:
             data = b"\n" + data
@@ -94,9 +103,12 @@ class Audit:
             written = 0
         if written == len(data):
             self._resynchronise = False
+            self._lost_from = None
             return True
         self.failures += 1
         self._resynchronise = self._resynchronise or written > 0
+        if self._lost_from is None:
+            self._lost_from = first
         return False
 
 

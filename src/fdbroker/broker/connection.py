@@ -75,6 +75,11 @@ class Connection:
         """Return whether `count` more descriptors may be on their way to this client."""
         return self._flight.room_for(self, count)
 
+    def count_in_flight(self) -> int:
+        """Return how many descriptors are on their way now: the kernel is asked."""
+        self._flight.settle(self)
+        return self.in_flight
+
     def discard_unsent(self) -> None:
         """Let go of a reply that waits."""
         if self.unsent is not None:

@@ -118,15 +118,8 @@ class Dispatch:
             elif not connection.may_have_more(len(paths)):
                 outcomes = [_TOO_MANY_IN_FLIGHT] * len(paths)
             else:
-                outcomes = []
                 view = self._view(connection).actions["open"]
-                open_file = self._opener.open
-                uid = connection.peer.uid
-                for path in paths:
-                    descriptor, outcome = open_file(view, path, uid)
-                    if descriptor >= 0:
-                        descriptors.append(descriptor)
-                    outcomes.append(outcome)
+                outcomes = self._opener.open(view, paths, connection.peer.uid, descriptors)
             if not self._record(connection, "open", request.id, paths, outcomes, allowed=len(descriptors)):
                 close_all(descriptors)
                 outcomes = [_NOT_RECORDED] * len(paths)
@@ -177,7 +170,7 @@ class Dispatch:
             "generation": self.generation,
             "identity_level": peer.level,
             "peer": {"pid": peer.pid, "uid": peer.uid, "gid": peer.gid, "groups": sorted(peer.groups)},
-            "in_flight": connection.in_flight,
+            "in_flight": connection.count_in_flight(),
             "audit": self._audit.run if self._audit.on else "off",
             "read_only_view": "required" if self.settings.read_only_view_required else "off",
         }
@@ -203,13 +196,15 @@ class Dispatch:
         *,
         allowed: int,
     ) -> bool:
-        self.allowed += allowed
-        self.denied += len(outcomes) - allowed
-        if not self._audit.on:
-            return True
-        requester = f'{connection.record},"request":{request_id},"generation":{self.generation}'
-        records = [outcome.record for outcome in outcomes]
-        return self._audit.decisions(requester, action, paths, records, extra)
+        recorded = True
+        if self._audit.on:
+            requester = f'{connection.record},"request":{request_id},"generation":{self.generation}'
+            records = [outcome.record for outcome in outcomes]
+            recorded = self._audit.decisions(requester, action, paths, records, extra)
+        given = allowed if recorded else 0
+        self.allowed += given
+        self.denied += len(outcomes) - given
+        return recorded
 
     def _refuse(self, connection: Connection, what: str, request_id: int, objection: str) -> Answer:
         members = member_text(request=request_id, reason=objection)

@@ -37,6 +37,8 @@ EXIT_FAILED = 1
 EXIT_NOT_STARTED = 2
 
 _ONLY_CAPABILITY = 1 << CAP_DAC_READ_SEARCH
+# Half of them may be in flight, and a single reply has up to 253.
+_LEAST_DESCRIPTORS = 1024
 _FILTERED = 2  # "Seccomp:" of /proc/PID/status
 
 
@@ -174,6 +176,12 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
     if policy.cgroups and handover.cgroup_root is None:
         raise StartError("the policy has rules for units or control groups, but no cgroup2 is mounted")
     _probe_openat2()
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < _LEAST_DESCRIPTORS:
+        raise StartError(
+            f"the broker may have {most} descriptors open (RLIMIT_NOFILE) and needs {_LEAST_DESCRIPTORS};"
+            " raise it (ulimit -n, or LimitNOFILE= of systemd)"
+        )
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     process.set_dumpable(False)
     roots = hold_roots(policy.roots, read_only_required=settings.read_only_view_required)

@@ -107,30 +107,40 @@ class Opener:
         # What is given by one rule is one outcome: made once, not per file.
         self._given: dict[Rule | None, Outcome] = {}
 
-    def open(self, view: ActionView, path: bytes, client_uid: int) -> tuple[int, Outcome]:
-        """Open a regular file for reading, as `view` (of the action `open`) allows.
+    def open(
+        self, view: ActionView, paths: Sequence[bytes], client_uid: int, descriptors: list[int]
+    ) -> list[Outcome]:
+        """Open regular files for reading, as `view` (of the action `open`) allows; one outcome per path.
 
-        Returns the descriptor, which the caller owns, or -1; and the outcome.
+        Appends a descriptor to `descriptors` for each path that is given, in
+        order; the caller owns them, also when this raises.
         """
-        decision = view.decide(path)
-        if not decision.allowed:
-            return -1, _refusal(decision)
-        held = -1
-        try:
-            root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
-            held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
-            facts = os.fstat(held)
-            rule = decision.rule
-            if facts.st_mode & _KIND != _REGULAR or not decision.plain or root.cross_mounts:
-                refusal, rule = self._judge_file(decision, root, held, facts, client_uid)
-                if refusal is not None:
-                    return -1, refusal
-            return reopen_for_reading(self._proc_self_fd, held), self._given.get(rule) or self._give(rule)
-        except OSError as error:
-            return -1, _failure(decision, error)
-        finally:
-            if held >= 0:
-                os.close(held)
+        outcomes = []
+        decide, roots, given, proc_self_fd = view.decide, self._roots, self._given, self._proc_self_fd
+        for path in paths:
+            decision = decide(path)
+            if not decision.allowed:
+                outcomes.append(_refusal(decision))
+                continue
+            held = -1
+            try:
+                root = roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
+                held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
+                facts = os.fstat(held)
+                rule = decision.rule
+                if facts.st_mode & _KIND != _REGULAR or not decision.plain or root.cross_mounts:
+                    refusal, rule = self._judge_file(decision, root, held, facts, client_uid)
+                    if refusal is not None:
+                        outcomes.append(refusal)
+                        continue
+                descriptors.append(reopen_for_reading(proc_self_fd, held))
+                outcomes.append(given.get(rule) or self._give(rule))
+            except OSError as error:
+                outcomes.append(_failure(decision, error))
+            finally:
+                if held >= 0:
+                    os.close(held)
+        return outcomes
 
     def _give(self, rule: Rule | None) -> Outcome:
         if len(self._given) >= _MAX_GIVEN:
@@ -211,7 +221,7 @@ class Opener:
             except (OverflowError, OSError):
                 return Page(Outcome(refused(Reason.PATH_INVALID), "cookie", outcome.rule))
             chunk = read_directory(opened)
-            entries, cookie = self._entries(view, path, held, chunk[: most or _PAGE], client_uid, cookie)
+            entries, cookie = self._entries(view, path, held, chunk, most or _PAGE, client_uid, cookie)
             # Where the whole chunk was used, a look behind it saves the client a page without entries.
             last = not chunk or (cookie == chunk[-1].next and not read_directory(opened))
             again = open_path_beneath(root.descriptor, below, root.cross_mounts)
@@ -237,18 +247,22 @@ class Opener:
         directory: bytes,
         held: int,
         names: Sequence[DirectoryEntry],
+        most: int,
         client_uid: int,
         cookie: int,
     ) -> tuple[Sequence[bytes], int]:
-        """Return the encoded entries that fit into a reply, and the cookie behind the last one looked at."""
-        encoded = []
+        """Return up to `most` encoded entries that fit into a reply, and the cookie behind them.
+
+        What is left out does not count, so that pages do not tell how much it is.
+        """
+        encoded: list[bytes] = []
         size = _LIST_HEAD
         for entry in names:
             shown = self._entry(view, directory.rstrip(b"/") + b"/" + entry.name, held, entry, client_uid)
             if shown is not None:
                 data = encode_list_entry(shown)
                 size += len(data)
-                if size > MAX_REPLY:
+                if size > MAX_REPLY or len(encoded) == most:
                     break
                 encoded.append(data)
             cookie = entry.next

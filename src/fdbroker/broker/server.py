@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SEND_BUFFER = 32768  # the kernel doubles it; no cost was seen, and less is in flight
 ACCEPTS_PER_ROUND = 16
+_REST = 0.1  # seconds
 _READY = select.EPOLLIN
 _GONE = select.EPOLLHUP | select.EPOLLERR
 # Edge-triggered: one event each time the client receives something.
@@ -51,6 +52,8 @@ class Broker:
         self._level = parts.identity_level
         self._epoll = select.epoll()
         self._listeners: dict[int, tuple[socket.socket, str]] = {}
+        # Listeners that are not listened to for one round, since accepting failed.
+        self._resting: list[socket.socket] = []
         self._connections: dict[int, Connection] = {}
         self._connections_of: dict[int, int] = {}
         self._accepted = self._refused = self._malformed = 0
@@ -60,7 +63,8 @@ class Broker:
         # Held so that a connection can still be accepted, and refused, when descriptors run out.
         self._spare = os.open("/", os.O_PATH | os.O_CLOEXEC)
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._flight = InFlight(most // 2, most // 8, self._connections)
+        # A full reply must fit into the share of one uid, or its request could never be answered.
+        self._flight = InFlight(most // 2, max(most // 8, MAX_PATHS), self._connections)
         # Each connection has a socket and a pidfd, and may hold a reply of 253.
         self._max_connections = most // 8
 
@@ -113,7 +117,11 @@ class Broker:
 
     def step(self, timeout: float) -> None:
         """Serve one round of what is ready within `timeout` seconds (-1: wait)."""
-        for descriptor, events in self._epoll.poll(timeout):
+        resting, self._resting = self._resting, []
+        ready = self._epoll.poll(_REST if resting else timeout)
+        for listener in resting:
+            self._epoll.register(listener, _READY)
+        for descriptor, events in ready:
             connection = self._connections.get(descriptor)
             if connection is not None:
                 if events == _READY and connection.state is State.READING:
@@ -197,11 +205,14 @@ class Broker:
             sock, _ = listener.accept()
             self._refuse(sock, name, "the broker has no descriptors left", member_text(reason="descriptors"))
         except OSError as error:
+            # The whole system is out of files (ENFILE): the listener rests a while, the connections go on.
             self._audit.event("accept_failed", member_text(socket=name, errno=error.errno))
+            self._epoll.unregister(listener)
+            self._resting.append(listener)
         try:
             self._spare = os.open("/", os.O_PATH | os.O_CLOEXEC)
         except OSError:
-            # The whole system is out of files (ENFILE): tried again at the next shortage.
+            # Tried again at the next shortage.
             return
 
     # Connections go
@@ -314,8 +325,9 @@ class Broker:
                 return False
             # Our own share is far below; others of this uid may have used up the rest.
             text = "too many descriptors are under way; receive what was sent, then ask again"
-            self._send_error(connection.sock, reply.request_id, Kind.REFUSED, Reason.LIMIT, text)
-            return True
+            error_frame = self._dispatch.error(reply.request_id, Kind.REFUSED, Reason.LIMIT, text)
+            connection.unsent = None
+            return self._send(connection, Unsent(error_frame, [], reply.request_id))
         if reply.descriptors:
             self._flight.add(connection, len(reply.descriptors))
             close_all(reply.descriptors)

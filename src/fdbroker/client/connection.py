@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fdbroker.wire.messages import Welcome
 
 _TIMEVAL = struct.Struct("@ll")
+# Seconds, kept in the socket: set anew only where a deadline is nearer. By poll(2) an answer costs a call more.
+_PATIENCE = 1.0
 # ENOTCONN: a connect(2) that a signal interrupted.
 _LOST = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 
@@ -79,11 +81,12 @@ class Connection:
         self._engine = Engine()
         self._calls: dict[int, Call] = {}
         self._was_reset = False
-        self._readable = select.poll()
-        self._readable.register(sock, select.POLLIN)
         self._ready = select.poll()
         self._ready.register(sock, select.POLLIN | select.POLLOUT)
-        sock.settimeout(0)
+        # Receiving waits in the kernel, a while at a time; sending never waits.
+        sock.settimeout(None)
+        self._patience = 0.0
+        self._set_patience(_PATIENCE)
 
     @classmethod
     def greet(cls, sock: socket.socket, deadline: Deadline) -> Connection:
@@ -141,8 +144,12 @@ class Connection:
 
         """
         while True:
-            if not self._readable.poll(_milliseconds(deadline)):
+            left = deadline.left()
+            if left is not None and left <= 0:
                 raise timed_out(deadline.seconds, "the broker did not answer")
+            wanted = _PATIENCE if left is None else min(left, _PATIENCE)
+            if wanted != self._patience:
+                self._set_patience(wanted)
             if self._receive_what_is_there():
                 return
 
@@ -152,7 +159,15 @@ class Connection:
         self._calls.clear()
         self._sock.close()
 
+    def _set_patience(self, seconds: float) -> None:
+        """Set how long the kernel waits for one frame (SO_RCVTIMEO): the deadline is looked at in between."""
+        microseconds = max(1, int(seconds * 1_000_000))
+        timeval = _TIMEVAL.pack(*divmod(microseconds, 1_000_000))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        self._patience = seconds
+
     def _receive_what_is_there(self) -> bool:
+        """Receive a frame; False if none came while the kernel waited."""
         try:
             message = sockets.receive(self._sock, ROOM)
         except BlockingIOError:

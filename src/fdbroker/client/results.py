@@ -29,7 +29,7 @@ def file_from(descriptor: int, path: StrOrBytesPath) -> io.BufferedReader:
     except BaseException:
         os.close(descriptor)
         raise
-    raw.name = path
+    raw.name = os.fspath(path)
     return io.BufferedReader(raw)
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import pwd
 import socket
+import stat
 import subprocess
 import sys
 from typing import Any
@@ -17,9 +18,14 @@ from typing import Any
 from fdbroker.launcher.mounts import ReadOnlyViewError
 from fdbroker.launcher.privileges import PrivilegeError
 from fdbroker.launcher.start import Start, start_broker
+from fdbroker.policy.rules import PolicyError, read_policy
 
 _EXIT_NOT_STARTED = 2
 _BACKLOG = 128
+
+
+class StartError(Exception):
+    """What was given can't be used; the text says what and why."""
 
 
 def main() -> int:
@@ -36,7 +42,7 @@ def main() -> int:
                 gid=options.gid,
                 policy=policy,
                 listeners=[_listen(path, options.socket_mode) for path in options.socket],
-                connections=[_inherited(text) for text in options.inherited],
+                connections=options.inherited,
                 audit=_open_audit(options.audit),
                 ready=options.ready_fd,
                 dev=options.dev,
@@ -45,7 +51,7 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         # The compiler has said why.
         return error.returncode
-    except (OSError, ReadOnlyViewError, PrivilegeError) as error:
+    except (OSError, StartError, ReadOnlyViewError, PrivilegeError) as error:
         sys.stderr.write(f"fdbroker: {error}\n")
         return _EXIT_NOT_STARTED
 
@@ -71,6 +77,10 @@ def _parse_arguments() -> argparse.Namespace:
         options.uid, options.gid = _read_user(options.user)
     except (KeyError, ValueError):
         parser.error(f"--user {options.user!r} is neither a user of this system nor uid:gid")
+    try:
+        options.inherited = [_inherited(text) for text in options.inherited]
+    except ValueError:
+        parser.error("--inherited needs the number of a descriptor, as in 3=NAME")
     return options
 
 
@@ -84,15 +94,20 @@ def _read_user(text: str) -> tuple[int, int]:
 
 def _compile(path: str, *, dev: bool) -> dict[str, Any]:
     if path.endswith(".json"):
-        with open(path, "rb") as file:
-            document = json.load(file)
+        try:
+            with open(path, "rb") as file:
+                document = json.load(file)
+        except ValueError as error:
+            raise StartError(f"{path} is no JSON: {error}; compile the policy anew") from error
     else:
         command = [sys.executable, "-m", "fdbroker.config", "compile", path, *(["--dev"] if dev else [])]
         compiler = subprocess.run(command, check=True, stdout=subprocess.PIPE)  # noqa: S603 - ourselves
         document = json.loads(compiler.stdout)
-    if not isinstance(document, dict):
-        raise OSError(f"{path} is not a compiled policy")
-    return document
+    try:
+        read_policy(document)
+    except PolicyError as error:
+        raise StartError(f"{path} is not a compiled policy: {error}; compile it anew") from error
+    return dict(document)
 
 
 def _listen(path: str, mode: int) -> tuple[int, str]:
@@ -121,9 +136,20 @@ def _open_audit(path: str) -> int | None:
     if path == "none":
         return None
     if path == "-":
+        mode = os.fstat(1).st_mode
+        if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+            # A reader that is stuck must not stop the broker: what it has no room for is denied.
+            os.set_blocking(1, False)
         return 1
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY
-    return os.open(path, flags, 0o640)
+    # O_NONBLOCK: the open of a FIFO must not wait for its reader; it means nothing to a regular file.
+    flags = (
+        os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    )
+    descriptor = os.open(path, flags, 0o640)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StartError(f"--audit {path} is not a regular file; use - for standard output")
+    return descriptor
 
 
 if __name__ == "__main__":

@@ -139,7 +139,9 @@ def compile_glob(pattern: bytes) -> Glob:
             raise ValueError(
                 f"the glob has the component {component.decode()!r}, which no path here can have"
             )
-    return Glob(pattern, components)
+    # Two `**` in a row mean what one does, and each would be a state to look at.
+    doubled = {i for i in range(1, len(components)) if components[i - 1 : i + 1] == [b"**", b"**"]}
+    return Glob(pattern, [component for i, component in enumerate(components) if i not in doubled])
 
 
 def _literal_prefix(components: tuple[re.Pattern[bytes] | bytes | None, ...]) -> tuple[bytes, ...]:
