@@ -43,7 +43,7 @@ def in_child(function: Callable[[], _T], *, uid: int | None = None, groups: tupl
             os.close(read_end)
             if uid is not None:
                 become(uid, groups=groups)
-            answer = (True, function())
+            answer: tuple[bool, object] = (True, function())
             status = 0
         except BaseException:  # noqa: BLE001 - whatever it was is reported
             answer = (False, traceback.format_exc())

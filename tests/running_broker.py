@@ -25,7 +25,7 @@ _SOURCES = Path(__file__).resolve().parent.parent / "src"
 ALL_ACTIONS = ["open", "stat", "list", "walk"]
 
 
-def rule(name: str, **changes: Any) -> dict[str, Any]:
+def rule(name: str, **changes: object) -> dict[str, Any]:
     """Return a compiled rule that allows everybody everything in the root `tree`, with changes."""
     return {
         "name": name,
@@ -40,7 +40,7 @@ def rule(name: str, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def policy(tree: Path | str, *rules: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def policy(tree: Path | str, *rules: dict[str, Any], **changes: object) -> dict[str, Any]:
     """Return a compiled policy with the one root `tree`; by default everybody may do everything there."""
     return {
         "version": 1,

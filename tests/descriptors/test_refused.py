@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -19,6 +18,7 @@ import pytest
 from tests.broker.speaking import Speaker
 from tests.descriptors.mounting import MS_RDONLY, MS_REMOUNT, bound, mount, mounted
 from tests.descriptors.receiving import received
+from tests.descriptors.watching import IN_OPEN, has_news, watched
 from tests.processes import background, in_child, wait_until
 from tests.running_broker import CLIENT_UID, OWNER_UID, policy, running_broker
 from tests.sandbox.attacks import call
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
-_IN_OPEN, _IN_DONT_FOLLOW = 0x20, 0x02000000
 _LEASE_BREAK_SECONDS = 45  # /proc/sys/fs/lease-break-time
 
 
@@ -44,25 +43,6 @@ def ask(broker: RunningBroker, path: Path) -> tuple[str, int]:
             return speaker.open_one(bytes(path))[:2]
 
     return in_child(client, uid=CLIENT_UID)
-
-
-@contextlib.contextmanager
-def watched(path: Path) -> Iterator[Callable[[], bool]]:
-    """Give what says whether `path`, or what is in it, was opened since it was asked last (inotify)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    watch = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        assert libc.inotify_add_watch(watch, bytes(path), _IN_OPEN | _IN_DONT_FOLLOW) > 0
-
-        def was_opened() -> bool:
-            try:
-                return bool(os.read(watch, 4096))
-            except BlockingIOError:
-                return False
-
-        yield was_opened
-    finally:
-        os.close(watch)
 
 
 # kinds
@@ -102,13 +82,13 @@ def test_only_regular_files_are_given(served: Served, kind: str) -> None:
     (directory / "regular").write_bytes(b"content")
     path = directory / "it"
     make(path)
-    with watched(path) as was_opened:
+    with watched(path, IN_OPEN) as opened:
         assert ask(served.broker, path) == (reason, number)
-        assert not was_opened()
+        assert not has_news(opened)
         if kind in {"directory", "fifo", "character device"}:
             # It would have been seen.
             os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY))
-            assert was_opened()
+            assert has_news(opened)
     assert ask(served.broker, directory / "regular") == ("ok", 0)
 
 

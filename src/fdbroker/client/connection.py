@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fdbroker.wire.messages import Welcome
 
 _TIMEVAL = struct.Struct("@ll")
-# Seconds, kept in the socket: set anew only where a deadline is nearer. By poll(2) an answer costs a call more.
+# Seconds, kept in the socket: set anew only where a deadline is nearer. With poll(2) an answer costs more.
 _PATIENCE = 1.0
 # ENOTCONN: a connect(2) that a signal interrupted.
 _LOST = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
