@@ -266,7 +266,6 @@ def test_secret_that_is_linked_into_the_tree_and_has_too_many_links(place: Place
     show(outcome)
 
 
-@pytest.mark.xfail(reason="the kernel lowers the count of links before it removes the name", strict=True)
 def test_secret_that_is_linked_into_the_tree_and_is_slow_to_remove(place: Place, show: Show) -> None:
     """Who watches a file gets to know of each link that it loses, between the count and the name."""
     path, secret = place.tree / "file", place.outside / "secret"

@@ -19,6 +19,7 @@ from fdbroker.kernel.files import (
     open_path_beneath,
     read_directory,
     reopen_for_reading,
+    wait_for_changes_of_names,
 )
 from fdbroker.policy.decide import NameDecision, decide_object
 from fdbroker.wire.format import MAX_REPLY, Reason
@@ -98,6 +99,16 @@ class Page(NamedTuple):
     last: bool = True
 
 
+class _Listing(NamedTuple):
+    """What is asked of a directory."""
+
+    view: View
+    root: HeldRoot
+    path: bytes
+    most: int
+    client_uid: int
+
+
 class Opener:
     """Opens below held roots; knows no client but by the decisions it is given."""
 
@@ -129,7 +140,7 @@ class Opener:
                 facts = os.fstat(held)
                 rule = decision.rule
                 if facts.st_mode & _KIND != _REGULAR or not decision.plain or root.cross_mounts:
-                    refusal, rule = self._judge_file(decision, root, held, facts, client_uid)
+                    refusal, rule = self._judge_file(decision, root, path, held, facts, client_uid)
                     if refusal is not None:
                         outcomes.append(refusal)
                         continue
@@ -149,7 +160,13 @@ class Opener:
         return outcome
 
     def _judge_file(
-        self, decision: NameDecision, root: HeldRoot, held: int, facts: os.stat_result, client_uid: int
+        self,
+        decision: NameDecision,
+        root: HeldRoot,
+        path: bytes,
+        held: int,
+        facts: os.stat_result,
+        client_uid: int,
     ) -> tuple[Outcome | None, Rule | None]:
         """Return why the object is not opened, or None; and the rule that says so."""
         objection = root.objection(held)
@@ -158,10 +175,23 @@ class Opener:
         allowed, reason, rule = decide_object(decision, facts, client_uid)
         if not allowed:
             return Outcome(_DENIED, reason, rule), rule
-        # The count is in `facts`, taken before; see has_lost_its_name.
-        if decision.asks_links and has_lost_its_name(self._proc_self_fd, held):
+        if decision.asks_links and self._has_lost_its_name(root, path, held):
             return _object_refusal(decision, "lost_its_name"), rule
         return None, rule
+
+    def _has_lost_its_name(self, root: HeldRoot, path: bytes, held: int) -> bool:
+        """Return whether `path` is no name any more of the object whose links were counted before."""
+        parent = opened = -1
+        try:
+            below = path[root.skip :].rpartition(b"/")[0] or b"."
+            parent = open_path_beneath(root.descriptor, below, root.cross_mounts)
+            opened = reopen_for_reading(self._proc_self_fd, parent)
+            wait_for_changes_of_names(opened)
+            return has_lost_its_name(self._proc_self_fd, held)
+        finally:
+            for descriptor in (parent, opened):
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     def stat(self, view: ActionView, path: bytes, client_uid: int) -> Outcome:
         """Describe what is there, of whatever kind, as `view` (of the action `stat`) allows."""
@@ -171,10 +201,8 @@ class Opener:
         held = -1
         try:
             root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
-            held = open_path_beneath(
-                root.descriptor, path[root.skip :] or b".", cross_mounts=root.cross_mounts
-            )
-            return self._judge(decision, root, held, client_uid)
+            held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
+            return self._judge(decision, root, path, held, client_uid)
         except OSError as error:
             return _failure(decision, error)
         finally:
@@ -209,7 +237,7 @@ class Opener:
             root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
             below = path[root.skip :] or b"."
             held = open_path_beneath(root.descriptor, below, root.cross_mounts)
-            outcome = self._judge(decision, root, held, client_uid)
+            outcome = self._judge(decision, root, path, held, client_uid)
             if outcome.facts is None:
                 return Page(outcome)
             if not stat.S_ISDIR(outcome.facts.mode):
@@ -221,7 +249,8 @@ class Opener:
             except (OverflowError, OSError):
                 return Page(Outcome(refused(Reason.PATH_INVALID), "cookie", outcome.rule))
             chunk = read_directory(opened)
-            entries, cookie = self._entries(view, path, held, chunk, most or _PAGE, client_uid, cookie)
+            asked = _Listing(view, root, path, most or _PAGE, client_uid)
+            entries, cookie = self._entries(asked, held, chunk, cookie)
             # Where the whole chunk was used, a look behind it saves the client a page without entries.
             last = not chunk or (cookie == chunk[-1].next and not read_directory(opened))
             again = open_path_beneath(root.descriptor, below, root.cross_mounts)
@@ -242,36 +271,29 @@ class Opener:
                     os.close(descriptor)
 
     def _entries(
-        self,
-        view: View,
-        directory: bytes,
-        held: int,
-        names: Sequence[DirectoryEntry],
-        most: int,
-        client_uid: int,
-        cookie: int,
+        self, asked: _Listing, held: int, names: Sequence[DirectoryEntry], cookie: int
     ) -> tuple[Sequence[bytes], int]:
-        """Return up to `most` encoded entries that fit into a reply, and the cookie behind them.
+        """Return up to `asked.most` encoded entries that fit into a reply, and the cookie behind them.
 
         What is left out does not count, so that pages do not tell how much it is.
         """
         encoded: list[bytes] = []
         size = _LIST_HEAD
         for entry in names:
-            shown = self._entry(view, directory.rstrip(b"/") + b"/" + entry.name, held, entry, client_uid)
+            shown = self._entry(asked, held, entry)
             if shown is not None:
                 data = encode_list_entry(shown)
                 size += len(data)
-                if size > MAX_REPLY or len(encoded) == most:
+                if size > MAX_REPLY or len(encoded) == asked.most:
                     break
                 encoded.append(data)
             cookie = entry.next
         return encoded, cookie
 
-    def _entry(
-        self, view: View, path: bytes, directory: int, entry: DirectoryEntry, client_uid: int
-    ) -> ListEntry | None:
+    def _entry(self, asked: _Listing, directory: int, entry: DirectoryEntry) -> ListEntry | None:
         """Return what the client may see of one name, None if not even that."""
+        view, root, parent, _, client_uid = asked
+        path = parent.rstrip(b"/") + b"/" + entry.name
         may_list = view.actions["list"].decide(path)
         if not may_list.allowed:
             return None
@@ -282,6 +304,9 @@ class Opener:
         try:
             held = open_path_beneath(directory, entry.name)
             facts = os.fstat(held)
+            asks_links = may_list.asks_links or may_stat.asks_links
+            if asks_links and stat.S_ISREG(facts.st_mode) and self._has_lost_its_name(root, path, held):
+                return None
         except OSError as error:
             # A mount point is named, but what is mounted there is not looked at.
             seen = error.errno == errno.EXDEV and may_list.plain
@@ -295,7 +320,9 @@ class Opener:
         shown = may_stat.plain or (may_stat.allowed and decide_object(may_stat, facts, client_uid).allowed)
         return ListEntry(entry.name, kind, _file_stat(facts) if shown else None)
 
-    def _judge(self, decision: NameDecision, root: HeldRoot, held: int, client_uid: int) -> Outcome:
+    def _judge(
+        self, decision: NameDecision, root: HeldRoot, path: bytes, held: int, client_uid: int
+    ) -> Outcome:
         """Decide on an object of any kind and describe it."""
         facts = os.fstat(held)
         objection = root.objection(held)
@@ -304,6 +331,8 @@ class Opener:
         allowed, reason, rule = decide_object(decision, facts, client_uid)
         if not allowed:
             return Outcome(_DENIED, reason, rule)
+        if decision.asks_links and stat.S_ISREG(facts.st_mode) and self._has_lost_its_name(root, path, held):
+            return _object_refusal(decision, "lost_its_name")
         return Outcome(GIVEN, "ok", rule, _file_stat(facts))
 
 

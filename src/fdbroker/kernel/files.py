@@ -121,7 +121,8 @@ def has_lost_its_name(proc_self_fd: int, descriptor: int) -> bool:
 
     A link count of 1 means one name, but not which: the name that we used may
     have been removed while another one stays. Check the count first, then
-    this. A file whose name really ends in " (deleted)" counts as gone.
+    `wait_for_changes_of_names` in its directory, then this. A file whose name
+    really ends in " (deleted)" counts as gone.
     """
     return os.readlink(str(descriptor), dir_fd=proc_self_fd).endswith(" (deleted)")
 
@@ -160,6 +161,23 @@ def filesystem_of(descriptor: int) -> FilesystemFacts:
     return FilesystemFacts(room.type & 0xFFFFFFFF, room.flags)
 
 
+def wait_for_changes_of_names(descriptor: int) -> None:
+    """Wait until a change of names that is under way in this open directory is complete.
+
+    Removing a name lowers the link count first and takes the name away later,
+    after inotify was served, all under the directory's lock. getdents64(2)
+    takes the lock too, so what it does with the entries is of no interest.
+
+    Raises:
+        SyscallError: ENOTDIR, ENOENT (the directory was removed).
+
+    """
+    room = ctypes.create_string_buffer(_LONGEST_DIRENT)
+    number = ctypes.c_long(SYS_GETDENTS64)
+    if LIBC.syscall(number, ctypes.c_int(descriptor), room, ctypes.c_size_t(_LONGEST_DIRENT)) < 0:
+        raise SyscallError(ctypes.get_errno(), "getdents64", descriptor=descriptor)
+
+
 class DirectoryEntry(NamedTuple):
     """One of getdents64(2). `next` is the position behind it, to go on from."""
 
@@ -169,6 +187,7 @@ class DirectoryEntry(NamedTuple):
 
 
 _DIRECTORY_CHUNK = 32768
+_LONGEST_DIRENT = 280  # 19 bytes and a name of 255 with its NUL, rounded up
 _DIRENT = struct.Struct("=QqHB")
 _DIRENT_NAME = 19
 
