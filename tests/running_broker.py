@@ -137,13 +137,15 @@ def running_broker(
     audit: str | None = None,
     prefix: Sequence[str] = (),
     pass_fds: Sequence[int] = (),
+    stdout: int = subprocess.DEVNULL,
     stop: bool = True,
 ) -> Iterator[RunningBroker]:
     """Run a broker with its socket and audit in `directory`; stop it at the end and check how it ended.
 
     `compiled` is a compiled policy, or the text of a policy.yaml. `audit` is
-    another file than the usual one, or `none`. `prefix` goes before the command
-    (`taskset`, `strace`). With `stop` False it is killed, and may have died.
+    another file than the usual one, `-` for the descriptor `stdout`, or `none`.
+    `prefix` goes before the command (`taskset`, `strace`). With `stop` False it
+    is killed, and may have died.
     """
     socket, errors = directory / "broker.seqpacket", directory / "errors"
     records = directory / "audit.jsonl" if audit is None else Path(audit)
@@ -162,7 +164,7 @@ def running_broker(
             ],
             env=launcher_environment(),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=stdout,
             stderr=error_file,
             pass_fds=[write_end, *pass_fds],
         )

@@ -445,6 +445,50 @@ def test_list_of_the_longest_names_fits_into_replies(stepped: SteppedBroker) -> 
     assert sorted(listed) == sorted(names)
 
 
+def many_names(directory: Path) -> set[bytes]:
+    """Make a directory that fits one chunk, in which one name of five is `seen-...`; return these."""
+    directory.mkdir()
+    for number in range(100):
+        (directory / (f"hidden-{number}" if number % 5 else f"seen-{number}")).touch()
+    return {name.encode() for name in os.listdir(directory) if name.startswith("seen")}
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 20, 21])
+def test_hidden_names_do_not_count_so_that_no_page_tells_of_them(
+    tree: Path, tmp_path: Path, most: int
+) -> None:
+    seen = many_names(tree / "many")
+    compiled = policy(tree, rule("seen", paths=["many", "many/seen-*"]))
+    with SteppedBroker(tree, compiled, audit=tmp_path / "audit") as broker:
+        speaker = broker.join()
+        pages = [speaker.page(bytes(tree / "many"), 0, most)]
+        while not pages[-1].last:
+            pages.append(speaker.page(bytes(tree / "many"), pages[-1].cookie, most))
+            assert len(pages) <= len(seen)
+        sizes = [len(page.entries) for page in pages]
+        # As many as were wanted on each page, the rest on the last one, and none is empty.
+        whole, rest = divmod(len(seen), most)
+        assert sizes == [most] * whole + [rest] * bool(rest)
+        names = [entry.name for page in pages for entry in page.entries]
+        assert len(names) == len(set(names))
+        assert set(names) == seen
+        assert [record["entries"] for record in broker.records()] == sizes
+        assert pages[-1].cookie == 0
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_directory_in_which_all_names_are_hidden_is_one_empty_page(
+    tree: Path, tmp_path: Path, most: int
+) -> None:
+    many_names(tree / "many")
+    with SteppedBroker(
+        tree, policy(tree, rule("itself", paths=["many"])), audit=tmp_path / "audit"
+    ) as broker:
+        page = broker.join().page(bytes(tree / "many"), 0, most)
+        assert page.result.status == Status.GIVEN
+        assert (page.entries, page.last, page.cookie) == ([], True, 0)
+
+
 def test_list_of_an_empty_directory_is_one_page(stepped: SteppedBroker) -> None:
     (stepped.tree / "nothing").mkdir()
     page = stepped.join().page(bytes(stepped.tree / "nothing"))

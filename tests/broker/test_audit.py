@@ -12,7 +12,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import example, given
@@ -180,7 +180,9 @@ def test_write_that_fails_is_a_denial_unless_the_policy_says_otherwise(
     # The gap shows, and no line was begun that would have to be ended.
     text = record.text()
     assert text.startswith(b"{")
-    assert [entry["seq"] for entry in read_audit(text)] == [2]
+    # The second write that failed had its own report, which is number 2.
+    assert [entry["seq"] for entry in read_audit(text)] == [3, 4]
+    assert failures_told(read_audit(text)) == [(0, 2, int(not deny))]
     os.close(record.read_end)
     os.close(record.write_end)
 
@@ -200,9 +202,136 @@ def test_record_after_a_short_write_starts_on_its_own_line(
         assert not record.decide(b"/cut")
     assert record.decide(b"/whole")
     assert record.decide(b"/whole too")
-    lines = record.text().split(b"\n")
-    assert [path_of(entry) for entry in read_audit(b"\n".join(lines))] == [b"/whole", b"/whole too"]
+    records = read_audit(record.text())
+    assert [path_of(entry) for entry in records if "path" in entry] == [b"/whole", b"/whole too"]
+    # Three decisions, and the two reports with which the second and the third went.
+    assert [(entry["seq"], entry["event"]) for entry in records] == [
+        (5, "open"), (6, "audit_failed"), (7, "open"),
+    ]  # fmt: skip
+    assert failures_told(records) == [(0, 4, 0)]
     assert record.audit.failures == 3
+
+
+@contextlib.contextmanager
+def failing(cut: int | None = None) -> Iterator[None]:
+    """Let every write fail, or stop after `cut` bytes."""
+    write = os.write
+
+    def write_less(descriptor: int, data: bytes) -> int:
+        if cut is None:
+            raise OSError(errno.ENOSPC, "no space")
+        return write(descriptor, data[:cut])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "write", write_less)
+        yield
+
+
+def failures_told(records: list[dict[str, Any]]) -> list[tuple[int, int, int]]:
+    """Return what the records of failures say: first and last number, and whether it was given."""
+    return [(told["from"], told["to"], told["given"]) for told in records if told["event"] == "audit_failed"]
+
+
+def test_without_a_failure_there_is_no_record_of_one(record: Record) -> None:
+    for _ in range(3):
+        assert record.decide(b"/a", b"/b")
+    assert failures_told(read_audit(record.text())) == []
+
+
+def test_write_that_failed_is_told_once_by_the_next_one_that_succeeds(record: Record) -> None:
+    assert record.decide(b"/before")
+    with failing():
+        assert not record.decide(b"/a", b"/b", b"/c")
+    assert record.decide(b"/after", b"/too")
+    assert record.decide(b"/later")
+    records = read_audit(record.text())
+    assert [(entry["seq"], entry["event"]) for entry in records] == [
+        (0, "open"), (4, "open"), (5, "open"), (6, "audit_failed"), (7, "open"),
+    ]  # fmt: skip
+    assert failures_told(records) == [(1, 3, 0)]
+    [told] = [entry for entry in records if entry["event"] == "audit_failed"]
+    assert set(told) == {"run", "seq", "time", "event", "from", "to", "given"}
+
+
+def test_event_that_failed_is_told_like_a_decision(record: Record) -> None:
+    with failing():
+        assert not record.audit.event("malformed")
+    assert record.audit.event("stopped")
+    records = read_audit(record.text())
+    assert [entry["event"] for entry in records] == ["stopped", "audit_failed"]
+    assert failures_told(records) == [(0, 0, 0)]
+
+
+def test_several_writes_that_failed_in_a_row_are_told_as_one_range(record: Record) -> None:
+    with failing():
+        for _ in range(4):
+            assert not record.decide(b"/a", b"/b")
+    assert record.decide(b"/after")
+    # The first had two numbers, the others one more each for a report that failed as well.
+    assert failures_told(read_audit(record.text())) == [(0, 2 + 3 * 3 - 1, 0)]
+    assert record.audit.failures == 4
+
+
+def test_failing_again_while_it_is_told_keeps_the_first_number(record: Record) -> None:
+    assert record.decide(b"/before")
+    with failing():
+        assert not record.decide(b"/a")
+    whole = len(record.text())
+    # The record is written, its report is cut: the record stands there, and nothing was given.
+    with failing(cut=whole + 10):
+        assert not record.decide(b"/stands there")
+    assert record.decide(b"/after")
+    records = read_audit(record.text())
+    assert [(entry["seq"], entry["event"]) for entry in records] == [
+        (2, "open"), (4, "open"), (5, "audit_failed"),
+    ]  # fmt: skip
+    assert path_of(records[0]) == b"/stands there"
+    assert failures_told(records) == [(1, 3, 0)]
+
+
+def test_two_failures_with_a_success_between_them_are_two_ranges(record: Record) -> None:
+    for _ in range(2):
+        with failing():
+            assert not record.decide(b"/a")
+        assert record.decide(b"/b")
+    assert failures_told(read_audit(record.text())) == [(0, 0, 0), (3, 3, 0)]
+
+
+def test_record_of_a_failure_says_that_all_was_given_where_the_policy_says_so() -> None:
+    record = Record(deny=False)
+    with failing():
+        assert record.decide(b"/a")
+    assert record.decide(b"/b")
+    assert failures_told(read_audit(record.text())) == [(0, 0, 1)]
+    os.close(record.read_end)
+    os.close(record.write_end)
+
+
+# How many paths are decided on, and after how many bytes the write ends: all (None), or it fails (-1).
+writes = st.tuples(st.integers(1, 3), st.one_of(st.none(), st.just(-1), st.integers(0, 700)))
+
+
+@given(st.lists(writes, max_size=8))
+@example([(2, 300), (1, 300), (3, -1), (1, None)])
+def test_reader_of_the_audit_knows_what_was_given_whatever_fails(asked: list[tuple[int, int | None]]) -> None:
+    record = Record()
+    given_: set[bytes] = set()
+    denied: set[bytes] = set()
+    text = b""
+    for number, (count, cut) in enumerate([*asked, (1, None)]):
+        paths_ = {b"/%d/%d" % (number, at) for at in range(count)}
+        with contextlib.nullcontext() if cut is None else failing(None if cut < 0 else cut):
+            (given_ if record.decide(*paths_) else denied).update(paths_)
+        text += record.text()
+    os.close(record.read_end)
+    os.close(record.write_end)
+    records = read_audit(text)
+    doubtful = [number for first, last, _ in failures_told(records) for number in range(first, last + 1)]
+    certain = [entry for entry in records if entry["seq"] not in doubtful]
+    assert {path_of(entry) for entry in certain if "path" in entry} == given_
+    assert {path_of(entry) for entry in records if "path" in entry} <= given_ | denied
+    # Every number is there or accounted for, and none is told of twice.
+    assert sorted([*doubtful, *(entry["seq"] for entry in certain)]) == list(range(records[-1]["seq"] + 1))
 
 
 # With a broker
@@ -239,6 +368,22 @@ def ask(speaker: Speaker, action: str, path: bytes) -> tuple[str, int]:
     return result.reason.name.lower(), result.errno
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("on_failure", ["deny", "allow"])
+def test_what_can_not_be_recorded_counts_as_allowed_only_if_it_is_given(tree: Path, on_failure: str) -> None:
+    with SteppedBroker(
+        tree, policy(tree, audit={"on_failure": on_failure}), audit=Path("/dev/full")
+    ) as broker:
+        speaker = broker.join()
+        for action in ("open", "stat", "list"):
+            ask(speaker, action, bytes(tree if action == "list" else tree / "file"))
+        speaker.open(bytes(tree / "file"), b"/etc/passwd", bytes(tree / "empty"))
+        totals = speaker.status()["totals"]
+    # Three one by one and three at once, of which one is refused anyway.
+    expected = (0, 6) if on_failure == "deny" else (5, 1)
+    assert (totals["allowed"], totals["denied"], totals["audit_failures"]) == (*expected, 4)
+
+
 def test_descriptors_that_can_not_be_recorded_are_closed(tree: Path) -> None:
     with SteppedBroker(tree, audit=Path("/dev/full")) as broker:
         speaker = broker.join()
@@ -273,9 +418,11 @@ def test_service_resumes_when_the_file_may_grow_again(tree: Path, tmp_path: Path
             assert speaker.open_one(file).reason == "ok"
             assert speaker.open_one(file).reason == "ok"
             records = broker.records()
-            # What was not recorded is a gap in the numbers: the cut record, three paths, and one.
+            # What was not recorded is a gap in the numbers: the cut record, three paths, and one; the last
+            # two with a report.
             numbers = [record["seq"] for record in records]
-            assert numbers == [*range(given_), given_ + 5, given_ + 6]
+            assert numbers == [*range(given_), given_ + 7, given_ + 8, given_ + 9]
+            assert failures_told(records) == [(given_, given_ + 6, 0)]
             return [line.decode()[:2] for line in (tmp_path / "audit").read_bytes().split(b"\n") if line]
 
     starts = in_child(child)
@@ -308,11 +455,13 @@ def test_service_resumes_when_a_full_disk_has_room_again(tree: Path, reachable: 
             (disk / "filling").unlink()
             assert speaker.open_one(file).content == b"content"
             lines = broker.audit_file.read_bytes().split(b"\n") if broker.audit_file else []
-            last = json.loads(lines[-2])
+            last = json.loads(lines[-3])
             assert last["reason"] == "ok"
-            assert last["seq"] == given_ + 1 + 1 + 3
+            # The one that failed, three paths, and the report that went with these.
+            assert last["seq"] == given_ + 1 + 1 + 3 + 1
             numbers = [record["seq"] for record in broker.records()]
-            assert numbers == [*range(given_ + 1), last["seq"]]
+            assert numbers == [*range(given_ + 1), last["seq"], last["seq"] + 1]
+            assert failures_told(broker.records()) == [(given_ + 1, last["seq"] - 1, 0)]
     finally:
         subprocess.run(["umount", disk], check=True)
 

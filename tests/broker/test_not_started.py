@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -25,7 +26,7 @@ from tests.running_broker import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 pytestmark = pytest.mark.root
@@ -48,21 +49,41 @@ def check_nothing_listens(directory: Path) -> None:
             sock.connect(str(path))
 
 
-def start_that_fails(directory: Path, compiled: dict[str, Any] | str, *options: str) -> str:
-    """Start a broker as an administrator would; return what it says, once it did not start."""
+def start_that_fails(
+    directory: Path,
+    compiled: dict[str, Any] | str | bytes,
+    *options: str,
+    prefix: Sequence[str] = (),
+    stdout: int = subprocess.PIPE,
+) -> str:
+    """Start a broker as an administrator would; return what it says, once it did not start.
+
+    `compiled` is a compiled policy, what stands in its place (bytes), or the
+    text of a policy.yaml.
+    """
     policy_file = directory / ("policy.yaml" if isinstance(compiled, str) else "policy.json")
-    policy_file.write_text(compiled if isinstance(compiled, str) else json.dumps(compiled))
+    if isinstance(compiled, bytes):
+        policy_file.write_bytes(compiled)
+    else:
+        policy_file.write_text(compiled if isinstance(compiled, str) else json.dumps(compiled))
     done = subprocess.run(
-        [*launcher_command(policy_file), f"--socket={directory}/broker.seqpacket", "--audit=none", *options],
+        [
+            *prefix,
+            *launcher_command(policy_file),
+            f"--socket={directory}/broker.seqpacket",
+            "--audit=none",
+            *options,
+        ],
         env=launcher_environment(),
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         check=False,
         timeout=60,
     )
     assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
+    assert not done.stdout
     assert "Traceback" not in done.stderr
     check_nothing_listens(directory)
     return done.stderr
@@ -113,8 +134,36 @@ def test_compiled_policy_that_is_none_stops_the_start_and_names_the_place(
     reachable: Path, served: Path, changes: dict[str, Any], said: str
 ) -> None:
     text = start_that_fails(reachable, policy(served, **changes))
-    assert text.startswith("fdbroker: the compiled policy can't be used: ")
+    assert text.startswith(f"fdbroker: {reachable}/policy.json is not a compiled policy: ")
     assert said in text
+    assert text.endswith("; compile it anew\n")
+    # It is checked before anything else is made.
+    assert not (reachable / "broker.seqpacket").exists()
+
+
+@pytest.mark.parametrize("document", [b"{}", b"[]", b"null", b"1", b'"text"'])
+def test_json_that_is_no_policy_at_all_stops_the_start(reachable: Path, document: bytes) -> None:
+    text = start_that_fails(reachable, document)
+    assert text.startswith(f"fdbroker: {reachable}/policy.json is not a compiled policy: ")
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "document", [b"", b"version: 1\nrules: []\n", b'{"version": 1', b"\xff\xfe\x00", b"\0"]
+)
+def test_compiled_policy_that_is_no_json_stops_the_start(reachable: Path, document: bytes) -> None:
+    text = start_that_fails(reachable, document)
+    assert text.startswith(f"fdbroker: {reachable}/policy.json is no JSON: ")
+    assert text.endswith("; compile the policy anew\n")
+    assert text.count("\n") == 1
+
+
+def test_broken_policy_that_a_wrong_launcher_hands_over_is_refused_by_the_broker_itself(
+    reachable: Path, served: Path
+) -> None:
+    text = launched(reachable, policy(served, version=2), lambda: None)
+    assert text.startswith("fdbroker: the compiled policy can't be used: ")
+    assert "policy.version is not 1" in text
 
 
 @pytest.mark.parametrize(
@@ -143,8 +192,65 @@ def test_policy_file_with_an_error_stops_the_start_and_names_line_and_reason(
 
 
 def test_audit_that_can_not_be_written_stops_the_start(reachable: Path, served: Path) -> None:
-    text = start_that_fails(reachable, policy(served), "--audit=/dev/full")
+    with open("/dev/full", "wb") as full:
+        text = start_that_fails(reachable, policy(served), "--audit=-", stdout=full.fileno())
     assert "the audit can't be written; free its disk or choose another place" in text
+
+
+@pytest.mark.parametrize("kind", ["device", "named pipe", "terminal"])
+def test_audit_that_is_no_regular_file_stops_the_start(reachable: Path, served: Path, kind: str) -> None:
+    with contextlib.ExitStack() as opened:
+        if kind == "device":
+            path = "/dev/full"
+        elif kind == "named pipe":
+            path = str(reachable / "pipe")
+            os.mkfifo(path)
+            # Somebody reads it, so that it can be opened.
+            opened.callback(os.close, os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+        else:
+            for descriptor in (pair := os.openpty()):
+                opened.callback(os.close, descriptor)
+            path = os.ttyname(pair[1])
+        text = start_that_fails(reachable, policy(served), f"--audit={path}")
+    assert text == f"fdbroker: --audit {path} is not a regular file; use - for standard output\n"
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe without a reader", "directory", "socket"])
+def test_audit_that_can_not_be_opened_as_a_file_stops_the_start(
+    reachable: Path, served: Path, kind: str
+) -> None:
+    path, target = reachable / "audit", reachable / "target"
+    target.touch()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        if kind == "link":
+            path.symlink_to(target)
+        elif kind == "pipe without a reader":
+            os.mkfifo(path)
+        elif kind == "directory":
+            path.mkdir()
+        else:
+            sock.bind(str(path))
+        text = start_that_fails(reachable, policy(served), f"--audit={path}")
+    assert text.startswith("fdbroker: ")
+    assert str(path) in text
+    assert target.read_bytes() == b""
+
+
+@pytest.mark.parametrize("given", ["zz", "zz=name", "", "=name", "3.5=name", "0x3"])
+def test_inherited_connection_without_a_number_stops_the_start(
+    reachable: Path, served: Path, given: str
+) -> None:
+    text = start_that_fails(reachable, policy(served), f"--inherited={given}")
+    assert "--inherited needs the number of a descriptor, as in 3=NAME" in text
+    assert not (reachable / "broker.seqpacket").exists()
+
+
+@pytest.mark.parametrize("most", [100, 1023])
+def test_too_few_descriptors_stop_the_start(reachable: Path, served: Path, most: int) -> None:
+    prefix = ["sh", "-c", f'ulimit -n {most}; exec "$@"', "sh"]
+    text = start_that_fails(reachable, policy(served), prefix=prefix)
+    assert f"the broker may have {most} descriptors open (RLIMIT_NOFILE) and needs 1024" in text
+    assert "LimitNOFILE=" in text
 
 
 def test_socket_that_is_there_already_is_left_alone(reachable: Path, served: Path) -> None:

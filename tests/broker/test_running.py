@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import signal
@@ -610,10 +611,15 @@ def test_full_disk_denies_everything_and_service_resumes_with_room(reachable: Pa
                 assert speaker.open_one(file).content == b"content"
             records = read_audit(audit.read_bytes())
             assert audit.read_bytes().endswith(b"\n")
-            # started, the first, those that still fitted; a gap; the one after it, whole and on its own line.
-            assert [record["seq"] for record in records[:-1]] == list(range(2 + given_))
-            assert records[-1]["seq"] == 2 + given_ + 1 + 3 + 1 + 1
-            assert records[-1]["reason"] == "ok"
+            # started, the first, those that still fitted; a gap; the one after it, whole and on its own
+            # line, and what is told of the gap.
+            *before, after, told = records
+            assert [record["seq"] for record in before] == list(range(2 + given_))
+            # Every request in the gap but the first had a report of its own.
+            assert after["seq"] == 2 + given_ + 1 + (3 + 1) + (1 + 1) + (1 + 1)
+            assert after["reason"] == "ok"
+            assert (told["event"], told["seq"]) == ("audit_failed", after["seq"] + 1)
+            assert (told["from"], told["to"], told["given"]) == (2 + given_, after["seq"] - 1, 0)
 
 
 def test_where_the_policy_says_so_service_goes_on_without_a_record(reachable: Path) -> None:
@@ -622,11 +628,100 @@ def test_where_the_policy_says_so_service_goes_on_without_a_record(reachable: Pa
     fill(tree)
     compiled = policy(tree, audit={"on_failure": "allow"})
     with (
-        running_broker(reachable, compiled, audit="/dev/full") as broker,
+        open("/dev/full", "wb") as full,
+        running_broker(reachable, compiled, audit="-", stdout=full.fileno()) as broker,
         Speaker.connect(broker.socket) as speaker,
     ):
         assert speaker.open_one(bytes(tree / "file")).content == b"content"
         assert speaker.status()["totals"]["audit_failures"] >= 2
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_reader_of_the_audit_that_is_stuck_stops_nobody_and_what_it_has_no_room_for_is_denied(
+    reachable: Path, kind: str
+) -> None:
+    tree = reachable / "tree"
+    tree.mkdir()
+    fill(tree)
+    file = bytes(tree / "file")
+    if kind == "pipe":
+        ends = os.pipe()
+        fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 4096)
+    else:
+        pair = socket.socketpair()
+        pair[1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        ends = pair[0].detach(), pair[1].detach()
+    read_end, write_end = ends
+    try:
+        assert os.get_blocking(write_end)
+        os.set_blocking(read_end, False)
+        with (
+            running_broker(reachable, policy(tree), audit="-", stdout=write_end) as broker,
+            Speaker.connect(broker.socket) as speaker,
+        ):
+            assert not os.get_blocking(write_end)
+            given_ = 0
+            while speaker.open_one(file).reason == "ok":
+                given_ += 1
+                assert given_ < 1000
+            # It answers; who blocked would not.
+            assert speaker.open_one(file)[:2] == ("audit", errno.EIO)
+            assert speaker.status()["audit"] != "off"
+            text = read_all(read_end)
+            assert speaker.open_one(file).content == b"content"
+            text += read_all(read_end)
+        text += read_all(read_end)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+    records = read_audit(text)
+    assert [record["event"] for record in records] == [
+        "started", *["open"] * (given_ + 1), "audit_failed", "stopped",
+    ]  # fmt: skip
+    told = records[-2]
+    assert (told["from"], told["to"], told["given"]) == (given_ + 1, given_ + 3, 0)
+
+
+def read_all(descriptor: int) -> bytes:
+    """Return what can be read without waiting."""
+    text = b""
+    with contextlib.suppress(BlockingIOError):
+        while data := os.read(descriptor, 65536):
+            text += data
+    return text
+
+
+@pytest.mark.parametrize("kind", ["file", "terminal"])
+def test_standard_output_that_is_neither_pipe_nor_socket_is_taken_as_it_is(
+    reachable: Path, kind: str
+) -> None:
+    tree = reachable / "tree"
+    tree.mkdir()
+    if kind == "file":
+        output = os.open(reachable / "output", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        others: list[int] = []
+    else:
+        controller, output = os.openpty()
+        others = [controller]
+    try:
+        with running_broker(reachable, policy(tree), audit="-", stdout=output):
+            assert os.get_blocking(output)
+    finally:
+        for descriptor in (output, *others):
+            os.close(descriptor)
+
+
+def test_with_the_fewest_descriptors_it_starts_with_a_full_reply_is_given(reachable: Path) -> None:
+    tree = reachable / "tree"
+    tree.mkdir()
+    fill(tree)
+    prefix = ["sh", "-c", 'ulimit -n 1024; exec "$@"', "sh"]
+    with (
+        running_broker(reachable, policy(tree), prefix=prefix) as broker,
+        Speaker.connect(broker.socket) as speaker,
+    ):
+        for _ in range(3):
+            assert {entry.reason for entry in speaker.open(*[bytes(tree / "file")] * FILES)} == {"ok"}
 
 
 def test_without_audit_it_says_so(reachable: Path) -> None:

@@ -6,10 +6,21 @@ import resource
 
 import pytest
 from hypothesis import example, given
+from hypothesis import strategies as st
 
 from fdbroker.policy.globs import MAX_PATTERN_BYTES, Glob, compile_glob
 from tests.policy import glob_model
-from tests.policy.glob_model import Byte, ByteClass, Pattern, Star, matching_pairs, paths, patterns, written
+from tests.policy.glob_model import (
+    Byte,
+    ByteClass,
+    Component,
+    Pattern,
+    Star,
+    matching_pairs,
+    paths,
+    patterns,
+    written,
+)
 from tests.processes import in_child
 
 CPU_SECONDS = 20  # hours would be needed by a matcher that goes back
@@ -32,6 +43,41 @@ def test_glob_matches_what_the_tables_say(pattern: Pattern, path: list[bytes]) -
 def test_glob_matches_what_was_made_to_match_it(pair: tuple[Pattern, list[bytes]]) -> None:
     pattern, path = pair
     assert compile_glob(written(pattern)).matches(path) is glob_model.matches(pattern, path)
+
+
+@given(matching_pairs(), paths, st.data())
+def test_any_number_of_double_stars_in_a_row_is_one(
+    pair: tuple[Pattern, list[bytes]], other: list[bytes], data: st.DataObject
+) -> None:
+    pattern, path = pair
+    repeated: list[Component] = []
+    for component in pattern:
+        repeated += [component] * (1 if component is not None else data.draw(st.integers(1, 5)))
+    more, glob = compile_glob(written(tuple(repeated))), compile_glob(written(pattern))
+    assert more._components == glob._components
+    assert (more.start, more.literal_prefix) == (glob.start, glob.literal_prefix)
+    for tried in (path, other, path[:-1], [*path, b"a"]):
+        assert more.matches(tried) is glob.matches(tried) is glob_model.matches(tuple(repeated), tried)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "components"),
+    [
+        (b"**", 1),
+        (b"**/**", 1),
+        (b"/".join([b"**"] * 1300), 1),
+        (b"a/**/**/**/b", 3),
+        (b"**/**/a/**/**", 3),
+        (b"**/*/**", 3),
+        (rb"**/\*\*/**", 3),
+    ],
+)
+def test_double_stars_in_a_row_are_one_component_to_look_at(pattern: bytes, components: int) -> None:
+    glob = compile_glob(pattern)
+    assert len(glob._components) == components
+    # One state before each component and one behind them all.
+    assert glob.start.bit_length() <= components + 1
+    assert glob.pattern == pattern
 
 
 def states_after(glob: Glob, directory: list[bytes]) -> int:

@@ -33,6 +33,17 @@ def exchanging(one: os.PathLike[str], other: os.PathLike[str]) -> Callable[[], N
     return lambda: exchange(first, second)
 
 
+def resting(path: os.PathLike[str], looks: int) -> Callable[[], None]:
+    """Return a step that leaves everything as it is for a while, so that what is right has a chance too."""
+    name = os.fsencode(path)
+
+    def rest() -> None:
+        for _ in range(looks):
+            os.stat(name)
+
+    return rest
+
+
 class Attack:
     """A running attack. `steps` counts what it did so far; children that are forked see it as well."""
 

@@ -134,7 +134,7 @@ def run(place: Place, race: Race) -> Outcome:
     outcome = Outcome(tally, careless, reasons)
     assert tally.wrong == 0, outcome
     assert tally.tries >= race.least, outcome
-    assert tally.good > tally.tries / 50, outcome
+    assert tally.good > tally.tries / 100, outcome
     assert careless.wrong > 0, outcome
     return outcome
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.descriptors.mounting import MS_BIND, mount, unmount
 from tests.descriptors.watching import IN_ATTRIB, watched
-from tests.races.attacking import exchanging
+from tests.races.attacking import exchanging, resting
 from tests.races.careless import (
     hold_then_count_links,
     lists_only,
@@ -32,7 +32,7 @@ from tests.races.racing import (
 from tests.running_broker import OWNER_UID, rule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.races.racing import Inode, Outcome
@@ -232,14 +232,8 @@ def test_directory_over_which_a_secret_one_is_mounted(place: Place, show: Show) 
 def linking(name: Path, good: Path, secret: Path) -> list[Callable[[], None]]:
     """Let `name` be a good file, nothing, one more link to a secret, nothing, and so on."""
     here, aside, source = bytes(name), bytes(good), bytes(secret)
-
-    def rest() -> None:
-        # So that the good file is there about as long as all the rest takes.
-        for _ in range(20):
-            os.stat(here)
-
     return [
-        rest,
+        resting(name, 20),
         lambda: os.rename(here, aside),
         lambda: os.link(source, here),
         lambda: os.unlink(here),
@@ -266,14 +260,20 @@ def test_secret_that_is_linked_into_the_tree_and_has_too_many_links(place: Place
     show(outcome)
 
 
-def test_secret_that_is_linked_into_the_tree_and_is_slow_to_remove(place: Place, show: Show) -> None:
-    """Who watches a file gets to know of each link that it loses, between the count and the name."""
+@contextlib.contextmanager
+def slow_to_remove(path: Path) -> Iterator[None]:
+    """Have many be told of each link that the file loses, which the kernel does before the name is gone."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(watched(path, IN_ATTRIB))
+        yield
+
+
+def test_secret_that_is_linked_into_the_tree_and_slowly_removed(place: Place, show: Show) -> None:
     path, secret = place.tree / "file", place.outside / "secret"
     put(secret, SECRET, 0)
     good = {put(path, GOOD, OWNER_UID)}
-    with contextlib.ExitStack() as stack:
-        for _ in range(40):
-            stack.enter_context(watched(secret, IN_ATTRIB))
+    with slow_to_remove(secret):
         outcome = run(
             place,
             Race(
@@ -352,7 +352,13 @@ def test_listed_directory_that_is_moved_out_and_gets_a_secret_while_it_is_there(
     outcome = run(
         place,
         Race(
-            steps=[out, lambda: os.rename(here, there), lambda: os.rename(there, here), out],
+            steps=[
+                resting(path, 200),
+                out,
+                lambda: os.rename(here, there),
+                lambda: os.rename(there, here),
+                out,
+            ],
             attacker=0,
             ask=asking_to_list(good, path),
             careless=step_by_step(place.tree, path, lists_only(good), directory=True),
