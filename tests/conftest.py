@@ -1,14 +1,20 @@
-"""What every test shares: the marker for root, and how hypothesis looks for examples."""
+"""What every test shares: the umask, the marker for root, a copy for other users, how hypothesis searches."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.database import DirectoryBasedExampleDatabase
+
+from tests.for_other_users import ForOtherUsers, for_other_users
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 HYPOTHESIS_HOME = Path(__file__).resolve().parent.parent / "build" / "hypothesis"
 
@@ -23,6 +29,17 @@ settings.register_profile(
     database=DirectoryBasedExampleDatabase(HYPOTHESIS_HOME / "examples"),
 )
 settings.load_profile("ci")
+
+# Many tests make what another uid, the broker or a client, has to reach. Under a stricter umask of whoever
+# runs them (077 is not rare for root) it could not, as mkdir(mode=...), bind(2) and the like obey it.
+os.umask(0o022)
+
+
+@pytest.fixture(scope="session")
+def others() -> Iterator[ForOtherUsers]:
+    """Return an interpreter and the sources for processes of other uids."""
+    with for_other_users() as made:
+        yield made
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -55,6 +55,7 @@ class SteppedBroker:
                 self.audit,
                 ControlGroups(cgroup_root, rule_set.cgroups),
                 probe_level().level if level is None else level,
+                {},
             )
         )
         self._speakers: list[Speaker] = []

@@ -412,7 +412,7 @@ def test_peer_whose_process_can_not_be_asked_any_more_is_objected_to(
     monkeypatch.setattr(
         peers, "pidfd_info_raw", lambda _pidfd: (_ for _ in ()).throw(OSError(errno.EBADF, ""))
     )
-    assert peer.objection(peers.peer_credentials(pair)) == "peer_has_exited"
+    assert peer.objection(peers.peer_credentials(pair)) == "identity_unavailable_EBADF"
     peer.close()
     peer.close()
 

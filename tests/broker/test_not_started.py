@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,18 +17,23 @@ from fdbroker.launcher import start as start_module
 from fdbroker.launcher.broker_seccomp import broker_filter
 from fdbroker.launcher.privileges import become_broker
 from fdbroker.launcher.start import Start, start_broker
+from tests.broker.speaking import Speaker
 from tests.processes import in_child
 from tests.running_broker import (
     BROKER_UID,
+    OTHER_UID,
     launcher_command,
     launcher_environment,
     policy,
     rule,
+    running_broker,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from tests.for_other_users import ForOtherUsers
 
 pytestmark = pytest.mark.root
 
@@ -257,15 +263,99 @@ def test_socket_that_is_there_already_is_left_alone(reachable: Path, served: Pat
     there = reachable / "there"
     there.write_text("mine")
     text = start_that_fails(reachable, policy(served), f"--socket={there}")
-    assert "if nothing listens there any more, remove it" in text
+    assert "something is there: a broker that runs, or a file; stop or remove it" in text
     assert there.read_text() == "mine"
+
+
+def test_socket_that_a_broker_left_behind_is_replaced(reachable: Path, served: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left:
+        left.bind(str(reachable / "broker.seqpacket"))
+        left.listen()
+    with running_broker(reachable, policy(served)) as broker, Speaker.connect(broker.socket) as speaker:
+        assert speaker.status()["generation"] == 1
+
+
+def test_socket_of_a_broker_that_runs_is_left_alone(reachable: Path, served: Path) -> None:
+    with running_broker(reachable, policy(served)) as broker:
+        file = reachable / "policy.json"
+        command = launcher_command(file, f"--socket={broker.socket}", "--audit=none")
+        done = subprocess.run(
+            command, env=launcher_environment(), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert "a broker that runs" in done.stderr
+        with Speaker.connect(broker.socket) as speaker:
+            assert speaker.status()["generation"] == 1
+
+
+def test_compiled_policy_that_somebody_else_could_change_stops_the_start(
+    reachable: Path, served: Path
+) -> None:
+    file = reachable / "policy.json"
+    file.write_text(json.dumps(policy(served)))
+    os.chown(file, OTHER_UID, OTHER_UID)
+    command = [sys.executable, "-P", "-m", "fdbroker.launcher", "--policy", str(file), "--user", "1:1"]
+    command += ["--audit", "none", "--socket", str(reachable / "socket")]
+    done = subprocess.run(command, env=launcher_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    # /tmp above it is the first thing that is wrong; which one is named is not the point.
+    assert "lets others write" in done.stderr
+    assert not (reachable / "socket").exists()
+
+
+def test_code_in_the_working_directory_is_not_run(reachable: Path, served: Path) -> None:
+    for name in ("yaml", "msgspec", "json"):
+        (reachable / f"{name}.py").write_text(f"open({str(reachable / 'ran')!r}, 'w').close()")
+    file = reachable / "policy.yaml"
+    file.write_text(f"version: 1\nroots:\n  tree: {{path: {served}}}\nrules: []\nnonsense: 1\n")
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "fdbroker.launcher",
+        "--policy",
+        str(file),
+        "--user",
+        "1:1",
+        "--dev",
+    ]
+    command += ["--audit", "none", "--socket", str(reachable / "socket")]
+    done = subprocess.run(
+        command, env=launcher_environment(), cwd=reachable, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr
+    assert not (reachable / "ran").exists()
+
+
+def test_launcher_that_could_run_code_of_the_working_directory_does_not_start(reachable: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "fdbroker.launcher",
+        "--policy",
+        "/p.json",
+        "--user",
+        "1:1",
+        "--socket",
+        "/s",
+    ]
+    done = subprocess.run(
+        command, env=launcher_environment(), cwd=reachable, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "python -I -m fdbroker.launcher" in done.stderr
 
 
 # What only a wrong launcher could do: the broker looks for itself
 
 
 def launched(
-    reachable: Path, compiled: dict[str, Any], wrong: Callable[[], None], stray: int | None = None
+    reachable: Path,
+    compiled: dict[str, Any],
+    wrong: Callable[[], None],
+    stray: int | None = None,
+    python: str = sys.executable,
 ) -> str:
     """Start a broker by a launcher in which something is wrong; return what the broker says."""
     read_end, write_end = os.pipe()
@@ -289,6 +379,7 @@ def launched(
                     policy=compiled,
                     listeners=[(listener.fileno(), "wrong")],
                     dev=True,
+                    python=python,
                 )
             )
         except BaseException as error:  # noqa: BLE001 - the parent reads it
@@ -306,7 +397,7 @@ def launched(
     return text
 
 
-def patch(name: str, value: Callable[..., object]) -> None:
+def patch(name: str, value: Callable[..., object] | str) -> None:
     """Exchange a part of the launcher, in a child that is given up afterwards."""
     pytest.MonkeyPatch().setattr(start_module, name, value)
 
@@ -341,7 +432,7 @@ def test_descriptor_that_nobody_promised_stops_the_start(reachable: Path, served
     ],
 )
 def test_process_with_other_privileges_stops_the_start(
-    reachable: Path, served: Path, what: str, said: str
+    reachable: Path, served: Path, others: ForOtherUsers, what: str, said: str
 ) -> None:
     def become(uid: int, gid: int) -> None:
         if what == "root":
@@ -365,10 +456,12 @@ def test_process_with_other_privileges_stops_the_start(
 
     def other_privileges() -> None:
         patch("become_broker", become)
+        # The start reads entry.py from the launcher's package. Who can't pass over modes needs one in reach.
+        patch("__file__", str(others.directory / "fdbroker" / "launcher" / "start.py"))
 
-    text = launched(reachable, policy(served), other_privileges)
+    text = launched(reachable, policy(served), other_privileges, python=others.python)
     assert "the process is not in the broker's state" in text
-    assert "start it by fdbrokerd" in text
+    assert "start it by its launcher" in text
     assert said in text
 
 

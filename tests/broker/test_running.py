@@ -663,7 +663,7 @@ def test_reader_of_the_audit_that_is_stuck_stops_nobody_and_what_it_has_no_room_
             given_ = 0
             while speaker.open_one(file).reason == "ok":
                 given_ += 1
-                assert given_ < 1000
+                assert given_ < 100_000  # as much as the launcher makes room for, whatever that is
             # It answers; who blocked would not.
             assert speaker.open_one(file)[:2] == ("audit", errno.EIO)
             assert speaker.status()["audit"] != "off"

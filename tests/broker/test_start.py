@@ -184,7 +184,7 @@ def test_process_that_is_not_what_it_should_be_does_not_start(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
 ) -> None:
     monkeypatch.setattr(main, "read_process_state", lambda: GOOD_STATE._replace(**changes))
-    with pytest.raises(StartError, match="start it by fdbrokerd") as caught:
+    with pytest.raises(StartError, match="start it by its launcher") as caught:
         main.check_state(handover())
     assert said in str(caught.value)
 
@@ -365,7 +365,7 @@ def refusal(capfd: pytest.CaptureFixture[str], **changes: object) -> str:
 
 def test_run_tells_why_it_does_not_start(capfd: pytest.CaptureFixture[str]) -> None:
     assert main.run(handover_descriptor(b"")) == main.EXIT_NOT_STARTED
-    assert "start the broker by fdbrokerd" in capfd.readouterr().err
+    assert "start the broker by its launcher" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("harmless")

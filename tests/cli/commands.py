@@ -13,24 +13,35 @@ from tests.sandbox.confined import WORKER_UID
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from tests.for_other_users import ForOtherUsers
+
 AS_ROOT = ("--worker-uid", str(WORKER_UID))
 
 
-def command(*arguments: str | bytes) -> list[str | bytes]:
-    return [sys.executable, "-m", "fdbroker.cli", *arguments]
+def command(*arguments: str | bytes, python: str = sys.executable) -> list[str | bytes]:
+    return [python, "-P", "-m", "fdbroker.cli", *arguments]
 
 
 def environment(**changes: str) -> dict[str, str]:
     return {**launcher_environment(), "LANG": "C.UTF-8", **changes}
 
 
-def run(
-    *arguments: str | bytes, uid: int | None = None, env: dict[str, str] | None = None
+def run(*arguments: str | bytes, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run it and return what it wrote."""
+    return _run(command(*arguments), env or environment())
+
+
+def run_as(uid: int, others: ForOtherUsers, *arguments: str | bytes) -> subprocess.CompletedProcess[str]:
+    """Run it as another user without any groups and return what it wrote."""
+    return _run(command(*arguments, python=others.python), environment(PYTHONPATH=str(others.directory)), uid)
+
+
+def _run(
+    command: Sequence[str | bytes], env: dict[str, str], uid: int | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run it and return what it wrote; as another user without any groups if `uid` is given."""
     return subprocess.run(
-        command(*arguments),
-        env=env or environment(),
+        command,
+        env=env,
         capture_output=True,
         encoding="utf-8",
         timeout=60,

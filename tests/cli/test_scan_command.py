@@ -14,7 +14,7 @@ import click
 import pytest
 
 from fdbroker.cli.scan import WORKER_USER, worker_ids
-from tests.cli.commands import AS_ROOT, command, environment, lines, path_of, run, verdicts
+from tests.cli.commands import AS_ROOT, command, environment, lines, path_of, run, run_as, verdicts
 from tests.processes import wait_until
 from tests.running_broker import CLIENT_UID, policy, reachable_directory, rule, running_broker
 from tests.sandbox.confined import WORKER_UID
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from tests.for_other_users import ForOtherUsers
     from tests.running_broker import RunningBroker
 
 DENIED = "home1/with spaces*"
@@ -123,9 +124,9 @@ def test_json_has_every_file_with_its_bytes_recoverable(broker: RunningBroker, t
 
 @pytest.mark.root
 def test_unprivileged_user_scans_files_that_only_the_broker_can_open(
-    broker: RunningBroker, tree: Tree
+    broker: RunningBroker, tree: Tree, others: ForOtherUsers
 ) -> None:
-    result = run("scan", "--json", "--socket", str(broker.socket), tree.root, uid=CLIENT_UID)
+    result = run_as(CLIENT_UID, others, "scan", "--json", "--socket", str(broker.socket), tree.root)
     assert result.returncode == 1, result.stderr
     assert verdicts(lines(result.stdout, "file")).keys() == tree.clean | tree.infected
     [confinement] = lines(result.stdout, "worker")
@@ -134,8 +135,10 @@ def test_unprivileged_user_scans_files_that_only_the_broker_can_open(
 
 
 @pytest.mark.root
-def test_missing_layer_is_told_without_being_asked(broker: RunningBroker, tree: Tree) -> None:
-    result = run("scan", "--socket", str(broker.socket), home(tree, 1) + "/empty", uid=CLIENT_UID)
+def test_missing_layer_is_told_without_being_asked(
+    broker: RunningBroker, tree: Tree, others: ForOtherUsers
+) -> None:
+    result = run_as(CLIENT_UID, others, "scan", "--socket", str(broker.socket), home(tree, 1) + "/empty")
     assert result.returncode == 0
     assert result.stderr == (
         f"fdbroker: worker: ids NOT in force: unchanged: uid {CLIENT_UID}, as who started it\n"
@@ -192,10 +195,12 @@ def test_missing_broker_is_told_with_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_socket_that_this_user_may_not_use_is_told_with_what_to_do(broker: RunningBroker) -> None:
+def test_socket_that_this_user_may_not_use_is_told_with_what_to_do(
+    broker: RunningBroker, others: ForOtherUsers
+) -> None:
     broker.socket.chmod(0o600)
     try:
-        result = run("scan", "--socket", str(broker.socket), "/", uid=CLIENT_UID)
+        result = run_as(CLIENT_UID, others, "scan", "--socket", str(broker.socket), "/")
     finally:
         broker.socket.chmod(0o666)
     assert result.returncode == 2
@@ -342,11 +347,11 @@ def test_worker_user_is_taken_by_name_or_number(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.root
-def test_only_root_chooses_the_worker() -> None:
-    result = run("scan", "--worker-uid", str(WORKER_UID), "/", uid=CLIENT_UID)
+def test_only_root_chooses_the_worker(others: ForOtherUsers) -> None:
+    result = run_as(CLIENT_UID, others, "scan", "--worker-uid", str(WORKER_UID), "/")
     assert result.returncode == 2
     assert "--worker-uid is for root" in result.stderr
-    result = run("scan", "/", uid=CLIENT_UID)
+    result = run_as(CLIENT_UID, others, "scan", "/")
     assert "worker-uid" not in result.stderr
 
 

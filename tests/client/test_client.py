@@ -30,6 +30,7 @@ from fdbroker.client.results import file_from
 from fdbroker.testing import FakeBroker
 from fdbroker.wire.format import Reason
 from fdbroker.wire.messages import Hello, ListRequest, OpenRequest, StatRequest
+from tests.running_broker import reachable_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -543,9 +544,9 @@ def test_a_socket_path_that_is_too_long_is_unavailable(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_a_socket_that_the_user_may_not_connect_to_names_the_group(tmp_path: Path) -> None:
-    path = tmp_path / "broker"
-    with FakeBroker(socket_path=path):
+def test_a_socket_that_the_user_may_not_connect_to_names_the_group() -> None:
+    with reachable_directory() as directory, FakeBroker(socket_path=directory / "broker"):
+        path = directory / "broker"
         path.chmod(0o600)
         child = os.fork()
         if not child:

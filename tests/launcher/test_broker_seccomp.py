@@ -121,7 +121,7 @@ def test_a_broker_can_do_its_work_under_the_filter(  # noqa: PLR0915 - all that 
             yield server.recvmsg(4096, 1024, socket.MSG_CMSG_CLOEXEC)[0].decode()
             found = files.open_path_beneath(root, b"directory/file")
             yield os.fstat(found).st_size
-            yield files.has_lost_its_name(proc, found)
+            yield files.has_lost_its_name(proc, found, bytes(tmp_path / "directory" / "file"))
             yield files.filesystem_of(found).type != 0
             opened = files.reopen_for_reading(proc, found)
             yield fcntl.fcntl(opened, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY

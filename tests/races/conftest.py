@@ -24,11 +24,13 @@ def place() -> Iterator[Place]:
     """Return an empty tree of OWNER_UID and a directory outside of it, on a file system of their own."""
     with reachable_directory() as directory:
         space, broker = directory / "space", directory / "broker"
-        space.mkdir()
-        broker.mkdir(mode=0o755)
+        for path in (space, broker):
+            path.mkdir()
+            path.chmod(0o755)  # whatever the umask is
         with shared_tmpfs(space):
             made = Place(tree=space / "tree", outside=space / "outside", broker=broker)
-            made.tree.mkdir(mode=0o755)
+            made.tree.mkdir()
+            made.tree.chmod(0o755)
             made.outside.mkdir(mode=0o700)
             os.chown(made.tree, OWNER_UID, OWNER_UID)
             yield made

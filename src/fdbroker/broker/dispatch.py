@@ -46,13 +46,14 @@ Answer = tuple[bytes, list[int]]  # a frame, and the descriptors that go with it
 
 
 class Parts(NamedTuple):
-    """What a broker is made of; `policy` has generation 1."""
+    """What a broker is made of; `policy` has generation 1, `in_force` is for the status."""
 
     policy: Policy
     opener: Opener
     audit: Audit
     cgroups: ControlGroups
     identity_level: int
+    in_force: dict[str, object]
 
 
 class Dispatch:
@@ -67,6 +68,7 @@ class Dispatch:
         self._opener = parts.opener
         self._audit = parts.audit
         self._cgroups = parts.cgroups
+        self._in_force = parts.in_force
         self._totals = totals
         self._table: dict[type, Callable[[Connection, Request, str | None], Answer]] = {
             Hello: self._hello,
@@ -169,10 +171,12 @@ class Dispatch:
         document: dict[str, object] = {
             "generation": self.generation,
             "identity_level": peer.level,
-            "peer": {"pid": peer.pid, "uid": peer.uid, "gid": peer.gid, "groups": sorted(peer.groups)},
+            # A process may have 65,536 groups, and a reply has its limits.
+            "peer": {"pid": peer.pid, "uid": peer.uid, "gid": peer.gid, "groups": sorted(peer.groups)[:1024]},
             "in_flight": connection.count_in_flight(),
             "audit": self._audit.run if self._audit.on else "off",
             "read_only_view": "required" if self.settings.read_only_view_required else "off",
+            **self._in_force,
         }
         if peer.uid == 0:
             counts = {"allowed": self.allowed, "denied": self.denied, "audit_failures": self._audit.failures}

@@ -97,6 +97,11 @@ class TrustedFinder:
 
 def main() -> int:
     """Register the finder and start the broker; return its exit status."""
+    if len(sys.argv) < 2 or not sys.argv[1].isdecimal():  # noqa: PLR2004 - this program and its argument
+        sys.stderr.write(
+            "fdbroker: the broker is started by its launcher: python -I -m fdbroker.launcher --help\n"
+        )
+        return _EXIT_NOT_STARTED
     handover, *options = sys.argv[1:]
     check = "--dev" not in options
     base = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

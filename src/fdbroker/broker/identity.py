@@ -13,6 +13,7 @@ connection before it made its ids equal. Any doubt is a denial.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,6 +24,7 @@ from fdbroker.policy.rules import ClientFacts
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_MAX_KNOWN_GROUPS = 4096
 OVERFLOW_ID = 65534  # what an id without a mapping looks like; never anybody
 
 
@@ -71,7 +73,7 @@ class PeerAtConnect:
             raise
         except OSError as error:
             self.close()
-            raise IdentityError("peer_has_exited") from error
+            raise IdentityError(_reason_of(error)) from error
 
     def close(self) -> None:
         """Close the pidfd."""
@@ -99,8 +101,8 @@ class PeerAtConnect:
                     return "identity_changed_since_connect"
             elif self._pidfd >= 0 and peers.has_exited(self._pidfd):
                 return "peer_has_exited"
-        except OSError:
-            return "peer_has_exited"
+        except OSError as error:
+            return _reason_of(error)
         return None
 
     def facts(self, cgroups: ControlGroups) -> ClientFacts:
@@ -110,6 +112,13 @@ class PeerAtConnect:
             gids=self.groups - {OVERFLOW_ID},
             cgroups=cgroups.containing(self.cgroup_id) if self.cgroup_id else frozenset(),
         )
+
+
+def _reason_of(error: OSError) -> str:
+    """Return why the kernel did not say who it is: mostly because that process is gone."""
+    if error.errno in {errno.ESRCH, errno.EINVAL, errno.ENODATA, errno.ECONNRESET, errno.ENOTCONN}:
+        return "peer_has_exited"
+    return f"identity_unavailable_{errno.errorcode.get(error.errno or 0, 'unknown')}"
 
 
 class ControlGroups:
@@ -124,12 +133,20 @@ class ControlGroups:
     def __init__(self, mount_point: str | None, named: Iterable[str]) -> None:
         self._mount_point = mount_point
         self._named = tuple(sorted(named))
+        self._known: dict[int, frozenset[str]] = {}
 
     def containing(self, cgroup_id: int) -> frozenset[str]:
         """Return the named groups that are the group `cgroup_id` or above it."""
         if self._mount_point is None:
             return frozenset()
-        return frozenset(name for name in self._named if self._contains(self._mount_point + name, cgroup_id))
+        known = self._known.get(cgroup_id)
+        if known is None:
+            if len(self._known) >= _MAX_KNOWN_GROUPS:
+                self._known.clear()
+            known = self._known[cgroup_id] = frozenset(
+                name for name in self._named if self._contains(self._mount_point + name, cgroup_id)
+            )
+        return known
 
     def _contains(self, directory: str, cgroup_id: int) -> bool:
         waiting = [directory]

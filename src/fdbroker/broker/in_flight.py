@@ -38,7 +38,7 @@ class InFlight:
         self._of_uid: dict[int, int] = {}
 
     def add(self, connection: Connection, count: int) -> None:
-        """Count descriptors that were sent."""
+        """Count descriptors that were sent, or wait to be."""
         connection.in_flight += count
         self.total += count
         uid = connection.peer.uid
@@ -57,6 +57,8 @@ class InFlight:
 
     def settle(self, connection: Connection) -> bool:
         """Ask the kernel whether all was received; if so, forget it. Return whether it was."""
+        if connection.unsent is not None and connection.unsent.descriptors:
+            return False  # nor was it sent
         if connection.in_flight and bytes_not_received(connection.sock) > _DRAINED:
             return False
         self.forget(connection)

@@ -8,6 +8,7 @@ and seccomp.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EXIT_STOPPED = 0
-EXIT_FAILED = 1
 EXIT_NOT_STARTED = 2
 
 _ONLY_CAPABILITY = 1 << CAP_DAC_READ_SEARCH
@@ -86,7 +86,9 @@ def read_handover(descriptor: int) -> Handover:
     except PolicyError as error:
         raise StartError(f"the compiled policy can't be used: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StartError(f"the handover can't be read: {error!r}; start the broker by fdbrokerd") from error
+        raise StartError(
+            f"the handover can't be read: {error!r}; start the broker by its launcher"
+        ) from error
 
 
 def check_descriptors(handover: Handover) -> None:
@@ -137,7 +139,9 @@ def check_state(handover: Handover) -> None:
     if 0 in state.uids:
         odd.append("uid 0, which never opens a file")
     if odd:
-        raise StartError(f"the process is not in the broker's state: {'; '.join(odd)}; start it by fdbrokerd")
+        raise StartError(
+            f"the process is not in the broker's state: {'; '.join(odd)}; start it by its launcher"
+        )
 
 
 def _probe_openat2() -> None:
@@ -188,7 +192,8 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
     opener = Opener(roots, open_proc_self_fd())
     audit = Audit(handover.audit, deny_on_failure=settings.deny_when_audit_fails)
     cgroups = ControlGroups(handover.cgroup_root, policy.cgroups)
-    broker = Broker(Parts(Policy(policy), opener, audit, cgroups, level))
+    in_force: dict[str, object] = {}
+    broker = Broker(Parts(Policy(policy), opener, audit, cgroups, level, in_force))
     for number, name in handover.listeners:
         broker.add_listener(socket.socket(fileno=number), name)
     for number, name in handover.connections:
@@ -205,6 +210,7 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
     os.close(status)
     if after.seccomp != _FILTERED:
         raise StartError("the kernel took the seccomp filter but does not show it")
+    in_force.update(landlock=report.abi, landlock_lacks=list(report.missing), seccomp=True)
     started = audit.event(
         "started",
         member_text(
@@ -223,19 +229,25 @@ def run(handover_descriptor: int) -> int:
         check_descriptors(handover)
         check_state(handover)
         broker, audit = build(handover)
-    except (StartError, RootError, IdentityError, OSError) as error:
+    except (StartError, RootError, IdentityError, OSError, ValueError) as error:
         sys.stderr.write(f"fdbroker: {error}\n")
         return EXIT_NOT_STARTED
     signal.set_wakeup_fd(broker.wake_descriptor)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: broker.stop())
     if handover.ready is not None:
-        os.write(handover.ready, b"ready\n")
+        with contextlib.suppress(BrokenPipeError):  # whoever waited has gone
+            os.write(handover.ready, b"ready\n")
         os.close(handover.ready)
     # What exists now stays: the collector need not look at it again and again.
     gc.collect()
     gc.freeze()
-    broker.serve()
+    try:
+        broker.serve()
+    except Exception as error:
+        # A bug: the service manager starts anew, the audit says that this one ended.
+        audit.event("failed", member_text(reason=repr(error)))
+        raise
     broker.close()
     audit.event("stopped")
     return EXIT_STOPPED

@@ -51,6 +51,8 @@ _BY_ERRNO = {
     errno.EAGAIN: ("busy", refused(Reason.BUSY)),
     # Only Landlock or another LSM says this to a process with CAP_DAC_READ_SEARCH.
     errno.EACCES: ("kernel_denied", _DENIED),
+    # So does a fanotify listener that refuses the open.
+    errno.EPERM: ("kernel_denied", _DENIED),
 }
 _OF_OBJECT = {
     "filesystem": refused(Reason.FILESYSTEM),
@@ -187,7 +189,7 @@ class Opener:
             parent = open_path_beneath(root.descriptor, below, root.cross_mounts)
             opened = reopen_for_reading(self._proc_self_fd, parent)
             wait_for_changes_of_names(opened)
-            return has_lost_its_name(self._proc_self_fd, held)
+            return has_lost_its_name(self._proc_self_fd, held, path)
         finally:
             for descriptor in (parent, opened):
                 if descriptor >= 0:

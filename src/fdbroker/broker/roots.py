@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 # linux/magic.h. A type that is not listed is not served: files of kernel file
 # systems look regular, and reading one can do anything. Network file systems
-# and FUSE are left out, since opening a file there may wait for somebody else.
+# and FUSE are left out, since opening a file there may wait for somebody else;
+# vfat, exfat, ntfs and jfs, since they take several spellings for one name, and
+# a deny rule knows one.
 SERVED_FILESYSTEMS = {
     0xEF53: "ext2/ext3/ext4",
     0x58465342: "xfs",
@@ -28,10 +30,6 @@ SERVED_FILESYSTEMS = {
     0xE0F5E1E2: "erofs",
     0x9660: "iso9660",
     0x15013346: "udf",
-    0x4D44: "vfat",
-    0x2011BAB0: "exfat",
-    0x7366746E: "ntfs3",
-    0x3153464A: "jfs",
     0x52654973: "reiserfs",
     0x858458F6: "ramfs",
 }
@@ -42,7 +40,7 @@ class RootError(Exception):
 
 
 class HeldRoot(NamedTuple):
-    """A root with its O_PATH descriptor. `look` : each object's file system must be looked at."""
+    """A root with its O_PATH descriptor; `skip` as in `Root`."""
 
     descriptor: int
     skip: int
@@ -94,7 +92,7 @@ def hold_roots(roots: Sequence[Root], *, read_only_required: bool) -> list[HeldR
             if objection is not None:
                 raise RootError(
                     f"{where} is writable in the broker's view: start it with a read-only view"
-                    " (fdbrokerd makes one; with systemd, ReadOnlyPaths=/) or say 'read_only_view: off'"
+                    " (the launcher makes one; with systemd, ReadOnlyPaths=/) or say 'read_only_view: off'"
                 )
     except BaseException:
         for entry in held:

@@ -1,8 +1,8 @@
 """The loop: accept, receive, ask who, let it be answered, send.
 
-One thread, one epoll, non-blocking sockets. One message per connection and
-round, so that a client with a full queue waits for the others. A client that
-does not receive is not read from: what waits for it is at most one reply.
+One thread, one epoll, non-blocking sockets. One message per uid and round, so
+that whoever has many connections or a full queue waits for the others. A client
+that does not receive is not read from: what waits for it is at most one reply.
 """
 
 from __future__ import annotations
@@ -121,17 +121,29 @@ class Broker:
         ready = self._epoll.poll(_REST if resting else timeout)
         for listener in resting:
             self._epoll.register(listener, _READY)
+        served: set[int] = set()
+        waiting: list[Connection] = []
         for descriptor, events in ready:
             connection = self._connections.get(descriptor)
             if connection is not None:
-                if events == _READY and connection.state is State.READING:
-                    self._serve_message(connection)
-                else:
+                uid = connection.peer.uid
+                if events != _READY or connection.state is not State.READING:
                     self._on_other_event(connection, events)
+                elif uid in served:
+                    waiting.append(connection)
+                else:
+                    served.add(uid)
+                    self._serve_message(connection)
             elif descriptor in self._listeners:
                 self._accept(*self._listeners[descriptor])
             elif descriptor == self._wake_read:
                 os.read(self._wake_read, 64)
+        if len(served) == 1:
+            # Nobody else wants anything. Otherwise it is one message per uid and round, whatever
+            # number of connections it has: the rest is ready again in the next round.
+            for connection in waiting:
+                if connection.state is State.READING:
+                    self._serve_message(connection)
 
     def close(self) -> None:
         """Close every connection, every listener and the loop's own descriptors."""
@@ -166,9 +178,11 @@ class Broker:
                 if error.errno in {errno.EMFILE, errno.ENFILE}:
                     self._accept_to_refuse(listener, name)
                     return
-                # The connecting side gave up meanwhile, or the like: nobody to answer.
                 self._audit.event("accept_failed", member_text(socket=name, errno=error.errno))
-                continue
+                if error.errno == errno.ECONNABORTED:  # the connecting side gave up: nobody to answer
+                    continue
+                self._let_rest(listener)
+                return
             self._take_or_refuse(sock, name)
 
     def _take_or_refuse(self, sock: socket.socket, name: str) -> None:
@@ -207,19 +221,23 @@ class Broker:
         except OSError as error:
             # The whole system is out of files (ENFILE): the listener rests a while, the connections go on.
             self._audit.event("accept_failed", member_text(socket=name, errno=error.errno))
-            self._epoll.unregister(listener)
-            self._resting.append(listener)
+            self._let_rest(listener)
         try:
             self._spare = os.open("/", os.O_PATH | os.O_CLOEXEC)
         except OSError:
             # Tried again at the next shortage.
             return
 
+    def _let_rest(self, listener: socket.socket) -> None:
+        """Leave a listener alone for one round: it would be ready again at once, and fail again."""
+        self._epoll.unregister(listener)
+        self._resting.append(listener)
+
     # Connections go
 
     def _hang_up(self, connection: Connection) -> None:
         """End a connection from our side, but keep counting what lies in the client's queue."""
-        connection.discard_unsent()
+        self._discard_unsent(connection)
         if self._flight.settle(connection):
             self._drop(connection)
             return
@@ -227,8 +245,16 @@ class Broker:
         connection.sock.shutdown(socket.SHUT_WR)
         self._wait_for(connection, State.CLOSING)
 
+    def _discard_unsent(self, connection: Connection) -> None:
+        """Let go of a reply that waits, and take back in the audit what it would have given."""
+        if connection.unsent is not None:
+            members = member_text(request=connection.unsent.request_id, errno=errno.EPIPE)
+            self._audit.event("undelivered", f"{connection.record},{members}")
+            connection.discard_unsent()
+
     def _drop(self, connection: Connection) -> None:
         """Forget a connection whose client is gone, or has nothing left to receive."""
+        self._discard_unsent(connection)
         self._flight.forget(connection)
         descriptor = connection.sock.fileno()
         self._epoll.unregister(descriptor)
@@ -246,8 +272,13 @@ class Broker:
     def _on_other_event(self, connection: Connection, events: int) -> None:
         """Whatever is not simply the next request."""
         if events & _GONE:
-            # Nobody is left to answer, and a decision nobody hears of is not made.
-            self._drop(connection)
+            # Nobody is left to answer, and a decision nobody hears of is not made. But it may be that
+            # both directions were shut down by a client that lives on, with its queue: then that counts on.
+            self._discard_unsent(connection)
+            if self._flight.settle(connection):
+                self._drop(connection)
+            elif connection.state is not State.CLOSING:
+                self._wait_for(connection, State.CLOSING)
         elif connection.state is State.SENDING:
             self._send_what_waits(connection)
         elif connection.state is State.READING:
@@ -314,22 +345,25 @@ class Broker:
         except BlockingIOError:
             if connection.unsent is None:
                 connection.unsent = reply
+                # They are open here, which costs us as much as if they were on their way.
+                self._flight.add(connection, len(reply.descriptors))
                 self._wait_for(connection, State.SENDING)
             return False
         except OSError as error:
             close_all(reply.descriptors)
             members = member_text(request=reply.request_id, errno=error.errno)
             self._audit.event("undelivered", f"{connection.record},{members}")
+            connection.unsent = None
             if error.errno != errno.ETOOMANYREFS:
                 self._hang_up(connection)
                 return False
             # Our own share is far below; others of this uid may have used up the rest.
             text = "too many descriptors are under way; receive what was sent, then ask again"
             error_frame = self._dispatch.error(reply.request_id, Kind.REFUSED, Reason.LIMIT, text)
-            connection.unsent = None
             return self._send(connection, Unsent(error_frame, [], reply.request_id))
         if reply.descriptors:
-            self._flight.add(connection, len(reply.descriptors))
+            if connection.unsent is not reply:
+                self._flight.add(connection, len(reply.descriptors))
             close_all(reply.descriptors)
         return True
 

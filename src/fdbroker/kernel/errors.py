@@ -27,3 +27,17 @@ class SyscallError(OSError):
         number = self.errno or 0
         name = errno.errorcode.get(number, f"errno {number}")
         return f"{self.call}({inside}): {name}, {self.strerror}"
+
+
+_named: dict[type[OSError], type[SyscallError]] = {OSError: SyscallError}
+
+
+def renamed(error: OSError, call: str, **arguments: object) -> SyscallError:
+    """Return an error of Python's own wrappers as one that names the call; for `raise ... from None`.
+
+    It stays what it was besides: a ConnectionResetError is still caught as one.
+    """
+    kind = type(error)
+    if kind not in _named:
+        _named[kind] = type(f"Syscall{kind.__name__}", (SyscallError, kind), {})
+    return _named[kind](error.errno or errno.EIO, call, **arguments)

@@ -14,7 +14,7 @@ import os
 import struct
 from typing import NamedTuple
 
-from fdbroker.kernel.errors import SyscallError
+from fdbroker.kernel.errors import SyscallError, renamed
 from fdbroker.kernel.libc import LIBC, SYS_GETDENTS64, SYS_OPENAT2
 
 # From linux/openat2.h, Linux 5.6.
@@ -89,7 +89,10 @@ def open_proc_self_fd() -> int:
 
     It speaks of the process that opened it, so open it after the last fork.
     """
-    return os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise renamed(error, "open", path="/proc/self/fd", flags="O_PATH|O_DIRECTORY") from None
 
 
 _READ_AT_ONCE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -104,10 +107,15 @@ def reopen_for_reading(proc_self_fd: int, descriptor: int) -> int:
     the same descriptor and can't change. The caller owns what is returned.
 
     Raises:
-        OSError: EAGAIN (a lease), EACCES (Landlock), ENFILE, EMFILE, ...
+        SyscallError: EAGAIN (a lease), EACCES (Landlock), ENFILE, EMFILE, ...
 
     """
-    opened = os.open(str(descriptor), _READ_AT_ONCE, dir_fd=proc_self_fd)
+    try:
+        opened = os.open(str(descriptor), _READ_AT_ONCE, dir_fd=proc_self_fd)
+    except OSError as error:
+        raise renamed(
+            error, "openat", directory=proc_self_fd, path=descriptor, flags="O_RDONLY|O_NONBLOCK|O_NOCTTY"
+        ) from None
     try:
         os.set_blocking(opened, True)
     except BaseException:
@@ -116,15 +124,19 @@ def reopen_for_reading(proc_self_fd: int, descriptor: int) -> int:
     return opened
 
 
-def has_lost_its_name(proc_self_fd: int, descriptor: int) -> bool:
-    """Return whether the name by which the object was found is gone.
+def has_lost_its_name(proc_self_fd: int, descriptor: int, path: bytes) -> bool:
+    """Return whether the object is no longer at the absolute `path` by which it was found.
 
     A link count of 1 means one name, but not which: the name that we used may
     have been removed while another one stays. Check the count first, then
-    `wait_for_changes_of_names` in its directory, then this. A file whose name
-    really ends in " (deleted)" counts as gone.
+    `wait_for_changes_of_names` in its directory, then this. The whole path is
+    compared: a name that was moved to another directory may be removed there,
+    under that directory's lock.
     """
-    return os.readlink(str(descriptor), dir_fd=proc_self_fd).endswith(" (deleted)")
+    try:
+        return os.readlink(b"%d" % descriptor, dir_fd=proc_self_fd) != path
+    except OSError as error:
+        raise renamed(error, "readlinkat", directory=proc_self_fd, path=descriptor) from None
 
 
 class FilesystemFacts(NamedTuple):

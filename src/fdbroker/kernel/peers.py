@@ -15,7 +15,7 @@ import socket
 import struct
 from typing import NamedTuple
 
-from fdbroker.kernel.errors import SyscallError
+from fdbroker.kernel.errors import SyscallError, renamed
 from fdbroker.kernel.libc import LIBC
 
 SO_PEERGROUPS = 59  # Linux 4.13
@@ -55,7 +55,10 @@ class PidfdInfo(NamedTuple):
 
 def peer_credentials(sock: socket.socket) -> bytes:
     """Return SO_PEERCRED as the raw 12 bytes, which compare with SCM_CREDENTIALS; see `read_ucred`."""
-    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    except OSError as error:
+        raise renamed(error, "getsockopt", descriptor=sock.fileno(), option="SO_PEERCRED") from None
 
 
 def read_ucred(raw: bytes) -> Ucred:
@@ -96,7 +99,7 @@ def peer_pidfd(sock: socket.socket) -> int | None:
     The caller owns it; it is close-on-exec.
 
     Raises:
-        OSError: the peer is gone (ESRCH, EINVAL, by kernel), or there was none (ENODATA).
+        SyscallError: the peer is gone (ESRCH, EINVAL, by kernel), or there was none (ENODATA).
 
     """
     try:
@@ -104,7 +107,7 @@ def peer_pidfd(sock: socket.socket) -> int | None:
     except OSError as error:
         if error.errno == errno.ENOPROTOOPT:
             return None
-        raise
+        raise renamed(error, "getsockopt", descriptor=sock.fileno(), option="SO_PEERPIDFD") from None
 
 
 def has_exited(pidfd: int) -> bool:
@@ -118,10 +121,13 @@ def pidfd_info_raw(pidfd: int) -> bytes:
     """Return the 64 bytes of PIDFD_GET_INFO (Linux 6.13); see `read_pidfd_info`.
 
     Raises:
-        OSError: ENOTTY, EINVAL: the kernel is older; ESRCH: the process is gone.
+        SyscallError: ENOTTY, EINVAL: the kernel is older; ESRCH: the process is gone.
 
     """
-    return fcntl.ioctl(pidfd, PIDFD_GET_INFO, _PIDFD_REQUEST)
+    try:
+        return fcntl.ioctl(pidfd, PIDFD_GET_INFO, _PIDFD_REQUEST)
+    except OSError as error:
+        raise renamed(error, "ioctl", descriptor=pidfd, request="PIDFD_GET_INFO") from None
 
 
 def same_process_now(now: bytes, before: bytes) -> bool:

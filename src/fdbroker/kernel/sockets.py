@@ -15,7 +15,7 @@ import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel.descriptors import Descriptors
-from fdbroker.kernel.errors import SyscallError
+from fdbroker.kernel.errors import SyscallError, renamed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,10 +63,16 @@ def receive(sock: socket.socket, size: int) -> Received:
         SyscallError: EMFILE: the kernel dropped descriptors (MSG_CTRUNC),
             mostly because this process may have no more; those that did come
             were closed.
-        OSError: from recvmsg(2).
+        SyscallError: from recvmsg(2): ECONNRESET and others.
+        BlockingIOError: nothing is there.
 
     """
-    data, ancillary, flags, _ = sock.recvmsg(size, _ANCILLARY_SPACE, _RECEIVE_FLAGS)
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(size, _ANCILLARY_SPACE, _RECEIVE_FLAGS)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise renamed(error, "recvmsg", descriptor=sock.fileno(), size=size) from None
     descriptors = _NONE
     credentials = None
     for level, kind, content in ancillary:
@@ -94,13 +100,21 @@ def send(sock: socket.socket, data: bytes, descriptors: Sequence[int] = (), *, w
         ValueError: more than 253 descriptors, the kernel's limit.
         SyscallError: a message socket took only a part (can't happen on
             SEQPACKET and DGRAM by unix(7)).
-        OSError: from sendmsg(2): EPIPE, ECONNRESET, EAGAIN, EMSGSIZE, ETOOMANYREFS.
+        SyscallError: from sendmsg(2): EPIPE, ECONNRESET, EMSGSIZE, ETOOMANYREFS.
+        BlockingIOError: there is no room.
 
     """
     if len(descriptors) > SCM_MAX_FD:
         raise ValueError(f"a message carries at most {SCM_MAX_FD} descriptors, not {len(descriptors)}")
     ancillary = [(_SOL_SOCKET, _SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-    sent = sock.sendmsg([data], ancillary, _SEND_WAITING if wait else _SEND_AT_ONCE)
+    try:
+        sent = sock.sendmsg([data], ancillary, _SEND_WAITING if wait else _SEND_AT_ONCE)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise renamed(
+            error, "sendmsg", descriptor=sock.fileno(), length=len(data), descriptors=len(descriptors)
+        ) from None
     if sent != len(data):
         raise SyscallError(errno.EMSGSIZE, "sendmsg", length=len(data), sent=sent)
 
@@ -116,7 +130,7 @@ def refuse_descriptors(sock: socket.socket) -> bool:
     except OSError as error:
         if error.errno == errno.ENOPROTOOPT:
             return False
-        raise
+        raise renamed(error, "setsockopt", descriptor=sock.fileno(), option="SO_PASSRIGHTS") from None
     return True
 
 
@@ -134,5 +148,8 @@ def bytes_not_received(sock: socket.socket) -> int:
     0 means that every descriptor that was sent is out of flight: the kernel's
     word, which needs no acknowledgement by the peer.
     """
-    answer = fcntl.ioctl(sock.fileno(), SIOCOUTQ, b"\0\0\0\0")
+    try:
+        answer = fcntl.ioctl(sock.fileno(), SIOCOUTQ, b"\0\0\0\0")
+    except OSError as error:
+        raise renamed(error, "ioctl", descriptor=sock.fileno(), request="SIOCOUTQ") from None
     return int(struct.unpack("=i", answer)[0])

@@ -55,6 +55,10 @@ def start_broker(start: Start) -> NoReturn:
     entry = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "broker", "entry.py")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # Whatever root had there (a terminal, a secret) is none of the broker's business.
+    nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.dup2(nothing, 0)
+    os.close(nothing)
     os.chdir("/")
     os.umask(0o777)
     if start.policy["read_only_view"] == "required":

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from fdbroker.policy.globs import Glob
 
-# A client that names ever new directories fills this and pays for it itself.
+# A client that names ever new directories fills this again and again: for all clients of the same
+# rules, who then wait for a directory's rules to be read, and get the same answers.
 MAX_REMEMBERED_DIRECTORIES = 4096
 MAX_VIEWS = 1024
 _NOT_NAMES = frozenset({b"", b".", b".."})
@@ -238,10 +239,9 @@ class ActionView:
 class View:
     """The part of one policy that is about one client: an `ActionView` per action."""
 
-    __slots__ = ("actions", "policy")
+    __slots__ = ("actions",)
 
     def __init__(self, policy: RuleSet, rules: Sequence[Rule]) -> None:
-        self.policy = policy
         self.actions = {
             action: ActionView(
                 policy, [rule for rule in rules if action in rule.actions and _serves(rule, action)]

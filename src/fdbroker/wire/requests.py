@@ -40,12 +40,12 @@ def encode_hello(request_id: int = 0) -> bytes:
 
 
 def encode_open(request_id: int, paths: Sequence[bytes]) -> bytes:
-    """Return an open request; see `encode_paths` for what is refused."""
+    """Return an open request; ValueError: not 1 to 253 paths, a NUL, or too long together."""
     return _encode_paths(Type.OPEN, request_id, paths)
 
 
 def encode_stat(request_id: int, paths: Sequence[bytes]) -> bytes:
-    """Return a stat request; see `encode_paths` for what is refused."""
+    """Return a stat request; ValueError: not 1 to 253 paths, a NUL, or too long together."""
     return _encode_paths(Type.STAT, request_id, paths)
 
 

@@ -1,0 +1,59 @@
+"""The sources and an interpreter where every uid can reach them, wherever the checkout and its venv are."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from tests.running_broker import reachable_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# The command with what it needs, all of it pure Python.
+_PACKAGES = ("fdbroker", "click", "rich", "pygments", "markdown_it", "mdurl")
+_BEING_WRITTEN = shutil.ignore_patterns(
+    "*.pyc.*"
+)  # bytecode before it gets its name, by whoever runs beside us
+
+
+class ForOtherUsers(NamedTuple):
+    """An interpreter, to be run with -P and PYTHONPATH `directory`, where the packages are."""
+
+    python: str
+    directory: Path
+
+
+@contextlib.contextmanager
+def for_other_users() -> Iterator[ForOtherUsers]:
+    """Copy the packages to a reachable directory; skip the test where the interpreter is out of reach.
+
+    The interpreter is the one that the venv was made from: that of the venv is
+    as far out of reach as the venv, and a checkout below /root is out of reach.
+    """
+    python = os.path.realpath(sys.executable)
+    if not _others_can_execute(python):
+        pytest.skip(f"the interpreter {python} is out of reach for other users")
+    with reachable_directory() as directory:
+        for name in _PACKAGES:
+            spec = importlib.util.find_spec(name)
+            assert spec is not None
+            assert spec.origin is not None
+            # With its bytecode and the times that this is checked by, as the other user can't write any.
+            shutil.copytree(Path(spec.origin).parent, directory / name, ignore=_BEING_WRITTEN)
+        for parent, _, files in os.walk(directory):
+            os.chmod(parent, 0o755)
+            for file in files:
+                os.chmod(os.path.join(parent, file), 0o644)
+        yield ForOtherUsers(python, directory)
+
+
+def _others_can_execute(path: str) -> bool:
+    return all(os.stat(part).st_mode & 0o001 for part in (path, *Path(path).parents))
