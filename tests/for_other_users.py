@@ -56,4 +56,4 @@ def for_other_users() -> Iterator[ForOtherUsers]:
 
 
 def _others_can_execute(path: str) -> bool:
-    return all(os.stat(part).st_mode & 0o001 for part in (path, *Path(path).parents))
+    return all(os.stat(part).st_mode & 0o001 for part in (Path(path), *Path(path).parents))
