@@ -51,10 +51,11 @@ def privsep_reader(uid: int) -> Iterator[Reader]:
 @contextmanager
 def fdbroker_reader(uid: int, socket: Path, batch: int) -> Iterator[Reader]:
     """Become `uid`, connect, give what reads paths by the client library."""
-    import fdbroker  # noqa: PLC0415 - the other side does not have it in memory
+    from fdbroker.client import connect  # noqa: PLC0415 - the other side does not have it in memory
 
+    # After all imports: the checkout may be out of reach for `uid`.
     _become(uid)
-    with fdbroker.connect(socket) as client:
+    with connect(socket) as client:
 
         def read_one_by_one(paths: list[bytes]) -> int:
             size = 0
