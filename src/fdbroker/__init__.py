@@ -5,8 +5,9 @@
     with fdbroker.connect() as client, client.open("/var/log/syslog") as file:
         ...
 
-Nothing is imported before it is asked for: the broker's own process loads this
-file as well, and has no business with its clients' code.
+Nothing is imported before it is asked for: whoever wants a part of the package,
+as the launcher and workers do, has no business with the client's code. (The
+broker's own process does not load this file at all; see broker/entry.py.)
 """
 
 from __future__ import annotations
@@ -81,14 +82,14 @@ def __getattr__(name: str) -> object:
     """Import what is asked for (PEP 562)."""
     if name == "__version__":
         # The version is said in pyproject.toml alone; sources that are not installed have none.
-        from importlib import metadata  # noqa: PLC0415 - not in the broker's process
+        from importlib import metadata  # noqa: PLC0415 - only when asked for
 
         try:
             return metadata.version("fdbroker")
         except metadata.PackageNotFoundError:
             return "0+unknown"
     if name in __all__:
-        from fdbroker import client  # noqa: PLC0415 - not in the broker's process
+        from fdbroker import client  # noqa: PLC0415 - only when asked for
 
         return getattr(client, name)
     raise AttributeError(f"module 'fdbroker' has no attribute {name!r}")

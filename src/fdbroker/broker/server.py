@@ -187,7 +187,9 @@ class Broker:
 
     def _take_or_refuse(self, sock: socket.socket, name: str) -> None:
         if len(self._connections) >= self._max_connections:
-            self._refuse(sock, name, "the broker has too many connections", member_text(reason="connections"))
+            with sock:
+                members = member_text(reason="connections")
+                self._refuse(sock, name, "the broker has too many connections", members)
             return
         try:
             connection = self.adopt(sock, name)
@@ -203,12 +205,10 @@ class Broker:
             self._drop(connection)
 
     def _refuse(self, sock: socket.socket, name: str, text: str, members: str) -> None:
-        """Say why a connection is not served, and close it."""
+        """Record and say why a connection is not served; the caller closes it."""
         self._refused += 1
         self._audit.event("connection_refused", f"{member_text(socket=name)},{members}")
         self._send_error(sock, 0, Kind.REFUSED, Reason.LIMIT, text)
-        if sock.fileno() not in self._connections:
-            sock.close()
 
     def _accept_to_refuse(self, listener: socket.socket, name: str) -> None:
         """Out of descriptors: without this the listener would stay ready, and the loop would spin."""
@@ -217,7 +217,9 @@ class Broker:
             self._spare = -1
         try:
             sock, _ = listener.accept()
-            self._refuse(sock, name, "the broker has no descriptors left", member_text(reason="descriptors"))
+            with sock:
+                members = member_text(reason="descriptors")
+                self._refuse(sock, name, "the broker has no descriptors left", members)
         except OSError as error:
             # The whole system is out of files (ENFILE): the listener rests a while, the connections go on.
             self._audit.event("accept_failed", member_text(socket=name, errno=error.errno))
@@ -271,14 +273,10 @@ class Broker:
 
     def _on_other_event(self, connection: Connection, events: int) -> None:
         """Whatever is not simply the next request."""
-        if events & _GONE:
+        if events & _GONE and connection.state is not State.CLOSING:
             # Nobody is left to answer, and a decision nobody hears of is not made. But it may be that
             # both directions were shut down by a client that lives on, with its queue: then that counts on.
-            self._discard_unsent(connection)
-            if self._flight.settle(connection):
-                self._drop(connection)
-            elif connection.state is not State.CLOSING:
-                self._wait_for(connection, State.CLOSING)
+            self._hang_up(connection)
         elif connection.state is State.SENDING:
             self._send_what_waits(connection)
         elif connection.state is State.READING:
