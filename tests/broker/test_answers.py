@@ -302,6 +302,7 @@ FAILURES = [
     (errno.EXDEV, "crosses_mount", errno.EXDEV, "crosses_mount"),
     (errno.EAGAIN, "busy", errno.EAGAIN, "busy"),
     (errno.EACCES, "denied", errno.EACCES, "kernel_denied"),
+    (errno.EPERM, "denied", errno.EACCES, "kernel_denied"),
     (errno.ENAMETOOLONG, "path_invalid", errno.ENAMETOOLONG, "path_too_long"),
     (7777, "broken", 7777, "unknown"),
 ]

@@ -795,3 +795,30 @@ def test_rules_for_two_users_serve_each_its_own(reachable: Path) -> None:
         assert in_child(client, uid=CLIENT_UID) == ["ok", "denied"]
         assert in_child(client, uid=OTHER_UID) == ["denied", "ok"]
         assert in_child(client) == ["denied", "denied"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_audit_by_a_pipe_or_a_socket_has_room_for_the_largest_request(reachable: Path, kind: str) -> None:
+    """A pipe has 64 KiB as it is made, and the records of 253 paths are longer."""
+    tree = reachable / "tree"
+    tree.mkdir()
+    fill(tree)
+    if kind == "pipe":
+        read_end, write_end = os.pipe()
+    else:
+        pair = socket.socketpair()
+        read_end, write_end = pair[0].detach(), pair[1].detach()
+    try:
+        os.set_blocking(read_end, False)
+        with (
+            running_broker(reachable, policy(tree), audit="-", stdout=write_end) as broker,
+            Speaker.connect(broker.socket) as speaker,
+        ):
+            opened = speaker.open(*[bytes(tree / "file")] * 253)
+            assert [entry.reason for entry in opened] == ["ok"] * 253
+        text = read_all(read_end)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+    assert len(text) > 65536
+    assert [record["event"] for record in read_audit(text)] == ["started", *["open"] * 253, "stopped"]
