@@ -309,24 +309,23 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("number", "reason", "told", "audited"), FAILURES)
-@pytest.mark.parametrize("call", ["open_path_beneath", "reopen_for_reading"])
-def test_every_failing_call_is_a_refusal_that_is_recorded(
-    stepped: SteppedBroker, monkeypatch: pytest.MonkeyPatch, call: str, number: int, reason: str, told: int,
-    audited: str,
-) -> None:  # fmt: skip
+def test_every_failure_to_open_is_a_refusal_that_is_recorded(
+    stepped: SteppedBroker, monkeypatch: pytest.MonkeyPatch, number: int, reason: str, told: int, audited: str
+) -> None:
     def fail(*_arguments: object, **_more: object) -> int:
-        raise SyscallError(number, call)
+        raise SyscallError(number, "openat2")
 
     speaker = stepped.join()
-    monkeypatch.setattr(opening, call, fail)
+    monkeypatch.setattr(opening, "open_regular_beneath", fail)
     opened = speaker.open_one(bytes(stepped.tree / "file"))
     assert opened == (reason, told, None)
     assert reason_in_audit(stepped) == audited
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EXDEV, errno.EACCES, errno.ENOENT, 7777])
+@pytest.mark.parametrize("call", ["open_path_beneath", "reopen_for_reading"])
 def test_failing_call_under_a_condition_tells_nothing(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:
     def fail(*_arguments: object, **_more: object) -> int:
         raise OSError(number, "it failed")
@@ -334,7 +333,7 @@ def test_failing_call_under_a_condition_tells_nothing(
     compiled = policy(tree, rule("some", where={"size": {"min": 0}}))
     with SteppedBroker(tree, compiled, audit=tmp_path / "audit") as broker:
         speaker = broker.join()
-        monkeypatch.setattr(opening, "open_path_beneath", fail)
+        monkeypatch.setattr(opening, call, fail)
         assert speaker.open_one(bytes(tree / "file")) == ("denied", errno.EACCES, None)
         assert reason_in_audit(broker) not in {"denied", "ok"}
 
@@ -346,7 +345,7 @@ def test_error_without_a_number_is_a_refusal_as_well(
         raise OSError
 
     speaker = stepped.join()
-    monkeypatch.setattr(opening, "open_path_beneath", fail)
+    monkeypatch.setattr(opening, "open_regular_beneath", fail)
     assert speaker.open_one(bytes(stepped.tree / "file")) == ("broken", errno.EIO, None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given as given_that
@@ -23,9 +24,9 @@ from fdbroker.client.engine import (
     State,
     StatPaths,
     batches,
-    item,
+    sendable,
 )
-from fdbroker.client.errors import BrokerError, LimitError, ProtocolError
+from fdbroker.client.errors import BrokerError, LimitError, PathInvalidError, ProtocolError
 from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.wire.format import HEADER, MAX_FRAME, Kind, Reason
 from fdbroker.wire.messages import (
@@ -51,6 +52,9 @@ from fdbroker.wire.replies import (
 )
 from fdbroker.wire.requests import decode_request
 from tests.client.brokers import welcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 DENIED = refused(Reason.DENIED)
 SOME_STAT = FileStat(1, 2, 3, 4, 5, 6, 7, 8, 9)
@@ -349,35 +353,33 @@ def test_arbitrary_bytes_never_leak_a_descriptor_and_raise_one_kind_of_error(dat
 def test_batches_keep_the_order_and_fit(
     paths: list[bytes], most: int, max_paths: int, max_frame: int
 ) -> None:
-    made = list(batches(map(item, paths), most, lambda: Limits(max_paths, max_frame)))
-    assert [one.path for batch in made for one in batch] == paths
+    made = list(batches(paths, most, lambda: Limits(max_paths, max_frame)))
+    assert [one for batch in made for one in batch.given] == paths
+    assert [one for batch in made for one in batch.paths] == [path for path in paths if b"\0" not in path]
     for batch in made:
-        assert 1 <= len(batch) <= min(most, max_paths)
-        sent = [one.path for one in batch if one.error is None]
-        if sent:
+        assert 1 <= len(batch.given) <= min(most, max_paths)
+        assert [one for place, one in enumerate(batch.given) if place not in batch.errors] == batch.paths
+        if batch.paths:
             engine = greeted(max_paths=max_paths, max_frame=max_frame)
-            engine.request(OpenPaths(sent))
+            engine.request(OpenPaths(batch.paths))
 
 
 def test_a_batch_is_as_long_as_a_frame_allows() -> None:
     # 16 paths of 4,095 bytes with their NULs are 65,535 bytes: over with the header.
     path = b"/" + b"x" * 4094
-    assert [len(batch) for batch in batches(map(item, [path] * 31), 253, lambda: VERSION_LIMITS)] == [
-        15,
-        15,
-        1,
-    ]
+    made = batches([path] * 31, 253, lambda: VERSION_LIMITS)
+    assert [len(batch.paths) for batch in made] == [15, 15, 1]
 
 
 def test_batches_read_no_further_than_they_must() -> None:
     read = []
 
-    def paths() -> object:
+    def paths() -> Iterator[bytes]:
         for number in range(100):
             read.append(number)
-            yield item(b"/a")
+            yield b"/a"
 
-    made = batches(paths(), 3, lambda: VERSION_LIMITS)  # type: ignore[arg-type]
+    made = batches(paths(), 3, lambda: VERSION_LIMITS)
     next(made)
     assert len(read) == 3
 
@@ -389,15 +391,18 @@ def test_a_batch_of_nothing_is_a_value_error() -> None:
 
 @pytest.mark.parametrize("path", ["/a", b"/a", os.fsdecode(b"/caf\xe9"), b"/caf\xe9", "", "relative"])
 def test_a_path_is_sent_as_it_is_for_the_broker_to_judge(path: str | bytes) -> None:
-    assert item(path) == (path, os.fsencode(path), None)
+    assert sendable(path) == os.fsencode(path)
 
 
 @pytest.mark.parametrize("path", ["/a\0b", b"\0", "/" + "x" * 5000])
 def test_a_path_that_no_frame_carries_has_its_error(path: str | bytes) -> None:
-    assert item(path).error is not None
+    with pytest.raises(PathInvalidError):
+        sendable(path)
+    [batch] = batches(["/a", path, "/b"], 9, lambda: VERSION_LIMITS)
+    assert (batch.given, batch.paths, list(batch.errors)) == (["/a", path, "/b"], [b"/a", b"/b"], [1])
 
 
 @pytest.mark.parametrize("path", [1, None, [b"/a"]])
 def test_what_is_no_path_is_a_type_error(path: object) -> None:
     with pytest.raises(TypeError):
-        item(path)  # type: ignore[arg-type]
+        sendable(path)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from fdbroker.kernel.files import (
     DirectoryEntry,
     has_lost_its_name,
     open_path_beneath,
+    open_regular_beneath,
     read_directory,
     reopen_for_reading,
     wait_for_changes_of_names,
@@ -67,7 +68,6 @@ _OF_OBJECT = {
 # Failures of the broker as a whole. They say nothing of the object.
 _OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _PAGE = 256
-_KIND, _REGULAR = 0o170000, 0o100000  # S_IFMT, S_IFREG
 _LIST_TRIES = 4
 _MAX_GIVEN = 4096  # rules of old policies must not pile up
 _LIST_HEAD = 12 + 8 + 8  # header, result, cookie
@@ -135,25 +135,33 @@ class Opener:
             if not decision.allowed:
                 outcomes.append(_refusal(decision))
                 continue
-            held = -1
             try:
                 root = roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
-                held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
-                facts = os.fstat(held)
-                rule = decision.rule
-                if facts.st_mode & _KIND != _REGULAR or not decision.plain or root.cross_mounts:
-                    refusal, rule = self._judge_file(decision, root, path, held, facts, client_uid)
-                    if refusal is not None:
-                        outcomes.append(refusal)
-                        continue
-                descriptors.append(reopen_for_reading(proc_self_fd, held))
-                outcomes.append(given.get(rule) or self._give(rule))
+                opened = None
+                if decision.plain and not root.cross_mounts:
+                    opened = open_regular_beneath(root.descriptor, path[root.skip :] or b".", proc_self_fd)
+                if opened is None:
+                    outcomes.append(self._open_judged(decision, root, path, client_uid, descriptors))
+                else:
+                    descriptors.append(opened)
+                    outcomes.append(given.get(decision.rule) or self._give(decision.rule))
             except OSError as error:
                 outcomes.append(_failure(decision, error))
-            finally:
-                if held >= 0:
-                    os.close(held)
         return outcomes
+
+    def _open_judged(
+        self, decision: NameDecision, root: HeldRoot, path: bytes, client_uid: int, descriptors: list[int]
+    ) -> Outcome:
+        """Open a path about whose object something is to be asked, or to be said."""
+        held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
+        try:
+            refusal, rule = self._judge_file(decision, root, path, held, os.fstat(held), client_uid)
+            if refusal is not None:
+                return refusal
+            descriptors.append(reopen_for_reading(self._proc_self_fd, held))
+            return self._given.get(rule) or self._give(rule)
+        finally:
+            os.close(held)
 
     def _give(self, rule: Rule | None) -> Outcome:
         if len(self._given) >= _MAX_GIVEN:

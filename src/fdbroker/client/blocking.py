@@ -23,7 +23,7 @@ from fdbroker.client.engine import (
     StatPaths,
     TooLargeError,
     batches,
-    item,
+    sendable,
 )
 from fdbroker.client.errors import (
     BrokerError,
@@ -40,12 +40,12 @@ from fdbroker.wire.format import MAX_FRAME, MAX_PATHS
 from fdbroker.wire.messages import GIVEN, ErrorReply, ListReply, OpenReply, StatReply, StatusReply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from io import BufferedReader
     from types import TracebackType
     from typing import Self
 
-    from fdbroker.client.engine import Answer, Item, Question, StrOrBytesPath
+    from fdbroker.client.engine import Answer, Batch, Question, StrOrBytesPath
     from fdbroker.wire.messages import FileStat, ListEntry, Welcome
 
 DEFAULT_SOCKET = "/run/fdbroker/broker.seqpacket"
@@ -220,7 +220,7 @@ class Client:
 
     def open_descriptor(self, path: StrOrBytesPath) -> int:
         """Return the file as a descriptor, which the caller has to close. Raises as `open` does."""
-        asked = _single(path)
+        asked = sendable(path)
         answer = self._ask(OpenPaths([asked]))
         with answer.descriptors as descriptors:
             reply = answer.reply
@@ -273,7 +273,7 @@ class Client:
 
     def stat(self, path: StrOrBytesPath) -> FileStat:
         """Return the stat record of any kind of file; a symbolic link's own. Raises as `open` does."""
-        asked = _single(path)
+        asked = sendable(path)
         answer = self._ask(StatPaths([asked]))
         if isinstance(answer.reply, StatReply):
             facts = answer.reply.results[0][1]
@@ -324,7 +324,7 @@ class Client:
             BrokerError: as `open`; from the iterator as well.
 
         """
-        asked = _single(path)
+        asked = sendable(path)
         return self._entries(asked, self._page(asked, 0, page), page)
 
     def _entries(self, path: bytes, first: ListReply, most: int) -> Generator[ListEntry, None, None]:
@@ -358,24 +358,24 @@ class Client:
         paths: Iterable[StrOrBytesPath],
         batch: int,
         ask: type[OpenPaths | StatPaths],
-        deliver: Callable[[Sequence[Item], Answer | None], Generator[_Result, None, None]],
+        deliver: Callable[[Batch, Answer | None], Generator[_Result, None, None]],
     ) -> Generator[_Result, None, None]:
         """Yield what `deliver` makes of each path; while a batch is delivered the next one is under way.
 
         The lock is not held while this is suspended, so whoever iterates may use the client.
         """
-        waiting = batches(map(item, paths), batch, self._limits)
-        calls: deque[tuple[Sequence[Item], Call | None]] = deque()
+        waiting = batches(paths, batch, self._limits)
+        calls: deque[tuple[Batch, Call | None]] = deque()
         try:
             failure = self._start_next(waiting, ask, calls)
             while calls:
-                items, call = calls[0]
+                asked, call = calls[0]
                 answer = None if call is None else self._finish(call)
                 calls.popleft()
                 with contextlib.nullcontext() if answer is None else answer.descriptors:
                     # An error there must not take away what has come already.
                     failure = failure or self._start_next(waiting, ask, calls)
-                    yield from deliver(items, answer)
+                    yield from deliver(asked, answer)
             if failure is not None:
                 raise failure
         finally:
@@ -385,24 +385,23 @@ class Client:
 
     def _start_next(
         self,
-        waiting: Iterator[Sequence[Item]],
+        waiting: Iterator[Batch],
         ask: type[OpenPaths | StatPaths],
-        calls: deque[tuple[Sequence[Item], Call | None]],
+        calls: deque[tuple[Batch, Call | None]],
     ) -> Exception | None:
         """Send the next batch and append it to `calls`; return the error of that, or of the paths."""
         try:
-            items = next(waiting, None)
-            if items is None:
+            asked = next(waiting, None)
+            if asked is None:
                 return None
-            paths = [one.path for one in items if one.error is None]
-            call = Call(ask(paths)) if paths else None
+            call = Call(ask(asked.paths)) if asked.paths else None
             if call is not None:
                 deadline = self._take_turn()
                 try:
                     self._send_ahead(call, deadline)
                 finally:
                     self._lock.release()
-            calls.append((items, call))
+            calls.append((asked, call))
         except Exception as error:  # noqa: BLE001 - raised by the caller, when it is its turn
             return error
         return None
@@ -521,14 +520,6 @@ def _check_many(paths: object, batch: int) -> None:
         raise ValueError(f"a batch has 1 to {MAX_PATHS} paths, not {batch}")
 
 
-def _single(path: StrOrBytesPath) -> bytes:
-    """Return a path as it is sent; raise what keeps it from being sent."""
-    one = item(path)
-    if one.error is not None:
-        raise one.error
-    return one.path
-
-
 def _error_of(answer: Answer, at: int, path: bytes) -> BrokerError:
     """Return the exception for what was not given: the whole request's, or that of its result `at`."""
     reply = answer.reply
@@ -544,32 +535,38 @@ def _error_of(answer: Answer, at: int, path: bytes) -> BrokerError:
     return error_of_result(result, path, answer.id)
 
 
-def _opened(items: Sequence[Item], answer: Answer | None) -> Generator[OpenedFile, None, None]:
+def _opened(asked: Batch, answer: Answer | None) -> Generator[OpenedFile, None, None]:
+    if answer is not None and len(answer.descriptors) == len(asked.given):
+        # As it mostly is: all were given.
+        take = answer.descriptors.take
+        for given in asked.given:
+            yield OpenedFile(given, take())
+        return
     reply = None if answer is None else answer.reply
     results = reply.results if isinstance(reply, OpenReply) else None
     at = 0
-    for one in items:
-        if one.error is not None or answer is None:
-            yield OpenedFile(one.given, error=one.error)
+    for place, given in enumerate(asked.given):
+        if answer is None or place in asked.errors:
+            yield OpenedFile(given, error=asked.errors[place])
             continue
         if results is not None and results[at] is GIVEN:
-            yield OpenedFile(one.given, answer.descriptors.take())
+            yield OpenedFile(given, answer.descriptors.take())
         else:
-            yield OpenedFile(one.given, error=_error_of(answer, at, one.path))
+            yield OpenedFile(given, error=_error_of(answer, at, asked.paths[at]))
         at += 1
 
 
-def _described(items: Sequence[Item], answer: Answer | None) -> Generator[DescribedFile, None, None]:
+def _described(asked: Batch, answer: Answer | None) -> Generator[DescribedFile, None, None]:
     reply = None if answer is None else answer.reply
     results = reply.results if isinstance(reply, StatReply) else None
     at = 0
-    for one in items:
-        if one.error is not None or answer is None:
-            yield DescribedFile(one.given, error=one.error)
+    for place, given in enumerate(asked.given):
+        if answer is None or place in asked.errors:
+            yield DescribedFile(given, error=asked.errors[place])
             continue
         facts = None if results is None else results[at][1]
-        error = None if facts is not None else _error_of(answer, at, one.path)
-        yield DescribedFile(one.given, facts, error)
+        error = None if facts is not None else _error_of(answer, at, asked.paths[at])
+        yield DescribedFile(given, facts, error)
         at += 1
 
 

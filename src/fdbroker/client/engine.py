@@ -18,6 +18,7 @@ from enum import IntEnum, auto
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.client.errors import (
+    PathInvalidError,
     error_of_reply,
     path_not_sendable,
     protocol_error,
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from typing import NoReturn
 
-    from fdbroker.client.errors import PathInvalidError
     from fdbroker.kernel.descriptors import Descriptors
     from fdbroker.wire.messages import Reply
 
@@ -373,57 +373,70 @@ class Engine:
         raise protocol_error(why, request_id)
 
 
-class Item(NamedTuple):
-    """One path of many. `given` is what the caller wrote; `error`: it can't be sent at all."""
+class Batch(NamedTuple):
+    """The paths of one request. `given`: as the caller wrote them; `paths`: those that are sent, in order.
 
-    given: StrOrBytesPath
-    path: bytes
-    error: PathInvalidError | None
+    `errors`: for each of `given` that can't be sent, by its place there, what keeps it.
+    """
+
+    given: list[StrOrBytesPath]
+    paths: list[bytes]
+    errors: dict[int, PathInvalidError]
 
 
-def item(given: StrOrBytesPath) -> Item:
-    """Return a path in the form that is sent, with what keeps it from being sent.
+def sendable(given: StrOrBytesPath) -> bytes:
+    """Return a path in the form that is sent.
 
     What the broker can judge is left to the broker.
 
     Raises:
+        PathInvalidError: it can't be sent at all.
         TypeError: neither text nor bytes nor a path object.
 
     """
-    path = given if isinstance(given, bytes) else os.fsencode(given)
+    path = given if type(given) is bytes else os.fsencode(given)
     if b"\0" in path:
-        return Item(given, path, path_not_sendable(path, errno.EINVAL, "it has a NUL byte in it"))
+        raise path_not_sendable(path, errno.EINVAL, "it has a NUL byte in it")
     if len(path) > _LONGEST_PATH:
-        return Item(given, path, path_not_sendable(path, errno.ENAMETOOLONG, f"it has {len(path)} bytes"))
-    return Item(given, path, None)
+        raise path_not_sendable(path, errno.ENAMETOOLONG, f"it has {len(path)} bytes")
+    return path
 
 
-def batches(items: Iterable[Item], most: int, limits: Callable[[], Limits]) -> Iterator[list[Item]]:
-    """Split `items` into lists whose sendable paths fit into one request; lazily, in order.
+def batches(paths: Iterable[StrOrBytesPath], most: int, limits: Callable[[], Limits]) -> Iterator[Batch]:
+    """Split `paths` into what fits into one request each; lazily, in order.
 
     `limits` is asked for each of them, since a broker that was restarted may have others.
 
     Raises:
         ValueError: `most` is below 1.
+        TypeError: as `sendable`. What was read before is lost with it.
 
     """
     if most < 1:
         raise ValueError(f"a batch has at least 1 path, not {most}")
-    batch: list[Item] = []
-    size = full = max_frame = 0
-    for one in items:
-        cost = 0 if one.error else len(one.path) + 1
-        if batch and size + cost > max_frame:
+    given, sent, errors = batch = Batch([], [], {})
+    room = full = 0
+    for one in paths:
+        try:
+            path = sendable(one)
+            error = None
+        except PathInvalidError as invalid:
+            path, error = b"", invalid
+        if given and len(path) >= room:
             yield batch
-            batch = []
-        if not batch:
+            given, sent, errors = batch = Batch([], [], {})
+        if not given:
             max_paths, max_frame = limits()
-            size, full = HEADER.size - 1, min(most, max_paths)
-        batch.append(one)
-        size += cost
+            room, full = max_frame - HEADER.size + 1, min(most, max_paths)
+        if error is None:
+            sent.append(path)
+            room -= len(path) + 1
+        else:
+            errors[len(given)] = error
+        given.append(one)
         # Not one path further is read, since the caller may make it only after this batch.
-        if len(batch) == full:
+        if len(given) == full:
             yield batch
-            batch = []
-    if batch:
+            given, sent, errors = batch = Batch([], [], {})
+    if given:
         yield batch

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # rules, who then wait for a directory's rules to be read, and get the same answers.
 MAX_REMEMBERED_DIRECTORIES = 4096
 MAX_VIEWS = 1024
-_NOT_NAMES = frozenset({b"", b".", b".."})
+_NOT_NAMES = (b"", b".", b"..")
 # What stands before the last slash of "/x" and of "//x", which is no path and must not be taken for "/x".
 _NOT_DIRECTORIES = frozenset({b"", b"/"})
 
@@ -104,8 +104,8 @@ class _RuleRemainder(NamedTuple):
     exclude: Remainder
 
     @property
-    def settled(self) -> bool:
-        return self.include.anything and self.exclude is NOTHING
+    def has_patterns(self) -> bool:
+        return bool(self.include.patterns or self.exclude.patterns)
 
     def matches(self, name: bytes) -> bool:
         return self.include.matches(name) and not self.exclude.matches(name)
@@ -114,10 +114,12 @@ class _RuleRemainder(NamedTuple):
 class _Directory:
     """The rules as they stand for the names in one directory.
 
-    `uniform` is the answer for every name, where there is one.
+    `named`: the answers for roots and for what is no name, and None for names
+    that some rule spells out. `others`: the one for every other name of up to
+    `longest_name` bytes, None where rules have patterns. None: ask `by_name`.
     """
 
-    __slots__ = ("_action", "_path", "_remainders", "_root", "_roots_here", "uniform")
+    __slots__ = ("_action", "_remainders", "_root", "longest_name", "named", "others")
 
     def __init__(
         self,
@@ -125,20 +127,22 @@ class _Directory:
         path: bytes,
         root: Root | None,
         remainders: Sequence[_RuleRemainder],
-        roots_here: frozenset[bytes],
+        roots_here: Iterable[bytes],
     ) -> None:
         self._action = action
-        self._path = path
         self._root = root
         self._remainders = tuple(remainders)
-        self._roots_here = roots_here
-        self.uniform: NameDecision | None = None
-        if not roots_here and all(entry.settled for entry in remainders):
-            self.uniform = action.combine(root, [entry.rule for entry in remainders])
+        self.longest_name = min(MAX_NAME_BYTES, MAX_PATH_BYTES - len(path) - 1)
+        self.named: dict[bytes, NameDecision | None] = {}
+        self.others: NameDecision | None = None
+        if not any(entry.has_patterns for entry in remainders):
+            for entry in remainders:
+                self.named.update(dict.fromkeys((*entry.include.names, *entry.exclude.names)))
+            self.others = action.combine(root, [entry.rule for entry in remainders if entry.include.anything])
+        for name in (*roots_here, *_NOT_NAMES):
+            self.named[name] = action.decide_whole(path + b"/" + name)
 
     def by_name(self, name: bytes) -> NameDecision:
-        if name in self._roots_here:
-            return self._action.decide_whole(self._path + b"/" + name)
         return self._action.combine(
             self._root, [entry.rule for entry in self._remainders if entry.matches(name)]
         )
@@ -167,9 +171,9 @@ class ActionView:
             if directory in _NOT_DIRECTORIES or problem_with_path(directory) is not None:
                 return self.decide_whole(path)
             rules = self._read_directory(directory)
-        if name in _NOT_NAMES or len(name) > MAX_NAME_BYTES or len(path) > MAX_PATH_BYTES:
+        if len(name) > rules.longest_name:
             return self.decide_whole(path)
-        return rules.uniform or rules.by_name(name)
+        return rules.named.get(name, rules.others) or rules.by_name(name)
 
     def decide_whole(self, path: bytes) -> NameDecision:
         """Decide on `path` from the rules, whole; what `decide` must agree with."""

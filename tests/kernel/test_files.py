@@ -1,0 +1,162 @@
+"""Opening below a directory: what is opened, what is not, and that no descriptor is left over."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fdbroker.kernel import files
+from fdbroker.kernel.errors import SyscallError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[int]:
+    """A held directory with a file of every kind."""
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "way").symlink_to("below")
+    (tmp_path / "below" / "file").write_bytes(b"deeper")
+    os.mkfifo(tmp_path / "fifo")
+    descriptor = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+def proc() -> Iterator[int]:
+    descriptor = files.open_proc_self_fd()
+    yield descriptor
+    os.close(descriptor)
+
+
+def count_open() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_regular_file_is_opened_for_reading_blocking_and_close_on_exec(directory: int, proc: int) -> None:
+    opened = files.open_regular_beneath(directory, b"below/file", proc)
+    assert opened is not None
+    with open(opened, "rb") as file:
+        assert file.read() == b"deeper"
+        flags = fcntl.fcntl(opened, fcntl.F_GETFL)
+        assert flags & os.O_ACCMODE == os.O_RDONLY
+        assert not flags & (os.O_NONBLOCK | os.O_PATH)
+        assert not os.get_inheritable(opened)
+
+
+@pytest.mark.parametrize("name", [b"below", b"fifo", b"link", b"."])
+def test_what_is_no_regular_file_is_not_opened(directory: int, proc: int, name: bytes) -> None:
+    before = count_open()
+    assert files.open_regular_beneath(directory, name, proc) is None
+    assert count_open() == before
+
+
+def test_writer_of_a_fifo_is_not_woken(directory: int, proc: int, tmp_path: Path) -> None:
+    assert files.open_regular_beneath(directory, b"fifo", proc) is None
+    # ENXIO: no reader has the FIFO open, nor had it long enough for a writer to be let in.
+    with pytest.raises(OSError) as caught:
+        os.open(tmp_path / "fifo", os.O_WRONLY | os.O_NONBLOCK)
+    assert caught.value.errno == errno.ENXIO
+
+
+@pytest.mark.parametrize(
+    ("path", "number"),
+    [
+        (b"missing", errno.ENOENT),
+        (b"file/", errno.ENOTDIR),
+        (b"file/x", errno.ENOTDIR),
+        (b"way/file", errno.ELOOP),
+        (b"../x", errno.EXDEV),
+        (b"/etc/passwd", errno.EXDEV),
+        (b"x" * 256, errno.ENAMETOOLONG),
+        # ctypes would cut it at the NUL, and a file of that name is there.
+        (b"file\0x", errno.EINVAL),
+    ],
+)
+def test_failure_names_the_call_and_leaves_nothing_open(
+    directory: int, proc: int, path: bytes, number: int
+) -> None:
+    before = count_open()
+    with pytest.raises(SyscallError, match="openat2") as caught:
+        files.open_regular_beneath(directory, path, proc)
+    assert caught.value.errno == number
+    assert count_open() == before
+
+
+def test_lease_of_somebody_else_is_busy_at_once(directory: int, proc: int, tmp_path: Path) -> None:
+    with open(tmp_path / "file", "rb+") as held:
+        fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        before = count_open()
+        with pytest.raises(OSError) as caught:
+            files.open_regular_beneath(directory, b"file", proc)
+        assert caught.value.errno == errno.EAGAIN
+        assert count_open() == before
+        fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+
+
+@pytest.mark.parametrize("call", ["fstat", "open", "set_blocking"])
+def test_failure_after_the_first_open_leaves_nothing_open(
+    directory: int, proc: int, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail(*_arguments: object, **_more: object) -> int:
+        raise OSError(errno.ENOMEM, "it failed")
+
+    before = count_open()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, fail)
+        with pytest.raises(OSError) as caught:
+            files.open_regular_beneath(directory, b"file", proc)
+    assert caught.value.errno == errno.ENOMEM
+    assert count_open() == before
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EINTR])
+@pytest.mark.parametrize("failures", [1, 5])
+def test_tree_that_moves_meanwhile_is_tried_again(
+    directory: int, proc: int, monkeypatch: pytest.MonkeyPatch, number: int, failures: int
+) -> None:
+    calls = 0
+    real = files._openat2
+
+    def flaky(*arguments: object) -> int:
+        nonlocal calls
+        calls += 1
+        if calls <= failures:
+            ctypes.set_errno(number)
+            return -1
+        return int(real(*arguments))
+
+    monkeypatch.setattr(files, "_openat2", flaky)
+    opened = files.open_regular_beneath(directory, b"file", proc)
+    assert opened is not None
+    assert stat.S_ISREG(os.fstat(opened).st_mode)
+    os.close(opened)
+
+
+def test_tree_that_never_rests_is_given_up(
+    directory: int, proc: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def moving(*_arguments: object) -> int:
+        nonlocal calls
+        calls += 1
+        ctypes.set_errno(errno.EAGAIN)
+        return -1
+
+    monkeypatch.setattr(files, "_openat2", moving)
+    with pytest.raises(SyscallError) as caught:
+        files.open_regular_beneath(directory, b"file", proc)
+    assert caught.value.errno == errno.EAGAIN
+    assert calls < 20
