@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import signal
 import stat
 from typing import TYPE_CHECKING
 
@@ -97,6 +98,8 @@ def test_failure_names_the_call_and_leaves_nothing_open(
 def test_lease_of_somebody_else_is_busy_at_once(directory: int, proc: int, tmp_path: Path) -> None:
     with open(tmp_path / "file", "rb+") as held:
         fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        # The holder is asked to let go by this signal, whose default is the end of the process.
+        fcntl.fcntl(held, fcntl.F_SETSIG, signal.SIGCHLD)
         before = count_open()
         with pytest.raises(OSError) as caught:
             files.open_regular_beneath(directory, b"file", proc)
