@@ -70,7 +70,8 @@ class Race:
 
     `ask` makes a client ask the broker once and count; `careless` makes one
     try in its own way and says whether what it got was right, or None if it
-    got nothing. `factor`: how many times more tries this race needs.
+    got nothing. `factor`: how many times more tries this race needs. `meets`:
+    a reason that the client is told sooner or later; it asks until then.
     """
 
     steps: Sequence[Callable[[], None]]
@@ -79,6 +80,7 @@ class Race:
     careless: Callable[[], bool | None]
     rules: Sequence[dict[str, Any]] = ()
     factor: int = 1
+    meets: str | None = None
 
     @property
     def least(self) -> int:
@@ -145,7 +147,12 @@ def _ask_often(broker: RunningBroker, race: Race, attack: Attack) -> Tally:
     before = attack.steps
     with Speaker.connect(broker.socket) as speaker:
         end = time.monotonic() + SECONDS
-        while tally.tries < race.least or attack.steps - before < LEAST_STEPS or not tally.good:
+        while (
+            tally.tries < race.least
+            or attack.steps - before < LEAST_STEPS
+            or not tally.good
+            or (race.meets is not None and race.meets not in tally.refused)
+        ):
             race.ask(speaker, tally)
             assert time.monotonic() < end, f"{tally}, {attack.steps - before} steps"
     tally.steps = attack.steps - before
