@@ -58,11 +58,7 @@ def fdbroker_reader(uid: int, socket: Path, batch: int) -> Iterator[Reader]:
     with connect(socket) as client:
 
         def read_one_by_one(paths: list[bytes]) -> int:
-            size = 0
-            for path in paths:
-                with client.open(path) as file:
-                    size += len(file.read())
-            return size
+            return sum(len(client.read_bytes(path)) for path in paths)
 
         def read_many(paths: list[bytes]) -> int:
             size = 0

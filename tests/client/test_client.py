@@ -68,6 +68,25 @@ def test_open_gives_a_binary_file_object(client: Client) -> None:
         assert not file.writable()
 
 
+@pytest.mark.parametrize("size", [0, 1, 65535, 65536, 65537, 300_000])
+def test_read_bytes_gives_all_that_is_in_a_file(fake: FakeBroker, client: Client, size: int) -> None:
+    fake[b"/data/any"] = content = os.urandom(size)
+    assert client.read_bytes("/data/any") == content
+
+
+def test_read_bytes_that_fails_is_an_error(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: object) -> bytes:
+        raise OSError(errno.EIO, "it failed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "read", fail)
+        with pytest.raises(OSError) as caught:
+            client.read_bytes("/data/a")
+    assert caught.value.errno == errno.EIO
+    with pytest.raises(PermissionError):
+        client.read_bytes("/data/secret")
+
+
 def test_what_is_opened_is_close_on_exec_read_only_and_not_shared(client: Client) -> None:
     first, second = client.open_descriptor("/data/a"), client.open_descriptor("/data/a")
     try:

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SOCKET = "/run/fdbroker/broker.seqpacket"
 DEFAULT_TIMEOUT = 30.0
+_READ_SIZE = 1 << 16  # bytes; small enough not to cost a page fault for each small file
 _LONGEST_TIMEOUT = 86400 * 20  # poll(2) counts milliseconds in 31 bits
 
 _Result = TypeVar("_Result")
@@ -227,6 +228,22 @@ class Client:
             if isinstance(reply, OpenReply) and reply.results[0] is GIVEN:
                 return descriptors.take()
             raise _error_of(answer, 0, asked)
+
+    def read_bytes(self, path: StrOrBytesPath) -> bytes:
+        """Return all that is in the file, as `pathlib.Path.read_bytes`; for files that fit into memory.
+
+        Raises:
+            OSError: reading failed. Otherwise as `open`.
+
+        """
+        descriptor = self.open_descriptor(path)
+        try:
+            parts = []
+            while data := os.read(descriptor, _READ_SIZE):
+                parts.append(data)
+            return b"".join(parts)
+        finally:
+            os.close(descriptor)
 
     def opener(self, path: StrOrBytesPath, flags: int) -> int:
         """Open for the built-in: `open(path, "rb", opener=client.opener)`, text modes as well.

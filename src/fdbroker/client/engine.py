@@ -224,7 +224,8 @@ class Engine:
         """
         request_id = self._next_id()
         frame = self._encode(request_id, question)
-        self._happens(Happening.REQUEST)
+        if self._state is not State.READY:  # which it stays; looking up members of an Enum is slow
+            self._happens(Happening.REQUEST)
         self._outstanding[request_id] = question
         return request_id, frame
 
@@ -298,7 +299,8 @@ class Engine:
         self._limits = Limits(min(reply.max_paths, MAX_PATHS), min(reply.max_frame, MAX_FRAME))
 
     def _answer(self, reply: Reply, descriptors: Descriptors) -> Answer | None:
-        self._happens(Happening.ANSWER, reply.id)
+        if self._state is not State.READY:
+            self._happens(Happening.ANSWER, reply.id)
         question = self._outstanding.pop(reply.id, None)
         if question is None:
             self._fail(f"a reply to request {reply.id}, which was not made or is answered already", reply.id)
