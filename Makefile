@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test races lint format bench constraints clean
+.PHONY: help setup demo test races lint format bench constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt scripts/setup
 $(VENV)/.ready-bench: $(VENV)/.ready
 	@scripts/setup $(EXTRAS),bench
 	@touch $@
+
+# What the demonstration needs is a part of what the tests need, and is there much sooner.
+$(VENV)/.ready-demo: pyproject.toml constraints.txt scripts/setup
+	@test -e $(VENV)/.ready || scripts/setup daemon,cli
+	@touch $@
+
+demo: $(VENV)/.ready-demo ## show it: a broker, files of three users, a scanner that may open none of them (as root)
+	@$(PYTHON) -I scripts/demo.py
 
 test: $(VENV)/.ready ## run all tests with branch coverage (as root: none is skipped)
 	@$(BIN)/python -m pytest -q $(or $(ARGS),--cov --cov-report=html)

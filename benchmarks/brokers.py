@@ -55,6 +55,7 @@ def make_policy(root: Path) -> dict[str, object]:
         # One client with 64 connections is what some of the series are about.
         "limits": {"connections_per_uid": 128, "in_flight_per_connection": 512},
         "audit": {"on_failure": "deny"},
+        "admins": {"uids": [], "gids": []},
         "read_only_view": "required",
     }
 

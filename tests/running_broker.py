@@ -49,6 +49,7 @@ def policy(tree: Path | str, *rules: dict[str, Any], **changes: object) -> dict[
         "limits": {"connections_per_uid": 64, "in_flight_per_connection": 512},
         "audit": {"on_failure": "deny"},
         "read_only_view": "required",
+        "admins": {"uids": [], "gids": []},
     } | changes
 
 
@@ -71,6 +72,7 @@ class RunningBroker:
         self.pid = process.pid
         self.socket = socket
         self.audit = audit
+        self.control = socket.with_name("control")  # where it is started with `with_control`
         self._errors = errors
 
     def errors(self) -> str:
@@ -107,6 +109,11 @@ class RunningBroker:
         """Stop it as an administrator would, and return its exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=20)
+
+
+def with_control(directory: Path) -> str:
+    """Return the option by which a broker in `directory` has a control socket."""
+    return f"--control={directory / 'control'}"
 
 
 def launcher_command(policy_file: Path, *options: str) -> list[str]:

@@ -9,10 +9,24 @@ import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.kernel import sockets
+from fdbroker.wire.client import (
+    ExplainReply,
+    ListReply,
+    OpenReply,
+    ReloadReply,
+    StatReply,
+    StatusReply,
+    decode_reply,
+    encode_explain,
+    encode_hello,
+    encode_list,
+    encode_open,
+    encode_reload,
+    encode_stat,
+    encode_status,
+)
 from fdbroker.wire.format import MAX_FRAME, Status
-from fdbroker.wire.messages import ErrorReply, ListReply, OpenReply, StatReply, StatusReply, Welcome
-from fdbroker.wire.replies import decode_reply
-from fdbroker.wire.requests import encode_hello, encode_list, encode_open, encode_stat, encode_status
+from fdbroker.wire.messages import ErrorReply, Welcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -21,7 +35,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from fdbroker.kernel.descriptors import Descriptors
-    from fdbroker.wire.messages import Reply
+    from fdbroker.wire.client import Reply
 
 SECONDS = 30  # after which a test fails that waits for an answer
 
@@ -149,6 +163,29 @@ class Speaker:
         assert isinstance(reply, StatusReply), reply
         document: dict[str, Any] = json.loads(reply.document)
         return document
+
+    def explain(self, action: str, path: bytes) -> dict[str, Any]:
+        """Return what the name of a path decides; on a control socket."""
+        reply = self.ask(encode_explain(11, action, path)).reply
+        assert isinstance(reply, ExplainReply), reply
+        document: dict[str, Any] = json.loads(reply.document)
+        return document
+
+    def reload(self, policy: dict[str, Any] | bytes, size: int = 60_000) -> ReloadReply | ErrorReply:
+        """Hand a policy over in pieces of `size` bytes, to its end or a refusal; return what is said."""
+        text = policy if isinstance(policy, bytes) else json.dumps(policy).encode()
+        received = 0
+        while True:
+            piece = text[received : received + size]
+            more = received + len(piece) < len(text)
+            reply = self.ask(encode_reload(12, received, piece, more=more)).reply
+            assert isinstance(reply, ReloadReply | ErrorReply), reply
+            if isinstance(reply, ErrorReply):
+                return reply
+            received += len(piece)
+            assert (reply.received, reply.more) == (received, more)
+            if not more:
+                return reply
 
     def error(self, frame: bytes) -> ErrorReply:
         """Send a frame that gets an error frame back."""

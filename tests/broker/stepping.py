@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from fdbroker.broker.audit import Audit
 from fdbroker.broker.dispatch import Parts
-from fdbroker.broker.identity import ControlGroups, probe_level
-from fdbroker.broker.opening import Opener
+from fdbroker.broker.generation import Held, key_of, make_generation
+from fdbroker.broker.identity import probe_level
+from fdbroker.broker.notify import Notifier
 from fdbroker.broker.roots import hold_roots
 from fdbroker.broker.server import Broker
 from fdbroker.kernel.files import open_proc_self_fd
-from fdbroker.policy.decide import Policy
 from fdbroker.policy.rules import read_policy
 from tests.broker.speaking import Speaker, read_audit
 from tests.running_broker import policy
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
     from typing import Self
+
+    from fdbroker.broker.opening import Opener
 
 
 class SteppedBroker:
@@ -35,6 +37,7 @@ class SteppedBroker:
         audit: Path | None = None,
         level: int | None = None,
         cgroup_root: str | None = None,
+        notifier: Notifier | None = None,
     ) -> None:
         self.tree = tree
         rule_set = read_policy(compiled or policy(tree))
@@ -47,15 +50,21 @@ class SteppedBroker:
             else os.open(audit, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         )
         self.audit = Audit(self.audit_descriptor, deny_on_failure=rule_set.settings.deny_when_audit_fails)
-        self.opener = Opener(self.roots, self.proc_self_fd)
+        held = Held(
+            {key_of(root): kept for root, kept in zip(rule_set.roots, self.roots, strict=True)},
+            self.proc_self_fd,
+            cgroup_root,
+            rule_set.settings.read_only_view_required,
+        )
         self.broker = Broker(
             Parts(
-                Policy(rule_set),
-                self.opener,
+                make_generation(1, rule_set, held),
+                held,
                 self.audit,
-                ControlGroups(cgroup_root, rule_set.cgroups),
+                notifier or Notifier(),
                 probe_level().level if level is None else level,
                 {},
+                "of the tests",
             )
         )
         self._speakers: list[Speaker] = []
@@ -94,14 +103,14 @@ class SteppedBroker:
             speaker.greet()
         return speaker
 
-    def listen(self, directory: Path) -> Path:
+    def listen(self, directory: Path, *, control: bool = False) -> Path:
         """Serve a listening socket as well; return its path."""
-        path = directory / "listener"
+        path = directory / ("control" if control else "listener")
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind(str(path))
         path.chmod(0o666)
         listener.listen(128)
-        self.broker.add_listener(listener, "listener")
+        self.broker.add_listener(listener, path.name, control=control)
         return path
 
     def call(self, path: Path, *, hello: bool = True) -> Speaker:
@@ -114,6 +123,11 @@ class SteppedBroker:
         if hello:
             speaker.greet()
         return speaker
+
+    @property
+    def opener(self) -> Opener:
+        """What opens by the policy of now."""
+        return self.broker._dispatch.generation.opener
 
     @property
     def connections(self) -> int:

@@ -16,9 +16,9 @@ from fdbroker.broker import opening
 from fdbroker.broker.roots import HeldRoot, objection_to_filesystem
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.files import FilesystemFacts, read_directory
+from fdbroker.wire.client import ListReply, encode_list, encode_open
 from fdbroker.wire.format import MAX_REPLY, Kind, Reason, Status
-from fdbroker.wire.messages import ErrorReply, ListReply
-from fdbroker.wire.requests import encode_list, encode_open
+from fdbroker.wire.messages import ErrorReply
 from tests.broker.speaking import check_audit, path_of
 from tests.broker.stepping import SteppedBroker
 from tests.running_broker import policy, rule

@@ -16,12 +16,12 @@ import pytest
 
 from fdbroker.broker import identity
 from fdbroker.broker.identity import ControlGroups, IdentityError, PeerAtConnect, probe_level
-from fdbroker.kernel import peers, process
+from fdbroker.kernel import dumpable, peers, process
 from fdbroker.kernel.namespaces import unshare
 from fdbroker.policy.rules import ClientFacts
+from fdbroker.wire.client import StatReply, encode_hello, encode_list, encode_open, encode_stat, encode_status
 from fdbroker.wire.format import Kind, Reason, Status
-from fdbroker.wire.messages import ErrorReply, StatReply
-from fdbroker.wire.requests import encode_hello, encode_list, encode_open, encode_stat, encode_status
+from fdbroker.wire.messages import ErrorReply
 from tests.broker.conftest import fill, no_descriptor_left
 from tests.broker.speaking import Speaker, descriptors_of, read_opened
 from tests.broker.stepping import SteppedBroker
@@ -484,7 +484,7 @@ def test_overflow_id_is_nobody_even_where_a_rule_means_any(reached: SteppedBroke
 def test_root_of_its_own_user_namespace_is_who_it_is_outside(reached: SteppedBroker) -> None:
     def client() -> None:
         become(CLIENT_UID)
-        process.set_dumpable(True)  # or its own files in /proc are root's
+        dumpable.set_dumpable(True)  # or its own files in /proc are root's
         unshare(CLONE_NEWUSER)
         Path("/proc/self/uid_map").write_text(f"0 {CLIENT_UID} 1")
         assert os.getuid() == 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fdbroker.kernel import capabilities, process
+from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH
 from fdbroker.launcher import start as start_module
 from fdbroker.launcher.broker_seccomp import broker_filter
 from fdbroker.launcher.privileges import become_broker
@@ -218,7 +219,7 @@ def test_audit_that_is_no_regular_file_stops_the_start(reachable: Path, served: 
                 opened.callback(os.close, descriptor)
             path = os.ttyname(pair[1])
         text = start_that_fails(reachable, policy(served), f"--audit={path}")
-    assert text == f"fdbroker: --audit {path} is not a regular file; use - for standard output\n"
+    assert text == f"fdbroker: audit {path} is not a regular file; use - for standard output\n"
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe without a reader", "directory", "socket"])
@@ -263,7 +264,7 @@ def test_socket_that_is_there_already_is_left_alone(reachable: Path, served: Pat
     there = reachable / "there"
     there.write_text("mine")
     text = start_that_fails(reachable, policy(served), f"--socket={there}")
-    assert "something is there: a broker that runs, or a file; stop or remove it" in text
+    assert "a file is there; remove it, or choose another path" in text
     assert there.read_text() == "mine"
 
 
@@ -283,7 +284,7 @@ def test_socket_of_a_broker_that_runs_is_left_alone(reachable: Path, served: Pat
             command, env=launcher_environment(), capture_output=True, text=True, check=False
         )
         assert done.returncode == 2
-        assert "a broker that runs" in done.stderr
+        assert "somebody listens there, so a broker runs already; stop it" in done.stderr
         with Speaker.connect(broker.socket) as speaker:
             assert speaker.status()["generation"] == 1
 
@@ -326,25 +327,6 @@ def test_code_in_the_working_directory_is_not_run(reachable: Path, served: Path)
     assert done.returncode == 2
     assert "nonsense" in done.stderr
     assert not (reachable / "ran").exists()
-
-
-def test_launcher_that_could_run_code_of_the_working_directory_does_not_start(reachable: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "fdbroker.launcher",
-        "--policy",
-        "/p.json",
-        "--user",
-        "1:1",
-        "--socket",
-        "/s",
-    ]
-    done = subprocess.run(
-        command, env=launcher_environment(), cwd=reachable, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "python -I -m fdbroker.launcher" in done.stderr
 
 
 # What only a wrong launcher could do: the broker looks for itself
@@ -447,7 +429,7 @@ def test_process_with_other_privileges_stops_the_start(
             if what == "too much":
                 now = capabilities.capget()
                 capabilities.capset(now._replace(inheritable=0x104))
-                for number in (capabilities.CAP_DAC_READ_SEARCH, capabilities.CAP_SETPCAP):
+                for number in (CAP_DAC_READ_SEARCH, capabilities.CAP_SETPCAP):
                     process.raise_ambient_capability(number)
             return
         become_broker(uid + 9 if what == "another user" else uid, gid)

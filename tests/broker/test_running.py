@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fdbroker.broker.identity import probe_level
+from fdbroker.wire.client import OpenReply, encode_hello, encode_list, encode_open, encode_stat, encode_status
 from fdbroker.wire.format import MAX_FRAME, Kind, Reason
-from fdbroker.wire.messages import ErrorReply, OpenReply
-from fdbroker.wire.requests import encode_hello, encode_list, encode_open, encode_stat, encode_status
+from fdbroker.wire.messages import ErrorReply
 from tests.broker.conftest import fill
 from tests.broker.speaking import Speaker, check_audit, frame, path_of, read_audit, read_opened
 from tests.processes import background, become, in_child, wait_until

@@ -27,10 +27,10 @@ from fdbroker.broker.identity import LevelProbe, probe_level
 from fdbroker.broker.main import StartError
 from fdbroker.broker.roots import RootError, hold_roots
 from fdbroker.broker.server import Broker
-from fdbroker.kernel import landlock, process, seccomp
-from fdbroker.kernel.capabilities import read_process_state
+from fdbroker.kernel import dumpable, landlock, seccomp
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.landlock import LandlockReport
+from fdbroker.kernel.process_state import read_process_state
 from fdbroker.policy.rules import Root
 from tests.broker.conftest import no_descriptor_left
 from tests.broker.speaking import Speaker, descriptors_of, read_audit
@@ -53,10 +53,15 @@ def handover_document(**changes: object) -> dict[str, Any]:
         "policy": policy("/srv"),
         "listeners": [[5, "broker.seqpacket"]],
         "connections": [[6, "worker"]],
+        "control": None,
         "audit": 1,
         "ready": None,
+        "notify": None,
+        "watchdog_usec": None,
+        "held": [],
         "cgroup_root": "/sys/fs/cgroup",
         "boot_id": "boot",
+        "version": "1.2",
         "seccomp": "0600",
     } | changes
 
@@ -96,7 +101,16 @@ def test_handover_that_is_none_does_not_start(text: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"uid": "x"}, {"listeners": [5]}, {"listeners": 5}, {"seccomp": "xyz"}, {"seccomp": 5}]
+    "changes",
+    [
+        {"uid": "x"},
+        {"listeners": [5]},
+        {"listeners": 5},
+        {"seccomp": "xyz"},
+        {"seccomp": 5},
+        {"control": "7"},
+        {"held": 7},
+    ],
 )
 def test_handover_with_an_impossible_value_does_not_start(changes: dict[str, object]) -> None:
     with no_descriptor_left(), pytest.raises(StartError, match="handover can't be read"):
@@ -133,6 +147,17 @@ def test_descriptors_that_were_promised_are_all_there_are() -> None:
     main.check_descriptors(
         handover(listeners=[[n, "x"] for n in present()[1:]], connections=[], audit=present()[0])
     )
+
+
+@pytest.mark.parametrize("key", ["control", "notify", "ready", "audit", "held"])
+def test_descriptor_of_every_kind_is_one_that_was_promised(key: str) -> None:
+    with open("/dev/null", "rb") as one:
+        number = one.fileno()
+        others = [[n, "x"] for n in present() if n != number]
+        told = handover(listeners=others, connections=[], **{key: [number] if key == "held" else number})
+        main.check_descriptors(told)
+    with pytest.raises(StartError, match="was handed descriptors"):
+        main.check_descriptors(told)
 
 
 def test_descriptor_that_nobody_promised_does_not_start() -> None:
@@ -278,7 +303,7 @@ def harmless(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(landlock, "restrict_to", restrict)
     monkeypatch.setattr(seccomp, "install", lambda program: done.append(f"seccomp {program.hex()}"))
-    monkeypatch.setattr(process, "set_dumpable", lambda dumpable: done.append(f"dumpable {dumpable}"))
+    monkeypatch.setattr(dumpable, "set_dumpable", lambda dumpable: done.append(f"dumpable {dumpable}"))
     monkeypatch.setattr(resource, "setrlimit", lambda which, limits: done.append(f"limit {which} {limits}"))
     monkeypatch.setattr(main, "check_descriptors", lambda _handover: done.append("descriptors"))
     monkeypatch.setattr(main, "check_state", lambda _handover: done.append("state"))

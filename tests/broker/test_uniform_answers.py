@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fdbroker.wire.requests import encode_list, encode_open, encode_stat
+from fdbroker.wire.client import encode_list, encode_open, encode_stat
 from tests.broker.stepping import SteppedBroker
 from tests.running_broker import OWNER_UID, policy, rule
 

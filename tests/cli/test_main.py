@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import click
 import pytest
 
+import fdbroker
 from fdbroker import client
 from fdbroker.cli import main as main_module
 from fdbroker.cli.main import main
-from fdbroker.cli.output import JsonOutput, OutputError, Totals
+from fdbroker.cli.output import OutputError, ReaderGoneError
+from fdbroker.cli.scan_output import JsonOutput, Totals
 from fdbroker.client import Client, connect
 from fdbroker.sandbox.confine import ConfinementError
 from fdbroker.scan.supervisor import Supervisor
-from tests.cli.commands import AS_ROOT, lines, verdicts
+from tests.cli.commands import AS_ROOT, environment, lines, run, verdicts
 from tests.running_broker import policy, reachable_directory, rule, running_broker
 from tests.scan.descriptors import EICAR_NAME
 from tests.scan.trees import Tree, make_tree
@@ -64,7 +67,8 @@ def test_directory_that_may_not_be_listed_is_listed_as_an_error(
     shown = capsys.readouterr()
     assert f"/{UNLISTED}: error: denied: " in shown.out
     assert shown.out.count(f": infected: {EICAR_NAME}\n") == len(tree.infected) * 2 // 3
-    assert shown.err == ""
+    path = os.fsdecode(tree.root) + f"/{UNLISTED}"
+    assert shown.err == f"fdbroker: See why: fdbroker policy explain --action list {path}\n"
 
 
 @pytest.mark.root
@@ -122,6 +126,9 @@ def test_broker_that_goes_away_makes_the_scan_incomplete(
         (KeyboardInterrupt(), "fdbroker: interrupted"),
         (OutputError("full"), "fdbroker: the output could not be written: full"),
         (BrokenPipeError(32, "broken"), "the output could not be written"),
+        (ModuleNotFoundError("No module named 'rich'", name="rich.console"), "pip install 'fdbroker[cli]'"),
+        (ModuleNotFoundError("No module named 'yaml'", name="yaml"), "pip install 'fdbroker[daemon]'"),
+        (ModuleNotFoundError("No module named 'fdbroker.x'", name="fdbroker.x"), "Traceback"),
         (ValueError("unforeseen"), "ValueError: unforeseen"),
     ],
 )
@@ -138,6 +145,87 @@ def test_every_failure_is_status_2_and_told(
     monkeypatch.setattr(main_module, "_give_up_output", lambda: None)
     assert main([]) == 2
     assert shown in capsys.readouterr().err
+
+
+def test_reader_that_is_gone_is_told_by_the_status_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_arguments: object, **_named: object) -> None:
+        raise ReaderGoneError("Broken pipe")
+
+    monkeypatch.setattr(main_module.cli, "main", fail)
+    monkeypatch.setattr(main_module, "_give_up_output", lambda: None)
+    assert main([]) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", main_module.COMMANDS)
+def test_each_command_has_help_that_a_newcomer_can_work_from(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    if name != "policy":
+        assert "Exit status: " in shown
+        assert "Examples:  fdbroker " in shown
+    assert main(["--help"]) == 0
+    assert f"\n  {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["check", "compile", "schema", "explain"])
+def test_each_policy_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["policy", name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Exit status: " in shown
+    assert f"fdbroker policy {name}" in shown
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fdbroker {fdbroker.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["no"], ["--no"], ["policy"], ["policy", "no"]])
+def test_wrong_use_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert "Usage: fdbroker" in capsys.readouterr().err
+
+
+def test_shell_completes_commands_and_options() -> None:
+    asked = {"_FDBROKER_COMPLETE": "bash_complete", "COMP_CWORD": "1"}
+    commands = run(env=environment(**asked, COMP_WORDS="fdbroker s"))
+    assert {line.partition(",")[2] for line in commands.stdout.splitlines()} == {"scan", "status"}
+    options = run(env=environment(**{**asked, "COMP_CWORD": "2"}, COMP_WORDS="fdbroker audit --d"))
+    assert options.stdout == "plain,--denied\n"
+    assert "_FDBROKER_COMPLETE=bash_complete" in run(env=environment(_FDBROKER_COMPLETE="bash_source")).stdout
+
+
+def test_click_that_is_missing_is_told_with_what_to_install() -> None:
+    program = (
+        "import sys, runpy; sys.modules['click'] = None\n"
+        "runpy.run_module('fdbroker.cli', run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, encoding="utf-8", check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr == "fdbroker: the command needs click: pip install 'fdbroker[cli]'\n"
+
+
+def test_what_one_command_needs_the_others_do_not_load() -> None:
+    program = (
+        "import sys; sys.modules.update(rich=None, yaml=None, msgspec=None)\n"
+        "from fdbroker.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    statuses = {
+        arguments: subprocess.run(
+            [sys.executable, "-c", program, *arguments], env=environment(), capture_output=True, check=False
+        )
+        for arguments in [("cat", "--help"), ("policy", "--help"), ("scan", "/"), ("policy", "check", "/x")]
+    }
+    assert [result.returncode for result in statuses.values()] == [0, 0, 2, 2]
+    assert b"needs rich: pip install 'fdbroker[cli]'" in statuses["scan", "/"].stderr
+    assert b"pip install 'fdbroker[daemon]'" in statuses["policy", "check", "/x"].stderr
 
 
 def test_help_is_status_0(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdbroker.cli.output import Totals, path_members, printable
+from fdbroker.cli.output import path_members, printable, shell_word
+from fdbroker.cli.scan_output import Totals
 from fdbroker.scan.run import Scanned
 from fdbroker.scan.verdict import Clean, Error, Infected
 from tests.cli.commands import path_of
@@ -46,6 +48,29 @@ def test_shown_name_is_printable_and_can_be_read_back(name: bytes) -> None:
         shown.encode(),
     )
     assert back == name
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        (b"/a/b", "/a/b"),
+        (b"/a b", "'/a b'"),
+        ("/\u00e4'".encode(), """'/\u00e4'"'"''"""),
+        (b"/new\nline", "$'/new\\x0aline'"),
+        (b"/\xff'\\", "$'/\\xff\\'\\\\'"),
+    ],
+)
+def test_path_is_shown_as_a_word_of_a_shell(path: bytes, word: str) -> None:
+    assert shell_word(path) == word
+
+
+@given(st.lists(st.binary().map(lambda name: b"/" + name.replace(b"\0", b"")), min_size=50, max_size=50))
+@settings(max_examples=10)
+def test_shell_reads_the_same_path_back(paths: list[bytes]) -> None:
+    words = " ".join(map(shell_word, paths))
+    assert words.isprintable()
+    shown = subprocess.run(["bash", "-c", f"printf '%s\\0' {words}"], capture_output=True, check=True).stdout
+    assert shown.split(b"\0")[:-1] == paths
 
 
 @given(st.binary())

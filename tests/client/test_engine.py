@@ -28,6 +28,7 @@ from fdbroker.client.engine import (
 )
 from fdbroker.client.errors import BrokerError, LimitError, PathInvalidError, ProtocolError
 from fdbroker.kernel.descriptors import Descriptors
+from fdbroker.wire.client import OpenReply
 from fdbroker.wire.format import HEADER, MAX_FRAME, Kind, Reason
 from fdbroker.wire.messages import (
     GIVEN,
@@ -36,7 +37,6 @@ from fdbroker.wire.messages import (
     Hello,
     ListEntry,
     ListRequest,
-    OpenReply,
     OpenRequest,
     StatRequest,
     StatusRequest,

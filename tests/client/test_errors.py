@@ -30,6 +30,7 @@ EXPECTED: dict[Reason, type[OSError]] = {
     Reason.BROKEN: OSError,
     Reason.MALFORMED: ConnectionError,
     Reason.VERSION: ConnectionError,
+    Reason.POLICY: errors.ReloadRefusedError,
 }
 CLASSES = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, BrokerError)]
 

@@ -14,10 +14,9 @@ import pytest
 
 from fdbroker.client import connect
 from fdbroker.testing import FakeBroker
+from fdbroker.wire.client import decode_reply, encode_hello, encode_open, encode_status
 from fdbroker.wire.format import HEADER, Kind, Reason, Type
 from fdbroker.wire.messages import ErrorReply, Hello, OpenRequest
-from fdbroker.wire.replies import decode_reply
-from fdbroker.wire.requests import encode_hello, encode_open, encode_status
 from tests.client.brokers import say
 
 if TYPE_CHECKING:

@@ -18,7 +18,21 @@ USERS = {
     "anon": 65534,
     "Alice": 1000,
 }
-GROUPS = {"users": 100, "projects": 2000, "adm": 4, "wheel": 4}
+ACCOUNTS = {
+    "root": (0, 0),
+    "fdbroker": (990, 991),
+    "brokers": (995, 996),
+    "odd": (994, 0),
+    "anon": (65534, 65534),
+}
+GROUPS = {
+    "fdbroker-clients": 992,
+    "fdbroker-admin": 993,
+    "users": 100,
+    "projects": 2000,
+    "adm": 4,
+    "wheel": 4,
+}
 DIRECTORIES = {
     "/",
     "/home",
@@ -37,6 +51,9 @@ class FakeLookups:
 
     def group(self, name: str) -> int | None:
         return GROUPS.get(name)
+
+    def account(self, name: str) -> tuple[int, int] | None:
+        return ACCOUNTS.get(name)
 
     def user_names(self) -> Iterable[str]:
         return USERS

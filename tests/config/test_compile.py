@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdbroker.config import CompiledPolicy, ConfigError, OfflineLookups, compile_policy, dumps
+from fdbroker.config import CompiledPolicy, ConfigError, OfflineLookups, compile_policy, dumps, for_broker
 from fdbroker.policy.rules import read_policy
 from tests.config.fake_lookups import FakeLookups
 
@@ -59,6 +59,16 @@ def test_the_smallest_policy_has_all_defaults_written_out() -> None:
         "limits": {"connections_per_uid": 64, "in_flight_per_connection": 512},
         "audit": {"on_failure": "deny"},
         "read_only_view": "required",
+        "admins": {"uids": [], "gids": []},
+        "daemon": {
+            "uid": 990,
+            "gid": 991,
+            "listeners": {
+                "seqpacket": {"path": "/run/fdbroker/broker.seqpacket", "gid": 992, "mode": 0o660},
+                "control": {"path": "/run/fdbroker/control", "gid": 0, "mode": 0o666},
+            },
+            "audit": None,
+        },
     }
 
 
@@ -100,8 +110,13 @@ rules:
       owner: [client, clamav, "110"]
     deliver: [copy, descriptor]
 limits: {connections_per_uid: 1, in_flight_per_connection: 8192}
-audit: {on_failure: allow}
+audit: {to: /var/log/fdbroker/audit.jsonl, on_failure: allow}
 read_only_view: off
+admins: {group: [fdbroker-admin, 7], user: [clamav, "1000"]}
+user: brokers
+listeners:
+  control: {mode: "0600", group: "4", path: /run/x/control}
+  seqpacket: {path: /run/x/requests, group: users, mode: 0660}
 """
 
 
@@ -143,12 +158,42 @@ def test_every_key_is_compiled_as_the_format_says() -> None:
         "limits": {"connections_per_uid": 1, "in_flight_per_connection": 8192},
         "audit": {"on_failure": "allow"},
         "read_only_view": "off",
+        "admins": {"uids": [110, 1000], "gids": [993, 7]},
+        "daemon": {
+            "uid": 995,
+            "gid": 996,
+            "listeners": {
+                "seqpacket": {"path": "/run/x/requests", "gid": 100, "mode": 0o660},
+                "control": {"path": "/run/x/control", "gid": 4, "mode": 0o600},
+            },
+            "audit": "/var/log/fdbroker/audit.jsonl",
+        },
     }
+
+
+def test_of_a_listener_the_path_and_mode_have_defaults_and_the_group_is_roots() -> None:
+    daemon = compiled(SMALLEST + "listeners: {seqpacket: {mode: 0666}}")["daemon"]
+    assert daemon["listeners"] == {
+        "seqpacket": {"path": "/run/fdbroker/broker.seqpacket", "gid": 0, "mode": 0o666},
+        "control": {"path": "/run/fdbroker/control", "gid": 0, "mode": 0o666},
+    }
+
+
+def test_a_default_that_this_system_does_not_have_is_left_open_until_the_start() -> None:
+    class Bare(FakeLookups):
+        def account(self, name: str) -> tuple[int, int] | None:
+            return None
+
+        def group(self, name: str) -> int | None:
+            return None
+
+    daemon = compile_policy(SMALLEST.encode(), "p.yaml", Bare())["daemon"]
+    assert (daemon["uid"], daemon["gid"], daemon["listeners"]["seqpacket"]["gid"]) == (None, None, None)
 
 
 @pytest.mark.parametrize("text", [SMALLEST, WHOLE])
 def test_the_broker_reads_what_is_compiled(text: str) -> None:
-    policy = read_policy(json.loads(dumps(compiled(text))))
+    policy = read_policy(for_broker(json.loads(dumps(compiled(text)))))
     assert len(policy.roots) == len(compiled(text)["roots"])
 
 
@@ -372,10 +417,36 @@ def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, prob
         (SMALLEST + "audit: {on_failure: off}", "4:21: audit: on_failure: 'off' is not a choice here; write deny or allow"),
         (SMALLEST + "audit: deny", "4:8: audit must be a mapping, not text; write {on_failure: deny}, or leave audit out"),
         (SMALLEST + "read_only_view: no", "4:17: read_only_view: 'no' is not a choice here; write required or off"),
-        (SMALLEST + "listeners: {}", f"4:1: key 'listeners' {UNSUPPORTED}"),
+        (SMALLEST + "audit: {to: audit}", "4:13: audit: to: 'audit' is not absolute; write an absolute path, as in /var/mail"),
+        (SMALLEST + "admins: {}", "4:9: admins is empty; write {group: NAME}, {user: NAME} or both"),
+        (SMALLEST + "admins: fdbroker-admin", "4:9: admins must be a mapping, not text; write {group: NAME}, {user: NAME} or both"),
+        (SMALLEST + "admins: {groups: x}", "4:10: admins: unknown key 'groups'; did you mean 'group'?"),
+        (SMALLEST + "admins: {group: fdbroker-admins}", "4:17: admins: group: there is no group 'fdbroker-admins' on this system; did you mean 'fdbroker-admin'?"),
+        (SMALLEST + "admins: {user: nobody}", f"4:16: admins: user: 'nobody' {OVERFLOW}; use a user of its own"),
+        (SMALLEST + "user: fdbrokr", "4:7: user: there is no user 'fdbrokr' on this system; create the user"),
+        (SMALLEST + "user: clamva", "4:7: user: there is no user 'clamva' on this system; did you mean 'clamav'?"),
+        (SMALLEST + "user: root", "4:7: user: 'root' has root's uid or group, and the broker opens no file as root; create a user for it alone"),
+        (SMALLEST + "user: odd", "4:7: user: 'odd' has root's uid or group, and the broker opens no file as root; create a user for it alone"),
+        (SMALLEST + "user: anon", "4:7: user: 'anon' has id 65534, which stands for anybody; create a user for it alone"),
+        (SMALLEST + "user: [a]", "4:7: user must be text, not a list; write the name of a user, as in fdbroker"),
+        (SMALLEST + "listeners: {}", "4:12: listeners is empty; write some of seqpacket, control, or leave listeners out"),
+        *[
+            (SMALLEST + f"listeners: {{{kind}: {{}}}}", f"4:13: listeners: key '{kind}' {UNSUPPORTED}")
+            for kind in ("stream", "dgram", "clamd")
+        ],
+        (SMALLEST + "listeners: {contrl: {}}", "4:13: listeners: unknown key 'contrl'; did you mean 'control'?"),
+        (SMALLEST + "listeners: {control: {}}", "4:22: listeners: control is empty; write some of path, group, mode, or leave it out"),
+        (SMALLEST + "listeners: {control: {path: control}}", "4:29: listeners: control: path: 'control' is not absolute; write an absolute path, as in /var/mail"),
+        (SMALLEST + "listeners: {control: {path: /}}", "4:29: listeners: control: path: '/' is not the name of a socket; write a path below /run/fdbroker"),
+        (SMALLEST + f"listeners: {{control: {{path: /{'x' * 107}}}}}", f"4:29: listeners: control: path: '/{'x' * 76}...' is longer than 107 bytes, as the path of a socket may be; choose a shorter one"),
+        (SMALLEST + "listeners: {control: {mode: 666}}", f"4:29: listeners: control: mode: '666' {MODE}"),
+        (SMALLEST + "listeners: {control: {mode: 02666}}", "4:29: listeners: control: mode: '02666' has more than permissions in it; write at most 0777"),
+        (SMALLEST + "listeners: {control: {group: [adm, users]}}", "4:30: listeners: control: group must be text, not a list; write the name of one group"),
+        (SMALLEST + "listeners: {control: {group: usres}}", "4:30: listeners: control: group: there is no group 'usres' on this system; did you mean 'users'?"),
+        (SMALLEST + "listeners: {control: {path: /run/fdbroker/broker.seqpacket}}", "4:12: listeners: both have the path '/run/fdbroker/broker.seqpacket'; give each a path of its own"),
         (SMALLEST + "identity: strict", f"4:1: key 'identity' {UNSUPPORTED}"),
         (SMALLEST + "service: x", f"4:1: key 'service' {UNSUPPORTED}"),
-        (SMALLEST + "rule: []", "4:1: unknown key 'rule'; the keys here are version, roots, rules, limits, audit, read_only_view"),
+        (SMALLEST + "rule: []", "4:1: unknown key 'rule'; the keys here are version, roots, rules, limits, audit, read_only_view, admins, user, listeners"),
         (SMALLEST + "version: 2", "4:1: key 'version' is given twice, first in line 1; keep one of the two"),
         (with_rule("name: r", "in: home", "paths: x"), "4:5: rule 'r' has neither 'allow' nor 'deny'; add one of them with a list of actions"),
         (with_rule("name: r", "in: home", "paths: x", "alow: open"), "7:5: rule 'r': unknown key 'alow'; did you mean 'allow'?"),
@@ -527,7 +598,7 @@ def is_compiled_or_refused(text: bytes) -> None:
     except ConfigError as error:
         problems = error.problems
     else:
-        read_policy(policy)
+        read_policy(for_broker(policy))
         return
     assert problems
     assert all(problem.message and problem.cure for problem in problems)

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 from fdbroker.config import ConfigError, compile_policy
-from fdbroker.config.schema import Audit, Client, Limits, Policy, Root, Rule, Where, keys_of
+from fdbroker.config.schema import (
+    Admins,
+    Audit,
+    Client,
+    Limits,
+    Listener,
+    Listeners,
+    Policy,
+    Root,
+    Rule,
+    Where,
+    keys_of,
+)
 from fdbroker.policy.globs import compile_glob
 from tests.config.fake_lookups import FakeLookups
 
@@ -29,7 +41,9 @@ def test_the_examples_of_errors_are_what_is_printed(number: int) -> None:
     assert BLOCKS[number + 1][1] == f"{caught.value}\n"
 
 
-@pytest.mark.parametrize("structure", [Audit, Client, Limits, Policy, Root, Rule, Where])
+@pytest.mark.parametrize(
+    "structure", [Admins, Audit, Client, Limits, Listener, Listeners, Policy, Root, Rule, Where]
+)
 def test_every_key_is_described(structure: type) -> None:
     described = set(re.findall(r"`(\w+)`", TEXT))
     assert set(keys_of(structure)) <= described

@@ -11,16 +11,20 @@ import msgspec
 import pytest
 import yaml
 
-from fdbroker.config import compile_policy, dumps, json_schema
+from fdbroker.config import compile_policy, dumps, for_broker, json_schema
 from fdbroker.config.schema import (
     NAME_PATTERN,
+    NOT_SUPPORTED_AS_LISTENER,
     NOT_SUPPORTED_IN_A_RULE,
     Action,
+    Admins,
     Audit,
     Client,
     CountRange,
     Delivery,
     Limits,
+    Listener,
+    Listeners,
     ModeCondition,
     Policy,
     Root,
@@ -34,7 +38,21 @@ from tests.config.fake_lookups import FakeLookups
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
 FILES = [CONFIG / "policy.yaml", *sorted((CONFIG / "examples").glob("*.yaml"))]
-STRUCTURES = [Audit, Client, CountRange, Limits, ModeCondition, Policy, Root, Rule, SizeRange, Where]
+STRUCTURES = [
+    Admins,
+    Audit,
+    Client,
+    CountRange,
+    Limits,
+    Listener,
+    Listeners,
+    ModeCondition,
+    Policy,
+    Root,
+    Rule,
+    SizeRange,
+    Where,
+]
 
 
 def test_there_are_the_default_policy_and_three_examples() -> None:
@@ -50,7 +68,7 @@ def test_there_are_the_default_policy_and_three_examples() -> None:
 def test_what_is_installed_compiles_and_the_broker_reads_it(file: Path) -> None:
     compiled = compile_policy(file.read_bytes(), file.name, FakeLookups())
     assert json.loads(dumps(compiled)) == compiled
-    assert len(read_policy(compiled).rules) == len(compiled["rules"])
+    assert len(read_policy(for_broker(compiled)).rules) == len(compiled["rules"])
 
 
 def test_the_installed_policy_allows_nothing() -> None:
@@ -61,12 +79,13 @@ def test_the_commented_parts_of_the_installed_policy_compile_when_they_are_taken
     text = (CONFIG / "policy.yaml").read_text()
     text = re.sub(r"^#  (  |- )", r"  \1", text, flags=re.MULTILINE).replace("rules: []", "")
     text = text.replace("# Any matching deny", "rules:\n# Any matching deny")
-    text = re.sub(r"^# (limits|audit|read_only_view): ", r"\1: ", text, flags=re.MULTILINE)
+    text = re.sub(r"^# (limits|audit|read_only_view|user|listeners|  \w+):", r"\1:", text, flags=re.MULTILINE)
     compiled = compile_policy(text.encode(), "p", FakeLookups())
     assert [rule["name"] for rule in compiled["rules"]] == ["shipper-reads-web-logs"]
     default = compile_policy((CONFIG / "policy.yaml").read_bytes(), "p", FakeLookups())
-    for key in ("limits", "audit", "read_only_view"):
+    for key in ("limits", "audit", "read_only_view", "daemon"):
         assert compiled[key] == default[key]
+    assert re.search(r"^listeners:.*\n  seqpacket: {", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -119,8 +138,10 @@ def test_the_words_to_choose_from_are_those_of_the_broker() -> None:
 def test_no_key_is_both_supported_and_not() -> None:
     assert not NOT_SUPPORTED_IN_A_RULE & keys_of(Rule).keys()
     assert not any(
-        (NOT_SUPPORTED_IN_A_RULE - {"limits"}) & keys_of(structure).keys() for structure in STRUCTURES
+        (NOT_SUPPORTED_IN_A_RULE - {"limits", "listeners"}) & keys_of(structure).keys()
+        for structure in STRUCTURES
     )
+    assert not NOT_SUPPORTED_AS_LISTENER & keys_of(Listeners).keys()
 
 
 def test_a_name_with_a_line_break_is_no_name() -> None:

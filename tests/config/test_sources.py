@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.config import ConfigError, SystemLookups, load_policy_file, read_policy_file
-from fdbroker.config.yaml_tree import MAX_BYTES
+from fdbroker.config.sources import MAX_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

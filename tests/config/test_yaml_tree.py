@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdbroker.config.errors import MAX_PROBLEMS, ConfigError, ProblemList
-from fdbroker.config.yaml_tree import MAX_BYTES, MAX_DEPTH, List, Mapping, Node, Text, parse_yaml
+from fdbroker.config.sources import MAX_BYTES
+from fdbroker.config.yaml_tree import MAX_DEPTH, List, Mapping, Node, Text, parse_yaml
 
 
 def problems_of(text: bytes | str) -> list[str]:

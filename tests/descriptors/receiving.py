@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from fdbroker.wire.messages import OpenReply
-from fdbroker.wire.requests import encode_open
+from fdbroker.wire.client import OpenReply, encode_open
 from tests.broker.speaking import Speaker
 
 if TYPE_CHECKING:

@@ -9,9 +9,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.kernel import capabilities
-from fdbroker.kernel.capabilities import Capabilities, parse_process_state, read_process_state
+from fdbroker.kernel.capabilities import Capabilities
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.libc import SYS_PRCTL, syscall
+from fdbroker.kernel.process_state import (
+    CAP_DAC_READ_SEARCH,
+    ProcessState,
+    parse_process_state,
+    read_process_state,
+)
 
 if TYPE_CHECKING:
     from tests.kernel.conftest import Children
@@ -38,7 +44,7 @@ Speculation_Store_Bypass:	thread vulnerable
 
 
 def test_the_text_of_status_is_read() -> None:
-    assert parse_process_state(STATUS) == capabilities.ProcessState(
+    assert parse_process_state(STATUS) == ProcessState(
         uids=(990, 991, 992, 993),
         gids=(980, 981, 982, 983),
         groups=(4, 27, 980),
@@ -124,7 +130,7 @@ def test_the_last_capability_is_at_least_checkpoint_restore() -> None:
 
 @pytest.mark.root
 def test_sets_become_what_is_asked_in_both_halves(in_child: Children) -> None:
-    low, high = 1 << capabilities.CAP_DAC_READ_SEARCH, 1 << 40
+    low, high = 1 << CAP_DAC_READ_SEARCH, 1 << 40
 
     def child() -> list[object]:
         capabilities.capset(Capabilities(effective=high, permitted=low | high, inheritable=low))

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fdbroker.kernel import capabilities, process
+from fdbroker.kernel import capabilities, dumpable, process
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.libc import SYS_PRCTL, syscall
+from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH, read_process_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,10 +27,10 @@ PR_GET_KEEPCAPS = 7
 
 def test_no_new_privs_is_set_for_good(in_child: Children) -> None:
     def child() -> list[bool]:
-        before = capabilities.read_process_state().no_new_privs
+        before = read_process_state().no_new_privs
         process.set_no_new_privs()
         process.set_no_new_privs()
-        return [before, capabilities.read_process_state().no_new_privs]
+        return [before, read_process_state().no_new_privs]
 
     assert in_child(child) == [False, True]
 
@@ -38,7 +39,7 @@ def test_dumpable_is_as_set(in_child: Children) -> None:
     def child() -> list[int]:
         seen = []
         for wanted in (False, True, False):
-            process.set_dumpable(wanted)
+            dumpable.set_dumpable(wanted)
             seen.append(syscall("prctl", SYS_PRCTL, PR_GET_DUMPABLE, 0, 0, 0, 0))
         return seen
 
@@ -165,18 +166,18 @@ def test_only_einval_means_that_mdwe_is_not_there(
 @pytest.mark.root
 def test_ambient_capabilities_are_raised_and_cleared(in_child: Children) -> None:
     def child() -> list[int]:
-        one = 1 << capabilities.CAP_DAC_READ_SEARCH
+        one = 1 << CAP_DAC_READ_SEARCH
         seen = []
         with pytest.raises(SyscallError, match=r"PR_CAP_AMBIENT.*raised=2.*EPERM"):
-            process.raise_ambient_capability(capabilities.CAP_DAC_READ_SEARCH)  # not inheritable yet
+            process.raise_ambient_capability(CAP_DAC_READ_SEARCH)  # not inheritable yet
         capabilities.capset(capabilities.capget()._replace(inheritable=one))
-        process.raise_ambient_capability(capabilities.CAP_DAC_READ_SEARCH)
-        seen.append(capabilities.read_process_state().ambient)
+        process.raise_ambient_capability(CAP_DAC_READ_SEARCH)
+        seen.append(read_process_state().ambient)
         process.clear_ambient_capabilities()
-        seen.append(capabilities.read_process_state().ambient)
+        seen.append(read_process_state().ambient)
         return seen
 
-    assert in_child(child) == [1 << capabilities.CAP_DAC_READ_SEARCH, 0]
+    assert in_child(child) == [1 << CAP_DAC_READ_SEARCH, 0]
 
 
 @pytest.mark.root
@@ -185,7 +186,7 @@ def test_the_bounding_set_shrinks(in_child: Children) -> None:
         seen = [process.in_bounding_set(capabilities.CAP_SETUID)]
         process.drop_from_bounding_set(capabilities.CAP_SETUID)
         seen.append(process.in_bounding_set(capabilities.CAP_SETUID))
-        seen.append(bool(capabilities.read_process_state().bounding >> capabilities.CAP_SETUID & 1))
+        seen.append(bool(read_process_state().bounding >> capabilities.CAP_SETUID & 1))
         return seen
 
     assert in_child(child) == [True, False, False]
@@ -226,7 +227,7 @@ def test_all_ids_change(in_child: Children, groups: tuple[int, ...]) -> None:
     def child() -> list[object]:
         os.setgroups([4711, 4712])
         process.change_ids(23457, 23458, groups)
-        state = capabilities.read_process_state()
+        state = read_process_state()
         return [state.uids, state.gids, state.groups, state.permitted]
 
     assert in_child(child) == [[23457] * 4, [23458] * 4, sorted(groups), 0]

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fdbroker.kernel import capabilities, process, seccomp
+from fdbroker.kernel import process, seccomp
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.libc import LIBC, MACHINE
+from fdbroker.kernel.process_state import read_process_state
 from fdbroker.kernel.syscall_table import SYSCALLS
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def test_a_program_is_in_force_once_installed(in_child: Children) -> None:
         process.set_no_new_privs()
         before = getpgid_fails_with()
         seccomp.install(NO_GETPGID)
-        return [before, getpgid_fails_with(), capabilities.read_process_state().seccomp]
+        return [before, getpgid_fails_with(), read_process_state().seccomp]
 
     assert in_child(child) == [0, errno.ENOTTY, 2]
 
@@ -91,7 +92,7 @@ def test_a_program_that_the_kernel_rejects_is_an_error_and_not_in_force(in_child
         process.set_no_new_privs()
         with pytest.raises(SyscallError) as caught:
             seccomp.install(ALLOW_ALL[:-8] + struct.pack("=HBBI", 0x05, 0, 0, 100))  # a jump out of it
-        return [caught.value.errno, capabilities.read_process_state().seccomp]
+        return [caught.value.errno, read_process_state().seccomp]
 
     assert in_child(child) == [errno.EINVAL, 0]
 

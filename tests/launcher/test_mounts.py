@@ -34,10 +34,10 @@ def error_of(function: Callable[..., object], *arguments: object) -> int:
 
 def test_points_and_options_of_mounts_are_read() -> None:
     assert parse_mounts(MOUNTINFO) == [
-        Mount(b"/", frozenset({b"rw", b"relatime"})),
-        Mount(b"/proc", frozenset({b"ro", b"nosuid", b"nodev", b"noexec"})),
-        Mount(b"/mnt/with space\\and\nmore", frozenset({b"ro", b"nosuid"})),
-        Mount(b"/srv", frozenset({b"rw", b"nosuid", b"nodev"})),
+        Mount(b"/", b"/", frozenset({b"rw", b"relatime"})),
+        Mount(b"/", b"/proc", frozenset({b"ro", b"nosuid", b"nodev", b"noexec"})),
+        Mount(b"/sub", b"/mnt/with space\\and\nmore", frozenset({b"ro", b"nosuid"})),
+        Mount(b"/", b"/srv", frozenset({b"rw", b"nosuid", b"nodev"})),
     ]
 
 

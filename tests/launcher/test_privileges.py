@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fdbroker.kernel import capabilities, process
-from fdbroker.kernel.capabilities import CAP_DAC_READ_SEARCH, Capabilities, ProcessState, parse_process_state
+from fdbroker.kernel.capabilities import Capabilities
+from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH, ProcessState, parse_process_state
 from fdbroker.launcher import privileges
 from fdbroker.launcher.privileges import PrivilegeError, Privileges, Wanted, become_broker, differences
 

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fdbroker.policy.rules import Bounds, ClientMatch, Conditions, Owners, PolicyError, Settings, read_policy
+from fdbroker.policy.rules import (
+    Admins,
+    Bounds,
+    ClientFacts,
+    ClientMatch,
+    Conditions,
+    Owners,
+    PolicyError,
+    Settings,
+    read_policy,
+)
 from tests.running_broker import policy, rule
 
 if TYPE_CHECKING:
@@ -22,9 +32,10 @@ Node = Any  # of a JSON document
 
 
 def example_document() -> dict[str, Any]:
-    """Return the JSON of docs/compiled-policy.md."""
+    """Return the JSON of docs/compiled-policy.md, without what the launcher takes out."""
     [text] = re.findall(r"```json\n(.*?)```", DOCUMENTATION.read_text(), re.DOTALL)
     document: dict[str, Any] = json.loads(text)
+    del document["daemon"]
     return document
 
 
@@ -93,7 +104,13 @@ def test_example_of_the_documentation_loads_and_means_what_it_says() -> None:
         Bounds(1, 1),
     )
     assert scan.deliver == {"descriptor"}
-    assert rule_set.settings == Settings(64, 512, deny_when_audit_fails=True, read_only_view_required=True)
+    assert rule_set.settings == Settings(
+        64,
+        512,
+        deny_when_audit_fails=True,
+        read_only_view_required=True,
+        admins=Admins(frozenset(), frozenset({998})),
+    )
     assert rule_set.cgroups == {"/system.slice/x.service"}
 
 
@@ -255,6 +272,33 @@ def test_least_limits_are_taken() -> None:
         broken(limits={"connections_per_uid": 1, "in_flight_per_connection": 253})
     ).settings
     assert settings[:2] == (1, 253)
+
+
+@pytest.mark.parametrize(
+    ("uid", "gids", "included"),
+    [(0, {0}, True), (5, {1}, True), (6, {1, 7}, True), (6, {1, 5}, False), (7, set(), False)],
+)
+def test_admins_are_uid_0_and_who_is_named_by_uid_or_by_any_group(
+    uid: int,
+    gids: set[int],
+    included: bool,  # noqa: FBT001
+) -> None:
+    admins = Admins(frozenset({5}), frozenset({7}))
+    assert admins.include(ClientFacts(uid, frozenset(gids))) is included
+
+
+def test_fingerprint_is_of_what_the_policy_says_and_not_of_how_it_is_laid_out() -> None:
+    document = example_document()
+    assert read_policy(document).fingerprint == read_policy(dict(reversed(document.items()))).fingerprint
+    seen = set()
+    for place in ALL_PLACES:
+        changed = example_document()
+        there = at(changed, place)
+        if isinstance(there, int) and not isinstance(there, bool) and place != ("version",):
+            at(changed, place[:-1])[place[-1]] = there + 1
+            seen.add(read_policy(changed).fingerprint)
+    assert len(seen) > 10
+    assert read_policy(document).fingerprint not in seen
 
 
 def test_settings_that_weaken_are_read_as_such() -> None:

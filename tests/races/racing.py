@@ -15,9 +15,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fdbroker.wire.client import ListReply, OpenReply, encode_list, encode_open
 from fdbroker.wire.format import Status
-from fdbroker.wire.messages import ListReply, OpenReply
-from fdbroker.wire.requests import encode_list, encode_open
 from tests.broker.speaking import Speaker
 from tests.processes import in_child
 from tests.races.attacking import VICTIMS_CPU, attacking

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fdbroker.kernel import capabilities, landlock, process, sockets
+from fdbroker.kernel import capabilities, dumpable, landlock, process, process_state, sockets
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.landlock import LandlockReport
 from fdbroker.sandbox import confine as confine_module
@@ -49,7 +49,7 @@ def test_every_layer_is_in_force_for_a_worker_that_root_starts() -> None:
 @pytest.mark.root
 def test_worker_of_an_unprivileged_parent_keeps_the_uid_and_says_so() -> None:
     def start() -> tuple[list[str], str]:
-        process.set_dumpable(True)  # a change of ids took it; a program that is started has it
+        dumpable.set_dumpable(True)  # a change of ids took it; a program that is started has it
         report = report_of(Confinement(KILLING))
         return [layer.name for layer in missing(report)], report.state(Layer.IDS).note
 
@@ -61,7 +61,7 @@ def test_the_kernel_confirms_what_the_report_says() -> None:
     child, _ = start_confined(Confinement(KILLING, IDS, Limits(cpu_seconds=77)), wait_for_the_end)
     try:
         directory = f"/proc/{child.pid}"
-        state = capabilities.read_process_state(child.pid)
+        state = process_state.read_process_state(child.pid)
         assert state.uids == state.gids == (WORKER_UID,) * 4
         assert state.groups == ()
         assert not state.permitted | state.effective | state.inheritable | state.ambient
@@ -163,7 +163,7 @@ def test_no_worker_if_capabilities_are_left_after_giving_them_up(monkeypatch: py
         (landlock, "restrict_to", fail, Layer.LANDLOCK, "test(): ENOSYS, Function not implemented"),
         (process, "deny_write_execute", lambda: False, Layer.WRITE_EXECUTE, "Linux 6.3 has it first"),
         (os, "chroot", fail, Layer.EMPTY_ROOT, "test(): ENOSYS, Function not implemented"),
-        (process, "set_dumpable", fail, Layer.NOT_DUMPABLE, "test(): ENOSYS, Function not implemented"),
+        (dumpable, "set_dumpable", fail, Layer.NOT_DUMPABLE, "test(): ENOSYS, Function not implemented"),
     ],
 )
 def test_layer_that_the_machine_lacks_is_reported(
@@ -198,9 +198,9 @@ def test_second_thread_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parent_does_not_believe_what_the_kernel_contradicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = capabilities.read_process_state
+    read = process_state.read_process_state
     monkeypatch.setattr(
-        capabilities,
+        process_state,
         "read_process_state",
         lambda pid: read(pid)._replace(no_new_privs=False, seccomp=0, permitted=4, uids=(1, 1, 1, 0)),
     )

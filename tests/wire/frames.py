@@ -9,24 +9,30 @@ from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
-from fdbroker.wire import messages, replies, requests
-from fdbroker.wire.format import MAX_LIST_ENTRIES, MAX_PATHS, Kind, Reason, Status
+from fdbroker.wire import client, messages, replies
+from fdbroker.wire.client import (
+    ExplainReply,
+    ListReply,
+    OpenReply,
+    ReloadReply,
+    Reply,
+    StatReply,
+    StatusReply,
+)
+from fdbroker.wire.format import ACTIONS, MAX_LIST_ENTRIES, MAX_PATHS, MAX_POLICY, Kind, Reason, Status
 from fdbroker.wire.messages import (
     GIVEN,
     ErrorReply,
+    ExplainRequest,
     FileStat,
     Hello,
     ListEntry,
-    ListReply,
     ListRequest,
-    OpenReply,
     OpenRequest,
-    Reply,
+    ReloadRequest,
     Request,
     Result,
-    StatReply,
     StatRequest,
-    StatusReply,
     StatusRequest,
     Welcome,
 )
@@ -38,15 +44,19 @@ def encode_request(message: Request) -> bytes:
     match message:
         case Hello():
             assert (message.lowest, message.highest, message.features) == (1, 1, 0)
-            return requests.encode_hello(message.id)
+            return client.encode_hello(message.id)
         case OpenRequest():
-            return requests.encode_open(message.id, message.paths)
+            return client.encode_open(message.id, message.paths)
         case StatRequest():
-            return requests.encode_stat(message.id, message.paths)
+            return client.encode_stat(message.id, message.paths)
         case ListRequest():
-            return requests.encode_list(message.id, message.path, message.cookie, message.most)
+            return client.encode_list(message.id, message.path, message.cookie, message.most)
         case StatusRequest():
-            return requests.encode_status(message.id)
+            return client.encode_status(message.id)
+        case ExplainRequest():
+            return client.encode_explain(message.id, message.action, message.path)
+        case ReloadRequest():
+            return client.encode_reload(message.id, message.offset, message.piece, more=message.more)
 
 
 def encode_reply(message: Reply) -> bytes:
@@ -64,6 +74,12 @@ def encode_reply(message: Reply) -> bytes:
             )
         case StatusReply():
             return replies.encode_status_reply(message.id, message.generation, message.document)
+        case ExplainReply():
+            return replies.encode_explain_reply(message.id, message.generation, message.document)
+        case ReloadReply():
+            return replies.encode_reload_reply(
+                message.id, message.generation, message.received, more=message.more
+            )
         case ErrorReply():
             return replies.encode_error(message)
 
@@ -85,6 +101,14 @@ requests_of_all_kinds: st.SearchStrategy[Request] = st.one_of(
     st.builds(StatRequest, u32, path_lists),
     st.builds(ListRequest, u32, paths, u64, st.integers(0, MAX_LIST_ENTRIES)),
     st.builds(StatusRequest, u32),
+    st.builds(ExplainRequest, u32, st.sampled_from(list(ACTIONS.values())), paths),
+    st.builds(
+        ReloadRequest,
+        u32,
+        st.integers(0, MAX_POLICY - 200),
+        st.binary(min_size=1, max_size=200),
+        st.booleans(),
+    ),
 )
 
 results = st.one_of(
@@ -104,6 +128,8 @@ replies_of_all_kinds: st.SearchStrategy[Reply] = st.one_of(
     st.builds(StatReply, u32, u32, st.lists(described, max_size=40)),
     st.builds(ListReply, u32, u32, results, st.lists(entries, max_size=20), u64, st.booleans()),
     st.builds(StatusReply, u32, u32, st.binary(max_size=200)),
+    st.builds(ExplainReply, u32, u32, st.binary(max_size=200)),
+    st.builds(ReloadReply, u32, u32, u32, st.booleans()),
     st.builds(ErrorReply, u32, u32, st.sampled_from(list(Kind)), st.sampled_from(list(Reason)), u16, texts),
 )
 
@@ -135,7 +161,8 @@ def vectors() -> list[Vector]:
 
 
 def _message(document: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
-    kind = getattr(messages, document.pop("message"))
+    name = document.pop("message")
+    kind = getattr(messages, name, None) or getattr(client, name)
     return kind(**{key: _value(key, value) for key, value in document.items()})
 
 
@@ -143,7 +170,7 @@ def _value(key: str, value: Any) -> Any:  # noqa: ANN401 - JSON
     # Bytes are written as text, one character (U+0000 to U+00FF) for each.
     if key == "paths":
         return [path.encode("latin-1") for path in value]
-    if key in {"path", "document", "name"}:
+    if key in {"path", "document", "name", "piece"}:
         return value.encode("latin-1")
     if key == "result":
         return _result(value)

@@ -6,24 +6,28 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fdbroker.wire.client import (
+    ExplainReply,
+    ListReply,
+    OpenReply,
+    ReloadReply,
+    Reply,
+    StatReply,
+    StatusReply,
+    decode_reply,
+)
 from fdbroker.wire.format import ENTRY, HEADER, REPLY, RESULT, STAT, Kind, Reason, Status, Type
 from fdbroker.wire.messages import (
     GIVEN,
     ErrorReply,
     FileStat,
     ListEntry,
-    ListReply,
     MalformedError,
-    OpenReply,
-    Reply,
     Result,
-    StatReply,
-    StatusReply,
     Welcome,
     broken,
     refused,
 )
-from fdbroker.wire.replies import decode_reply
 from tests.wire.frames import encode_reply, replies_of_all_kinds
 
 STAT_RECORD = FileStat(1, 2, 0o100644, 1, 0, 0, 3, -1, 2**63 - 1)
@@ -35,6 +39,8 @@ EXAMPLES: list[Reply] = [
     ListReply(4, 7, GIVEN, [ListEntry(b"a", 8, STAT_RECORD), ListEntry(b"b" * 255, 4, None)], 9, last=False),
     StatusReply(5, 7, b"{}"),
     ErrorReply(6, 7, Kind.REFUSED, Reason.LIMIT, 11, "später"),
+    ExplainReply(7, 7, b"{}"),
+    ReloadReply(8, 7, 12, more=True),
 ]
 TYPES = [kind | REPLY for kind in Type]
 
@@ -91,11 +97,11 @@ def test_a_reply_that_is_cut_anywhere_is_never_taken_for_the_whole_one(reply: Re
         except MalformedError:
             continue
         # Text without a length of its own: its end is the frame's end.
-        assert isinstance(reply, StatusReply | ErrorReply)
+        assert isinstance(reply, StatusReply | ErrorReply | ExplainReply)
         assert shorter != reply
 
 
-@pytest.mark.parametrize("reply", EXAMPLES[:4], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("reply", [*EXAMPLES[:4], EXAMPLES[7]], ids=lambda one: type(one).__name__)
 def test_bytes_behind_a_reply_are_malformed(reply: Reply) -> None:
     with pytest.raises(MalformedError):
         decode_reply(encode_reply(reply) + b"\0")
@@ -112,6 +118,7 @@ def test_flags_of_a_reply_are_those_of_its_type(reply: Reply) -> None:
     frame = encode_reply(reply)
     allowed = {
         ListReply: {0, 1},
+        ReloadReply: {0, 1},
         ErrorReply: {1, 2, 3},
     }.get(type(reply), {0})
     for flags in range(256):
@@ -165,7 +172,15 @@ def test_bits_of_an_entry_that_mean_nothing_are_malformed(flags: int, reserved: 
 
 @pytest.mark.parametrize(
     ("reply", "at"),
-    [(EXAMPLES[0], 2), (EXAMPLES[0], 22), (EXAMPLES[4], 2), (EXAMPLES[5], 2), (EXAMPLES[5], 13)],
+    [
+        (EXAMPLES[0], 2),
+        (EXAMPLES[0], 22),
+        (EXAMPLES[4], 2),
+        (EXAMPLES[5], 2),
+        (EXAMPLES[5], 13),
+        (EXAMPLES[6], 2),
+        (EXAMPLES[7], 2),
+    ],
 )
 def test_reserved_fields_of_a_reply_are_0(reply: Reply, at: int) -> None:
     frame = bytearray(encode_reply(reply))
@@ -184,3 +199,11 @@ def test_a_given_result_is_recognised_by_identity() -> None:
     reply = decode_reply(encode_reply(OpenReply(1, 1, [GIVEN, Result(Status.REFUSED, Reason.BUSY, 11)])))
     assert isinstance(reply, OpenReply)
     assert reply.results[0] is GIVEN
+
+
+def test_text_that_has_no_utf_8_is_escaped_and_never_fails() -> None:
+    """It may quote what somebody wrote, half a surrogate pair in JSON for one."""
+    frame = encode_reply(ErrorReply(6, 7, Kind.REFUSED, Reason.POLICY, 22, "'\ud800' is no root"))
+    reply = decode_reply(frame)
+    assert isinstance(reply, ErrorReply)
+    assert reply.text == "'\\ud800' is no root"

@@ -8,24 +8,28 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fdbroker.wire.format import HEADER, MAX_FRAME, MAX_LIST_ENTRIES, MAX_PATHS, Type
+from fdbroker.wire.client import (
+    encode_explain,
+    encode_hello,
+    encode_list,
+    encode_open,
+    encode_reload,
+    encode_stat,
+    encode_status,
+)
+from fdbroker.wire.format import HEADER, MAX_FRAME, MAX_LIST_ENTRIES, MAX_PATHS, MAX_POLICY, PIECE, Type
 from fdbroker.wire.messages import (
+    ExplainRequest,
     Hello,
     ListRequest,
     MalformedError,
     OpenRequest,
+    ReloadRequest,
     Request,
     StatRequest,
     StatusRequest,
 )
-from fdbroker.wire.requests import (
-    decode_request,
-    encode_hello,
-    encode_list,
-    encode_open,
-    encode_stat,
-    encode_status,
-)
+from fdbroker.wire.requests import decode_request
 from tests.wire.frames import encode_request, requests_of_all_kinds
 
 EXAMPLES: list[Request] = [
@@ -34,6 +38,8 @@ EXAMPLES: list[Request] = [
     StatRequest(3, [b"/a"]),
     ListRequest(4, b"/dir", 77, 10),
     StatusRequest(5),
+    ExplainRequest(6, "walk", b"/a"),
+    ReloadRequest(7, 12, b"piece", more=True),
 ]
 
 
@@ -92,8 +98,8 @@ def test_a_request_that_is_cut_anywhere_is_never_taken_for_the_whole_one(request
             shorter = decode_request(frame[:length])
         except MalformedError:
             continue
-        # Only in its last path can a cut go unseen, since a frame's end is a path's end.
-        assert isinstance(request_, OpenRequest | StatRequest | ListRequest)
+        # Only in what comes last can a cut go unseen, since a frame's end is its end.
+        assert isinstance(request_, OpenRequest | StatRequest | ListRequest | ExplainRequest | ReloadRequest)
         assert shorter != request_
         assert type(shorter) is type(request_)
 
@@ -107,7 +113,8 @@ def test_bytes_behind_a_request_of_fixed_length_are_malformed(request_: Request)
 @pytest.mark.parametrize("request_", EXAMPLES, ids=lambda one: type(one).__name__)
 @pytest.mark.parametrize("offset", [1, 8, 9, 10, 11])
 def test_flags_and_reserved_fields_of_a_request_are_0(request_: Request, offset: int) -> None:
-    for bit in range(8):
+    flag_of_its_own = isinstance(request_, ReloadRequest) and offset == 1
+    for bit in range(1 if flag_of_its_own else 0, 8):
         frame = bytearray(encode_request(request_))
         frame[offset] |= 1 << bit
         with pytest.raises(MalformedError) as caught:
@@ -210,3 +217,50 @@ def test_a_status_request_has_no_body_and_no_count() -> None:
     assert decode_request(encode_status(7)) == StatusRequest(7)
     with pytest.raises(MalformedError):
         decode_request(HEADER.pack(Type.STATUS, 0, 1, 7, 0))
+
+
+@pytest.mark.parametrize("action", [0, 5, 65535])
+def test_what_is_no_action_is_not_explained(action: int) -> None:
+    with pytest.raises(MalformedError, match=f"{action} is no action"):
+        decode_request(HEADER.pack(Type.EXPLAIN, 0, action, 7, 0) + b"/a")
+    with pytest.raises(ValueError, match="'read' is none of open, stat, list, walk"):
+        encode_explain(1, "read", b"/a")
+
+
+@pytest.mark.parametrize("path", [b"\0", b"/a\0b", b"/a\0"])
+def test_a_path_with_a_nul_is_not_explained(path: bytes) -> None:
+    with pytest.raises(MalformedError, match="NUL"):
+        decode_request(HEADER.pack(Type.EXPLAIN, 0, 1, 7, 0) + path)
+    with pytest.raises(ValueError, match="NUL"):
+        encode_explain(1, "open", path)
+
+
+def test_a_path_to_explain_may_fill_a_frame_and_no_more() -> None:
+    longest = b"x" * (MAX_FRAME - HEADER.size)
+    assert decode_request(encode_explain(1, "stat", longest)) == ExplainRequest(1, "stat", longest)
+    with pytest.raises(ValueError, match="too long"):
+        encode_explain(1, "stat", longest + b"x")
+
+
+def test_a_piece_has_at_least_a_byte_and_at_most_a_frame() -> None:
+    longest = b"x" * (MAX_FRAME - HEADER.size - PIECE.size)
+    assert decode_request(encode_reload(1, 0, longest, more=True)) == ReloadRequest(1, 0, longest, more=True)
+    with pytest.raises(ValueError, match="too long"):
+        encode_reload(1, 0, longest + b"x", more=True)
+    with pytest.raises(ValueError, match="no piece"):
+        encode_reload(1, 0, b"", more=True)
+    with pytest.raises(MalformedError, match="without a piece"):
+        decode_request(HEADER.pack(Type.RELOAD, 0, 0, 1, 0) + PIECE.pack(0))
+    with pytest.raises(MalformedError, match="without a piece"):
+        decode_request(HEADER.pack(Type.RELOAD, 0, 1, 1, 0) + PIECE.pack(0) + b"x")
+
+
+def test_a_policy_has_at_most_64_mib() -> None:
+    last = ReloadRequest(1, MAX_POLICY - 1, b"x", more=False)
+    assert decode_request(encode_request(last)) == last
+    with pytest.raises(ValueError, match="no piece"):
+        encode_reload(1, MAX_POLICY - 1, b"xy", more=False)
+    with pytest.raises(MalformedError, match="more than"):
+        decode_request(HEADER.pack(Type.RELOAD, 0, 0, 1, 0) + PIECE.pack(MAX_POLICY - 1) + b"xy")
+    with pytest.raises(MalformedError, match="more than"):
+        decode_request(HEADER.pack(Type.RELOAD, 0, 0, 1, 0) + PIECE.pack(0xFFFFFFFF) + b"x")

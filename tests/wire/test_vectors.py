@@ -7,9 +7,9 @@ import re
 
 import pytest
 
+from fdbroker.wire.client import decode_reply
 from fdbroker.wire.format import ERRNO_OF, MAX_FRAME, MAX_LIST_ENTRIES, MAX_PATHS, REPLY, Reason, Type
 from fdbroker.wire.messages import MalformedError
-from fdbroker.wire.replies import decode_reply
 from fdbroker.wire.requests import decode_request
 from tests.wire.frames import PROTOCOL, Vector, encode_reply, encode_request, vectors
 

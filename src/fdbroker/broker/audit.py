@@ -50,7 +50,7 @@ class Audit:
         self.deny_on_failure = deny_on_failure
         self.failures = 0
         self._descriptor = descriptor
-        self._sequence = 0
+        self.sequence = 0  # of the next record
         self.on = descriptor is not None
         self._resynchronise = False
         self._lost_from: int | None = None  # the first number of a write that failed
@@ -67,26 +67,26 @@ class Audit:
         if self._descriptor is None:
             return True
         prefix = self._prefix
-        first = sequence = self._sequence
-        middle = f',"time":"{_now()}","event":"{action}",{requester},'
+        first = sequence = self.sequence
+        middle = f',"time":"{now_text()}","event":"{action}",{requester},'
         lines = []
         for path, record in zip(paths, records, strict=True):
             lines.append(f"{prefix}{sequence}{middle}{quoted_path(path)}{extra},{record}}}\n")
             sequence += 1
-        self._sequence = sequence
+        self.sequence = sequence
         return self._write(first, "".join(lines)) or not self.deny_on_failure
 
     def event(self, name: str, members: str = "") -> bool:
         """Record something that is not a decision on a path. Return whether it was written."""
         if self._descriptor is None:
             return True
-        first = self._sequence
+        first = self.sequence
         return self._write(first, self._event(name, members))
 
     def _event(self, name: str, members: str) -> str:
-        sequence, self._sequence = self._sequence, self._sequence + 1
+        sequence, self.sequence = self.sequence, self.sequence + 1
         comma = "," if members else ""
-        return f'{self._prefix}{sequence},"time":"{_now()}","event":{quoted(name)}{comma}{members}}}\n'
+        return f'{self._prefix}{sequence},"time":"{now_text()}","event":{quoted(name)}{comma}{members}}}\n'
 
     def _write(self, first: int, text: str) -> bool:
         """Write records from number `first` on; say whether they are all there."""
@@ -128,7 +128,8 @@ def member_text(**members: str | int | None) -> str:
 _second = (0, "")  # the text of the last second that was asked for
 
 
-def _now() -> str:
+def now_text() -> str:
+    """Return the time, as records have it: UTC, to the microsecond."""
     global _second  # noqa: PLW0603 - one value, replaced whole
     seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
     if seconds != _second[0]:

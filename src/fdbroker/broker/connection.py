@@ -5,12 +5,13 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from fdbroker.broker.audit import member_text
 from fdbroker.kernel.descriptors import close_all
 
 if TYPE_CHECKING:
     import socket
 
+    from fdbroker.broker.control import Loading
+    from fdbroker.broker.dispatch import Table
     from fdbroker.broker.identity import PeerAtConnect
     from fdbroker.broker.in_flight import InFlight
     from fdbroker.policy.decide import View
@@ -23,6 +24,7 @@ class State(Enum):
     SENDING = "room for a reply that is ready"
     PAUSED = "the client to receive what was sent"
     CLOSING = "the same, and then the end"
+    LOADING = "the policy that it handed over to be read"
 
 
 class Unsent:
@@ -41,9 +43,12 @@ class Connection:
 
     __slots__ = (
         "_flight",
+        "answers",
         "greeted",
         "in_flight",
+        "loading",
         "peer",
+        "pieces",
         "record",
         "sock",
         "state",
@@ -53,23 +58,27 @@ class Connection:
     )
 
     def __init__(
-        self, sock: socket.socket, peer: PeerAtConnect, number: int, name: str, flight: InFlight
+        self, sock: socket.socket, peer: PeerAtConnect, record: str, answers: Table, flight: InFlight
     ) -> None:
         self.sock = sock
         self.peer = peer
+        # What can be asked here, and how it is answered.
+        self.answers = answers
         self.greeted = False
         self.state = State.READING
         # Descriptors sent and, for all the kernel has told us, not yet received.
         self.in_flight = 0
         self.unsent: Unsent | None = None
         # Who asks, as every audit record of this connection says it.
-        self.record = member_text(
-            socket=name, connection=number, pid=peer.pid, uid=peer.uid, gid=peer.gid, identity=peer.level
-        )
+        self.record = record
         self._flight = flight
         # The part of the policy that is about this client, and the generation it was made of.
         self.view: View | None = None
         self.view_generation = 0
+        # A policy that is being handed over, as far as it is there.
+        self.pieces: bytearray | None = None
+        # The same, when it is there whole.
+        self.loading: Loading | None = None
 
     def may_have_more(self, count: int) -> bool:
         """Return whether `count` more descriptors may be on their way to this client."""

@@ -38,22 +38,26 @@ if TYPE_CHECKING:
 
     from fdbroker.broker.audit import Audit
     from fdbroker.broker.connection import Connection
-    from fdbroker.broker.identity import ControlGroups
-    from fdbroker.broker.opening import Opener
-    from fdbroker.policy.decide import Policy, View
+    from fdbroker.broker.generation import Generation, Held
+    from fdbroker.broker.notify import Notifier
+    from fdbroker.policy.decide import View
 
 Answer = tuple[bytes, list[int]]  # a frame, and the descriptors that go with it: the receiver's to close
+# What can be asked on a connection. The text: why the sender is not who connected, None if it is.
+# No answer: it is not ready yet; see server.py.
+Table = dict[type[Request], "Callable[[Connection, Request, str | None], Answer | None]"]
 
 
 class Parts(NamedTuple):
-    """What a broker is made of; `policy` has generation 1, `in_force` is for the status."""
+    """What a broker is made of. `layers` and `version` are for the status."""
 
-    policy: Policy
-    opener: Opener
+    generation: Generation
+    held: Held
     audit: Audit
-    cgroups: ControlGroups
+    notifier: Notifier
     identity_level: int
-    in_force: dict[str, object]
+    layers: dict[str, object]
+    version: str
 
 
 class Dispatch:
@@ -61,16 +65,12 @@ class Dispatch:
 
     def __init__(self, parts: Parts, totals: Callable[[], Mapping[str, int]]) -> None:
         """`totals` counts what the loop counts, for the status."""
-        self.settings = parts.policy.rule_set.settings
-        self.generation = 1
-        self.allowed = self.denied = 0
-        self._policy = parts.policy
-        self._opener = parts.opener
+        self.generation = parts.generation
+        self._allowed = self._denied = 0
         self._audit = parts.audit
-        self._cgroups = parts.cgroups
-        self._in_force = parts.in_force
+        self._layers = parts.layers
         self._totals = totals
-        self._table: dict[type, Callable[[Connection, Request, str | None], Answer]] = {
+        self.table: Table = {
             Hello: self._hello,
             OpenRequest: self._open,
             StatRequest: self._stat,
@@ -78,34 +78,28 @@ class Dispatch:
             StatusRequest: self._status,
         }
 
-    def answer(self, connection: Connection, request: Request, objection: str | None) -> Answer:
-        """Answer one request. `objection`: why its sender is not who connected, None if it is.
-
-        The descriptors of the answer are the caller's.
-        """
-        return self._table[type(request)](connection, request, objection)
-
     def error(self, request_id: int, kind: Kind, reason: Reason, text: str) -> bytes:
         """Return an error frame of this generation."""
-        return encode_error(ErrorReply(request_id, self.generation, kind, reason, ERRNO_OF[reason], text))
+        number = self.generation.number
+        return encode_error(ErrorReply(request_id, number, kind, reason, ERRNO_OF[reason], text))
 
     def _hello(self, connection: Connection, request: Request, objection: str | None) -> Answer:
         assert isinstance(request, Hello)  # noqa: S101 - for the type checker; the table says it
         if objection is not None:
-            return self._refuse(connection, "hello", request.id, objection)
+            return self.refuse(connection, "hello", request.id, objection)
         if not request.lowest <= VERSION <= request.highest:
             text = f"this broker speaks version {VERSION}, not {request.lowest} to {request.highest}"
             return self.error(request.id, Kind.REFUSED, Reason.VERSION, text), []
         connection.greeted = True
         welcome = Welcome(
             request.id,
-            self.generation,
+            self.generation.number,
             version=VERSION,
             identity_level=connection.peer.level,
             features=0,
             max_paths=MAX_PATHS,
             max_frame=MAX_FRAME,
-            in_flight=self.settings.in_flight_per_connection,
+            in_flight=self.generation.settings.in_flight_per_connection,
             copy_max=0,
         )
         return encode_welcome(welcome), []
@@ -120,13 +114,13 @@ class Dispatch:
             elif not connection.may_have_more(len(paths)):
                 outcomes = [_TOO_MANY_IN_FLIGHT] * len(paths)
             else:
-                view = self._view(connection).actions["open"]
-                outcomes = self._opener.open(view, paths, connection.peer.uid, descriptors)
+                view = self.view(connection).actions["open"]
+                outcomes = self.generation.opener.open(view, paths, connection.peer.uid, descriptors)
             if not self._record(connection, "open", request.id, paths, outcomes, allowed=len(descriptors)):
                 close_all(descriptors)
                 outcomes = [_NOT_RECORDED] * len(paths)
             results = [outcome.result for outcome in outcomes]
-            return encode_open_reply(request.id, self.generation, results), descriptors
+            return encode_open_reply(request.id, self.generation.number, results), descriptors
         except BaseException:
             close_all(descriptors)
             raise
@@ -137,56 +131,67 @@ class Dispatch:
         if objection is not None:
             outcomes = [Outcome(refused(Reason.IDENTITY), objection)] * len(paths)
         else:
-            view = self._view(connection).actions["stat"]
-            uid = connection.peer.uid
-            outcomes = [self._opener.stat(view, path, uid) for path in paths]
+            view = self.view(connection).actions["stat"]
+            opener, uid = self.generation.opener, connection.peer.uid
+            outcomes = [opener.stat(view, path, uid) for path in paths]
         allowed = sum(outcome.facts is not None for outcome in outcomes)
         if not self._record(connection, "stat", request.id, paths, outcomes, allowed=allowed):
             outcomes = [_NOT_RECORDED] * len(paths)
         results = [(outcome.result, outcome.facts) for outcome in outcomes]
-        return encode_stat_reply(request.id, self.generation, results), []
+        return encode_stat_reply(request.id, self.generation.number, results), []
 
     def _list(self, connection: Connection, request: Request, objection: str | None) -> Answer:
         assert isinstance(request, ListRequest)  # noqa: S101 - for the type checker; the table says it
         if objection is not None:
             page = Page(Outcome(refused(Reason.IDENTITY), objection))
         else:
-            view = self._view(connection)
-            page = self._opener.list(view, request.path, request.cookie, request.most, connection.peer.uid)
+            view, opener, uid = self.view(connection), self.generation.opener, connection.peer.uid
+            page = opener.list(view, request.path, request.cookie, request.most, uid)
         outcome, shown = page.outcome, f',"entries":{len(page.entries)}'
         allowed = int(outcome.reason == "ok")
         if not self._record(
             connection, "list", request.id, [request.path], [outcome], shown, allowed=allowed
         ):
             page = Page(_NOT_RECORDED)
+        number = self.generation.number
         reply = encode_list_reply(
-            request.id, self.generation, page.outcome.result, page.entries, page.cookie, last=page.last
+            request.id, number, page.outcome.result, page.entries, page.cookie, last=page.last
         )
         return reply, []
 
     def _status(self, connection: Connection, request: Request, objection: str | None) -> Answer:
         if objection is not None:
-            return self._refuse(connection, "status", request.id, objection)
+            return self.refuse(connection, "status", request.id, objection)
+        document = self.status_of(connection)
+        if connection.peer.uid == 0:
+            document["totals"] = self.totals()
+        return encode_status_reply(request.id, self.generation.number, json.dumps(document).encode()), []
+
+    def status_of(self, connection: Connection) -> dict[str, object]:
+        """Return how the broker sees a connection, which whoever made it may know."""
         peer = connection.peer
-        document: dict[str, object] = {
-            "generation": self.generation,
+        return {
+            "generation": self.generation.number,
             "identity_level": peer.level,
             # A process may have 65,536 groups, and a reply has its limits.
             "peer": {"pid": peer.pid, "uid": peer.uid, "gid": peer.gid, "groups": sorted(peer.groups)[:1024]},
             "in_flight": connection.count_in_flight(),
             "audit": self._audit.run if self._audit.on else "off",
-            "read_only_view": "required" if self.settings.read_only_view_required else "off",
-            **self._in_force,
+            "read_only_view": "required" if self.generation.settings.read_only_view_required else "off",
+            **self._layers,
         }
-        if peer.uid == 0:
-            counts = {"allowed": self.allowed, "denied": self.denied, "audit_failures": self._audit.failures}
-            document["totals"] = {**self._totals(), **counts}
-        return encode_status_reply(request.id, self.generation, json.dumps(document).encode()), []
 
-    def _view(self, connection: Connection) -> View:
-        if connection.view is None or connection.view_generation != self.generation:
-            connection.view = self._policy.view(connection.peer.facts(self._cgroups))
-            connection.view_generation = self.generation
+    def totals(self) -> dict[str, int]:
+        """Return what was counted since the start."""
+        counts = {"allowed": self._allowed, "denied": self._denied, "audit_failures": self._audit.failures}
+        return {**self._totals(), **counts}
+
+    def view(self, connection: Connection) -> View:
+        """Return the part of the policy that is about this client: never one of an earlier policy."""
+        generation = self.generation
+        if connection.view is None or connection.view_generation != generation.number:
+            connection.view = generation.policy.view(connection.peer.facts(generation.cgroups))
+            connection.view_generation = generation.number
         return connection.view
 
     def _record(
@@ -202,15 +207,16 @@ class Dispatch:
     ) -> bool:
         recorded = True
         if self._audit.on:
-            requester = f'{connection.record},"request":{request_id},"generation":{self.generation}'
+            requester = f'{connection.record},"request":{request_id},"generation":{self.generation.number}'
             records = [outcome.record for outcome in outcomes]
             recorded = self._audit.decisions(requester, action, paths, records, extra)
         given = allowed if recorded else 0
-        self.allowed += given
-        self.denied += len(outcomes) - given
+        self._allowed += given
+        self._denied += len(outcomes) - given
         return recorded
 
-    def _refuse(self, connection: Connection, what: str, request_id: int, objection: str) -> Answer:
+    def refuse(self, connection: Connection, what: str, request_id: int, objection: str) -> Answer:
+        """Record and say that the sender of a message is not who connected."""
         members = member_text(request=request_id, reason=objection)
         self._audit.event(f"{what}_refused", f"{connection.record},{members}")
         text = f"the sender of this message is not who connected: {objection}"

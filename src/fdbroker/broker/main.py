@@ -9,7 +9,6 @@ and seccomp.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import resource
@@ -20,14 +19,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.broker.audit import Audit, member_text
 from fdbroker.broker.dispatch import Parts
-from fdbroker.broker.identity import ControlGroups, IdentityError, probe_level
-from fdbroker.broker.opening import Opener
+from fdbroker.broker.generation import Held, key_of, make_generation
+from fdbroker.broker.identity import IdentityError, probe_level
+from fdbroker.broker.notify import Notifier
 from fdbroker.broker.roots import RootError, hold_roots
-from fdbroker.broker.server import Broker
-from fdbroker.kernel import landlock, process, seccomp
-from fdbroker.kernel.capabilities import CAP_DAC_READ_SEARCH, parse_process_state, read_process_state
+from fdbroker.broker.server import Broker, settle_memory
+from fdbroker.kernel import dumpable, landlock, seccomp
 from fdbroker.kernel.files import open_path_beneath, open_proc_self_fd
-from fdbroker.policy.decide import Policy
+from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH, parse_process_state, read_process_state
 from fdbroker.policy.rules import PolicyError, RuleSet, read_policy
 
 if TYPE_CHECKING:
@@ -47,17 +46,26 @@ class StartError(Exception):
 
 
 class Handover(NamedTuple):
-    """What the launcher hands over, as JSON on a descriptor. Descriptors are owned from then on."""
+    """What the launcher hands over, as JSON on a descriptor. Descriptors are owned from then on.
+
+    `control` listens for those who administer the broker, `notify` is connected to the service
+    manager, and `held` stay open and are never used, as a locked pidfile is.
+    """
 
     uid: int
     gid: int
     policy: RuleSet
     listeners: Sequence[tuple[int, str]]
     connections: Sequence[tuple[int, str]]
+    control: int | None
     audit: int | None
     ready: int | None
+    notify: int | None
+    watchdog_usec: int | None
+    held: Sequence[int]
     cgroup_root: str | None
     boot_id: str
+    version: str
     seccomp: bytes
 
 
@@ -77,10 +85,15 @@ def read_handover(descriptor: int) -> Handover:
             policy=read_policy(document["policy"]),
             listeners=[(int(number), str(name)) for number, name in document["listeners"]],
             connections=[(int(number), str(name)) for number, name in document["connections"]],
-            audit=document["audit"],
-            ready=document["ready"],
+            control=_optional(document["control"]),
+            audit=_optional(document["audit"]),
+            ready=_optional(document["ready"]),
+            notify=_optional(document["notify"]),
+            watchdog_usec=_optional(document["watchdog_usec"]),
+            held=[int(number) for number in document["held"]],
             cgroup_root=document["cgroup_root"],
             boot_id=str(document["boot_id"]),
+            version=str(document["version"]),
             seccomp=bytes.fromhex(document["seccomp"]),
         )
     except PolicyError as error:
@@ -91,6 +104,12 @@ def read_handover(descriptor: int) -> Handover:
         ) from error
 
 
+def _optional(value: object) -> int | None:
+    if value is None or isinstance(value, int):
+        return value
+    raise TypeError(f"{value!r} is no number")
+
+
 def check_descriptors(handover: Handover) -> None:
     """Check that this process has the descriptors it was told of and no others.
 
@@ -98,8 +117,9 @@ def check_descriptors(handover: Handover) -> None:
         StartError: a stranger's descriptor came along, or one is missing.
 
     """
-    promised = {number for number, _ in (*handover.listeners, *handover.connections)}
-    promised |= {number for number in (handover.audit, handover.ready) if number is not None}
+    promised = {*handover.held, *(number for number, _ in (*handover.listeners, *handover.connections))}
+    optional = (handover.control, handover.audit, handover.ready, handover.notify)
+    promised |= {number for number in optional if number is not None}
     present = set()
     for name in os.listdir("/proc/self/fd"):
         number = int(name)
@@ -187,15 +207,23 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
             " raise it (ulimit -n, or LimitNOFILE= of systemd)"
         )
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    process.set_dumpable(False)
+    dumpable.set_dumpable(False)
     roots = hold_roots(policy.roots, read_only_required=settings.read_only_view_required)
-    opener = Opener(roots, open_proc_self_fd())
+    held = Held(
+        {key_of(root): kept for root, kept in zip(policy.roots, roots, strict=True)},
+        open_proc_self_fd(),
+        handover.cgroup_root if policy.cgroups else None,
+        settings.read_only_view_required,
+    )
     audit = Audit(handover.audit, deny_on_failure=settings.deny_when_audit_fails)
-    cgroups = ControlGroups(handover.cgroup_root, policy.cgroups)
-    in_force: dict[str, object] = {}
-    broker = Broker(Parts(Policy(policy), opener, audit, cgroups, level, in_force))
+    notifier = Notifier(handover.notify, handover.watchdog_usec)
+    layers: dict[str, object] = {}
+    generation = make_generation(1, policy, held)
+    broker = Broker(Parts(generation, held, audit, notifier, level, layers, handover.version))
     for number, name in handover.listeners:
         broker.add_listener(socket.socket(fileno=number), name)
+    if handover.control is not None:
+        broker.add_listener(socket.socket(fileno=handover.control), "control", control=True)
     for number, name in handover.connections:
         broker.adopt(socket.socket(fileno=number), name)
     status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)  # Landlock will not let us
@@ -210,7 +238,7 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
     os.close(status)
     if after.seccomp != _FILTERED:
         raise StartError("the kernel took the seccomp filter but does not show it")
-    in_force.update(landlock=report.abi, landlock_lacks=list(report.missing), seccomp=True)
+    layers.update(landlock=report.abi, landlock_lacks=list(report.missing), seccomp=True)
     started = audit.event(
         "started",
         member_text(
@@ -223,7 +251,7 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
 
 
 def run(handover_descriptor: int) -> int:
-    """Start, serve until SIGTERM or SIGINT, and return the exit status."""
+    """Start, serve until SIGTERM, SIGINT or the end of the last client there can be; return the status."""
     try:
         handover = read_handover(handover_descriptor)
         check_descriptors(handover)
@@ -239,15 +267,15 @@ def run(handover_descriptor: int) -> int:
         with contextlib.suppress(BrokenPipeError):  # whoever waited has gone
             os.write(handover.ready, b"ready\n")
         os.close(handover.ready)
-    # What exists now stays: the collector need not look at it again and again.
-    gc.collect()
-    gc.freeze()
+    broker.say_status(READY="1")
+    settle_memory()
     try:
         broker.serve()
     except Exception as error:
         # A bug: the service manager starts anew, the audit says that this one ended.
         audit.event("failed", member_text(reason=repr(error)))
         raise
+    broker.say_stopping()
     broker.close()
     audit.event("stopped")
     return EXIT_STOPPED

@@ -8,15 +8,17 @@ that does not receive is not read from: what waits for it is at most one reply.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import resource
 import select
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.connection import Connection, State, Unsent
-from fdbroker.broker.dispatch import Dispatch, Parts
+from fdbroker.broker.control import Control
+from fdbroker.broker.dispatch import Dispatch, Parts, Table
 from fdbroker.broker.identity import IdentityError, PeerAtConnect
 from fdbroker.broker.in_flight import InFlight
 from fdbroker.kernel import sockets
@@ -40,7 +42,16 @@ _INTEREST = {
     State.SENDING: select.EPOLLOUT,
     State.PAUSED: _RECEIVES,
     State.CLOSING: _RECEIVES,
+    State.LOADING: 0,  # that it hangs up is told all the same
 }
+
+
+class _Listener(NamedTuple):
+    """A listening socket, its name in the audit, and what can be asked on its connections."""
+
+    sock: socket.socket
+    name: str
+    answers: Table
 
 
 class Broker:
@@ -48,15 +59,19 @@ class Broker:
 
     def __init__(self, parts: Parts) -> None:
         self._dispatch = Dispatch(parts, self._totals)
+        self._control = Control(self._dispatch, parts, self._facts, self._switched)
+        self._notifier = parts.notifier
         self._audit = parts.audit
         self._level = parts.identity_level
         self._epoll = select.epoll()
-        self._listeners: dict[int, tuple[socket.socket, str]] = {}
+        self._listeners: dict[int, _Listener] = {}
         # Listeners that are not listened to for one round, since accepting failed.
         self._resting: list[socket.socket] = []
         self._connections: dict[int, Connection] = {}
         self._connections_of: dict[int, int] = {}
         self._accepted = self._refused = self._malformed = 0
+        # Connections on which a policy was handed over, one after the other.
+        self._loading: list[Connection] = []
         self._stopping = False
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._epoll.register(self._wake_read, select.EPOLLIN)
@@ -73,16 +88,20 @@ class Broker:
         """For `signal.set_wakeup_fd`: a byte written there makes the loop look up."""
         return self._wake_write
 
-    def add_listener(self, listener: socket.socket, name: str) -> None:
-        """Serve a listening SOCK_SEQPACKET socket; owned from now on. `name` is for the audit."""
+    def add_listener(self, listener: socket.socket, name: str, *, control: bool = False) -> None:
+        """Serve a listening SOCK_SEQPACKET socket; owned from now on. `name` is for the audit.
+
+        `control`: for those who administer the broker; see control.py for what can be asked there.
+        """
         listener.settimeout(0)
         sockets.ask_for_credentials(listener)
         sockets.refuse_descriptors(listener)
-        self._listeners[listener.fileno()] = (listener, name)
+        answers = self._control.table if control else self._dispatch.table
+        self._listeners[listener.fileno()] = _Listener(listener, name, answers)
         self._epoll.register(listener, select.EPOLLIN)
 
-    def adopt(self, sock: socket.socket, name: str) -> Connection:
-        """Serve a connection that exists already; owned from now on.
+    def adopt(self, sock: socket.socket, name: str, answers: Table | None = None) -> Connection:
+        """Serve a connection that exists already; owned from now on. `answers`: what can be asked there.
 
         Raises:
             IdentityError: its peer can't be identified; the socket is closed.
@@ -100,7 +119,15 @@ class Broker:
             sock.close()
             raise
         self._accepted += 1
-        connection = Connection(sock, peer, self._accepted, name, self._flight)
+        record = member_text(
+            socket=name,
+            connection=self._accepted,
+            pid=peer.pid,
+            uid=peer.uid,
+            gid=peer.gid,
+            identity=peer.level,
+        )
+        connection = Connection(sock, peer, record, answers or self._dispatch.table, self._flight)
         self._connections[sock.fileno()] = connection
         self._connections_of[peer.uid] = self._connections_of.get(peer.uid, 0) + 1
         return connection
@@ -111,14 +138,18 @@ class Broker:
         os.write(self._wake_write, b"\0")
 
     def serve(self) -> None:
-        """Serve until `stop`."""
-        while not self._stopping:
-            self.step(-1)
+        """Serve until `stop`, or until nobody is left to be served and nobody can come."""
+        while not self._stopping and (self._listeners or self._connections):
+            self.step(self._notifier.before_waiting())
 
     def step(self, timeout: float) -> None:
         """Serve one round of what is ready within `timeout` seconds (-1: wait)."""
         resting, self._resting = self._resting, []
-        ready = self._epoll.poll(_REST if resting else timeout)
+        if self._loading:
+            timeout = 0
+        elif resting and not 0 <= timeout < _REST:
+            timeout = _REST
+        ready = self._epoll.poll(timeout)
         for listener in resting:
             self._epoll.register(listener, _READY)
         served: set[int] = set()
@@ -131,26 +162,33 @@ class Broker:
                     self._on_other_event(connection, events)
                 elif uid in served:
                     waiting.append(connection)
-                else:
+                elif not served or self._goes_on():
                     served.add(uid)
                     self._serve_message(connection)
             elif descriptor in self._listeners:
-                self._accept(*self._listeners[descriptor])
+                self._accept(self._listeners[descriptor])
             elif descriptor == self._wake_read:
                 os.read(self._wake_read, 64)
         if len(served) == 1:
             # Nobody else wants anything. Otherwise it is one message per uid and round, whatever
             # number of connections it has: the rest is ready again in the next round.
             for connection in waiting:
-                if connection.state is State.READING:
+                if connection.state is State.READING and self._goes_on():
                     self._serve_message(connection)
+        if self._loading:
+            self._load_on(self._loading[0])
+
+    def _goes_on(self) -> bool:
+        """Say, in the middle of a round, which may be long, that the loop lives; return whether to go on."""
+        self._notifier.ping()
+        return not self._stopping
 
     def close(self) -> None:
         """Close every connection, every listener and the loop's own descriptors."""
         for connection in list(self._connections.values()):
             self._drop(connection)
-        for listener, _ in self._listeners.values():
-            listener.close()
+        for listener in self._listeners.values():
+            listener.sock.close()
         self._listeners.clear()
         self._epoll.close()
         close_all([self._wake_read, self._wake_write])
@@ -166,39 +204,68 @@ class Broker:
             "refused_connections": self._refused,
         }
 
+    def _facts(self) -> Mapping[str, object]:
+        """Return what the loop knows of itself, for the whole status."""
+        return {
+            "listeners": [
+                {"name": name, "control": answers is self._control.table}
+                for _, name, answers in self._listeners.values()
+            ],
+            "connections_most": self._max_connections,
+        }
+
+    def _switched(self) -> None:
+        """Forget the policy before: idle clients must not keep it, with all they asked by it."""
+        for connection in self._connections.values():
+            connection.view = None
+        settle_memory()
+        self.say_status()
+
+    def say_status(self, **more: str) -> None:
+        """Tell the service manager what is served, and `more`."""
+        number, policy = self._dispatch.generation[:2]
+        rules = len(policy.rule_set.rules)
+        self._notifier.say(**more, STATUS=f"Serving by policy generation {number} ({rules} rules)")
+
+    def say_stopping(self) -> None:
+        """Tell the service manager that this was the end."""
+        self._notifier.say(STOPPING="1", STATUS="Stopping")
+
     # Connections come
 
-    def _accept(self, listener: socket.socket, name: str) -> None:
+    def _accept(self, listener: _Listener) -> None:
         for _ in range(ACCEPTS_PER_ROUND):
             try:
-                sock, _ = listener.accept()
+                sock, _ = listener.sock.accept()
             except BlockingIOError:
                 return
             except OSError as error:
                 if error.errno in {errno.EMFILE, errno.ENFILE}:
-                    self._accept_to_refuse(listener, name)
+                    self._accept_to_refuse(listener)
                     return
-                self._audit.event("accept_failed", member_text(socket=name, errno=error.errno))
+                self._audit.event("accept_failed", member_text(socket=listener.name, errno=error.errno))
                 if error.errno == errno.ECONNABORTED:  # the connecting side gave up: nobody to answer
                     continue
-                self._let_rest(listener)
+                self._let_rest(listener.sock)
                 return
-            self._take_or_refuse(sock, name)
+            self._take_or_refuse(sock, listener)
 
-    def _take_or_refuse(self, sock: socket.socket, name: str) -> None:
-        if len(self._connections) >= self._max_connections:
-            with sock:
-                members = member_text(reason="connections")
-                self._refuse(sock, name, "the broker has too many connections", members)
-            return
+    def _take_or_refuse(self, sock: socket.socket, listener: _Listener) -> None:
+        name = listener.name
         try:
-            connection = self.adopt(sock, name)
+            connection = self.adopt(sock, name, listener.answers)
         except (IdentityError, OSError) as error:
             self._refused += 1
             self._audit.event("connection_refused", member_text(socket=name, reason=str(error)))
             return
-        uid, most = connection.peer.uid, self._dispatch.settings.connections_per_uid
-        if self._connections_of[uid] > most:
+        uid, most = connection.peer.uid, self._dispatch.generation.settings.connections_per_uid
+        if uid == 0 and listener.answers is self._control.table:
+            return  # however many there are: who administers it must get in
+        if len(self._connections) > self._max_connections:
+            members = member_text(uid=uid, reason="connections")
+            self._refuse(sock, name, "the broker has too many connections", members)
+            self._drop(connection)
+        elif self._connections_of[uid] > most:
             text = f"uid {uid} has {most} connections already, which is the limit (connections_per_uid)"
             members = member_text(uid=uid, reason="connections_per_uid", limit=most)
             self._refuse(sock, name, text, members)
@@ -210,20 +277,20 @@ class Broker:
         self._audit.event("connection_refused", f"{member_text(socket=name)},{members}")
         self._send_error(sock, 0, Kind.REFUSED, Reason.LIMIT, text)
 
-    def _accept_to_refuse(self, listener: socket.socket, name: str) -> None:
+    def _accept_to_refuse(self, listener: _Listener) -> None:
         """Out of descriptors: without this the listener would stay ready, and the loop would spin."""
         if self._spare >= 0:
             os.close(self._spare)
             self._spare = -1
         try:
-            sock, _ = listener.accept()
+            sock, _ = listener.sock.accept()
             with sock:
                 members = member_text(reason="descriptors")
-                self._refuse(sock, name, "the broker has no descriptors left", members)
+                self._refuse(sock, listener.name, "the broker has no descriptors left", members)
         except OSError as error:
             # The whole system is out of files (ENFILE): the listener rests a while, the connections go on.
-            self._audit.event("accept_failed", member_text(socket=name, errno=error.errno))
-            self._let_rest(listener)
+            self._audit.event("accept_failed", member_text(socket=listener.name, errno=error.errno))
+            self._let_rest(listener.sock)
         try:
             self._spare = os.open("/", os.O_PATH | os.O_CLOEXEC)
         except OSError:
@@ -239,6 +306,7 @@ class Broker:
 
     def _hang_up(self, connection: Connection) -> None:
         """End a connection from our side, but keep counting what lies in the client's queue."""
+        connection.loading = None
         self._discard_unsent(connection)
         if self._flight.settle(connection):
             self._drop(connection)
@@ -256,6 +324,7 @@ class Broker:
 
     def _drop(self, connection: Connection) -> None:
         """Forget a connection whose client is gone, or has nothing left to receive."""
+        connection.loading = None
         self._discard_unsent(connection)
         self._flight.forget(connection)
         descriptor = connection.sock.fileno()
@@ -290,7 +359,7 @@ class Broker:
     # Messages
 
     def _serve_message(self, connection: Connection) -> None:
-        most = self._dispatch.settings.in_flight_per_connection
+        most = self._dispatch.generation.settings.in_flight_per_connection
         # A full reply must have its place before the request is read.
         if connection.in_flight + MAX_PATHS > most and not self._flight.settle(connection):
             self._wait_for(connection, State.PAUSED)
@@ -314,6 +383,9 @@ class Broker:
             if truncated:
                 raise MalformedError(f"a message is longer than {MAX_FRAME} bytes")
             request = decode_request(data)
+            answer = connection.answers.get(type(request))
+            if answer is None:
+                raise MalformedError(f"{type(request).__name__} is not for this socket", request.id)
             if isinstance(request, Hello) is connection.greeted:
                 text = "a second hello" if connection.greeted else "the first frame is not a hello"
                 raise MalformedError(text, request.id)
@@ -326,15 +398,40 @@ class Broker:
             return
         try:
             objection = connection.peer.objection(credentials)
-            reply, descriptors = self._dispatch.answer(connection, request, objection)
+            answered = answer(connection, request, objection)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a denial, and the others are served
-            members = member_text(request=request.id, reason=_describe(error))
-            self._audit.event("failed", f"{connection.record},{members}")
-            text = "the broker failed on this request; its audit says where"
-            self._send_error(connection.sock, request.id, Kind.BROKEN, Reason.BROKEN, text)
-            self._hang_up(connection)
+            self._fail(connection, request.id, error)
             return
-        self._send(connection, Unsent(reply, descriptors, request.id))
+        if answered is None:
+            self._loading.append(connection)
+            self._wait_for(connection, State.LOADING)
+            return
+        self._send(connection, Unsent(*answered, request.id))
+
+    def _load_on(self, connection: Connection) -> None:
+        """Go on reading the policy that was handed over here, for a moment; answer when it is read."""
+        loading = connection.loading
+        if loading is None:  # its client is gone
+            del self._loading[0]
+            return
+        try:
+            answered = self._control.load(connection, loading)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._fail(connection, loading.request_id, error)
+            return
+        if answered is not None:
+            del self._loading[0]
+            connection.loading = None
+            self._wait_for(connection, State.READING)
+            self._send(connection, Unsent(*answered, loading.request_id))
+
+    def _fail(self, connection: Connection, request_id: int, error: Exception) -> None:
+        """Record and say that something is wrong with us, and end the connection."""
+        members = member_text(request=request_id, reason=_describe(error))
+        self._audit.event("failed", f"{connection.record},{members}")
+        text = "the broker failed on this request; its audit says where"
+        self._send_error(connection.sock, request_id, Kind.BROKEN, Reason.BROKEN, text)
+        self._hang_up(connection)
 
     def _send(self, connection: Connection, reply: Unsent) -> bool:
         """Send a reply, or keep it until there is room. Return whether it was sent."""
@@ -379,6 +476,13 @@ class Broker:
         except OSError:
             # Said to a client that does not listen; the audit has it.
             return
+
+
+def settle_memory() -> None:
+    """Let go of what is gone; what exists now stays, and the collector need not look at it again."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _describe(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Run the command: python -m fdbroker.cli."""
+"""Run the command: `fdbroker`, or python -m fdbroker.cli."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 try:
     from fdbroker.cli.main import main
 except ModuleNotFoundError as missing:
+    # click; what single commands need besides is told when they are asked for.
     package = (missing.name or "").partition(".")[0]
-    if package not in {"click", "rich"}:
+    if package != "click":
         raise
     sys.stderr.write(f"fdbroker: the command needs {package}: pip install 'fdbroker[cli]'\n")
     sys.exit(2)

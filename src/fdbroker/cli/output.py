@@ -1,22 +1,26 @@
-"""How names and verdicts are written: for people, and as JSON lines."""
+"""How names are written, where lines go, and whether they may have colours."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shlex
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from fdbroker.scan.verdict import Clean, Error, Infected
+import click
 
 if TYPE_CHECKING:
-    from fdbroker.sandbox.report import LayerReport
-    from fdbroker.scan.run import Scanned, Skipped
-    from fdbroker.scan.verdict import Verdict
+    from collections.abc import Iterator, Mapping
 
 
 class OutputError(Exception):
     """Standard output took no more: a full disk, a pipe that nobody reads."""
+
+
+class ReaderGoneError(OutputError):
+    """Nobody reads what is written any more, as after `| head`."""
 
 
 def printable(text: bytes | str) -> str:
@@ -39,6 +43,15 @@ def _escaped(character: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
+def shell_word(path: bytes) -> str:
+    """Return a path as a word to paste into a shell: printable, and the same path again."""
+    shown = printable(path)
+    text = path.decode("utf-8", "surrogateescape")
+    if shown == text:
+        return shlex.quote(text)
+    return "$'" + shown.replace("'", "\\'") + "'"
+
+
 def path_members(path: bytes) -> dict[str, str]:
     """Return the JSON members of a path: `path`, and `path_hex` where `path` does not have all its bytes."""
     try:
@@ -47,147 +60,56 @@ def path_members(path: bytes) -> dict[str, str]:
         return {"path": path.decode(errors="replace"), "path_hex": path.hex()}
 
 
-@dataclass
-class Totals:
-    """What a scan came to. `complete`: all that there is was seen."""
-
-    files: int = 0
-    bytes: int = 0
-    infected: int = 0
-    errors: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
-    complete: bool = True
-
-    def add(self, scanned: Scanned) -> None:
-        """Count a verdict. Bytes are those that were read to the end."""
-        self.files += not scanned.directory
-        self.infected += isinstance(scanned.verdict, Infected)
-        self.errors += isinstance(scanned.verdict, Error)
-        if not isinstance(scanned.verdict, Error):
-            self.bytes += scanned.size or 0
-
-    def exit_status(self) -> int:
-        """Return 2 after any error, else 1 if something is infected, else 0."""
-        if self.errors or not self.complete:
-            return 2
-        return 1 if self.infected else 0
-
-
-class Output(Protocol):
-    """One form of output."""
-
-    def layers(self, report: LayerReport) -> None:
-        """Tell what confines the worker."""
-
-    def scanned(self, scanned: Scanned) -> None:
-        """Tell a verdict."""
-
-    def skipped(self, skipped: Skipped) -> None:
-        """Tell what was not scanned."""
-
-    def totals(self, totals: Totals) -> None:
-        """Tell what it came to; the last call."""
-
-
-class HumanOutput:
-    """Findings and errors on standard output; with `verbose` everything else as well."""
-
-    def __init__(self, *, verbose: bool) -> None:
-        self._verbose = verbose
-
-    def layers(self, report: LayerReport) -> None:
-        """Tell on standard error what is missing, or all."""
-        for state in report.states if self._verbose else report.missing():
-            how = "in force" if state.enforced else "NOT in force"
-            note = f": {state.note}" if state.note else ""
-            complain(f"worker: {state.layer.value} {how}{note}")
-
-    def scanned(self, scanned: Scanned) -> None:
-        """Print one line."""
-        if self._verbose or not isinstance(scanned.verdict, Clean):
-            _write_line(f"{printable(scanned.path)}: {_words(scanned.verdict)}")
-
-    def skipped(self, skipped: Skipped) -> None:
-        """Print one line."""
-        if self._verbose:
-            _write_line(f"{printable(skipped.path)}: skipped: {skipped.kind}")
-
-    def totals(self, totals: Totals) -> None:
-        """Print one line."""
-        end = "" if totals.complete else " The scan is INCOMPLETE."
-        _write_line(
-            f"{totals.files} files, {totals.bytes} bytes, {totals.infected} infected, {totals.errors} errors,"
-            f" {totals.skipped} skipped, {totals.seconds:.2f} seconds.{end}"
-        )
-
-
-class JsonOutput:
-    """One JSON object per line. A document without its `summary` line was cut off."""
-
-    def layers(self, report: LayerReport) -> None:
-        """Write the `worker` line."""
-        layers = [
-            {"name": state.layer.value, "enforced": state.enforced, "note": state.note}
-            for state in report.states
-        ]
-        _write_json({"type": "worker", "layers": layers})
-
-    def scanned(self, scanned: Scanned) -> None:
-        """Write a `file` or `directory` line."""
-        line: dict[str, object] = {
-            "type": "directory" if scanned.directory else "file",
-            **path_members(scanned.path),
-            "verdict": scanned.verdict.verdict,
-        }
-        if isinstance(scanned.verdict, Infected):
-            line["name"] = scanned.verdict.name
-        elif isinstance(scanned.verdict, Error):
-            line |= {"reason": scanned.verdict.reason, "message": scanned.verdict.text}
-        if scanned.size is not None:
-            line["size"] = scanned.size
-        _write_json(line)
-
-    def skipped(self, skipped: Skipped) -> None:
-        """Write a `skipped` line."""
-        _write_json({"type": "skipped", **path_members(skipped.path), "kind": skipped.kind})
-
-    def totals(self, totals: Totals) -> None:
-        """Write the `summary` line."""
-        _write_json(
-            {
-                "type": "summary",
-                "files": totals.files,
-                "bytes": totals.bytes,
-                "infected": totals.infected,
-                "errors": totals.errors,
-                "skipped": totals.skipped,
-                "seconds": round(totals.seconds, 3),
-                "complete": totals.complete,
-                "exit_status": totals.exit_status(),
-            }
-        )
+def coloured(text: str, colour: str) -> str:
+    """Return `text` in a colour where standard output is a terminal that is to have some (no NO_COLOR)."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stdout.isatty():
+        return text
+    return click.style(text, fg=colour)
 
 
 def complain(text: str) -> None:
     """Write a line about the command itself to standard error."""
-    sys.stderr.write(f"fdbroker: {printable(text)}\n")
+    complain_printable(printable(text))
 
 
-def _words(verdict: Verdict) -> str:
-    if isinstance(verdict, Infected):
-        return f"infected: {printable(verdict.name)}"
-    if isinstance(verdict, Error):
-        return f"error: {verdict.reason}: {printable(verdict.text)}"
-    return "clean"
+def complain_printable(text: str) -> None:
+    """Do the same with a text that is printable as it is: names in it went through `printable`."""
+    sys.stderr.write(f"fdbroker: {text}\n")
 
 
-def _write_json(line: dict[str, object]) -> None:
-    _write_line(json.dumps(line))
+def write_json(document: Mapping[str, object]) -> None:
+    """Write one JSON object as a line to standard output, in ASCII."""
+    write_line(json.dumps(document))
 
 
-def _write_line(line: str) -> None:
-    try:
+def write_line(line: str) -> None:
+    """Write a line to standard output.
+
+    Raises:
+        OutputError: that failed.
+
+    """
+    with _told():
         sys.stdout.write(f"{line}\n")
+
+
+def write_bytes(data: bytes) -> None:
+    """Write bytes to standard output; raises as `write_line`."""
+    with _told():
+        sys.stdout.buffer.write(data)
+
+
+def flush() -> None:
+    """See to it that all that was written has arrived; raises as `write_line`."""
+    with _told():
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ReaderGoneError(error.strerror) from error
     except OSError as error:
         raise OutputError(error.strerror) from error

@@ -3,21 +3,93 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
+from collections import deque
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from fdbroker.scan.tree import File
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from types import TracebackType
     from typing import Self
 
-    from fdbroker.cli.output import Totals
+    from rich.progress import Task
+
+    from fdbroker.cli.scan_output import Totals
+    from fdbroker.scan.tree import Found
 
 _INTERVAL = 0.1
+_LOOK_AHEAD = 200_000  # entries, some 200 bytes each: the end of any larger tree is told when it is nearer
+_AT_A_TIME = 64
+_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+class Ahead:
+    """What a walk finds, read further than was asked for, so that a bar knows how much there is.
+
+    An iterator over the same. It goes `limit` entries ahead at most, some
+    for each that is taken: nobody waits for the listing of a whole tree. An
+    error of the walk is raised in its place, behind all that came before it.
+    """
+
+    def __init__(self, found: Iterable[Found], limit: int) -> None:
+        self._found = iter(found)
+        self._limit = limit
+        self._waiting: deque[Found] = deque()
+        self._error: Exception | None = None
+        self.files = 0
+        self.complete = False
+
+    def __iter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> Found:
+        """Return the next one; raises as the walk does."""
+        self._read(1 if not self._waiting else 0)
+        self._read(min(_AT_A_TIME, self._limit - len(self._waiting)))
+        if self._waiting:
+            return self._waiting.popleft()
+        if self._error is not None:
+            raise self._error
+        raise StopIteration
+
+    def _read(self, count: int) -> None:
+        while count > 0 and not self.complete:
+            count -= 1
+            try:
+                found = next(self._found)
+            except StopIteration:
+                self.complete = True
+            except OSError as error:
+                self._error = error
+                self.complete = True
+            else:
+                self.files += isinstance(found, File)
+                self._waiting.append(found)
+
+
+class _Left(TextColumn):
+    """The time that is left, where it is known."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        """Return it as text."""
+        left = task.time_remaining
+        if task.total is None or left is None:
+            return Text("")
+        minutes, seconds = divmod(int(left), 60)
+        hours, minutes = divmod(minutes, 60)
+        return Text(f"{hours}:{minutes:02}:{seconds:02} left")
 
 
 class ScanProgress:
@@ -28,16 +100,19 @@ class ScanProgress:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.fields[words]}", markup=False),
-            DownloadColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeElapsedColumn(),
+            _Left(),
             console=console,
             auto_refresh=False,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
-            disable=not (wanted and console.is_terminal),
+            disable=not (wanted and console.is_terminal and os.environ.get("TERM") != "dumb"),
         )
-        self._task = self._progress.add_task("", total=None, words="scanning")
+        self._task = self._progress.add_task("", total=None, words="scanning", rate="")
+        self._began = time.monotonic()
         self._next = 0.0
 
     def __enter__(self) -> Self:
@@ -51,14 +126,26 @@ class ScanProgress:
         """Remove it."""
         self._progress.stop()
 
-    def update(self, totals: Totals) -> None:
+    @property
+    def look_ahead(self) -> int:
+        """How far it is worth to read ahead for the bar."""
+        return 0 if self._progress.disable else _LOOK_AHEAD
+
+    def update(self, totals: Totals, ahead: Ahead) -> None:
         """Show the counts, a few times a second."""
         now = time.monotonic()
         if self._progress.disable or now < self._next:
             return
         self._next = now + _INTERVAL
-        words = f"{totals.files} files, {totals.infected} infected, {totals.errors} errors"
-        self._progress.update(self._task, completed=totals.bytes, words=words, refresh=True)
+        seconds = max(now - self._began, 0.001)
+        self._progress.update(
+            self._task,
+            completed=totals.files,
+            total=ahead.files if ahead.complete else None,
+            words=_words(totals, ahead),
+            rate=f"{totals.files / seconds:.0f} files/s, {_size(totals.bytes / seconds)}/s",
+            refresh=True,
+        )
 
     @contextlib.contextmanager
     def out_of_the_way(self) -> Iterator[None]:
@@ -71,3 +158,16 @@ class ScanProgress:
             yield
         finally:
             self._progress.start()
+
+
+def _words(totals: Totals, ahead: Ahead) -> str:
+    of = f"{ahead.files}" if ahead.complete else f"{ahead.files}+"
+    return f"{totals.files}/{of} files, {totals.infected} infected, {totals.errors} errors"
+
+
+def _size(count: float) -> str:
+    for unit in _UNITS[:-1]:
+        if count < 1000:  # noqa: PLR2004 - a power of it is the next unit
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.0f} {_UNITS[-1]}"

@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING
 import click
 
 from fdbroker import client
-from fdbroker.cli.output import HumanOutput, JsonOutput, Output, Totals, complain, printable
-from fdbroker.cli.progress import ScanProgress
+from fdbroker.cli import broker
+from fdbroker.cli.failure import Failure
+from fdbroker.cli.output import OutputError, ReaderGoneError, complain, complain_printable, printable
+from fdbroker.cli.paths import absolute
+from fdbroker.cli.progress import Ahead, ScanProgress
+from fdbroker.cli.scan_output import HumanOutput, JsonOutput, Output, Totals
 from fdbroker.sandbox.confine import ConfinementError
 from fdbroker.scan import hashes
 from fdbroker.scan.run import Scanned, scan
 from fdbroker.scan.supervisor import DEFAULT_TIMEOUT, Supervisor
-from fdbroker.scan.verdict import Clean
+from fdbroker.scan.tree import walk
+from fdbroker.scan.verdict import Clean, Error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,26 +29,9 @@ if TYPE_CHECKING:
 WORKER_USER = "fdbroker-worker"
 
 
-class _CannotStart(click.ClickException):
-    """The scan can't begin; the text says why and what helps."""
-
-    exit_code = 2
-
-    def show(self, file: object = None) -> None:  # noqa: ARG002 - click's signature
-        complain(self.message)
-
-
 @click.command("scan", short_help="Scan files and trees for what is known to be bad.")
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.UNPROCESSED)
-@click.option(
-    "--socket",
-    "socket_path",
-    default=client.DEFAULT_SOCKET,
-    show_default=True,
-    type=click.UNPROCESSED,
-    metavar="PATH",
-    help="The broker's socket.",
-)
+@broker.socket_option
 @click.option(
     "--hashes",
     "lists",
@@ -72,7 +60,7 @@ class _CannotStart(click.ClickException):
     is_flag=True,
     help="List clean files, what was skipped, and the worker's confinement too.",
 )
-def scan_command(
+def command(
     paths: Sequence[str],
     socket_path: str,
     lists: Sequence[str],
@@ -100,54 +88,61 @@ def scan_command(
                fdbroker scan --hashes bad.sha256 --json /srv/upload
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
     ids = worker_ids(worker_uid)
+    starts = [absolute(path) for path in paths]
     output: Output = JsonOutput() if as_json else HumanOutput(verbose=verbose)
     try:
         known = hashes.load(os.fsencode(path) for path in lists)
     except hashes.HashListError as error:
-        raise _CannotStart(str(error)) from error
+        raise Failure(printable(str(error))) from error
     with Supervisor(known, ids=ids, timeout=timeout) as supervisor:
         try:
             # Before the broker is asked: the worker has a copy of what this process knows by now.
             report = supervisor.start()
         except (ConfinementError, OSError) as error:
-            raise _CannotStart(f"no worker could be started, so nothing was scanned: {error}") from error
-        try:
-            broker = client.connect(os.fsencode(socket_path))
-        except client.BrokerError as error:
-            raise _CannotStart(_no_broker(socket_path, error)) from error
-        with broker:
-            output.layers(report)
-            # What this process sees under a relative path is not what the broker sees.
-            starts = [os.path.abspath(os.fsencode(path)) for path in paths]
-            totals = _scan(broker, supervisor, starts, output, show_progress=not verbose)
-    output.totals(totals)
+            text = f"no worker could be started, so nothing was scanned: {error}"
+            raise Failure(printable(text)) from error
+        with broker.connect(socket_path) as connected:
+            try:
+                output.layers(report)
+                totals, denied = _scan(connected, supervisor, starts, output, show_progress=not verbose)
+                output.totals(totals)
+            except ReaderGoneError as error:
+                # A scan whose findings nobody reads must not end like a program that was asked to stop.
+                raise OutputError(str(error)) from error
+    if denied is not None and not as_json:
+        complain_printable(denied)
     return totals.exit_status()
 
 
 def _scan(
-    broker: client.Client,
+    connected: client.Client,
     supervisor: Supervisor,
     starts: Sequence[bytes],
     output: Output,
     *,
     show_progress: bool,
-) -> Totals:
+) -> tuple[Totals, str | None]:
+    """Scan and return what it came to, and how to see why the first denied path was denied."""
     totals = Totals()
+    denied = None
     began = time.monotonic()
     try:
         with ScanProgress(wanted=show_progress) as progress:
-            for event in scan(broker, supervisor, starts):
+            ahead = Ahead(walk(connected, starts), progress.look_ahead)
+            for event in scan(connected, supervisor, starts, found=ahead):
                 if isinstance(event, Scanned):
                     totals.add(event)
                     if isinstance(event.verdict, Clean):
                         output.scanned(event)
                     else:
+                        if isinstance(event.verdict, Error) and event.verdict.reason == "denied":
+                            denied = denied or broker.see_why(event.path, _action(event))
                         with progress.out_of_the_way():
                             output.scanned(event)
                 else:
                     totals.skipped += 1
                     output.skipped(event)
-                progress.update(totals)
+                progress.update(totals, ahead)
     except client.BrokerError as error:
         totals.complete = False
         complain(f"the broker does not answer any more, so the scan is incomplete: {error.strerror}")
@@ -155,7 +150,11 @@ def _scan(
         totals.complete = False
         complain("interrupted, so the scan is incomplete")
     totals.seconds = time.monotonic() - began
-    return totals
+    return totals, denied
+
+
+def _action(denied: Scanned) -> str:
+    return "list" if denied.directory else "open"
 
 
 def worker_ids(wanted: str | None) -> tuple[int, int] | None:
@@ -174,8 +173,9 @@ def worker_ids(wanted: str | None) -> tuple[int, int] | None:
     ids = _user(WORKER_USER if wanted is None else wanted)
     if ids is None and wanted is None:
         raise click.UsageError(
-            f"root does not read files itself, and there is no user {WORKER_USER}. Add one (useradd --system "
-            f"{WORKER_USER}), or say who the worker shall be: --worker-uid USER."
+            "root does not read hostile files itself: a worker of another user does, and there is no user"
+            f" {WORKER_USER} on this machine. Add one (useradd --system {WORKER_USER}), or say who the worker"
+            " shall be: --worker-uid USER."
         )
     if ids is None:
         raise click.UsageError(f"--worker-uid {printable(wanted or '')}: there is no such user.")
@@ -199,7 +199,3 @@ def _user(text: str) -> tuple[int, int] | None:
     except KeyError:
         return None
     return entry.pw_uid, entry.pw_gid
-
-
-def _no_broker(socket_path: str, error: client.BrokerError) -> str:
-    return f"{socket_path}: {error.strerror or error} (--socket PATH names another one)"

@@ -36,8 +36,9 @@ from fdbroker.client.errors import (
     timed_out,
 )
 from fdbroker.client.results import DescribedFile, OpenedFile, Results, file_from
+from fdbroker.wire.client import ListReply, OpenReply, StatReply, StatusReply
 from fdbroker.wire.format import MAX_FRAME, MAX_PATHS
-from fdbroker.wire.messages import GIVEN, ErrorReply, ListReply, OpenReply, StatReply, StatusReply
+from fdbroker.wire.messages import GIVEN, ErrorReply
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator

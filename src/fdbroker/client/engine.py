@@ -23,6 +23,22 @@ from fdbroker.client.errors import (
     path_not_sendable,
     protocol_error,
 )
+from fdbroker.wire.client import (
+    ExplainReply,
+    ListReply,
+    OpenReply,
+    ReloadReply,
+    StatReply,
+    StatusReply,
+    decode_reply,
+    encode_explain,
+    encode_hello,
+    encode_list,
+    encode_open,
+    encode_reload,
+    encode_stat,
+    encode_status,
+)
 from fdbroker.wire.format import (
     COOKIE,
     HEADER,
@@ -31,31 +47,14 @@ from fdbroker.wire.format import (
     VERSION,
     Kind,
 )
-from fdbroker.wire.messages import (
-    GIVEN,
-    ErrorReply,
-    ListReply,
-    MalformedError,
-    OpenReply,
-    StatReply,
-    StatusReply,
-    Welcome,
-)
-from fdbroker.wire.replies import decode_reply
-from fdbroker.wire.requests import (
-    encode_hello,
-    encode_list,
-    encode_open,
-    encode_stat,
-    encode_status,
-)
+from fdbroker.wire.messages import GIVEN, ErrorReply, MalformedError, Welcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from typing import NoReturn
 
     from fdbroker.kernel.descriptors import Descriptors
-    from fdbroker.wire.messages import Reply
+    from fdbroker.wire.client import Reply
 
     StrOrBytesPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -125,6 +124,21 @@ class AskStatus(NamedTuple):
     """How does the broker see this connection?"""
 
 
+class AskWhy(NamedTuple):
+    """What does the name of a path decide for us? On a control socket."""
+
+    action: str
+    path: bytes
+
+
+class HandOver(NamedTuple):
+    """A piece of a compiled policy, from byte `offset` on; `more`: others follow. On a control socket."""
+
+    offset: int
+    piece: bytes
+    more: bool
+
+
 # As tuples: building a union for each question costs more than asking it.
 _ASKS_PATHS = (OpenPaths, StatPaths)
 _ANSWERS_PATHS = (OpenReply, StatReply)
@@ -134,7 +148,7 @@ class TooLargeError(ValueError):
     """A question above the limits of this broker, though another one may have taken it."""
 
 
-Question = OpenPaths | StatPaths | ListPage | AskStatus
+Question = OpenPaths | StatPaths | ListPage | AskStatus | AskWhy | HandOver
 
 
 class Answer(NamedTuple):
@@ -160,6 +174,8 @@ _REPLY_TO: dict[type, type] = {
     StatPaths: StatReply,
     ListPage: ListReply,
     AskStatus: StatusReply,
+    AskWhy: ExplainReply,
+    HandOver: ReloadReply,
 }
 
 
@@ -344,6 +360,10 @@ class Engine:
             frame = encode_stat(request_id, question.paths)
         elif isinstance(question, ListPage):
             frame = encode_list(request_id, question.path, question.cookie, question.most)
+        elif isinstance(question, AskWhy):
+            frame = encode_explain(request_id, question.action, question.path)
+        elif isinstance(question, HandOver):
+            frame = encode_reload(request_id, question.offset, question.piece, more=question.more)
         else:
             frame = encode_status(request_id)
         paths = len(question.paths) if isinstance(question, _ASKS_PATHS) else 0

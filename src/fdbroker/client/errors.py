@@ -92,6 +92,10 @@ class BrokenError(BrokerError):
     """The broker failed: not a decision about the file. Its operator has to look."""
 
 
+class ReloadRefusedError(BrokerError):
+    """The broker did not take a policy, and goes on with the one it has. `strerror`: why, and the cure."""
+
+
 class BrokerTimeoutError(BrokerError, TimeoutError):
     """The broker did not answer in time. The connection was given up, since a late answer could come."""
 
@@ -133,6 +137,7 @@ _CLASSES: dict[Reason, type[BrokerError]] = {
     Reason.BROKEN: BrokenError,
     Reason.MALFORMED: ProtocolError,
     Reason.VERSION: ProtocolError,
+    Reason.POLICY: ReloadRefusedError,
 }
 
 _TEXTS: dict[Reason, str] = {
@@ -158,6 +163,7 @@ _TEXTS: dict[Reason, str] = {
     Reason.BROKEN: "the broker failed; its operator has to look at its log",
     Reason.MALFORMED: "the broker could not read the request; client and broker do not fit together",
     Reason.VERSION: "client and broker have no version of the protocol in common; update the older one",
+    Reason.POLICY: "the broker does not take this policy and goes on with the one it has",
 }
 
 
@@ -182,6 +188,8 @@ def _error(reason: Reason, number: int, path: bytes | None, request_id: int, sai
         text = "the broker takes absolute paths only" if path else "the path is empty"
     elif reason is Reason.BROKEN:
         text = f"{text} ({os.strerror(number)})"
+    elif reason is Reason.POLICY and said:
+        text, said = said, ""  # it knows better, and has the cure
     if said:
         text = f"{text}: {said}"
     return kind(number, text, path, reason, request_id)

@@ -45,6 +45,10 @@ class ClientReader:
         """Return the gids of groups by name or number, each once."""
         return self._ids(texts, what, "group", self._lookups.group)
 
+    def gid(self, text: Text, what: str) -> int | None:
+        """Return the gid of one group by name or number."""
+        return self._id(text, what, "group", self._lookups.group)
+
     def names(self, node: Node | None, what: str) -> list[Text]:
         """Return the names or numbers of a list, or a single one."""
         return self._reader.texts(node, what, _IDS_CURE)

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from fdbroker.config.clients import ClientReader
 from fdbroker.config.compiled import CompiledPolicy, CompiledRoot, CompiledRule
 from fdbroker.config.conditions import ConditionReader
+from fdbroker.config.daemon import DaemonReader
 from fdbroker.config.errors import ProblemList, closest, did_you_mean, listed, quoted
 from fdbroker.config.identities import Lookups, SystemLookups
 from fdbroker.config.reader import Reader
@@ -23,6 +24,7 @@ from fdbroker.config.schema import (
     NAME_PATTERN,
     READ_ONLY_VIEW_DEFAULT,
     Action,
+    Admins,
     Audit,
     Delivery,
     Limits,
@@ -83,6 +85,7 @@ class _Compiler:
         self._lookups = lookups
         self._clients = ClientReader(reader, lookups)
         self._conditions = ConditionReader(reader, self._clients)
+        self._daemon = DaemonReader(reader, self._clients, lookups)
 
     def policy(self, tree: Node) -> CompiledPolicy | None:
         mapping = self._reader.mapping(tree, "the policy", "begin with 'version: 1'")
@@ -91,13 +94,16 @@ class _Compiler:
         found = self._reader.entries(mapping, "", Policy)
         root_names, roots = self._roots(found.get("roots"))
         view = self._reader.choice(found.get("read_only_view"), "read_only_view", get_args(ReadOnlyView))
+        on_failure, to = self._audit(found.get("audit"))
         return CompiledPolicy(
             version=VERSION,
             roots=roots,
             rules=self._rules(found.get("rules"), root_names),
             limits=self._limits(found.get("limits")),
-            audit={"on_failure": self._on_failure(found.get("audit"))},
+            audit={"on_failure": on_failure},
             read_only_view=view or READ_ONLY_VIEW_DEFAULT,
+            admins=self._admins(found.get("admins")),
+            daemon=self._daemon.daemon(found.get("user"), found.get("listeners"), to),
         )
 
     def _is_our_version(self, mapping: Mapping) -> bool:
@@ -301,8 +307,22 @@ class _Compiler:
             limits[key] = limits[key] if count is None else count
         return limits
 
-    def _on_failure(self, node: Node | None) -> str:
+    def _audit(self, node: Node | None) -> tuple[str, str | None]:
+        """Return what becomes of what can't be recorded, and the file, None for standard output."""
         mapping = self._reader.mapping(node, "audit", "write {on_failure: deny}, or leave audit out")
         found = {} if mapping is None else self._reader.entries(mapping, "audit", Audit)
         choice = self._reader.choice(found.get("on_failure"), "audit: on_failure", get_args(OnFailure))
-        return choice or Audit().on_failure
+        cure = "write the absolute path of a file, or leave it out for standard output"
+        return choice or Audit().on_failure, self._reader.parsed(
+            found.get("to"), "audit: to", parse_path, cure
+        )
+
+    def _admins(self, node: Node | None) -> dict[str, list[int]]:
+        mapping = self._reader.mapping(node, "admins", "write {group: NAME}, {user: NAME} or both")
+        found = {} if mapping is None else self._reader.entries(mapping, "admins", Admins)
+        users = self._clients.names(found.get("user"), "admins: user")
+        groups = self._clients.names(found.get("group"), "admins: group")
+        return {
+            "uids": self._clients.uids(users, "admins: user"),
+            "gids": self._clients.gids(groups, "admins: group"),
+        }

@@ -68,6 +68,27 @@ CompiledRule = TypedDict(
 )
 
 
+class CompiledListener(TypedDict):
+    """A socket that the launcher makes. `gid` None: the default group does not exist on this system."""
+
+    path: str
+    gid: int | None
+    mode: int
+
+
+class CompiledDaemon(TypedDict):
+    """What the launcher takes out for itself.
+
+    `uid` and `gid` None: the file names no user, and the default one does not
+    exist on this system. `audit` None: standard output.
+    """
+
+    uid: int | None
+    gid: int | None
+    listeners: dict[str, CompiledListener]
+    audit: str | None
+
+
 class CompiledPolicy(TypedDict):
     """A whole policy; names have become numbers and defaults are written out."""
 
@@ -77,6 +98,13 @@ class CompiledPolicy(TypedDict):
     limits: dict[str, int]
     audit: dict[str, str]
     read_only_view: str
+    admins: dict[str, list[int]]
+    daemon: CompiledDaemon
+
+
+def for_broker(policy: Mapping[str, object]) -> dict[str, object]:
+    """Return what the broker reads of a compiled policy: all but what is the launcher's."""
+    return {key: value for key, value in policy.items() if key != "daemon"}
 
 
 def dumps(policy: CompiledPolicy) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 MAX_PROBLEMS = 100
@@ -21,8 +19,7 @@ class Mark(NamedTuple):
     column: int
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """One thing that is wrong, and its cure.
 
     `line` and `column` are None when the file as a whole is meant: who owns
@@ -120,6 +117,8 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     """Return the one of `known` that the author of `word` probably meant, or None."""
     if len(word) > _MAX_COMPARED:
         return None
+    import difflib  # noqa: PLC0415 - for a mistake only
+
     # Case is lost for comparing only: names themselves are case-sensitive.
     by_folded = {name.casefold(): name for name in known if len(name) <= _MAX_COMPARED}
     matches = difflib.get_close_matches(word.casefold(), by_folded, n=1)

@@ -46,6 +46,9 @@ class Lookups(Protocol):
     def group(self, name: str) -> int | None:
         """Return the gid of a group, or None if there is no such group."""
 
+    def account(self, name: str) -> tuple[int, int] | None:
+        """Return the uid and the primary gid of a user, or None if there is no such user."""
+
     def user_names(self) -> Iterable[str]:
         """Return names to suggest from; asked for only when a name is unknown."""
 
@@ -72,6 +75,14 @@ class SystemLookups:
             return grp.getgrnam(name).gr_gid
         except KeyError:
             return None
+
+    def account(self, name: str) -> tuple[int, int] | None:
+        """Return the uid and the primary gid of a user, or None."""
+        try:
+            entry = pwd.getpwnam(name)
+        except KeyError:
+            return None
+        return entry.pw_uid, entry.pw_gid
 
     def user_names(self) -> Iterable[str]:
         """Return the users that the database lists."""
@@ -112,6 +123,10 @@ class OfflineLookups:
     def group(self, name: str) -> int | None:  # noqa: ARG002
         """Return -1."""
         return -1
+
+    def account(self, name: str) -> tuple[int, int] | None:  # noqa: ARG002
+        """Return -1 twice."""
+        return -1, -1
 
     def user_names(self) -> Iterable[str]:
         """Return nothing, as no name is unknown."""

@@ -14,11 +14,22 @@ import msgspec
 
 from fdbroker.config.errors import Mark, ProblemList, closest, did_you_mean, quoted
 from fdbroker.config.scalars import ScalarError
-from fdbroker.config.schema import NOT_SUPPORTED, NOT_SUPPORTED_IN_A_RULE, Rule, keys_of
+from fdbroker.config.schema import (
+    NOT_SUPPORTED,
+    NOT_SUPPORTED_AS_LISTENER,
+    NOT_SUPPORTED_IN_A_RULE,
+    Listeners,
+    Rule,
+    keys_of,
+)
 from fdbroker.config.yaml_tree import List, Mapping, Node, Text, Unusable
 
 _T = TypeVar("_T")
 _Kind = TypeVar("_Kind", Text, List, Mapping)
+_NOT_SUPPORTED_IN: dict[type[msgspec.Struct], frozenset[str]] = {
+    Rule: NOT_SUPPORTED_IN_A_RULE,
+    Listeners: NOT_SUPPORTED_AS_LISTENER,
+}
 _WORDS = {Text: "text", List: "a list", Mapping: "a mapping"}
 
 
@@ -54,7 +65,7 @@ class Reader:
         mistake, not two.
         """
         keys = keys_of(structure)
-        unsupported = NOT_SUPPORTED_IN_A_RULE if structure is Rule else NOT_SUPPORTED
+        unsupported = _NOT_SUPPORTED_IN.get(structure, NOT_SUPPORTED)
         before = f"{what}: " if what else ""
         free = [name for name in keys if name not in mapping.entries]
         found: dict[str, Node] = {}

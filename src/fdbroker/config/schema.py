@@ -24,6 +24,8 @@ OnFailure: TypeAlias = Literal["deny", "allow"]
 ReadOnlyView: TypeAlias = Literal["required", "off"]
 
 READ_ONLY_VIEW_DEFAULT: ReadOnlyView = "required"
+DEFAULT_USER = "fdbroker"
+DEFAULT_GROUP_OF_CLIENTS = "fdbroker-clients"
 CONNECTIONS_PER_UID = range(1, 10_000 + 1)
 # One full reply has 253 descriptors: with less, a request for it could never be answered.
 IN_FLIGHT_PER_CONNECTION = range(253, 8192 + 1)
@@ -144,6 +146,37 @@ class Audit(_Keys):
     on_failure: Annotated[
         OnFailure, Meta(description="What becomes of a request whose record can't be written.")
     ] = "deny"
+    to: Annotated[
+        _Path | UnsetType, Meta(description="File to append to; standard output where left out.")
+    ] = UNSET
+
+
+class Listener(_Keys):
+    """A socket that fdbrokerd makes when it is started by hand."""
+
+    path: Annotated[_Path | UnsetType, Meta(description="Where it is made.")] = UNSET
+    group: Annotated[
+        _Identity | UnsetType, Meta(description="Group of the socket; root's where left out.")
+    ] = UNSET
+    mode: Annotated[_Mode | UnsetType, Meta(description="Who may connect: whoever may write.")] = UNSET
+
+
+class Listeners(_Keys):
+    """Sockets that fdbrokerd makes; those that systemd makes are described by its units."""
+
+    seqpacket: Annotated[Listener | UnsetType, Meta(description="For requests.")] = UNSET
+    control: Annotated[Listener | UnsetType, Meta(description="For status, explanations and reloads.")] = (
+        UNSET
+    )
+
+
+class Admins(_Keys):
+    """Who, besides root, may see the full status."""
+
+    user: Annotated[_Identities | UnsetType, Meta(description="User names or numbers.")] = UNSET
+    group: Annotated[
+        _Identities | UnsetType, Meta(description="Group names or numbers; supplementary groups count.")
+    ] = UNSET
 
 
 _EITHER = {
@@ -170,14 +203,16 @@ class Policy(_Keys):
     read_only_view: Annotated[
         ReadOnlyView, Meta(description="Whether files are opened through read-only mounts only.")
     ] = READ_ONLY_VIEW_DEFAULT
+    admins: Admins | UnsetType = UNSET
+    user: Annotated[str, Meta(description="Whom the broker runs as.")] = DEFAULT_USER
+    listeners: Listeners = msgspec.field(default_factory=Listeners)
 
 
 # Keys of the design that this version does not serve. Refused by name: a
 # condition that is silently ignored is a rule that silently allows more.
-NOT_SUPPORTED = frozenset(
-    {"age", "identity", "label", "listeners", "on_behalf_of", "opens", "service", "symlinks"}
-)
-NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"limits"}
+NOT_SUPPORTED = frozenset({"age", "identity", "label", "on_behalf_of", "opens", "service", "symlinks"})
+NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"limits", "listeners"}
+NOT_SUPPORTED_AS_LISTENER = frozenset({"clamd", "dgram", "stream"})
 
 
 @functools.cache

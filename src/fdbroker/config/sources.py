@@ -14,18 +14,18 @@ import stat
 from typing import NoReturn
 
 from fdbroker.config.errors import ConfigError, Problem
-from fdbroker.config.yaml_tree import MAX_BYTES
 
+MAX_BYTES = 1024 * 1024
 _DIRECTORY_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: a FIFO in its place must not hang root. O_NOCTTY: nor a terminal become ours.
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-def read_policy_file(path: str, *, dev: bool = False) -> bytes:
+def read_policy_file(path: str, *, dev: bool = False, most_bytes: int = MAX_BYTES) -> bytes:
     """Return the bytes of a policy file of root's.
 
-    The file must be a regular one with one link and at most 1 MiB; it and all
+    The file must be a regular one with one link and not too long; it and all
     directories above it must belong to root and be writable by nobody else.
     With `dev` the user who runs this is as good as root, and directories like
     /tmp (sticky) are accepted.
@@ -34,14 +34,15 @@ def read_policy_file(path: str, *, dev: bool = False) -> bytes:
         ConfigError: anything of this does not hold, or the file can't be read.
 
     """
-    return _Source(path, dev=dev).read()
+    return _Source(path, most_bytes, dev=dev).read()
 
 
 class _Source:
     """One reading of one file. What is wrong is collected, as far as looking on is safe."""
 
-    def __init__(self, path: str, *, dev: bool) -> None:
+    def __init__(self, path: str, most_bytes: int, *, dev: bool) -> None:
         self._given = path
+        self._most_bytes = most_bytes
         self._dev = dev
         self._owners = {0, os.geteuid()} if dev else {0}
         self._problems: list[Problem] = []
@@ -107,7 +108,7 @@ class _Source:
         before = os.fstat(descriptor)
         self._check_file(before)
         parts = []
-        left = MAX_BYTES + 1
+        left = self._most_bytes + 1
         while left and (part := os.read(descriptor, left)):
             parts.append(part)
             left -= len(part)
@@ -131,8 +132,10 @@ class _Source:
                 f"has {status.st_nlink} names (hard links), which may be in places that others write to",
                 "replace it by a copy",
             )
-        if status.st_size > MAX_BYTES:
-            self._note(self._given, f"has more than {MAX_BYTES} bytes", "a policy is smaller: use globs")
+        if status.st_size > self._most_bytes:
+            self._note(
+                self._given, f"has more than {self._most_bytes} bytes", "a policy is smaller: use globs"
+            )
         self._stop_if_any()
 
     def _note(self, file: str, message: str, cure: str) -> None:

@@ -21,8 +21,8 @@ from typing import NoReturn, TypeAlias
 import yaml
 
 from fdbroker.config.errors import Mark, ProblemList, quoted
+from fdbroker.config.sources import MAX_BYTES
 
-MAX_BYTES = 1024 * 1024
 MAX_DEPTH = 32
 # A file full of them is not a text file; looking up the place of each takes time.
 _MAX_CHARACTERS_SHOWN = 20

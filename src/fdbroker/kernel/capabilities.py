@@ -1,7 +1,4 @@
-"""Capabilities of this process, and what the kernel says a process is.
-
-Sets are integers: bit N is capability N. capabilities(7).
-"""
+"""Capabilities of this process. Sets are integers: bit N is capability N. capabilities(7)."""
 
 from __future__ import annotations
 
@@ -11,8 +8,7 @@ from typing import NamedTuple
 
 from fdbroker.kernel.libc import SYS_CAPGET, SYS_CAPSET, syscall
 
-# linux/capability.h: those that fdbroker speaks of.
-CAP_DAC_READ_SEARCH = 2
+# linux/capability.h: those that fdbroker speaks of, besides the one in process_state.py.
 CAP_SETGID = 6
 CAP_SETUID = 7
 CAP_SETPCAP = 8
@@ -66,58 +62,3 @@ def capset(wanted: Capabilities) -> None:
 def _header() -> ctypes.Array[ctypes.c_char]:
     # A buffer, not bytes: the kernel may write its own version into it. Pid 0 is the calling thread.
     return ctypes.create_string_buffer(struct.pack("=Ii", _VERSION_3, 0), 8)
-
-
-class ProcessState(NamedTuple):
-    """Of /proc/PID/status: who a process is and what it may do."""
-
-    uids: tuple[int, int, int, int]  # real, effective, saved, file system
-    gids: tuple[int, int, int, int]
-    groups: tuple[int, ...]
-    inheritable: int
-    permitted: int
-    effective: int
-    bounding: int
-    ambient: int
-    no_new_privs: bool
-    seccomp: int  # 0 none, 1 strict, 2 filter
-    threads: int
-
-
-def read_process_state(pid: int | str = "self") -> ProcessState:
-    """Read /proc/PID/status; `self` is the main thread of this process."""
-    with open(f"/proc/{pid}/status", "rb") as file:
-        return parse_process_state(file.read())
-
-
-def parse_process_state(text: bytes) -> ProcessState:
-    """Return what the text of /proc/PID/status says; proc_pid_status(5).
-
-    Raises:
-        ValueError: a line that must be there (Linux 4.10) is missing or strange.
-
-    """
-    lines: dict[bytes, bytes] = {}
-    # Not splitlines(): of the command's name, which anybody chooses, the kernel escapes \n but not \r.
-    for line in text.split(b"\n"):
-        key, _, value = line.partition(b":")
-        lines.setdefault(key, value)
-    try:
-        real, effective, saved, file_system = map(int, lines[b"Uid"].split())
-        uids = (real, effective, saved, file_system)
-        real, effective, saved, file_system = map(int, lines[b"Gid"].split())
-        return ProcessState(
-            uids=uids,
-            gids=(real, effective, saved, file_system),
-            groups=tuple(map(int, lines[b"Groups"].split())),
-            inheritable=int(lines[b"CapInh"], 16),
-            permitted=int(lines[b"CapPrm"], 16),
-            effective=int(lines[b"CapEff"], 16),
-            bounding=int(lines[b"CapBnd"], 16),
-            ambient=int(lines[b"CapAmb"], 16),
-            no_new_privs=int(lines[b"NoNewPrivs"]) == 1,
-            seccomp=int(lines[b"Seccomp"]),
-            threads=int(lines[b"Threads"]),
-        )
-    except KeyError as error:
-        raise ValueError(f"/proc/PID/status has no line {error.args[0].decode()}") from None

@@ -14,7 +14,6 @@ from fdbroker.kernel.libc import SYS_CLOSE_RANGE, SYS_PRCTL, syscall
 
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
-_PR_SET_DUMPABLE = 4
 _PR_SET_KEEPCAPS = 8
 _PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
@@ -51,14 +50,6 @@ def set_no_new_privs() -> None:
     PR_SET_NO_NEW_PRIVS, Linux 3.5. It can't be taken back. Landlock and seccomp ask for it.
     """
     _prctl("PR_SET_NO_NEW_PRIVS", _PR_SET_NO_NEW_PRIVS, 1)
-
-
-def set_dumpable(dumpable: bool) -> None:  # noqa: FBT001 - the value is the whole call
-    """Say whether others of this uid may trace this process, and whether it leaves a core dump.
-
-    PR_SET_DUMPABLE. Hazard: execve(2) sets it to true again.
-    """
-    _prctl("PR_SET_DUMPABLE", _PR_SET_DUMPABLE, int(dumpable), dumpable=dumpable)
 
 
 def set_parent_death_signal(signal_number: int) -> None:

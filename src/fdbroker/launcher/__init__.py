@@ -1,1 +1,4 @@
-"""What runs before the broker and is gone by execve: sockets, mount view, ids, capabilities, filter."""
+"""`fdbrokerd`: what runs before the broker and is gone by execve.
+
+Sockets, audit, lock, mount view, ids, capabilities, filter. `command` is the way through all of it.
+"""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel import namespaces
 from fdbroker.kernel.errors import SyscallError
+from fdbroker.launcher.errors import StartError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,13 +29,14 @@ _OPTIONS = frozenset({b"ro", b"nosuid", b"nodev"})
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 
-class ReadOnlyViewError(Exception):
+class ReadOnlyViewError(StartError):
     """The view could not be made; the text says why and what helps. The process should end."""
 
 
 class Mount(NamedTuple):
-    """Of a line of /proc/PID/mountinfo: where, and the options of this mount (not of its file system)."""
+    """Of a line of /proc/PID/mountinfo: what of a file system is mounted where, and how."""
 
+    root: bytes
     point: bytes
     options: frozenset[bytes]
 
@@ -45,9 +47,12 @@ def parse_mounts(text: bytes) -> list[Mount]:
     # Not splitlines(): the kernel escapes \n in a name but not \r.
     for line in text.removesuffix(b"\n").split(b"\n"):
         fields = line.split(b" ")
-        point = _ESCAPED.sub(lambda match: bytes([int(match[1], 8)]), fields[4])
-        mounts.append(Mount(point, frozenset(fields[5].split(b","))))
+        mounts.append(Mount(_unescaped(fields[3]), _unescaped(fields[4]), frozenset(fields[5].split(b","))))
     return mounts
+
+
+def _unescaped(name: bytes) -> bytes:
+    return _ESCAPED.sub(lambda match: bytes([int(match[1], 8)]), name)
 
 
 def read_mounts() -> list[Mount]:
@@ -86,6 +91,40 @@ def enter_read_only_view() -> None:
     left = not_read_only(read_mounts())
     if left:
         raise ReadOnlyViewError(f"still not read-only, nosuid and nodev: {_names(left)}")
+
+
+def check_read_only_view(roots: Iterable[tuple[str, str]]) -> None:
+    """Check that the roots, given by name and path, are read-only and nosuid already: nothing can be changed.
+
+    For a start without CAP_SYS_ADMIN, as by systemd with ReadOnlyPaths=/. What
+    is mounted below a root is looked at file by file, by the broker.
+
+    Raises:
+        ReadOnlyViewError: one of them is not so, or is not there.
+
+    """
+    for name, path in roots:
+        try:
+            flags = os.statvfs(path).f_flag
+        except OSError as error:
+            raise ReadOnlyViewError(
+                f"root {name!r} ({path}) can't be looked at: {error.strerror}; it must be a directory that"
+                " exists in the view of this service"
+            ) from error
+        lacking = [
+            f"{word} ({cure})"
+            for bit, word, cure in (
+                (os.ST_RDONLY, "read-only", "ReadOnlyPaths=/"),
+                (os.ST_NOSUID, "nosuid", "NoNewPrivileges=yes"),
+            )
+            if not flags & bit
+        ]
+        if lacking:
+            raise ReadOnlyViewError(
+                f"root {name!r} ({path}) is not {' and not '.join(lacking)} in the view of this process, and"
+                " without CAP_SYS_ADMIN it can't make a view of its own; set these options in the unit, start"
+                " as root with all capabilities, or say read_only_view: off in the policy"
+            )
 
 
 def _cure(error: SyscallError) -> str:

@@ -14,8 +14,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fdbroker.kernel import capabilities, process
-from fdbroker.kernel.capabilities import CAP_DAC_READ_SEARCH, Capabilities, ProcessState
+from fdbroker.kernel.capabilities import Capabilities
 from fdbroker.kernel.errors import SyscallError
+from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH, ProcessState, read_process_state
+from fdbroker.launcher.errors import StartError
 
 # What `SecureBits=noroot noroot-locked no-setuid-fixup no-setuid-fixup-locked keep-caps-locked` sets.
 _SECUREBITS = (
@@ -28,14 +30,19 @@ _SECUREBITS = (
 # Bits above say whether ambient capabilities can still be raised: with one capability that is nothing.
 _SECUREBITS_MASK = _SECUREBITS | process.SECBIT_KEEP_CAPS
 
-_CURE = (
-    "Start it as root, or by systemd with User=, AmbientCapabilities=CAP_DAC_READ_SEARCH, "
-    "CapabilityBoundingSet=CAP_DAC_READ_SEARCH, NoNewPrivileges=yes and "
-    "SecureBits=noroot noroot-locked no-setuid-fixup no-setuid-fixup-locked keep-caps-locked."
-)
+_CURE = "Start it as root, or by systemd with the options in parentheses."
+# By which option of a unit it comes right.
+_OPTIONS = {
+    "bounding": "CapabilityBoundingSet=CAP_DAC_READ_SEARCH",
+    "permitted": "AmbientCapabilities=CAP_DAC_READ_SEARCH",
+    "effective": "AmbientCapabilities=CAP_DAC_READ_SEARCH",
+    "inheritable": "AmbientCapabilities=CAP_DAC_READ_SEARCH",
+    "ambient": "AmbientCapabilities=CAP_DAC_READ_SEARCH",
+}
+_SECUREBITS_OPTION = "SecureBits=noroot noroot-locked no-setuid-fixup no-setuid-fixup-locked keep-caps-locked"
 
 
-class PrivilegeError(Exception):
+class PrivilegeError(StartError):
     """The process is not what the broker must be; the text says in what. It must not go on."""
 
 
@@ -57,7 +64,7 @@ class Wanted(NamedTuple):
 
 def read_privileges() -> Privileges:
     """Return what this process is now."""
-    return Privileges(capabilities.read_process_state(), process.get_securebits())
+    return Privileges(read_process_state(), process.get_securebits())
 
 
 def differences(state: Privileges, wanted: Wanted) -> list[str]:
@@ -69,11 +76,11 @@ def differences(state: Privileges, wanted: Wanted) -> list[str]:
     now = state.status
     found = []
     if now.uids != (wanted.uid,) * 4:
-        found.append(f"user ids are {now.uids}, not {wanted.uid}")
+        found.append(f"user ids are {now.uids}, not {wanted.uid} (User=)")
     if now.gids != (wanted.gid,) * 4:
-        found.append(f"group ids are {now.gids}, not {wanted.gid}")
+        found.append(f"group ids are {now.gids}, not {wanted.gid} (Group=)")
     if now.groups not in {(), (wanted.gid,)}:
-        found.append(f"supplementary groups are {now.groups}, not none")
+        found.append(f"supplementary groups are {now.groups}, not none (SupplementaryGroups=)")
     sets = {
         "permitted": now.permitted,
         "effective": now.effective,
@@ -82,14 +89,16 @@ def differences(state: Privileges, wanted: Wanted) -> list[str]:
         "bounding": now.bounding,
     }
     found += [
-        f"{name} capabilities are {bits:#x}, not {wanted.capabilities:#x}"
+        f"{name} capabilities are {bits:#x}, not {wanted.capabilities:#x} ({_OPTIONS[name]})"
         for name, bits in sets.items()
         if bits != wanted.capabilities
     ]
     if state.securebits & _SECUREBITS_MASK != wanted.securebits:
-        found.append(f"securebits are {state.securebits:#x}, not {wanted.securebits:#x}")
+        found.append(
+            f"securebits are {state.securebits:#x}, not {wanted.securebits:#x} ({_SECUREBITS_OPTION})"
+        )
     if not now.no_new_privs:
-        found.append("no_new_privs is not set")
+        found.append("no_new_privs is not set (NoNewPrivileges=yes)")
     return found
 
 
@@ -127,9 +136,8 @@ def _change(before: Privileges, wanted: Wanted) -> None:
     """Change what differs, in the order in which each step still has the capability that it needs."""
     now = before.status
     # CAP_SETPCAP: the bounding set and the securebits.
-    for capability in range(capabilities.last_capability() + 1):
-        keep = wanted.capabilities >> capability & 1
-        if not keep and process.in_bounding_set(capability):
+    for capability in range(now.bounding.bit_length()):
+        if (now.bounding & ~wanted.capabilities) >> capability & 1:
             process.drop_from_bounding_set(capability)
     if before.securebits & _SECUREBITS_MASK != wanted.securebits:
         # With no-setuid-fixup the change of uid below takes no capability, so keep-caps is not needed.

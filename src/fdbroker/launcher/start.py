@@ -12,10 +12,11 @@ import resource
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from fdbroker.kernel import process
+from fdbroker.kernel import capabilities, process
 from fdbroker.launcher.broker_seccomp import broker_filter
-from fdbroker.launcher.mounts import enter_read_only_view
+from fdbroker.launcher.mounts import check_read_only_view, enter_read_only_view
 from fdbroker.launcher.privileges import become_broker
+from fdbroker.launcher.version import installed_version
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +27,9 @@ _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
 class Start(NamedTuple):
     """What a broker is started with. Descriptors are passed on; the policy is compiled.
 
-    `audit` and `ready` None: none. `dev`: sources that others can write are
-    accepted, for trying things out from a checkout.
+    A descriptor that is None: there is none. `held` stay open and are not used,
+    as a locked pidfile is. `dev`: sources that others can write are accepted,
+    for trying things out from a checkout.
     """
 
     uid: int
@@ -35,10 +37,21 @@ class Start(NamedTuple):
     policy: dict[str, Any]
     listeners: Sequence[tuple[int, str]] = ()
     connections: Sequence[tuple[int, str]] = ()
+    control: int | None = None
     audit: int | None = None
     ready: int | None = None
+    notify: int | None = None
+    watchdog_usec: int | None = None
+    held: Sequence[int] = ()
     dev: bool = False
     python: str = sys.executable
+
+
+def descriptors_of(start: Start) -> list[int]:
+    """Return every descriptor that goes to the broker."""
+    single = (start.control, start.audit, start.ready, start.notify)
+    passed = (number for number, _ in (*start.listeners, *start.connections))
+    return [*passed, *start.held, *(number for number in single if number is not None)]
 
 
 def start_broker(start: Start) -> NoReturn:
@@ -50,6 +63,7 @@ def start_broker(start: Start) -> NoReturn:
 
     """
     boot_id = _read_boot_id()
+    version = installed_version()
     cgroup_root = find_cgroup2()
     # A renamed or replaced package must not be what execve meets: resolved before anything changes.
     entry = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "broker", "entry.py")
@@ -59,10 +73,16 @@ def start_broker(start: Start) -> NoReturn:
     nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     os.dup2(nothing, 0)
     os.close(nothing)
+    for number in (0, 1, 2):
+        # One that is missing after execve is the number of the next file that is opened.
+        os.set_inheritable(number, True)
     os.chdir("/")
     os.umask(0o777)
     if start.policy["read_only_view"] == "required":
-        enter_read_only_view()
+        if capabilities.capget().effective >> capabilities.CAP_SYS_ADMIN & 1:
+            enter_read_only_view()
+        else:
+            check_read_only_view([(root["name"], root["path"]) for root in start.policy["roots"]])
     become_broker(start.uid, start.gid)
     handover = os.memfd_create("fdbroker-handover", os.MFD_CLOEXEC)
     document = {
@@ -71,20 +91,23 @@ def start_broker(start: Start) -> NoReturn:
         "policy": start.policy,
         "listeners": start.listeners,
         "connections": start.connections,
+        "control": start.control,
         "audit": start.audit,
         "ready": start.ready,
+        "notify": start.notify,
+        "watchdog_usec": start.watchdog_usec,
+        "held": start.held,
         "cgroup_root": cgroup_root,
         "boot_id": boot_id,
+        "version": version,
         "seccomp": broker_filter().hex(),
     }
     with open(handover, "wb", closefd=False) as file:
         file.write(json.dumps(document).encode())
     os.lseek(handover, 0, os.SEEK_SET)
     process.close_range(3, cloexec=True)
-    passed = [number for number, _ in (*start.listeners, *start.connections)]
-    for number in (handover, start.audit, start.ready, *passed):
-        if number is not None:
-            os.set_inheritable(number, True)
+    for number in (handover, *descriptors_of(start)):
+        os.set_inheritable(number, True)
     options = ["--dev"] if start.dev else []
     os.execve(  # noqa: S606 - this is the point of the launcher; no shell, a fixed environment
         start.python,
@@ -104,5 +127,9 @@ def find_cgroup2() -> str | None:
 
 
 def _read_boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
+    """Return what tells one boot from another in the audit; ProcSubset=pid of systemd hides it."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except FileNotFoundError:
+        return "unknown"

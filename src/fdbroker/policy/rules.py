@@ -8,17 +8,20 @@ hold.
 
 from __future__ import annotations
 
+import json
 import stat
+from binascii import crc32
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from fdbroker.policy.globs import Glob, compile_glob
 from fdbroker.policy.paths import problem_with_path
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Generator, Mapping
 
 ACTIONS = ("open", "stat", "list", "walk")
 DELIVERIES = ("descriptor", "copy")
+_TOP_LEVEL = frozenset({"version", "roots", "rules", "limits", "audit", "read_only_view", "admins"})
 _T = TypeVar("_T")
 
 
@@ -192,6 +195,17 @@ class Rule:
         return any(entry.matches(client) for entry in self.clients)
 
 
+class Admins(NamedTuple):
+    """Who may see the whole status, besides uid 0. Nobody but uid 0 may change anything."""
+
+    uids: frozenset[int]
+    gids: frozenset[int]
+
+    def include(self, client: ClientFacts) -> bool:
+        """Return whether `client` is one of them, by its uid or any of its groups."""
+        return client.uid == 0 or client.uid in self.uids or not self.gids.isdisjoint(client.gids)
+
+
 class Settings(NamedTuple):
     """What the policy file says beside its rules; counts are per connection or uid."""
 
@@ -199,15 +213,20 @@ class Settings(NamedTuple):
     in_flight_per_connection: int
     deny_when_audit_fails: bool
     read_only_view_required: bool
+    admins: Admins
 
 
 class RuleSet(NamedTuple):
-    """A whole compiled policy. `cgroups`: every control group that a rule names."""
+    """A whole compiled policy. `cgroups`: every control group that a rule names.
+
+    `fingerprint`: by which people see whether two policies are the same; it proves nothing.
+    """
 
     roots: tuple[Root, ...]
     rules: tuple[Rule, ...]
     settings: Settings
     cgroups: frozenset[str]
+    fingerprint: str
 
 
 def read_policy(document: object) -> RuleSet:
@@ -218,9 +237,20 @@ def read_policy(document: object) -> RuleSet:
             type or out of its range; the text names the place.
 
     """
+    steps = read_policy_in_steps(document)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            rule_set: RuleSet = end.value
+            return rule_set
+
+
+def read_policy_in_steps(document: object) -> Generator[None, None, RuleSet]:
+    """Do the same a rule at a time, for who has other things to do in between: many rules take seconds."""
     if not isinstance(document, dict):
         raise PolicyError("the policy is not a JSON object")
-    _exact_keys(document, "policy", {"version", "roots", "rules", "limits", "audit", "read_only_view"})
+    _exact_keys(document, "policy", _TOP_LEVEL)
     if _get(document, "version", int, "policy") != 1:
         raise PolicyError("policy.version is not 1")
     roots: dict[str, Root] = {}
@@ -229,11 +259,16 @@ def read_policy(document: object) -> RuleSet:
         if root.name in roots or any(root.path == other.path for other in roots.values()):
             raise PolicyError(f"roots[{i}] has the name or the path of an earlier root")
         roots[root.name] = root
-    rules = tuple(Rule(i, entry, roots) for i, entry in enumerate(_list(document, "rules", dict, "policy")))
+    rules = []
+    for i, entry in enumerate(_list(document, "rules", dict, "policy")):
+        rules.append(Rule(i, entry, roots))
+        yield
     limits = _get(document, "limits", dict, "policy")
     _exact_keys(limits, "limits", {"connections_per_uid", "in_flight_per_connection"})
     audit = _get(document, "audit", dict, "policy")
     _exact_keys(audit, "audit", {"on_failure"})
+    admins = _get(document, "admins", dict, "policy")
+    _exact_keys(admins, "admins", {"uids", "gids"})
     settings = Settings(
         connections_per_uid=_count(limits, "connections_per_uid", "limits", 1),
         # One full reply must fit, or a request for it could never be answered.
@@ -241,11 +276,17 @@ def read_policy(document: object) -> RuleSet:
         deny_when_audit_fails=_one_of(audit, "on_failure", "audit", ("deny", "allow")) == "deny",
         read_only_view_required=_one_of(document, "read_only_view", "policy", ("required", "off"))
         == "required",
+        admins=Admins(
+            uids=frozenset(_list(admins, "uids", int, "admins")),
+            gids=frozenset(_list(admins, "gids", int, "admins")),
+        ),
     )
     cgroups = frozenset(
         path for rule in rules for client in rule.clients if client.cgroups for path in client.cgroups
     )
-    return RuleSet(tuple(roots.values()), rules, settings, cgroups)
+    # However it was laid out: what is told apart is what it says.
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return RuleSet(tuple(roots.values()), tuple(rules), settings, cgroups, f"{crc32(text.encode()):08x}")
 
 
 def _read_root(document: Mapping[str, object], index: int) -> Root:

@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.kernel import capabilities, landlock, namespaces, process, seccomp
+from fdbroker.kernel import capabilities, dumpable, landlock, namespaces, process, seccomp
 from fdbroker.kernel.capabilities import Capabilities
 from fdbroker.sandbox.report import STRICT, Layer, LayerReport, LayerState
 
@@ -204,7 +204,7 @@ def _deny_write_execute(_context: _Context) -> tuple[bool, str]:
 
 
 def _set_not_dumpable(_context: _Context) -> tuple[bool, str]:
-    process.set_dumpable(False)
+    dumpable.set_dumpable(False)
     return True, ""
 
 

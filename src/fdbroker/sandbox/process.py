@@ -17,7 +17,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from fdbroker.kernel import capabilities, sockets
+from fdbroker.kernel import process_state, sockets
 from fdbroker.sandbox.confine import CHANNEL, Confinement, ConfinementError, confine
 from fdbroker.sandbox.report import LONGEST_REPORT, LayerReport, ReportError, decode_report
 
@@ -138,7 +138,7 @@ def _check_by_the_kernel(child: ConfinedProcess, wanted: Confinement) -> None:
     gave before it had anything hostile to read.
     """
     try:
-        state = capabilities.read_process_state(child.pid)
+        state = process_state.read_process_state(child.pid)
     except OSError:
         return
     uid = os.getuid() if wanted.ids is None else wanted.ids[0]

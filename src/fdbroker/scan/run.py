@@ -6,7 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.client import BrokerError, DirectoryError
-from fdbroker.scan.tree import File, NotAFile, Unlisted, walk
+from fdbroker.scan.tree import File, Found, NotAFile, Unlisted, walk
 from fdbroker.scan.verdict import Error, Verdict
 
 if TYPE_CHECKING:
@@ -39,9 +39,16 @@ class Skipped(NamedTuple):
 
 
 def scan(
-    client: Client, supervisor: Supervisor, starts: Iterable[bytes], *, batch: int = DEFAULT_BATCH
+    client: Client,
+    supervisor: Supervisor,
+    starts: Iterable[bytes],
+    *,
+    batch: int = DEFAULT_BATCH,
+    found: Iterable[Found] | None = None,
 ) -> Iterator[Scanned | Skipped]:
     """Scan the files and trees at `starts`, which are absolute paths; yield verdicts as they come.
+
+    `found` is what `walk` finds there, for a caller who wants to see it first.
 
     Raises:
         BrokerError: the broker does not answer any more. What was known to
@@ -53,14 +60,14 @@ def scan(
     asked: deque[File] = deque()
 
     def paths() -> Iterator[bytes]:
-        for found in walk(client, starts):
-            if isinstance(found, NotAFile):
-                aside.append(Skipped(found.path, found.kind))
-            elif isinstance(found, Unlisted):
-                aside.append(_unlisted(found.path, found.error))
+        for entry in walk(client, starts) if found is None else found:
+            if isinstance(entry, NotAFile):
+                aside.append(Skipped(entry.path, entry.kind))
+            elif isinstance(entry, Unlisted):
+                aside.append(_unlisted(entry.path, entry.error))
             else:
-                asked.append(found)
-                yield found.path
+                asked.append(entry)
+                yield entry.path
 
     broken: BrokerError | None = None
     with client.open_many(paths(), batch=batch) as results:

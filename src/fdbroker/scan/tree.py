@@ -50,7 +50,10 @@ class Unlisted(NamedTuple):
     error: BrokerError
 
 
-def walk(client: Client, starts: Iterable[bytes]) -> Iterator[File | NotAFile | Unlisted]:
+Found = File | NotAFile | Unlisted
+
+
+def walk(client: Client, starts: Iterable[bytes]) -> Iterator[Found]:
     """Yield what lies below `starts`, which are absolute paths of files or directories.
 
     Raises:
@@ -66,7 +69,7 @@ def is_about_the_connection(error: BrokerError) -> bool:
     return isinstance(error, (ConnectionError, BrokerTimeoutError, TooManyFilesError))
 
 
-def _from(client: Client, start: bytes) -> Iterator[File | NotAFile | Unlisted]:
+def _from(client: Client, start: bytes) -> Iterator[Found]:
     # What is not known to be a directory is tried as one; what can't be listed may be opened.
     directories = [(start, False)]
     while directories:

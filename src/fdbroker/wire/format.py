@@ -13,6 +13,7 @@ MAX_FRAME = 65536
 MAX_LIST_ENTRIES = 1024
 # A reply has to fit into the broker's small send buffer (SO_SNDBUF 32 KiB, which the kernel doubles).
 MAX_REPLY = 32768
+MAX_POLICY = 64 << 20  # bytes of a compiled policy that a reload hands over
 
 HEADER = struct.Struct("<BBHII")  # type, flags, count, id, generation
 HELLO = struct.Struct("<8sHHI")  # magic, lowest version, highest version, features
@@ -22,19 +23,24 @@ STAT = struct.Struct("<QQIIIIQqq")
 COOKIE = struct.Struct("<Q")
 ENTRY = struct.Struct("<BBBB")  # length of the name, d_type, flags, reserved
 ERROR = struct.Struct("<BBH")  # reason, reserved, errno
+PIECE = struct.Struct("<I")  # of a policy: where it begins in a request, what is there in a reply
 
 LIST_LAST_PAGE = 1
 ENTRY_HAS_STAT = 1
+MORE_FOLLOWS = 1
+ACTIONS = {1: "open", 2: "stat", 3: "list", 4: "walk"}  # what can be explained
 
 
 class Type(IntEnum):
-    """Frame types: requests. A reply has bit 7 set."""
+    """Frame types: requests. A reply has bit 7 set. From 0x41 on: those of a control socket."""
 
     HELLO = 0x01
     OPEN = 0x02
     STAT = 0x03
     LIST = 0x04
     STATUS = 0x05
+    EXPLAIN = 0x41
+    RELOAD = 0x42
     ERROR = 0xFF
 
 
@@ -77,6 +83,7 @@ class Reason(IntEnum):
     BROKEN = 14
     MALFORMED = 15
     VERSION = 16
+    POLICY = 17
 
 
 ERRNO_OF = {
@@ -97,4 +104,5 @@ ERRNO_OF = {
     Reason.BROKEN: errno.EIO,
     Reason.MALFORMED: errno.EPROTO,
     Reason.VERSION: errno.EPROTONOSUPPORT,
+    Reason.POLICY: errno.EINVAL,
 }

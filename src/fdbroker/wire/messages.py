@@ -1,4 +1,4 @@
-"""The messages as values. Each has the layout that docs/protocol.md gives it."""
+"""The messages that the broker has as values, each with the layout that docs/protocol.md gives it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,24 @@ class StatusRequest(NamedTuple):
     id: int
 
 
-Request = Hello | OpenRequest | StatRequest | ListRequest | StatusRequest
+class ExplainRequest(NamedTuple):
+    """What does the name of a path decide for this client? `action` is one of format.ACTIONS."""
+
+    id: int
+    action: str
+    path: bytes
+
+
+class ReloadRequest(NamedTuple):
+    """A piece of a compiled policy, from byte `offset` on. `more`: it is not the last."""
+
+    id: int
+    offset: int
+    piece: bytes
+    more: bool
+
+
+Request = Hello | OpenRequest | StatRequest | ListRequest | StatusRequest | ExplainRequest | ReloadRequest
 
 
 class Result(NamedTuple):
@@ -117,41 +134,6 @@ class Welcome(NamedTuple):
     copy_max: int
 
 
-class OpenReply(NamedTuple):
-    """One result per path; as many descriptors came with it as results are given."""
-
-    id: int
-    generation: int
-    results: list[Result]
-
-
-class StatReply(NamedTuple):
-    """One result per path, with its stat record where it is given."""
-
-    id: int
-    generation: int
-    results: list[tuple[Result, FileStat | None]]
-
-
-class ListReply(NamedTuple):
-    """One page. `cookie` continues behind it unless `last`."""
-
-    id: int
-    generation: int
-    result: Result
-    entries: list[ListEntry]
-    cookie: int
-    last: bool
-
-
-class StatusReply(NamedTuple):
-    """`document` is the JSON text."""
-
-    id: int
-    generation: int
-    document: bytes
-
-
 class ErrorReply(NamedTuple):
     """An answer to a frame that gets none of its own kind."""
 
@@ -161,6 +143,3 @@ class ErrorReply(NamedTuple):
     reason: Reason
     errno: int
     text: str
-
-
-Reply = Welcome | OpenReply | StatReply | ListReply | StatusReply | ErrorReply

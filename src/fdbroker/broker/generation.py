@@ -1,0 +1,83 @@
+"""One policy in force, with all that belongs to it; and what a later one has to fit into.
+
+Roots are opened, Landlock is entered and the mounts are looked at when the
+broker starts. A policy that is loaded later is served by what is held since
+then, or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.broker.audit import now_text
+from fdbroker.broker.identity import ControlGroups
+from fdbroker.broker.opening import Opener
+from fdbroker.policy.decide import Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fdbroker.broker.roots import HeldRoot
+    from fdbroker.policy.rules import Root, RuleSet, Settings
+
+
+class Held(NamedTuple):
+    """What the process got at its start, and gets no more of.
+
+    `roots` by `key_of`; `cgroup_root` None: control groups can't be looked at.
+    """
+
+    roots: Mapping[tuple[str, bytes, bool], HeldRoot]
+    proc_self_fd: int
+    cgroup_root: str | None
+    read_only_view: bool
+
+
+class Generation(NamedTuple):
+    """A policy as it is served. Exchanged whole, so that no request meets parts of two."""
+
+    number: int
+    policy: Policy
+    settings: Settings
+    opener: Opener
+    cgroups: ControlGroups
+    loaded: str
+
+
+def key_of(root: Root) -> tuple[str, bytes, bool]:
+    """Return what a root of a later policy must agree in."""
+    return root.name, root.path, root.cross_mounts
+
+
+def problem_with(rule_set: RuleSet, held: Held) -> str | None:
+    """Return why this policy can't be served by what is held, with the cure; None if it can."""
+    for root in rule_set.roots:
+        if key_of(root) not in held.roots:
+            return (
+                f"root {root.name!r} ({os.fsdecode(root.path)!r}) is not among those that the broker opened"
+                " when it started, or its cross_mounts was another: restart the broker"
+            )
+    if rule_set.settings.read_only_view_required != held.read_only_view:
+        was = "required" if held.read_only_view else "off"
+        return f"read_only_view was {was!r} when the broker started, and can't change: restart the broker"
+    if rule_set.cgroups and held.cgroup_root is None:
+        return (
+            "it has rules for units or control groups, and the policy that the broker started with had none:"
+            " restart the broker"
+        )
+    return None
+
+
+def make_generation(number: int, rule_set: RuleSet, held: Held) -> Generation:
+    """Return a policy, to which `problem_with` found nothing, as it is served."""
+    # A policy numbers its roots itself.
+    roots = [held.roots[key_of(root)] for root in rule_set.roots]
+    return Generation(
+        number,
+        Policy(rule_set),
+        rule_set.settings,
+        Opener(roots, held.proc_self_fd),
+        ControlGroups(held.cgroup_root, rule_set.cgroups),
+        now_text(),
+    )

@@ -1,0 +1,157 @@
+"""The way to the broker, and what to say where there is none."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import shutil
+import socket
+import stat
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from fdbroker import client
+from fdbroker.cli.failure import USAGE, Failure
+from fdbroker.cli.ids import group_name, user_name
+from fdbroker.cli.output import printable, shell_word
+from fdbroker.client.connection import Deadline, connect_socket
+from fdbroker.client.control import DEFAULT_CONTROL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SOCKET_VARIABLE = "FDBROKER_SOCKET"
+CONTROL_VARIABLE = "FDBROKER_CONTROL"
+_NO_TIMEOUT = b"\0" * 16  # struct timeval
+
+_Command = TypeVar("_Command", bound="Callable[..., object]")
+
+
+def socket_option(command: _Command) -> _Command:
+    """Give a command the option --socket; without it that of the group, the environment's or the default."""
+    return click.option(
+        "--socket",
+        "socket_path",
+        type=click.UNPROCESSED,
+        metavar="PATH",
+        callback=_from_group,
+        help=f"The broker's socket.  [environment: {SOCKET_VARIABLE}; default: {client.DEFAULT_SOCKET}]",
+    )(command)
+
+
+def control_option(command: _Command) -> _Command:
+    """Give a command the option --control."""
+    return click.option(
+        "--control",
+        "control_path",
+        default=DEFAULT_CONTROL,
+        envvar=CONTROL_VARIABLE,
+        type=click.UNPROCESSED,
+        metavar="PATH",
+        help=f"The broker's control socket.  [environment: {CONTROL_VARIABLE}; default: {DEFAULT_CONTROL}]",
+    )(command)
+
+
+def _from_group(context: click.Context, _parameter: click.Parameter, value: str | None) -> str:
+    return value or context.find_root().params.get("socket_path") or client.DEFAULT_SOCKET
+
+
+def connect(socket_path: str, exit_code: int = USAGE) -> client.Client:
+    """Return a client, which the caller closes.
+
+    Raises:
+        Failure: there is no way to the broker; the text says what to do.
+
+    """
+    try:
+        return client.connect(os.fsencode(socket_path))
+    except client.BrokerError as error:
+        raise Failure(no_way(socket_path, error), exit_code) from error
+
+
+def connect_only(socket_path: str, exit_code: int) -> socket.socket:
+    """Return a connection on which nothing was said yet; the caller owns it.
+
+    Raises:
+        Failure: as `connect`.
+
+    """
+    try:
+        sock = connect_socket(os.fsencode(socket_path), Deadline.after(client.DEFAULT_TIMEOUT))
+    except client.BrokerError as error:
+        raise Failure(no_way(socket_path, error), exit_code) from error
+    # The time-out was for connecting; whoever uses it next knows nothing of it.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _NO_TIMEOUT)
+    return sock
+
+
+def no_way(socket_path: str, error: client.BrokerError, option: str = "--socket") -> str:
+    """Return why the broker can't be asked by this socket and what helps, printable."""
+    shown = printable(socket_path)
+    variable = SOCKET_VARIABLE if option == "--socket" else CONTROL_VARIABLE
+    elsewhere = f"If its socket is elsewhere, say where: {option} PATH, or {variable} in the environment."
+    if isinstance(error, client.UnavailableError):
+        if error.errno == errno.ENOENT:
+            return f"{shown}: no broker has its socket there. {_how_to_start()} {elsewhere}"
+        if error.errno == errno.ECONNREFUSED:
+            return f"{shown}: the socket is there, but no broker listens on it any more. {_how_to_start()}"
+        if error.errno == errno.EACCES:
+            return f"{shown}: you may not connect to this broker: {_who_may_connect(socket_path)}"
+        if error.errno == errno.ENOTSOCK:
+            return f"{shown}: this is no socket. {elsewhere}"
+    return f"{shown}: {printable(error.strerror or str(error))}"
+
+
+def _how_to_start() -> str:
+    if (
+        shutil.which("fdbrokerd", path=f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin")
+        is None
+    ):
+        return (
+            "fdbrokerd, which starts it, is not found on this machine: install it (pip install"
+            " 'fdbroker[daemon]'), then run as root: fdbrokerd --daemon."
+        )
+    return "Start it, as root: fdbrokerd --daemon."
+
+
+def _who_may_connect(socket_path: str) -> str:
+    try:
+        status = os.stat(socket_path)
+    except OSError:
+        directory = printable(os.path.dirname(socket_path))
+        return f"you have no access to {directory}, where its socket is; ask whoever administers the broker."
+    group, user = group_name(status.st_gid), user_name(os.geteuid())
+    if status.st_mode & stat.S_IWGRP and status.st_gid:
+        if status.st_gid in _groups_when_logging_in(user):
+            return f"its group {group} may, which you joined after this session began: log in again."
+        return (
+            f"members of the group {group} may. As root: usermod -aG {group} {user}; then log in again"
+            " (newgrp is enough for one shell)."
+        )
+    return (
+        f"its socket has mode 0{stat.S_IMODE(status.st_mode):03o} and belongs to {user_name(status.st_uid)}"
+        f" and the group {group}; 'listeners' in the policy file says who may connect."
+    )
+
+
+def _groups_when_logging_in(user: str) -> list[int]:
+    try:
+        return os.getgrouplist(user, pwd.getpwnam(user).pw_gid)
+    except KeyError:
+        return []
+
+
+def not_given(path: bytes, error: client.BrokerError, action: str = "open") -> str:
+    """Return why a path was not given and what helps, printable."""
+    text = f"{printable(path)}: {printable(error.strerror or str(error))}"
+    if isinstance(error, client.DeniedError) and error.reason is client.Reason.DENIED:
+        text = f"{printable(path)}: denied by the broker's policy. {see_why(path, action)}"
+    return text
+
+
+def see_why(path: bytes, action: str = "open") -> str:
+    """Return the command that shows why a path was denied, in a sentence."""
+    option = "" if action == "open" else f"--action {action} "
+    return f"See why: fdbroker policy explain {option}{shell_word(path)}"

@@ -1,0 +1,31 @@
+"""The way to the broker's control socket."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from fdbroker.cli.broker import no_way
+from fdbroker.cli.failure import USAGE, Failure
+from fdbroker.client import BrokerError, control
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fdbroker.client.control import Control
+
+
+@contextlib.contextmanager
+def connected(control_path: str, exit_code: int = USAGE) -> Iterator[Control]:
+    """Give a connection to the control socket.
+
+    Raises:
+        Failure: there is no way to the broker, or it does not answer; the text says what to do.
+
+    """
+    try:
+        with control.connect(os.fsencode(control_path)) as connection:
+            yield connection
+    except BrokerError as error:
+        raise Failure(no_way(control_path, error, "--control"), exit_code) from error

@@ -1,0 +1,69 @@
+"""`fdbroker doctor`."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from fdbroker.cli import broker
+from fdbroker.cli.checks import MISSING, OK, WEAKER, Check, Places, all_checks
+from fdbroker.cli.output import coloured, printable, write_json, write_line
+from fdbroker.cli.policy_file import DEFAULT_POLICY
+
+_COLOURS = {OK: "green", WEAKER: "yellow", MISSING: "red"}
+
+
+@click.command("doctor", short_help="Check what this machine and its set-up can promise.")
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object (see docs/cli.md).")
+@click.option("-v", "--verbose", is_flag=True, help="Say of what is in order, too, what it means.")
+@click.option(
+    "--policy",
+    "policy_path",
+    default=DEFAULT_POLICY,
+    show_default=True,
+    metavar="FILE",
+    help="The policy file.",
+)
+@broker.control_option
+@broker.socket_option
+def command(socket_path: str, control_path: str, policy_path: str, *, as_json: bool, verbose: bool) -> int:
+    """Check what this kernel and this set-up can promise, layer by layer.
+
+    Each line says what was found. "ok": in order. "weaker": it works, with one
+    layer of protection or one convenience less. "missing": the broker can't
+    start, can't be reached or can't be trusted without it. What is not ok has
+    what it means and what to do below it. Nothing is changed. As root more can
+    be seen.
+
+    \b
+    Exit status: 0  nothing is missing
+                 1  something is
+                 2  wrong use, or the output could not be written
+
+    \b
+    Examples:  fdbroker doctor
+               fdbroker doctor --json | jq '.checks[] | select(.state != "ok")'
+    """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
+    checks = all_checks(Places(socket_path, control_path, policy_path))
+    missing = sum(check.state == MISSING for check in checks)
+    weaker = sum(check.state == WEAKER for check in checks)
+    status = 1 if missing else 0
+    if as_json:
+        write_json({"checks": [check._asdict() for check in checks], "exit_status": status})
+        return status
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        _write(check, width, verbose=verbose)
+    text = f"{len(checks)} checks: {len(checks) - missing - weaker} ok, {weaker} weaker, {missing} missing."
+    write_line(f"{text}" if os.geteuid() == 0 else f"{text} As root more can be seen.")
+    return status
+
+
+def _write(check: Check, width: int, *, verbose: bool) -> None:
+    state = coloured(check.state.ljust(len(MISSING)), _COLOURS[check.state])
+    write_line(f"{state}  {check.name.ljust(width)}  {check.found}")
+    if check.state != OK or verbose:
+        write_line(f"{' ' * len(MISSING)}    it means: {check.meaning}")
+    if check.cure:
+        write_line(f"{' ' * len(MISSING)}    to do:    {printable(check.cure)}")

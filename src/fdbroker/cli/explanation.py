@@ -1,0 +1,183 @@
+"""How an explanation is shown: that of a policy file, and the shorter one that a broker gives."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, Any
+
+from fdbroker.cli.ids import group_text, user_text
+from fdbroker.cli.output import coloured, path_members, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from fdbroker.config.explain import Check, Explanation, RuleReport, Seen
+    from fdbroker.policy.rules import FileFacts
+
+_STATUS = {"allow": 0, "deny": 1, "unknown": 3}
+# A policy with no more rules than these is shown whole.
+_FEW = 6
+_MARKS = {True: "+", False: "-", None: "?"}
+
+
+def status_of(explanation: Explanation) -> int:
+    """Return the exit status of the command."""
+    return _STATUS[explanation.verdict.decision]
+
+
+def to_document(explanation: Explanation, source: str, notes: Sequence[str]) -> dict[str, object]:
+    """Return an explanation as JSON members."""
+    client, verdict = explanation.client, explanation.verdict
+    return {
+        **path_members(explanation.path),
+        "action": explanation.action,
+        "policy": printable(source),
+        "notes": list(notes),
+        "client": {"uid": client.uid, "gids": sorted(client.gids), "cgroups": sorted(client.cgroups)},
+        "root": None if explanation.root is None else explanation.root.name,
+        "decision": verdict.decision,
+        "reason": verdict.reason,
+        "rule": verdict.rule,
+        "sentence": printable(explanation.sentence),
+        "object": _object_members(explanation.seen),
+        "rules": [
+            {
+                "name": rule.name,
+                "effect": rule.effect,
+                "applies": rule.applies,
+                "checks": [_check_members(check) for check in rule.checks],
+            }
+            for rule in explanation.rules
+        ],
+    }
+
+
+def _check_members(check: Check) -> dict[str, object]:
+    return {"what": check.what, "holds": check.holds, "text": printable(check.text)}
+
+
+def _object_members(seen: Seen | None) -> dict[str, object] | None:
+    if seen is None:
+        return None
+    facts = seen.facts
+    members: dict[str, object] = {"seen": facts is not None, "problem": seen.reason or printable(seen.note)}
+    if facts is not None:
+        members |= {
+            "type": _type(facts.st_mode),
+            "uid": facts.st_uid,
+            "gid": facts.st_gid,
+            "mode": f"{stat.S_IMODE(facts.st_mode):04o}",
+            "size": facts.st_size,
+            "links": facts.st_nlink,
+        }
+    return members
+
+
+def lines_of(explanation: Explanation, source: str, *, verbose: bool) -> list[str]:
+    """Return an explanation for people."""
+    client = explanation.client
+    groups = ", ".join(map(group_text, sorted(client.gids))) or "none"
+    lines = [
+        f"path    {printable(explanation.path)}",
+        f"action  {explanation.action}",
+        f"client  user {user_text(client.uid)}, groups {groups}"
+        + (f", control groups {', '.join(map(printable, sorted(client.cgroups)))}" if client.cgroups else ""),
+        f"policy  {printable(source)}",
+    ]
+    if explanation.seen is not None:
+        lines.append(f"object  {_object_line(explanation.seen)}")
+    shown = [rule for rule in explanation.rules if verbose or _is_near(rule, explanation)]
+    for rule in shown:
+        lines += ["", *_rule_lines(rule)]
+    hidden = len(explanation.rules) - len(shown)
+    if hidden:
+        lines += ["", f"{hidden} other rules are not about this at all (-v shows them)."]
+    colour = {"allow": "green", "deny": "red"}.get(explanation.verdict.decision, "yellow")
+    sentence = explanation.sentence
+    return [*lines, "", coloured(printable(sentence[:1].upper() + sentence[1:]) + ".", colour)]
+
+
+def _is_near(rule: RuleReport, explanation: Explanation) -> bool:
+    """Return whether a rule applies, might, or fails in one thing alone."""
+    return len(explanation.rules) <= _FEW or rule.failures <= 1 or rule.name == explanation.verdict.rule
+
+
+def _rule_lines(rule: RuleReport) -> list[str]:
+    word = {True: "applies", False: "does not apply", None: "may apply"}[rule.applies]
+    colour = {"allow": "green", "deny": "red"}[rule.effect]
+    head = f"rule {printable(rule.name)} ({rule.effect}): {word}"
+    lines = [coloured(head, colour) if rule.applies else head]
+    width = max(len(check.what) for check in rule.checks)
+    return lines + [
+        f"  {_MARKS[check.holds]} {check.what.ljust(width)}  {printable(check.text)}" for check in rule.checks
+    ]
+
+
+def _object_line(seen: Seen) -> str:
+    if seen.facts is None:
+        return printable(seen.note) if seen.note else f"not there as asked for ({seen.reason})"
+    facts: FileFacts = seen.facts
+    return (
+        f"{_type(facts.st_mode)}, owner {user_text(facts.st_uid)}, group {group_text(facts.st_gid)},"
+        f" mode 0{stat.S_IMODE(facts.st_mode):03o}, {facts.st_size} bytes, {facts.st_nlink} links"
+    )
+
+
+def _type(mode: int) -> str:
+    kinds = {
+        stat.S_IFREG: "regular file",
+        stat.S_IFDIR: "directory",
+        stat.S_IFLNK: "symbolic link",
+        stat.S_IFIFO: "FIFO",
+        stat.S_IFSOCK: "socket",
+        stat.S_IFCHR: "character device",
+        stat.S_IFBLK: "block device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "of an unknown kind")
+
+
+# ---- what a broker says ----
+
+
+def status_of_answer(answer: Mapping[str, Any]) -> int:
+    """Return the exit status for a broker's answer."""
+    return _STATUS[_decision(answer)]
+
+
+def _decision(answer: Mapping[str, Any]) -> str:
+    if not answer.get("allowed"):
+        return "deny"
+    return "unknown" if answer.get("asked_of_object") or answer.get("denies") else "allow"
+
+
+def lines_of_answer(answer: Mapping[str, Any], path: bytes) -> list[str]:
+    """Return for people what a broker says of the client that asks, by the name alone."""
+    decision = _decision(answer)
+    rule = printable(str(answer.get("rule")))
+    lines = [
+        f"path    {printable(path)}",
+        f"action  {printable(str(answer.get('action')))}",
+        f"client  you, user {user_text(os.geteuid())}",
+        f"policy  generation {answer.get('generation')} of the running broker; by the name alone",
+        f"root    {printable(str(answer.get('root') or 'none'))}",
+    ]
+    for label, key in (("allow", "asked_of_object"), ("deny", "denies")):
+        names = answer.get(key)
+        if names:
+            shown = ", ".join(printable(str(name)) for name in names)
+            lines.append(f"{label.ljust(6)}  if the file meets the conditions of rule {shown}")
+    if decision == "allow":
+        text, colour = f"Allowed: rule {rule} allows it, whether or not it is there.", "green"
+    elif decision == "unknown":
+        text, colour = "It depends on the file: see the conditions of these rules.", "yellow"
+    else:
+        reasons = {
+            "deny_rule": f"rule {rule} denies it, and a deny rule always wins",
+            "no_rule": "no rule allows it to you, and what is not allowed is denied",
+            "outside_roots": "it lies in none of the trees that the policy names (roots)",
+        }
+        reason = printable(str(answer.get("reason")))
+        text, colour = f"Denied: {reasons.get(reason, reason)}.", "red"
+    who = "Who may read the policy file sees the rules themselves: fdbroker policy explain --as USER PATH."
+    return [*lines, "", coloured(text, colour), who]

@@ -1,0 +1,39 @@
+"""Names of users and groups, where they have one."""
+
+from __future__ import annotations
+
+import grp
+import pwd
+from functools import cache
+
+
+@cache
+def user_name(uid: int) -> str:
+    """Return the name of a user, or the number."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except (KeyError, OverflowError):
+        return str(uid)
+
+
+@cache
+def group_name(gid: int) -> str:
+    """Return the name of a group, or the number."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except (KeyError, OverflowError):
+        return str(gid)
+
+
+def user_text(uid: int) -> str:
+    """Return a user's number with the name, where there is one."""
+    return _with_name(uid, user_name(uid))
+
+
+def group_text(gid: int) -> str:
+    """Return a group's number with the name, where there is one."""
+    return _with_name(gid, group_name(gid))
+
+
+def _with_name(number: int, name: str) -> str:
+    return name if name == str(number) else f"{number} ({name})"

@@ -1,0 +1,185 @@
+"""The control socket: ask for the whole status or for an explanation, hand over another policy.
+
+    with fdbroker.client.control.connect() as control:
+        print(control.explain("open", "/srv/file"))
+
+Everybody may ask for explanations about themselves; the whole status is for
+root and the policy's `admins`, another policy is taken from root alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from typing import TYPE_CHECKING
+
+from fdbroker.client.connection import Call, Connection, ConnectionLost, Deadline, connect_socket
+from fdbroker.client.engine import AskStatus, AskWhy, HandOver, sendable
+from fdbroker.client.errors import ReloadRefusedError, disconnected, error_of_reply, protocol_error
+from fdbroker.wire.client import ExplainReply, ReloadReply, StatusReply
+from fdbroker.wire.format import ACTIONS, HEADER, MAX_POLICY, PIECE, Reason
+from fdbroker.wire.messages import ErrorReply
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from fdbroker.client.engine import Question, StrOrBytesPath
+    from fdbroker.wire.client import Reply
+
+__all__ = ["DEFAULT_CONTROL", "DEFAULT_TIMEOUT", "Control", "ReloadRefusedError", "connect"]
+
+DEFAULT_CONTROL = "/run/fdbroker/control"
+DEFAULT_TIMEOUT = 30.0
+
+
+def connect(path: StrOrBytesPath = DEFAULT_CONTROL, *, timeout: float | None = DEFAULT_TIMEOUT) -> Control:
+    """Connect to the control socket of a broker; the caller should close what is returned.
+
+    Args:
+        path: the control socket.
+        timeout: seconds that connecting, and then each method, may take; None: no limit.
+
+    Raises:
+        UnavailableError: the socket is not there, nobody listens, or this user may not connect.
+        BrokerTimeoutError: no welcome in time.
+        BrokerError: the broker refused the connection, or is none.
+
+    """
+    deadline = Deadline.after(timeout)
+    sock = connect_socket(os.fsencode(path), deadline)
+    try:
+        return Control(Connection.greet(sock, deadline), timeout)
+    except ConnectionLost as lost:
+        raise disconnected(f"the broker closed the connection before its welcome: {lost}") from lost
+
+
+class Control:
+    """A connection to the control socket, made by `connect`. For one thread; nothing is repeated."""
+
+    def __init__(self, connection: Connection, timeout: float | None) -> None:
+        self._connection = connection
+        self._timeout = timeout
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def status(self) -> dict[str, object]:
+        """Return what the broker tells of itself: to root and `admins` all, to others about themselves.
+
+        Keys may be added in later versions.
+
+        Raises:
+            BrokerError: it did not answer, or not by the protocol.
+
+        """
+        reply = self._ask(AskStatus(), Deadline.after(self._timeout))
+        if isinstance(reply, StatusReply):
+            return _object(reply.document, reply.id)
+        raise _unexpected(reply)
+
+    def explain(self, action: str, path: StrOrBytesPath) -> dict[str, object]:
+        """Return what the *name* of a path decides for this process; no file is looked at.
+
+        Keys: `path`, `action`, `generation`, `allowed`, `reason` (`ok` or why not), `root`, `rule` (the
+        one that allows or refuses, where it is one), `asked_of_object` (the names of rules that allow it if
+        the file is as they say) and `denies` (of those that forbid it if the file is as they say).
+
+        Args:
+            action: `open`, `stat`, `list` or `walk`.
+            path: as it would be asked for.
+
+        Raises:
+            ValueError: no such action; a path that can't be sent (PathInvalidError).
+            BrokerError: it did not answer, or not by the protocol.
+
+        """
+        if action not in ACTIONS.values():
+            raise ValueError(f"{action!r} is no action: choose {', '.join(ACTIONS.values())}")
+        asked = sendable(path)
+        reply = self._ask(AskWhy(action, asked), Deadline.after(self._timeout))
+        if isinstance(reply, ExplainReply):
+            return _object(reply.document, reply.id)
+        raise _unexpected(reply, asked)
+
+    def reload(self, compiled: bytes) -> int:
+        """Hand over a compiled policy and return its generation: from now on the broker decides by it.
+
+        What is only for the launcher (its member `daemon`) is left out: another user, other sockets or
+        another place of the audit need a restart.
+
+        Raises:
+            ReloadRefusedError: the broker does not take it and goes on as before; `strerror` has the cure.
+            DeniedError: this process is not root's.
+            BrokenError: the broker could not record it, or failed; nothing changed.
+            BrokerError: the connection failed: ask `status` which policy is in force.
+
+        """
+        text = _for_broker(compiled)
+        if not 0 < len(text) <= MAX_POLICY:
+            why = f"a compiled policy has 1 to {MAX_POLICY} bytes, not {len(text)}"
+            raise ReloadRefusedError(errno.EINVAL, why, None, Reason.POLICY)
+        deadline = Deadline.after(self._timeout)
+        size = self._connection.welcome.max_frame - HEADER.size - PIECE.size
+        for offset in range(0, len(text), size):
+            end = min(offset + size, len(text))
+            reply = self._ask(HandOver(offset, text[offset:end], more=end < len(text)), deadline)
+            if not isinstance(reply, ReloadReply):
+                raise _unexpected(reply)
+            if (reply.received, reply.more) != (end, end < len(text)):
+                raise protocol_error(f"{reply.received} bytes received of {end} sent", reply.id)
+            if not reply.more:
+                return reply.generation
+        raise AssertionError("the last piece has no more to follow")
+
+    def _ask(self, question: Question, deadline: Deadline) -> Reply:
+        call = Call(question)
+        try:
+            self._connection.send(call, deadline)
+            while call.answer is None:
+                self._connection.receive(deadline)
+        except ConnectionLost as lost:
+            raise disconnected(f"the broker closed the connection: {lost}") from lost
+        call.answer.descriptors.close()
+        return call.answer.reply
+
+
+def _for_broker(compiled: bytes) -> bytes:
+    """Return what of a compiled policy is the broker's. What is none is left for the broker to say so."""
+    try:
+        document = json.loads(compiled)
+    except (ValueError, RecursionError):
+        return compiled
+    if not isinstance(document, dict) or "daemon" not in document:
+        return compiled
+    del document["daemon"]
+    return json.dumps(document).encode()
+
+
+def _object(text: bytes, request_id: int) -> dict[str, object]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise protocol_error(f"an answer that is not JSON: {error}", request_id) from error
+    if not isinstance(document, dict):
+        raise protocol_error("an answer that is no JSON object", request_id)
+    return document
+
+
+def _unexpected(reply: Reply, path: bytes | None = None) -> Exception:
+    """Return the exception for an answer that is no answer of the kind that was asked for."""
+    if isinstance(reply, ErrorReply):
+        return error_of_reply(reply, path)
+    return protocol_error(f"a {type(reply).__name__} that nobody asked for", reply.id)

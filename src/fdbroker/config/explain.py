@@ -1,0 +1,470 @@
+"""Why a policy allows something or not: rule by rule, condition by condition, without a broker.
+
+The verdict is that of the broker's own code (fdbroker.policy.decide). The
+details beside it come from the same compiled rules, and a property test holds
+the two together.
+
+What the broker would meet under the path is looked at by whoever runs this, as
+the broker would: below the root, without symbolic links, by O_PATH. Where that
+is not permitted, a rule that asks something of the object stays undecided.
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import json
+import os
+import pwd
+import stat
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from fdbroker.broker.roots import RootError, hold_roots
+from fdbroker.config.compile import compile_policy
+from fdbroker.config.compiled import for_broker
+from fdbroker.config.errors import ConfigError, Problem
+from fdbroker.config.identities import OVERFLOW_ID, SystemLookups
+from fdbroker.config.sources import read_policy_file
+from fdbroker.kernel.files import open_path_beneath
+from fdbroker.policy.decide import NameDecision, Policy, decide_object
+from fdbroker.policy.paths import components_below, problem_with_path
+from fdbroker.policy.rules import (
+    Bounds,
+    ClientFacts,
+    ClientMatch,
+    Conditions,
+    FileFacts,
+    PolicyError,
+    Root,
+    Rule,
+    RuleSet,
+    read_policy,
+)
+
+ALLOW, DENY, UNKNOWN = "allow", "deny", "unknown"
+_MAX_BYTES = 64 << 20  # of a compiled policy that a broker takes
+
+# As in the broker's audit.
+_BY_ERRNO = {
+    errno.ENOENT: "not_found",
+    errno.ENOTDIR: "not_directory",
+    errno.ELOOP: "symlink",
+    errno.EXDEV: "crosses_mount",
+    errno.ENAMETOOLONG: "path_too_long",
+}
+_SENTENCES = {
+    "deny_rule": "rule {rule} denies it, and a deny rule always wins",
+    "no_rule": "no rule allows it, and what is not allowed is denied",
+    "outside_roots": "it lies in none of the trees that the policy names (roots)",
+    "where_owner": "rule {rule} would allow it, but not with this owner",
+    "where_group": "rule {rule} would allow it, but not with this group",
+    "where_mode": "rule {rule} would allow it, but not with this mode",
+    "where_size": "rule {rule} would allow it, but not of this size",
+    "where_links": "rule {rule} would allow it, but not with so many hard links",
+    "not_found": "rule {rule} is about it, but there is no such file",
+    "not_directory": "rule {rule} is about it, but a component of the path, or what is to be listed, is no"
+    " directory",
+    "symlink": "rule {rule} is about it, but a component of the path is a symbolic link, and the broker"
+    " follows none: ask for the path that it leads to",
+    "crosses_mount": "rule {rule} is about it, but it is on another mount than its root, which has no"
+    " cross_mounts",
+    "path_too_long": "the path is longer than any that the broker takes",
+    "is_directory": "rule {rule} is about it, but it is a directory, and the broker opens regular files only",
+    "not_regular": "rule {rule} is about it, but it is no regular file, and the broker opens nothing else",
+    "filesystem": "rule {rule} is about it, but it is on a file system that the broker never serves",
+    "empty": "the path is empty",
+    "nul": "the path has a NUL byte",
+    "relative": "the path is not absolute",
+    "trailing_slash": "the path ends with '/'",
+    "empty_component": "the path has an empty component ('//')",
+    "dot_component": "the path has a component '.' or '..'",
+    "name_too_long": "a component of the path is longer than any name can be",
+}
+
+
+class Check(NamedTuple):
+    """One thing that a rule asks. `holds` is None where it could not be found out."""
+
+    what: str
+    holds: bool | None
+    text: str
+
+
+class RuleReport(NamedTuple):
+    """What one rule asks, and which of it holds."""
+
+    name: str
+    effect: str
+    checks: tuple[Check, ...]
+
+    @property
+    def applies(self) -> bool | None:
+        """Whether the rule speaks here; None where the object would have to be seen."""
+        return _all(self.checks)
+
+    @property
+    def failures(self) -> int:
+        """How many of its checks do not hold."""
+        return sum(check.holds is False for check in self.checks)
+
+
+class Verdict(NamedTuple):
+    """What comes out: `decision` is allow, deny or unknown; `reason` and `rule` as in the broker's audit."""
+
+    decision: str
+    reason: str
+    rule: str | None
+
+
+class Seen(NamedTuple):
+    """What lies under the path: `facts`, or a `reason` as in the audit, or a `note` why it was not seen."""
+
+    facts: FileFacts | None = None
+    reason: str | None = None
+    note: str = ""
+
+
+class Explanation(NamedTuple):
+    """A whole answer. `seen` is None where the name alone was refused, and so nothing was looked at."""
+
+    path: bytes
+    action: str
+    client: ClientFacts
+    root: Root | None
+    verdict: Verdict
+    seen: Seen | None
+    rules: tuple[RuleReport, ...]
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in one sentence."""
+        decision, reason, rule = self.verdict
+        if decision == ALLOW:
+            unseen = self.seen is not None and self.seen.facts is None
+            return f"allowed: rule {rule} allows it" + (
+                f" (whether it is there was not seen: {self.seen.note})" if unseen and self.seen else ""
+            )
+        if decision == UNKNOWN:
+            note = self.seen.note if self.seen else ""
+            return f"it depends on the file, which could not be looked at: {note}"
+        text = _SENTENCES.get(reason, f"the broker would answer {reason}")
+        return f"denied: {text.format(rule=rule)}"
+
+
+Look = Callable[[Root, bytes, str], Seen]
+
+
+class LoadedPolicy(NamedTuple):
+    """A policy to explain. `notes`: why the broker would not take it from this file."""
+
+    rules: RuleSet
+    notes: tuple[str, ...]
+
+
+def load_for_explaining(path: str) -> LoadedPolicy:
+    """Read a policy, compiled (`.json`) or not, whoever owns it: nothing is put in force.
+
+    Raises:
+        ConfigError: the file can't be read as a policy.
+        OSError: it can't be opened.
+
+    """
+    with open(path, "rb") as file:
+        text = file.read(_MAX_BYTES)
+    notes: tuple[str, ...] = ()
+    try:
+        read_policy_file(path)
+    except ConfigError as error:
+        notes = tuple(str(problem) for problem in error.problems)
+    if not path.endswith(".json"):
+        return LoadedPolicy(read_policy(for_broker(compile_policy(text, path, SystemLookups()))), notes)
+    try:
+        document = json.loads(text)
+        rules = read_policy(for_broker(document) if isinstance(document, dict) else document)
+        return LoadedPolicy(rules, notes)
+    except (ValueError, RecursionError, PolicyError) as error:
+        cure = "name a policy file, or what `fdbroker policy compile` wrote"
+        raise ConfigError([Problem(path, None, None, f"is no compiled policy: {error}", cure)]) from error
+
+
+def client_of_user(name: str) -> ClientFacts | None:
+    """Return what the broker would see of a user, by name or number; None if there is no such user.
+
+    A number that no user has is in no group.
+    """
+    try:
+        user = pwd.getpwuid(int(name)) if name.isascii() and name.isdigit() else pwd.getpwnam(name)
+    except (KeyError, OverflowError):
+        return ClientFacts(int(name), frozenset()) if name.isascii() and name.isdigit() else None
+    groups = os.getgrouplist(user.pw_name, user.pw_gid)
+    return ClientFacts(user.pw_uid, frozenset(groups) - {OVERFLOW_ID})
+
+
+def client_of_this_process() -> ClientFacts:
+    """Return what the broker would see of this process, apart from its control group."""
+    return ClientFacts(os.geteuid(), frozenset({os.getegid(), *os.getgroups()}) - {OVERFLOW_ID})
+
+
+def with_control_group(client: ClientFacts, path: str | None, rules: RuleSet) -> ClientFacts:
+    """Return `client` as a member of the control group `path` (None: of none that a rule names)."""
+    named = frozenset() if path is None else rules.cgroups
+    return client._replace(
+        cgroups=frozenset(name for name in named if path == name or f"{path}/".startswith(f"{name}/"))
+    )
+
+
+def control_group_of_this_process() -> str | None:
+    """Return the control group that this process is in, None where there is no cgroup2."""
+    try:
+        with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    return next((line[3:] for line in lines if line.startswith("0::")), None)
+
+
+def explain(rules: RuleSet, client: ClientFacts, action: str, path: bytes, look: Look) -> Explanation:
+    """Say what becomes of a request and why. `look` says what lies under a path whose name is allowed."""
+    decision = Policy(rules).view(client).actions[action].decide(path)
+    seen = None
+    if not decision.allowed or decision.root is None:
+        rule = None if decision.rule is None else decision.rule.name
+        verdict = Verdict(DENY, decision.reason, rule)
+    else:
+        seen = look(decision.root, path, action)
+        verdict = _verdict(decision, seen, client.uid)
+    facts = None if seen is None else seen.facts
+    serving = _serving(rules, path)
+    # What is no path is refused before any rule is read.
+    asked = rules.rules if problem_with_path(path) is None else ()
+    reports = tuple(_report(rule, client, action, path, serving, facts) for rule in asked)
+    return Explanation(path, action, client, decision.root, verdict, seen, reports)
+
+
+def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
+    """Look at an object the way the broker does, with the rights of this process; never raises."""
+    held = -1
+    try:
+        [held_root] = hold_roots([root], read_only_required=False)
+    except RootError as error:
+        return Seen(note=str(error))
+    except OSError as error:
+        return Seen(note=f"{os.fsdecode(root.path)}: {error.strerror}")
+    try:
+        held = open_path_beneath(held_root.descriptor, path[root.skip :] or b".", root.cross_mounts)
+        facts = os.fstat(held)
+        objection = held_root.objection(held)
+    except OSError as error:
+        reason = _BY_ERRNO.get(error.errno or 0)
+        return Seen(reason=reason) if reason else Seen(note=error.strerror or str(error))
+    finally:
+        for descriptor in (held, held_root.descriptor):
+            if descriptor >= 0:
+                os.close(descriptor)
+    return Seen(facts, objection or _kind_refused(facts.st_mode, action))
+
+
+def _kind_refused(mode: int, action: str) -> str | None:
+    """Return why what is there is not of the kind that the action is about, or None."""
+    if action == "open" and not stat.S_ISREG(mode):
+        if stat.S_ISDIR(mode):
+            return "is_directory"
+        return "symlink" if stat.S_ISLNK(mode) else "not_regular"
+    if action == "list" and not stat.S_ISDIR(mode):
+        return "symlink" if stat.S_ISLNK(mode) else "not_directory"
+    return None
+
+
+def _verdict(name: NameDecision, seen: Seen, client_uid: int) -> Verdict:
+    first = (name.rule or name.allows[0]).name
+    if seen.reason is not None:
+        return Verdict(DENY, seen.reason, first)
+    if seen.facts is None:
+        return Verdict(ALLOW, "ok", first) if name.plain else Verdict(UNKNOWN, "not_seen", None)
+    allowed, reason, rule = decide_object(name, seen.facts, client_uid)
+    return Verdict(ALLOW if allowed else DENY, reason, None if rule is None else rule.name)
+
+
+def _serving(rules: RuleSet, path: bytes) -> Root | None:
+    """Return the deepest root that contains a path."""
+    containing = [root for root in rules.roots if components_below(root.path, path) is not None]
+    return max(containing, key=lambda root: len(root.path), default=None)
+
+
+# ---- one rule ----
+
+
+def _report(
+    rule: Rule,
+    client: ClientFacts,
+    action: str,
+    path: bytes,
+    serving: Root | None,
+    facts: FileFacts | None,
+) -> RuleReport:
+    effect = DENY if rule.deny else ALLOW
+    actions = ", ".join(sorted(rule.actions))
+    checks = [
+        Check("action", action in rule.actions, f"is about {actions}"),
+        Check("client", rule.is_for(client), _clients_text(rule.clients, client)),
+    ]
+    components = components_below(rule.root.path, path)
+    checks.append(_root_check(rule, components, serving))
+    if components is not None:
+        checks += _glob_checks(rule, components)
+    if not rule.deny and action == "open" and "descriptor" not in rule.deliver:
+        checks.append(Check("deliver", holds=False, text="hands out no descriptors"))
+    if rule.where is not None:
+        checks += _condition_checks(rule.where, facts, client.uid, deny=rule.deny)
+    return RuleReport(rule.name, effect, tuple(checks))
+
+
+def _root_check(rule: Rule, components: Sequence[bytes] | None, serving: Root | None) -> Check:
+    where = f"{rule.root.name} ({_text(rule.root.path)})"
+    if components is None:
+        return Check("root", holds=False, text=f"is about {where}, and the path is not below it")
+    if not rule.deny and rule.root is not serving and serving is not None:
+        deeper = f"the path belongs to the deeper root {serving.name} ({_text(serving.path)})"
+        return Check("root", holds=False, text=f"is about {where}, but {deeper}, where only its rules allow")
+    relative = _text(b"/".join(components)) or "the root itself"
+    return Check("root", holds=True, text=f"{where}; below it: {relative}")
+
+
+def _glob_checks(rule: Rule, components: Sequence[bytes]) -> list[Check]:
+    matching = [glob.pattern for glob in rule.paths if glob.matches(components)]
+    if matching:
+        checks = [Check("paths", holds=True, text=f"matches {_globs(matching)}")]
+    else:
+        listed = _globs(glob.pattern for glob in rule.paths)
+        checks = [Check("paths", holds=False, text=f"matches none of {listed}")]
+    if rule.excepts:
+        matching = [glob.pattern for glob in rule.excepts if glob.matches(components)]
+        if matching:
+            checks.append(Check("except", holds=False, text=f"matches {_globs(matching)}, which is excepted"))
+        else:
+            listed = _globs(glob.pattern for glob in rule.excepts)
+            checks.append(Check("except", holds=True, text=f"matches none of {listed}"))
+    return checks
+
+
+# Each condition alone: what is left of a rule's `where` if nothing else is asked. So the policy's own
+# code says whether it holds.
+_NOTHING = Conditions(owner=None, gids=None, mode_all=0, mode_none=0, size=None, links=None)
+
+
+def _condition_checks(
+    where: Conditions, facts: FileFacts | None, client_uid: int, *, deny: bool
+) -> list[Check]:
+    alone: list[tuple[str, Conditions, str]] = []
+    if where.owner is not None:
+        owners = [user_text(uid) for uid in sorted(where.owner.uids)]
+        owners += ["the client itself"] if where.owner.client else []
+        alone.append(("owner", _NOTHING._replace(owner=where.owner), f"must be {_either(owners)}"))
+    if where.gids is not None:
+        groups = _either(group_text(gid) for gid in sorted(where.gids))
+        alone.append(("group", _NOTHING._replace(gids=where.gids), f"must be {groups}"))
+    if where.mode_all or where.mode_none:
+        wanted = [f"have {where.mode_all:#06o}"] if where.mode_all else []
+        wanted += [f"have nothing of {where.mode_none:#06o}"] if where.mode_none else []
+        wanted_text = f"must {' and '.join(wanted)}".replace("0o", "")
+        only_mode = _NOTHING._replace(mode_all=where.mode_all, mode_none=where.mode_none)
+        alone.append(("mode", only_mode, wanted_text))
+    if where.size is not None:
+        alone.append(("size", _NOTHING._replace(size=where.size), _bounds_text(where.size, " bytes")))
+    if where.links is not None:
+        alone.append(("links", _NOTHING._replace(links=where.links), _bounds_text(where.links, "")))
+    checks = []
+    for what, condition, text in alone:
+        if facts is None:
+            checks.append(Check(what, holds=None, text=text))
+        else:
+            failure = condition.first_failure(facts, client_uid, deny=deny)
+            checks.append(Check(what, holds=failure is None, text=f"{text}; {_value_text(what, facts)}"))
+    return checks
+
+
+def _value_text(what: str, facts: FileFacts) -> str:
+    if what in {"size", "links"} and not stat.S_ISREG(facts.st_mode):
+        return "is asked of regular files only, and this is none"
+    return {
+        "owner": f"is {user_text(facts.st_uid)}",
+        "group": f"is {group_text(facts.st_gid)}",
+        "mode": f"is {mode_text(facts.st_mode)}",
+        "size": f"is {facts.st_size}",
+        "links": f"is {facts.st_nlink}",
+    }[what]
+
+
+def _clients_text(entries: Sequence[ClientMatch], client: ClientFacts) -> str:
+    wanted = "; or ".join(_client_text(entry) for entry in entries)
+    if any(entry == ClientMatch(None, None, None) for entry in entries):
+        return wanted
+    return f"is about {wanted}; the client is {client_text(client)}"
+
+
+def _client_text(entry: ClientMatch) -> str:
+    parts = []
+    if entry.uids is not None:
+        parts.append(f"user {_either(user_text(uid) for uid in sorted(entry.uids))}")
+    if entry.gids is not None:
+        parts.append(f"group {_either(group_text(gid) for gid in sorted(entry.gids))}")
+    if entry.cgroups is not None:
+        parts.append(f"control group {_either(sorted(entry.cgroups))}")
+    return " and ".join(parts) or "everybody"
+
+
+def client_text(client: ClientFacts) -> str:
+    """Return who a client is, in words."""
+    parts = [f"user {user_text(client.uid)}"]
+    if client.gids:
+        parts.append(f"groups {', '.join(group_text(gid) for gid in sorted(client.gids))}")
+    if client.cgroups:
+        parts.append(f"control groups {', '.join(sorted(client.cgroups))}")
+    return ", ".join(parts)
+
+
+def user_text(uid: int) -> str:
+    """Return a user's number with the name, where there is one."""
+    try:
+        return f"{uid} ({pwd.getpwuid(uid).pw_name})"
+    except (KeyError, OverflowError):
+        return str(uid)
+
+
+def group_text(gid: int) -> str:
+    """Return a group's number with the name, where there is one."""
+    try:
+        return f"{gid} ({grp.getgrgid(gid).gr_name})"
+    except (KeyError, OverflowError):
+        return str(gid)
+
+
+def mode_text(mode: int) -> str:
+    """Return permission bits as the policy writes them."""
+    return f"0{stat.S_IMODE(mode):03o}"
+
+
+def _bounds_text(bounds: Bounds, unit: str) -> str:
+    parts = [f"at least {bounds.least}"] if bounds.least is not None else []
+    parts += [f"at most {bounds.most}"] if bounds.most is not None else []
+    return f"must be {' and '.join(parts)}{unit}"
+
+
+def _globs(patterns: Iterable[bytes]) -> str:
+    return ", ".join(_text(pattern) for pattern in patterns)
+
+
+def _either(words: Iterable[str]) -> str:
+    return " or ".join(words) or "nobody"
+
+
+def _text(path: bytes) -> str:
+    return os.fsdecode(path)
+
+
+def _all(checks: Iterable[Check]) -> bool | None:
+    answers = [check.holds for check in checks]
+    if False in answers:
+        return False
+    return None if None in answers else True

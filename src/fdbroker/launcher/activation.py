@@ -1,0 +1,106 @@
+"""What systemd hands to its services: listening sockets, by name, a place for notifications, a watchdog."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import NamedTuple
+
+from fdbroker.launcher.errors import StartError
+from fdbroker.launcher.inherited import check_connection, check_listener
+
+_NAMES_CURE = "name them by FileDescriptorName= of the .socket unit: seqpacket for requests, control"
+_NOT_SERVED_YET = frozenset({"clamd", "dgram", "stream"})
+
+
+class Activation(NamedTuple):
+    """What came. The descriptors are the caller's; `listeners` and `connections` have their names."""
+
+    listeners: list[tuple[int, str]]
+    connections: list[tuple[int, str]]
+    control: int | None
+    notify: int | None
+    watchdog_usec: int | None
+
+    @property
+    def has_sockets(self) -> bool:
+        """Return whether there is any socket to serve."""
+        return bool(self.listeners or self.connections or self.control is not None)
+
+
+def take_from_systemd() -> Activation:
+    """Take what the environment speaks of, and take it out of the environment.
+
+    Raises:
+        StartError: a socket is not what its name says, or has a name that is not known.
+
+    """
+    listeners: list[tuple[int, str]] = []
+    connections: list[tuple[int, str]] = []
+    controls: list[int] = []
+    for number, name in _passed_descriptors().items():
+        what = f"socket {name!r} of systemd"
+        if name == "connection":  # that of Accept=yes, whatever FileDescriptorName= says
+            check_connection(number, what)
+            connections.append((number, name))
+            continue
+        if name in _NOT_SERVED_YET:
+            raise StartError(f"{what} is not served yet; stop and disable its .socket unit")
+        if name not in {"seqpacket", "control"}:
+            raise StartError(f"{what}: no socket of fdbroker has this name; {_NAMES_CURE}")
+        check_listener(number, what)
+        if name == "control":
+            controls.append(number)
+        else:
+            listeners.append((number, name))
+    if len(controls) > 1:
+        raise StartError(f"systemd passed {len(controls)} sockets with the name 'control'; keep one")
+    notify = _connect_notify_socket()
+    watchdog = None if notify is None else _watchdog_usec()
+    return Activation(listeners, connections, controls[0] if controls else None, notify, watchdog)
+
+
+def _passed_descriptors() -> dict[int, str]:
+    """Return number and name of each, close-on-exec. They come in any order, and in another one next time."""
+    if "LISTEN_FDS" not in os.environ:
+        return {}
+    try:
+        import systemd.daemon  # noqa: PLC0415 - by hand it is not needed
+    except ImportError as error:
+        raise StartError(
+            "systemd passes sockets, and the Python package systemd-python, which takes them, is not"
+            " installed; install fdbroker[daemon]"
+        ) from error
+    passed: dict[int, str] = systemd.daemon.listen_fds_with_names(unset_environment=True)
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)  # libsystemd took it out behind Python's back
+    return passed
+
+
+def _connect_notify_socket() -> int | None:
+    """Return a socket that is connected to where the service manager listens, None if it does not."""
+    address = os.environ.pop("NOTIFY_SOCKET", "")
+    if not address:
+        return None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        try:
+            # An abstract name begins with a NUL, which can't be in an environment.
+            sock.connect(f"\0{address[1:]}" if address.startswith("@") else address)
+        except OSError as error:
+            sys.stderr.write(
+                f"fdbroker: NOTIFY_SOCKET {address!r} can't be reached ({error.strerror});"
+                " nobody will be told when it serves\n"
+            )
+            return None
+        return sock.detach()
+
+
+def _watchdog_usec() -> int | None:
+    """Return within how many microseconds a ping is expected; sd_watchdog_enabled(3)."""
+    text = os.environ.pop("WATCHDOG_USEC", "")
+    if not text or os.environ.pop("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return None  # no watchdog, or that of another process
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise StartError(f"WATCHDOG_USEC is {text!r}, not a number of microseconds; let systemd set it")
+    return int(text)

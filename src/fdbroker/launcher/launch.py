@@ -1,0 +1,176 @@
+"""From the command line to the broker: what is wanted, what is there, what has to be made, and execve.
+
+In this order, so that whatever can fail fails before anything is made, and what
+was made is taken away again if the rest fails.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.kernel.capabilities import capget
+from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH
+from fdbroker.launcher.activation import take_from_systemd
+from fdbroker.launcher.auditing import open_audit
+from fdbroker.launcher.background import Waiting, go_into_background, wait_until_it_serves
+from fdbroker.launcher.errors import EXIT_NOT_STARTED, StartError
+from fdbroker.launcher.inherited import (
+    check_connection,
+    check_ready,
+    fill_standard_descriptors,
+    leave_standard_descriptors,
+)
+from fdbroker.launcher.listening import MadeSockets
+from fdbroker.launcher.locking import PidFile
+from fdbroker.launcher.options import STANDARD_OUTPUT, read_options
+from fdbroker.launcher.plan import make_plan
+from fdbroker.launcher.policies import CompileError, PolicyInTheMaking
+
+if TYPE_CHECKING:
+    from fdbroker.launcher.activation import Activation
+    from fdbroker.launcher.options import Options
+    from fdbroker.launcher.plan import Plan
+    from fdbroker.launcher.policies import Policies
+    from fdbroker.launcher.start import Start
+
+
+def launch(arguments: list[str]) -> int:
+    """Run fdbrokerd; return its exit status if this process does not become the broker."""
+    fill_standard_descriptors()
+    options = read_options(arguments)
+    os.chdir("/")
+    try:
+        return _run(options)
+    except CompileError as error:
+        return error.status  # the child has said why
+    except StartError as error:
+        sys.stderr.write(f"fdbroker: {error}\n")
+        return error.status
+    except OSError as error:
+        sys.stderr.write(f"fdbroker: {error}\n")
+        return EXIT_NOT_STARTED
+
+
+class _Passed(NamedTuple):
+    """What was open before us, checked. `output_gone`: standard output was a client's connection."""
+
+    activation: Activation
+    connections: list[tuple[int, str]]
+    output_gone: bool
+
+    @property
+    def has_sockets(self) -> bool:
+        """Return whether there is anything to serve."""
+        return self.activation.has_sockets or bool(self.connections)
+
+
+def _run(options: Options) -> int:
+    _check_privilege()
+    # Before anything is opened: a number that is not open now would be one of ours later.
+    passed = _take_what_was_passed(options)
+    pidfile = PidFile(options.pidfile) if options.pidfile is not None else None
+    making = PolicyInTheMaking(options.policy, dev=options.dev)
+    try:
+        # What follows needs it; the child compiles meanwhile.
+        import fdbroker.launcher.start  # noqa: F401, PLC0415
+
+        policies = making.finish()
+    except BaseException:
+        making.abandon()
+        raise
+    plan = make_plan(policies.daemon, options, sockets_passed=passed.has_sockets)
+    if plan.audit == STANDARD_OUTPUT and (passed.output_gone or options.background):
+        where = "the client's connection" if passed.output_gone else "nowhere with --daemon"
+        raise StartError(
+            f"the audit would go to standard output, which is {where};"
+            " name a file by audit.to in the policy or --audit, or say --audit none"
+        )
+    made = MadeSockets()
+    try:
+        start = _prepare(options, passed, policies, plan, made)
+        return _become(options, start, pidfile, made)
+    except BaseException:
+        made.remove()
+        raise
+
+
+def _check_privilege() -> None:
+    """Say what everybody meets who is neither root nor a service: nothing else would tell it as well."""
+    if os.geteuid() and not capget().effective >> CAP_DAC_READ_SEARCH & 1:
+        raise StartError(
+            "only root can start the broker, which then gives up everything but one capability; start it as"
+            " root, or by systemd with AmbientCapabilities=CAP_DAC_READ_SEARCH"
+        )
+
+
+def _take_what_was_passed(options: Options) -> _Passed:
+    activation = take_from_systemd()
+    for number, _ in options.inherited:
+        check_connection(number, "--inherited")
+    connections = [*activation.connections, *options.inherited]
+    numbers = [number for number, _ in (*connections, *activation.listeners)]
+    numbers += [number for number in (activation.control, activation.notify) if number is not None]
+    if options.ready is not None:
+        check_ready(options.ready)
+        numbers.append(options.ready)
+    twice = sorted({number for number in numbers if numbers.count(number) > 1})
+    if twice:
+        raise StartError(f"descriptor {twice[0]} is given twice; each is for one thing")
+    if options.background and (activation.has_sockets or activation.notify is not None):
+        raise StartError(
+            "--daemon does not go with sockets or notifications of systemd; use Type=notify and --foreground"
+        )
+    output = os.fstat(1)
+    connections = leave_standard_descriptors(connections)
+    return _Passed(activation, connections, not os.path.samestat(output, os.fstat(1)))
+
+
+def _prepare(options: Options, passed: _Passed, policies: Policies, plan: Plan, made: MadeSockets) -> Start:
+    """Open and make what the broker is started with."""
+    from fdbroker.launcher.start import Start  # noqa: PLC0415 - imported while the policy was compiled
+    from fdbroker.launcher.unit_options import check_unit_options  # noqa: PLC0415 - likewise
+
+    check_unit_options([(root["name"], root["path"]) for root in policies.broker["roots"]])
+    audit = open_audit(plan.audit)
+    activation = passed.activation
+    listeners = [*activation.listeners, *((made.make(wanted), wanted.name) for wanted in plan.listeners)]
+    control = activation.control
+    if control is None and plan.control is not None:
+        control = made.make(plan.control)
+    return Start(
+        uid=plan.uid,
+        gid=plan.gid,
+        policy=policies.broker,
+        listeners=listeners,
+        connections=passed.connections,
+        control=control,
+        audit=audit,
+        ready=options.ready,
+        notify=activation.notify,
+        watchdog_usec=activation.watchdog_usec,
+        dev=options.dev,
+    )
+
+
+def _become(options: Options, start: Start, pidfile: PidFile | None, made: MadeSockets) -> int:
+    """Become the broker, here or in the background; return the caller's exit status in the latter case."""
+    from fdbroker.launcher.start import descriptors_of, start_broker  # noqa: PLC0415 - as above
+
+    if pidfile is not None:
+        start = start._replace(held=[pidfile.descriptor])
+    if options.background and pidfile is not None:  # which it then always is
+        start = start._replace(ready=None)
+        side = go_into_background(pidfile, [*descriptors_of(start), *made.descriptors()])
+        if isinstance(side, Waiting):
+            status = wait_until_it_serves(side)
+            if status:
+                made.remove()
+            elif options.ready is not None:
+                os.write(options.ready, b"ready\n")
+            return status
+        start = start._replace(ready=side.word)
+    elif pidfile is not None:
+        pidfile.write()
+    return start_broker(start)

@@ -1,0 +1,151 @@
+"""Sockets that are made by hand: nobody else can put something in their place, or connect too early.
+
+The directory is root's alone, and is held open from the check to the last step.
+The socket gets its group and its mode before it listens. What a broker that
+is gone has left behind is replaced; everything else that is there is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from typing import NamedTuple
+
+from fdbroker.launcher.directories import open_directory_of_root
+from fdbroker.launcher.errors import StartError
+
+_BACKLOG = 128
+
+
+class Wanted(NamedTuple):
+    """A socket to be made. `name` is what the audit and the status call it."""
+
+    path: str
+    gid: int
+    mode: int
+    name: str
+
+
+class MadeSockets:
+    """Makes sockets, and removes them again when the start fails after all."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple[int, str, os.stat_result]] = []
+
+    def make(self, wanted: Wanted) -> int:
+        """Return a socket that listens at `wanted.path`.
+
+        Raises:
+            StartError: something is in the way; the text says what.
+
+        """
+        directory = open_directory_of_root(os.path.dirname(wanted.path), make=True)
+        name = os.path.basename(wanted.path)
+        try:
+            return self._make(directory, name, wanted)
+        except StartError:
+            os.close(directory)
+            raise
+        except OSError as error:
+            os.close(directory)
+            cure = "free it, or choose another path"
+            if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+                cure = "start as root; a service of systemd gets its sockets from .socket units"
+            raise StartError(f"socket {wanted.path!r} can't be made: {error.strerror}; {cure}") from error
+
+    def remove(self) -> None:
+        """Remove the sockets that were made, as far as they are still what was made."""
+        for directory, name, facts in self._made:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(name, dir_fd=directory, follow_symlinks=False), facts):
+                    os.unlink(name, dir_fd=directory)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Leave the sockets where they are: the start is over."""
+        for directory, _, _ in self._made:
+            os.close(directory)
+        self._made.clear()
+
+    def descriptors(self) -> list[int]:
+        """Return what has to stay open until `remove` or `let_go`."""
+        return [directory for directory, _, _ in self._made]
+
+    def _make(self, directory: int, name: str, wanted: Wanted) -> int:
+        _clear_the_way(directory, name, wanted.path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            _bind_in(directory, name, listener)
+            facts = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            self._made.append((directory, name, facts))
+            # By the descriptor of the name, which follows no link: fchmod(2) of the socket itself would not
+            # reach its path.
+            at = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+            try:
+                os.chown(f"/proc/self/fd/{at}", -1, wanted.gid)
+                os.chmod(f"/proc/self/fd/{at}", wanted.mode)
+            finally:
+                os.close(at)
+            # Who tried to connect until now was refused.
+            listener.listen(_BACKLOG)
+        except BaseException:
+            listener.close()
+            if self._made and self._made[-1][0] == directory:
+                self._made.pop()
+                os.unlink(name, dir_fd=directory)
+            raise
+        return listener.detach()
+
+
+def _bind_in(directory: int, name: str, listener: socket.socket) -> None:
+    """Bind `listener` to `name` in the held directory, with no permission for anybody yet."""
+    before = os.umask(0o777)
+    back = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fchdir(directory)
+        listener.bind(name)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StartError(
+                f"socket {name!r} was made by somebody else meanwhile; is another fdbrokerd being started?"
+            ) from error
+        raise
+    finally:
+        os.fchdir(back)
+        os.close(back)
+        os.umask(before)
+
+
+def _clear_the_way(directory: int, name: str, path: str) -> None:
+    """Remove the socket that a broker left behind at `name`.
+
+    Raises:
+        StartError: something else is there.
+
+    """
+    try:
+        facts = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(facts.st_mode):
+        kind = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe"}
+        what = kind.get(stat.S_IFMT(facts.st_mode), "a file")
+        raise StartError(f"socket {path!r} can't be made: {what} is there; remove it, or choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.settimeout(0)  # a full queue must not hold us
+        number = probe.connect_ex(f"/proc/self/fd/{directory}/{name}")
+    if number == errno.ECONNREFUSED:
+        os.unlink(name, dir_fd=directory)
+    elif number == errno.EPROTOTYPE:
+        raise StartError(
+            f"socket {path!r} can't be made: a socket of another type is there, which no broker made;"
+            " remove it, or choose another path"
+        )
+    elif number != errno.ENOENT:
+        raise StartError(
+            f"socket {path!r} can't be made: somebody listens there, so a broker runs already;"
+            " stop it, or choose another path"
+        )

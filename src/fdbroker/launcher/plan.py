@@ -1,0 +1,120 @@
+"""What is to be started: the command line over the policy, and what systemd passed over both."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fdbroker.launcher.errors import StartError
+from fdbroker.launcher.listening import Wanted
+from fdbroker.launcher.options import NONE, STANDARD_OUTPUT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fdbroker.launcher.options import Options
+
+_DEFAULT_USER = "fdbroker"
+_DEFAULT_GROUP_OF_CLIENTS = "fdbroker-clients"
+_MODE = 0o660
+_CONTROL_MODE = 0o666
+_MOST_BYTES_OF_PATH = 107  # sun_path without its NUL; unix(7)
+
+
+class Plan(NamedTuple):
+    """Whom the broker runs as, which sockets are made, and where the audit goes."""
+
+    uid: int
+    gid: int
+    listeners: list[Wanted]
+    control: Wanted | None
+    audit: str
+
+
+def make_plan(daemon: Mapping[str, Any], options: Options, *, sockets_passed: bool) -> Plan:
+    """Return what is to be done. `daemon` is the launcher's part of a compiled policy, which may be empty.
+
+    Whoever passes a socket or names one on the command line wants that one,
+    and not the policy's besides.
+
+    Raises:
+        StartError: something is named nowhere, or does not exist on this system.
+
+    """
+    try:
+        uid, gid = options.user or _user_of(daemon)
+        use_policy = not (sockets_passed or options.sockets)
+        listeners = [
+            Wanted(
+                path,
+                _or(options.socket_gid, 0),
+                _or(options.socket_mode, _MODE),
+                os.path.basename(path),
+            )
+            for path in options.sockets
+        ]
+        if use_policy and daemon:
+            listeners.append(_requests_of(daemon, options))
+        control = _control_of(daemon, options, use_policy=use_policy)
+        audit = options.audit or daemon.get("audit") or STANDARD_OUTPUT
+    except (KeyError, TypeError, ValueError) as error:
+        raise StartError(
+            f"the policy's part for the launcher can't be used ({error!r}); compile it anew"
+        ) from error
+    if not listeners and not sockets_passed:
+        raise StartError(
+            "there is nothing to serve: the compiled policy names no listeners; compile it anew, or"
+            " give --socket"
+        )
+    for wanted in listeners if control is None else [*listeners, control]:
+        if len(os.fsencode(wanted.path)) > _MOST_BYTES_OF_PATH:
+            raise StartError(
+                f"socket {wanted.path!r} can't be made: nobody can connect to a path of more than"
+                f" {_MOST_BYTES_OF_PATH} bytes; choose a shorter one"
+            )
+    return Plan(uid, gid, listeners, control, audit)
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _user_of(daemon: Mapping[str, Any]) -> tuple[int, int]:
+    if daemon.get("uid") is not None:
+        return int(daemon["uid"]), int(daemon["gid"])
+    try:
+        entry = pwd.getpwnam(_DEFAULT_USER)
+    except KeyError:
+        raise StartError(
+            f"there is no user {_DEFAULT_USER!r} on this system, whom the broker runs as; create it (useradd"
+            f" --system --user-group --no-create-home --shell /usr/sbin/nologin {_DEFAULT_USER}), or name"
+            " another by `user` in the policy or --user"
+        ) from None
+    return entry.pw_uid, entry.pw_gid
+
+
+def _requests_of(daemon: Mapping[str, Any], options: Options) -> Wanted:
+    listener = daemon["listeners"]["seqpacket"]
+    gid = _or(options.socket_gid, listener["gid"])
+    if gid is None:
+        raise StartError(
+            f"there is no group {_DEFAULT_GROUP_OF_CLIENTS!r} on this system, whose members may connect;"
+            f" create it (groupadd --system {_DEFAULT_GROUP_OF_CLIENTS}), or name another by `listeners:"
+            " {seqpacket: {group: NAME}}` in the policy or --socket-group"
+        )
+    return Wanted(
+        str(listener["path"]), int(gid), _or(options.socket_mode, int(listener["mode"])), "seqpacket"
+    )
+
+
+def _control_of(daemon: Mapping[str, Any], options: Options, *, use_policy: bool) -> Wanted | None:
+    if options.control == NONE:
+        return None
+    listener = daemon["listeners"]["control"] if daemon else {"gid": 0, "mode": _CONTROL_MODE}
+    path = options.control
+    if path is None:
+        if not (use_policy and daemon):
+            return None
+        path = str(listener["path"])
+    return Wanted(path, int(listener["gid"]), int(listener["mode"]), "control")

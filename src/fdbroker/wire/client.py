@@ -1,0 +1,333 @@
+"""The client's half of the wire format: requests are encoded, replies decoded. The broker does not load it.
+
+The decoder is as strict as the broker's: a client that is handed to a
+sandboxed worker must not trust its broker's bytes more than needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.wire.format import (
+    ACTIONS,
+    COOKIE,
+    ENTRY,
+    ENTRY_HAS_STAT,
+    ERROR,
+    HEADER,
+    HELLO,
+    LIST_LAST_PAGE,
+    MAGIC,
+    MAX_FRAME,
+    MAX_LIST_ENTRIES,
+    MAX_PATHS,
+    MAX_POLICY,
+    MORE_FOLLOWS,
+    PIECE,
+    REPLY,
+    RESULT,
+    STAT,
+    VERSION,
+    WELCOME,
+    Kind,
+    Reason,
+    Status,
+    Type,
+)
+from fdbroker.wire.messages import (
+    GIVEN,
+    ErrorReply,
+    FileStat,
+    ListEntry,
+    MalformedError,
+    Result,
+    Welcome,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_NO_STAT = bytes(STAT.size)
+_GIVEN = GIVEN.encode()
+
+
+class OpenReply(NamedTuple):
+    """One result per path; as many descriptors came with it as results are given."""
+
+    id: int
+    generation: int
+    results: list[Result]
+
+
+class StatReply(NamedTuple):
+    """One result per path, with its stat record where it is given."""
+
+    id: int
+    generation: int
+    results: list[tuple[Result, FileStat | None]]
+
+
+class ListReply(NamedTuple):
+    """One page. `cookie` continues behind it unless `last`."""
+
+    id: int
+    generation: int
+    result: Result
+    entries: list[ListEntry]
+    cookie: int
+    last: bool
+
+
+class StatusReply(NamedTuple):
+    """`document` is the JSON text."""
+
+    id: int
+    generation: int
+    document: bytes
+
+
+class ExplainReply(NamedTuple):
+    """`document` is the JSON text."""
+
+    id: int
+    generation: int
+    document: bytes
+
+
+class ReloadReply(NamedTuple):
+    """`received` bytes are there. `more`: others are waited for; else `generation` is the new one."""
+
+    id: int
+    generation: int
+    received: int
+    more: bool
+
+
+Reply = Welcome | OpenReply | StatReply | ListReply | StatusReply | ExplainReply | ReloadReply | ErrorReply
+
+
+def encode_hello(request_id: int = 0) -> bytes:
+    """Return a hello for the one version there is."""
+    return HEADER.pack(Type.HELLO, 0, 0, request_id, 0) + HELLO.pack(MAGIC, VERSION, VERSION, 0)
+
+
+def encode_open(request_id: int, paths: Sequence[bytes]) -> bytes:
+    """Return an open request; ValueError: not 1 to 253 paths, a NUL, or too long together."""
+    return _encode_paths(Type.OPEN, request_id, paths)
+
+
+def encode_stat(request_id: int, paths: Sequence[bytes]) -> bytes:
+    """Return a stat request; ValueError: not 1 to 253 paths, a NUL, or too long together."""
+    return _encode_paths(Type.STAT, request_id, paths)
+
+
+def encode_list(request_id: int, path: bytes, cookie: int = 0, most: int = 0) -> bytes:
+    """Return a request for one page of a directory.
+
+    Raises:
+        ValueError: a NUL in the path, a path too long for a frame, or more entries than a page can have.
+
+    """
+    if b"\0" in path:
+        raise ValueError(f"a path can't have a NUL byte: {path!r}")
+    if not 0 <= most <= MAX_LIST_ENTRIES:
+        raise ValueError(f"a page has 0 to {MAX_LIST_ENTRIES} entries, not {most}")
+    frame = HEADER.pack(Type.LIST, 0, most, request_id, 0) + COOKIE.pack(cookie) + path
+    if len(frame) > MAX_FRAME:
+        raise ValueError(f"a path of {len(path)} bytes is too long for a frame")
+    return frame
+
+
+def encode_status(request_id: int) -> bytes:
+    """Return a status request."""
+    return HEADER.pack(Type.STATUS, 0, 0, request_id, 0)
+
+
+def encode_explain(request_id: int, action: str, path: bytes) -> bytes:
+    """Return a request to explain; ValueError: no such action, a NUL, or too long."""
+    number = next((number for number, name in ACTIONS.items() if name == action), None)
+    if number is None:
+        raise ValueError(f"{action!r} is none of {', '.join(ACTIONS.values())}")
+    if b"\0" in path:
+        raise ValueError(f"a path can't have a NUL byte: {path!r}")
+    frame = HEADER.pack(Type.EXPLAIN, 0, number, request_id, 0) + path
+    if len(frame) > MAX_FRAME:
+        raise ValueError(f"a path of {len(path)} bytes is too long for a frame")
+    return frame
+
+
+def encode_reload(request_id: int, offset: int, piece: bytes, *, more: bool) -> bytes:
+    """Return a request with one piece of a policy; ValueError: an empty one, or too long."""
+    if not piece or offset + len(piece) > MAX_POLICY:
+        raise ValueError(f"{len(piece)} bytes at {offset} are no piece of a policy of at most {MAX_POLICY}")
+    flags = MORE_FOLLOWS if more else 0
+    frame = HEADER.pack(Type.RELOAD, flags, 0, request_id, 0) + PIECE.pack(offset) + piece
+    if len(frame) > MAX_FRAME:
+        raise ValueError(f"a piece of {len(piece)} bytes is too long for a frame")
+    return frame
+
+
+def _encode_paths(kind: Type, request_id: int, paths: Sequence[bytes]) -> bytes:
+    if not 1 <= len(paths) <= MAX_PATHS:
+        raise ValueError(f"a request has 1 to {MAX_PATHS} paths, not {len(paths)}")
+    body = b"\0".join(paths)
+    if body.count(b"\0") != len(paths) - 1:
+        culprit = next(path for path in paths if b"\0" in path)
+        raise ValueError(f"a path can't have a NUL byte: {culprit!r}")
+    if HEADER.size + len(body) > MAX_FRAME:
+        raise ValueError(
+            f"the paths of a request have {len(body)} bytes together, over {MAX_FRAME - HEADER.size}"
+        )
+    return HEADER.pack(kind, 0, len(paths), request_id, 0) + body
+
+
+def decode_reply(frame: bytes) -> Reply:
+    """Decode one frame of a broker.
+
+    Raises:
+        MalformedError: it breaks the protocol; the text says how.
+
+    """
+    if len(frame) < HEADER.size:
+        raise MalformedError(f"a frame of {len(frame)} bytes is shorter than its header ({HEADER.size})")
+    kind, flags, count, request_id, generation = HEADER.unpack_from(frame)
+    decode = _DECODERS.get(kind)
+    if decode is None:
+        raise MalformedError(f"unknown reply type {kind:#04x}", request_id)
+    if flags & ~_FLAGS.get(kind, 0):
+        raise MalformedError(f"flags {flags:#04x}, which this type does not have", request_id)
+    try:
+        return decode(frame, flags, count, request_id, generation)
+    except (ValueError, IndexError) as error:
+        if isinstance(error, MalformedError):
+            raise
+        # An unknown status, reason or kind; an impossible result; or text that is not UTF-8.
+        raise MalformedError(f"a reply with an impossible value: {error}", request_id) from None
+
+
+def _expect(frame: bytes, length: int, what: str, request_id: int) -> None:
+    if len(frame) != length:
+        raise MalformedError(f"{what} of {len(frame)} bytes instead of {length}", request_id)
+
+
+def _decode_result(frame: bytes, at: int) -> Result:
+    if frame.startswith(_GIVEN, at):
+        return GIVEN
+    status, reason, number, length = RESULT.unpack_from(frame, at)
+    if not status or length:
+        raise ValueError("a result that is given and has a reason, or one with a length")
+    return Result(Status(status), Reason(reason), number)
+
+
+def _decode_stat_record(frame: bytes, at: int, *, filled: bool) -> FileStat | None:
+    if filled:
+        return FileStat(*STAT.unpack_from(frame, at))
+    if not frame.startswith(_NO_STAT, at):
+        raise ValueError("a stat record where none is given")
+    return None
+
+
+def _decode_welcome(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> Welcome:
+    _expect(frame, HEADER.size + WELCOME.size, "a welcome", request_id)
+    version, level, features, max_paths, reserved, max_frame, in_flight, copy_max = WELCOME.unpack_from(
+        frame, HEADER.size
+    )
+    if count or reserved:
+        raise MalformedError("a welcome whose reserved fields are not 0", request_id)
+    return Welcome(
+        request_id, generation, version, level, features, max_paths, max_frame, in_flight, copy_max
+    )
+
+
+def _decode_open(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> OpenReply:
+    size = RESULT.size
+    _expect(frame, HEADER.size + count * size, "an open reply", request_id)
+    body = frame[HEADER.size :]
+    if body == _GIVEN * count:
+        return OpenReply(request_id, generation, [GIVEN] * count)
+    results = [_decode_result(body, at) for at in range(0, count * size, size)]
+    return OpenReply(request_id, generation, results)
+
+
+def _decode_stat(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> StatReply:
+    size = RESULT.size + STAT.size
+    _expect(frame, HEADER.size + count * size, "a stat reply", request_id)
+    results: list[tuple[Result, FileStat | None]] = []
+    for at in range(HEADER.size, len(frame), size):
+        result = _decode_result(frame, at)
+        facts = _decode_stat_record(frame, at + RESULT.size, filled=result is GIVEN)
+        results.append((result, facts))
+    return StatReply(request_id, generation, results)
+
+
+def _decode_list(frame: bytes, flags: int, count: int, request_id: int, generation: int) -> ListReply:
+    at = HEADER.size + RESULT.size + COOKIE.size
+    if len(frame) < at:
+        raise MalformedError("a list reply without its result and cookie", request_id)
+    result = _decode_result(frame, HEADER.size)
+    (cookie,) = COOKIE.unpack_from(frame, HEADER.size + RESULT.size)
+    entries = []
+    for _ in range(count):
+        if len(frame) < at + ENTRY.size + STAT.size:
+            raise MalformedError("a list reply that ends within an entry", request_id)
+        length, kind, entry_flags, reserved = ENTRY.unpack_from(frame, at)
+        if entry_flags & ~ENTRY_HAS_STAT or reserved:
+            raise MalformedError("an entry whose reserved fields are not 0", request_id)
+        at += ENTRY.size
+        facts = _decode_stat_record(frame, at, filled=bool(entry_flags))
+        at += STAT.size
+        name = frame[at : at + length]
+        at += length
+        # What a name may be is part of the contract: a caller will join it to a path.
+        if len(name) != length or b"/" in name or b"\0" in name or name in {b"", b".", b".."}:
+            raise MalformedError("a list reply with an impossible name", request_id)
+        entries.append(ListEntry(name, kind, facts))
+    _expect(frame, at, "a list reply", request_id)
+    return ListReply(request_id, generation, result, entries, cookie, bool(flags & LIST_LAST_PAGE))
+
+
+def _decode_status(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> StatusReply:
+    if count:
+        raise MalformedError("a status reply whose count is not 0", request_id)
+    return StatusReply(request_id, generation, frame[HEADER.size :])
+
+
+def _decode_explain(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> ExplainReply:
+    if count:
+        raise MalformedError("an explanation whose count is not 0", request_id)
+    return ExplainReply(request_id, generation, frame[HEADER.size :])
+
+
+def _decode_reload(frame: bytes, flags: int, count: int, request_id: int, generation: int) -> ReloadReply:
+    _expect(frame, HEADER.size + PIECE.size, "a reload reply", request_id)
+    if count:
+        raise MalformedError("a reload reply whose count is not 0", request_id)
+    (received,) = PIECE.unpack_from(frame, HEADER.size)
+    return ReloadReply(request_id, generation, received, more=bool(flags & MORE_FOLLOWS))
+
+
+def _decode_error(frame: bytes, flags: int, count: int, request_id: int, generation: int) -> ErrorReply:
+    if len(frame) < HEADER.size + ERROR.size:
+        raise MalformedError("an error frame without its reason", request_id)
+    reason, reserved, number = ERROR.unpack_from(frame, HEADER.size)
+    if count or reserved:
+        raise MalformedError("an error frame whose reserved fields are not 0", request_id)
+    text = frame[HEADER.size + ERROR.size :].decode()
+    return ErrorReply(request_id, generation, Kind(flags), Reason(reason), number, text)
+
+
+_FLAGS = {
+    Type.LIST | REPLY: LIST_LAST_PAGE,
+    Type.RELOAD | REPLY: MORE_FOLLOWS,
+    Type.ERROR: Kind.REFUSED | Kind.MALFORMED | Kind.BROKEN,
+}
+_DECODERS: dict[int, Callable[[bytes, int, int, int, int], Reply]] = {
+    Type.HELLO | REPLY: _decode_welcome,
+    Type.OPEN | REPLY: _decode_open,
+    Type.STAT | REPLY: _decode_stat,
+    Type.LIST | REPLY: _decode_list,
+    Type.STATUS | REPLY: _decode_status,
+    Type.EXPLAIN | REPLY: _decode_explain,
+    Type.RELOAD | REPLY: _decode_reload,
+    Type.ERROR: _decode_error,
+}

@@ -1,0 +1,84 @@
+"""What is said where there is no way to the broker, case by case."""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+import shutil
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fdbroker.cli import broker, ids
+from fdbroker.client import BrokerTimeoutError, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MAY_NOT = UnavailableError(errno.EACCES, "Permission denied")
+MISSING = UnavailableError(errno.ENOENT, "No such file or directory")
+
+
+@pytest.fixture(autouse=True)
+def _names_are_looked_up_anew() -> Iterator[None]:
+    for cached in (ids.user_name, ids.group_name):
+        cached.cache_clear()
+    yield
+    for cached in (ids.user_name, ids.group_name):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def socket_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the path of something with mode 0660 of group 4242, which has a name."""
+    path = tmp_path / "socket"
+    path.touch()
+    path.chmod(0o660)
+    facts = SimpleNamespace(st_mode=0o140660, st_uid=0, st_gid=4242)
+    monkeypatch.setattr(os, "stat", lambda _path: facts)
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: {4242: SimpleNamespace(gr_name="readers")}[gid])
+    monkeypatch.setattr(pwd, "getpwuid", lambda _uid: SimpleNamespace(pw_name="alice"))
+    monkeypatch.setattr(pwd, "getpwnam", lambda _name: SimpleNamespace(pw_gid=1000))
+    return str(path)
+
+
+def test_user_outside_the_group_is_told_the_command_that_adds_one(
+    socket_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getgrouplist", lambda _user, gid: [gid])
+    text = broker.no_way(socket_path, MAY_NOT)
+    assert "As root: usermod -aG readers alice; then log in again" in text
+
+
+def test_user_who_joined_the_group_since_is_told_to_log_in_again(
+    socket_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getgrouplist", lambda _user, gid: [gid, 4242])
+    text = broker.no_way(socket_path, MAY_NOT)
+    assert "its group readers may, which you joined after this session began: log in again" in text
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_missing_broker_is_told_with_the_command_that_starts_it(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: bool,  # noqa: FBT001 - a parameter
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _name, path: path if installed else None)
+    text = broker.no_way("/x", MISSING)
+    assert "fdbrokerd --daemon" in text
+    assert ("pip install 'fdbroker[daemon]'" in text) is not installed
+
+
+def test_control_socket_is_named_by_its_own_option() -> None:
+    text = broker.no_way("/x\n", MISSING, "--control")
+    assert text.startswith(r"/x\x0a: ")
+    assert "--control PATH, or FDBROKER_CONTROL" in text
+
+
+def test_what_is_no_socket_and_what_is_slow_are_told() -> None:
+    assert "no socket" in broker.no_way("/x", UnavailableError(errno.ENOTSOCK, "not a socket"))
+    assert broker.no_way("/x", BrokerTimeoutError(errno.ETIMEDOUT, "too slow")) == "/x: too slow"

@@ -1,0 +1,338 @@
+"""`fdbroker reload`, `status` and `policy explain` with a running broker."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+
+from fdbroker.cli import policy as policy_command
+from fdbroker.cli.explanation import lines_of_answer, status_of_answer
+from fdbroker.client import BrokerError, connect
+from tests.cli.commands import run_as, run_here
+from tests.processes import in_child
+from tests.running_broker import CLIENT_UID, OTHER_UID, reachable_directory, running_broker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.for_other_users import ForOtherUsers
+    from tests.running_broker import RunningBroker
+
+pytestmark = pytest.mark.root
+
+POLICY = """\
+version: 1
+roots:
+  tree: {{path: {tree}}}
+rules:
+  - name: never-keys
+    deny: [open, stat, list]
+    in: tree
+    paths: ["**/.ssh/**"]
+  - name: small-files-of-the-client
+    allow: [open, stat]
+    in: tree
+    client: {{user: {client}}}
+    paths: ["**"]
+    except: ["private/**"]
+    where: {{size: {{max: 10}}, links: {{max: 1}}}}
+  - name: lists
+    allow: list
+    in: tree
+    client: {{user: {client}}}
+    paths: ["**"]
+  - name: public
+    allow: [open, stat]
+    in: tree
+    client: any
+    paths: ["public/*"]
+{more}"""
+
+
+class Served(NamedTuple):
+    """A running broker with its control socket, its policy file, and what it serves."""
+
+    broker: RunningBroker
+    control: str
+    policy: Path
+    tree: Path
+
+    @property
+    def sockets(self) -> tuple[str, ...]:
+        """The options that lead to it."""
+        return ("--socket", str(self.broker.socket), "--control", self.control)
+
+
+def policy_text(tree: Path, more: str = "") -> str:
+    return POLICY.format(tree=tree, client=CLIENT_UID, more=more)
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    with reachable_directory() as directory:
+        tree = directory / "tree"
+        for name, contents in {
+            "a/small": b"small",
+            "a/large": b"much too large",
+            "a/.ssh/key": b"key",
+            "private/x": b"x",
+            "public/p": b"p",
+            "odd\nname": b"o",
+        }.items():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes(contents)
+            (tree / name).chmod(0o600)
+        os.link(tree / "a" / "small", tree / "a" / "second")
+        (tree / "a" / "link").symlink_to("small")
+        tree.chmod(0o700)
+        control = str(directory / "control")
+        with running_broker(directory, policy_text(tree), f"--control={control}") as broker:
+            yield Served(broker, control, directory / "policy.yaml", tree)
+
+
+# ---- reload ----
+
+
+def test_reload_puts_the_changed_policy_in_force_and_names_its_generation(
+    served: Served, others: ForOtherUsers
+) -> None:
+    file = str(served.tree / "private" / "x")
+    before = run_as(CLIENT_UID, others, "cat", *served.sockets[:2], file)
+    more = "  - {name: private, allow: open, in: tree, client: any, paths: 'private/**'}\n"
+    served.policy.write_text(policy_text(served.tree, more))
+    result = run_here("reload", "--dev", "--policy", str(served.policy), "--control", served.control)
+    after = run_as(CLIENT_UID, others, "cat", *served.sockets[:2], file)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{served.policy} is in force: generation 2, 1 roots, 5 rules\n"
+    assert (before.returncode, after.returncode, after.stdout) == (1, 0, "x")
+    assert [record["event"] for record in served.broker.records() if "fingerprint" in record] == ["reloaded"]
+
+
+def test_reload_of_a_broken_policy_shows_each_problem_with_its_place_and_changes_nothing(
+    served: Served, others: ForOtherUsers
+) -> None:
+    served.policy.write_text(
+        policy_text(served.tree, "  - {name: x, alow: open, in: nowhere, paths: '**'}\n")
+    )
+    result = run_here("reload", "--dev", "--policy", str(served.policy), "--control", served.control)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert f"{served.policy}:26:15: rule 'x': unknown key 'alow'; did you mean 'allow'?" in result.stderr
+    assert "there is no root 'nowhere'" in result.stderr
+    assert all(line.startswith("fdbroker: ") for line in result.stderr.splitlines())
+    status = json.loads(run_here("status", "--json", *served.sockets).stdout)
+    assert status["generation"] == 1
+    still = run_as(CLIENT_UID, others, "cat", *served.sockets[:2], str(served.tree / "public" / "p"))
+    assert still.stdout == "p"
+
+
+def test_reload_that_the_broker_refuses_says_why_and_what_to_do(served: Served) -> None:
+    with reachable_directory() as other:
+        served.policy.write_text(policy_text(other))
+        result = run_here("reload", "--dev", "--policy", str(served.policy), "--control", served.control)
+    assert result.returncode == 2
+    assert "the broker keeps its old policy" in result.stderr
+    assert "restart the broker" in result.stderr
+
+
+def test_reload_is_for_root(served: Served, others: ForOtherUsers) -> None:
+    result = run_as(CLIENT_UID, others, "reload", "--control", served.control)
+    assert result.returncode == 2
+    assert result.stderr == "fdbroker: only root changes the policy: run this as root\n"
+
+
+def test_reload_without_a_broker_says_how_to_start_one(served: Served, tmp_path: Path) -> None:
+    where = str(tmp_path / "none")
+    result = run_here("reload", "--dev", "--policy", str(served.policy), "--control", where)
+    assert result.returncode == 2
+    assert where in result.stderr
+    assert "FDBROKER_CONTROL" in result.stderr
+    assert "fdbrokerd --daemon" in result.stderr
+
+
+# ---- status ----
+
+
+def test_root_sees_the_whole_status_and_others_what_concerns_them(
+    served: Served, others: ForOtherUsers
+) -> None:
+    whole = run_here("status", *served.sockets)
+    assert (whole.returncode, whole.stderr) == (0, "")
+    shown = {line.partition("  ")[0].strip(): line for line in whole.stdout.splitlines()}
+    assert shown["rules"].endswith(" 4")
+    assert shown["pid"].endswith(f" {served.broker.pid}")
+    assert f"name tree, path {served.tree}, cross mounts no" in whole.stdout
+    assert shown["seccomp"].endswith(" yes")
+    document = json.loads(run_here("status", "--json", *served.sockets).stdout)
+    assert document["rules"] == 4
+    of_client = run_as(CLIENT_UID, others, "status", "--json", *served.sockets)
+    assert "rules" not in json.loads(of_client.stdout)
+    assert json.loads(of_client.stdout)["peer"]["uid"] == CLIENT_UID
+
+
+def test_status_asks_the_other_socket_where_control_is_not_there(served: Served, tmp_path: Path) -> None:
+    where = str(tmp_path / "none")
+    result = run_here("status", "--json", "--socket", str(served.broker.socket), "--control", where)
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["generation"] == 1
+    assert f"So {served.broker.socket} was asked, which tells less." in result.stderr
+    neither = run_here("status", "--socket", where, "--control", where)
+    assert neither.returncode == 2
+    assert neither.stdout == ""
+    assert neither.stderr.count("fdbrokerd --daemon") == 2
+
+
+# ---- explain ----
+
+ASKED = [
+    ("open", "a/small"),
+    ("open", "a/large"),
+    ("open", "a/second"),
+    ("open", "a/.ssh/key"),
+    ("open", "a/link"),
+    ("open", "a/none"),
+    ("open", "a"),
+    ("open", "private/x"),
+    ("open", "public/p"),
+    ("open", "public/none"),
+    ("open", "odd\nname"),
+    ("open", "a/small/x"),
+    ("stat", "a/link"),
+    ("stat", "a"),
+    ("stat", "a/large"),
+    ("list", "a"),
+    ("list", "a/small"),
+    ("list", "a/.ssh"),
+]
+
+
+def ask(broker: RunningBroker, action: str, path: str) -> bool:
+    """Return whether the broker gives it to this process."""
+    with connect(broker.socket) as client:
+        asked = {"open": client.open, "stat": client.stat, "list": client.list}[action]
+        try:
+            given = asked(path)
+        except BrokerError:
+            return False
+        if isinstance(given, io.BufferedReader):
+            given.close()
+        return True
+
+
+def test_offline_verdict_is_what_the_broker_does_and_records(served: Served) -> None:
+    os.unlink(served.tree / "a" / "second")
+    os.link(served.tree / "public" / "p", served.tree / "a" / "second")
+    for uid in (CLIENT_UID, OTHER_UID):
+        for action, name in ASKED:
+            path = f"{served.tree}/{name}"
+            offline = explained(served, path, "--as", str(uid), "--action", action)
+            before = len(served.broker.decisions())
+            given = in_child(partial(ask, served.broker, action, path), uid=uid)
+            [record] = served.broker.decisions()[before:]
+            verdict = (offline["decision"], offline["reason"], offline["rule"])
+            assert verdict == (record["decision"], record["reason"], record["rule"]), (uid, action, name)
+            assert given is (offline["decision"] == "allow")
+
+
+def explained(served: Served, path: str, *options: str) -> dict[str, Any]:
+    result = run_here("policy", "explain", "--json", "--policy", str(served.policy), *options, path)
+    document: dict[str, Any] = json.loads(result.stdout)
+    assert result.returncode == {"allow": 0, "deny": 1, "unknown": 3}[document["decision"]]
+    return document
+
+
+def test_explanation_says_rule_by_rule_which_condition_fails(served: Served) -> None:
+    path = f"{served.tree}/a/large"
+    result = run_here("policy", "explain", "--policy", str(served.policy), "--as", str(CLIENT_UID), path)
+    assert result.returncode == 1
+    lines = result.stdout.splitlines()
+    assert "rule small-files-of-the-client (allow): does not apply" in lines
+    assert "  - size    must be at most 10 bytes; is 14" in lines
+    assert "  + links   must be at most 1; is 1" in lines
+    assert "  + except  matches none of private/**" in lines
+    assert "rule never-keys (deny): does not apply" in lines
+    assert "  - paths   matches none of **/.ssh/**" in lines
+    assert "object  regular file, owner 0 (root)" in result.stdout
+    assert lines[-1] == ("Denied: rule small-files-of-the-client would allow it, but not of this size.")
+
+
+def test_name_that_plays_with_the_terminal_is_shown_escaped(served: Served) -> None:
+    path = f"{served.tree}/odd\nname"
+    result = run_here("policy", "explain", "--policy", str(served.policy), "--as", str(CLIENT_UID), path)
+    assert result.returncode == 0
+    assert rf"path    {served.tree}/odd\x0aname" in result.stdout.splitlines()
+
+
+def test_user_who_may_not_read_the_policy_asks_the_broker_about_himself(
+    served: Served, others: ForOtherUsers
+) -> None:
+    def asked(name: str, *options: str) -> tuple[int, str]:
+        path = f"{served.tree}/{name}"
+        result = run_as(CLIENT_UID, others, "policy", "explain", "--control", served.control, *options, path)
+        assert result.stderr == ""
+        return result.returncode, result.stdout
+
+    status, shown = asked("a/.ssh/key")
+    assert (status, "Denied: rule never-keys denies it" in shown) == (1, True)
+    status, shown = asked("a/large")
+    assert (status, "conditions of rule small-files-of-the-client" in shown) == (3, True)
+    status, shown = asked("public/p")
+    assert (status, "Allowed: rule public allows it" in shown) == (0, True)
+    status, shown = asked("private/x", "--json")
+    assert (status, json.loads(shown)["reason"]) == (1, "no_rule")
+    assert "rule lists" not in asked("a", "--action", "list")[1].partition("Allowed")[0]
+
+
+def test_machine_without_a_policy_file_or_without_what_reads_it_asks_the_broker(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = f"{served.tree}/a/.ssh/key"
+    asked = ("policy", "explain", "--control", served.control, key)
+    monkeypatch.setattr(policy_command, "DEFAULT_POLICY", str(served.tree / "none"))
+    missing = run_here(*asked)
+    monkeypatch.setattr(policy_command, "DEFAULT_POLICY", str(served.policy))
+    monkeypatch.setattr(policy_command, "_read", refuse)
+    unreadable = run_here(*asked)
+    assert "of the running broker" in missing.stdout
+    assert (missing.returncode, missing.stdout) == (unreadable.returncode, unreadable.stdout)
+    # About others it can't be asked.
+    assert "pip install 'fdbroker[daemon]'" in run_here("policy", "explain", "--as", "0", key).stderr
+
+
+def refuse(_path: str) -> None:
+    raise ModuleNotFoundError("No module named 'msgspec'", name="msgspec")
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "said"),
+    [
+        ({"allowed": True, "reason": "ok", "rule": "a", "root": "r"}, 0, "Allowed: rule a allows it"),
+        (
+            {"allowed": True, "rule": "a", "denies": ["d", "e"]},
+            3,
+            "deny    if the file meets the conditions of rule d, e",
+        ),
+        ({"allowed": True, "asked_of_object": ["b"]}, 3, "It depends on the file"),
+        ({"allowed": False, "reason": "no_rule", "rule": None}, 1, "Denied: no rule allows it to you"),
+        ({"allowed": False, "reason": "outside_roots"}, 1, "none of the trees"),
+        ({"allowed": False, "reason": "new\x1b"}, 1, "Denied: new\\x1b."),
+    ],
+)
+def test_answer_of_the_broker_is_told_in_words(answer: dict[str, Any], status: int, said: str) -> None:
+    assert status_of_answer(answer) == status
+    assert said in "\n".join(lines_of_answer(answer, b"/x"))
+
+
+def test_nobody_asks_the_broker_about_others(served: Served, others: ForOtherUsers) -> None:
+    result = run_as(
+        CLIENT_UID, others, "policy", "explain", "--control", served.control, "--as", "root", "/x"
+    )
+    assert result.returncode == 2
+    assert "/etc/fdbroker/policy.yaml: can't be read" in result.stderr
+    assert "--policy FILE" in result.stderr

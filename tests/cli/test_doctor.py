@@ -1,0 +1,264 @@
+"""`fdbroker doctor`: what is there, what is missing, and what to do."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import pwd
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fdbroker.cli import checks
+from fdbroker.cli.checks import MISSING, OK, WEAKER, Check, Places, all_checks
+from fdbroker.kernel import landlock, namespaces, process, sockets
+from fdbroker.kernel.errors import SyscallError
+from fdbroker.launcher.mounts import ReadOnlyViewError
+from tests.cli.commands import run_as, run_here, run_on_terminal
+from tests.running_broker import CLIENT_UID, policy, reachable_directory, running_broker
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.for_other_users import ForOtherUsers
+
+NOWHERE = Places("/no/such/socket", "/no/such/control", "/no/such/policy.yaml")
+KERNEL = [
+    "openat2",
+    "mount_setattr",
+    "Landlock",
+    "seccomp",
+    "SO_PEERPIDFD",
+    "PIDFD_GET_INFO",
+    "SO_PASSRIGHTS",
+]
+
+
+def found(name: str, places: Places = NOWHERE) -> Check:
+    [check] = [check for check in all_checks(places) if check.name == name]
+    return check
+
+
+def states(document: dict[str, Any]) -> dict[str, str]:
+    return {check["name"]: check["state"] for check in document["checks"]}
+
+
+def test_each_check_that_is_not_ok_has_a_cure_and_those_that_are_have_none() -> None:
+    for check in all_checks(NOWHERE):
+        assert bool(check.cure) is (check.state != OK), check
+        assert check.found
+        assert check.meaning
+
+
+def test_nothing_stays_behind_from_trying(tmp_path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    with open("/proc/self/status") as file:
+        seccomp = [line for line in file if line.startswith(("Seccomp:", "NoNewPrivs:"))]
+    with open("/proc/self/mountinfo") as file:
+        mounts = file.read()
+    all_checks(NOWHERE)
+    assert os.listdir("/proc/self/fd") == before
+    with open("/proc/self/status") as file:
+        assert [line for line in file if line.startswith(("Seccomp:", "NoNewPrivs:"))] == seccomp
+    with open("/proc/self/mountinfo") as file:
+        assert file.read() == mounts
+    (tmp_path / "still").write_text("can be written")
+
+
+def test_missing_things_are_status_1_and_say_what_to_do() -> None:
+    result = run_here(
+        "doctor", "--socket", NOWHERE.socket, "--control", NOWHERE.control, "--policy", NOWHERE.policy
+    )
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "missing  broker " in result.stdout
+    assert "to do:    " in result.stdout
+    assert "fdbroker policy check" in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+@pytest.mark.root
+def test_running_broker_is_looked_at_layer_by_layer(others: ForOtherUsers) -> None:
+    with reachable_directory() as directory:
+        (directory / "tree").mkdir()
+        control = str(directory / "control")
+        with running_broker(directory, policy(directory / "tree"), f"--control={control}") as broker:
+            options = ("--socket", str(broker.socket), "--control", control, "--policy", NOWHERE.policy)
+            as_root = states(json.loads(run_here("doctor", "--json", *options).stdout))
+            as_other = states(json.loads(run_as(CLIENT_UID, others, "doctor", "--json", *options).stdout))
+            without = states(
+                json.loads(
+                    run_here("doctor", "--json", *options[:2], "--control", "/no", *options[4:]).stdout
+                )
+            )
+    layers = ["its read-only view", "its Landlock domain", "its seccomp filter", "its audit"]
+    for shown in (as_root, as_other, without):
+        assert {shown[name] for name in (*layers, "broker", *KERNEL[:1])} == {OK}
+    assert (as_root["control socket"], without["control socket"]) == (OK, WEAKER)
+
+
+@pytest.mark.root
+def test_broker_that_decides_by_another_policy_than_the_file_is_told() -> None:
+    text = "version: 1\nroots: {{tree: {{path: {}}}}}\nrules: []\n"
+    with reachable_directory() as directory:
+        (directory / "tree").mkdir()
+        control = str(directory / "control")
+        with running_broker(directory, text.format(directory / "tree"), f"--control={control}") as broker:
+            places = Places(str(broker.socket), control, str(directory / "policy.yaml"))
+            with pytest.MonkeyPatch.context() as patch:
+                # The directory is below /tmp.
+                from fdbroker import config  # noqa: PLC0415 - patched here alone
+
+                load = config.load_policy_file
+                patch.setattr(config, "load_policy_file", lambda path: load(path, dev=True))
+                assert found(places.policy, places).state == OK
+                assert found("its policy", places).state == OK
+                with open(places.policy, "a") as file:
+                    file.write("limits: {connections_per_uid: 5}\n")
+                changed = found("its policy", places)
+    assert changed.state == WEAKER
+    assert "fdbroker reload" in changed.cure
+
+
+def test_policy_that_others_can_write_is_missing_with_its_first_problem(tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text("version: 1\n")
+    file.chmod(0o666)
+    check = found(str(file), NOWHERE._replace(policy=str(file)))
+    assert check.state == MISSING
+    assert "lets others write" in check.found
+    assert f"fdbroker policy check {file}" in check.cure
+
+
+@pytest.mark.root
+def test_directory_in_which_others_could_put_a_socket_is_missing() -> None:
+    with reachable_directory() as directory:
+        for mode, owner, state in ((0o755, 0, OK), (0o775, 0, MISSING), (0o755, CLIENT_UID, MISSING)):
+            directory.chmod(mode)
+            os.chown(directory, owner, 0)
+            check = found(str(directory), NOWHERE._replace(socket=f"{directory}/broker"))
+            assert check.state == state
+        os.chown(directory, 0, 0)
+        (directory / "file").touch()
+        assert found(f"{directory}/file", NOWHERE._replace(socket=f"{directory}/file/x")).state == MISSING
+
+
+def test_user_that_exists_is_told_with_its_uid(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = pwd.getpwnam("root")
+    monkeypatch.setattr(pwd, "getpwnam", lambda name: {"fdbroker": root}[name])
+    assert found("user fdbroker")[:3] == ("user fdbroker", OK, "uid 0")
+    worker = found("user fdbroker-worker")
+    assert worker.state == WEAKER
+    assert "useradd --system" in worker.cure
+
+
+# ---- older kernels ----
+
+
+def refuse(number: int) -> Any:  # noqa: ANN401 - stands for any of the calls
+    def call(*_arguments: object, **_named: object) -> None:
+        raise SyscallError(number, "call")
+
+    return call
+
+
+def test_kernel_without_openat2_is_missing_with_the_likely_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "open_path_beneath", refuse(errno.ENOSYS))
+    check = found("openat2")
+    assert check.state == MISSING
+    assert "RestrictSUIDSGID=" in check.cure
+
+
+@pytest.mark.parametrize(("number", "state"), [(errno.EPERM, OK), (errno.ENOSYS, MISSING)])
+def test_mounts_are_asked_without_root_whether_they_could(
+    monkeypatch: pytest.MonkeyPatch, number: int, state: str
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: CLIENT_UID)
+    monkeypatch.setattr(namespaces, "mount_setattr", refuse(number))
+    assert found("mount_setattr").state == state
+
+
+def test_view_that_can_not_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ReadOnlyViewError("CAP_SYS_ADMIN is needed")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(checks, "enter_read_only_view", fail)
+    check = found("mount_setattr")
+    assert (check.state, check.found) == (MISSING, "CAP_SYS_ADMIN is needed")
+
+
+@pytest.mark.parametrize(
+    ("abi", "state", "said"), [(0, MISSING, "has none"), (3, WEAKER, "lacks: TCP, "), (99, None, "ABI ")]
+)
+def test_landlock_is_what_can_be_enforced(
+    monkeypatch: pytest.MonkeyPatch, abi: int, state: str | None, said: str
+) -> None:
+    kernel = landlock.abi_version()
+    if kernel < 6:
+        pytest.skip(f"Landlock of this kernel has ABI {kernel}")
+    restrict = landlock.restrict_to
+    monkeypatch.setattr(landlock, "restrict_to", lambda trees: restrict(trees, abi=abi))
+    check = found("Landlock")
+    assert check.state == (state or OK)
+    assert said in check.found
+
+
+def test_landlock_and_seccomp_that_are_refused_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "set_no_new_privs", refuse(errno.EPERM))
+    for name in ("Landlock", "seccomp"):
+        check = found(name)
+        assert check.state == MISSING
+        assert "EPERM" in check.found
+
+
+@pytest.mark.parametrize(("level", "expected"), [(0, (WEAKER, WEAKER)), (1, (OK, WEAKER)), (2, (OK, OK))])
+def test_identity_is_told_by_level(
+    monkeypatch: pytest.MonkeyPatch, level: int, expected: tuple[str, str]
+) -> None:
+    monkeypatch.setattr(checks, "probe_level", lambda: (level, "needs Linux 6.13"))
+    assert (found("SO_PEERPIDFD").state, found("PIDFD_GET_INFO").state) == expected
+
+
+def test_kernel_without_the_rest_is_weaker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "refuse_descriptors", lambda _sock: False)
+    monkeypatch.setattr(checks, "find_cgroup2", lambda: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert found("SO_PASSRIGHTS").state == WEAKER
+    assert found("cgroup2").state == WEAKER
+    assert "pip install 'fdbroker[daemon]'" in found("fdbroker[daemon]").cure
+
+
+def test_child_that_dies_is_told() -> None:
+    assert checks._in_child(lambda: os._exit(3)) == "the process that tried it ended with 3"
+    assert checks._in_child(lambda: "a\nb") == r"a\x0ab"
+
+
+def test_layers_that_a_broker_lacks_are_told() -> None:
+    weak = {"read_only_view": "off", "landlock": 0, "identity_level": 1, "audit": "off", "seccomp": False}
+    shown = {check.name: check.state for check in checks._layers(weak)}
+    assert shown == {
+        "its read-only view": WEAKER,
+        "its Landlock domain": MISSING,
+        "its seccomp filter": MISSING,
+        "its identity level": WEAKER,
+        "its audit": WEAKER,
+    }
+
+
+def test_states_have_colours_on_a_terminal_alone() -> None:
+    options = ("doctor", "--socket", NOWHERE.socket, "--policy", NOWHERE.policy)
+    status, shown = run_on_terminal(*options)
+    assert status == 1
+    assert b"\x1b[31mmissing" in shown
+    assert b"\x1b[32mok" in shown
+    _, shown = run_on_terminal(*options, NO_COLOR="1")
+    assert b"\x1b" not in shown
+
+
+def test_verbose_says_what_each_means() -> None:
+    options = ("--socket", NOWHERE.socket, "--policy", NOWHERE.policy)
+    count = len(all_checks(NOWHERE))
+    assert run_here("doctor", "-v", *options).stdout.count("it means: ") == count
+    assert run_here("doctor", *options).stdout.count("it means: ") < count

@@ -1,0 +1,151 @@
+"""`fdbroker policy` without a broker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.cli.commands import environment, run_here, run_on_terminal
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TEXT = """\
+version: 1
+roots:
+  tree: {path: /usr}
+rules:
+  - {name: all, allow: [open, stat, list], in: tree, client: any, paths: "**"}
+  - {name: unit, allow: list, in: tree, client: {unit: a.service}, paths: "bin/*"}
+  - {name: slice, deny: list, in: tree, client: {cgroup: /user.slice}, paths: "lib/**"}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "policy.yaml"
+    path.write_text(TEXT)
+    return str(path)
+
+
+def by_config(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "fdbroker.config", *arguments],
+        env=environment(),
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("arguments", [("check", "--dev"), ("check",), ("compile", "--dev"), ("schema",)])
+def test_policy_command_does_what_the_module_does(file: str, arguments: tuple[str, ...]) -> None:
+    files = () if arguments == ("schema",) else (file,)
+    ours, theirs = run_here("policy", *arguments, *files), by_config(*arguments, *files)
+    assert (ours.returncode, ours.stdout, ours.stderr) == (theirs.returncode, theirs.stdout, theirs.stderr)
+    assert ours.stdout or ours.stderr
+
+
+def test_problems_are_told_with_their_place(file: str) -> None:
+    with open(file, "a") as opened:
+        opened.write("limts: {}\n")
+    result = run_here("policy", "check", "--dev", file)
+    assert result.returncode == 2
+    assert result.stderr == f"{file}:8:1: unknown key 'limts'; did you mean 'limits'?\n"
+
+
+def test_compiled_policy_is_written_whole_and_can_be_explained(file: str, tmp_path: Path) -> None:
+    output = str(tmp_path / "policy.json")
+    assert run_here("policy", "compile", "--dev", "--output", output, file).returncode == 0
+    assert json.loads((tmp_path / "policy.json").read_text())["version"] == 1
+    result = run_here("policy", "explain", "--json", "--policy", output, "--as", "1000", "/usr/bin/env")
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["rule"] == "all"
+
+
+def decision(file: str, *options: str) -> tuple[str, str]:
+    result = run_here("policy", "explain", "--json", "--policy", file, *options)
+    document = json.loads(result.stdout)
+    return document["decision"], document["reason"]
+
+
+def test_unit_or_control_group_is_that_of_the_process_that_is_explained(file: str) -> None:
+    asked = ("--action", "list", "--as", "1000", "/usr/lib")
+    assert decision(file, *asked) == ("allow", "ok")
+    assert decision(file, "--cgroup", "/user.slice/x", *asked) == ("deny", "deny_rule")
+    assert decision(file, "--unit", "a.service", *asked) == ("allow", "ok")
+
+
+def test_path_is_made_absolute_and_one_outside_the_roots_is_denied(file: str) -> None:
+    assert decision(file, "usr/../usr/bin//env") == ("allow", "ok")
+    assert decision(file, "/etc/passwd") == ("deny", "outside_roots")
+    result = run_here("policy", "explain", "--policy", file, "/etc/passwd")
+    assert result.stdout.splitlines()[-1].startswith("Denied: it lies in none of the trees")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--as", "no-such-user", "/usr"), "no such user"),
+        (("--as", "nobody", "/usr"), "65534"),
+        (("--unit", "a.service", "--cgroup", "/x", "/usr"), "not both"),
+        (("--unit", "a", "/usr"), "--unit"),
+        (("--cgroup", "x", "/usr"), "/user.slice"),
+        (("--action", "walk", "/usr"), "--action"),
+        (("",), "a path is empty"),
+        ((), "PATH"),
+    ],
+)
+def test_wrong_use_is_told(file: str, options: tuple[str, ...], said: str) -> None:
+    result = run_here("policy", "explain", "--policy", file, *options)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_policy_that_the_broker_would_not_take_is_explained_with_a_warning(file: str) -> None:
+    os.chmod(file, 0o666)
+    result = run_here("policy", "explain", "--policy", file, "/usr/bin/env")
+    assert result.returncode == 0
+    assert "fdbroker: the broker would not take this file: " in result.stderr
+    assert "lets others write" in result.stderr
+
+
+def test_missing_and_broken_policies_are_told(file: str, tmp_path: Path) -> None:
+    missing = run_here("policy", "explain", "--policy", str(tmp_path / "none"), "/x")
+    assert missing.returncode == 2
+    assert "can't be read: No such file or directory" in missing.stderr
+    with open(file, "a") as opened:
+        opened.write("rules: []\n")
+    broken = run_here("policy", "explain", "--policy", file, "/x")
+    assert broken.returncode == 2
+    assert f"{file}:8:1: key 'rules' is given twice" in broken.stderr
+
+
+def test_few_rules_are_all_shown_and_of_many_those_that_come_near(tmp_path: Path) -> None:
+    far = "".join(
+        f"  - {{name: far-{n}, allow: open, in: tree, client: {{user: 7}}, paths: 'x/{n}'}}\n"
+        for n in range(20)
+    )
+    file = tmp_path / "many.yaml"
+    file.write_text(TEXT + far)
+    few = run_here("policy", "explain", "--policy", str(file), "/usr/bin/env").stdout
+    every = run_here("policy", "explain", "-v", "--policy", str(file), "/usr/bin/env").stdout
+    assert "rule all (allow): applies" in few
+    assert "far-3" not in few
+    assert "other rules are not about this at all (-v shows them)" in few
+    assert "rule far-3 (allow): does not apply" in every
+
+
+def test_verdict_has_a_colour_on_a_terminal_alone(file: str) -> None:
+    _, allowed = run_on_terminal("policy", "explain", "--policy", file, "/usr/bin/env")
+    _, denied = run_on_terminal("policy", "explain", "--policy", file, "/etc/passwd")
+    assert b"\x1b[32mAllowed: " in allowed
+    assert b"\x1b[31mDenied: " in denied
+    _, plain = run_on_terminal("policy", "explain", "--policy", file, "/etc/passwd", NO_COLOR="1")
+    assert b"\x1b" not in plain

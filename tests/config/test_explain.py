@@ -1,0 +1,380 @@
+"""Explanations: the verdict is the broker's, and what is said beside it amounts to the same."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import stat
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fdbroker.config import ConfigError
+from fdbroker.config.explain import (
+    ALLOW,
+    DENY,
+    UNKNOWN,
+    Explanation,
+    Seen,
+    client_of_user,
+    control_group_of_this_process,
+    explain,
+    load_for_explaining,
+    look_as_broker,
+    with_control_group,
+)
+from fdbroker.policy.decide import Policy, decide_object
+from fdbroker.policy.rules import ACTIONS, ClientFacts, Root, read_policy
+from tests.policy import decision_model
+from tests.policy.decision_model import Facts
+from tests.policy.test_decide import (
+    ROOTS,
+    clients,
+    conditions,
+    documents,
+    facts,
+    identities,
+    odd_paths,
+    paths,
+)
+from tests.processes import in_child
+from tests.running_broker import CLIENT_UID, policy, reachable_directory, rule
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Nobody has these numbers, so that no name stands beside them.
+UID, GID = 54321, 54322
+CLIENT = ClientFacts(UID, frozenset({GID}))
+FILE = Facts(stat.S_IFREG | 0o640, UID, GID, 10, 1)
+
+
+def by_the_details(explanation: Explanation) -> str:
+    """Return the verdict that follows from what is said of the rules."""
+    applying = {(rule.effect, rule.applies) for rule in explanation.rules}
+    if (DENY, True) in applying:
+        return DENY
+    if (ALLOW, True) not in applying and (ALLOW, None) not in applying:
+        return DENY
+    if (DENY, None) in applying or (ALLOW, True) not in applying:
+        return UNKNOWN
+    return ALLOW
+
+
+SINGLE_CONDITIONS: list[dict[str, Any]] = [
+    {"owner": {"uids": [7], "client": False}},
+    {"group": {"gids": [7]}},
+    {"mode": {"none": 0o640}},
+    {"size": {"max": 1}},
+    {"links": {"max": 1}},
+]
+# Rules that meet each other often: broad globs, roots within roots, most clients meant.
+meeting_rules = st.fixed_dictionaries(
+    {
+        "effect": st.sampled_from(["allow", "allow", "deny"]),
+        "actions": st.sampled_from([["open", "stat"], ["open"], list(ACTIONS)]),
+        "root": st.sampled_from(["all", "a", "ab"]),
+        "clients": st.one_of(st.just([{"any": True}]), st.lists(identities, min_size=1, max_size=2)),
+        "paths": st.lists(st.sampled_from(["**", "**/c", "b/**", "*", "*/b"]), min_size=1, max_size=2),
+        "except": st.one_of(st.just([]), st.lists(st.sampled_from(["b/c", "*/c", "b"]), max_size=2)),
+        "where": st.one_of(st.just({}), conditions, st.sampled_from(SINGLE_CONDITIONS)),
+        "deliver": st.sampled_from([["descriptor"], ["descriptor"], ["copy"]]),
+    }
+)
+meeting_documents = st.lists(meeting_rules, min_size=1, max_size=5).map(
+    lambda rules: policy(
+        "/",
+        roots=[{"name": name, "path": ROOTS[name], "cross_mounts": False} for name in ("all", "a", "ab")],
+        rules=[rule(f"rule {i}", **changes) for i, changes in enumerate(rules)],
+    )
+)
+PATHS = [b"/", b"/a", b"/a/b", b"/a/b/c", b"/a/c", b"/b/c", b"/ax/b", b"/a//b", b"a", b""]
+
+
+@pytest.fixture
+def reached() -> set[tuple[str, str, bool]]:
+    """Return a set for what the examples come to: without it nobody sees that all of them are denied."""
+    return set()
+
+
+def test_verdict_is_that_of_the_policy_and_the_details_amount_to_it(
+    reached: set[tuple[str, str, bool]],
+) -> None:
+    @settings(max_examples=200)
+    @given(meeting_documents, clients, st.lists(facts, min_size=1, max_size=3))
+    def check(document: dict[str, Any], client: ClientFacts, objects: list[Facts]) -> None:
+        rules = read_policy(document)
+        for path, action, found in itertools.product(PATHS, ("open", "stat", "list"), objects):
+            explanation = explain(rules, client, action, path, lambda *_, found=found: Seen(found))
+            decision = Policy(rules).view(client).actions[action].decide(path)
+            expected = decide_object(decision, found, client.uid) if decision.allowed else decision
+            verdict = explanation.verdict
+            assert (verdict.decision == ALLOW, verdict.reason) == (expected.allowed, expected.reason)
+            assert verdict.rule == (None if expected.rule is None else expected.rule.name)
+            assert by_the_details(explanation) == verdict.decision
+            applying = {report.name for report in explanation.rules if report.applies}
+            # A rule that is named for an allowance or a refusal is one that is said to apply.
+            assert verdict.rule in applying or verdict.reason not in {"ok", "deny_rule"}
+            assert "would answer" not in explanation.sentence
+            reached.add((verdict.decision, verdict.reason, len(applying) > 1))
+
+    check()
+    assert {(ALLOW, "ok", True), (ALLOW, "ok", False), (DENY, "deny_rule", True)} <= reached
+    reasons = {"no_rule", "empty", "relative", "empty_component"}
+    reasons |= {f"where_{what}" for what in ("owner", "group", "mode", "size", "links")}
+    assert reasons <= {reason for _, reason, _ in reached}
+
+
+def test_what_was_not_seen_stays_open_just_where_it_matters(reached: set[tuple[str, str, bool]]) -> None:
+    @given(meeting_documents, clients)
+    def check(document: dict[str, Any], client: ClientFacts) -> None:
+        rules = read_policy(document)
+        for path, action in itertools.product(PATHS[:7], ("open", "stat", "list")):
+            explanation = explain(rules, client, action, path, lambda *_: Seen(note="Permission denied"))
+            decision, reason, _ = explanation.verdict
+            assert by_the_details(explanation) == decision
+            expected = decision_model.expect(document, client, action, path.decode())
+            if decision == UNKNOWN:
+                assert expected.allows
+                assert expected.rule is None
+                assert "Permission denied" in explanation.sentence
+            else:
+                assert (decision == ALLOW) is (expected.rule is not None and expected.reason == "ok")
+            reached.add((decision, reason, False))
+
+    check()
+    assert {decision for decision, _, _ in reached} == {ALLOW, DENY, UNKNOWN}
+
+
+@given(documents(), clients, st.sampled_from(ACTIONS), st.one_of(paths, odd_paths), facts)
+def test_any_policy_and_path_can_be_explained(
+    document: dict[str, Any], client: ClientFacts, action: str, path: str, found: Facts
+) -> None:
+    explanation = explain(read_policy(document), client, action, path.encode(), lambda *_: Seen(found))
+    assert by_the_details(explanation) == explanation.verdict.decision
+
+
+def explained(
+    document: dict[str, Any], path: str, *, client: ClientFacts = CLIENT, action: str = "open", seen: Seen
+) -> Explanation:
+    return explain(read_policy(document), client, action, path.encode(), lambda *_: seen)
+
+
+def test_nothing_is_looked_at_where_the_name_is_refused() -> None:
+    def look(_root: Root, _path: bytes, _action: str) -> Seen:
+        raise AssertionError("looked")
+
+    document = policy("/srv", rule("no", effect="deny"))
+    for path in (b"/srv/x", b"/elsewhere", b"/srv/../x", b"relative"):
+        assert explain(read_policy(document), CLIENT, "open", path, look).verdict.decision == DENY
+
+
+def test_each_condition_is_told_with_the_value_of_the_object() -> None:
+    where = {
+        "owner": {"uids": [0], "client": True},
+        "group": {"gids": [54323]},
+        "mode": {"none": 0o022},
+        "size": {"max": 5},
+        "links": {"max": 1},
+    }
+    explanation = explained(policy("/srv", rule("some", where=where)), "/srv/a", seen=Seen(FILE))
+    [report] = explanation.rules
+    told = {check.what: (check.holds, check.text) for check in report.checks}
+    assert told["owner"] == (True, "must be 0 (root) or the client itself; is 54321")
+    assert told["group"] == (False, "must be 54323; is 54322")
+    assert told["mode"] == (True, "must have nothing of 0022; is 0640")
+    assert told["size"] == (False, "must be at most 5 bytes; is 10")
+    assert told["links"] == (True, "must be at most 1; is 1")
+    assert report.failures == 2
+    assert explanation.verdict == (DENY, "where_group", "some")
+    assert "not with this group" in explanation.sentence
+
+
+def test_glob_that_matches_and_exception_are_named() -> None:
+    document = policy("/srv", rule("some", paths=["x/*", "**/*.log"], **{"except": ["old/**"]}))
+    checks = {
+        path: {check.what: check for check in explained(document, path, seen=Seen(FILE)).rules[0].checks}
+        for path in ("/srv/a/b.log", "/srv/old/b.log", "/srv/y")
+    }
+    assert checks["/srv/a/b.log"]["paths"].text == "matches **/*.log"
+    assert checks["/srv/a/b.log"]["except"].holds
+    assert checks["/srv/old/b.log"]["except"].text == "matches old/**, which is excepted"
+    assert checks["/srv/y"]["paths"].text == "matches none of x/*, **/*.log"
+
+
+def test_client_of_another_rule_is_told_apart() -> None:
+    document = policy("/srv", rule("some", clients=[{"uids": [1], "gids": [7]}, {"cgroups": ["/a"]}]))
+    [report] = explained(document, "/srv/a", seen=Seen(FILE)).rules
+    [client] = [check for check in report.checks if check.what == "client"]
+    assert client.holds is False
+    assert "user 1 (daemon) and group 7" in client.text
+    assert "control group /a" in client.text
+    assert "the client is user 54321" in client.text
+
+
+def test_rule_of_an_outer_root_does_not_allow_and_says_why() -> None:
+    document = policy("/srv", rule("outer"))
+    document["roots"].append({"name": "inner", "path": "/srv/in", "cross_mounts": False})
+    explanation = explained(document, "/srv/in/a", seen=Seen(FILE))
+    assert explanation.verdict == (DENY, "no_rule", None)
+    [root] = [check for check in explanation.rules[0].checks if check.what == "root"]
+    assert "deeper root inner (/srv/in)" in root.text
+
+
+def test_rule_that_hands_out_no_descriptors_opens_nothing() -> None:
+    explanation = explained(policy("/srv", rule("copies", deliver=["copy"])), "/srv/a", seen=Seen(FILE))
+    assert explanation.verdict.reason == "no_rule"
+    assert explanation.rules[0].applies is False
+
+
+# ---- looking ----
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    (tmp_path / "file").write_bytes(b"12345")
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "linked").symlink_to("directory")
+    os.mkfifo(tmp_path / "fifo")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "action", "reason"),
+    [
+        ("file", "open", None),
+        ("file", "stat", None),
+        ("file", "list", "not_directory"),
+        ("directory", "open", "is_directory"),
+        ("directory", "list", None),
+        ("link", "open", "symlink"),
+        ("link", "stat", None),
+        ("linked/x", "open", "symlink"),
+        ("fifo", "open", "not_regular"),
+        ("file/x", "open", "not_directory"),
+        ("absent", "open", "not_found"),
+    ],
+)
+def test_object_is_looked_at_as_the_broker_does(
+    tree: Path, name: str, action: str, reason: str | None
+) -> None:
+    rules = read_policy(policy(tree))
+    seen = look_as_broker(rules.roots[0], bytes(tree / name), action)
+    assert seen.reason == reason
+    if reason is None:
+        assert seen.facts == os.lstat(tree / name)
+    explanation = explain(rules, CLIENT, action, bytes(tree / name), look_as_broker)
+    assert explanation.verdict == (DENY if reason else ALLOW, reason or "ok", "all")
+    assert explanation.sentence.startswith("denied: " if reason else "allowed: ")
+
+
+def test_other_mount_and_kernel_file_system_are_not_served() -> None:
+    without = read_policy(policy("/"))
+    across = read_policy(policy("/", roots=[{"name": "tree", "path": "/", "cross_mounts": True}]))
+    path = b"/proc/version"
+    assert explain(without, CLIENT, "open", path, look_as_broker).verdict.reason == "crosses_mount"
+    assert explain(across, CLIENT, "open", path, look_as_broker).verdict.reason == "filesystem"
+
+
+@pytest.mark.root
+def test_what_may_not_be_looked_at_is_said_and_not_guessed() -> None:
+    with reachable_directory() as directory:
+        (directory / "closed").mkdir(mode=0o700)
+        (directory / "closed" / "file").write_bytes(b"")
+        path = bytes(directory / "closed" / "file")
+
+        def look(where: dict[str, Any]) -> tuple[str, str]:
+            rules = read_policy(policy(directory, rule("some", where=where)))
+            explanation = explain(rules, CLIENT, "open", path, look_as_broker)
+            return explanation.verdict.decision, explanation.sentence
+
+        assert in_child(lambda: look({"size": {"max": 1}}), uid=CLIENT_UID) == (
+            UNKNOWN,
+            "it depends on the file, which could not be looked at: Permission denied",
+        )
+        decision, sentence = in_child(lambda: look({}), uid=CLIENT_UID)
+        assert decision == ALLOW
+        assert "whether it is there was not seen: Permission denied" in sentence
+        assert look({"size": {"max": 1}})[0] == ALLOW
+
+
+def test_root_that_is_not_there_is_said() -> None:
+    rules = read_policy(policy("/no/such/directory"))
+    seen = look_as_broker(rules.roots[0], b"/no/such/directory/a", "open")
+    assert seen.facts is None
+    assert "root 'tree' (/no/such/directory) can't be opened" in seen.note
+
+
+def test_looking_leaves_no_descriptor_behind(tree: Path) -> None:
+    rules = read_policy(policy(tree))
+    before = os.listdir("/proc/self/fd")
+    for name in ("file", "absent", "linked/x"):
+        look_as_broker(rules.roots[0], bytes(tree / name), "open")
+    assert os.listdir("/proc/self/fd") == before
+
+
+# ---- who ----
+
+
+def test_user_is_taken_by_name_or_number() -> None:
+    assert client_of_user("root") == client_of_user("0")
+    root = client_of_user("root")
+    assert root is not None
+    assert root.uid == 0
+    assert 0 in root.gids
+    assert client_of_user("54321") == ClientFacts(54321, frozenset())
+    assert client_of_user("no-such-user") is None
+
+
+def test_client_is_in_the_named_control_groups_that_hold_it() -> None:
+    named = ["/system.slice/a.service", "/system.slice", "/system.slice/a"]
+    rules = read_policy(policy("/", rule("some", clients=[{"cgroups": named}])))
+    inside = with_control_group(CLIENT, "/system.slice/a.service/sub", rules).cgroups
+    assert inside == {"/system.slice/a.service", "/system.slice"}
+    assert with_control_group(CLIENT, "/system.slice", rules).cgroups == {"/system.slice"}
+    assert with_control_group(CLIENT, None, rules).cgroups == frozenset()
+
+
+def test_own_control_group_is_the_one_that_proc_says() -> None:
+    with open("/proc/self/cgroup") as file:
+        assert f"0::{control_group_of_this_process() or ''}" in file.read()
+
+
+# ---- the policy ----
+
+
+def test_compiled_policy_is_read_with_what_is_the_launchers(tmp_path: Path) -> None:
+    compiled = tmp_path / "policy.json"
+    compiled.write_text(json.dumps({**policy("/srv"), "daemon": {"uid": 1}}))
+    loaded = load_for_explaining(str(compiled))
+    assert [rule.name for rule in loaded.rules.rules] == ["all"]
+
+
+def test_policy_file_that_a_broker_would_not_take_is_explained_with_a_note(tmp_path: Path) -> None:
+    rules = "rules: [{name: all, allow: open, in: tree, client: any, paths: '**'}]"
+    text = f"version: 1\nroots: {{tree: {{path: /}}}}\n{rules}\n"
+    file = tmp_path / "policy.yaml"
+    file.write_text(text)
+    file.chmod(0o666)
+    loaded = load_for_explaining(str(file))
+    assert [rule.name for rule in loaded.rules.rules] == ["all"]
+    assert any("lets others write" in note for note in loaded.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("p.json", "{"), ("p.json", "[]"), ("p.json", "{}"), ("p.yaml", "a")]
+)
+def test_what_is_no_policy_is_an_error_that_names_the_file(tmp_path: Path, name: str, text: str) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=name):
+        load_for_explaining(str(file))
+
+
+def test_missing_policy_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_for_explaining(str(tmp_path / "none.yaml"))
