@@ -74,7 +74,7 @@ def test_demonstration_shows_refusal_scan_explanation_and_audit_and_leaves_nothi
         r"\d+ files, \d+ bytes, 1 infected, 1 errors, \d skipped",
         r"id_ed25519: denied by the broker's policy",
         r"Denied: rule never-keys denies it",
-        r"DENY   open  scanner\(\d+\) .* /home/bob/notes/harmless\.txt  where_links",
+        r"DENY   open  user \d+ \(scanner\) .*/home/bob/notes/harmless\.txt  where_links",
         r'"path":"/home/bob/downloads/invoice\.pdf\.exe","decision":"allow"',
         r'"path":"/home/alice/\.ssh/id_ed25519","decision":"deny","reason":"deny_rule","rule":"never-keys"',
         r"kill",

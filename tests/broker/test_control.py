@@ -675,3 +675,83 @@ def test_a_thousand_reloads_leave_one_policy_in_memory(
     assert idle[0].open_one(bytes(stepped.tree / "file")).reason == "ok"
     assert objects_of(ActionView) == 4
     assert isinstance(stepped.broker._control, Control)
+
+
+@root
+def test_view_of_an_earlier_policy_is_not_used_even_where_it_was_kept(
+    stepped: SteppedBroker, control: Speaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stepped.broker._control, "_switched", lambda: None)
+    speaker = stepped.join()
+    assert speaker.open_one(bytes(stepped.tree / "empty")).reason == "ok"
+    control.reload(files_of(stepped.tree, "file"))
+    assert speaker.open_one(bytes(stepped.tree / "empty")).reason == "denied"
+
+
+def begin_reload(stepped: SteppedBroker, control: Speaker, name: str) -> None:
+    """Hand over a policy of many rules, of which the broker reads very few in a round."""
+    rules = [rule(f"r{number}", paths=[name]) for number in range(200)]
+    text = json.dumps(policy(stepped.tree, *rules)).encode()
+    control.sock.send(encode_reload(1, 0, text, more=False))
+    stepped.broker.step(0)
+    assert stepped.broker._loading
+
+
+@root
+def test_reload_whose_sender_leaves_while_it_is_read_is_given_up_and_the_next_one_has_its_turn(
+    stepped: SteppedBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stepped.listen(tmp_path, control=True)
+    gone, stays = stepped.call(path), stepped.call(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("fdbroker.broker.control._MOMENT", 1e-6)
+        begin_reload(stepped, gone, "empty")
+        begin_reload(stepped, stays, "file")
+        gone.sock.close()
+        stepped.broker.step(0)
+    stepped.serve()
+    answer = stays.receive()
+    assert answer is not None
+    assert isinstance(answer.reply, ReloadReply)
+    assert answer.reply.generation == 2
+    assert stepped.join().open_one(bytes(stepped.tree / "file")).reason == "ok"
+    assert stepped.join().open_one(bytes(stepped.tree / "empty")).reason == "denied"
+    assert [record["event"] for record in stepped.records()].count("reloaded") == 1
+
+
+@root
+def test_who_waits_for_its_policy_to_be_read_is_not_read_from(
+    stepped: SteppedBroker, control: Speaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("fdbroker.broker.control._MOMENT", 1e-6)
+        begin_reload(stepped, control, "file")
+        control.sock.send(encode_status(2))
+        stepped.broker.step(0)
+    stepped.serve()
+    answers = [control.receive(), control.receive()]
+    assert [answer is not None and (answer.reply.id, answer.reply.generation) for answer in answers] == [
+        (1, 2),
+        (2, 2),
+    ]
+
+
+@root
+def test_failure_of_ours_while_a_policy_is_read_ends_that_connection_alone(
+    stepped: SteppedBroker, control: Speaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise MemoryError
+
+    speaker = stepped.join()
+    with monkeypatch.context() as patch:
+        patch.setattr("fdbroker.broker.control.make_generation", fail)
+        error = control.reload(files_of(stepped.tree, "file"))
+    assert isinstance(error, ErrorReply)
+    assert (error.kind, error.reason) == (Kind.BROKEN, Reason.BROKEN)
+    assert control.is_closed()
+    assert stepped.broker._dispatch.generation.number == 1
+    assert speaker.open_one(bytes(stepped.tree / "empty")).reason == "ok"
+    [record] = [record for record in stepped.records() if record["event"] == "failed"]
+    assert "MemoryError" in record["reason"]
+    assert stepped.call(stepped.tree.parent / "control").reload(policy(stepped.tree)).generation == 2

@@ -1151,6 +1151,34 @@ def test_stop_ends_the_loop_after_its_round(
     assert bystander.receive() is not None
 
 
+@pytest.mark.parametrize("whose", ["one uid", "many uids"])
+def test_stop_does_not_wait_for_the_rest_of_a_long_round(
+    stepped: SteppedBroker, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    handle = stepped.broker._serve_message
+    speakers = [stepped.join() for _ in range(6)]
+    if whose == "many uids":
+        for number, connection in enumerate(stepped.broker._connections.values()):
+            connection.peer.uid = number
+
+    def stop_within(connection: Connection) -> None:
+        stepped.broker.stop()
+        handle(connection)
+
+    monkeypatch.setattr(stepped.broker, "_serve_message", stop_within)
+    for speaker in speakers:
+        speaker.sock.send(encode_status(1))
+    stepped.broker.serve()
+    answered = 0
+    for speaker in speakers:
+        speaker.sock.setblocking(False)  # noqa: FBT003 - the standard library's own
+        with contextlib.suppress(BlockingIOError):
+            answered += speaker.receive() is not None
+    for connection in stepped.broker._connections.values():
+        connection.peer.uid = os.getuid()  # as they are counted
+    assert answered == 1
+
+
 def test_byte_for_the_wake_descriptor_wakes_it_once(stepped: SteppedBroker) -> None:
     os.write(stepped.broker.wake_descriptor, b"\x0f")
     stepped.broker.step(SECONDS)

@@ -17,6 +17,7 @@ from fdbroker.launcher.activation import Activation, take_from_systemd
 from fdbroker.launcher.errors import StartError
 from fdbroker.launcher.mounts import Mount
 from fdbroker.launcher.unit_options import check_user_namespace
+from tests.for_other_users import for_other_users
 from tests.launcher.starting import lay_out, run, started
 from tests.running_broker import BROKER_UID, OTHER_UID, policy, reachable_directory
 
@@ -200,7 +201,15 @@ def inherited(directory: Path, *without: str, uid: int = BROKER_UID, file: str =
     with ours, theirs:
         prefix = [sys.executable, AS_A_SERVICE, str(uid), *without, "--"]
         options = ["--audit=none", f"--inherited={theirs.fileno()}"]
-        done = run(directory / file, *options, prefix=prefix, pass_fds=[theirs.fileno()])
+        with for_other_users() as place:
+            done = run(
+                directory / file,
+                *options,
+                prefix=prefix,
+                pass_fds=[theirs.fileno()],
+                python=place.python,
+                env={"PYTHONPATH": str(place.directory)},
+            )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
@@ -305,9 +314,14 @@ def test_a_filter_that_refuses_what_the_broker_needs_is_recognised(
 
 @pytest.mark.root
 def test_who_is_neither_root_nor_a_service_is_told_so(directory: Path) -> None:
-    done = run(
-        directory / "policy.json", "--audit=none", prefix=["setpriv", "--reuid=23456", "--clear-groups"]
-    )
+    with for_other_users() as place:
+        done = run(
+            directory / "policy.json",
+            "--audit=none",
+            prefix=["setpriv", "--reuid=23456", "--clear-groups"],
+            python=place.python,
+            env={"PYTHONPATH": str(place.directory)},
+        )
     assert done.returncode == 2
     assert done.stderr.startswith("fdbroker: only root can start the broker")
 
