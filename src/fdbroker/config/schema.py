@@ -230,7 +230,7 @@ def json_schema() -> dict[str, Any]:
     What it can't say (names that must exist, globs that must compile) the
     compiler says.
     """
-    # What msgspec 0.22 leaves behind here crashes the garbage collector of Python 3.11, about every fourth time.
+    # What msgspec 0.22 leaves behind here crashes the collector of Python 3.11, about every fourth time.
     # The types live as long as the process in any case, so the collector need not look at them.
     gc.disable()
     try:
