@@ -117,10 +117,25 @@ def test_failure_after_the_first_open_leaves_nothing_open(
 
     before = count_open()
     with monkeypatch.context() as patched:
+        if call == "fstat":  # statx(2) has failed and is asked why
+            patched.setattr(files, "_statx_at_once", lambda *_: -1)
         patched.setattr(os, call, fail)
         with pytest.raises(OSError) as caught:
             files.open_regular_beneath(directory, b"file", proc)
     assert caught.value.errno == errno.ENOMEM
+    assert count_open() == before
+
+
+def test_kind_that_the_kernel_does_not_tell_is_not_taken_for_regular(
+    directory: int, proc: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = count_open()
+    # The room still has the answer for the file before.
+    opened = files.open_regular_beneath(directory, b"file", proc)
+    assert opened is not None
+    os.close(opened)
+    monkeypatch.setattr(files, "_statx_at_once", lambda *_: -1)
+    assert files.open_regular_beneath(directory, b"fifo", proc) is None
     assert count_open() == before
 
 
@@ -140,6 +155,7 @@ def test_tree_that_moves_meanwhile_is_tried_again(
             return -1
         return int(real(*arguments))
 
+    monkeypatch.setattr(files, "_openat2_at_once", lambda *_: -1)
     monkeypatch.setattr(files, "_openat2", flaky)
     opened = files.open_regular_beneath(directory, b"file", proc)
     assert opened is not None
@@ -158,6 +174,7 @@ def test_tree_that_never_rests_is_given_up(
         ctypes.set_errno(errno.EAGAIN)
         return -1
 
+    monkeypatch.setattr(files, "_openat2_at_once", lambda *_: -1)
     monkeypatch.setattr(files, "_openat2", moving)
     with pytest.raises(SyscallError) as caught:
         files.open_regular_beneath(directory, b"file", proc)

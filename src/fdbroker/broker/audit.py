@@ -66,14 +66,13 @@ class Audit:
         """
         if self._descriptor is None:
             return True
-        prefix = self._prefix
-        first = sequence = self.sequence
+        prefix, first = self._prefix, self.sequence
+        self.sequence = behind = first + len(paths)
         middle = f',"time":"{now_text()}","event":"{action}",{requester},'
-        lines = []
-        for path, record in zip(paths, records, strict=True):
-            lines.append(f"{prefix}{sequence}{middle}{quoted_path(path)}{extra},{record}}}\n")
-            sequence += 1
-        self.sequence = sequence
+        lines = [
+            f"{prefix}{number}{middle}{quoted_path(path)}{extra},{record}}}\n"
+            for number, path, record in zip(range(first, behind), paths, records, strict=True)
+        ]
         return self._write(first, "".join(lines)) or not self.deny_on_failure
 
     def event(self, name: str, members: str = "") -> bool:

@@ -53,6 +53,8 @@ class Notifier:
 
     def before_waiting(self) -> float:
         """Say what is due; return for how many seconds the loop may wait, -1: for ever."""
+        if self._interval is None and not self._unsent:
+            return -1  # as nearly always; this is asked in each round
         self.ping()
         if self._unsent:
             self.say()

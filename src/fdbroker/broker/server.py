@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 SEND_BUFFER = 32768  # the kernel doubles it; no cost was seen, and less is in flight
 ACCEPTS_PER_ROUND = 16
+_EVENTS_PER_ROUND = 256  # the others are there in the next round, which begins behind these
 _REST = 0.1  # seconds
 _READY = select.EPOLLIN
+_READING = State.READING  # to look up a member of an Enum costs as much as a small system call
 _GONE = select.EPOLLHUP | select.EPOLLERR
 # Edge-triggered: one event each time the client receives something.
 _RECEIVES = select.EPOLLOUT | select.EPOLLET
@@ -149,7 +151,7 @@ class Broker:
             timeout = 0
         elif resting and not 0 <= timeout < _REST:
             timeout = _REST
-        ready = self._epoll.poll(timeout)
+        ready = self._epoll.poll(timeout, _EVENTS_PER_ROUND)
         for listener in resting:
             self._epoll.register(listener, _READY)
         served: set[int] = set()
@@ -158,7 +160,7 @@ class Broker:
             connection = self._connections.get(descriptor)
             if connection is not None:
                 uid = connection.peer.uid
-                if events != _READY or connection.state is not State.READING:
+                if events != _READY or connection.state is not _READING:
                     self._on_other_event(connection, events)
                 elif uid in served:
                     waiting.append(connection)
@@ -173,7 +175,7 @@ class Broker:
             # Nobody else wants anything. Otherwise it is one message per uid and round, whatever
             # number of connections it has: the rest is ready again in the next round.
             for connection in waiting:
-                if connection.state is State.READING and self._goes_on():
+                if connection.state is _READING and self._goes_on():
                     self._serve_message(connection)
         if self._loading:
             self._load_on(self._loading[0])
@@ -359,34 +361,34 @@ class Broker:
     # Messages
 
     def _serve_message(self, connection: Connection) -> None:
-        most = self._dispatch.generation.settings.in_flight_per_connection
         # A full reply must have its place before the request is read.
+        most = self._dispatch.generation.settings.in_flight_per_connection
         if connection.in_flight + MAX_PATHS > most and not self._flight.settle(connection):
             self._wait_for(connection, State.PAUSED)
             return
         try:
-            data, rights, credentials, truncated = sockets.receive(connection.sock, MAX_FRAME + 1)
+            data, credentials, flags = sockets.receive_data(connection.sock, MAX_FRAME + 1)
         except BlockingIOError:
             return
         except OSError as error:
             self._audit.event("receive_failed", f"{connection.record},{member_text(errno=error.errno)}")
             self._hang_up(connection)
             return
+        if not data and not flags:
+            self._hang_up(connection)
+            return
         try:
-            if rights:
-                count = len(rights)
-                rights.close()
-                raise MalformedError(f"{count} descriptors sent to the broker, which takes none")
-            if not data:
-                self._hang_up(connection)
-                return
-            if truncated:
-                raise MalformedError(f"a message is longer than {MAX_FRAME} bytes")
+            if flags:
+                raise MalformedError(
+                    "descriptors were sent to the broker, which takes none"
+                    if flags & sockets.CONTROL_TRUNCATED
+                    else f"a message is longer than {MAX_FRAME} bytes"
+                )
             request = decode_request(data)
             answer = connection.answers.get(type(request))
             if answer is None:
                 raise MalformedError(f"{type(request).__name__} is not for this socket", request.id)
-            if isinstance(request, Hello) is connection.greeted:
+            if (type(request) is Hello) is connection.greeted:
                 text = "a second hello" if connection.greeted else "the first frame is not a hello"
                 raise MalformedError(text, request.id)
         except MalformedError as error:
@@ -397,8 +399,7 @@ class Broker:
             self._hang_up(connection)
             return
         try:
-            objection = connection.peer.objection(credentials)
-            answered = answer(connection, request, objection)
+            answered = answer(connection, request, connection.peer.objection(credentials))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a denial, and the others are served
             self._fail(connection, request.id, error)
             return
@@ -406,7 +407,7 @@ class Broker:
             self._loading.append(connection)
             self._wait_for(connection, State.LOADING)
             return
-        self._send(connection, Unsent(*answered, request.id))
+        self._send(connection, *answered, request.id)
 
     def _load_on(self, connection: Connection) -> None:
         """Go on reading the policy that was handed over here, for a moment; answer when it is read."""
@@ -423,7 +424,7 @@ class Broker:
             del self._loading[0]
             connection.loading = None
             self._wait_for(connection, State.READING)
-            self._send(connection, Unsent(*answered, loading.request_id))
+            self._send(connection, *answered, loading.request_id)
 
     def _fail(self, connection: Connection, request_id: int, error: Exception) -> None:
         """Record and say that something is wrong with us, and end the connection."""
@@ -433,39 +434,50 @@ class Broker:
         self._send_error(connection.sock, request_id, Kind.BROKEN, Reason.BROKEN, text)
         self._hang_up(connection)
 
-    def _send(self, connection: Connection, reply: Unsent) -> bool:
-        """Send a reply, or keep it until there is room. Return whether it was sent."""
+    def _send(self, connection: Connection, data: bytes, descriptors: list[int], request_id: int) -> None:
+        """Send a reply, or keep it until there is room; its descriptors are owned here from now on."""
         try:
-            sockets.send(connection.sock, reply.data, reply.descriptors, wait=False)
-        except BlockingIOError:
-            if connection.unsent is None:
-                connection.unsent = reply
-                # They are open here, which costs us as much as if they were on their way.
-                self._flight.add(connection, len(reply.descriptors))
-                self._wait_for(connection, State.SENDING)
-            return False
+            sockets.send(connection.sock, data, descriptors, wait=False)
         except OSError as error:
-            close_all(reply.descriptors)
-            members = member_text(request=reply.request_id, errno=error.errno)
-            self._audit.event("undelivered", f"{connection.record},{members}")
-            connection.unsent = None
-            if error.errno != errno.ETOOMANYREFS:
-                self._hang_up(connection)
-                return False
-            # Our own share is far below; others of this uid may have used up the rest.
-            text = "too many descriptors are under way; receive what was sent, then ask again"
-            error_frame = self._dispatch.error(reply.request_id, Kind.REFUSED, Reason.LIMIT, text)
-            return self._send(connection, Unsent(error_frame, [], reply.request_id))
-        if reply.descriptors:
-            if connection.unsent is not reply:
-                self._flight.add(connection, len(reply.descriptors))
-            close_all(reply.descriptors)
-        return True
+            self._keep_unsent(connection, Unsent(data, descriptors, request_id), error)
+            return
+        if descriptors:
+            self._flight.add(connection, len(descriptors))
+            close_all(descriptors)
+
+    def _keep_unsent(self, connection: Connection, reply: Unsent, error: OSError) -> None:
+        """Keep a new reply for which there was no room; let go of one that can't be sent at all."""
+        if isinstance(error, BlockingIOError):
+            connection.unsent = reply
+            # They are open here, which costs us as much as if they were on their way.
+            self._flight.add(connection, len(reply.descriptors))
+            self._wait_for(connection, State.SENDING)
+            return
+        close_all(reply.descriptors)
+        members = member_text(request=reply.request_id, errno=error.errno)
+        self._audit.event("undelivered", f"{connection.record},{members}")
+        if error.errno != errno.ETOOMANYREFS:
+            self._hang_up(connection)
+            return
+        # Our own share is far below; others of this uid may have used up the rest.
+        text = "too many descriptors are under way; receive what was sent, then ask again"
+        error_frame = self._dispatch.error(reply.request_id, Kind.REFUSED, Reason.LIMIT, text)
+        self._send(connection, error_frame, [], reply.request_id)
 
     def _send_what_waits(self, connection: Connection) -> None:
         reply = connection.unsent
-        if reply is not None and self._send(connection, reply):
+        assert reply is not None  # noqa: S101 - that is what the state SENDING means
+        try:
+            sockets.send(connection.sock, reply.data, reply.descriptors, wait=False)
+        except BlockingIOError:
+            return  # it waits on, and its descriptors are counted already
+        except OSError as error:
             connection.unsent = None
+            self._wait_for(connection, State.READING)
+            self._keep_unsent(connection, reply, error)
+        else:
+            connection.unsent = None
+            close_all(reply.descriptors)
             self._wait_for(connection, State.READING)
 
     def _send_error(

@@ -95,6 +95,28 @@ def open_proc_self_fd() -> int:
         raise renamed(error, "open", path="/proc/self/fd", flags="O_PATH|O_DIRECTORY") from None
 
 
+# For the plain case below: the same calls without their errno, and without letting go of the interpreter
+# meanwhile, which costs as much as the look-up itself; nobody else waits for it in a process of one
+# thread. Whoever gets -1 asks again, by a way that says why.
+_AT_ONCE = ctypes.PyDLL(None)
+_openat2_at_once = _AT_ONCE.syscall
+_openat2_at_once.restype = ctypes.c_long
+_statx_at_once = _AT_ONCE.statx
+_OPENAT2 = ctypes.c_long.from_param(SYS_OPENAT2)
+_SIZE = ctypes.c_size_t.from_param(ctypes.sizeof(_OpenHow))
+
+
+class _Statx(ctypes.Structure):
+    """struct statx, of which only the kind of file is asked; statx(2), Linux 4.11."""
+
+    _fields_ = (("before", ctypes.c_uint8 * 28), ("mode", ctypes.c_uint16), ("behind", ctypes.c_uint8 * 226))
+
+
+# os.fstat makes an object of 19 numbers, of which one is wanted.
+_statx_room = _Statx()
+_STATX_ROOM = ctypes.byref(_statx_room)
+_ITSELF = (ctypes.c_char_p.from_param(b""), ctypes.c_int.from_param(0x1000))  # AT_EMPTY_PATH
+_STATX_TYPE = ctypes.c_uint.from_param(1)
 _KIND, _REGULAR = 0o170000, 0o100000  # S_IFMT, S_IFREG
 _READ_AT_ONCE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _READ_WORDS = "O_RDONLY|O_NONBLOCK|O_NOCTTY|O_CLOEXEC"
@@ -113,11 +135,14 @@ def open_regular_beneath(directory: int, path: bytes, proc_self_fd: int) -> int 
 
     """
     # Written out: this is what a broker does all day, and calls of functions would be a tenth of it.
-    held: int = -1 if b"\0" in path else _openat2(_NUMBER, directory, path, _WITHIN, _HOW_SIZE)
+    held: int = -1 if b"\0" in path else _openat2_at_once(_OPENAT2, directory, path, _WITHIN, _SIZE)
     if held < 0:
         held = open_path_beneath(directory, path)  # for its retries and its error
     try:
-        if os.fstat(held).st_mode & _KIND != _REGULAR:
+        if _statx_at_once(held, *_ITSELF, _STATX_TYPE, _STATX_ROOM) != 0:
+            os.fstat(held)  # for its error
+            return None
+        if _statx_room.mode & _KIND != _REGULAR:
             return None
         opened = os.open(str(held), _READ_AT_ONCE, dir_fd=proc_self_fd)
     except OSError as error:

@@ -30,8 +30,9 @@ _ANCILLARY_SPACE = _SPACE_FOR_CREDENTIALS + _SPACE_FOR_RIGHTS
 # As plain numbers: the arithmetic of Python's enumerations costs more than a system call.
 _RECEIVE_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
 _SOL_SOCKET, _SCM_RIGHTS, _SCM_CREDENTIALS = socket.SOL_SOCKET, socket.SCM_RIGHTS, socket.SCM_CREDENTIALS
-_CONTROL_TRUNCATED = int(socket.MSG_CTRUNC)
-_DATA_TRUNCATED = int(socket.MSG_TRUNC)
+CONTROL_TRUNCATED = int(socket.MSG_CTRUNC)
+DATA_TRUNCATED = int(socket.MSG_TRUNC)
+_TRUNCATED = CONTROL_TRUNCATED | DATA_TRUNCATED
 _SEND_WAITING = int(socket.MSG_NOSIGNAL)
 _SEND_AT_ONCE = int(socket.MSG_NOSIGNAL) | int(socket.MSG_DONTWAIT)
 
@@ -79,16 +80,46 @@ def receive(sock: socket.socket, size: int) -> Received:
         if level != _SOL_SOCKET:
             continue
         if kind == _SCM_RIGHTS:
-            numbers = array.array("i")
-            numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
-            descriptors = Descriptors([*descriptors.take_all(), *numbers])
+            descriptors = Descriptors([*descriptors.take_all(), *_numbers(content)])
         elif kind == _SCM_CREDENTIALS:
             credentials = content
-    if flags & _CONTROL_TRUNCATED:
+    if flags & CONTROL_TRUNCATED:
         arrived = len(descriptors)
         descriptors.close()
         raise SyscallError(errno.EMFILE, "recvmsg", flags="MSG_CTRUNC", descriptors_that_arrived=arrived)
-    return Received(data, descriptors, credentials, bool(flags & _DATA_TRUNCATED))
+    return Received(data, descriptors, credentials, bool(flags & DATA_TRUNCATED))
+
+
+def receive_data(sock: socket.socket, size: int) -> tuple[bytes, bytes | None, int]:
+    """Receive one message for whom nobody may send descriptors: data, raw struct ucred, MSG_* flags.
+
+    Of a socket that asks for credentials (`ask_for_credentials`): there is room
+    for these alone, so descriptors get no number here, the kernel closes them
+    and says MSG_CTRUNC. MSG_TRUNC: the message was longer than `size`; the rest
+    of it is lost. Otherwise as `receive`.
+    """
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(size, _SPACE_FOR_CREDENTIALS, _RECEIVE_FLAGS)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise renamed(error, "recvmsg", descriptor=sock.fileno(), size=size) from None
+    credentials = None
+    for level, kind, content in ancillary:
+        if kind == _SCM_CREDENTIALS and level == _SOL_SOCKET:
+            credentials = content
+        elif kind == _SCM_RIGHTS and level == _SOL_SOCKET:
+            # It did not ask for credentials, so some of them had room.
+            Descriptors(_numbers(content)).close()
+            flags |= CONTROL_TRUNCATED
+    return data, credentials, flags & _TRUNCATED
+
+
+def _numbers(content: bytes) -> array.array[int]:
+    """Return the descriptors of an SCM_RIGHTS message."""
+    numbers = array.array("i")
+    numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
+    return numbers
 
 
 def send(sock: socket.socket, data: bytes, descriptors: Sequence[int] = (), *, wait: bool = True) -> None:

@@ -51,8 +51,12 @@ def encode_welcome(reply: Welcome) -> bytes:
 
 def encode_open_reply(request_id: int, generation: int, results: Sequence[Result]) -> bytes:
     """Return the frame; its descriptors, one per given result, go beside it."""
-    entries = [_GIVEN if result is GIVEN else result.encode() for result in results]
-    return HEADER.pack(_OPEN_REPLY, 0, len(entries), request_id, generation) + b"".join(entries)
+    count = len(results)
+    if results.count(GIVEN) == count:  # as it mostly is
+        entries = _GIVEN * count
+    else:
+        entries = b"".join([result.encode() for result in results])
+    return HEADER.pack(_OPEN_REPLY, 0, count, request_id, generation) + entries
 
 
 def encode_stat_reply(

@@ -38,6 +38,8 @@ from fdbroker.wire.messages import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_BODY = HEADER.size
+
 
 def decode_request(frame: bytes) -> Request:
     """Decode one frame of a client.
@@ -52,10 +54,10 @@ def decode_request(frame: bytes) -> Request:
     if len(frame) > MAX_FRAME:
         raise MalformedError(f"a frame is longer than {MAX_FRAME} bytes")
     kind, flags, count, request_id, generation = HEADER.unpack_from(frame)
-    decode = _DECODERS.get(kind)
+    decode, known_flags = _DECODERS.get(kind, _UNKNOWN)
     if decode is None:
         raise MalformedError(f"unknown request type {kind:#04x}", request_id)
-    if flags & ~_FLAGS.get(kind, 0) or generation:
+    if generation or flags & ~known_flags:
         raise MalformedError("flags or reserved fields are not 0", request_id)
     return decode(frame, flags, count, request_id)
 
@@ -71,21 +73,24 @@ def _decode_hello(frame: bytes, _flags: int, count: int, request_id: int) -> Hel
     return Hello(request_id, lowest, highest, features)
 
 
-def _decode_paths(frame: bytes, count: int, request_id: int) -> list[bytes]:
-    if not 1 <= count <= MAX_PATHS:
-        raise MalformedError(f"a request has 1 to {MAX_PATHS} paths, not {count}", request_id)
-    paths = frame[HEADER.size :].split(b"\0")
-    if len(paths) != count:
-        raise MalformedError(f"{count} paths announced, {len(paths)} sent", request_id)
-    return paths
-
-
 def _decode_open(frame: bytes, _flags: int, count: int, request_id: int) -> OpenRequest:
-    return OpenRequest(request_id, _decode_paths(frame, count, request_id))
+    paths = frame[_BODY:].split(b"\0")
+    if len(paths) != count or count > MAX_PATHS:
+        raise _wrong_count(count, len(paths), request_id)
+    return OpenRequest(request_id, paths)
 
 
 def _decode_stat(frame: bytes, _flags: int, count: int, request_id: int) -> StatRequest:
-    return StatRequest(request_id, _decode_paths(frame, count, request_id))
+    paths = frame[_BODY:].split(b"\0")
+    if len(paths) != count or count > MAX_PATHS:
+        raise _wrong_count(count, len(paths), request_id)
+    return StatRequest(request_id, paths)
+
+
+def _wrong_count(announced: int, sent: int, request_id: int) -> MalformedError:
+    if not 1 <= announced <= MAX_PATHS:
+        return MalformedError(f"a request has 1 to {MAX_PATHS} paths, not {announced}", request_id)
+    return MalformedError(f"{announced} paths announced, {sent} sent", request_id)
 
 
 def _decode_list(frame: bytes, _flags: int, count: int, request_id: int) -> ListRequest:
@@ -126,14 +131,14 @@ def _decode_reload(frame: bytes, flags: int, count: int, request_id: int) -> Rel
     return ReloadRequest(request_id, offset, piece, more=bool(flags & MORE_FOLLOWS))
 
 
-_FLAGS = {Type.RELOAD: MORE_FOLLOWS}
-# What can be asked. What is not in this table does not exist.
-_DECODERS: dict[int, Callable[[bytes, int, int, int], Request]] = {
-    Type.HELLO: _decode_hello,
-    Type.OPEN: _decode_open,
-    Type.STAT: _decode_stat,
-    Type.LIST: _decode_list,
-    Type.STATUS: _decode_status,
-    Type.EXPLAIN: _decode_explain,
-    Type.RELOAD: _decode_reload,
+# What can be asked, with the flags it may have. What is not in this table does not exist.
+_DECODERS: dict[int, tuple[Callable[[bytes, int, int, int], Request], int]] = {
+    Type.HELLO: (_decode_hello, 0),
+    Type.OPEN: (_decode_open, 0),
+    Type.STAT: (_decode_stat, 0),
+    Type.LIST: (_decode_list, 0),
+    Type.STATUS: (_decode_status, 0),
+    Type.EXPLAIN: (_decode_explain, 0),
+    Type.RELOAD: (_decode_reload, MORE_FOLLOWS),
 }
+_UNKNOWN = (None, 0)
