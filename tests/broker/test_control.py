@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fdbroker.broker import server
 from fdbroker.broker.control import Control
 from fdbroker.policy.decide import ActionView, Policy
 from fdbroker.policy.rules import RuleSet
@@ -234,6 +235,41 @@ def test_root_gets_to_the_control_socket_when_all_its_connections_are_taken(
         with broker.call(path) as control:
             assert control.status()["totals"]["connections"] == 3
         assert len(held) == 2
+
+
+@root
+def test_whoever_fills_the_control_socket_takes_nothing_from_clients(
+    tree: Path, reachable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_MOST_FOR_CONTROL", 3)
+    with SteppedBroker(tree, audit=reachable / "audit") as broker:
+        path, listener = broker.listen(reachable, control=True), broker.listen(reachable)
+        broker.broker._max_connections = 2
+
+        def fill(first: Speaker) -> list[str]:
+            """Return what became of the connections behind the first; all stay open to the end."""
+            held, told = [first], []
+            for _ in range(4):
+                speaker = Speaker.connect(path, hello=False)
+                held.append(speaker)
+                speaker.sock.send(encode_hello(1))
+                answer = speaker.receive()
+                assert answer is not None
+                refused = isinstance(answer.reply, ErrorReply)
+                told.append(answer.reply.text if isinstance(answer.reply, ErrorReply) else "welcome")
+                assert refused is (len(held) > 3)
+            # Nothing of what clients may have is taken up by that.
+            with Speaker.connect(listener), Speaker.connect(listener):
+                return told
+
+        told = in_child_on(broker, path, fill, uid=OTHER_UID)
+        busy = "too many ask for status and explanations at once; ask again"
+        assert told == ["welcome", "welcome", busy, busy]
+        assert [
+            record["reason"] for record in broker.records() if record["event"] == "connection_refused"
+        ] == ["control_connections"] * 2
+        broker.serve()
+        assert broker.broker._for_control == 0
 
 
 # Explanations

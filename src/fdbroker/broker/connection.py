@@ -42,8 +42,9 @@ class Connection:
     """One client. Owns its socket, its peer's pidfd and a reply that waits; `close` ends all."""
 
     __slots__ = (
-        "_flight",
         "answers",
+        "flight",
+        "for_control",
         "greeted",
         "in_flight",
         "loading",
@@ -65,13 +66,16 @@ class Connection:
         # What can be asked here, and how it is answered.
         self.answers = answers
         self.greeted = False
+        # Whether it came by a control socket.
+        self.for_control = False
         self.state = State.READING
         # Descriptors sent and, for all the kernel has told us, not yet received.
         self.in_flight = 0
         self.unsent: Unsent | None = None
         # Who asks, as every audit record of this connection says it.
         self.record = record
-        self._flight = flight
+        # The count that its descriptors under way are part of.
+        self.flight = flight
         # The part of the policy that is about this client, and the generation it was made of.
         self.view: View | None = None
         self.view_generation = 0
@@ -80,13 +84,9 @@ class Connection:
         # The same, when it is there whole.
         self.loading: Loading | None = None
 
-    def may_have_more(self, count: int) -> bool:
-        """Return whether `count` more descriptors may be on their way to this client."""
-        return self._flight.room_for(self, count)
-
     def count_in_flight(self) -> int:
         """Return how many descriptors are on their way now: the kernel is asked."""
-        self._flight.settle(self)
+        self.flight.settle(self)
         return self.in_flight
 
     def discard_unsent(self) -> None:

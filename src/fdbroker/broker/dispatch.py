@@ -106,21 +106,22 @@ class Dispatch:
 
     def _open(self, connection: Connection, request: Request, objection: str | None) -> Answer:
         assert isinstance(request, OpenRequest)  # noqa: S101 - for the type checker; the table says it
-        paths = request.paths
+        request_id, paths = request
+        generation = self.generation
         descriptors: list[int] = []
         try:
             if objection is not None:
                 outcomes = [Outcome(refused(Reason.IDENTITY), objection)] * len(paths)
-            elif not connection.may_have_more(len(paths)):
+            elif not connection.flight.room_for(connection, len(paths)):
                 outcomes = [_TOO_MANY_IN_FLIGHT] * len(paths)
             else:
                 view = self.view(connection).actions["open"]
-                outcomes = self.generation.opener.open(view, paths, connection.peer.uid, descriptors)
-            if not self._record(connection, "open", request.id, paths, outcomes, allowed=len(descriptors)):
+                outcomes = generation.opener.open(view, paths, connection.peer.uid, descriptors)
+            if not self._record(connection, "open", request_id, paths, outcomes, allowed=len(descriptors)):
                 close_all(descriptors)
                 outcomes = [_NOT_RECORDED] * len(paths)
             results = [outcome.result for outcome in outcomes]
-            return encode_open_reply(request.id, self.generation.number, results), descriptors
+            return encode_open_reply(request_id, generation.number, results), descriptors
         except BaseException:
             close_all(descriptors)
             raise

@@ -66,12 +66,9 @@ class InFlight:
 
     def room_for(self, connection: Connection, count: int) -> bool:
         """Return whether `count` more may go to this client. Asks the kernel only when it is tight."""
-        if self._fits(connection, count):
+        uid, of_uid = connection.peer.uid, self._of_uid
+        if self.total + count <= self._most and of_uid.get(uid, 0) + count <= self._most_per_uid:
             return True
         for other in self._connections.values():
             self.settle(other)
-        return self._fits(connection, count)
-
-    def _fits(self, connection: Connection, count: int) -> bool:
-        of_uid = self._of_uid.get(connection.peer.uid, 0)
-        return self.total + count <= self._most and of_uid + count <= self._most_per_uid
+        return self.total + count <= self._most and of_uid.get(uid, 0) + count <= self._most_per_uid

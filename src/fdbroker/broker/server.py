@@ -28,12 +28,15 @@ from fdbroker.wire.messages import Hello, MalformedError
 from fdbroker.wire.requests import decode_request
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 SEND_BUFFER = 32768  # the kernel doubles it; no cost was seen, and less is in flight
 ACCEPTS_PER_ROUND = 16
 _EVENTS_PER_ROUND = 256  # the others are there in the next round, which begins behind these
 _REST = 0.1  # seconds
+# Everybody may ask on a control socket, and whoever has subordinate ids has many of them: what they
+# take up there must not be what the clients need.
+_MOST_FOR_CONTROL = 64
 _READY = select.EPOLLIN
 _READING = State.READING  # to look up a member of an Enum costs as much as a small system call
 _GONE = select.EPOLLHUP | select.EPOLLERR
@@ -71,6 +74,8 @@ class Broker:
         self._resting: list[socket.socket] = []
         self._connections: dict[int, Connection] = {}
         self._connections_of: dict[int, int] = {}
+        # Those on control sockets, of root and others.
+        self._for_control = 0
         self._accepted = self._refused = self._malformed = 0
         # Connections on which a policy was handed over, one after the other.
         self._loading: list[Connection] = []
@@ -130,6 +135,8 @@ class Broker:
             identity=peer.level,
         )
         connection = Connection(sock, peer, record, answers or self._dispatch.table, self._flight)
+        connection.for_control = answers is self._control.table
+        self._for_control += connection.for_control
         self._connections[sock.fileno()] = connection
         self._connections_of[peer.uid] = self._connections_of.get(peer.uid, 0) + 1
         return connection
@@ -154,6 +161,18 @@ class Broker:
         ready = self._epoll.poll(timeout, _EVENTS_PER_ROUND)
         for listener in resting:
             self._epoll.register(listener, _READY)
+        if len(ready) == 1 and not self._loading:  # one client wants one thing, as it mostly is
+            descriptor, events = ready[0]
+            connection = self._connections.get(descriptor)
+            if connection is not None and events == _READY and connection.state is _READING:
+                self._serve_message(connection)
+                return
+        self._serve_all(ready)
+        if self._loading:
+            self._load_on(self._loading[0])
+
+    def _serve_all(self, ready: Iterable[tuple[int, int]]) -> None:
+        """Serve one message for each uid, and what else happened."""
         served: set[int] = set()
         waiting: list[Connection] = []
         for descriptor, events in ready:
@@ -177,8 +196,6 @@ class Broker:
             for connection in waiting:
                 if connection.state is _READING and self._goes_on():
                     self._serve_message(connection)
-        if self._loading:
-            self._load_on(self._loading[0])
 
     def _goes_on(self) -> bool:
         """Say, in the middle of a round, which may be long, that the loop lives; return whether to go on."""
@@ -261,13 +278,20 @@ class Broker:
             self._audit.event("connection_refused", member_text(socket=name, reason=str(error)))
             return
         uid, most = connection.peer.uid, self._dispatch.generation.settings.connections_per_uid
-        if uid == 0 and listener.answers is self._control.table:
-            return  # however many there are: who administers it must get in
-        if len(self._connections) > self._max_connections:
+        if connection.for_control:
+            if uid == 0:
+                return  # however many there are: who administers it must get in
+            if self._for_control > _MOST_FOR_CONTROL:
+                text = "too many ask for status and explanations at once; ask again"
+                self._refuse(sock, name, text, member_text(uid=uid, reason="control_connections"))
+                self._drop(connection)
+                return
+        elif len(self._connections) - self._for_control > self._max_connections:
             members = member_text(uid=uid, reason="connections")
             self._refuse(sock, name, "the broker has too many connections", members)
             self._drop(connection)
-        elif self._connections_of[uid] > most:
+            return
+        if self._connections_of[uid] > most:
             text = f"uid {uid} has {most} connections already, which is the limit (connections_per_uid)"
             members = member_text(uid=uid, reason="connections_per_uid", limit=most)
             self._refuse(sock, name, text, members)
@@ -332,6 +356,7 @@ class Broker:
         descriptor = connection.sock.fileno()
         self._epoll.unregister(descriptor)
         del self._connections[descriptor]
+        self._for_control -= connection.for_control
         uid = connection.peer.uid
         self._connections_of[uid] -= 1
         if not self._connections_of[uid]:

@@ -115,7 +115,8 @@ class _Statx(ctypes.Structure):
 # os.fstat makes an object of 19 numbers, of which one is wanted.
 _statx_room = _Statx()
 _STATX_ROOM = ctypes.byref(_statx_room)
-_ITSELF = (ctypes.c_char_p.from_param(b""), ctypes.c_int.from_param(0x1000))  # AT_EMPTY_PATH
+_NO_PATH = ctypes.c_char_p.from_param(b"")
+_AT_EMPTY_PATH = ctypes.c_int.from_param(0x1000)
 _STATX_TYPE = ctypes.c_uint.from_param(1)
 _KIND, _REGULAR = 0o170000, 0o100000  # S_IFMT, S_IFREG
 _READ_AT_ONCE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -139,7 +140,7 @@ def open_regular_beneath(directory: int, path: bytes, proc_self_fd: int) -> int 
     if held < 0:
         held = open_path_beneath(directory, path)  # for its retries and its error
     try:
-        if _statx_at_once(held, *_ITSELF, _STATX_TYPE, _STATX_ROOM) != 0:
+        if _statx_at_once(held, _NO_PATH, _AT_EMPTY_PATH, _STATX_TYPE, _STATX_ROOM) != 0:
             os.fstat(held)  # for its error
             return None
         if _statx_room.mode & _KIND != _REGULAR:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _BODY = HEADER.size
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
 
 
 def decode_request(frame: bytes) -> Request:
@@ -77,7 +78,7 @@ def _decode_open(frame: bytes, _flags: int, count: int, request_id: int) -> Open
     paths = frame[_BODY:].split(b"\0")
     if len(paths) != count or count > MAX_PATHS:
         raise _wrong_count(count, len(paths), request_id)
-    return OpenRequest(request_id, paths)
+    return _new(OpenRequest, (request_id, paths))
 
 
 def _decode_stat(frame: bytes, _flags: int, count: int, request_id: int) -> StatRequest:
