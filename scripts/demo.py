@@ -3,8 +3,9 @@
 
     make demo        (as root, or: sudo make demo)
 
-Everything happens in a mount namespace of its own: /etc is a copy, /home, /opt, /run and /var/log are empty
-at first, all in memory. When the last process ends nothing is left.
+Everything happens in namespaces of its own. In the mount namespace /etc is a copy, and /home, /opt, /run and
+/var/log are empty at first, all in memory. In the pid namespace the first process is this program, which the
+kernel ends with whoever started it, and all others with it: nothing is left, however the demo ends.
 
 Needs build/venv, which `make demo` makes, and nothing but the standard library itself.
 """
@@ -12,6 +13,7 @@ Needs build/venv, which `make demo` makes, and nothing but the standard library 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import select
@@ -21,6 +23,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import textwrap
 import time
 import zipfile
 from importlib import metadata
@@ -31,15 +34,26 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-INSIDE = "FDBROKER_DEMO_INSIDE"
 PREFIX = Path("/opt/fdbroker")
 PATH = f"{PREFIX}/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 AUDIT = "/var/log/fdbroker/audit.jsonl"
 PIDFILE = "/run/fdbroker/fdbrokerd.pid"
 # In two halves, or every scanner would find it here.
 EICAR = b"X5O!P%@AP[4\\PZX54(P^)7CC)7}$" + b"EICAR-STANDARD-ANTIVIRUS-TEST-FILE!$H+H*"
+PDF = b"""\
+%PDF-1.1
+1 0 obj <</Type /Catalog /Pages 2 0 R>> endobj
+2 0 obj <</Type /Pages /Kids [3 0 R] /Count 1>> endobj
+3 0 obj <</Type /Page /Parent 2 0 R /MediaBox [0 0 200 200]>> endobj
+trailer <</Root 1 0 R>>
+%%EOF
+"""
 PEOPLE = ("alice", "bob", "carol")
-PATIENCE = 10.0
+PATIENCE = 5.0  # for the broker to end, which takes it some milliseconds
+# From <sched.h> and <sys/prctl.h>: Python has no names for them before 3.12.
+CLONE_NEWNS = 0x0002_0000
+CLONE_NEWPID = 0x2000_0000
+PR_SET_PDEATHSIG = 1
 
 POLICY = f"""\
 version: 1
@@ -66,24 +80,100 @@ audit: {{to: {AUDIT}}}
 
 
 def main() -> int:
-    """Set the stage in a new mount namespace, play, clean up; return the exit status."""
+    """Set the stage in new namespaces, play, wait for all to end; return the exit status."""
     if os.geteuid() != 0:
         sys.stderr.write("demo: it starts a broker, and so needs root: sudo make demo\n")
         return 2
-    if INSIDE not in os.environ:
-        unshare = ["unshare", "--mount", "--propagation", "private"]
-        os.environ[INSIDE] = "1"
-        os.execvp("unshare", [*unshare, sys.executable, "-I", str(Path(__file__).resolve())])
-    os.umask(0o022)  # as where it is installed; whoever runs this may have another one
     began = time.monotonic()
-    set_the_stage()
-    os.chdir("/")
-    try:
+    first = fork_into_new_namespaces()
+    if first == 0:
+        os.umask(0o022)  # as where it is installed; whoever runs this may have another one
+        set_the_stage()
+        os.chdir("/")
         play()
-    finally:
-        stop_broker()
-    say(f"\nThat took {time.monotonic() - began:.1f} seconds. Nothing of it is left: it was all in memory.")
-    return 0
+        wait_for_all_others()
+        return 0
+    status = wait_for(first)
+    if status == 0:
+        seconds = time.monotonic() - began
+        tell(f"""
+            That took {seconds:.1f} seconds. All processes of the demo have ended, and its files and users,
+            which were in memory, are gone: nothing is left.
+            """)
+    return status
+
+
+# Namespaces: whatever happens, nothing outlives this program
+
+
+def fork_into_new_namespaces() -> int:
+    """Fork as os.fork() does; the child is process 1 of a pid namespace and has mounts and /proc of its own.
+
+    The kernel kills the child when this process ends, and with process 1 all
+    that are in its namespace, also a daemon that has left its session.
+    """
+    ourselves = os.pidfd_open(os.getpid())
+    system_call("unshare", CLONE_NEWPID)
+    child = os.fork()
+    if child == 0:
+        system_call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+        if is_readable(ourselves):
+            sys.exit("demo: whoever started it has ended")  # before the kernel was asked to tell
+        os.setsid()  # signals of the terminal are for the parent alone, which then ends everything
+        system_call("unshare", CLONE_NEWNS)
+        run("mount", "--make-rprivate", "/")
+        run("mount", "-t", "proc", "-o", "nosuid,nodev,noexec", "proc", "/proc")
+    os.close(ourselves)
+    return child
+
+
+def wait_for(first: int) -> int:
+    """Wait until process 1 of the namespace has ended, so all that are in it; return its exit status.
+
+    A signal that asks this process to end ends them first, and then this process.
+    """
+    process = os.pidfd_open(first)
+    asked: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        asked.append(number)
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    _, status = os.waitpid(first, 0)
+    if asked:
+        signal.signal(asked[0], signal.SIG_DFL)
+        os.kill(os.getpid(), asked[0])
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
+def wait_for_all_others() -> None:
+    """Wait until this process is alone in its pid namespace: whatever lost its parent is its child."""
+    end = time.monotonic() + PATIENCE
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    with contextlib.suppress(ChildProcessError):  # there are none
+        while True:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+            if pid == 0 and signal.sigtimedwait({signal.SIGCHLD}, max(0.0, end - time.monotonic())) is None:
+                sys.exit(
+                    f"demo: the broker still runs {PATIENCE} s after it was told to end; it is killed now"
+                )
+
+
+def system_call(name: str, *arguments: int) -> None:
+    """Call a function of the C library that takes numbers and returns -1 if it fails."""
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*map(ctypes.c_ulong, arguments)) == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+def is_readable(descriptor: int) -> bool:
+    """Return whether there is something to read; of a process: whether it has ended."""
+    return bool(select.select([descriptor], [], [], 0)[0])
 
 
 # The stage
@@ -194,20 +284,19 @@ def lay_out() -> None:
         "alice": {
             b"letters/to the bank.txt": b"Dear Sir or Madam\n" * 40,
             b"letters/caf\xe9 (latin-1).txt": b"a name that is not UTF-8\n",
+            b"letters/contract.pdf": PDF,
             b".ssh/id_ed25519": b"-----BEGIN OPENSSH PRIVATE KEY-----\n",
         },
         "bob": {
             b"downloads/invoice.pdf.exe": EICAR,
             b"downloads/two\nlines": b"a name with a line break\n",
         },
-        "carol": {b"photos/beach.raw": os.urandom(8 << 20)},
+        "carol": {b"photos/beach.raw": os.urandom(8 << 20)}
+        | {b"notes/%03d.txt" % number: b"note %d\n" % number * 100 for number in range(450)},
     }
     for person, files in content.items():
-        home = Path("/home") / person
-        for number in range(150):
-            files[b"notes/%03d.txt" % number] = b"note %d of %s\n" % (number, person.encode()) * 100
         for name, data in files.items():
-            path = os.fsencode(home) + b"/" + name
+            path = b"/home/%s/%s" % (person.encode(), name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "wb") as file:
                 file.write(data)
@@ -217,15 +306,14 @@ def lay_out() -> None:
     with tarfile.open(carol / "notes.tar.gz", "w:gz") as tar:
         tar.add(carol / "notes", "notes")
     # What a careless opener running as root would fall for.
-    (bob / "not-a-shadow").symlink_to("/etc/shadow")
-    os.link("/home/alice/.ssh/id_ed25519", bob / "notes/harmless.txt")
+    (bob / "passwords").symlink_to("/etc/shadow")
+    os.link("/home/alice/.ssh/id_ed25519", bob / "harmless.txt")
     os.mkfifo(bob / "fifo")
     with contextlib.suppress(PermissionError):  # in a container that may not
         os.mknod(bob / "disk", stat.S_IFBLK | 0o600, os.makedev(8, 0))
     for person in PEOPLE:
         run("chown", "-Rh", f"{person}:{person}", f"/home/{person}")
         run("chmod", "-R", "u=rwX,go=", f"/home/{person}")
-        Path(f"/home/{person}").chmod(0o700)
     # Both names are alice's file.
     os.chown("/home/alice/.ssh/id_ed25519", *ids_of("alice"))
 
@@ -243,33 +331,86 @@ def ids_of(name: str) -> tuple[int, int]:
 
 
 def play() -> None:
-    """Run the commands and let their output speak."""
-    heading("Three users keep their files to themselves")
-    shell("root", "ls -ld /home/*; ls -lbA /home/alice/letters /home/bob | head -15")
-    heading("The scanner has no right to any of them")
-    shell("scanner", "cat /home/bob/downloads/invoice.pdf.exe", expect=1)
-    heading("root writes down who may read what, and starts the broker")
+    """Run the commands and let their output speak, with a few words between for who has not heard of it."""
+    tell("""
+        fdbroker lets a program read files that it has no right to open, without making it root.
+
+        Alice, bob and carol keep their files to themselves, and a virus scanner has to read them.
+        Usually it would run as root; then a hostile file that makes use of a bug in the scanner gets
+        the whole machine. Here the scanner runs as a user who may open none of the files. A small
+        service, the broker, opens them for it: those that the policy allows, which is written by root.
+
+        The programs, users and files below are real, and exist in memory only, until the end. Your own
+        are not touched. root# or scanner$ before a command is the user who runs it.
+        """)
+    heading("1. Three users keep their files to themselves")
+    shell("root", "ls -ld /home/*; ls -lbAR /home/alice/letters /home/bob; ls -l /home/carol")
+    tell("Directories are drwx------ and files -rw-------: for their owner alone.")
+    heading("2. The user scanner may read none of them")
+    shell(
+        "scanner",
+        "cat /home/alice/letters/contract.pdf /home/bob/downloads/invoice.pdf.exe /home/carol/notes.zip",
+        expect=1,
+    )
+    heading("3. root writes down who may read what, and starts the broker")
     shell("root", "cat /etc/fdbroker/policy.yaml")
+    tell("""
+        So: what is in .ssh is for nobody. The scanner may see all other names, and read all other files
+        that have one name only. Nobody else may do anything.
+        """)
     shell("root", "fdbrokerd --daemon")
     shell(
-        "root", f"grep -E '^(Name|Uid|Groups|Cap(Prm|Eff)|NoNewPrivs|Seccomp):' /proc/$(cat {PIDFILE})/status"
+        "root", f"grep -E '^(Uid|Groups|Cap(Prm|Eff|Bnd)|NoNewPrivs|Seccomp):' /proc/$(cat {PIDFILE})/status"
     )
-    say("uid of fdbroker, one capability (CAP_DAC_READ_SEARCH), no new privileges, a system call filter.")
-    heading("Now the scanner can read them, one open descriptor at a time, and nothing else")
+    tell("""
+        This is what the kernel says of the broker. It is not root, but a user of its own (Uid). Of
+        root's rights it has one, to read any file (Cap: the bit of CAP_DAC_READ_SEARCH), and it can't
+        get another one (NoNewPrivs). A filter in the kernel (Seccomp) allows the few system calls that
+        it needs: it can't start a program, make a connection or open a file for writing.
+        """)
+    heading("4. The scanner scans all files, through the broker")
     shell("scanner", "fdbroker scan /home", expect=2)
-    say(
-        "harmless.txt is a hard link to alice's private key: two names, so the rule does not give it away.\n"
-        "Exit status 2: not everything could be read, and what was not read is never called clean.\n"
-        "The link to /etc/shadow, the FIFO and the disk were never opened."
-    )
-    heading("Keys are refused, and the policy says why")
+    tell("""
+        For each file the scanner sends the path to the broker. The broker asks the kernel who is asking,
+        and the policy whether this user may read this file. If so, it opens the file and passes it on,
+        open for reading.
+
+        invoice.pdf.exe is the EICAR test file: harmless, and made for trying scanners out.
+        harmless.txt is a second name (a hard link) of alice's private key. The policy gives the scanner
+        only files that have one name, so this way to the key is closed too.
+        It counts as an error, and the exit status is 2: what was not read is never called clean.
+        """)
+    heading("5. A closer look at two of the users, and at the process that reads the files")
+    shell("scanner", "fdbroker scan --verbose /home/alice /home/bob", expect=2)
+    tell("""
+        The scanner has the files read by a second process, the worker. It runs as the user scanner too,
+        and can do nothing but read the open files that it is handed, and answer. The lines above with
+        "worker:" say how it was locked in. (ids: only root could have given it another user, so it
+        stays scanner.) If a hostile file takes it over, it can open nothing, start nothing, and reach
+        nobody but the scanner.
+
+        A link to /etc/shadow, a FIFO and a device are no ordinary files: nobody opens them.
+        """)
+    heading("6. A key is refused, and the policy says why")
     shell("scanner", "fdbroker cat /home/alice/.ssh/id_ed25519", expect=1)
-    shell("root", "fdbroker policy explain --as scanner /home/alice/.ssh/id_ed25519", expect=None)
-    heading("Every decision is on record")
-    shell("root", f"fdbroker audit --denied {AUDIT}", expect=None)
+    shell("root", "fdbroker policy explain --as scanner /home/alice/.ssh/id_ed25519", expect=1)
+    heading("7. Every decision is on record")
+    shell("root", f"fdbroker audit --path '/home/*/downloads/*' {AUDIT}")
+    shell("root", f"fdbroker audit --denied {AUDIT}")
+    tell("The record itself has a line of JSON for each decision. A file that was given, and the key:")
     shell("root", f"grep -m1 invoice {AUDIT}; grep id_ed25519 {AUDIT} | tail -1")
-    heading("The end")
+    heading("8. The end")
     shell("root", f"kill $(cat {PIDFILE})")
+    tell("""
+        The scanner has read files that it had no right to open, and found the bad one. It was safe:
+        the worker, which reads hostile files, can't open any; the broker, which can open files, never
+        looks into them; and root's policy decides about each one, on record.
+        """)
+
+
+def tell(text: str) -> None:
+    """Write a paragraph between the commands."""
+    say("\n" + textwrap.dedent(text).strip())
 
 
 def shell(user: str, command: str, expect: int | None = 0) -> None:
@@ -288,20 +429,6 @@ def shell(user: str, command: str, expect: int | None = 0) -> None:
         sys.exit(f"demo: that ended with {status}, and {expect} was expected")
 
 
-def stop_broker() -> None:
-    """Stop the broker if it runs, and wait until it has gone."""
-    try:
-        pid = int(Path(PIDFILE).read_text("ascii"))
-        process = os.pidfd_open(pid)
-    except (OSError, ValueError):
-        return
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(process, signal.SIGTERM)
-    with contextlib.suppress(OSError):
-        select.select([process], [], [], PATIENCE)
-    os.close(process)
-
-
 def heading(text: str) -> None:
     """Begin the next scene."""
     say(f"\n{bold('=== ' + text)}")
@@ -309,8 +436,11 @@ def heading(text: str) -> None:
 
 def say(text: str) -> None:
     """Write a line for people."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in: make demo | head
+        os._exit(128 + signal.SIGPIPE)
 
 
 def bold(text: str) -> str:
