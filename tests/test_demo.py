@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pty
 import re
@@ -124,7 +125,7 @@ def read_until(descriptor: int, text: str) -> None:
     """Read what a demonstration says until it has said `text`."""
     said = b""
     while text.encode() not in said:
-        chunk = os.read(descriptor, 65536)
+        chunk = os.read(descriptor, 64)
         assert chunk, f"no {text!r} in:\n{said.decode(errors='replace')}"
         said += chunk
 
@@ -265,9 +266,10 @@ def test_signal_that_ends_the_demonstration_ends_the_broker_and_all_else(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        restore_signals=True,
     ) as demo:
         assert demo.stdout is not None
+        # So small that it can't go on, and end by itself, while nobody reads.
+        fcntl.fcntl(demo.stdout, fcntl.F_SETPIPE_SZ, 4096)
         members = Members(token)
         assert members.pids()
         read_until(demo.stdout.fileno(), moment)
