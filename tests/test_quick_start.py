@@ -1,0 +1,154 @@
+"""docs/quick-start.md: its commands, as written, do what it says, on a file system that is thrown away."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+QUICK_START = CHECKOUT / "docs" / "quick-start.md"
+MARK = "--- command"
+VERSION = "import sys; print(sys.implementation.cache_tag)"
+# What the commands write to, in memory. The rest of the machine is as it is.
+STAGE = """\
+set -eu
+mount -t tmpfs -o mode=755 stage /run
+for place in /etc /opt /srv /usr/local/bin /var/log; do
+    mkdir -p "/run/.stage$place"
+    [ "$place" != /etc ] || cp -a /etc/. /run/.stage/etc
+    mount --bind "/run/.stage$place" "$place"
+done
+mkdir /run/home
+set +eu
+umask 077  # the page sets its own
+"""
+# What is left after the last command: files, users and processes, but for the copies that useradd keeps.
+LEFT = (
+    "find /opt /srv /usr/local/bin /var/log /etc/fdbroker /run/fdbroker -mindepth 1;"
+    " grep -E 'fdbroker|scanner' /etc/passwd /etc/group /proc/[0-9]*/comm; test $? = 1"
+)
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run `sudo make test`")
+
+
+class Step(NamedTuple):
+    """A command, which may have a document with it, and what the page shows of its output."""
+
+    command: str
+    shown: list[str]
+
+
+def steps(page: str) -> list[Step]:
+    """Return the commands of all console blocks."""
+    found: list[Step] = []
+    for block in re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        lines = iter(block.splitlines())
+        for line in lines:
+            if not line.startswith("# "):
+                found[-1].shown.append(line)
+                continue
+            command = line[2:]
+            if document := re.search(r"<<'(\w+)'$", command):
+                for part in lines:
+                    command += f"\n{part}"
+                    if part == document[1]:
+                        break
+            found.append(Step(command, []))
+    return found
+
+
+def without_numbers(text: str) -> str:
+    """Return a line with its times, ids, sizes and versions made equal."""
+    return re.sub(r"\d+", "0", text).rstrip()
+
+
+def make_wheels(directory: Path) -> None:
+    """Make wheels of what is installed here and fdbroker needs or is built by: pip needs no network then."""
+    installed = list(metadata.distributions())
+    demo = runpy.run_path(str(CHECKOUT / "scripts" / "demo.py"))
+    available = {demo["canonical"](each.metadata["Name"]): each for each in installed}
+    needed: dict[str, metadata.Distribution] = {}
+    demo["requirements_of"]("fdbroker", {"daemon", "cli"}, available, needed)
+    demo["requirements_of"]("hatchling", set(), available, needed)
+    for name, distribution in needed.items():
+        if name == "fdbroker":
+            continue
+        tag = re.findall(r"^Tag: (.*)$", distribution.read_text("WHEEL") or "", re.MULTILINE)[-1]
+        wheel = directory / f"{name.replace('-', '_')}-{distribution.version}-{tag}.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for file in distribution.files or ():
+                source = Path(str(file.locate()))
+                if ".." not in file.parts and source.suffix != ".pyc" and source.is_file():
+                    archive.write(source, str(file))
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Step, int, list[str]]]:
+    """Run all commands in one shell, in namespaces of its own; return each with its status and output."""
+    version = [sys.executable, "/usr/bin/python3"]
+    if len({subprocess.check_output([each, "-c", VERSION]) for each in version}) != 1:
+        pytest.skip("wheels of this interpreter are of no use to /usr/bin/python3")
+    wheels = tmp_path_factory.mktemp("wheels")
+    make_wheels(wheels)
+    commands = [*steps(QUICK_START.read_text()), Step(LEFT, [])]
+    script = STAGE + "".join(f"{step.command}\nprintf '\\n{MARK} %s\\n' $?\n" for step in commands)
+    # What stands for the network is told to pip by its environment; the command is as written.
+    environment = {
+        "HOME": "/run/home",
+        "LANG": "C.UTF-8",
+        "PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_FIND_LINKS": str(wheels),
+        "PIP_NO_INDEX": "1",
+    }
+    done = subprocess.run(
+        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script],
+        cwd=CHECKOUT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        umask=0o022,
+    )
+    parts = re.split(rf"\n{MARK} (\d+)\n", done.stdout)
+    assert len(parts) == 2 * len(commands) + 1, done.stdout
+    return [
+        (step, int(status), output.splitlines())
+        for step, output, status in zip(commands, parts[::2], parts[1::2], strict=False)
+    ]
+
+
+def test_each_command_of_the_quick_start_succeeds_unless_a_denial_is_shown(
+    outputs: list[tuple[Step, int, list[str]]],
+) -> None:
+    for step, status, output in outputs:
+        denied = any("enied" in line for line in step.shown)
+        assert (status != 0) == denied, (step.command, status, output)
+
+
+def test_quick_start_shows_what_its_commands_print(outputs: list[tuple[Step, int, list[str]]]) -> None:
+    compared = 0
+    for step, _, output in outputs:
+        printed = iter([without_numbers(line) for line in output])
+        for line in step.shown:
+            assert without_numbers(line) in printed, (step.command, line, output)
+            compared += 1
+    assert compared > 15
+
+
+def test_last_step_of_the_quick_start_leaves_nothing(outputs: list[tuple[Step, int, list[str]]]) -> None:
+    step, status, output = outputs[-1]
+    assert step.command == LEFT
+    assert status == 0
+    assert not [line for line in output if "No such file" not in line]
