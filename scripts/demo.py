@@ -423,7 +423,11 @@ def shell(user: str, command: str, expect: int | None = 0) -> None:
     environment = {"PATH": PATH, "LANG": "C.UTF-8"}
     environment |= {name: os.environ[name] for name in ("TERM", "NO_COLOR", "COLUMNS") if name in os.environ}
     status = subprocess.run(
-        [*become, "/bin/sh", "-c", command], env=environment, stdin=subprocess.DEVNULL, check=False
+        [*become, "/bin/sh", "-c", command],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stderr=sys.stdout,  # a refusal is part of what is shown, also in a file
+        check=False,
     ).returncode
     if expect is not None and status != expect:
         sys.exit(f"demo: that ended with {status}, and {expect} was expected")

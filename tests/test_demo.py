@@ -77,7 +77,7 @@ def demonstrate(script: Path = DEMO, umask: int = 0o022) -> subprocess.Completed
         [sys.executable, "-I", script],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,  # in the order in which a reader sees it
+        stderr=subprocess.DEVNULL,  # all that matters is on standard output, in its order
         text=True,
         errors="surrogateescape",
         check=False,
