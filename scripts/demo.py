@@ -85,7 +85,14 @@ def main() -> int:
         sys.stderr.write("demo: it starts a broker, and so needs root: sudo make demo\n")
         return 2
     began = time.monotonic()
-    first = fork_into_new_namespaces()
+    try:
+        first = fork_into_new_namespaces()
+    except PermissionError as error:
+        sys.stderr.write(
+            f"demo: {error}: this root may make no namespaces, which a broker needs as well;"
+            " use a virtual machine, or a container that may (docker run --privileged)\n"
+        )
+        return 2
     if first == 0:
         os.umask(0o022)  # as where it is installed; whoever runs this may have another one
         set_the_stage()
@@ -397,7 +404,10 @@ def play() -> None:
     heading("7. Every decision is on record")
     shell("root", f"fdbroker audit --path '/home/*/downloads/*' {AUDIT}")
     shell("root", f"fdbroker audit --denied {AUDIT}")
-    tell("The record itself has a line of JSON for each decision. A file that was given, and the key:")
+    tell("""
+        where_links: the file has more names than the rule wants. deny_rule: a rule forbids it.
+        The record itself has a line of JSON for each decision. A file that was given, and the key:
+        """)
     shell("root", f"grep -m1 invoice {AUDIT}; grep id_ed25519 {AUDIT} | tail -1")
     heading("8. The end")
     shell("root", f"kill $(cat {PIDFILE})")

@@ -358,6 +358,18 @@ def test_demonstration_without_root_says_what_to_do() -> None:
     assert "sudo make demo" in done.stderr
 
 
+def test_demonstration_in_a_container_that_may_make_no_namespaces_says_what_to_do() -> None:
+    done = subprocess.run(
+        ["setpriv", "--bounding-set=-sys_admin", sys.executable, "-I", DEMO],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--privileged" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def without_numbers(text: str) -> list[str]:
     """Return the lines with times, numbers of processes, users and bytes made equal."""
     return [re.sub(r"\d+", "0", line).rstrip() for line in text.splitlines()]
