@@ -352,7 +352,7 @@ def test_demonstration_whose_reader_has_gone_ends_without_a_traceback() -> None:
 def test_demonstration_without_root_says_what_to_do() -> None:
     with tempfile.TemporaryDirectory() as directory:
         Path(directory).chmod(0o755)
-        script = shutil.copy(DEMO, directory)
+        script = shutil.copyfile(DEMO, Path(directory) / "demo.py")  # with the mode of the umask, 022
         done = subprocess.run(
             ["setpriv", "--reuid=65533", "--clear-groups", "/usr/bin/python3", "-I", script],
             stderr=subprocess.PIPE,
