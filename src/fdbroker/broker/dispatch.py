@@ -27,6 +27,7 @@ from fdbroker.wire.messages import (
 from fdbroker.wire.replies import (
     encode_error,
     encode_list_reply,
+    encode_open_given,
     encode_open_reply,
     encode_stat_reply,
     encode_status_reply,
@@ -120,6 +121,8 @@ class Dispatch:
             if not self._record(connection, "open", request_id, paths, outcomes, allowed=len(descriptors)):
                 close_all(descriptors)
                 outcomes = [_NOT_RECORDED] * len(paths)
+            if len(descriptors) == len(paths):  # as it mostly is: all were given
+                return encode_open_given(request_id, generation.number, len(paths)), descriptors
             results = [outcome.result for outcome in outcomes]
             return encode_open_reply(request_id, generation.number, results), descriptors
         except BaseException:

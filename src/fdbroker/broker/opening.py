@@ -138,8 +138,10 @@ class Opener:
             try:
                 root = roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
                 opened = None
-                if decision.plain and not root.cross_mounts:
-                    opened = open_regular_beneath(root.descriptor, path[root.skip :] or b".", proc_self_fd)
+                if decision.plain:
+                    directory, skip, cross_mounts, _ = root
+                    if not cross_mounts:
+                        opened = open_regular_beneath(directory, path[skip:] or b".", proc_self_fd)
                 if opened is None:
                     outcomes.append(self._open_judged(decision, root, path, client_uid, descriptors))
                 else:

@@ -224,11 +224,9 @@ class Client:
         """Return the file as a descriptor, which the caller has to close. Raises as `open` does."""
         asked = sendable(path)
         answer = self._ask(OpenPaths([asked]))
-        with answer.descriptors as descriptors:
-            reply = answer.reply
-            if isinstance(reply, OpenReply) and reply.results[0] is GIVEN:
-                return descriptors.take()
-            raise _error_of(answer, 0, asked)
+        if answer.descriptors:  # one for each that is given, and one was asked for
+            return answer.descriptors.take()
+        raise _error_of(answer, 0, asked)
 
     def read_bytes(self, path: StrOrBytesPath) -> bytes:
         """Return all that is in the file, as `pathlib.Path.read_bytes`; for files that fit into memory.

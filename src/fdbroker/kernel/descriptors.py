@@ -56,7 +56,8 @@ class Descriptors:
 
     def __del__(self) -> None:
         """Close what an exception left behind: the last resort, not the way."""
-        self.close()
+        if self._owned:
+            close_all(self._owned)
 
     def add(self, descriptor: int) -> None:
         """Own one more."""

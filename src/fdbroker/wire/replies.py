@@ -51,12 +51,13 @@ def encode_welcome(reply: Welcome) -> bytes:
 
 def encode_open_reply(request_id: int, generation: int, results: Sequence[Result]) -> bytes:
     """Return the frame; its descriptors, one per given result, go beside it."""
-    count = len(results)
-    if results.count(GIVEN) == count:  # as it mostly is
-        entries = _GIVEN * count
-    else:
-        entries = b"".join([result.encode() for result in results])
-    return HEADER.pack(_OPEN_REPLY, 0, count, request_id, generation) + entries
+    entries = [_GIVEN if result is GIVEN else result.encode() for result in results]
+    return HEADER.pack(_OPEN_REPLY, 0, len(entries), request_id, generation) + b"".join(entries)
+
+
+def encode_open_given(request_id: int, generation: int, count: int) -> bytes:
+    """Return the frame for `count` paths that were all given."""
+    return HEADER.pack(_OPEN_REPLY, 0, count, request_id, generation) + _GIVEN * count
 
 
 def encode_stat_reply(
