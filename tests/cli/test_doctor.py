@@ -262,3 +262,10 @@ def test_verbose_says_what_each_means() -> None:
     count = len(all_checks(NOWHERE))
     assert run_here("doctor", "-v", *options).stdout.count("it means: ") == count
     assert run_here("doctor", *options).stdout.count("it means: ") < count
+
+
+def test_socket_with_a_full_stop_and_a_space_in_its_path_is_told_whole() -> None:
+    places = NOWHERE._replace(socket="/no/a. b/socket", control="/no/a. b/control")
+    check = found("broker", places)
+    assert check.found == "/no/a. b/socket: no broker has its socket there"
+    assert "fdbrokerd --daemon" in check.cure

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker import client
 from fdbroker.broker.identity import probe_level
-from fdbroker.cli.broker import no_way
+from fdbroker.cli.broker import obstacle
 from fdbroker.cli.ids import group_name, user_name
 from fdbroker.cli.output import printable
 from fdbroker.client import BrokerError, control
@@ -320,8 +320,8 @@ def _broker(places: Places, compiled: CompiledPolicy | None) -> list[Check]:
         with client.connect(os.fsencode(places.socket), timeout=5.0) as connected:
             status = connected.status()
     except BrokerError as error:
-        found, _, cure = no_way(places.socket, error).partition(". ")
-        return [Check(name, MISSING, found, meaning, cure or "see its log")]
+        found, cure = obstacle(places.socket, error)
+        return [Check(name, MISSING, found, meaning, cure)]
     found = f"answers on {printable(places.socket)}, policy generation {status.get('generation')}"
     checks = [Check(name, OK, found, meaning)]
     whole: dict[str, object] = {}
@@ -329,7 +329,7 @@ def _broker(places: Places, compiled: CompiledPolicy | None) -> list[Check]:
         with control.connect(os.fsencode(places.control), timeout=5.0) as connection:
             whole = connection.status()
     except BrokerError as error:
-        found, _, cure = no_way(places.control, error, "--control").partition(". ")
+        found, cure = obstacle(places.control, error, "--control")
         checks.append(Check("control socket", WEAKER, found, "reload, status and explain need it", cure))
     else:
         found = f"answers on {printable(places.control)}"

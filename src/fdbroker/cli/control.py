@@ -6,7 +6,7 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from fdbroker.cli.broker import no_way
+from fdbroker.cli.broker import obstacle
 from fdbroker.cli.failure import USAGE, Failure
 from fdbroker.client import BrokerError, control
 
@@ -28,4 +28,4 @@ def connected(control_path: str, exit_code: int = USAGE) -> Iterator[Control]:
         with control.connect(os.fsencode(control_path)) as connection:
             yield connection
     except BrokerError as error:
-        raise Failure(no_way(control_path, error, "--control"), exit_code) from error
+        raise Failure(str(obstacle(control_path, error, "--control")), exit_code) from error

@@ -66,8 +66,8 @@ def command(paths: Sequence[str], socket_path: str, *, is_long: bool, as_json: b
                 entries, directory = _entries(connected, path)
             except BrokerError as error:
                 if is_about_the_connection(error):
-                    raise Failure(broker.no_way(socket_path, error)) from error
-                complain_printable(broker.not_given(path, error, "list"))
+                    raise Failure(str(broker.obstacle(socket_path, error))) from error
+                complain_printable(broker.refusal(path, error, "list"))
                 status = 1
                 continue
             if as_json:
