@@ -117,8 +117,17 @@ def test_broker_that_decides_by_another_policy_than_the_file_is_told() -> None:
                 with open(places.policy, "a") as file:
                     file.write("limits: {connections_per_uid: 5}\n")
                 changed = found("its policy", places)
-    assert changed.state == WEAKER
+                with open(places.policy, "a") as file:
+                    file.write("user: daemon\n")
+                both = found("its policy", places)
+                with open(places.policy, "w") as file:
+                    file.write(text.format(directory / "tree") + "user: daemon\n")
+                launchers = found("its policy", places)
+    assert changed.state == both.state == launchers.state == WEAKER
     assert "fdbroker reload" in changed.cure
+    assert "is not that of" in both.found
+    assert both.cure == launchers.cure == "restart the broker: no reload changes user"
+    assert launchers.found.endswith(", but for user, which changed since the broker was started")
 
 
 def test_policy_that_others_can_write_is_missing_with_its_first_problem(tmp_path: Path) -> None:

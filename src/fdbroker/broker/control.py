@@ -86,6 +86,7 @@ class Control:
             "totals": self._dispatch.totals(),
             "loaded": loaded,
             "fingerprint": rule_set.fingerprint,
+            "launcher_fingerprint": self._held.launcher_fingerprint,
             "rules": len(rule_set.rules),
             "roots": _as_many_as_fit(roots),
             "roots_in_all": len(roots),

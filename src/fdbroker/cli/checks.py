@@ -21,6 +21,7 @@ from fdbroker.broker.identity import probe_level
 from fdbroker.cli.broker import obstacle
 from fdbroker.cli.ids import group_name, user_name
 from fdbroker.cli.output import printable
+from fdbroker.cli.policy_file import changes_for_restart
 from fdbroker.client import BrokerError, control
 from fdbroker.kernel import bpf, landlock, namespaces, process, seccomp, sockets
 from fdbroker.kernel.errors import SyscallError
@@ -377,7 +378,13 @@ def _in_force(whole: dict[str, object], compiled: CompiledPolicy | None, path: s
     from fdbroker.policy.rules import read_policy  # noqa: PLC0415 - only here
 
     meaning = "what the policy file says is what the broker does"
-    if read_policy(for_broker(compiled)).fingerprint == fingerprint:
+    changes = ", ".join(changes_for_restart(compiled, whole))
+    same = read_policy(for_broker(compiled)).fingerprint == fingerprint
+    if same and not changes:
         return [Check("its policy", OK, f"is that of {printable(path)}", meaning)]
-    found = f"is not that of {printable(path)}: the file was changed, or another one was loaded"
-    return [Check("its policy", WEAKER, found, meaning, "as root: fdbroker reload")]
+    if same:
+        found = f"is that of {printable(path)}, but for {changes}, which changed since the broker was started"
+    else:
+        found = f"is not that of {printable(path)}: the file was changed, or another one was loaded"
+    cure = f"restart the broker: no reload changes {changes}" if changes else "as root: fdbroker reload"
+    return [Check("its policy", WEAKER, found, meaning, cure)]

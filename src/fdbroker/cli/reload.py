@@ -12,7 +12,7 @@ from fdbroker.cli import broker
 from fdbroker.cli.control import connected
 from fdbroker.cli.failure import Failure
 from fdbroker.cli.output import complain_printable, printable, write_line
-from fdbroker.cli.policy_file import DEFAULT_POLICY, load
+from fdbroker.cli.policy_file import DEFAULT_POLICY, changes_for_restart, load
 from fdbroker.client import BrokerError, Reason
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def command(policy_path: str, control_path: str, *, dev: bool) -> int:
     place and the old policy stays in force. Connections live on; their next
     request meets the new policy. What can't change without a restart of the
     broker: its roots (one may be left out), read_only_view, user, listeners and
-    where the audit goes.
+    where the audit goes. A change of the last three does not keep the rest from
+    being put in force, and is told.
 
     \b
     Exit status: 0  the new policy is in force
@@ -72,6 +73,10 @@ def command(policy_path: str, control_path: str, *, dev: bool) -> int:
         complain_printable(f"the broker's answer was lost ({lost}), so it was asked what is in force")
     counts = f"{len(compiled['roots'])} roots, {len(compiled['rules'])} rules"
     write_line(f"{printable(policy_path)} is in force: generation {generation}, {counts}")
+    changes = changes_for_restart(compiled, before)
+    if changes:
+        which = f"the change of {', '.join(changes)}"
+        complain_printable(f"{printable(policy_path)}: {which} is not in force: restart the broker")
     return 0
 
 
