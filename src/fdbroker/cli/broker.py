@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import click
 
 from fdbroker import client
-from fdbroker.cli.failure import USAGE, Failure
+from fdbroker.cli.failure import EXIT_ERROR, Failure
 from fdbroker.cli.ids import group_name, user_name
 from fdbroker.cli.output import printable, shell_word
 from fdbroker.client.connection import Deadline, connect_socket
@@ -58,7 +58,7 @@ def _from_group(context: click.Context, _parameter: click.Parameter, value: str 
     return value or context.find_root().params.get("socket_path") or client.DEFAULT_SOCKET
 
 
-def connect(socket_path: str, exit_code: int = USAGE) -> client.Client:
+def connect(socket_path: str, exit_code: int = EXIT_ERROR) -> client.Client:
     """Return a client, which the caller closes.
 
     Raises:

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from fdbroker.cli.broker import obstacle
-from fdbroker.cli.failure import USAGE, Failure
+from fdbroker.cli.failure import EXIT_ERROR, Failure
 from fdbroker.client import BrokerError, control
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def connected(control_path: str, exit_code: int = USAGE) -> Iterator[Control]:
+def connected(control_path: str, exit_code: int = EXIT_ERROR) -> Iterator[Control]:
     """Give a connection to the control socket.
 
     Raises:
