@@ -13,6 +13,8 @@ import pytest
 
 from fdbroker.cli import checks
 from fdbroker.cli.checks import MISSING, OK, WEAKER, Check, Places, all_checks
+from fdbroker.config.compile import compile_policy
+from fdbroker.config.identities import SystemLookups
 from fdbroker.kernel import landlock, namespaces, process, sockets
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.launcher.mounts import ReadOnlyViewError
@@ -160,6 +162,20 @@ def test_user_that_exists_is_told_with_its_uid(monkeypatch: pytest.MonkeyPatch) 
     worker = found("user fdbroker-worker")
     assert worker.state == WEAKER
     assert "useradd --system" in worker.cure
+
+
+def test_user_and_group_that_the_policy_names_by_number_need_no_name(tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text(
+        f"version: 1\nroots: {{tree: {{path: {tmp_path}}}}}\nrules: []\n"
+        "listeners: {seqpacket: {group: '54322'}}\n"
+    )
+    compiled = compile_policy(file.read_bytes(), str(file), SystemLookups())
+    compiled["daemon"] |= {"uid": 54321, "gid": 54321}
+    accounts = {check.name: check for check in checks._accounts(compiled, otherwise=MISSING)}
+    for name in ("user 54321", "group 54322"):
+        assert accounts[name][1:3] == (OK, "a number without a name, as the policy has it")
+        assert accounts[name].cure == ""
 
 
 # ---- older kernels ----

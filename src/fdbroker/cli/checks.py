@@ -236,7 +236,13 @@ def _accounts(compiled: CompiledPolicy | None, *, otherwise: str) -> list[Check]
     ]
 
 
+# A policy may name users and groups by numbers, which need no entry anywhere.
+_NUMBER = "a number without a name, as the policy has it"
+
+
 def _user(name: str, otherwise: str, meaning: str) -> Check:
+    if name.isdigit():
+        return Check(f"user {name}", OK, _NUMBER, meaning)
     try:
         found = pwd.getpwnam(name)
     except KeyError:
@@ -246,6 +252,8 @@ def _user(name: str, otherwise: str, meaning: str) -> Check:
 
 
 def _group(name: str, otherwise: str, meaning: str) -> Check:
+    if name.isdigit():
+        return Check(f"group {name}", OK, _NUMBER, meaning)
     try:
         found = grp.getgrnam(name)
     except KeyError:
