@@ -62,6 +62,7 @@ def handover_document(**changes: object) -> dict[str, Any]:
         "cgroup_root": "/sys/fs/cgroup",
         "boot_id": "boot",
         "version": "1.2",
+        "launcher_fingerprint": "0a-0b",
         "seccomp": "0600",
     } | changes
 
@@ -80,6 +81,7 @@ def test_handover_is_read_to_its_end_and_closed() -> None:
     assert handover.listeners == [(5, "broker.seqpacket")]
     assert handover.connections == [(6, "worker")]
     assert handover.seccomp == b"\x06\x00"
+    assert handover.launcher_fingerprint == "0a-0b"
     assert handover.policy.roots[0].path == b"/srv"
 
 

@@ -50,7 +50,7 @@ def test_user_outside_the_group_is_told_the_command_that_adds_one(
     socket_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "getgrouplist", lambda _user, gid: [gid])
-    text = broker.no_way(socket_path, MAY_NOT)
+    text = str(broker.obstacle(socket_path, MAY_NOT))
     assert "As root: usermod -aG readers alice; then log in again" in text
 
 
@@ -58,8 +58,8 @@ def test_user_who_joined_the_group_since_is_told_to_log_in_again(
     socket_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "getgrouplist", lambda _user, gid: [gid, 4242])
-    text = broker.no_way(socket_path, MAY_NOT)
-    assert "its group readers may, which you joined after this session began: log in again" in text
+    text = str(broker.obstacle(socket_path, MAY_NOT))
+    assert "its group readers may, which you joined after this session began. Log in again." in text
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -68,17 +68,24 @@ def test_missing_broker_is_told_with_the_command_that_starts_it(
     installed: bool,  # noqa: FBT001 - a parameter
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _name, path: path if installed else None)
-    text = broker.no_way("/x", MISSING)
+    text = str(broker.obstacle("/x", MISSING))
     assert "fdbrokerd --daemon" in text
     assert ("pip install 'fdbroker[daemon]'" in text) is not installed
 
 
 def test_control_socket_is_named_by_its_own_option() -> None:
-    text = broker.no_way("/x\n", MISSING, "--control")
+    text = str(broker.obstacle("/x\n", MISSING, "--control"))
     assert text.startswith(r"/x\x0a: ")
     assert "--control PATH, or FDBROKER_CONTROL" in text
 
 
 def test_what_is_no_socket_and_what_is_slow_are_told() -> None:
-    assert "no socket" in broker.no_way("/x", UnavailableError(errno.ENOTSOCK, "not a socket"))
-    assert broker.no_way("/x", BrokerTimeoutError(errno.ETIMEDOUT, "too slow")) == "/x: too slow"
+    assert "no socket" in broker.obstacle("/x", UnavailableError(errno.ENOTSOCK, "not a socket")).found
+    slow = broker.obstacle("/x", BrokerTimeoutError(errno.ETIMEDOUT, "too slow"))
+    assert slow == ("/x: too slow", "The broker's log may say more.")
+
+
+def test_path_with_a_full_stop_and_a_space_stays_in_what_was_found() -> None:
+    found, cure = broker.obstacle("/run/a. b/x", MISSING)
+    assert found == "/run/a. b/x: no broker has its socket there"
+    assert "fdbrokerd --daemon" in cure

@@ -305,6 +305,16 @@ def test_machine_without_a_policy_file_or_without_what_reads_it_asks_the_broker(
     assert "pip install 'fdbroker[daemon]'" in run_here("policy", "explain", "--as", "0", key).stderr
 
 
+def test_path_that_can_not_be_sent_is_no_problem_of_the_control_socket(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy_command, "DEFAULT_POLICY", str(served.tree / "none"))
+    path = "/" + "x" * 5000
+    result = run_here("policy", "explain", "--control", served.control, path)
+    assert result.returncode == 2
+    assert result.stderr == f"fdbroker: {path}: not a path: it has 5001 bytes; name it by a shorter one\n"
+
+
 def refuse(_path: str) -> None:
     raise ModuleNotFoundError("No module named 'msgspec'", name="msgspec")
 

@@ -13,6 +13,8 @@ import pytest
 
 from fdbroker.cli import checks
 from fdbroker.cli.checks import MISSING, OK, WEAKER, Check, Places, all_checks
+from fdbroker.config.compile import compile_policy
+from fdbroker.config.identities import SystemLookups
 from fdbroker.kernel import landlock, namespaces, process, sockets
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.launcher.mounts import ReadOnlyViewError
@@ -117,8 +119,17 @@ def test_broker_that_decides_by_another_policy_than_the_file_is_told() -> None:
                 with open(places.policy, "a") as file:
                     file.write("limits: {connections_per_uid: 5}\n")
                 changed = found("its policy", places)
-    assert changed.state == WEAKER
+                with open(places.policy, "a") as file:
+                    file.write("user: daemon\n")
+                both = found("its policy", places)
+                with open(places.policy, "w") as file:
+                    file.write(text.format(directory / "tree") + "user: daemon\n")
+                launchers = found("its policy", places)
+    assert changed.state == both.state == launchers.state == WEAKER
     assert "fdbroker reload" in changed.cure
+    assert "is not that of" in both.found
+    assert both.cure == launchers.cure == "restart the broker: no reload changes user"
+    assert launchers.found.endswith(", but for user, which changed since the broker was started")
 
 
 def test_policy_that_others_can_write_is_missing_with_its_first_problem(tmp_path: Path) -> None:
@@ -151,6 +162,20 @@ def test_user_that_exists_is_told_with_its_uid(monkeypatch: pytest.MonkeyPatch) 
     worker = found("user fdbroker-worker")
     assert worker.state == WEAKER
     assert "useradd --system" in worker.cure
+
+
+def test_user_and_group_that_the_policy_names_by_number_need_no_name(tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text(
+        f"version: 1\nroots: {{tree: {{path: {tmp_path}}}}}\nrules: []\n"
+        "listeners: {seqpacket: {group: '54322'}}\n"
+    )
+    compiled = compile_policy(file.read_bytes(), str(file), SystemLookups())
+    compiled["daemon"] |= {"uid": 54321, "gid": 54321}
+    accounts = {check.name: check for check in checks._accounts(compiled, otherwise=MISSING)}
+    for name in ("user 54321", "group 54322"):
+        assert accounts[name][1:3] == (OK, "a number without a name, as the policy has it")
+        assert accounts[name].cure == ""
 
 
 # ---- older kernels ----
@@ -262,3 +287,10 @@ def test_verbose_says_what_each_means() -> None:
     count = len(all_checks(NOWHERE))
     assert run_here("doctor", "-v", *options).stdout.count("it means: ") == count
     assert run_here("doctor", *options).stdout.count("it means: ") < count
+
+
+def test_socket_with_a_full_stop_and_a_space_in_its_path_is_told_whole() -> None:
+    places = NOWHERE._replace(socket="/no/a. b/socket", control="/no/a. b/control")
+    check = found("broker", places)
+    assert check.found == "/no/a. b/socket: no broker has its socket there"
+    assert "fdbrokerd --daemon" in check.cure

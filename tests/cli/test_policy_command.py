@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.cli.commands import environment, run_here, run_on_terminal
+from tests.cli.commands import command, environment, run_here, run_on_terminal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,6 +66,64 @@ def test_compiled_policy_is_written_whole_and_can_be_explained(file: str, tmp_pa
     result = run_here("policy", "explain", "--json", "--policy", output, "--as", "1000", "/usr/bin/env")
     assert result.returncode == 0
     assert json.loads(result.stdout)["rule"] == "all"
+
+
+@pytest.mark.parametrize("arguments", [("check", "--dev"), ("compile", "--dev"), ("schema",)])
+def test_pipe_that_nobody_reads_ends_it_without_a_word(file: str, arguments: tuple[str, ...]) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    result = writing_to(write_end, "policy", *arguments, *(() if arguments == ("schema",) else (file,)))
+    os.close(write_end)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("arguments", [("check", "--dev"), ("compile", "--dev"), ("schema",)])
+def test_full_disk_behind_the_output_is_told(file: str, arguments: tuple[str, ...]) -> None:
+    files = () if arguments == ("schema",) else (file,)
+    with open("/dev/full", "wb") as full:
+        result = writing_to(full.fileno(), "policy", *arguments, *files)
+        by_module = subprocess.run(
+            [sys.executable, "-P", "-m", "fdbroker.config", *arguments, *files],
+            env=environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            check=False,
+        )
+    assert result.returncode == 2
+    assert result.stderr == "fdbroker: the output could not be written: No space left on device\n"
+    assert by_module.returncode == 2
+    assert by_module.stderr == (
+        "standard output: can't be written: No space left on device; make room, or write elsewhere\n"
+    )
+
+
+def writing_to(output: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        env=environment(),
+        stdout=output,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("missing/policy.json", "No such file or directory; make its directory first"),
+        ("directory", "Is a directory; name a file"),
+        ("policy.yaml/x", "Not a directory; name a file in a directory that exists"),
+    ],
+)
+def test_output_that_can_not_be_written_is_told_with_what_to_do(
+    file: str, tmp_path: Path, output: str, said: str
+) -> None:
+    (tmp_path / "directory").mkdir()
+    result = run_here("policy", "compile", "--dev", "--output", f"{tmp_path}/{output}", file)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"{tmp_path}/{output}: can't be written: {said}\n"
 
 
 def decision(file: str, *options: str) -> tuple[str, str]:

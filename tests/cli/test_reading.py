@@ -185,6 +185,16 @@ def test_ls_goes_on_after_a_path_that_is_not_given(broker: str) -> None:
 
 
 @pytest.mark.root
+def test_ls_of_a_file_that_may_not_be_described_recommends_to_explain_that(directory: Path) -> None:
+    (directory / "file").write_bytes(b"")
+    listing = rule("list", actions=["list"])
+    with running_broker(directory, policy(directory, listing)) as running:
+        result = run_here("ls", "--socket", str(running.socket), str(directory / "file"))
+    assert (result.returncode, result.stdout) == (1, "")
+    assert f"See why: fdbroker policy explain --action stat {directory}/file" in result.stderr
+
+
+@pytest.mark.root
 def test_ls_long_shows_what_the_policy_lets_be_seen(directory: Path) -> None:
     tree = make_tree(directory / "tree")
     rules = [

@@ -23,6 +23,7 @@ from tests.cli.commands import (
     read_terminal,
     run,
     run_as,
+    run_on_terminal,
     verdicts,
 )
 from tests.processes import wait_until
@@ -312,6 +313,31 @@ def test_progress_is_shown_on_a_terminal_alone(both: bool, broker: RunningBroker
     findings = [line for line in shown.split(b"\r\n") if line.endswith(b": infected: " + EICAR_NAME.encode())]
     assert len(findings) == (len(tree.infected) // 3 if both else 0)
     assert (b"errors, 5 skipped" in shown) is both
+
+
+@pytest.mark.root
+def test_json_on_a_terminal_is_json_alone(broker: RunningBroker, tree: Tree) -> None:
+    status, shown = run_on_terminal("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1))
+    assert status == 1
+    assert b"\x1b" not in shown
+    text = shown.replace(b"\r\n", b"\n").decode()
+    assert [line["exit_status"] for line in lines(text, "summary")] == [1]
+
+
+@pytest.mark.root
+def test_bar_goes_with_json_that_goes_elsewhere(broker: RunningBroker, tree: Tree) -> None:
+    master, terminal = os.openpty()
+    process = subprocess.Popen(
+        command("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1)),
+        env=environment(TERM="xterm", COLUMNS="100"),
+        stdout=subprocess.DEVNULL,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    shown = read_terminal(master, process)
+    os.close(master)
+    assert process.returncode == 1
+    assert b"files/s" in shown
 
 
 @pytest.mark.root

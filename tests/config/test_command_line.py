@@ -75,7 +75,8 @@ def test_an_output_that_can_not_be_written_is_a_problem(
 ) -> None:
     output = policy.parent / "missing" / "policy.json"
     assert main(["compile", str(policy), "--dev", "--output", str(output)]) == 2
-    assert capsys.readouterr().err == f"{output}: can't be written: No such file or directory\n"
+    said = f"{output}: can't be written: No such file or directory; make its directory first\n"
+    assert capsys.readouterr().err == said
     directory = policy.parent / "d"
     directory.mkdir()
     assert main(["compile", str(policy), "--dev", "--output", str(directory)]) == 2

@@ -28,6 +28,7 @@ from fdbroker.config.explain import (
 )
 from fdbroker.policy.decide import Policy, decide_object
 from fdbroker.policy.rules import ACTIONS, ClientFacts, Root, read_policy
+from tests.descriptors.mounting import MS_RDONLY, MS_REMOUNT, mount, mounted
 from tests.policy import decision_model
 from tests.policy.decision_model import Facts
 from tests.policy.test_decide import (
@@ -278,6 +279,31 @@ def test_other_mount_and_kernel_file_system_are_not_served() -> None:
     path = b"/proc/version"
     assert explain(without, CLIENT, "open", path, look_as_broker).verdict.reason == "crosses_mount"
     assert explain(across, CLIENT, "open", path, look_as_broker).verdict.reason == "filesystem"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("view", "flags", "noted"), [("required", 0, True), ("off", 0, False), ("required", MS_RDONLY, False)]
+)
+def test_mount_that_may_be_writable_for_the_broker_is_noted(
+    tree: Path,
+    view: str,
+    flags: int,
+    noted: bool,  # noqa: FBT001 - a parameter
+) -> None:
+    roots = [{"name": "tree", "path": str(tree), "cross_mounts": True}]
+    rules = read_policy(policy(tree, roots=roots, read_only_view=view))
+    with mounted("tmpfs", tree / "directory"):
+        (tree / "directory" / "file").write_bytes(b"")
+        if flags:
+            mount(b"none", bytes(tree / "directory"), flags=MS_REMOUNT | flags)
+        there, here = (
+            explain(rules, CLIENT, "open", bytes(tree / name), look_as_broker)
+            for name in ("directory/file", "file")
+        )
+    assert there.verdict == here.verdict == (ALLOW, "ok", "all")
+    assert ("mount_not_read_only" in there.sentence) is noted
+    assert here.sentence == "allowed: rule all allows it"
 
 
 @pytest.mark.root

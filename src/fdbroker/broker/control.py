@@ -7,6 +7,7 @@ into what is held and to be on record, nothing changes; then all changes at once
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -86,6 +87,7 @@ class Control:
             "totals": self._dispatch.totals(),
             "loaded": loaded,
             "fingerprint": rule_set.fingerprint,
+            "launcher_fingerprint": self._held.launcher_fingerprint,
             "rules": len(rule_set.rules),
             "roots": _as_many_as_fit(roots),
             "roots_in_all": len(roots),
@@ -149,7 +151,7 @@ class Control:
             return encode_reload_reply(request.id, number, received, more=True), []
         pieces, connection.pieces = connection.pieces, None
         try:
-            steps = read_policy_in_steps(json.loads(pieces))
+            steps = read_policy_in_steps(_parse(pieces))
         except (ValueError, RecursionError) as error:
             return self._no_policy(connection, request.id, error)
         connection.loading = Loading(request.id, received, steps)
@@ -207,6 +209,18 @@ class Control:
     def _not_recorded(self, request_id: int) -> Answer:
         text = "it could not be recorded, so nothing was done: free the audit's disk, or see to who reads it"
         return self._dispatch.error(request_id, Kind.REFUSED, Reason.AUDIT, text), []
+
+
+def _parse(text: bytearray) -> object:
+    """Parse JSON, in one go: whoever waits meanwhile waits a tenth as long without the collector.
+
+    It would look at all that is there again and again, and there are no cycles in it.
+    """
+    gc.disable()
+    try:
+        return json.loads(text)
+    finally:
+        gc.enable()
 
 
 def _names(rules: Iterable[Rule]) -> list[str]:

@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 class Held(NamedTuple):
     """What the process got at its start, and gets no more of.
 
-    `roots` by `key_of`; `cgroup_root` None: control groups can't be looked at.
+    `roots` by `key_of`; `cgroup_root` None: control groups can't be looked at. `launcher_fingerprint` is
+    of the launcher's part of the policy, for those who ask whether a file still says the same; None: there
+    was none.
     """
 
     roots: Mapping[tuple[str, bytes, bool], HeldRoot]
     proc_self_fd: int
     cgroup_root: str | None
     read_only_view: bool
+    launcher_fingerprint: str | None = None
 
 
 class Generation(NamedTuple):

@@ -66,6 +66,7 @@ class Handover(NamedTuple):
     cgroup_root: str | None
     boot_id: str
     version: str
+    launcher_fingerprint: str | None
     seccomp: bytes
 
 
@@ -94,6 +95,7 @@ def read_handover(descriptor: int) -> Handover:
             cgroup_root=document["cgroup_root"],
             boot_id=str(document["boot_id"]),
             version=str(document["version"]),
+            launcher_fingerprint=document["launcher_fingerprint"],
             seccomp=bytes.fromhex(document["seccomp"]),
         )
     except PolicyError as error:
@@ -214,6 +216,7 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
         open_proc_self_fd(),
         handover.cgroup_root if policy.cgroups else None,
         settings.read_only_view_required,
+        handover.launcher_fingerprint,
     )
     audit = Audit(handover.audit, deny_on_failure=settings.deny_when_audit_fails)
     notifier = Notifier(handover.notify, handover.watchdog_usec)

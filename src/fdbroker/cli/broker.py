@@ -8,12 +8,12 @@ import pwd
 import shutil
 import socket
 import stat
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import click
 
 from fdbroker import client
-from fdbroker.cli.failure import USAGE, Failure
+from fdbroker.cli.failure import EXIT_ERROR, Failure
 from fdbroker.cli.ids import group_name, user_name
 from fdbroker.cli.output import printable, shell_word
 from fdbroker.client.connection import Deadline, connect_socket
@@ -58,7 +58,7 @@ def _from_group(context: click.Context, _parameter: click.Parameter, value: str 
     return value or context.find_root().params.get("socket_path") or client.DEFAULT_SOCKET
 
 
-def connect(socket_path: str, exit_code: int = USAGE) -> client.Client:
+def connect(socket_path: str, exit_code: int = EXIT_ERROR) -> client.Client:
     """Return a client, which the caller closes.
 
     Raises:
@@ -68,7 +68,7 @@ def connect(socket_path: str, exit_code: int = USAGE) -> client.Client:
     try:
         return client.connect(os.fsencode(socket_path))
     except client.BrokerError as error:
-        raise Failure(no_way(socket_path, error), exit_code) from error
+        raise Failure(str(obstacle(socket_path, error)), exit_code) from error
 
 
 def connect_only(socket_path: str, exit_code: int) -> socket.socket:
@@ -81,27 +81,40 @@ def connect_only(socket_path: str, exit_code: int) -> socket.socket:
     try:
         sock = connect_socket(os.fsencode(socket_path), Deadline.after(client.DEFAULT_TIMEOUT))
     except client.BrokerError as error:
-        raise Failure(no_way(socket_path, error), exit_code) from error
+        raise Failure(str(obstacle(socket_path, error)), exit_code) from error
     # The time-out was for connecting; whoever uses it next knows nothing of it.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _NO_TIMEOUT)
     return sock
 
 
-def no_way(socket_path: str, error: client.BrokerError, option: str = "--socket") -> str:
-    """Return why the broker can't be asked by this socket and what helps, printable."""
+class Obstacle(NamedTuple):
+    """What is in the way to the broker, with its place, and what helps; both printable."""
+
+    found: str
+    cure: str
+
+    def __str__(self) -> str:
+        """Return both as sentences."""
+        return f"{self.found}. {self.cure}"
+
+
+def obstacle(socket_path: str, error: client.BrokerError, option: str = "--socket") -> Obstacle:
+    """Return why the broker can't be asked by this socket."""
     shown = printable(socket_path)
     variable = SOCKET_VARIABLE if option == "--socket" else CONTROL_VARIABLE
     elsewhere = f"If its socket is elsewhere, say where: {option} PATH, or {variable} in the environment."
     if isinstance(error, client.UnavailableError):
         if error.errno == errno.ENOENT:
-            return f"{shown}: no broker has its socket there. {_how_to_start()} {elsewhere}"
+            return Obstacle(f"{shown}: no broker has its socket there", f"{_how_to_start()} {elsewhere}")
         if error.errno == errno.ECONNREFUSED:
-            return f"{shown}: the socket is there, but no broker listens on it any more. {_how_to_start()}"
+            found = f"{shown}: the socket is there, but no broker listens on it any more"
+            return Obstacle(found, _how_to_start())
         if error.errno == errno.EACCES:
-            return f"{shown}: you may not connect to this broker: {_who_may_connect(socket_path)}"
+            who, cure = _who_may_connect(socket_path)
+            return Obstacle(f"{shown}: you may not connect to this broker: {who}", cure)
         if error.errno == errno.ENOTSOCK:
-            return f"{shown}: this is no socket. {elsewhere}"
-    return f"{shown}: {printable(error.strerror or str(error))}"
+            return Obstacle(f"{shown}: this is no socket", elsewhere)
+    return Obstacle(f"{shown}: {printable(error.strerror or str(error))}", "The broker's log may say more.")
 
 
 def _how_to_start() -> str:
@@ -116,24 +129,24 @@ def _how_to_start() -> str:
     return "Start it, as root: fdbrokerd --daemon."
 
 
-def _who_may_connect(socket_path: str) -> str:
+def _who_may_connect(socket_path: str) -> tuple[str, str]:
+    """Return who may connect, and how to become one of them."""
     try:
         status = os.stat(socket_path)
     except OSError:
         directory = printable(os.path.dirname(socket_path))
-        return f"you have no access to {directory}, where its socket is; ask whoever administers the broker."
+        return f"you have no access to {directory}, where its socket is", "Ask whoever administers it."
     group, user = group_name(status.st_gid), user_name(os.geteuid())
     if status.st_mode & stat.S_IWGRP and status.st_gid:
         if status.st_gid in _groups_when_logging_in(user):
-            return f"its group {group} may, which you joined after this session began: log in again."
+            return f"its group {group} may, which you joined after this session began", "Log in again."
         return (
-            f"members of the group {group} may. As root: usermod -aG {group} {user}; then log in again"
-            " (newgrp is enough for one shell)."
+            f"members of the group {group} may",
+            f"As root: usermod -aG {group} {user}; then log in again (newgrp is enough for one shell).",
         )
-    return (
-        f"its socket has mode 0{stat.S_IMODE(status.st_mode):03o} and belongs to {user_name(status.st_uid)}"
-        f" and the group {group}; 'listeners' in the policy file says who may connect."
-    )
+    mode, owner = f"0{stat.S_IMODE(status.st_mode):03o}", user_name(status.st_uid)
+    found = f"its socket has mode {mode} and belongs to {owner} and the group {group}"
+    return found, "'listeners' in the policy file says who may connect."
 
 
 def _groups_when_logging_in(user: str) -> list[int]:
@@ -143,8 +156,8 @@ def _groups_when_logging_in(user: str) -> list[int]:
         return []
 
 
-def not_given(path: bytes, error: client.BrokerError, action: str = "open") -> str:
-    """Return why a path was not given and what helps, printable."""
+def refusal(path: bytes, error: client.BrokerError, action: str = "open") -> str:
+    """Return why the broker does not give a path and what helps, printable."""
     text = f"{printable(path)}: {printable(error.strerror or str(error))}"
     if isinstance(error, client.DeniedError) and error.reason is client.Reason.DENIED:
         text = f"{printable(path)}: denied by the broker's policy. {see_why(path, action)}"

@@ -51,7 +51,7 @@ def command(paths: Sequence[str], socket_path: str) -> int:
                         complain_printable(problem)
                         status = 1
         except BrokerError as error:
-            raise Failure(broker.no_way(socket_path, error)) from error
+            raise Failure(str(broker.obstacle(socket_path, error))) from error
     flush()
     return status
 
@@ -59,7 +59,7 @@ def command(paths: Sequence[str], socket_path: str) -> int:
 def _cat(path: bytes, result: OpenedFile) -> str | None:
     """Write a file; return why that was not possible, printable, or None."""
     if result.error is not None:
-        return broker.not_given(path, result.error)
+        return broker.refusal(path, result.error)
     with result.file as file:
         problem = _write(file)
     return None if problem is None else f"{printable(path)}: can't be read: {printable(problem)}"

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker import client
 from fdbroker.broker.identity import probe_level
-from fdbroker.cli.broker import no_way
+from fdbroker.cli.broker import obstacle
 from fdbroker.cli.ids import group_name, user_name
 from fdbroker.cli.output import printable
+from fdbroker.cli.policy_file import changes_for_restart
 from fdbroker.client import BrokerError, control
 from fdbroker.kernel import bpf, landlock, namespaces, process, seccomp, sockets
 from fdbroker.kernel.errors import SyscallError
@@ -235,7 +236,13 @@ def _accounts(compiled: CompiledPolicy | None, *, otherwise: str) -> list[Check]
     ]
 
 
+# A policy may name users and groups by numbers, which need no entry anywhere.
+_NUMBER = "a number without a name, as the policy has it"
+
+
 def _user(name: str, otherwise: str, meaning: str) -> Check:
+    if name.isdigit():
+        return Check(f"user {name}", OK, _NUMBER, meaning)
     try:
         found = pwd.getpwnam(name)
     except KeyError:
@@ -245,6 +252,8 @@ def _user(name: str, otherwise: str, meaning: str) -> Check:
 
 
 def _group(name: str, otherwise: str, meaning: str) -> Check:
+    if name.isdigit():
+        return Check(f"group {name}", OK, _NUMBER, meaning)
     try:
         found = grp.getgrnam(name)
     except KeyError:
@@ -320,8 +329,8 @@ def _broker(places: Places, compiled: CompiledPolicy | None) -> list[Check]:
         with client.connect(os.fsencode(places.socket), timeout=5.0) as connected:
             status = connected.status()
     except BrokerError as error:
-        found, _, cure = no_way(places.socket, error).partition(". ")
-        return [Check(name, MISSING, found, meaning, cure or "see its log")]
+        found, cure = obstacle(places.socket, error)
+        return [Check(name, MISSING, found, meaning, cure)]
     found = f"answers on {printable(places.socket)}, policy generation {status.get('generation')}"
     checks = [Check(name, OK, found, meaning)]
     whole: dict[str, object] = {}
@@ -329,7 +338,7 @@ def _broker(places: Places, compiled: CompiledPolicy | None) -> list[Check]:
         with control.connect(os.fsencode(places.control), timeout=5.0) as connection:
             whole = connection.status()
     except BrokerError as error:
-        found, _, cure = no_way(places.control, error, "--control").partition(". ")
+        found, cure = obstacle(places.control, error, "--control")
         checks.append(Check("control socket", WEAKER, found, "reload, status and explain need it", cure))
     else:
         found = f"answers on {printable(places.control)}"
@@ -377,7 +386,13 @@ def _in_force(whole: dict[str, object], compiled: CompiledPolicy | None, path: s
     from fdbroker.policy.rules import read_policy  # noqa: PLC0415 - only here
 
     meaning = "what the policy file says is what the broker does"
-    if read_policy(for_broker(compiled)).fingerprint == fingerprint:
+    changes = ", ".join(changes_for_restart(compiled, whole))
+    same = read_policy(for_broker(compiled)).fingerprint == fingerprint
+    if same and not changes:
         return [Check("its policy", OK, f"is that of {printable(path)}", meaning)]
-    found = f"is not that of {printable(path)}: the file was changed, or another one was loaded"
-    return [Check("its policy", WEAKER, found, meaning, "as root: fdbroker reload")]
+    if same:
+        found = f"is that of {printable(path)}, but for {changes}, which changed since the broker was started"
+    else:
+        found = f"is not that of {printable(path)}: the file was changed, or another one was loaded"
+    cure = f"restart the broker: no reload changes {changes}" if changes else "as root: fdbroker reload"
+    return [Check("its policy", WEAKER, found, meaning, cure)]

@@ -6,9 +6,10 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from fdbroker.cli.broker import no_way
-from fdbroker.cli.failure import USAGE, Failure
-from fdbroker.client import BrokerError, control
+from fdbroker.cli.broker import obstacle
+from fdbroker.cli.failure import EXIT_ERROR, Failure
+from fdbroker.cli.output import printable
+from fdbroker.client import BrokerError, PathInvalidError, control
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,15 +18,19 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def connected(control_path: str, exit_code: int = USAGE) -> Iterator[Control]:
+def connected(control_path: str, exit_code: int = EXIT_ERROR) -> Iterator[Control]:
     """Give a connection to the control socket.
 
     Raises:
-        Failure: there is no way to the broker, or it does not answer; the text says what to do.
+        Failure: there is no way to the broker, it does not answer, or it was asked about what is no path;
+            the text says what to do.
 
     """
     try:
         with control.connect(os.fsencode(control_path)) as connection:
             yield connection
+    except PathInvalidError as error:
+        path = printable(error.filename or b"")
+        raise Failure(f"{path}: {error.strerror}; name it by a shorter one", exit_code) from error
     except BrokerError as error:
-        raise Failure(no_way(control_path, error, "--control"), exit_code) from error
+        raise Failure(str(obstacle(control_path, error, "--control")), exit_code) from error

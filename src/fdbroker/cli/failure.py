@@ -6,13 +6,13 @@ import click
 
 from fdbroker.cli.output import complain_printable
 
-USAGE = 2
+EXIT_ERROR = 2
 
 
 class Failure(click.ClickException):
     """Ends the command with `status`. The message is printable: names in it went through `printable`."""
 
-    def __init__(self, message: str, status: int = USAGE) -> None:
+    def __init__(self, message: str, status: int = EXIT_ERROR) -> None:
         super().__init__(message)
         self.status = status
 

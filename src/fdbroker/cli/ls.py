@@ -62,12 +62,17 @@ def command(paths: Sequence[str], socket_path: str, *, is_long: bool, as_json: b
     status = 0
     with broker.connect(socket_path) as connected:
         for number, path in enumerate(starts):
+            action, directory = "list", True
             try:
-                entries, directory = _entries(connected, path)
+                try:
+                    entries = sorted(connected.list(path), key=lambda entry: entry.name)
+                except NotDirectoryError:
+                    action, directory = "stat", False
+                    entries = [_itself(connected, path)]
             except BrokerError as error:
                 if is_about_the_connection(error):
-                    raise Failure(broker.no_way(socket_path, error)) from error
-                complain_printable(broker.not_given(path, error, "list"))
+                    raise Failure(str(broker.obstacle(socket_path, error))) from error
+                complain_printable(broker.refusal(path, error, action))
                 status = 1
                 continue
             if as_json:
@@ -81,13 +86,10 @@ def command(paths: Sequence[str], socket_path: str, *, is_long: bool, as_json: b
     return status
 
 
-def _entries(connected: Client, path: bytes) -> tuple[list[ListEntry], bool]:
-    """Return what is in a directory, by name, and True; or what is under the path, and False."""
-    try:
-        return sorted(connected.list(path), key=lambda entry: entry.name), True
-    except NotDirectoryError:
-        facts = connected.stat(path)
-        return [ListEntry(path, stat.S_IFMT(facts.mode) >> 12, facts)], False
+def _itself(connected: Client, path: bytes) -> ListEntry:
+    """Return what is under a path that is no directory; raises as `stat` does."""
+    facts = connected.stat(path)
+    return ListEntry(path, stat.S_IFMT(facts.mode) >> 12, facts)
 
 
 def _kind(entry: ListEntry) -> tuple[str, str]:

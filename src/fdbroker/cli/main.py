@@ -15,13 +15,12 @@ import click
 
 import fdbroker
 from fdbroker.cli.broker import SOCKET_VARIABLE
-from fdbroker.cli.failure import Failure
+from fdbroker.cli.failure import EXIT_ERROR, Failure
 from fdbroker.cli.output import OutputError, ReaderGoneError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-EXIT_ERROR = 2
 # As a shell shows a program that SIGPIPE ended.
 EXIT_READER_GONE = 128 + signal.SIGPIPE
 

@@ -89,8 +89,13 @@ def write_line(line: str) -> None:
         OutputError: that failed.
 
     """
+    write_text(f"{line}\n")
+
+
+def write_text(text: str) -> None:
+    """Write lines, or nothing, to standard output; raises as `write_line`."""
     with _told():
-        sys.stdout.write(f"{line}\n")
+        sys.stdout.write(text)
 
 
 def write_bytes(data: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -10,8 +11,8 @@ import click
 from fdbroker.cli import broker
 from fdbroker.cli.control import connected
 from fdbroker.cli.explanation import lines_of, lines_of_answer, status_of, status_of_answer, to_document
-from fdbroker.cli.failure import Failure
-from fdbroker.cli.output import complain_printable, printable, write_json, write_line
+from fdbroker.cli.failure import EXIT_ERROR, Failure
+from fdbroker.cli.output import complain_printable, printable, write_json, write_line, write_text
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.policy_file import DEFAULT_POLICY
 
@@ -90,7 +91,7 @@ def schema() -> int:
 
     \b
     Exit status: 0  written
-                 2  wrong use
+                 2  wrong use, or the output could not be written
 
     \b
     Example:  fdbroker policy schema > policy.schema.json
@@ -101,9 +102,16 @@ def schema() -> int:
 
 def _config(*arguments: str) -> int:
     """Do what `python -m fdbroker.config` does: one command, two doors."""
-    from fdbroker.config.__main__ import main  # noqa: PLC0415 - another extra, loaded when it is needed
+    from fdbroker.config import ConfigError  # noqa: PLC0415 - another extra, loaded when it is needed
+    from fdbroker.config.__main__ import UnwrittenError, run  # noqa: PLC0415 - likewise
 
-    return main(arguments)
+    try:
+        write_text(run(arguments))
+    except (ConfigError, UnwrittenError) as error:
+        # As the compilers of other languages do: the line begins with the file, for editors.
+        sys.stderr.write(f"{error}\n")
+        return EXIT_ERROR
+    return 0
 
 
 @command.command("explain", short_help="Say why a user may or may not have a file.")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from fdbroker.cli.failure import Failure
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fdbroker.config import CompiledPolicy
 
 DEFAULT_POLICY = "/etc/fdbroker/policy.yaml"
@@ -25,3 +27,14 @@ def load(path: str, *, dev: bool = False) -> CompiledPolicy:
         return load_policy_file(path, dev=dev)
     except ConfigError as error:
         raise Failure(str(error)) from error  # printable as it is
+
+
+def changes_for_restart(compiled: CompiledPolicy, status: Mapping[str, object]) -> list[str]:
+    """Return what in a policy is for the launcher and another thing than the broker was started with.
+
+    Empty where a broker's whole status does not tell: an older one, or one that was started without.
+    """
+    from fdbroker.config.compiled import launcher_changes  # noqa: PLC0415 - see above
+
+    started_with = status.get("launcher_fingerprint")
+    return launcher_changes(compiled["daemon"], started_with) if isinstance(started_with, str) else []

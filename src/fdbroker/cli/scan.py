@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,8 @@ def command(
     ids = worker_ids(worker_uid)
     starts = [absolute(path) for path in paths]
     output: Output = JsonOutput() if as_json else HumanOutput(verbose=verbose)
+    # Lines for each file would push a bar about, and JSON is to be read by programs, also on a terminal.
+    show_progress = not verbose and not (as_json and sys.stdout.isatty())
     try:
         known = hashes.load(os.fsencode(path) for path in lists)
     except hashes.HashListError as error:
@@ -104,7 +107,7 @@ def command(
         with broker.connect(socket_path) as connected:
             try:
                 output.layers(report)
-                totals, denied = _scan(connected, supervisor, starts, output, show_progress=not verbose)
+                totals, denied = _scan(connected, supervisor, starts, output, show_progress=show_progress)
                 output.totals(totals)
             except ReaderGoneError as error:
                 # A scan whose findings nobody reads must not end like a program that was asked to stop.

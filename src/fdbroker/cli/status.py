@@ -48,16 +48,16 @@ def _ask(control_path: str, socket_path: str) -> dict[str, object]:
         with control.connect(os.fsencode(control_path)) as connection:
             return connection.status()
     except UnavailableError as error:
-        why = broker.no_way(control_path, error, "--control")
+        why = broker.obstacle(control_path, error, "--control")
     except BrokerError as error:
-        raise Failure(broker.no_way(control_path, error, "--control")) from error
+        raise Failure(str(broker.obstacle(control_path, error, "--control"))) from error
     try:
         with client.connect(os.fsencode(socket_path)) as connected:
             document = connected.status()
     except UnavailableError as error:
-        raise Failure(f"{why}\n{broker.no_way(socket_path, error)}") from error
+        raise Failure(f"{why}\n{broker.obstacle(socket_path, error)}") from error
     except BrokerError as error:
-        raise Failure(broker.no_way(socket_path, error)) from error
+        raise Failure(str(broker.obstacle(socket_path, error))) from error
     complain_printable(f"{why} So {printable(socket_path)} was asked, which tells less.")
     return document
 

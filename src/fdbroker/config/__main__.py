@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -19,37 +20,77 @@ from fdbroker.config.sources import read_policy_file
 
 EXIT_OK = 0
 EXIT_REFUSED = 2
+_CURES = {
+    errno.ENOENT: "make its directory first",
+    errno.ENOTDIR: "name a file in a directory that exists",
+    errno.EISDIR: "name a file",
+    errno.EACCES: "run this as root, or write elsewhere",
+    errno.EPERM: "run this as root, or write elsewhere",
+    errno.ENOSPC: "make room, or write elsewhere",
+}
 _DEV_HELP = "accept a file of the user who runs this, also below /tmp; for development only"
+
+
+class UnwrittenError(Exception):
+    """What was made could not be written; the text, which is printable, names the file and the cure."""
+
+    def __init__(self, where: str, error: OSError) -> None:
+        cure = _CURES.get(error.errno or 0, "write elsewhere")
+        super().__init__(f"{printable(where)}: can't be written: {error.strerror}; {cure}")
+
+
+def run(arguments: Sequence[str] | None = None) -> str:
+    """Do what the command line says and return what belongs on standard output.
+
+    Raises:
+        ConfigError: the policy has problems.
+        UnwrittenError: the file that was to be made could not be.
+        SystemExit: the command line is wrong (status 2), or help was asked for (0).
+
+    """
+    options = _parser().parse_args(arguments)
+    if options.command == "schema":
+        return json.dumps(json_schema(), indent=2) + "\n"
+    lookups: Lookups = OfflineLookups() if options.command == "check" and options.offline else SystemLookups()
+    compiled = compile_policy(read_policy_file(options.file, dev=options.dev), options.file, lookups)
+    if options.command == "check":
+        counts = f"{len(compiled['roots'])} roots, {len(compiled['rules'])} rules"
+        return f"{printable(options.file)}: {counts}, no problems\n"
+    if options.output == "-":
+        return dumps(compiled)
+    try:
+        _replace(options.output, dumps(compiled).encode())
+    except OSError as error:
+        raise UnwrittenError(options.output, error) from error
+    return ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status.
 
     Raises:
-        SystemExit: the command line is wrong (status 2), or help was asked for (0).
+        SystemExit: as `run`.
 
     """
-    options = _parser().parse_args(arguments)
-    if options.command == "schema":
-        sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")
-        return EXIT_OK
-    lookups: Lookups = OfflineLookups() if options.command == "check" and options.offline else SystemLookups()
     try:
-        compiled = compile_policy(read_policy_file(options.file, dev=options.dev), options.file, lookups)
-        if options.command == "check":
-            counts = f"{len(compiled['roots'])} roots, {len(compiled['rules'])} rules"
-            sys.stdout.write(f"{printable(options.file)}: {counts}, no problems\n")
-        elif options.output == "-":
-            sys.stdout.write(dumps(compiled))
-        else:
-            _replace(options.output, dumps(compiled).encode())
-    except ConfigError as error:
+        text = run(arguments)
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            _give_up_output()
+            raise UnwrittenError("standard output", error) from error
+    except (ConfigError, UnwrittenError) as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_REFUSED
-    except OSError as error:
-        sys.stderr.write(f"{printable(options.output)}: can't be written: {error.strerror}\n")
-        return EXIT_REFUSED
     return EXIT_OK
+
+
+def _give_up_output() -> None:
+    """Let the interpreter's last flush go nowhere, or it would choose the exit status."""
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from binascii import crc32
 from collections.abc import Mapping
 from typing import TypedDict
 
@@ -105,6 +106,29 @@ class CompiledPolicy(TypedDict):
 def for_broker(policy: Mapping[str, object]) -> dict[str, object]:
     """Return what the broker reads of a compiled policy: all but what is the launcher's."""
     return {key: value for key, value in policy.items() if key != "daemon"}
+
+
+def launcher_fingerprint(daemon: Mapping[str, object]) -> str:
+    """Return what `launcher_changes` compares: a checksum of each thing that only a restart changes.
+
+    As the policy's fingerprint it shows whether two are the same, and proves nothing.
+    """
+    return "-".join(f"{crc32(json.dumps(part).encode()):08x}" for part in _launcher_parts(daemon).values())
+
+
+def launcher_changes(daemon: Mapping[str, object], fingerprint: str) -> list[str]:
+    """Return what is another thing here than where the fingerprint was taken, as the policy file calls it."""
+    ours, theirs = launcher_fingerprint(daemon).split("-"), fingerprint.split("-")
+    compared = zip(_launcher_parts(daemon), ours, theirs, strict=False)  # of another version: what both know
+    return [name for name, our, their in compared if our != their]
+
+
+def _launcher_parts(daemon: Mapping[str, object]) -> dict[str, object]:
+    return {
+        "user": [daemon.get("uid"), daemon.get("gid")],
+        "listeners": daemon.get("listeners"),
+        "audit.to": daemon.get("audit"),
+    }
 
 
 def dumps(policy: CompiledPolicy) -> str:

@@ -20,13 +20,13 @@ import stat
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from fdbroker.broker.roots import RootError, hold_roots
+from fdbroker.broker.roots import HeldRoot, RootError, hold_roots
 from fdbroker.config.compile import compile_policy
 from fdbroker.config.compiled import for_broker
 from fdbroker.config.errors import ConfigError, Problem
 from fdbroker.config.identities import OVERFLOW_ID, SystemLookups
 from fdbroker.config.sources import read_policy_file
-from fdbroker.kernel.files import open_path_beneath
+from fdbroker.kernel.files import filesystem_of, open_path_beneath
 from fdbroker.policy.decide import NameDecision, Policy, decide_object
 from fdbroker.policy.paths import components_below, problem_with_path
 from fdbroker.policy.rules import (
@@ -81,6 +81,11 @@ _SENTENCES = {
     "dot_component": "the path has a component '.' or '..'",
     "name_too_long": "a component of the path is longer than any name can be",
 }
+# The broker's view of mounts is its own, and nobody else sees it.
+_LATER_MOUNT = (
+    "unless its mount was made after the broker was started: that one is writable in the broker's view, and"
+    " refused as mount_not_read_only"
+)
 
 
 class Check(NamedTuple):
@@ -118,11 +123,16 @@ class Verdict(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What lies under the path: `facts`, or a `reason` as in the audit, or a `note` why it was not seen."""
+    """What lies under the path: `facts`, or a `reason` as in the audit, or a `note` why it was not seen.
+
+    `writable_mount`: it is on another mount than its root, which is writable from here. In the broker's
+    view it is read-only if it was there when the broker was started.
+    """
 
     facts: FileFacts | None = None
     reason: str | None = None
     note: str = ""
+    writable_mount: bool = False
 
 
 class Explanation(NamedTuple):
@@ -141,10 +151,10 @@ class Explanation(NamedTuple):
         """The verdict in one sentence."""
         decision, reason, rule = self.verdict
         if decision == ALLOW:
-            unseen = self.seen is not None and self.seen.facts is None
-            return f"allowed: rule {rule} allows it" + (
-                f" (whether it is there was not seen: {self.seen.note})" if unseen and self.seen else ""
-            )
+            note = self.seen.note if self.seen else ""
+            if note and self.seen and self.seen.facts is None:
+                note = f"whether it is there was not seen: {note}"
+            return f"allowed: rule {rule} allows it" + (f" ({note})" if note else "")
         if decision == UNKNOWN:
             note = self.seen.note if self.seen else ""
             return f"it depends on the file, which could not be looked at: {note}"
@@ -233,6 +243,8 @@ def explain(rules: RuleSet, client: ClientFacts, action: str, path: bytes, look:
         verdict = Verdict(DENY, decision.reason, rule)
     else:
         seen = look(decision.root, path, action)
+        if seen.writable_mount and rules.settings.read_only_view_required:
+            seen = seen._replace(note=_LATER_MOUNT)
         verdict = _verdict(decision, seen, client.uid)
     facts = None if seen is None else seen.facts
     serving = _serving(rules, path)
@@ -255,6 +267,7 @@ def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
         held = open_path_beneath(held_root.descriptor, path[root.skip :] or b".", root.cross_mounts)
         facts = os.fstat(held)
         objection = held_root.objection(held)
+        writable_mount = _is_on_writable_mount(held_root, path[root.skip :] or b".", held)
     except OSError as error:
         reason = _BY_ERRNO.get(error.errno or 0)
         return Seen(reason=reason) if reason else Seen(note=error.strerror or str(error))
@@ -262,7 +275,18 @@ def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
         for descriptor in (held, held_root.descriptor):
             if descriptor >= 0:
                 os.close(descriptor)
-    return Seen(facts, objection or _kind_refused(facts.st_mode, action))
+    return Seen(facts, objection or _kind_refused(facts.st_mode, action), writable_mount=writable_mount)
+
+
+def _is_on_writable_mount(root: HeldRoot, path: bytes, held: int) -> bool:
+    """Return whether an object is on another mount than its root, and that one is writable from here."""
+    if not root.cross_mounts or filesystem_of(held).read_only:
+        return False
+    try:
+        os.close(open_path_beneath(root.descriptor, path))
+    except OSError as error:
+        return error.errno == errno.EXDEV
+    return False
 
 
 def _kind_refused(mode: int, action: str) -> str | None:

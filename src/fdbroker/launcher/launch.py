@@ -10,6 +10,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
+from fdbroker.config.compiled import launcher_fingerprint
 from fdbroker.kernel.capabilities import capget
 from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH
 from fdbroker.launcher.activation import take_from_systemd
@@ -151,6 +152,7 @@ def _prepare(options: Options, passed: _Passed, policies: Policies, plan: Plan, 
         notify=activation.notify,
         watchdog_usec=activation.watchdog_usec,
         dev=options.dev,
+        launcher_fingerprint=launcher_fingerprint(policies.daemon) if policies.daemon else None,
     )
 
 

@@ -29,7 +29,8 @@ class Start(NamedTuple):
 
     A descriptor that is None: there is none. `held` stay open and are not used,
     as a locked pidfile is. `dev`: sources that others can write are accepted,
-    for trying things out from a checkout.
+    for trying things out from a checkout. `launcher_fingerprint`: of the
+    policy's part for the launcher, None if it has none.
     """
 
     uid: int
@@ -44,6 +45,7 @@ class Start(NamedTuple):
     watchdog_usec: int | None = None
     held: Sequence[int] = ()
     dev: bool = False
+    launcher_fingerprint: str | None = None
     python: str = sys.executable
 
 
@@ -100,6 +102,7 @@ def start_broker(start: Start) -> NoReturn:
         "cgroup_root": cgroup_root,
         "boot_id": boot_id,
         "version": version,
+        "launcher_fingerprint": start.launcher_fingerprint,
         "seccomp": broker_filter().hex(),
     }
     with open(handover, "wb", closefd=False) as file:

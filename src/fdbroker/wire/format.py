@@ -13,7 +13,7 @@ MAX_FRAME = 65536
 MAX_LIST_ENTRIES = 1024
 # A reply has to fit into the broker's small send buffer (SO_SNDBUF 32 KiB, which the kernel doubles).
 MAX_REPLY = 32768
-MAX_POLICY = 64 << 20  # bytes of a compiled policy that a reload hands over
+MAX_POLICY = 8 << 20  # bytes of a compiled policy that a reload hands over
 
 HEADER = struct.Struct("<BBHII")  # type, flags, count, id, generation
 HELLO = struct.Struct("<8sHHI")  # magic, lowest version, highest version, features
