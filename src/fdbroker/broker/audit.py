@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 _MAX_RECORDED_BYTES = 4096
 
 
-def quoted_path(path: bytes) -> str:
-    """Return the JSON members that record `path`."""
+def quoted_path(path: bytes, most: int = _MAX_RECORDED_BYTES) -> str:
+    """Return the JSON members that record `path`, of which the first `most` bytes are kept."""
     cut = ""
-    if len(path) > _MAX_RECORDED_BYTES:
+    if len(path) > most:
         cut = f',"path_length":{len(path)}'
-        path = path[:_MAX_RECORDED_BYTES]
+        path = path[:most]
     try:
         return f'"path":{quoted(path.decode())}{cut}'
     except UnicodeDecodeError:

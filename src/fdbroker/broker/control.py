@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Of lists in an answer, so that it fits into one frame; JSON text.
 _MAX_LISTED = 8192
+# Of a path, in the record: anybody may ask, and nothing is given, so a request is not to fill the disk.
+_MAX_EXPLAINED_BYTES = 256
 _MAX_OBJECTION = 1000  # characters of what is wrong with a policy
 _MOMENT = 0.01  # seconds
 
@@ -122,12 +124,12 @@ class Control:
             "denies": _as_many_as_fit(_names(decision.denies)),
             "denies_in_all": len(decision.denies),
         }
-        path = quoted_path(request.path)
         members = member_text(request=request.id, generation=number, action=request.action)
+        asked = quoted_path(request.path, _MAX_EXPLAINED_BYTES)
         reason = member_text(reason=decision.reason)
-        if not self._record("explained", f"{connection.record},{members},{path},{reason}"):
+        if not self._record("explained", f"{connection.record},{members},{asked},{reason}"):
             return self._not_recorded(request.id)
-        text = f"{{{path},{json.dumps(document)[1:]}"
+        text = f"{{{quoted_path(request.path)},{json.dumps(document)[1:]}"
         return encode_explain_reply(request.id, number, text.encode()), []
 
     def _reload(self, connection: Connection, request: Request, objection: str | None) -> Answer | None:
