@@ -417,7 +417,7 @@ def sendable(given: StrOrBytesPath) -> bytes:
 
     """
     path = given if type(given) is bytes else os.fsencode(given)
-    if b"\0" in path:
+    if 0 in path:
         raise path_not_sendable(path, errno.EINVAL, "it has a NUL byte in it")
     if len(path) > _LONGEST_PATH:
         raise path_not_sendable(path, errno.ENAMETOOLONG, f"it has {len(path)} bytes")

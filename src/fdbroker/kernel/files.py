@@ -59,8 +59,9 @@ def open_path_beneath(directory: int, path: bytes, cross_mounts: bool = False) -
             kernel, or a filter such as RestrictSUIDSGID= of systemd).
 
     """
-    # ctypes would cut the path at a NUL and open another file.
-    if b"\0" in path:
+    # ctypes would cut the path at a NUL and open another file. (To look for b"\0" instead costs an exception,
+    # by which Python finds out that this is no number.)
+    if 0 in path:
         raise SyscallError(errno.EINVAL, "openat2", directory=directory, path=path)
     how = _ACROSS if cross_mounts else _WITHIN
     descriptor: int = _openat2(_NUMBER, directory, path, how, _HOW_SIZE)
@@ -136,7 +137,7 @@ def open_regular_beneath(directory: int, path: bytes, proc_self_fd: int) -> int 
 
     """
     # Written out: this is what a broker does all day, and calls of functions would be a tenth of it.
-    held: int = -1 if b"\0" in path else _openat2_at_once(_OPENAT2, directory, path, _WITHIN, _SIZE)
+    held: int = -1 if 0 in path else _openat2_at_once(_OPENAT2, directory, path, _WITHIN, _SIZE)
     if held < 0:
         held = open_path_beneath(directory, path)  # for its retries and its error
     try:

@@ -42,7 +42,7 @@ def mount_setattr(path: bytes, *, attributes: int, propagation: int = 0, recursi
             point, or a NUL in the path), EBUSY (read-only is asked for and a file is open for writing).
 
     """
-    if b"\0" in path:
+    if 0 in path:
         raise SyscallError(errno.EINVAL, "mount_setattr", path=path)
     attr = struct.pack("=QQQQ", attributes, 0, propagation, 0)  # struct mount_attr: set, clear, ...
     syscall(

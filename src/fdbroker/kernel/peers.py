@@ -124,10 +124,13 @@ def pidfd_info_raw(pidfd: int) -> bytes:
         SyscallError: ENOTTY, EINVAL: the kernel is older; ESRCH: the process is gone.
 
     """
+    # Room that can be written: of bytes, ioctl() first finds out by an exception that it can't.
+    room = bytearray(_PIDFD_REQUEST)
     try:
-        return fcntl.ioctl(pidfd, PIDFD_GET_INFO, _PIDFD_REQUEST)
+        fcntl.ioctl(pidfd, PIDFD_GET_INFO, room)
     except OSError as error:
         raise renamed(error, "ioctl", descriptor=pidfd, request="PIDFD_GET_INFO") from None
+    return bytes(room)
 
 
 def same_process_now(now: bytes, before: bytes) -> bool:

@@ -179,8 +179,9 @@ def bytes_not_received(sock: socket.socket) -> int:
     0 means that every descriptor that was sent is out of flight: the kernel's
     word, which needs no acknowledgement by the peer.
     """
+    answer = bytearray(4)
     try:
-        answer = fcntl.ioctl(sock.fileno(), SIOCOUTQ, b"\0\0\0\0")
+        fcntl.ioctl(sock.fileno(), SIOCOUTQ, answer)
     except OSError as error:
         raise renamed(error, "ioctl", descriptor=sock.fileno(), request="SIOCOUTQ") from None
     return int(struct.unpack("=i", answer)[0])

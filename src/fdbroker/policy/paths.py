@@ -18,7 +18,7 @@ def problem_with_path(path: bytes) -> str | None:
         return "empty"
     if len(path) > MAX_PATH_BYTES:
         return "path_too_long"
-    if b"\0" in path:
+    if 0 in path:
         return "nul"
     if not path.startswith(b"/"):
         return "relative"

@@ -128,7 +128,7 @@ def encode_list(request_id: int, path: bytes, cookie: int = 0, most: int = 0) ->
         ValueError: a NUL in the path, a path too long for a frame, or more entries than a page can have.
 
     """
-    if b"\0" in path:
+    if 0 in path:
         raise ValueError(f"a path can't have a NUL byte: {path!r}")
     if not 0 <= most <= MAX_LIST_ENTRIES:
         raise ValueError(f"a page has 0 to {MAX_LIST_ENTRIES} entries, not {most}")
@@ -148,7 +148,7 @@ def encode_explain(request_id: int, action: str, path: bytes) -> bytes:
     number = next((number for number, name in ACTIONS.items() if name == action), None)
     if number is None:
         raise ValueError(f"{action!r} is none of {', '.join(ACTIONS.values())}")
-    if b"\0" in path:
+    if 0 in path:
         raise ValueError(f"a path can't have a NUL byte: {path!r}")
     frame = HEADER.pack(Type.EXPLAIN, 0, number, request_id, 0) + path
     if len(frame) > MAX_FRAME:
@@ -172,7 +172,7 @@ def _encode_paths(kind: Type, request_id: int, paths: Sequence[bytes]) -> bytes:
         raise ValueError(f"a request has 1 to {MAX_PATHS} paths, not {len(paths)}")
     body = b"\0".join(paths)
     if body.count(b"\0") != len(paths) - 1:
-        culprit = next(path for path in paths if b"\0" in path)
+        culprit = next(path for path in paths if 0 in path)
         raise ValueError(f"a path can't have a NUL byte: {culprit!r}")
     if HEADER.size + len(body) > MAX_FRAME:
         raise ValueError(

@@ -101,7 +101,7 @@ def _decode_list(frame: bytes, _flags: int, count: int, request_id: int) -> List
         raise MalformedError("a list request without its cookie", request_id)
     (cookie,) = COOKIE.unpack_from(frame, HEADER.size)
     path = frame[HEADER.size + COOKIE.size :]
-    if b"\0" in path:
+    if 0 in path:
         raise MalformedError("a list request with a NUL in its path", request_id)
     return ListRequest(request_id, path, cookie, count)
 
@@ -117,7 +117,7 @@ def _decode_explain(frame: bytes, _flags: int, count: int, request_id: int) -> E
     if action is None:
         raise MalformedError(f"{count} is no action that can be explained", request_id)
     path = frame[HEADER.size :]
-    if b"\0" in path:
+    if 0 in path:
         raise MalformedError("a request to explain with a NUL in its path", request_id)
     return ExplainRequest(request_id, action, path)
 
