@@ -6,13 +6,13 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any
 
-from fdbroker.cli.ids import group_text, user_text
-from fdbroker.cli.output import coloured, path_members, printable
+from fdbroker.cli.output import coloured, path_members
+from fdbroker.config.names import group_text, printable, user_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fdbroker.config.explain import Check, Explanation, RuleReport, Seen
+    from fdbroker.config.explain import Explanation, RuleCheck, RuleReport, Seen
     from fdbroker.policy.rules import FileFacts
 
 _STATUS = {"allow": 0, "deny": 1, "unknown": 3}
@@ -53,7 +53,7 @@ def to_document(explanation: Explanation, source: str, notes: Sequence[str]) -> 
     }
 
 
-def _check_members(check: Check) -> dict[str, object]:
+def _check_members(check: RuleCheck) -> dict[str, object]:
     return {"what": check.what, "holds": check.holds, "text": printable(check.text)}
 
 

@@ -12,9 +12,11 @@ from fdbroker.cli import broker
 from fdbroker.cli.control import connected
 from fdbroker.cli.explanation import lines_of, lines_of_answer, status_of, status_of_answer, to_document
 from fdbroker.cli.failure import EXIT_ERROR, Failure
-from fdbroker.cli.output import complain_printable, printable, write_json, write_line, write_text
+from fdbroker.cli.output import complain_printable, write_json, write_line, write_text
 from fdbroker.cli.paths import absolute
-from fdbroker.cli.policy_file import DEFAULT_POLICY
+from fdbroker.cli.policy_file import problems_as_failure
+from fdbroker.config import DEFAULT_POLICY
+from fdbroker.config.names import printable
 
 if TYPE_CHECKING:
     from fdbroker.config.explain import LoadedPolicy
@@ -216,13 +218,10 @@ def _load(policy_path: str | None, *, may_ask: bool) -> LoadedPolicy | None:
 
 
 def _read(path: str) -> LoadedPolicy:
-    from fdbroker.config import ConfigError  # noqa: PLC0415 - another extra
     from fdbroker.config.explain import load_for_explaining  # noqa: PLC0415 - another extra
 
-    try:
+    with problems_as_failure():
         return load_for_explaining(path)
-    except ConfigError as error:
-        raise Failure(str(error)) from error  # printable as it is
 
 
 def _client(loaded: LoadedPolicy, user: str | None, unit: str | None, cgroup: str | None) -> ClientFacts:

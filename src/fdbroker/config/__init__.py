@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from fdbroker.config.schema import json_schema
     from fdbroker.config.sources import read_policy_file
 
+DEFAULT_POLICY = "/etc/fdbroker/policy.yaml"
+
 __all__ = [
+    "DEFAULT_POLICY",
     "CompiledPolicy",
     "ConfigError",
     "Fault",

@@ -33,7 +33,7 @@ class Policies(NamedTuple):
     daemon: dict[str, Any]
 
 
-class PolicyInTheMaking:
+class PendingPolicy:
     """A policy that is being read. Ask for it when it is needed: until then there is other work to do."""
 
     def __init__(self, path: str, *, dev: bool) -> None:
