@@ -27,6 +27,7 @@ from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.files import open_path_beneath
 from fdbroker.launcher.mounts import ReadOnlyViewError, enter_read_only_view
 from fdbroker.launcher.start import find_cgroup2
+from fdbroker.wire.client import for_broker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -381,7 +382,6 @@ def _in_force(whole: dict[str, object], compiled: CompiledPolicy | None, path: s
     fingerprint = whole.get("fingerprint")
     if compiled is None or fingerprint is None:
         return []
-    from fdbroker.config.compiled import for_broker  # noqa: PLC0415 - another extra
     from fdbroker.policy.rules import read_policy  # noqa: PLC0415 - only here
 
     meaning = "what the policy file says is what the broker does"

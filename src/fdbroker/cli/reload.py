@@ -16,6 +16,7 @@ from fdbroker.cli.policy_file import changes_for_restart, load
 from fdbroker.client import BrokerError, Reason
 from fdbroker.config import DEFAULT_POLICY
 from fdbroker.config.names import printable
+from fdbroker.wire.client import for_broker
 
 if TYPE_CHECKING:
     from fdbroker.client.control import Control
@@ -108,7 +109,6 @@ def _generation_in_force(
         Failure: it does not, or it can't be asked.
 
     """
-    from fdbroker.config import for_broker  # noqa: PLC0415 - another extra
     from fdbroker.policy.rules import read_policy  # noqa: PLC0415 - only here
 
     shown = printable(policy_path)

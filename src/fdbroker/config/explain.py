@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from fdbroker.broker.roots import HeldRoot, RootError, hold_roots
 from fdbroker.config.compile import compile_policy
-from fdbroker.config.compiled import for_broker
+from fdbroker.config.compiled import MAX_FILE
 from fdbroker.config.errors import ConfigError, Problem
 from fdbroker.config.identities import OVERFLOW_ID, SystemLookups
 from fdbroker.config.names import group_text, user_text
@@ -41,9 +41,9 @@ from fdbroker.policy.rules import (
     RuleSet,
     read_policy,
 )
+from fdbroker.wire.client import for_broker
 
 ALLOW, DENY, UNKNOWN = "allow", "deny", "unknown"
-_MAX_BYTES = 64 << 20  # of a compiled policy that a broker takes
 
 # As in the broker's audit.
 _BY_ERRNO = {
@@ -181,7 +181,7 @@ def load_for_explaining(path: str) -> LoadedPolicy:
 
     """
     with open(path, "rb") as file:
-        text = file.read(_MAX_BYTES)
+        text = file.read(MAX_FILE)
     notes: tuple[str, ...] = ()
     try:
         read_policy_file(path)
