@@ -10,7 +10,14 @@ import click
 
 from fdbroker.cli import broker
 from fdbroker.cli.control import connected
-from fdbroker.cli.explanation import lines_of, lines_of_answer, status_of, status_of_answer, to_document
+from fdbroker.cli.explanation import (
+    document_of_answer,
+    lines_of,
+    lines_of_answer,
+    status_of,
+    status_of_answer,
+    to_document,
+)
 from fdbroker.cli.failure import EXIT_ERROR, Failure
 from fdbroker.cli.output import complain_printable, write_json, write_line, write_text
 from fdbroker.cli.paths import absolute
@@ -178,7 +185,7 @@ def explain_command(  # noqa: PLR0913 - one for each option
         with connected(control_path) as control:
             answer = control.explain(action, asked)
         if as_json:
-            write_json(answer)
+            write_json(document_of_answer(answer, asked))
         else:
             for line in lines_of_answer(answer, asked):
                 write_line(line)
