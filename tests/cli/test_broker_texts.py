@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fdbroker.cli import broker, ids
+from fdbroker.cli import broker
 from fdbroker.client import BrokerTimeoutError, UnavailableError
+from fdbroker.config import names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,10 +26,10 @@ MISSING = UnavailableError(errno.ENOENT, "No such file or directory")
 
 @pytest.fixture(autouse=True)
 def _names_are_looked_up_anew() -> Iterator[None]:
-    for cached in (ids.user_name, ids.group_name):
+    for cached in (names.user_name, names.group_name):
         cached.cache_clear()
     yield
-    for cached in (ids.user_name, ids.group_name):
+    for cached in (names.user_name, names.group_name):
         cached.cache_clear()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from fdbroker.cli import policy as policy_command
-from fdbroker.cli.explanation import lines_of_answer, status_of_answer
+from fdbroker.cli.explanation import document_of_answer, lines_of_answer, status_of_answer
 from fdbroker.client import BrokerError, connect
 from tests.cli.commands import run_as, run_here
 from tests.processes import in_child
@@ -317,6 +317,58 @@ def test_path_that_can_not_be_sent_is_no_problem_of_the_control_socket(
 
 def refuse(_path: str) -> None:
     raise ModuleNotFoundError("No module named 'msgspec'", name="msgspec")
+
+
+def test_json_of_an_explanation_has_the_same_members_whoever_gives_it(
+    served: Served, others: ForOtherUsers
+) -> None:
+    for name, action in (("a/large", "open"), ("a/.ssh/key", "open"), ("public/p", "open"), ("a", "list")):
+        path = f"{served.tree}/{name}"
+        by_file = explained(served, path, "--as", str(CLIENT_UID), "--action", action)
+        options = ("--json", "--control", served.control, "--action", action)
+        result = run_as(CLIENT_UID, others, "policy", "explain", *options, path)
+        by_broker = json.loads(result.stdout)
+        assert result.returncode == {"allow": 0, "deny": 1, "unknown": 3}[by_broker["decision"]]
+        assert list(by_broker) == list(by_file)
+        assert {type(value) for value in by_file["client"].values()} == {int, list}
+        assert by_broker["client"].keys() == by_file["client"].keys()
+        assert (by_file["source"], by_file["policy"], by_file["generation"]) == (
+            "file",
+            str(served.policy),
+            None,
+        )
+        assert (by_broker["source"], by_broker["policy"], by_broker["generation"]) == ("broker", None, 1)
+        assert by_broker["object"] is None
+        if by_broker["decision"] != "unknown":
+            both = [{key: one[key] for key in ("decision", "reason", "rule")} for one in (by_file, by_broker)]
+            assert both[0] == both[1]
+        for rule in by_broker["rules"]:
+            [same] = [one for one in by_file["rules"] if one["name"] == rule["name"]]
+            assert rule == {"name": same["name"], "effect": same["effect"], "applies": None, "checks": []}
+
+
+def test_json_of_a_brokers_answer_has_the_rules_that_ask_about_the_file() -> None:
+    answer = {
+        "path": "\ufffd",
+        "path_hex": "2fff",
+        "action": "open",
+        "generation": 3,
+        "allowed": True,
+        "reason": "ok",
+        "root": "tree",
+        "rule": None,
+        "asked_of_object": ["a", "b"],
+        "denies": ["c"],
+    }
+    document = document_of_answer(answer, b"/\xff")
+    assert (document["path"], document["path_hex"]) == ("/\ufffd", "2fff")
+    assert (document["decision"], document["reason"], document["rule"]) == ("unknown", "not_seen", None)
+    assert [(one["name"], one["effect"]) for one in document["rules"]] == [
+        ("a", "allow"),
+        ("b", "allow"),
+        ("c", "deny"),
+    ]
+    assert document["sentence"] == "it depends on the file: see the conditions of these rules"
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,10 @@ def test_descriptor_beyond_the_limit_is_told(broker: str) -> None:
         check=False,
     )
     assert result.returncode == 125
-    assert result.stderr == "fdbroker: descriptor 100: Bad file descriptor\n"
+    assert result.stderr == (
+        "fdbroker: descriptor 100 can't be used: Bad file descriptor; give a lower one with --fd, or"
+        " allow more open files (ulimit -n)\n"
+    )
 
 
 def test_unforeseen_failure_is_not_taken_for_a_status_of_the_program(broker: str) -> None:

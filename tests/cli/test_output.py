@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdbroker.cli.output import path_members, printable, shell_word
+from fdbroker.cli.output import path_members, shell_word
 from fdbroker.cli.scan_output import Totals
+from fdbroker.config.names import printable
 from fdbroker.scan.run import Scanned
 from fdbroker.scan.verdict import Clean, Error, Infected
 from tests.cli.commands import path_of
@@ -108,3 +109,7 @@ def test_totals_count_bytes_that_were_read_to_the_end() -> None:
     for event in (CLEAN, INFECTED, FAILED, CHANGED, UNLISTED):
         totals.add(event)
     assert (totals.files, totals.bytes, totals.infected, totals.errors) == (4, 15, 1, 3)
+
+
+def test_half_of_a_surrogate_pair_as_json_may_have_one_is_shown_and_no_failure() -> None:
+    assert printable("a\ud800b") == r"a\xed\xa0\x80b"

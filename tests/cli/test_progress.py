@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
+import sys
+import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
+import rich.console
 
-from fdbroker.cli.progress import Ahead, _Left, _size, _words
+from fdbroker.cli.progress import Ahead, ScanProgress, _Left, _size, _words
 from fdbroker.cli.scan_output import Totals
 from fdbroker.client import UnavailableError
 from fdbroker.scan.tree import File, Found, NotAFile
@@ -87,3 +93,92 @@ def test_time_that_is_left_is_told_where_it_is_known(
 )
 def test_size_is_told_with_a_unit(count: float, shown: str) -> None:
     assert _size(count) == shown
+
+
+# ---- what is on the screen ----
+
+
+_DRAWN = "<all that was drawn>"
+
+
+class Screen:
+    """A terminal, as standard error is one, and a clock that goes when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.master, terminal = os.openpty()
+        self._stream = os.fdopen(terminal, "w", encoding="utf-8")
+        self.now = 1000.0
+        for module in (time, rich.console):
+            monkeypatch.setattr(module, "monotonic", lambda: self.now)
+        monkeypatch.setattr(sys, "stderr", self._stream)
+        for name, value in {"TERM": "xterm", "COLUMNS": "120", "LINES": "25"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("NO_COLOR", raising=False)
+
+    def drawn(self) -> str:
+        """Return what was drawn since the last call, without what moves the cursor or gives colours."""
+        self._stream.write(_DRAWN)
+        self._stream.flush()
+        shown = b""
+        # What was written comes out at the other end some time later.
+        while not shown.endswith(_DRAWN.encode()):
+            shown += os.read(self.master, 65536)
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).removesuffix(_DRAWN)
+
+    def close(self) -> None:
+        self._stream.close()
+        os.close(self.master)
+
+
+@contextmanager
+def screen_of_ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[Screen]:
+    # Within the test: pytest puts its own standard error in place before each phase.
+    screen = Screen(monkeypatch)
+    try:
+        yield screen
+    finally:
+        screen.close()
+
+
+def test_rate_and_time_that_is_left_are_on_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = Ahead(FILES, 1000)
+    totals = Totals()
+    next(ahead)
+    next(ahead)
+    with screen_of_ours(monkeypatch) as screen, ScanProgress(wanted=True) as progress:
+        for _ in range(5):
+            screen.now += 1
+            totals.files += 20
+            totals.bytes += 40_000_000
+            progress.update(totals, ahead)
+        assert not ahead.complete
+        early = screen.drawn()
+        list(ahead)
+        for _ in range(5):
+            screen.now += 1
+            totals.files += 20
+            totals.bytes += 40_000_000
+            progress.update(totals, ahead)
+        late = screen.drawn()
+    assert re.findall(r"(\d+)/(\d+\+?) files, 0 infected, 0 errors", early)[-1] == ("100", "129+")
+    assert "20 files/s, 40 MB/s" in early
+    assert " left" not in early
+    assert re.findall(r"(\d+)/(\d+\+?) files, 0 infected, 0 errors", late)[-1] == ("200", "300")
+    # 100 files at 20 a second; ten seconds have gone.
+    assert re.findall(r"([\d:]+) left", late)[-1] == "0:00:05"
+    assert re.findall(r"(\d+:\d\d:\d\d) 0:00:05 left", late)[-1] == "0:00:10"
+    assert "20 files/s, 40 MB/s" in late
+
+
+def test_bar_is_drawn_a_few_times_a_second_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = Ahead(FILES, 1000)
+    with screen_of_ours(monkeypatch) as screen, ScanProgress(wanted=True) as progress:
+        screen.drawn()
+        progress.update(Totals(files=1), ahead)
+        assert "1/0+ files" in screen.drawn()
+        screen.now += 0.06
+        progress.update(Totals(files=2), ahead)
+        assert screen.drawn() == ""
+        screen.now += 0.06
+        progress.update(Totals(files=3), ahead)
+        assert "3/0+ files" in screen.drawn()

@@ -11,8 +11,8 @@ import pytest
 
 from fdbroker.client import control
 from fdbroker.config.compile import load_policy_file
-from fdbroker.config.compiled import for_broker
 from fdbroker.policy.rules import read_policy
+from fdbroker.wire.client import for_broker
 from fdbroker.wire.messages import ReloadRequest
 from fdbroker.wire.replies import encode_reload_reply, encode_status_reply
 from tests.cli.commands import run_here

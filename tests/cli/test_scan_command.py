@@ -4,7 +4,9 @@ import contextlib
 import hashlib
 import os
 import pwd
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,11 +310,35 @@ def test_progress_is_shown_on_a_terminal_alone(both: bool, broker: RunningBroker
     shown = read_terminal(master, process)
     os.close(master)
     assert process.returncode == 1
-    assert b"scanning" in shown
-    assert b"\x1b[" in shown
+    drawn = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown).decode()
+    assert "scanning" in drawn
+    assert re.search(r"\d+/\d+\+? files, \d infected, 0 errors", drawn)
+    assert re.search(r"\d+ files/s, \d+ \w+/s", drawn)
     findings = [line for line in shown.split(b"\r\n") if line.endswith(b": infected: " + EICAR_NAME.encode())]
     assert len(findings) == (len(tree.infected) // 3 if both else 0)
     assert (b"errors, 5 skipped" in shown) is both
+
+
+@pytest.mark.root
+def test_bar_of_a_scan_that_takes_a_while_shows_what_is_left(broker: RunningBroker, tree: Tree) -> None:
+    folder = home(tree, 2) + "/sparse"
+    os.mkdir(folder)
+    try:
+        for number in range(150):
+            with open(f"{folder}/{number}", "wb") as file:
+                file.truncate(8 << 20)
+        status, shown = run_on_terminal("scan", "--socket", str(broker.socket), *AS_ROOT, folder)
+    finally:
+        shutil.rmtree(folder)
+    assert status == 0
+    drawn = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown).decode()
+    rates = [
+        int(files) for files in re.findall(r"/150 files, 0 infected, 0 errors [^\r]*?(\d+) files/s", drawn)
+    ]
+    assert max(rates) > 0
+    left = re.findall(r"(\d+):(\d\d):(\d\d) left", drawn)
+    assert left
+    assert all(hours == "0" for hours, _, _ in left)
 
 
 @pytest.mark.root

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdbroker.config import CompiledPolicy, ConfigError, OfflineLookups, compile_policy, dumps, for_broker
+from fdbroker.config import CompiledPolicy, ConfigError, OfflineLookups, compile_policy, dumps
 from fdbroker.policy.rules import read_policy
+from fdbroker.wire.client import for_broker
 from tests.config.fake_lookups import FakeLookups
 
 

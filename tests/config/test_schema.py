@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import yaml
 
-from fdbroker.config import compile_policy, dumps, for_broker, json_schema
+from fdbroker.config import compile_policy, dumps, json_schema
 from fdbroker.config.schema import (
     NAME_PATTERN,
     NOT_SUPPORTED_AS_LISTENER,
@@ -34,6 +34,7 @@ from fdbroker.config.schema import (
     keys_of,
 )
 from fdbroker.policy.rules import ACTIONS, DELIVERIES, read_policy
+from fdbroker.wire.client import for_broker
 from tests.config.fake_lookups import FakeLookups
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"

@@ -20,8 +20,8 @@ from fdbroker.cli.audit_file import (
     read_record,
 )
 from fdbroker.cli.failure import Failure
-from fdbroker.cli.ids import user_text
-from fdbroker.cli.output import coloured, complain_printable, printable, write_json, write_line
+from fdbroker.cli.output import coloured, complain_printable, write_json, write_line
+from fdbroker.config.names import printable, user_text
 from fdbroker.policy.globs import Glob, compile_glob
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from fdbroker.policy.globs import Glob
 
-_PAUSE = 0.2
-_CHUNK = 1 << 16
+_PAUSE = 0.2  # seconds
+_CHUNK = 1 << 16  # bytes
 
 
 class Line(NamedTuple):

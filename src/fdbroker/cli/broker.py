@@ -14,10 +14,10 @@ import click
 
 from fdbroker import client
 from fdbroker.cli.failure import EXIT_ERROR, Failure
-from fdbroker.cli.ids import group_name, user_name
-from fdbroker.cli.output import printable, shell_word
+from fdbroker.cli.output import shell_word
 from fdbroker.client.connection import Deadline, connect_socket
 from fdbroker.client.control import DEFAULT_CONTROL
+from fdbroker.config.names import group_name, printable, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable

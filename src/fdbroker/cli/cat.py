@@ -8,9 +8,10 @@ import click
 
 from fdbroker.cli import broker
 from fdbroker.cli.failure import Failure
-from fdbroker.cli.output import complain_printable, flush, printable, write_bytes
+from fdbroker.cli.output import complain_printable, flush, write_bytes
 from fdbroker.cli.paths import absolute
 from fdbroker.client import BrokerError
+from fdbroker.config.names import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

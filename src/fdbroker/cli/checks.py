@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker import client
 from fdbroker.broker.identity import probe_level
 from fdbroker.cli.broker import obstacle
-from fdbroker.cli.ids import group_name, user_name
-from fdbroker.cli.output import printable
 from fdbroker.cli.policy_file import changes_for_restart
 from fdbroker.client import BrokerError, control
+from fdbroker.config.names import group_name, printable, user_name
 from fdbroker.kernel import bpf, landlock, namespaces, process, seccomp, sockets
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.files import open_path_beneath
 from fdbroker.launcher.mounts import ReadOnlyViewError, enter_read_only_view
 from fdbroker.launcher.start import find_cgroup2
+from fdbroker.wire.client import for_broker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -382,7 +382,6 @@ def _in_force(whole: dict[str, object], compiled: CompiledPolicy | None, path: s
     fingerprint = whole.get("fingerprint")
     if compiled is None or fingerprint is None:
         return []
-    from fdbroker.config.compiled import for_broker  # noqa: PLC0415 - another extra
     from fdbroker.policy.rules import read_policy  # noqa: PLC0415 - only here
 
     meaning = "what the policy file says is what the broker does"

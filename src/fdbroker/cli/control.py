@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from fdbroker.cli.broker import obstacle
 from fdbroker.cli.failure import EXIT_ERROR, Failure
-from fdbroker.cli.output import printable
 from fdbroker.client import BrokerError, PathInvalidError, control
+from fdbroker.config.names import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

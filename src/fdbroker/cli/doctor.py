@@ -8,8 +8,9 @@ import click
 
 from fdbroker.cli import broker
 from fdbroker.cli.checks import MISSING, OK, WEAKER, Check, Places, all_checks
-from fdbroker.cli.output import coloured, printable, write_json, write_line
-from fdbroker.cli.policy_file import DEFAULT_POLICY
+from fdbroker.cli.output import coloured, write_json, write_line
+from fdbroker.config import DEFAULT_POLICY
+from fdbroker.config.names import printable
 
 _COLOURS = {OK: "green", WEAKER: "yellow", MISSING: "red"}
 

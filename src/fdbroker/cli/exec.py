@@ -12,9 +12,9 @@ import click
 
 from fdbroker.cli import broker
 from fdbroker.cli.failure import Failure
-from fdbroker.cli.output import printable
 from fdbroker.cli.paths import absolute
 from fdbroker.client import BrokerError
+from fdbroker.config.names import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,7 +140,9 @@ def _move(descriptor: int, number: int) -> None:
     try:
         os.dup2(descriptor, number)
     except OSError as error:
-        raise Failure(f"descriptor {number}: {error.strerror}", EXIT_FAILED) from error
+        cure = "give a lower one with --fd, or allow more open files (ulimit -n)"
+        text = f"descriptor {number} can't be used: {error.strerror}; {cure}"
+        raise Failure(text, EXIT_FAILED) from error
     os.close(descriptor)
 
 

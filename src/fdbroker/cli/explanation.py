@@ -6,16 +6,17 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any
 
-from fdbroker.cli.ids import group_text, user_text
-from fdbroker.cli.output import coloured, path_members, printable
+from fdbroker.cli.output import coloured, path_members
+from fdbroker.config.names import group_text, printable, user_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fdbroker.config.explain import Check, Explanation, RuleReport, Seen
+    from fdbroker.config.explain import Explanation, RuleCheck, RuleReport, Seen
     from fdbroker.policy.rules import FileFacts
 
 _STATUS = {"allow": 0, "deny": 1, "unknown": 3}
+_COLOURS = {"allow": "green", "deny": "red", "unknown": "yellow"}
 # A policy with no more rules than these is shown whole.
 _FEW = 6
 _MARKS = {True: "+", False: "-", None: "?"}
@@ -32,7 +33,9 @@ def to_document(explanation: Explanation, source: str, notes: Sequence[str]) -> 
     return {
         **path_members(explanation.path),
         "action": explanation.action,
+        "source": "file",
         "policy": printable(source),
+        "generation": None,
         "notes": list(notes),
         "client": {"uid": client.uid, "gids": sorted(client.gids), "cgroups": sorted(client.cgroups)},
         "root": None if explanation.root is None else explanation.root.name,
@@ -53,7 +56,7 @@ def to_document(explanation: Explanation, source: str, notes: Sequence[str]) -> 
     }
 
 
-def _check_members(check: Check) -> dict[str, object]:
+def _check_members(check: RuleCheck) -> dict[str, object]:
     return {"what": check.what, "holds": check.holds, "text": printable(check.text)}
 
 
@@ -93,7 +96,7 @@ def lines_of(explanation: Explanation, source: str, *, verbose: bool) -> list[st
     hidden = len(explanation.rules) - len(shown)
     if hidden:
         lines += ["", f"{hidden} other rules are not about this at all (-v shows them)."]
-    colour = {"allow": "green", "deny": "red"}.get(explanation.verdict.decision, "yellow")
+    colour = _COLOURS[explanation.verdict.decision]
     sentence = explanation.sentence
     return [*lines, "", coloured(printable(sentence[:1].upper() + sentence[1:]) + ".", colour)]
 
@@ -105,7 +108,7 @@ def _is_near(rule: RuleReport, explanation: Explanation) -> bool:
 
 def _rule_lines(rule: RuleReport) -> list[str]:
     word = {True: "applies", False: "does not apply", None: "may apply"}[rule.applies]
-    colour = {"allow": "green", "deny": "red"}[rule.effect]
+    colour = _COLOURS[rule.effect]
     head = f"rule {printable(rule.name)} ({rule.effect}): {word}"
     lines = [coloured(head, colour) if rule.applies else head]
     width = max(len(check.what) for check in rule.checks)
@@ -151,10 +154,48 @@ def _decision(answer: Mapping[str, Any]) -> str:
     return "unknown" if answer.get("asked_of_object") or answer.get("denies") else "allow"
 
 
+def document_of_answer(answer: Mapping[str, Any], path: bytes) -> dict[str, Any]:
+    """Return what a broker says as the members that an explanation of a policy file has, too."""
+    decision = _decision(answer)
+    undecided = decision == "unknown"
+    rules = [(name, "allow") for name in answer.get("asked_of_object") or ()]
+    rules += [(name, "deny") for name in answer.get("denies") or ()]
+    return {
+        **path_members(path),
+        "action": answer.get("action"),
+        "source": "broker",
+        "policy": None,
+        "generation": answer.get("generation"),
+        "notes": [],
+        "client": {"uid": os.geteuid(), "gids": sorted({os.getegid(), *os.getgroups()}), "cgroups": []},
+        "root": answer.get("root"),
+        "decision": decision,
+        "reason": "not_seen" if undecided else answer.get("reason"),
+        "rule": None if undecided else answer.get("rule"),
+        "sentence": _sentence(answer),
+        "object": None,
+        "rules": [{"name": name, "effect": effect, "applies": None, "checks": []} for name, effect in rules],
+    }
+
+
+def _sentence(answer: Mapping[str, Any]) -> str:
+    decision, rule = _decision(answer), printable(str(answer.get("rule")))
+    if decision == "allow":
+        return f"allowed: rule {rule} allows it, whether or not it is there"
+    if decision == "unknown":
+        return "it depends on the file: see the conditions of these rules"
+    reasons = {
+        "deny_rule": f"rule {rule} denies it, and a deny rule always wins",
+        "no_rule": "no rule allows it to you, and what is not allowed is denied",
+        "outside_roots": "it lies in none of the trees that the policy names (roots)",
+    }
+    reason = printable(str(answer.get("reason")))
+    return f"denied: {reasons.get(reason, reason)}"
+
+
 def lines_of_answer(answer: Mapping[str, Any], path: bytes) -> list[str]:
     """Return for people what a broker says of the client that asks, by the name alone."""
     decision = _decision(answer)
-    rule = printable(str(answer.get("rule")))
     lines = [
         f"path    {printable(path)}",
         f"action  {printable(str(answer.get('action')))}",
@@ -167,17 +208,7 @@ def lines_of_answer(answer: Mapping[str, Any], path: bytes) -> list[str]:
         if names:
             shown = ", ".join(printable(str(name)) for name in names)
             lines.append(f"{label.ljust(6)}  if the file meets the conditions of rule {shown}")
-    if decision == "allow":
-        text, colour = f"Allowed: rule {rule} allows it, whether or not it is there.", "green"
-    elif decision == "unknown":
-        text, colour = "It depends on the file: see the conditions of these rules.", "yellow"
-    else:
-        reasons = {
-            "deny_rule": f"rule {rule} denies it, and a deny rule always wins",
-            "no_rule": "no rule allows it to you, and what is not allowed is denied",
-            "outside_roots": "it lies in none of the trees that the policy names (roots)",
-        }
-        reason = printable(str(answer.get("reason")))
-        text, colour = f"Denied: {reasons.get(reason, reason)}.", "red"
+    colour = _COLOURS[decision]
+    sentence = _sentence(answer)
     who = "Who may read the policy file sees the rules themselves: fdbroker policy explain --as USER PATH."
-    return [*lines, "", coloured(text, colour), who]
+    return [*lines, "", coloured(f"{sentence[:1].upper()}{sentence[1:]}.", colour), who]

@@ -10,10 +10,10 @@ import click
 
 from fdbroker.cli import broker
 from fdbroker.cli.failure import Failure
-from fdbroker.cli.ids import group_name, user_name
-from fdbroker.cli.output import complain_printable, path_members, printable, write_json, write_line
+from fdbroker.cli.output import complain_printable, path_members, write_json, write_line
 from fdbroker.cli.paths import absolute
 from fdbroker.client import BrokerError, ListEntry, NotDirectoryError
+from fdbroker.config.names import group_name, printable, user_name
 from fdbroker.scan.tree import is_about_the_connection
 
 if TYPE_CHECKING:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fdbroker.config.names import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -21,26 +23,6 @@ class OutputError(Exception):
 
 class ReaderGoneError(OutputError):
     """Nobody reads what is written any more, as after `| head`."""
-
-
-def printable(text: bytes | str) -> str:
-    r"""Return a name in a form that can't play with a terminal and can be read back.
-
-    Whatever is not printable, and what is not UTF-8, is `\xNN` for each of its
-    bytes, a backslash is `\\`: `printf %b` gives the name again.
-    """
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", "surrogateescape")
-    return "".join(
-        character if character.isprintable() and character != "\\" else _escaped(character)
-        for character in text
-    )
-
-
-def _escaped(character: str) -> str:
-    if character == "\\":
-        return "\\\\"
-    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
 def shell_word(path: bytes) -> str:

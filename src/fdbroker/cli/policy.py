@@ -10,11 +10,20 @@ import click
 
 from fdbroker.cli import broker
 from fdbroker.cli.control import connected
-from fdbroker.cli.explanation import lines_of, lines_of_answer, status_of, status_of_answer, to_document
+from fdbroker.cli.explanation import (
+    document_of_answer,
+    lines_of,
+    lines_of_answer,
+    status_of,
+    status_of_answer,
+    to_document,
+)
 from fdbroker.cli.failure import EXIT_ERROR, Failure
-from fdbroker.cli.output import complain_printable, printable, write_json, write_line, write_text
+from fdbroker.cli.output import complain_printable, write_json, write_line, write_text
 from fdbroker.cli.paths import absolute
-from fdbroker.cli.policy_file import DEFAULT_POLICY
+from fdbroker.cli.policy_file import problems_as_failure
+from fdbroker.config import DEFAULT_POLICY
+from fdbroker.config.names import printable
 
 if TYPE_CHECKING:
     from fdbroker.config.explain import LoadedPolicy
@@ -176,7 +185,7 @@ def explain_command(  # noqa: PLR0913 - one for each option
         with connected(control_path) as control:
             answer = control.explain(action, asked)
         if as_json:
-            write_json(answer)
+            write_json(document_of_answer(answer, asked))
         else:
             for line in lines_of_answer(answer, asked):
                 write_line(line)
@@ -216,13 +225,10 @@ def _load(policy_path: str | None, *, may_ask: bool) -> LoadedPolicy | None:
 
 
 def _read(path: str) -> LoadedPolicy:
-    from fdbroker.config import ConfigError  # noqa: PLC0415 - another extra
     from fdbroker.config.explain import load_for_explaining  # noqa: PLC0415 - another extra
 
-    try:
+    with problems_as_failure():
         return load_for_explaining(path)
-    except ConfigError as error:
-        raise Failure(str(error)) from error  # printable as it is
 
 
 def _client(loaded: LoadedPolicy, user: str | None, unit: str | None, cgroup: str | None) -> ClientFacts:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from fdbroker.cli.failure import Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from fdbroker.config import CompiledPolicy
-
-DEFAULT_POLICY = "/etc/fdbroker/policy.yaml"
 
 
 def load(path: str, *, dev: bool = False) -> CompiledPolicy:
@@ -21,10 +20,19 @@ def load(path: str, *, dev: bool = False) -> CompiledPolicy:
         Failure: it can't be trusted or read, or it has problems, each with its place.
 
     """
-    from fdbroker.config import ConfigError, load_policy_file  # noqa: PLC0415 - see above
+    from fdbroker.config import load_policy_file  # noqa: PLC0415 - see above
+
+    with problems_as_failure():
+        return load_policy_file(path, dev=dev)
+
+
+@contextlib.contextmanager
+def problems_as_failure() -> Iterator[None]:
+    """Turn what is wrong with a policy file into a Failure that has every problem, each with its place."""
+    from fdbroker.config import ConfigError  # noqa: PLC0415 - see above
 
     try:
-        return load_policy_file(path, dev=dev)
+        yield
     except ConfigError as error:
         raise Failure(str(error)) from error  # printable as it is
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fdbroker.cli.scan_output import Totals
     from fdbroker.scan.tree import Found
 
-_INTERVAL = 0.1
+_INTERVAL = 0.1  # seconds
 _LOOK_AHEAD = 200_000  # entries, some 200 bytes each: the end of any larger tree is told when it is nearer
 _AT_A_TIME = 64
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")

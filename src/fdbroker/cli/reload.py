@@ -11,9 +11,12 @@ import click
 from fdbroker.cli import broker
 from fdbroker.cli.control import connected
 from fdbroker.cli.failure import Failure
-from fdbroker.cli.output import complain_printable, printable, write_line
-from fdbroker.cli.policy_file import DEFAULT_POLICY, changes_for_restart, load
+from fdbroker.cli.output import complain_printable, write_line
+from fdbroker.cli.policy_file import changes_for_restart, load
 from fdbroker.client import BrokerError, Reason
+from fdbroker.config import DEFAULT_POLICY
+from fdbroker.config.names import printable
+from fdbroker.wire.client import for_broker
 
 if TYPE_CHECKING:
     from fdbroker.client.control import Control
@@ -106,7 +109,6 @@ def _generation_in_force(
         Failure: it does not, or it can't be asked.
 
     """
-    from fdbroker.config import for_broker  # noqa: PLC0415 - another extra
     from fdbroker.policy.rules import read_policy  # noqa: PLC0415 - only here
 
     shown = printable(policy_path)

@@ -13,10 +13,11 @@ import click
 from fdbroker import client
 from fdbroker.cli import broker
 from fdbroker.cli.failure import Failure
-from fdbroker.cli.output import OutputError, ReaderGoneError, complain, complain_printable, printable
+from fdbroker.cli.output import OutputError, ReaderGoneError, complain, complain_printable
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.progress import Ahead, ScanProgress
 from fdbroker.cli.scan_output import HumanOutput, JsonOutput, Output, Totals
+from fdbroker.config.names import printable
 from fdbroker.sandbox.confine import ConfinementError
 from fdbroker.scan import hashes
 from fdbroker.scan.run import Scanned, scan

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from fdbroker.cli.output import complain, path_members, printable, write_json, write_line
+from fdbroker.cli.output import complain, path_members, write_json, write_line
+from fdbroker.config.names import printable
 from fdbroker.sandbox.report import Layer
 from fdbroker.scan.verdict import Clean, Error, Infected
 

@@ -10,8 +10,9 @@ import click
 from fdbroker import client
 from fdbroker.cli import broker
 from fdbroker.cli.failure import Failure
-from fdbroker.cli.output import complain_printable, printable, write_json, write_line
+from fdbroker.cli.output import complain_printable, write_json, write_line
 from fdbroker.client import BrokerError, UnavailableError, control
+from fdbroker.config.names import printable
 
 
 @click.command("status", short_help="Show what the running broker does, and how it is protected.")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from fdbroker.client.connection import Call, Connection, ConnectionLost, Deadline, connect_socket
 from fdbroker.client.engine import AskStatus, AskWhy, HandOver, sendable
 from fdbroker.client.errors import ReloadRefusedError, disconnected, error_of_reply, protocol_error
-from fdbroker.wire.client import ExplainReply, ReloadReply, StatusReply
+from fdbroker.wire.client import ExplainReply, ReloadReply, StatusReply, for_broker
 from fdbroker.wire.format import ACTIONS, HEADER, MAX_POLICY, PIECE, Reason
 from fdbroker.wire.messages import ErrorReply
 
@@ -164,8 +164,7 @@ def _for_broker(compiled: bytes) -> bytes:
         return compiled
     if not isinstance(document, dict) or "daemon" not in document:
         return compiled
-    del document["daemon"]
-    return json.dumps(document).encode()
+    return json.dumps(for_broker(document)).encode()
 
 
 def _object(text: bytes, request_id: int) -> dict[str, object]:

@@ -14,13 +14,16 @@ import importlib
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from fdbroker.config.compile import compile_policy, load_policy_file
-    from fdbroker.config.compiled import CompiledPolicy, dumps, for_broker
+    from fdbroker.config.compiled import CompiledPolicy, dumps
     from fdbroker.config.errors import ConfigError, Problem
     from fdbroker.config.identities import Fault, Lookups, OfflineLookups, SystemLookups
     from fdbroker.config.schema import json_schema
     from fdbroker.config.sources import read_policy_file
 
+DEFAULT_POLICY = "/etc/fdbroker/policy.yaml"
+
 __all__ = [
+    "DEFAULT_POLICY",
     "CompiledPolicy",
     "ConfigError",
     "Fault",
@@ -30,7 +33,6 @@ __all__ = [
     "SystemLookups",
     "compile_policy",
     "dumps",
-    "for_broker",
     "json_schema",
     "load_policy_file",
     "read_policy_file",
@@ -38,7 +40,7 @@ __all__ = [
 
 _MODULES = {
     "compile": ["compile_policy", "load_policy_file"],
-    "compiled": ["CompiledPolicy", "dumps", "for_broker"],
+    "compiled": ["CompiledPolicy", "dumps"],
     "errors": ["ConfigError", "Problem"],
     "identities": ["Fault", "Lookups", "OfflineLookups", "SystemLookups"],
     "schema": ["json_schema"],

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from fdbroker.config.compile import compile_policy
 from fdbroker.config.compiled import dumps
-from fdbroker.config.errors import ConfigError, printable
+from fdbroker.config.errors import ConfigError
 from fdbroker.config.identities import Lookups, OfflineLookups, SystemLookups
+from fdbroker.config.names import printable
 from fdbroker.config.schema import json_schema
 from fdbroker.config.sources import read_policy_file
 

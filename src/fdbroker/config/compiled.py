@@ -7,6 +7,10 @@ from binascii import crc32
 from collections.abc import Mapping
 from typing import TypedDict
 
+from fdbroker.wire.format import MAX_POLICY
+
+# Bytes of a file with one: what a reload can hand over, and the white space that makes it readable.
+MAX_FILE = 2 * MAX_POLICY
 _WIDTH = 110
 # A rule is nested deeper than this, so it is never squeezed into one line.
 _MAX_DEPTH_ON_A_LINE = 3
@@ -101,11 +105,6 @@ class CompiledPolicy(TypedDict):
     read_only_view: str
     admins: dict[str, list[int]]
     daemon: CompiledDaemon
-
-
-def for_broker(policy: Mapping[str, object]) -> dict[str, object]:
-    """Return what the broker reads of a compiled policy: all but what is the launcher's."""
-    return {key: value for key, value in policy.items() if key != "daemon"}
 
 
 def launcher_fingerprint(daemon: Mapping[str, object]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from fdbroker.config.names import printable
+
 MAX_PROBLEMS = 100
 _MAX_SHOWN = 80
 _MAX_LISTED = 12
@@ -94,11 +96,6 @@ class ProblemList:
                 )
             )
         raise ConfigError(found)
-
-
-def printable(text: str) -> str:
-    """Return `text` with everything escaped that could steer a terminal or forge a line."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def quoted(text: str) -> str:

@@ -12,7 +12,6 @@ is not permitted, a rule that asks something of the object stays undecided.
 from __future__ import annotations
 
 import errno
-import grp
 import json
 import os
 import pwd
@@ -22,9 +21,10 @@ from typing import NamedTuple
 
 from fdbroker.broker.roots import HeldRoot, RootError, hold_roots
 from fdbroker.config.compile import compile_policy
-from fdbroker.config.compiled import for_broker
+from fdbroker.config.compiled import MAX_FILE
 from fdbroker.config.errors import ConfigError, Problem
 from fdbroker.config.identities import OVERFLOW_ID, SystemLookups
+from fdbroker.config.names import group_text, user_text
 from fdbroker.config.sources import read_policy_file
 from fdbroker.kernel.files import filesystem_of, open_path_beneath
 from fdbroker.policy.decide import NameDecision, Policy, decide_object
@@ -41,9 +41,9 @@ from fdbroker.policy.rules import (
     RuleSet,
     read_policy,
 )
+from fdbroker.wire.client import for_broker
 
 ALLOW, DENY, UNKNOWN = "allow", "deny", "unknown"
-_MAX_BYTES = 64 << 20  # of a compiled policy that a broker takes
 
 # As in the broker's audit.
 _BY_ERRNO = {
@@ -88,7 +88,7 @@ _LATER_MOUNT = (
 )
 
 
-class Check(NamedTuple):
+class RuleCheck(NamedTuple):
     """One thing that a rule asks. `holds` is None where it could not be found out."""
 
     what: str
@@ -101,7 +101,7 @@ class RuleReport(NamedTuple):
 
     name: str
     effect: str
-    checks: tuple[Check, ...]
+    checks: tuple[RuleCheck, ...]
 
     @property
     def applies(self) -> bool | None:
@@ -181,7 +181,7 @@ def load_for_explaining(path: str) -> LoadedPolicy:
 
     """
     with open(path, "rb") as file:
-        text = file.read(_MAX_BYTES)
+        text = file.read(MAX_FILE)
     notes: tuple[str, ...] = ()
     try:
         read_policy_file(path)
@@ -330,45 +330,49 @@ def _report(
     effect = DENY if rule.deny else ALLOW
     actions = ", ".join(sorted(rule.actions))
     checks = [
-        Check("action", action in rule.actions, f"is about {actions}"),
-        Check("client", rule.is_for(client), _clients_text(rule.clients, client)),
+        RuleCheck("action", action in rule.actions, f"is about {actions}"),
+        RuleCheck("client", rule.is_for(client), _clients_text(rule.clients, client)),
     ]
     components = components_below(rule.root.path, path)
     checks.append(_root_check(rule, components, serving))
     if components is not None:
         checks += _glob_checks(rule, components)
     if not rule.deny and action == "open" and "descriptor" not in rule.deliver:
-        checks.append(Check("deliver", holds=False, text="hands out no descriptors"))
+        checks.append(RuleCheck("deliver", holds=False, text="hands out no descriptors"))
     if rule.where is not None:
         checks += _condition_checks(rule.where, facts, client.uid, deny=rule.deny)
     return RuleReport(rule.name, effect, tuple(checks))
 
 
-def _root_check(rule: Rule, components: Sequence[bytes] | None, serving: Root | None) -> Check:
+def _root_check(rule: Rule, components: Sequence[bytes] | None, serving: Root | None) -> RuleCheck:
     where = f"{rule.root.name} ({_text(rule.root.path)})"
     if components is None:
-        return Check("root", holds=False, text=f"is about {where}, and the path is not below it")
+        return RuleCheck("root", holds=False, text=f"is about {where}, and the path is not below it")
     if not rule.deny and rule.root is not serving and serving is not None:
         deeper = f"the path belongs to the deeper root {serving.name} ({_text(serving.path)})"
-        return Check("root", holds=False, text=f"is about {where}, but {deeper}, where only its rules allow")
+        return RuleCheck(
+            "root", holds=False, text=f"is about {where}, but {deeper}, where only its rules allow"
+        )
     relative = _text(b"/".join(components)) or "the root itself"
-    return Check("root", holds=True, text=f"{where}; below it: {relative}")
+    return RuleCheck("root", holds=True, text=f"{where}; below it: {relative}")
 
 
-def _glob_checks(rule: Rule, components: Sequence[bytes]) -> list[Check]:
+def _glob_checks(rule: Rule, components: Sequence[bytes]) -> list[RuleCheck]:
     matching = [glob.pattern for glob in rule.paths if glob.matches(components)]
     if matching:
-        checks = [Check("paths", holds=True, text=f"matches {_globs(matching)}")]
+        checks = [RuleCheck("paths", holds=True, text=f"matches {_globs(matching)}")]
     else:
         listed = _globs(glob.pattern for glob in rule.paths)
-        checks = [Check("paths", holds=False, text=f"matches none of {listed}")]
+        checks = [RuleCheck("paths", holds=False, text=f"matches none of {listed}")]
     if rule.excepts:
         matching = [glob.pattern for glob in rule.excepts if glob.matches(components)]
         if matching:
-            checks.append(Check("except", holds=False, text=f"matches {_globs(matching)}, which is excepted"))
+            checks.append(
+                RuleCheck("except", holds=False, text=f"matches {_globs(matching)}, which is excepted")
+            )
         else:
             listed = _globs(glob.pattern for glob in rule.excepts)
-            checks.append(Check("except", holds=True, text=f"matches none of {listed}"))
+            checks.append(RuleCheck("except", holds=True, text=f"matches none of {listed}"))
     return checks
 
 
@@ -379,7 +383,7 @@ _NOTHING = Conditions(owner=None, gids=None, mode_all=0, mode_none=0, size=None,
 
 def _condition_checks(
     where: Conditions, facts: FileFacts | None, client_uid: int, *, deny: bool
-) -> list[Check]:
+) -> list[RuleCheck]:
     alone: list[tuple[str, Conditions, str]] = []
     if where.owner is not None:
         owners = [user_text(uid) for uid in sorted(where.owner.uids)]
@@ -401,10 +405,10 @@ def _condition_checks(
     checks = []
     for what, condition, text in alone:
         if facts is None:
-            checks.append(Check(what, holds=None, text=text))
+            checks.append(RuleCheck(what, holds=None, text=text))
         else:
             failure = condition.first_failure(facts, client_uid, deny=deny)
-            checks.append(Check(what, holds=failure is None, text=f"{text}; {_value_text(what, facts)}"))
+            checks.append(RuleCheck(what, holds=failure is None, text=f"{text}; {_value_text(what, facts)}"))
     return checks
 
 
@@ -448,22 +452,6 @@ def client_text(client: ClientFacts) -> str:
     return ", ".join(parts)
 
 
-def user_text(uid: int) -> str:
-    """Return a user's number with the name, where there is one."""
-    try:
-        return f"{uid} ({pwd.getpwuid(uid).pw_name})"
-    except (KeyError, OverflowError):
-        return str(uid)
-
-
-def group_text(gid: int) -> str:
-    """Return a group's number with the name, where there is one."""
-    try:
-        return f"{gid} ({grp.getgrgid(gid).gr_name})"
-    except (KeyError, OverflowError):
-        return str(gid)
-
-
 def mode_text(mode: int) -> str:
     """Return permission bits as the policy writes them."""
     return f"0{stat.S_IMODE(mode):03o}"
@@ -487,7 +475,7 @@ def _text(path: bytes) -> str:
     return os.fsdecode(path)
 
 
-def _all(checks: Iterable[Check]) -> bool | None:
+def _all(checks: Iterable[RuleCheck]) -> bool | None:
     answers = [check.holds for check in checks]
     if False in answers:
         return False

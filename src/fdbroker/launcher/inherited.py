@@ -105,11 +105,11 @@ def leave_standard_descriptors(connections: Sequence[tuple[int, str]]) -> list[t
     for standard in range(_FIRST_FREE):
         facts = os.fstat(standard)
         if any(os.path.samestat(facts, os.fstat(number)) for number, _ in moved):
-            _put_nothing_at(standard)
+            _open_null_as(standard)
     return moved
 
 
-def _put_nothing_at(number: int) -> None:
+def _open_null_as(number: int) -> None:
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     os.dup2(nothing, number)
     os.close(nothing)

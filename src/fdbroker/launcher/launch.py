@@ -27,7 +27,7 @@ from fdbroker.launcher.listening import MadeSockets
 from fdbroker.launcher.locking import PidFile
 from fdbroker.launcher.options import STANDARD_OUTPUT, read_options
 from fdbroker.launcher.plan import make_plan
-from fdbroker.launcher.policies import CompileError, PolicyInTheMaking
+from fdbroker.launcher.policies import CompileError, PendingPolicy
 
 if TYPE_CHECKING:
     from fdbroker.launcher.activation import Activation
@@ -72,14 +72,14 @@ def _run(options: Options) -> int:
     # Before anything is opened: a number that is not open now would be one of ours later.
     passed = _take_what_was_passed(options)
     pidfile = PidFile(options.pidfile) if options.pidfile is not None else None
-    making = PolicyInTheMaking(options.policy, dev=options.dev)
+    pending = PendingPolicy(options.policy, dev=options.dev)
     try:
         # What follows needs it; the child compiles meanwhile.
         import fdbroker.launcher.start  # noqa: F401, PLC0415
 
-        policies = making.finish()
+        policies = pending.finish()
     except BaseException:
-        making.abandon()
+        pending.abandon()
         raise
     plan = make_plan(policies.daemon, options, sockets_passed=passed.has_sockets)
     if plan.audit == STANDARD_OUTPUT and (passed.output_gone or options.background):

@@ -8,7 +8,8 @@ import os
 import pwd
 from typing import NamedTuple
 
-DEFAULT_POLICY = "/etc/fdbroker/policy.yaml"
+from fdbroker.config import DEFAULT_POLICY
+
 DEFAULT_PIDFILE = "/run/fdbroker/fdbrokerd.pid"
 NONE = "none"
 STANDARD_OUTPUT = "-"

@@ -9,12 +9,13 @@ import sys
 import traceback
 from typing import Any, NamedTuple, NoReturn
 
+from fdbroker.config.compiled import MAX_FILE
 from fdbroker.config.errors import ConfigError
 from fdbroker.config.sources import read_policy_file
 from fdbroker.launcher.errors import EXIT_NOT_STARTED, StartError
 from fdbroker.policy.rules import PolicyError, read_policy
+from fdbroker.wire.client import for_broker
 
-_MOST_COMPILED = 64 * 1024 * 1024
 _EXIT_BUG = 1
 
 
@@ -33,7 +34,7 @@ class Policies(NamedTuple):
     daemon: dict[str, Any]
 
 
-class PolicyInTheMaking:
+class PendingPolicy:
     """A policy that is being read. Ask for it when it is needed: until then there is other work to do."""
 
     def __init__(self, path: str, *, dev: bool) -> None:
@@ -80,7 +81,10 @@ class PolicyInTheMaking:
             document = json.loads(text)
         except ValueError as error:
             raise StartError(f"{self._path} is no JSON: {error}; compile the policy anew") from error
-        daemon = document.pop("daemon", {}) if isinstance(document, dict) else {}
+        daemon: dict[str, Any] = {}
+        if isinstance(document, dict):
+            daemon = document.get("daemon", daemon)
+            document = for_broker(document)
         try:
             read_policy(document)
         except PolicyError as error:
@@ -89,7 +93,7 @@ class PolicyInTheMaking:
 
     def _read_compiled(self) -> bytes:
         try:
-            return read_policy_file(self._path, dev=self._dev, most_bytes=_MOST_COMPILED)
+            return read_policy_file(self._path, dev=self._dev, most_bytes=MAX_FILE)
         except ConfigError as error:
             raise StartError(str(error)) from error
 

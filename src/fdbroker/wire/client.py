@@ -45,7 +45,7 @@ from fdbroker.wire.messages import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 _NO_STAT = bytes(STAT.size)
 _GIVEN = GIVEN.encode()
@@ -154,6 +154,11 @@ def encode_explain(request_id: int, action: str, path: bytes) -> bytes:
     if len(frame) > MAX_FRAME:
         raise ValueError(f"a path of {len(path)} bytes is too long for a frame")
     return frame
+
+
+def for_broker(policy: Mapping[str, object]) -> dict[str, object]:
+    """Return what the broker takes of a compiled policy: all but `daemon`, which is the launcher's."""
+    return {key: value for key, value in policy.items() if key != "daemon"}
 
 
 def encode_reload(request_id: int, offset: int, piece: bytes, *, more: bool) -> bytes:

@@ -1,0 +1,63 @@
+"""How names are shown: what is printable of them, and users and groups with their numbers."""
+
+from __future__ import annotations
+
+import grp
+import pwd
+from functools import cache
+
+
+def printable(text: bytes | str) -> str:
+    r"""Return a name in a form that can't play with a terminal and can be read back.
+
+    Whatever is not printable, and what is not UTF-8, is `\xNN` for each of its
+    bytes, a backslash is `\\`: `printf %b` gives the name again.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "surrogateescape")
+    return "".join(
+        character if character.isprintable() and character != "\\" else _escaped(character)
+        for character in text
+    )
+
+
+def _escaped(character: str) -> str:
+    if character == "\\":
+        return "\\\\"
+    try:
+        data = character.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # JSON may have halves of surrogate pairs
+        data = character.encode("utf-8", "surrogatepass")
+    return "".join(f"\\x{byte:02x}" for byte in data)
+
+
+@cache
+def user_name(uid: int) -> str:
+    """Return the name of a user, or the number."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except (KeyError, OverflowError):
+        return str(uid)
+
+
+@cache
+def group_name(gid: int) -> str:
+    """Return the name of a group, or the number."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except (KeyError, OverflowError):
+        return str(gid)
+
+
+def user_text(uid: int) -> str:
+    """Return a user's number with the name, where there is one."""
+    return _with_name(uid, user_name(uid))
+
+
+def group_text(gid: int) -> str:
+    """Return a group's number with the name, where there is one."""
+    return _with_name(gid, group_name(gid))
+
+
+def _with_name(number: int, name: str) -> str:
+    return name if name == str(number) else f"{number} ({name})"
