@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 SEND_BUFFER = 32768  # the kernel doubles it; no cost was seen, and less is in flight
 ACCEPTS_PER_ROUND = 16
-_EVENTS_PER_ROUND = 256  # the others are there in the next round, which begins behind these
 _REST = 0.1  # seconds
 # Everybody may ask on a control socket, and whoever has subordinate ids has many of them: what they
 # take up there must not be what the clients need.
@@ -158,7 +157,9 @@ class Broker:
             timeout = 0
         elif resting and not 0 <= timeout < _REST:
             timeout = _REST
-        ready = self._epoll.poll(timeout, _EVENTS_PER_ROUND)
+        # Room for all of them, or it would not show who else wants something; and for no more, which costs.
+        most = len(self._connections) + len(self._listeners) + 1
+        ready = self._epoll.poll(timeout, most)
         for listener in resting:
             self._epoll.register(listener, _READY)
         if len(ready) == 1 and not self._loading:  # one client wants one thing, as it mostly is
