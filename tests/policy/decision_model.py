@@ -35,6 +35,43 @@ class Expected(NamedTuple):
     rule: int | None = None
 
 
+class Outcome(NamedTuple):
+    """What is answered about a path and the object that is there: why, and by which rule, by index."""
+
+    reason: str
+    rule: int | None
+
+
+CONDITIONS = ("owner", "group", "mode", "size", "links")
+PROBLEMS = (
+    "empty",
+    "path_too_long",
+    "relative",
+    "trailing_slash",
+    "empty_component",
+    "dot_component",
+    "name_too_long",
+)
+
+
+def problem(path: str) -> str | None:
+    """Return what keeps `path`, of ASCII without NUL, from being asked for."""
+    if not path:
+        return "empty"
+    if len(path) > 4095:
+        return "path_too_long"
+    if path[0] != "/":
+        return "relative"
+    if path[-1] == "/":
+        return None if path == "/" else "trailing_slash"
+    for name in path[1:].split("/"):
+        if name in {"", ".", ".."}:
+            return "dot_component" if name else "empty_component"
+        if len(name) > 255:
+            return "name_too_long"
+    return None
+
+
 @cache
 def glob_matches(pattern: tuple[str, ...], path: tuple[str, ...]) -> bool:
     """Say whether components of a glob match those of a path; no escapes."""
@@ -90,6 +127,9 @@ def matching_rules(
 
 def expect(document: dict[str, Any], client: ClientFacts, action: str, path: str) -> Expected:
     """Return what the name alone has to decide."""
+    trouble = problem(path)
+    if trouble is not None:
+        return Expected(None, trouble)
     serving, matching = matching_rules(document, client, action, path)
     rules = document["rules"]
     denies = [i for i in matching if rules[i]["effect"] == "deny"]
@@ -104,10 +144,12 @@ def expect(document: dict[str, Any], client: ClientFacts, action: str, path: str
     return Expected(serving, "ok", left, tuple(denies), left[0] if free and not denies else None)
 
 
-def condition_holds(where: dict[str, Any], facts: Facts, uid: int, *, deny: bool) -> bool:
-    """Say whether an object meets all conditions."""
+def conditions_failing(where: dict[str, Any], facts: Facts, uid: int, *, deny: bool) -> list[str]:
+    """Return the conditions that an object does not meet, in the order in which they are asked."""
     regular = stat.S_ISREG(facts.st_mode)
-    for name, wanted in where.items():
+    failing = []
+    for name in sorted(where, key=CONDITIONS.index):
+        wanted = where[name]
         if name == "owner":
             good = facts.st_uid in wanted["uids"] or (wanted["client"] and facts.st_uid == uid)
         elif name == "group":
@@ -125,18 +167,37 @@ def condition_holds(where: dict[str, Any], facts: Facts, uid: int, *, deny: bool
             value = facts.st_size if name == "size" else facts.st_nlink
             good = wanted.get("min", value) <= value <= wanted.get("max", value)
         if not good:
-            return False
-    return True
+            failing.append(name)
+    return failing
+
+
+def outcome(document: dict[str, Any], client: ClientFacts, action: str, path: str, facts: Facts) -> Outcome:
+    """Return the reason and the rule that are named in the end, whatever of it the name alone decides."""
+    expected = expect(document, client, action, path)
+    for i in expected.denies:
+        if not conditions_failing(document["rules"][i]["where"], facts, client.uid, deny=True):
+            return Outcome("deny_rule", i)
+    failing = {
+        i: conditions_failing(document["rules"][i]["where"], facts, client.uid, deny=False)
+        for i in expected.allows
+    }
+    for i, names in failing.items():
+        if not names:
+            return Outcome("ok", i)
+    for i, names in failing.items():
+        return Outcome(f"where_{names[0]}", i)
+    return Outcome(expected.reason, expected.rule)
 
 
 def is_given(document: dict[str, Any], client: ClientFacts, action: str, path: str, facts: Facts) -> bool:
     """Say what comes out in the end, for a path and the object that is there."""
+    if problem(path) is not None:
+        return False
     _, matching = matching_rules(document, client, action, path)
+    rules = [document["rules"][i] for i in matching]
     holding = {
-        document["rules"][i]["effect"]
-        for i in matching
-        if condition_holds(
-            document["rules"][i]["where"], facts, client.uid, deny=document["rules"][i]["effect"] == "deny"
-        )
+        rule["effect"]
+        for rule in rules
+        if not conditions_failing(rule["where"], facts, client.uid, deny=rule["effect"] == "deny")
     }
     return holding == {"allow"}

@@ -392,8 +392,10 @@ def _condition_checks(
     if where.gids is not None:
         groups = _either(group_text(gid) for gid in sorted(where.gids))
         alone.append(("group", _NOTHING._replace(gids=where.gids), f"must be {groups}"))
-    if where.mode_all or where.mode_none:
-        wanted = [f"have {where.mode_all:#06o}"] if where.mode_all else []
+    # A compiled policy may ask for a mode and no bit of it. Then, too, the object has to be seen.
+    no_bit = where == _NOTHING
+    if where.mode_all or where.mode_none or no_bit:
+        wanted = [f"have {where.mode_all:#06o}"] if where.mode_all or no_bit else []
         wanted += [f"have nothing of {where.mode_none:#06o}"] if where.mode_none else []
         wanted_text = f"must {' and '.join(wanted)}".replace("0o", "")
         only_mode = _NOTHING._replace(mode_all=where.mode_all, mode_none=where.mode_none)
