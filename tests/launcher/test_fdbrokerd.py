@@ -90,7 +90,7 @@ def test_modes_do_not_depend_on_the_umask(directory: Path, mask: int) -> None:
             assert stat.S_IMODE((directory / "run").stat().st_mode) == 0o755
     finally:
         os.umask(before)
-    assert seen == {"requests": 0o666, "control": 0o666, "pid": 0o644}
+    assert seen == {"requests": 0o666, "control": 0o666, "pid": 0o600}
 
 
 def test_options_are_stronger_than_the_policy(directory: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_second_start_says_who_holds_the_lock(directory: Path) -> None:
             text = not_started(directory, option, pidfile, status=3)
             assert text == (
                 f"fdbroker: a broker runs already: process {pid} holds the lock of '{directory}/run/pid';"
-                f" stop it first (kill {pid}), or use another --pidfile\n"
+                f" stop it first (fdbrokerd --stop --pidfile {directory}/run/pid), or use another --pidfile\n"
             )
         assert content(directory) == b"content"
     finally:
@@ -272,7 +272,7 @@ def test_a_pidfile_that_is_not_roots_alone_is_refused(directory: Path, kind: str
     elif kind == "fifo":
         os.mkfifo(pidfile)
     else:
-        pidfile.write_text("")
+        pidfile.touch(0o600)
     if kind == "writable":
         pidfile.chmod(0o666)
     elif kind == "foreign":

@@ -24,7 +24,7 @@ from fdbroker.launcher.inherited import (
     leave_standard_descriptors,
 )
 from fdbroker.launcher.listening import MadeSockets
-from fdbroker.launcher.locking import PidFile
+from fdbroker.launcher.locking import PidFile, stop_holder
 from fdbroker.launcher.options import STANDARD_OUTPUT, read_options
 from fdbroker.launcher.plan import make_plan
 from fdbroker.launcher.policies import CompileError, PendingPolicy
@@ -68,6 +68,10 @@ class _Passed(NamedTuple):
 
 
 def _run(options: Options) -> int:
+    if options.stop and options.pidfile is not None:  # which it then always is
+        if not stop_holder(options.pidfile):
+            sys.stderr.write(f"fdbroker: no broker holds the lock of {options.pidfile!r}\n")
+        return 0
     _check_privilege()
     # Before anything is opened: a number that is not open now would be one of ours later.
     passed = _take_what_was_passed(options)

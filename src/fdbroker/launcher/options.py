@@ -28,10 +28,10 @@ examples:
                                           in the background; returns when it serves
   fdbrokerd --policy ./try.yaml --socket /tmp/try/broker --control none
                                           with another policy and a socket of its own
-  kill $(cat /run/fdbroker/fdbrokerd.pid) stop the one in the background
+  fdbrokerd --stop                        stop the one in the background; returns when it is gone
 
 exit status:
-  0  it was stopped (with --daemon: it serves)
+  0  it was stopped (with --daemon: it serves; with --stop: none runs)
   2  it did not start; what is in the way is said on standard error
   3  it did not start, since one that runs already holds the lock of the pidfile
 """
@@ -42,6 +42,7 @@ class Options(NamedTuple):
 
     policy: str
     background: bool
+    stop: bool
     pidfile: str | None
     sockets: list[str]
     socket_gid: int | None
@@ -68,11 +69,12 @@ def read_options(arguments: list[str]) -> Options:
     except ValueError:
         parser.error("--inherited needs the number of a descriptor, as in 3=NAME")
     pidfile = given.pidfile
-    if given.daemon and pidfile is None:
+    if (given.daemon or given.stop) and pidfile is None:
         pidfile = DEFAULT_PIDFILE
     return Options(
         policy=os.path.abspath(given.policy),
         background=given.daemon,
+        stop=given.stop,
         pidfile=None if pidfile is None else os.path.abspath(pidfile),
         sockets=[os.path.abspath(path) for path in given.socket],
         socket_gid=given.socket_group,
@@ -105,10 +107,15 @@ def _parser() -> argparse.ArgumentParser:
         "--foreground", action="store_true", help="stay the caller's child (this is the default)"
     )
     how.add_argument("--daemon", action="store_true", help="go into the background; return when it serves")
+    how.add_argument(
+        "--stop",
+        action="store_true",
+        help="start nothing: end the broker that holds the lock of the pidfile, return when it is gone",
+    )
     parser.add_argument(
         "--pidfile",
         metavar="FILE",
-        help=f"keep this file locked, with the process id in it (with --daemon: {DEFAULT_PIDFILE})",
+        help=f"keep this file locked, with the process id in it (with --daemon, --stop: {DEFAULT_PIDFILE})",
     )
     _add_sockets(parser)
     parser.add_argument(
