@@ -29,11 +29,19 @@ class Wanted(NamedTuple):
     name: str
 
 
+class _Made(NamedTuple):
+    """A socket that was made. `at` is its name's, held so that its inode's number is not given to another."""
+
+    directory: int
+    name: str
+    at: int
+
+
 class MadeSockets:
     """Makes sockets, and removes them again when the start fails after all."""
 
     def __init__(self) -> None:
-        self._made: list[tuple[int, str, os.stat_result]] = []
+        self._made: list[_Made] = []
 
     def make(self, wanted: Wanted) -> int:
         """Return a socket that listens at `wanted.path`.
@@ -58,45 +66,38 @@ class MadeSockets:
 
     def remove(self) -> None:
         """Remove the sockets that were made, as far as they are still what was made."""
-        for directory, name, facts in self._made:
+        for directory, name, at in self._made:
             with contextlib.suppress(OSError):
-                if os.path.samestat(os.stat(name, dir_fd=directory, follow_symlinks=False), facts):
+                if os.path.samestat(os.stat(name, dir_fd=directory, follow_symlinks=False), os.fstat(at)):
                     os.unlink(name, dir_fd=directory)
-        self.let_go()
-
-    def let_go(self) -> None:
-        """Leave the sockets where they are: the start is over."""
-        for directory, _, _ in self._made:
+            os.close(at)
             os.close(directory)
         self._made.clear()
 
     def descriptors(self) -> list[int]:
-        """Return what has to stay open until `remove` or `let_go`."""
-        return [directory for directory, _, _ in self._made]
+        """Return what has to stay open until `remove`; execve closes it."""
+        return [descriptor for directory, _, at in self._made for descriptor in (directory, at)]
 
     def _make(self, directory: int, name: str, wanted: Wanted) -> int:
         _clear_the_way(directory, name, wanted.path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        at = None
         try:
             _bind_in(directory, name, listener)
-            facts = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            self._made.append((directory, name, facts))
             # By the descriptor of the name, which follows no link: fchmod(2) of the socket itself would not
             # reach its path.
             at = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-            try:
-                os.chown(f"/proc/self/fd/{at}", -1, wanted.gid)
-                os.chmod(f"/proc/self/fd/{at}", wanted.mode)
-            finally:
-                os.close(at)
+            os.chown(f"/proc/self/fd/{at}", -1, wanted.gid)
+            os.chmod(f"/proc/self/fd/{at}", wanted.mode)
             # Who tried to connect until now was refused.
             listener.listen(_BACKLOG)
         except BaseException:
             listener.close()
-            if self._made and self._made[-1][0] == directory:
-                self._made.pop()
+            if at is not None:
                 os.unlink(name, dir_fd=directory)
+                os.close(at)
             raise
+        self._made.append(_Made(directory, name, at))
         return listener.detach()
 
 

@@ -15,13 +15,10 @@ import os
 import select
 import signal
 import stat
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from fdbroker.launcher.directories import open_directory_of_root
 from fdbroker.launcher.errors import AlreadyRunningError, StartError
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 # Not for writing: the broker has this descriptor, and root may kill what the file says.
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -31,7 +28,7 @@ _PATIENCE = 10.0  # seconds for a broker to end after SIGTERM; it promises one
 
 
 class PidFile:
-    """A locked pidfile. As a context it has the pid of this process in it, as python-daemon wants it.
+    """A locked pidfile.
 
     `descriptor` is the caller's; the lock ends when its last copy, in whatever process, is closed.
     """
@@ -53,18 +50,12 @@ class PidFile:
             os.close(self.descriptor)
             raise
 
-    def __enter__(self) -> None:
-        """Write the pid of this process into it."""
-        self.write()
-
     def write(self) -> None:
         """Write the pid of this process into it."""
         self._replace(f"{os.getpid()}\n")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Empty it: the start has failed."""
+    def empty(self) -> None:
+        """Take it out again: the start has failed."""
         self._replace("")
 
     def _replace(self, text: str) -> None:
