@@ -3,21 +3,31 @@
 The directory is root's alone, and is held open from the check to the last step.
 The socket gets its group and its mode before it listens. What a broker that
 is gone has left behind is replaced; everything else that is there is left alone.
+
+Until it listens, a socket looks as one that was left behind, so starts go one
+after the other here. Their lock is a file that root alone can open, since
+whoever can open a file can hold its lock, and it is there for that long only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.launcher.directories import open_directory_of_root
 from fdbroker.launcher.errors import StartError
 
-_BACKLOG = 128
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_BACKLOG = 128  # connections that nobody has accepted yet
+_LOCK = ".fdbrokerd.lock"
+_LOCK_FLAGS = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
 class Wanted(NamedTuple):
@@ -53,7 +63,8 @@ class MadeSockets:
         directory = open_directory_of_root(os.path.dirname(wanted.path), make=True)
         name = os.path.basename(wanted.path)
         try:
-            return self._make(directory, name, wanted)
+            with _one_at_a_time(directory, wanted.path):
+                return self._make(directory, name, wanted)
         except StartError:
             os.close(directory)
             raise
@@ -67,7 +78,7 @@ class MadeSockets:
     def remove(self) -> None:
         """Remove the sockets that were made, as far as they are still what was made."""
         for directory, name, at in self._made:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, StartError), _one_at_a_time(directory, name):
                 if os.path.samestat(os.stat(name, dir_fd=directory, follow_symlinks=False), os.fstat(at)):
                     os.unlink(name, dir_fd=directory)
             os.close(at)
@@ -99,6 +110,45 @@ class MadeSockets:
             raise
         self._made.append(_Made(directory, name, at))
         return listener.detach()
+
+
+@contextlib.contextmanager
+def _one_at_a_time(directory: int, path: str) -> Iterator[None]:
+    """Wait until no other start makes or removes sockets in this directory, and keep others waiting."""
+    lock = _lock_of(directory, path)
+    try:
+        yield
+    finally:
+        # Who waits for it finds that its name is gone, and takes the next one.
+        os.unlink(_LOCK, dir_fd=directory)
+        os.close(lock)
+
+
+def _lock_of(directory: int, path: str) -> int:
+    while True:
+        try:
+            lock = os.open(_LOCK, _LOCK_FLAGS, 0o600, dir_fd=directory)
+        except OSError as error:
+            if error.errno in {errno.ELOOP, errno.EISDIR, errno.ENXIO}:
+                raise _in_the_way(path) from error
+            raise
+        try:
+            facts = os.fstat(lock)
+            if not stat.S_ISREG(facts.st_mode) or facts.st_uid != 0 or stat.S_IMODE(facts.st_mode) & 0o077:
+                raise _in_the_way(path)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(_LOCK, dir_fd=directory, follow_symlinks=False), facts):
+                    return lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _in_the_way(path: str) -> StartError:
+    lock = os.path.join(os.path.dirname(path), _LOCK)
+    return StartError(f"{lock!r} is in the way, which is no lock of fdbrokerd's; remove it")
 
 
 def _bind_in(directory: int, name: str, listener: socket.socket) -> None:
