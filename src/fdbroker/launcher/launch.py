@@ -63,9 +63,9 @@ class _Passed(NamedTuple):
     output_gone: bool
 
     @property
-    def has_sockets(self) -> bool:
-        """Return whether there is anything to serve."""
-        return self.activation.has_sockets or bool(self.connections)
+    def has_requests(self) -> bool:
+        """Return whether requests can come by what was passed."""
+        return bool(self.activation.listeners or self.connections)
 
 
 def _run(options: Options) -> int:
@@ -86,7 +86,12 @@ def _run(options: Options) -> int:
     except BaseException:
         pending.abandon()
         raise
-    plan = make_plan(policies.daemon, options, sockets_passed=passed.has_sockets)
+    plan = make_plan(
+        policies.daemon,
+        options,
+        requests_passed=passed.has_requests,
+        control_passed=passed.activation.control is not None,
+    )
     if plan.audit == STANDARD_OUTPUT and (passed.output_gone or options.background):
         where = "the client's connection" if passed.output_gone else "nowhere with --daemon"
         raise StartError(

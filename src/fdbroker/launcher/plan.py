@@ -32,11 +32,14 @@ class Plan(NamedTuple):
     audit: str
 
 
-def make_plan(daemon: Mapping[str, Any], options: Options, *, sockets_passed: bool) -> Plan:
+def make_plan(
+    daemon: Mapping[str, Any], options: Options, *, requests_passed: bool, control_passed: bool
+) -> Plan:
     """Return what is to be done. `daemon` is the launcher's part of a compiled policy, which may be empty.
 
-    Whoever passes a socket or names one on the command line wants that one,
-    and not the policy's besides.
+    `requests_passed`: a listening socket or a connection for requests was
+    passed; `control_passed`: a control socket was. Whoever passes a socket or
+    names one on the command line wants that one, and not the policy's besides.
 
     Raises:
         StartError: something is named nowhere, or does not exist on this system.
@@ -44,7 +47,7 @@ def make_plan(daemon: Mapping[str, Any], options: Options, *, sockets_passed: bo
     """
     try:
         uid, gid = options.user or _user_of(daemon)
-        use_policy = not (sockets_passed or options.sockets)
+        use_policy = not (requests_passed or control_passed or options.sockets)
         listeners = [
             Wanted(
                 path,
@@ -62,10 +65,18 @@ def make_plan(daemon: Mapping[str, Any], options: Options, *, sockets_passed: bo
         raise StartError(
             f"the policy's part for the launcher can't be used ({error!r}); compile it anew"
         ) from error
-    if not listeners and not sockets_passed:
+    if control_passed and options.control is not None:
         raise StartError(
-            "there is nothing to serve: the compiled policy names no listeners; compile it anew, or"
-            " give --socket"
+            "systemd passed a control socket, and --control says otherwise; leave --control out, or stop and"
+            " disable that .socket unit"
+        )
+    if not listeners and not requests_passed:
+        raise StartError(
+            "there is nothing to serve: systemd passed a control socket alone; start the .socket unit with"
+            " FileDescriptorName=seqpacket as well, or give --socket"
+            if control_passed
+            else "there is nothing to serve: the compiled policy names no listeners; compile it anew, or give"
+            " --socket"
         )
     for wanted in listeners if control is None else [*listeners, control]:
         if len(os.fsencode(wanted.path)) > _MOST_BYTES_OF_PATH:
