@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 
 import fdbroker
 from tests.launcher.starting import command, lay_out, run, started
-from tests.processes import wait_until
+from tests.processes import wait_until, whose_command_line_names
 from tests.running_broker import launcher_environment, reachable_directory
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ def test_a_caller_that_is_killed_while_it_waits_leaves_a_daemon_that_serves(dire
     assert caller.returncode == -signal.SIGKILL
     (directory / "go").write_text("")
     wait_until(lambda: b'"started"' in (directory / "audit").read_bytes(), "the broker has started")
-    wait_until(lambda: not launchers_of(directory), "no process waits for nobody")
+    wait_until(lambda: not whose_command_line_names(directory), "no process waits for nobody")
     assert content(directory) == b"content"
     stop(directory)
 
@@ -142,7 +141,9 @@ def test_a_broker_that_can_not_go_on_leaves_nothing(directory: Path, how: str) -
     done = run(directory / "policy.yaml", *options, prefix=few)
     assert done.returncode == 2
     assert "the broker may have 200 descriptors open (RLIMIT_NOFILE) and needs 1024" in done.stderr
-    wait_until(lambda: os.listdir(directory / "run") == ["pid"], "the sockets are removed")
+    # In the foreground by a process that outlives it for a moment.
+    wait_until(lambda: not whose_command_line_names(directory), "the sockets are removed")
+    assert os.listdir(directory / "run") == ["pid"]
     assert (directory / "run/pid").read_text() == ""
 
 
@@ -154,22 +155,10 @@ def test_a_broker_that_is_killed_before_it_serves_leaves_nothing(directory: Path
         # Ctrl-C reaches all processes of the foreground: who sees to the sockets must outlive the others.
         os.killpg(process.pid, signal.SIGINT)
         process.kill()
-    wait_until(lambda: os.listdir(directory / "run") == [], "the sockets are removed")
+    wait_until(lambda: not whose_command_line_names(directory), "the sockets are removed")
+    assert os.listdir(directory / "run") == []
 
 
 def test_a_broker_that_serves_has_no_process_beside_it(directory: Path) -> None:
     with started(directory / "policy.yaml", "--audit=none"):
-        wait_until(lambda: not launchers_of(directory), "the one that watched has ended")
-
-
-def launchers_of(directory: Path) -> list[str]:
-    """Return the processes that are no broker and were started for this directory."""
-    found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with (
-            contextlib.suppress(FileNotFoundError, ProcessLookupError),
-            open(f"/proc/{name}/cmdline", "rb") as file,
-        ):
-            if bytes(directory) in file.read():
-                found.append(name)
-    return found
+        wait_until(lambda: not whose_command_line_names(directory), "the one that watched has ended")

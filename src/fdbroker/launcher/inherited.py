@@ -109,6 +109,27 @@ def leave_standard_descriptors(connections: Sequence[tuple[int, str]]) -> list[t
     return moved
 
 
+def close_terminals_to_reading() -> None:
+    """Open a terminal on 1 or 2 anew, for writing only and without waiting for it.
+
+    The one that was inherited is open for reading as well, and its description
+    is shared with the shell, which would not expect it to become non-blocking.
+    """
+    for number in (1, 2):
+        if os.isatty(number):
+            try:
+                anew = os.open(
+                    f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+                )
+            except OSError as error:
+                raise StartError(
+                    f"the terminal on descriptor {number} can't be opened for writing: {error.strerror};"
+                    " redirect it to a file or to /dev/null"
+                ) from error
+            os.dup2(anew, number)
+            os.close(anew)
+
+
 def _open_null_as(number: int) -> None:
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     os.dup2(nothing, number)

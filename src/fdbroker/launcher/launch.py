@@ -148,7 +148,7 @@ def _prepare(options: Options, passed: _Passed, policies: Policies, plan: Plan, 
     from fdbroker.launcher.unit_options import check_unit_options  # noqa: PLC0415 - likewise
 
     check_unit_options([(root["name"], root["path"]) for root in policies.broker["roots"]])
-    audit = open_audit(plan.audit)
+    audit = open_audit(plan.audit, plan.uid, plan.gid)
     activation = passed.activation
     listeners = [
         *activation.listeners,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fdbroker.kernel import capabilities, process
 from fdbroker.launcher.broker_seccomp import broker_filter
+from fdbroker.launcher.inherited import close_terminals_to_reading
 from fdbroker.launcher.mounts import check_read_only_view, enter_read_only_view
 from fdbroker.launcher.privileges import become_broker
 from fdbroker.launcher.version import installed_version
@@ -75,6 +76,7 @@ def start_broker(start: Start) -> NoReturn:
     nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     os.dup2(nothing, 0)
     os.close(nothing)
+    close_terminals_to_reading()
     for number in (0, 1, 2):
         # One that is missing after execve is the number of the next file that is opened.
         os.set_inheritable(number, True)
