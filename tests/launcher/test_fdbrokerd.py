@@ -319,6 +319,25 @@ def test_daemon_tells_the_ready_descriptor_of_its_caller_as_well(directory: Path
     wait_until(lambda: ended(pid), "the broker has ended")
 
 
+# ---- signals ----
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_end_is_a_clean_stop_with_its_record(directory: Path, number: signal.Signals) -> None:
+    options = [f"--audit={directory}/audit"]
+    with started(directory / "policy.yaml", *options, stop=False) as process:
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 0
+    events = [json.loads(line)["event"] for line in (directory / "audit").read_text().splitlines()]
+    assert events == ["started", "stopped"]
+
+
+def test_a_hangup_that_is_ignored_at_the_start_stays_ignored(directory: Path) -> None:
+    with started(directory / "policy.yaml", "--audit=none", prefix=["nohup"]) as process:
+        process.send_signal(signal.SIGHUP)
+        assert content(directory) == b"content"
+
+
 # ---- policies ----
 
 
@@ -598,9 +617,21 @@ def test_help_says_how_to_begin_and_what_the_exit_status_means() -> None:
 
 
 WRONG = ["--pol=x", "--nonsense", "--daemon --foreground", "--socket-mode=9", "--socket-mode=7777"]
+# Beyond what the kernel has, "no id", anybody's, and not a number.
+WRONG_IDS = [2**32, 2**32 - 1, 99999999999, 65534, "nobody", "nogroup", -1, "", "1_0", "\u0661"]
+WRONG_IDS = (
+    [f"--user={n}:1" for n in WRONG_IDS]
+    + [f"--user=1:{n}" for n in WRONG_IDS]
+    + [
+        *(f"--socket-group={n}" for n in WRONG_IDS),
+        "--user=nobody",
+    ]
+)
 
 
-@pytest.mark.parametrize("options", [*WRONG, "--user=no-such-user", "--socket-group=no-such-group"])
+@pytest.mark.parametrize(
+    "options", [*WRONG, *WRONG_IDS, "--user=no-such-user", "--socket-group=no-such-group"]
+)
 def test_a_wrong_command_line_is_status_2(directory: Path, options: str) -> None:
     assert "fdbrokerd: error: " in not_started(directory, *options.split())
 

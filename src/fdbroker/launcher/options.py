@@ -9,11 +9,13 @@ import pwd
 from typing import NamedTuple
 
 from fdbroker.config import DEFAULT_POLICY
+from fdbroker.config.identities import MAX_ID, OVERFLOW_ID
 
 DEFAULT_PIDFILE = "/run/fdbroker/fdbrokerd.pid"
 NONE = "none"
 STANDARD_OUTPUT = "-"
 _ALL_PERMISSIONS = 0o777
+_MOST_DIGITS = 19  # of a number that is an id or is not; int() takes time by the square of them
 
 _DESCRIPTION = """\
 Start the broker: the process that opens files for unprivileged programs, as far as the policy allows.
@@ -183,23 +185,34 @@ def _mode(text: str) -> int:
 
 
 def _group(text: str) -> int:
-    if text.isascii() and text.isdigit():
-        return int(text)
     try:
-        return grp.getgrnam(text).gr_gid
-    except KeyError:
+        number = int(text) if _is_number(text) else grp.getgrnam(text).gr_gid
+    except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"there is no group {text!r} on this system; create it") from None
+    return _usable(number, text)
 
 
 def _user(text: str) -> tuple[int, int]:
     uid, colon, gid = text.partition(":")
+    if colon and _is_number(uid) and _is_number(gid):
+        return _usable(int(uid), text), _usable(int(gid), text)
     try:
-        if colon:
-            return int(uid), int(gid)
         entry = pwd.getpwnam(text)
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a user of this system nor uid:gid") from None
-    return entry.pw_uid, entry.pw_gid
+    return _usable(entry.pw_uid, text), _usable(entry.pw_gid, text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+
+
+def _usable(number: int, text: str) -> int:
+    """Return an id of a user or a group that stands for somebody."""
+    if number > MAX_ID or number == OVERFLOW_ID:
+        whose = "nobody's" if number > MAX_ID else "anybody's"
+        raise argparse.ArgumentTypeError(f"{text!r}: id {number} is {whose}; name a user or group of its own")
+    return number
 
 
 def _descriptor(text: str) -> int:
