@@ -618,15 +618,12 @@ def test_help_says_how_to_begin_and_what_the_exit_status_means() -> None:
 
 WRONG = ["--pol=x", "--nonsense", "--daemon --foreground", "--socket-mode=9", "--socket-mode=7777"]
 # Beyond what the kernel has, "no id", anybody's, and not a number.
-WRONG_IDS = [2**32, 2**32 - 1, 99999999999, 65534, "nobody", "nogroup", -1, "", "1_0", "\u0661"]
-WRONG_IDS = (
-    [f"--user={n}:1" for n in WRONG_IDS]
-    + [f"--user=1:{n}" for n in WRONG_IDS]
-    + [
-        *(f"--socket-group={n}" for n in WRONG_IDS),
-        "--user=nobody",
-    ]
-)
+NOBODYS = [2**32, 2**32 - 1, 99999999999, 65534, "nobody", "nogroup", -1, "", "1_0", "\u0661"]
+WRONG_IDS = [
+    option.format(number)
+    for number in NOBODYS
+    for option in ("--user={}:1", "--user=1:{}", "--socket-group={}")
+]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import fdbroker
 from tests.launcher.starting import command, lay_out, run, started
 from tests.processes import wait_until, whose_command_line_names
-from tests.running_broker import launcher_environment, reachable_directory
+from tests.running_broker import launcher_environment, policy, reachable_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -129,9 +130,24 @@ def test_a_start_that_fails_after_it_gave_up_root_leaves_nothing_and_has_its_sta
     options = [how, f"--audit={directory}/audit", f"--pidfile={directory}/run/pid"]
     done = run(directory / "policy.yaml", *options, env=hooked(directory, before))
     assert done.returncode == status, done.stderr
-    assert ("a bug" if before == BUG else "No such file or directory") in done.stderr
+    if before == BUG:
+        assert "RuntimeError: a bug" in done.stderr
+    else:
+        assert done.stderr.startswith("fdbroker: the broker's interpreter /")
+        assert "can't be run: No such file or directory; install it where every user can reach" in done.stderr
     assert os.listdir(directory / "run") == ["pid"]
     assert (directory / "run/pid").read_text() == ""
+
+
+@pytest.mark.parametrize("how", ["--foreground", "--daemon"])
+def test_a_limit_of_the_system_is_named_with_where_to_look(directory: Path, how: str) -> None:
+    few = ["sh", "-c", 'ulimit -n 9; exec "$@"', "sh"]
+    options = [how, f"--audit={directory}/audit", f"--pidfile={directory}/run/pid"]
+    (directory / "policy.json").write_text(json.dumps(policy(directory / "tree")))
+    done = run(directory / "policy.json", *options, f"--socket={directory}/run/requests", prefix=few)
+    assert done.returncode == 2
+    assert "Too many open files" in done.stderr
+    assert "; " in done.stderr
 
 
 @pytest.mark.parametrize("how", ["--foreground", "--daemon"])

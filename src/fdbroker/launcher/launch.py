@@ -51,7 +51,11 @@ def launch(arguments: list[str]) -> int:
         sys.stderr.write(f"fdbroker: {error}\n")
         return error.status
     except OSError as error:
-        sys.stderr.write(f"fdbroker: {error}\n")
+        # Processes, pipes, memory: what can be said of a thing with a name was said where it was used.
+        sys.stderr.write(
+            f"fdbroker: the system refuses what a start needs: {error}; look at its memory and its limits"
+            " (ulimit -a, or Limit*= and TasksMax= of the unit)\n"
+        )
         return EXIT_NOT_STARTED
 
 

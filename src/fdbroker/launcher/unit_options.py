@@ -77,12 +77,13 @@ def check_system_calls() -> None:
 
 def _check_root(name: str, path: bytes, mounts: Iterable[Mount]) -> None:
     shown = f"root {name!r} ({os.fsdecode(path)})"
+    number = _number_of_mount(path)
     for mount in mounts:
         hidden = mount.root.startswith(_INACCESSIBLE)
         private = _PRIVATE in mount.root
         if not (hidden or private):
             continue
-        if is_at_or_above(mount.point, path):
+        if mount.number == number:
             option = "ProtectHome=yes or InaccessiblePaths=" if hidden else "PrivateTmp=yes"
             instead = "ProtectHome=read-only does no harm" if hidden else "set PrivateTmp=no"
             raise StartError(
@@ -92,6 +93,17 @@ def _check_root(name: str, path: bytes, mounts: Iterable[Mount]) -> None:
         if is_at_or_above(path, mount.point):
             where = os.fsdecode(mount.point)
             sys.stderr.write(f"fdbroker: {shown}: what is below {where} is not served: the unit hides it\n")
+
+
+def _number_of_mount(path: bytes) -> int:
+    """Return in which mount the way to `path` ends. What lies over what, only the kernel knows."""
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)  # it is not there: who is above it may be hidden
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as info:
+        number = next(int(line.split()[1]) for line in info if line.startswith("mnt_id:"))
+    os.close(descriptor)
+    return number
 
 
 def is_at_or_above(ancestor: bytes, path: bytes) -> bool:
