@@ -20,6 +20,7 @@ import pytest
 
 import fdbroker
 from fdbroker.client import control
+from tests.launcher.installed import directory_of_root, installed
 from tests.launcher.starting import POLICY, command, lay_out, run, started
 from tests.processes import wait_until
 from tests.running_broker import BROKER_UID, OTHER_UID, launcher_environment, policy, reachable_directory
@@ -649,25 +650,28 @@ def test_relative_paths_are_those_of_the_caller(directory: Path) -> None:
 # ---- time ----
 
 
-def test_from_exec_to_the_first_answer_and_to_the_end_it_takes_not_long(
-    directory: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Aimed at are 300 ms and 1 s; the limits here are four times as generous, as machines differ."""
-    first_answers, stops = [], []
-    for _ in range(5):
-        shutil.rmtree(directory / "run", ignore_errors=True)
-        began = time.perf_counter()
-        with started(directory / "policy.yaml", "--audit=none", stop=False) as process:
-            assert content(directory) == b"content"
-            first_answers.append(time.perf_counter() - began)
+def test_it_serves_300_ms_after_exec_and_ends_within_a_second(capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is installed, with all checks. The fastest counts: others on this machine can only add to it."""
+    first_answers: list[float] = []
+    stops: list[float] = []
+    with installed() as programs, directory_of_root() as directory:
+        while len(stops) < 7 or (min(first_answers) >= 0.3 and len(stops) < 30):
+            shutil.rmtree(directory / "run", ignore_errors=True)
             began = time.perf_counter()
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=20) == 0
-            stops.append(time.perf_counter() - began)
+            with started(
+                directory / "policy.yaml", "--audit=none", installation=programs, stop=False
+            ) as process:
+                assert content(directory) == b"content"
+                first_answers.append(time.perf_counter() - began)
+                began = time.perf_counter()
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(timeout=20) == 0
+                stops.append(time.perf_counter() - began)
     with capsys.disabled():
         print(  # noqa: T201 - what is measured is shown
-            f"\nfdbrokerd: first answer after {statistics.median(first_answers) * 1e3:.0f} ms,"
-            f" stopped after {statistics.median(stops) * 1e3:.0f} ms"
+            f"\nfdbrokerd: first answer after {statistics.median(first_answers) * 1e3:.0f} ms, stopped after"
+            f" {statistics.median(stops) * 1e3:.0f} ms (at best {min(first_answers) * 1e3:.0f} and"
+            f" {min(stops) * 1e3:.0f})"
         )
-    assert statistics.median(first_answers) < 1.2
-    assert statistics.median(stops) < 4
+    assert min(first_answers) < 0.3
+    assert min(stops) < 1
