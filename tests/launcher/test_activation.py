@@ -13,7 +13,7 @@ import pytest
 
 from fdbroker.kernel import namespaces
 from fdbroker.launcher.activation import Activation, take_from_systemd
-from fdbroker.launcher.errors import StartError
+from fdbroker.launcher.errors import LaunchError
 from fdbroker.launcher.unit_options import check_user_namespace
 from tests.for_other_users import for_other_users
 from tests.launcher.starting import lay_out, run, started
@@ -49,7 +49,7 @@ def passing(
         os.environ |= {name: text.replace("PID", str(os.getpid())) for name, text in variables.items()}
         try:
             taken = take_from_systemd()
-        except StartError as error:
+        except LaunchError as error:
             return str(error)
         inheritable = [number for number, _ in taken.listeners if os.get_inheritable(number)]
         return [taken, inheritable, sorted(name for name in BY_SYSTEMD if name in os.environ)]
@@ -290,7 +290,7 @@ def test_an_audit_file_can_not_be_opened_by_a_service(directory: Path) -> None:
 def test_a_user_namespace_with_few_ids_is_recognised(in_child: Children) -> None:
     def child() -> str:
         namespaces.unshare(_CLONE_NEWUSER)
-        with pytest.raises(StartError) as caught:
+        with pytest.raises(LaunchError) as caught:
             check_user_namespace()
         return str(caught.value)
 

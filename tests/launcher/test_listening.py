@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fdbroker.client import control
-from fdbroker.launcher.errors import StartError
-from fdbroker.launcher.listening import MadeSockets, Wanted
+from fdbroker.launcher.errors import LaunchError
+from fdbroker.launcher.listening import MadeSockets, WantedSocket
 from tests.launcher.starting import command, lay_out
 from tests.processes import background, in_child, wait_until
 from tests.running_broker import launcher_environment, reachable_directory
@@ -42,7 +42,7 @@ def waits_for_a_lock(pid: int) -> bool:
 def test_a_socket_that_is_bound_and_does_not_listen_yet_is_not_taken_for_one_left_behind(
     directory: Path,
 ) -> None:
-    wanted = Wanted(str(directory / "run/requests"), 0, 0o600, "requests")
+    wanted = WantedSocket(str(directory / "run/requests"), 0, 0o600, "requests")
     bound, told = os.pipe()
     go_on, go = os.pipe()
 
@@ -62,7 +62,7 @@ def test_a_socket_that_is_bound_and_does_not_listen_yet_is_not_taken_for_one_lef
 
     def second() -> str:
         os.write(told, str(os.getpid()).encode())
-        with pytest.raises(StartError) as caught:
+        with pytest.raises(LaunchError) as caught:
             MadeSockets().make(wanted)
         return str(caught.value)
 
@@ -126,7 +126,7 @@ def test_a_lock_that_somebody_left_behind_does_not_matter_and_goes_away(director
     (directory / "run/.fdbrokerd.lock").touch(0o600)
 
     def make() -> list[str]:
-        MadeSockets().make(Wanted(str(directory / "run/requests"), 0, 0o600, "requests"))
+        MadeSockets().make(WantedSocket(str(directory / "run/requests"), 0, 0o600, "requests"))
         return os.listdir(directory / "run")
 
     assert in_child(make) == ["requests"]
@@ -142,7 +142,7 @@ def test_a_lock_that_is_not_roots_alone_is_not_waited_for(directory: Path, kind:
         lock.mkdir()
     else:
         lock.touch(0o644)
-    with pytest.raises(StartError, match=r"/run/\.fdbrokerd\.lock' is in the way.*remove it"):
-        MadeSockets().make(Wanted(str(directory / "run/requests"), 0, 0o600, "requests"))
+    with pytest.raises(LaunchError, match=r"/run/\.fdbrokerd\.lock' is in the way.*remove it"):
+        MadeSockets().make(WantedSocket(str(directory / "run/requests"), 0, 0o600, "requests"))
     assert sorted(os.listdir(directory / "run")) == [".fdbrokerd.lock"]
     assert not (directory / "elsewhere").exists()

@@ -11,7 +11,7 @@ import stat
 
 from fdbroker.kernel import process
 from fdbroker.launcher.directories import open_directory_of_root
-from fdbroker.launcher.errors import StartError
+from fdbroker.launcher.errors import LaunchError
 from fdbroker.launcher.options import NONE, STANDARD_OUTPUT
 
 _ROOM = 1 << 20  # bytes; what a process without privilege may have for a pipe (pipe-max-size)
@@ -28,7 +28,7 @@ def open_audit(where: str, uid: int, gid: int) -> int | None:
     `uid` and `gid` are the broker's: a process that writes to a terminal for it has them, too.
 
     Raises:
-        StartError: it is a file that is not root's alone, or can't be opened.
+        LaunchError: it is a file that is not root's alone, or can't be opened.
 
     """
     if where == NONE:
@@ -38,8 +38,8 @@ def open_audit(where: str, uid: int, gid: int) -> int | None:
         return 1
     try:
         directory = open_directory_of_root(os.path.dirname(where))
-    except StartError as error:
-        raise StartError(f"audit {where} can't be opened: {error}") from error
+    except LaunchError as error:
+        raise LaunchError(f"audit {where} can't be opened: {error}") from error
     try:
         descriptor = os.open(os.path.basename(where), _FLAGS, 0o640, dir_fd=directory)
     except OSError as error:
@@ -48,16 +48,16 @@ def open_audit(where: str, uid: int, gid: int) -> int | None:
             cure = f"a service of systemd leaves audit.to out and sets StandardOutput=append:{where}"
         elif error.errno == errno.ELOOP:
             cure = "it is a symbolic link: name the file itself"
-        raise StartError(f"audit {where} can't be opened: {error.strerror}; {cure}") from error
+        raise LaunchError(f"audit {where} can't be opened: {error.strerror}; {cure}") from error
     finally:
         os.close(directory)
     facts = os.fstat(descriptor)
     if not stat.S_ISREG(facts.st_mode):
         os.close(descriptor)
-        raise StartError(f"audit {where} is not a regular file; use - for standard output")
+        raise LaunchError(f"audit {where} is not a regular file; use - for standard output")
     if facts.st_uid != 0 or facts.st_nlink != 1 or facts.st_mode & 0o022:
         os.close(descriptor)
-        raise StartError(
+        raise LaunchError(
             f"audit {where} must belong to root, have one name and be writable by nobody else: move it away"
         )
     return descriptor
@@ -82,7 +82,7 @@ def _prepare_standard_output(uid: int, gid: int) -> None:
             with socket.socket(fileno=os.dup(1)) as sock:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
     except OSError as error:
-        raise StartError(
+        raise LaunchError(
             f"the audit can't go to standard output: {error.strerror or error}; raise fs.pipe-max-size to"
             f" {_ROOM} if it is lower, or name a file by --audit"
         ) from error

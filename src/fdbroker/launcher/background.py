@@ -17,7 +17,7 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel import process
-from fdbroker.launcher.errors import EXIT_NOT_STARTED, StartError
+from fdbroker.launcher.errors import EXIT_NOT_STARTED, LaunchError
 from fdbroker.launcher.until_ready import INTERRUPTING, READY
 
 if TYPE_CHECKING:
@@ -47,13 +47,13 @@ def go_into_background(keep: Sequence[int]) -> Waiting | Detached:
     The caller has its interrupting signals blocked then, until `wait_until_it_serves`.
 
     Raises:
-        StartError: python-daemon is not installed. Nothing was forked.
+        LaunchError: python-daemon is not installed. Nothing was forked.
 
     """
     try:
         import daemon  # noqa: PLC0415 - in the foreground it is not needed
     except ImportError as error:
-        raise StartError(
+        raise LaunchError(
             "--daemon needs the Python package python-daemon; install fdbroker[daemon]"
         ) from error
     word, word_end = os.pipe()

@@ -16,7 +16,7 @@ from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH
 from fdbroker.launcher.activation import take_from_systemd
 from fdbroker.launcher.auditing import open_audit
 from fdbroker.launcher.background import Detached, Waiting, go_into_background, wait_until_it_serves
-from fdbroker.launcher.errors import EXIT_NOT_STARTED, StartError
+from fdbroker.launcher.errors import EXIT_NOT_STARTED, LaunchError
 from fdbroker.launcher.inherited import (
     check_connection,
     check_ready,
@@ -47,7 +47,7 @@ def launch(arguments: list[str]) -> int:
         return _run(options)
     except CompileError as error:
         return error.status  # the child has said why
-    except StartError as error:
+    except LaunchError as error:
         sys.stderr.write(f"fdbroker: {error}\n")
         return error.status
     except OSError as error:
@@ -98,7 +98,7 @@ def _run(options: Options) -> int:
     )
     if plan.audit == STANDARD_OUTPUT and (passed.output_gone or options.background):
         where = "the client's connection" if passed.output_gone else "nowhere with --daemon"
-        raise StartError(
+        raise LaunchError(
             f"the audit would go to standard output, which is {where};"
             " name a file by audit.to in the policy or --audit, or say --audit none"
         )
@@ -118,7 +118,7 @@ def _run(options: Options) -> int:
 def _check_privilege() -> None:
     """Say what everybody meets who is neither root nor a service: nothing else would tell it as well."""
     if os.geteuid() and not capget().effective >> CAP_DAC_READ_SEARCH & 1:
-        raise StartError(
+        raise LaunchError(
             "only root can start the broker, which then gives up everything but one capability; start it as"
             " root, or by systemd with AmbientCapabilities=CAP_DAC_READ_SEARCH"
         )
@@ -136,9 +136,9 @@ def _take_what_was_passed(options: Options) -> _Passed:
         numbers.append(options.ready)
     twice = sorted({number for number in numbers if numbers.count(number) > 1})
     if twice:
-        raise StartError(f"descriptor {twice[0]} is given twice; each is for one thing")
+        raise LaunchError(f"descriptor {twice[0]} is given twice; each is for one thing")
     if options.background and (activation.has_sockets or activation.notify is not None):
-        raise StartError(
+        raise LaunchError(
             "--daemon does not go with sockets or notifications of systemd; use Type=notify and --foreground"
         )
     output = os.fstat(1)

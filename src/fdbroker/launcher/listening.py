@@ -20,7 +20,7 @@ import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.launcher.directories import open_directory_of_root
-from fdbroker.launcher.errors import StartError
+from fdbroker.launcher.errors import LaunchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,7 @@ _LOCK = ".fdbrokerd.lock"
 _LOCK_FLAGS = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
-class Wanted(NamedTuple):
+class WantedSocket(NamedTuple):
     """A socket to be made. `name` is what the audit and the status call it."""
 
     path: str
@@ -53,11 +53,11 @@ class MadeSockets:
     def __init__(self) -> None:
         self._made: list[_Made] = []
 
-    def make(self, wanted: Wanted) -> int:
+    def make(self, wanted: WantedSocket) -> int:
         """Return a socket that listens at `wanted.path`.
 
         Raises:
-            StartError: something is in the way; the text says what.
+            LaunchError: something is in the way; the text says what.
 
         """
         directory = open_directory_of_root(os.path.dirname(wanted.path), make=True)
@@ -65,7 +65,7 @@ class MadeSockets:
         try:
             with _one_at_a_time(directory, wanted.path):
                 return self._make(directory, name, wanted)
-        except StartError:
+        except LaunchError:
             os.close(directory)
             raise
         except OSError as error:
@@ -73,12 +73,12 @@ class MadeSockets:
             cure = "free it, or choose another path"
             if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
                 cure = "start as root; a service of systemd gets its sockets from .socket units"
-            raise StartError(f"socket {wanted.path!r} can't be made: {error.strerror}; {cure}") from error
+            raise LaunchError(f"socket {wanted.path!r} can't be made: {error.strerror}; {cure}") from error
 
     def remove(self) -> None:
         """Remove the sockets that were made, as far as they are still what was made."""
         for directory, name, at in self._made:
-            with contextlib.suppress(OSError, StartError), _one_at_a_time(directory, name):
+            with contextlib.suppress(OSError, LaunchError), _one_at_a_time(directory, name):
                 if os.path.samestat(os.stat(name, dir_fd=directory, follow_symlinks=False), os.fstat(at)):
                     os.unlink(name, dir_fd=directory)
             os.close(at)
@@ -89,7 +89,7 @@ class MadeSockets:
         """Return what has to stay open until `remove`; execve closes it."""
         return [descriptor for directory, _, at in self._made for descriptor in (directory, at)]
 
-    def _make(self, directory: int, name: str, wanted: Wanted) -> int:
+    def _make(self, directory: int, name: str, wanted: WantedSocket) -> int:
         _clear_the_way(directory, name, wanted.path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         at = None
@@ -146,9 +146,9 @@ def _lock_of(directory: int, path: str) -> int:
         os.close(lock)
 
 
-def _in_the_way(path: str) -> StartError:
+def _in_the_way(path: str) -> LaunchError:
     lock = os.path.join(os.path.dirname(path), _LOCK)
-    return StartError(f"{lock!r} is in the way, which is no lock of fdbrokerd's; remove it")
+    return LaunchError(f"{lock!r} is in the way, which is no lock of fdbrokerd's; remove it")
 
 
 def _bind_in(directory: int, name: str, listener: socket.socket) -> None:
@@ -160,7 +160,7 @@ def _bind_in(directory: int, name: str, listener: socket.socket) -> None:
         listener.bind(name)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise StartError(
+            raise LaunchError(
                 f"socket {name!r} was made by somebody else meanwhile; is another fdbrokerd being started?"
             ) from error
         raise
@@ -174,7 +174,7 @@ def _clear_the_way(directory: int, name: str, path: str) -> None:
     """Remove the socket that a broker left behind at `name`.
 
     Raises:
-        StartError: something else is there.
+        LaunchError: something else is there.
 
     """
     try:
@@ -184,19 +184,21 @@ def _clear_the_way(directory: int, name: str, path: str) -> None:
     if not stat.S_ISSOCK(facts.st_mode):
         kind = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe"}
         what = kind.get(stat.S_IFMT(facts.st_mode), "a file")
-        raise StartError(f"socket {path!r} can't be made: {what} is there; remove it, or choose another path")
+        raise LaunchError(
+            f"socket {path!r} can't be made: {what} is there; remove it, or choose another path"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         probe.settimeout(0)  # a full queue must not hold us
         number = probe.connect_ex(f"/proc/self/fd/{directory}/{name}")
     if number == errno.ECONNREFUSED:
         os.unlink(name, dir_fd=directory)
     elif number == errno.EPROTOTYPE:
-        raise StartError(
+        raise LaunchError(
             f"socket {path!r} can't be made: a socket of another type is there, which no broker made;"
             " remove it, or choose another path"
         )
     elif number != errno.ENOENT:
-        raise StartError(
+        raise LaunchError(
             f"socket {path!r} can't be made: somebody listens there, so a broker runs already;"
             " stop it, or choose another path"
         )

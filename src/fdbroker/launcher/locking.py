@@ -18,7 +18,7 @@ import stat
 from typing import NamedTuple
 
 from fdbroker.launcher.directories import open_directory_of_root
-from fdbroker.launcher.errors import AlreadyRunningError, StartError
+from fdbroker.launcher.errors import AlreadyRunningError, LaunchError
 
 # Not for writing: the broker has this descriptor, and root may kill what the file says.
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -38,7 +38,7 @@ class PidFile:
 
         Raises:
             AlreadyRunningError: another process holds the lock.
-            StartError: it can't be made, or is not root's alone.
+            LaunchError: it can't be made, or is not root's alone.
 
         """
         self.descriptor = _open(path, os.O_CREAT)
@@ -70,7 +70,7 @@ def stop_holder(path: str) -> bool:
     whatever the file says.
 
     Raises:
-        StartError: somebody holds the lock who is not named there, or does not end.
+        LaunchError: somebody holds the lock who is not named there, or does not end.
 
     """
     if not os.path.lexists(path):
@@ -81,13 +81,13 @@ def stop_holder(path: str) -> bool:
             return False
         holder = _holder(descriptor)
         if holder is None:
-            raise StartError(_somebody(path))
+            raise LaunchError(_somebody(path))
     finally:
         os.close(descriptor)
     try:
         signal.pidfd_send_signal(holder.process, signal.SIGTERM)
         if not _has_ended(holder.process, _PATIENCE):
-            raise StartError(
+            raise LaunchError(
                 f"process {holder.pid}, which holds the lock of {path!r}, has not ended {_PATIENCE:.0f} s"
                 f" after SIGTERM; see what holds it, or end it by kill -KILL {holder.pid}"
             )
@@ -106,7 +106,7 @@ def _open(path: str, more_flags: int = 0) -> int:
     try:
         descriptor = os.open(os.path.basename(path), _FLAGS | more_flags, 0o600, dir_fd=directory)
     except OSError as error:
-        raise StartError(
+        raise LaunchError(
             f"pidfile {path!r} can't be opened: {error.strerror}; do it as root, or remove what is there"
         ) from error
     finally:
@@ -123,7 +123,7 @@ def _open(path: str, more_flags: int = 0) -> int:
 def _check(descriptor: int, path: str) -> None:
     facts = os.fstat(descriptor)
     if not stat.S_ISREG(facts.st_mode) or facts.st_uid != 0 or facts.st_nlink != 1 or facts.st_mode & _OTHERS:
-        raise StartError(
+        raise LaunchError(
             f"pidfile {path!r} is not a regular file of root's with one name that nobody else can open;"
             " remove it"
         )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel import namespaces
 from fdbroker.kernel.errors import SyscallError
-from fdbroker.launcher.errors import StartError
+from fdbroker.launcher.errors import LaunchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,7 +29,7 @@ _OPTIONS = frozenset({b"ro", b"nosuid", b"nodev"})
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 
-class ReadOnlyViewError(StartError):
+class ReadOnlyViewError(LaunchError):
     """The view could not be made; the text says why and what helps. The process should end."""
 
 

@@ -9,12 +9,12 @@ import pwd
 from typing import NamedTuple
 
 from fdbroker.config import DEFAULT_POLICY
+from fdbroker.config.defaults import ALL_PERMISSIONS
 from fdbroker.config.identities import MAX_ID, OVERFLOW_ID
 
 DEFAULT_PIDFILE = "/run/fdbroker/fdbrokerd.pid"
 NONE = "none"
 STANDARD_OUTPUT = "-"
-_ALL_PERMISSIONS = 0o777
 _MOST_DIGITS = 19  # of a number that is an id or is not; int() takes time by the square of them
 
 _DESCRIPTION = """\
@@ -179,7 +179,7 @@ def _add_sockets(parser: argparse.ArgumentParser) -> None:
 
 def _mode(text: str) -> int:
     mode = int(text, 8)
-    if mode & ~_ALL_PERMISSIONS:
+    if mode & ~ALL_PERMISSIONS:
         raise argparse.ArgumentTypeError(f"{text!r} has more than permissions in it; write at most 777")
     return mode
 

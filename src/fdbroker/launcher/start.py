@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fdbroker.kernel import capabilities, process
 from fdbroker.launcher.broker_seccomp import broker_filter
-from fdbroker.launcher.errors import StartError
+from fdbroker.launcher.errors import LaunchError
 from fdbroker.launcher.inherited import close_terminals_to_reading
 from fdbroker.launcher.mounts import check_read_only_view, enter_read_only_view, read_mounts
 from fdbroker.launcher.privileges import become_broker
@@ -62,7 +62,7 @@ def start_broker(start: Start) -> NoReturn:
     """Turn this process into the broker.
 
     Raises:
-        StartError, OSError: it can't; the process is
+        LaunchError, OSError: it can't; the process is
             something in between then and must end.
 
     """
@@ -122,7 +122,7 @@ def start_broker(start: Start) -> NoReturn:
             _ENVIRONMENT,
         )
     except OSError as error:
-        raise StartError(
+        raise LaunchError(
             f"the broker's interpreter {start.python} can't be run: {error.strerror}; install it where every"
             " user can reach and execute it"
         ) from error
