@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 _T = TypeVar("_T")
 
@@ -83,6 +84,17 @@ def background(function: Callable[[], Any], *, uid: int | None = None) -> Iterat
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def whose_command_line_names(path: Path) -> list[int]:
+    """Return the processes that were started with `path` in an argument, as launchers are."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        gone = contextlib.suppress(FileNotFoundError, ProcessLookupError)
+        with gone, open(f"/proc/{name}/cmdline", "rb") as file:
+            if bytes(path) in file.read():
+                found.append(int(name))
+    return found
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> None:

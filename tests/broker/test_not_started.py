@@ -19,7 +19,7 @@ from fdbroker.launcher.broker_seccomp import broker_filter
 from fdbroker.launcher.privileges import become_broker
 from fdbroker.launcher.start import Start, start_broker
 from tests.broker.speaking import Speaker
-from tests.processes import in_child
+from tests.processes import in_child, wait_until, whose_command_line_names
 from tests.running_broker import (
     BROKER_UID,
     OTHER_UID,
@@ -92,7 +92,8 @@ def start_that_fails(
     assert done.returncode == 2, done.stderr
     assert not done.stdout
     assert "Traceback" not in done.stderr
-    check_nothing_listens(directory)
+    wait_until(lambda: not whose_command_line_names(directory), "what was made is removed")
+    assert not (directory / "broker.seqpacket").exists()
     return done.stderr
 
 

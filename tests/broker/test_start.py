@@ -293,6 +293,9 @@ def test_root_may_be_the_root_directory() -> None:
 # All of it, without what can't be undone
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 @pytest.fixture
 def harmless(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Let `main` do everything but restrict this process; give what it would have done, in order."""
@@ -311,7 +314,7 @@ def harmless(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(main, "check_state", lambda _handover: done.append("state"))
     monkeypatch.setattr(main, "parse_process_state", lambda _text: state)
     monkeypatch.setattr(gc, "freeze", lambda: None)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
     yield done
     signal.set_wakeup_fd(-1)
     for number, handler in handlers.items():

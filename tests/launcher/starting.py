@@ -38,14 +38,19 @@ def lay_out(directory: Path) -> Path:
     return policy
 
 
-def command(policy: Path, *options: str, python: str = sys.executable) -> list[str]:
-    """Return the command line of fdbrokerd from this checkout."""
+def command(
+    policy: Path, *options: str, python: str = sys.executable, installation: Path | None = None
+) -> list[str]:
+    """Return the command line of fdbrokerd, from this checkout or of an installation."""
     user = (
         []
         if any(option.startswith("--user") for option in options)
         else [f"--user={BROKER_UID}:{BROKER_UID}"]
     )
-    return [python, "-P", "-m", "fdbroker.launcher", f"--policy={policy}", "--dev", *user, *options]
+    how = [python, "-P", "-m", "fdbroker.launcher", "--dev"]
+    if installation is not None:
+        how = [str(installation / "fdbrokerd")]
+    return [*how, f"--policy={policy}", *user, *options]
 
 
 def run(policy: Path, *options: str, **changes: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401 - as Popen's
@@ -53,7 +58,12 @@ def run(policy: Path, *options: str, **changes: Any) -> subprocess.CompletedProc
     return subprocess.run(
         [
             *changes.pop("prefix", ()),
-            *command(policy, *options, python=changes.pop("python", sys.executable)),
+            *command(
+                policy,
+                *options,
+                python=changes.pop("python", sys.executable),
+                installation=changes.pop("installation", None),
+            ),
         ],
         env=launcher_environment() | changes.pop("env", {}),
         stdin=subprocess.DEVNULL,
@@ -73,6 +83,7 @@ def started(
     env: Mapping[str, str] | None = None,
     pass_fds: Sequence[int] = (),
     stop: bool = True,
+    installation: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run fdbrokerd in the foreground until the end of the block, where it must still run.
 
@@ -82,7 +93,7 @@ def started(
     ready, told = os.pipe()
     with open(errors, "ab") as error_file:
         process = subprocess.Popen(
-            [*prefix, *command(policy, *options), f"--ready-fd={told}"],
+            [*prefix, *command(policy, *options, installation=installation), f"--ready-fd={told}"],
             env={**launcher_environment(), **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fdbroker.kernel import landlock, namespaces
-from fdbroker.launcher import unit_options
+from fdbroker.kernel import namespaces
 from fdbroker.launcher.activation import Activation, take_from_systemd
-from fdbroker.launcher.errors import StartError
-from fdbroker.launcher.mounts import Mount
+from fdbroker.launcher.errors import LaunchError
 from fdbroker.launcher.unit_options import check_user_namespace
 from tests.for_other_users import for_other_users
 from tests.launcher.starting import lay_out, run, started
 from tests.running_broker import BROKER_UID, OTHER_UID, policy, reachable_directory
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Iterator
 
     from tests.kernel.conftest import Children
 
 AS_A_SERVICE = str(Path(__file__).parent / "as_a_service.py")
+UNDER_A_FILTER = str(Path(__file__).parent / "under_a_filter.py")
 BY_SYSTEMD = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
 
 
@@ -49,7 +49,7 @@ def passing(
         os.environ |= {name: text.replace("PID", str(os.getpid())) for name, text in variables.items()}
         try:
             taken = take_from_systemd()
-        except StartError as error:
+        except LaunchError as error:
             return str(error)
         inheritable = [number for number, _ in taken.listeners if os.get_inheritable(number)]
         return [taken, inheritable, sorted(name for name in BY_SYSTEMD if name in os.environ)]
@@ -290,26 +290,38 @@ def test_an_audit_file_can_not_be_opened_by_a_service(directory: Path) -> None:
 def test_a_user_namespace_with_few_ids_is_recognised(in_child: Children) -> None:
     def child() -> str:
         namespaces.unshare(_CLONE_NEWUSER)
-        with pytest.raises(StartError) as caught:
+        with pytest.raises(LaunchError) as caught:
             check_user_namespace()
         return str(caught.value)
 
     assert "PrivateUsers=no" in in_child(child)
 
 
-@pytest.mark.parametrize("refused", ["landlock_create_ruleset", "memfd_create"])
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        ("landlock_create_ruleset", "EPERM", "landlock_create_ruleset is refused (Operation not permitted)"),
+        ("memfd_create", "EPERM", "memfd_create is refused (Operation not permitted); SystemCallFilter="),
+        # What RestrictSUIDSGID=yes does.
+        ("openat2", "ENOSYS", "RestrictSUIDSGID= of systemd does: leave it off for this service"),
+    ],
+)
 def test_a_filter_that_refuses_what_the_broker_needs_is_recognised(
-    monkeypatch: pytest.MonkeyPatch, refused: str
+    directory: Path, call: str, error: str, said: str
 ) -> None:
-    def refuse(*_arguments: object) -> int:
-        raise PermissionError(1, "Operation not permitted")
-
-    if refused == "memfd_create":
-        monkeypatch.setattr(os, "memfd_create", refuse)
-    else:
-        monkeypatch.setattr(landlock, "abi_version", refuse)
-    with pytest.raises(StartError, match=f"{refused} is refused.*SystemCallFilter="):
-        unit_options.check_system_calls()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, SEQPACKET)
+    with ours, theirs:
+        done = run(
+            directory / "policy.json",
+            "--audit=none",
+            f"--inherited={theirs.fileno()}",
+            prefix=[sys.executable, UNDER_A_FILTER, call, error, "--"],
+            pass_fds=[theirs.fileno()],
+        )
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.root
@@ -326,37 +338,69 @@ def test_who_is_neither_root_nor_a_service_is_told_so(directory: Path) -> None:
     assert done.stderr.startswith("fdbroker: only root can start the broker")
 
 
-HOME = Mount(b"/systemd/inaccessible/dir", b"/home", frozenset())
-PRIVATE_TMP = Mount(b"/tmp/systemd-private-760b-x.service-Su5/tmp", b"/tmp", frozenset())
+# As systemd does it, in a directory: what is hidden is covered by a directory of /run/systemd/inaccessible.
+HIDE = """
+set -e
+cd {directory}
+mount -t tmpfs none run
+mkdir -p run/systemd/inaccessible/dir/alice
+mount --bind home/alice kept
+"""
+COVER = "mount --bind run/systemd/inaccessible/dir home\n"
+BIND_BACK = "mount --bind kept home/alice\n"
+PRIVATE_TMP = """
+mkdir -p systemd-private-760b-x.service-Su5/tmp/alice
+mount --bind systemd-private-760b-x.service-Su5/tmp home
+"""
 
 
+def in_a_view(directory: Path, root: str, script: str) -> subprocess.CompletedProcess[str]:
+    """Start fdbrokerd for one root, in a mount namespace where `script` was run; if it serves it ends."""
+    for name in ("home/alice", "kept"):
+        (directory / name).mkdir(parents=True)
+    (directory / "policy.json").write_text(json.dumps(policy(directory / root)))
+    script = HIDE.format(directory=directory) + script + 'cd /; exec "$@"'
+    ours, theirs = socket.socketpair(socket.AF_UNIX, SEQPACKET)
+    ours.close()  # so it ends as soon as it serves
+    with theirs:
+        return run(
+            directory / "policy.json",
+            f"--audit={directory}/audit",
+            f"--inherited={theirs.fileno()}",
+            prefix=["unshare", "--mount", "--propagation=private", "sh", "-c", script, "sh"],
+            pass_fds=[theirs.fileno()],
+        )
+
+
+HIDDEN = "is hidden from this service, as ProtectHome=yes or InaccessiblePaths= does at {}/home"
+
+
+@pytest.mark.root
 @pytest.mark.parametrize(
-    ("mount", "path", "said"),
+    ("root", "script", "said"),
     [
-        (
-            HOME,
-            "/home",
-            "is hidden from this service, as ProtectHome=yes or InaccessiblePaths= does at /home",
-        ),
-        (HOME, "/home/alice", "ProtectHome=read-only does no harm"),
-        (PRIVATE_TMP, "/tmp/x", "is another directory for this service, as PrivateTmp=yes does at /tmp"),
+        ("home", COVER, HIDDEN),
+        ("home/alice", COVER, HIDDEN),
+        ("home/bob", COVER, HIDDEN),
+        # Bound first and covered then: it can't be seen, although its mount is the deeper one.
+        ("home/alice", BIND_BACK + COVER, HIDDEN),
+        ("home", PRIVATE_TMP, "is another directory for this service, as PrivateTmp=yes does at {}/home"),
     ],
 )
-def test_a_root_that_a_unit_hides_is_recognised(
-    monkeypatch: pytest.MonkeyPatch, mount: Mount, path: str, said: str
-) -> None:
-    monkeypatch.setattr(unit_options, "read_mounts", lambda: [mount])
-    with pytest.raises(StartError, match="root 'r'") as caught:
-        unit_options.check_unit_options([("other", "/srv"), ("r", path)])
-    assert said in str(caught.value)
+def test_a_root_that_a_unit_hides_is_recognised(directory: Path, root: str, script: str, said: str) -> None:
+    done = in_a_view(directory, root, script)
+    assert done.returncode == 2
+    assert f"fdbroker: root 'tree' ({directory}/{root}) {said.format(directory)}; " in done.stderr
 
 
-def test_what_is_hidden_below_a_root_is_told_and_no_obstacle(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(unit_options, "read_mounts", lambda: [HOME, Mount(b"/", b"/", frozenset())])
-    unit_options.check_unit_options([("all", "/"), ("homes", "/homes")])
-    assert (
-        capsys.readouterr().err
-        == "fdbroker: root 'all' (/): what is below /home is not served: the unit hides it\n"
-    )
+@pytest.mark.root
+def test_a_root_that_is_bound_back_over_a_hidden_one_is_served(directory: Path) -> None:
+    done = in_a_view(directory, "home/alice", COVER + BIND_BACK)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.root
+def test_what_is_hidden_below_a_root_is_told_and_no_obstacle(directory: Path) -> None:
+    done = in_a_view(directory, "", COVER)
+    assert done.returncode == 0
+    assert f"what is below {directory}/home is not served: the unit hides it" in done.stderr

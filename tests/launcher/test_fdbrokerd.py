@@ -20,6 +20,7 @@ import pytest
 
 import fdbroker
 from fdbroker.client import control
+from tests.launcher.installed import directory_of_root, installed
 from tests.launcher.starting import POLICY, command, lay_out, run, started
 from tests.processes import wait_until
 from tests.running_broker import BROKER_UID, OTHER_UID, launcher_environment, policy, reachable_directory
@@ -90,7 +91,7 @@ def test_modes_do_not_depend_on_the_umask(directory: Path, mask: int) -> None:
             assert stat.S_IMODE((directory / "run").stat().st_mode) == 0o755
     finally:
         os.umask(before)
-    assert seen == {"requests": 0o666, "control": 0o666, "pid": 0o644}
+    assert seen == {"requests": 0o666, "control": 0o666, "pid": 0o600}
 
 
 def test_options_are_stronger_than_the_policy(directory: Path) -> None:
@@ -242,7 +243,7 @@ def test_a_second_start_says_who_holds_the_lock(directory: Path) -> None:
             text = not_started(directory, option, pidfile, status=3)
             assert text == (
                 f"fdbroker: a broker runs already: process {pid} holds the lock of '{directory}/run/pid';"
-                f" stop it first (kill {pid}), or use another --pidfile\n"
+                f" stop it first (fdbrokerd --stop --pidfile {directory}/run/pid), or use another --pidfile\n"
             )
         assert content(directory) == b"content"
     finally:
@@ -272,7 +273,7 @@ def test_a_pidfile_that_is_not_roots_alone_is_refused(directory: Path, kind: str
     elif kind == "fifo":
         os.mkfifo(pidfile)
     else:
-        pidfile.write_text("")
+        pidfile.touch(0o600)
     if kind == "writable":
         pidfile.chmod(0o666)
     elif kind == "foreign":
@@ -317,6 +318,25 @@ def test_daemon_tells_the_ready_descriptor_of_its_caller_as_well(directory: Path
     pid = int((directory / "run/pid").read_text())
     os.kill(pid, signal.SIGTERM)
     wait_until(lambda: ended(pid), "the broker has ended")
+
+
+# ---- signals ----
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_end_is_a_clean_stop_with_its_record(directory: Path, number: signal.Signals) -> None:
+    options = [f"--audit={directory}/audit"]
+    with started(directory / "policy.yaml", *options, stop=False) as process:
+        process.send_signal(number)
+        assert process.wait(timeout=20) == 0
+    events = [json.loads(line)["event"] for line in (directory / "audit").read_text().splitlines()]
+    assert events == ["started", "stopped"]
+
+
+def test_a_hangup_that_is_ignored_at_the_start_stays_ignored(directory: Path) -> None:
+    with started(directory / "policy.yaml", "--audit=none", prefix=["nohup"]) as process:
+        process.send_signal(signal.SIGHUP)
+        assert content(directory) == b"content"
 
 
 # ---- policies ----
@@ -598,9 +618,18 @@ def test_help_says_how_to_begin_and_what_the_exit_status_means() -> None:
 
 
 WRONG = ["--pol=x", "--nonsense", "--daemon --foreground", "--socket-mode=9", "--socket-mode=7777"]
+# Beyond what the kernel has, "no id", anybody's, and not a number.
+NOBODYS = [2**32, 2**32 - 1, 99999999999, 65534, "nobody", "nogroup", -1, "", "1_0", "\u0661"]
+WRONG_IDS = [
+    option.format(number)
+    for number in NOBODYS
+    for option in ("--user={}:1", "--user=1:{}", "--socket-group={}")
+]
 
 
-@pytest.mark.parametrize("options", [*WRONG, "--user=no-such-user", "--socket-group=no-such-group"])
+@pytest.mark.parametrize(
+    "options", [*WRONG, *WRONG_IDS, "--user=no-such-user", "--socket-group=no-such-group"]
+)
 def test_a_wrong_command_line_is_status_2(directory: Path, options: str) -> None:
     assert "fdbrokerd: error: " in not_started(directory, *options.split())
 
@@ -621,25 +650,28 @@ def test_relative_paths_are_those_of_the_caller(directory: Path) -> None:
 # ---- time ----
 
 
-def test_from_exec_to_the_first_answer_and_to_the_end_it_takes_not_long(
-    directory: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Aimed at are 300 ms and 1 s; the limits here are four times as generous, as machines differ."""
-    first_answers, stops = [], []
-    for _ in range(5):
-        shutil.rmtree(directory / "run", ignore_errors=True)
-        began = time.perf_counter()
-        with started(directory / "policy.yaml", "--audit=none", stop=False) as process:
-            assert content(directory) == b"content"
-            first_answers.append(time.perf_counter() - began)
+def test_it_serves_300_ms_after_exec_and_ends_within_a_second(capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is installed, with all checks. The fastest counts: others on this machine can only add to it."""
+    first_answers: list[float] = []
+    stops: list[float] = []
+    with installed() as programs, directory_of_root() as directory:
+        while len(stops) < 7 or (min(first_answers) >= 0.3 and len(stops) < 30):
+            shutil.rmtree(directory / "run", ignore_errors=True)
             began = time.perf_counter()
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=20) == 0
-            stops.append(time.perf_counter() - began)
+            with started(
+                directory / "policy.yaml", "--audit=none", installation=programs, stop=False
+            ) as process:
+                assert content(directory) == b"content"
+                first_answers.append(time.perf_counter() - began)
+                began = time.perf_counter()
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(timeout=20) == 0
+                stops.append(time.perf_counter() - began)
     with capsys.disabled():
         print(  # noqa: T201 - what is measured is shown
-            f"\nfdbrokerd: first answer after {statistics.median(first_answers) * 1e3:.0f} ms,"
-            f" stopped after {statistics.median(stops) * 1e3:.0f} ms"
+            f"\nfdbrokerd: first answer after {statistics.median(first_answers) * 1e3:.0f} ms, stopped after"
+            f" {statistics.median(stops) * 1e3:.0f} ms (at best {min(first_answers) * 1e3:.0f} and"
+            f" {min(stops) * 1e3:.0f})"
         )
-    assert statistics.median(first_answers) < 1.2
-    assert statistics.median(stops) < 4
+    assert min(first_answers) < 0.3
+    assert min(stops) < 1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +11,7 @@ from fdbroker.kernel import files, namespaces, process
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.launcher import mounts
 from fdbroker.launcher.mounts import Mount, ReadOnlyViewError, not_read_only, parse_mounts
+from fdbroker.launcher.start import find_cgroup2
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,11 +36,28 @@ def error_of(function: Callable[..., object], *arguments: object) -> int:
 
 def test_points_and_options_of_mounts_are_read() -> None:
     assert parse_mounts(MOUNTINFO) == [
-        Mount(b"/", b"/", frozenset({b"rw", b"relatime"})),
-        Mount(b"/", b"/proc", frozenset({b"ro", b"nosuid", b"nodev", b"noexec"})),
-        Mount(b"/sub", b"/mnt/with space\\and\nmore", frozenset({b"ro", b"nosuid"})),
-        Mount(b"/", b"/srv", frozenset({b"rw", b"nosuid", b"nodev"})),
+        Mount(27, b"ext4", b"/", b"/", frozenset({b"rw", b"relatime"})),
+        Mount(28, b"proc", b"/", b"/proc", frozenset({b"ro", b"nosuid", b"nodev", b"noexec"})),
+        Mount(29, b"tmpfs", b"/sub", b"/mnt/with space\\and\nmore", frozenset({b"ro", b"nosuid"})),
+        Mount(30, b"ext4", b"/", b"/srv", frozenset({b"rw", b"nosuid", b"nodev"})),
     ]
+
+
+@pytest.mark.root
+def test_cgroup2_is_found_where_a_name_has_a_space_in_it(tmp_path: Path, in_child: Children) -> None:
+    place = tmp_path / "with a space"
+    place.mkdir()
+
+    def child() -> str | None:
+        namespaces.unshare(namespaces.CLONE_NEWNS)
+        for words in (["--make-rprivate", "/"], ["-t", "cgroup2", "none", str(place)]):
+            subprocess.run(["mount", *words], check=True)
+        for mount in mounts.read_mounts():
+            if mount.type == b"cgroup2" and mount.point != bytes(place):
+                subprocess.run(["umount", "--lazy", os.fsdecode(mount.point)], check=True)
+        return find_cgroup2()
+
+    assert in_child(child) == str(place)
 
 
 def test_a_mount_is_read_only_by_its_own_options_and_not_by_those_of_its_file_system() -> None:

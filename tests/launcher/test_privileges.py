@@ -12,7 +12,13 @@ from fdbroker.kernel import capabilities, process
 from fdbroker.kernel.capabilities import Capabilities
 from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH, ProcessState, parse_process_state
 from fdbroker.launcher import privileges
-from fdbroker.launcher.privileges import PrivilegeError, Privileges, Wanted, become_broker, differences
+from fdbroker.launcher.privileges import (
+    PrivilegeError,
+    Privileges,
+    WantedPrivileges,
+    become_broker,
+    differences,
+)
 
 if TYPE_CHECKING:
     from tests.kernel.conftest import Children
@@ -37,11 +43,11 @@ RIGHT = ProcessState(
 
 
 def test_the_wanted_state_has_no_differences() -> None:
-    assert differences(Privileges(RIGHT, 0x2F), Wanted(UID, GID)) == []
+    assert differences(Privileges(RIGHT, 0x2F), WantedPrivileges(UID, GID)) == []
     # What initgroups() of systemd gives, and securebits that say more.
-    assert differences(Privileges(RIGHT._replace(groups=(GID,)), 0xEF), Wanted(UID, GID)) == []
+    assert differences(Privileges(RIGHT._replace(groups=(GID,)), 0xEF), WantedPrivileges(UID, GID)) == []
     # A filter of systemd's is none of this module's business.
-    assert differences(Privileges(RIGHT._replace(seccomp=2), 0x2F), Wanted(UID, GID)) == []
+    assert differences(Privileges(RIGHT._replace(seccomp=2), 0x2F), WantedPrivileges(UID, GID)) == []
 
 
 @pytest.mark.parametrize(
@@ -62,13 +68,13 @@ def test_the_wanted_state_has_no_differences() -> None:
     ],
 )
 def test_each_difference_is_named_alone(change: dict[str, Any], text: str) -> None:
-    [found] = differences(Privileges(RIGHT._replace(**change), 0x2F), Wanted(UID, GID))
+    [found] = differences(Privileges(RIGHT._replace(**change), 0x2F), WantedPrivileges(UID, GID))
     assert text in found
 
 
 @pytest.mark.parametrize("securebits", [0, 0x2F & ~1, 0x2F & ~2, 0x2F & ~4, 0x2F & ~8, 0x2F & ~0x20, 0x3F])
 def test_securebits_that_are_less_or_keep_capabilities_are_a_difference(securebits: int) -> None:
-    [found] = differences(Privileges(RIGHT, securebits), Wanted(UID, GID))
+    [found] = differences(Privileges(RIGHT, securebits), WantedPrivileges(UID, GID))
     assert "securebits are" in found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.client import control
-from tests.launcher.starting import command, lay_out, run, started, state_of
+from tests.launcher.installed import directory_of_root, installed
+from tests.launcher.starting import command, run, started, state_of
 from tests.processes import wait_until
-from tests.running_broker import BROKER_UID, launcher_environment, reachable_directory
+from tests.running_broker import BROKER_UID, launcher_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -30,9 +32,14 @@ AS_A_SERVICE = str(Path(__file__).parent / "as_a_service.py")
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    with reachable_directory() as path:
-        lay_out(path)
+    with directory_of_root() as path:
         yield path
+
+
+@pytest.fixture(scope="module")
+def installation() -> Iterator[Path]:
+    with installed() as programs:
+        yield programs
 
 
 def listen_for_notifications(directory: Path) -> socket.socket:
@@ -52,7 +59,7 @@ def differences(process: int, directory: Path) -> list[str]:
     return [*(f"missing: {line}" for line in missing.elements()), *more.elements()]
 
 
-def test_by_hand(directory: Path) -> None:
+def test_by_hand(directory: Path, installation: Path) -> None:
     environment = {
         "NOTIFY_SOCKET": str(directory / "notify"),
         "LD_LIBRARY_PATH": "/x",
@@ -61,7 +68,7 @@ def test_by_hand(directory: Path) -> None:
     options = [f"--audit={directory}/audit", f"--pidfile={directory}/run/pid"]
     with (
         listen_for_notifications(directory) as notify,
-        started(directory / "policy.yaml", *options, env=environment) as process,
+        started(directory / "policy.yaml", *options, env=environment, installation=installation) as process,
     ):
         assert notify.recv(1000).startswith(b"READY=1")
         assert differences(process.pid, directory) == [
@@ -73,9 +80,9 @@ def test_by_hand(directory: Path) -> None:
         ]
 
 
-def test_in_the_background(directory: Path) -> None:
+def test_in_the_background(directory: Path, installation: Path) -> None:
     options = ["--daemon", f"--audit={directory}/audit", f"--pidfile={directory}/run/pid"]
-    done = run(directory / "policy.yaml", *options)
+    done = run(directory / "policy.yaml", *options, installation=installation)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     pid = int((directory / "run" / "pid").read_text())
     try:
@@ -123,12 +130,19 @@ def activated(
             stderr=errors,
         )
     try:
-        wait_until((run_directory / order[1]).exists, "systemd-socket-activate listens")
+        for name in order:
+            wait_until(functools.partial(listens, run_directory / name), "systemd-socket-activate listens")
         yield process
     finally:
         process.terminate()
         status = process.wait(timeout=20)
     assert status == 0, (directory / "errors").read_text()
+
+
+def listens(path: Path) -> bool:
+    """Return whether a socket takes connections, which it does not as soon as it is bound."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return any(line.split()[3] == "00010000" and line.endswith(f" {path}") for line in lines[1:])
 
 
 def start_by_connecting(directory: Path, pid: int) -> None:
@@ -139,8 +153,8 @@ def start_by_connecting(directory: Path, pid: int) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_by_systemd_as_root(directory: Path, order: Sequence[str]) -> None:
-    program = command(directory / "policy.yaml", f"--audit={directory}/audit")
+def test_by_systemd_as_root(directory: Path, installation: Path, order: Sequence[str]) -> None:
+    program = command(directory / "policy.yaml", f"--audit={directory}/audit", installation=installation)
     with (
         listen_for_notifications(directory) as notify,
         activated(directory, order, program, subprocess.DEVNULL) as process,
@@ -156,15 +170,21 @@ def test_by_systemd_as_root(directory: Path, order: Sequence[str]) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_by_systemd_as_the_user_of_the_broker(directory: Path, order: Sequence[str]) -> None:
+def test_by_systemd_as_the_user_of_the_broker(
+    directory: Path, installation: Path, order: Sequence[str]
+) -> None:
     compiled = directory / "policy.json"
     # As ExecStartPre=+ does: mode 0600, which the broker's user reads by the capability that it has.
-    arguments = ["compile", "--dev", str(directory / "policy.yaml"), "--output", str(compiled)]
-    subprocess.run(
-        [sys.executable, "-m", "fdbroker.config", *arguments], env=launcher_environment(), check=True
-    )
+    arguments = ["compile", str(directory / "policy.yaml"), "--output", str(compiled)]
+    subprocess.run([installation / "python", "-I", "-m", "fdbroker.config", *arguments], check=True)
     assert compiled.stat().st_mode & 0o777 == 0o600
-    program = [sys.executable, AS_A_SERVICE, str(BROKER_UID), "--", *command(compiled, "--audit=-")]
+    program = [
+        sys.executable,
+        AS_A_SERVICE,
+        str(BROKER_UID),
+        "--",
+        *command(compiled, "--audit=-", installation=installation),
+    ]
     # StandardOutput=append: of a unit: the service itself could not open the file.
     audit = os.open(directory / "audit", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     with (

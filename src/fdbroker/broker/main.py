@@ -254,7 +254,7 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
 
 
 def run(handover_descriptor: int) -> int:
-    """Start, serve until SIGTERM, SIGINT or the end of the last client there can be; return the status."""
+    """Start, serve until a signal to end or the end of the last client there can be; return the status."""
     try:
         handover = read_handover(handover_descriptor)
         check_descriptors(handover)
@@ -264,8 +264,9 @@ def run(handover_descriptor: int) -> int:
         sys.stderr.write(f"fdbroker: {error}\n")
         return EXIT_NOT_STARTED
     signal.set_wakeup_fd(broker.wake_descriptor)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: broker.stop())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup(1) has it
+            signal.signal(number, lambda _number, _frame: broker.stop())
     if handover.ready is not None:
         with contextlib.suppress(BrokenPipeError):  # whoever waited has gone
             os.write(handover.ready, b"ready\n")

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from fdbroker.config.clients import ClientReader
 from fdbroker.config.compiled import CompiledDaemon, CompiledListener
+from fdbroker.config.defaults import (
+    ALL_PERMISSIONS,
+    DEFAULT_GROUP_OF_CLIENTS,
+    DEFAULT_USER,
+    MAX_SOCKET_PATH,
+    MODES,
+    PATHS,
+)
 from fdbroker.config.errors import Mark, did_you_mean, quoted
 from fdbroker.config.identities import OVERFLOW_ID, Lookups
 from fdbroker.config.reader import Reader
 from fdbroker.config.scalars import ScalarError, parse_mode, parse_path
-from fdbroker.config.schema import DEFAULT_GROUP_OF_CLIENTS, DEFAULT_USER, Listener, Listeners
+from fdbroker.config.schema import Listener, Listeners
 from fdbroker.config.yaml_tree import Node
-
-# What has no entry in the file. A name that is missing on this system is told of when the broker is started,
-# not here: a policy may be checked where nothing is installed.
-_PATHS = {"seqpacket": "/run/fdbroker/broker.seqpacket", "control": "/run/fdbroker/control"}
-_MODES = {"seqpacket": 0o660, "control": 0o666}
-_MOST_BYTES_OF_PATH = 107  # sun_path without its NUL; unix(7)
-_ALL_PERMISSIONS = 0o777
 
 
 class DaemonReader:
-    """Reads `user` and `listeners`."""
+    """Reads `user` and `listeners`.
+
+    A default user or group that is missing on this system is told of when the
+    broker is started, not here: a policy may be checked where nothing is installed.
+    """
 
     def __init__(self, reader: Reader, clients: ClientReader, lookups: Lookups) -> None:
         self._reader = reader
@@ -59,7 +64,7 @@ class DaemonReader:
         cure = "write some of seqpacket, control, or leave listeners out"
         mapping = self._reader.mapping(node, "listeners", cure)
         found = {} if mapping is None else self._reader.entries(mapping, "listeners", Listeners)
-        made = {name: self._listener(found.get(name), name) for name in _PATHS}
+        made = {name: self._listener(found.get(name), name) for name in PATHS}
         if made["seqpacket"]["path"] == made["control"]["path"]:
             self._reader.add(
                 Mark(1, 1) if mapping is None else mapping.mark,
@@ -71,13 +76,13 @@ class DaemonReader:
     def _listener(self, node: Node | None, name: str) -> CompiledListener:
         what = f"listeners: {name}"
         mapping = self._reader.mapping(node, what, "write some of path, group, mode, or leave it out")
-        listener: CompiledListener = {"path": _PATHS[name], "gid": 0, "mode": _MODES[name]}
+        listener: CompiledListener = {"path": PATHS[name], "gid": 0, "mode": MODES[name]}
         if mapping is None:
             if name == "seqpacket":
                 listener["gid"] = self._lookups.group(DEFAULT_GROUP_OF_CLIENTS)
             return listener
         found = self._reader.entries(mapping, what, Listener)
-        cure = f"write an absolute path, as in {_PATHS[name]}"
+        cure = f"write an absolute path, as in {PATHS[name]}"
         path = self._reader.parsed(found.get("path"), f"{what}: path", _parse_socket_path, cure)
         cure = 'write octal digits, as in "0660"'
         mode = self._reader.parsed(found.get("mode"), f"{what}: mode", _parse_permissions, cure)
@@ -92,9 +97,9 @@ def _parse_socket_path(text: str) -> str:
     path = parse_path(text)
     if path == "/":
         raise ScalarError("'/' is not the name of a socket", "write a path below /run/fdbroker")
-    if len(path.encode()) > _MOST_BYTES_OF_PATH:
+    if len(path.encode()) > MAX_SOCKET_PATH:
         raise ScalarError(
-            f"{quoted(path)} is longer than {_MOST_BYTES_OF_PATH} bytes, as the path of a socket may be",
+            f"{quoted(path)} is longer than {MAX_SOCKET_PATH} bytes, as the path of a socket may be",
             "choose a shorter one",
         )
     return path
@@ -102,6 +107,6 @@ def _parse_socket_path(text: str) -> str:
 
 def _parse_permissions(text: str) -> int:
     mode = parse_mode(text)
-    if mode & ~_ALL_PERMISSIONS:
+    if mode & ~ALL_PERMISSIONS:
         raise ScalarError(f"{quoted(text)} has more than permissions in it", "write at most 0777")
     return mode

@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from fdbroker.config.defaults import DEFAULT_USER
+
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 
 Action: TypeAlias = Literal["open", "stat", "list", "walk"]
@@ -25,8 +27,6 @@ OnFailure: TypeAlias = Literal["deny", "allow"]
 ReadOnlyView: TypeAlias = Literal["required", "off"]
 
 READ_ONLY_VIEW_DEFAULT: ReadOnlyView = "required"
-DEFAULT_USER = "fdbroker"
-DEFAULT_GROUP_OF_CLIENTS = "fdbroker-clients"
 CONNECTIONS_PER_UID = range(1, 10_000 + 1)
 # One full reply has 253 descriptors: with less, a request for it could never be answered.
 IN_FLIGHT_PER_CONNECTION = range(253, 8192 + 1)

@@ -1,10 +1,7 @@
 """Opens the policy file, and believes it only if nobody but root can have written it.
 
-Every directory on the way is opened and looked at through its descriptor, from
-`/` down, and the next one is opened relative to it: what was checked is what is
-used, whatever happens to names meanwhile. Symbolic links are refused on the
-whole way. A POSIX ACL that lets somebody write shows in the group bits of the
-mode (its mask), so the mode is enough to look at.
+Every directory on the way is looked at, and the next one is opened relative to
+it (`directories`); symbolic links are refused on the whole way.
 """
 
 from __future__ import annotations
@@ -13,10 +10,10 @@ import os
 import stat
 from typing import NoReturn
 
+from fdbroker.config.directories import Kind, Sticky, UnsafeDirectoryError, is_link, open_directory
 from fdbroker.config.errors import ConfigError, Problem
 
 MAX_BYTES = 1024 * 1024
-_DIRECTORY_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: a FIFO in its place must not hang root. O_NOCTTY: nor a terminal become ours.
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -54,7 +51,7 @@ class _Source:
             self._refuse(self._given, "is not the name of a file", "name the policy file")
         directory = self._open_directory(os.path.dirname(path))
         try:
-            descriptor = self._open(os.path.basename(path), _FILE_FLAGS, directory, self._given)
+            descriptor = self._open_file(os.path.basename(path), directory)
         finally:
             os.close(directory)
         try:
@@ -63,45 +60,39 @@ class _Source:
             os.close(descriptor)
 
     def _open_directory(self, path: str) -> int:
-        at = "/"
-        descriptor = os.open(at, _DIRECTORY_FLAGS)
         try:
-            self._check_directory(at, os.fstat(descriptor))
-            for component in [part for part in path.split("/") if part]:
-                at = os.path.join(at, component)
-                below = self._open(component, _DIRECTORY_FLAGS, descriptor, at)
-                os.close(descriptor)
-                descriptor = below
-                self._check_directory(at, os.fstat(descriptor))
-            # A file in a directory of somebody else's is not even opened.
-            self._stop_if_any()
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _open(self, name: str, flags: int, directory: int, shown: str) -> int:
-        try:
-            return os.open(name, flags, dir_fd=directory)
-        except OSError as error:
-            if _is_link(name, directory):
-                real = os.path.realpath(self._given)
-                self._refuse(shown, "is a symbolic link", f"name the file by its real path, {real!r}")
-            self._refuse(shown, f"can't be opened: {error.strerror}", "check the path and who runs this")
-
-    def _check_directory(self, path: str, status: os.stat_result) -> None:
-        if status.st_uid not in self._owners:
-            self._note(
-                path,
-                f"this directory above the policy file belongs to uid {status.st_uid}, not to root",
-                "keep the file in a directory of root's",
+            return open_directory(
+                path, sticky=Sticky.ANYWHERE if self._dev else Sticky.NOWHERE, owners=self._owners
             )
-        sticky = self._dev and status.st_mode & stat.S_ISVTX
-        if status.st_mode & _OTHERS_WRITE and not sticky:
-            self._note(
-                path,
-                f"this directory above the policy file has mode {_octal(status)}, which lets others write",
-                "keep the file in a directory that only root can write to",
+        except UnsafeDirectoryError as error:
+            for at, kind, detail in error.problems:
+                self._note(at, *self._message(kind, detail))
+            # A file in a directory of somebody else's is not even opened.
+            raise ConfigError(self._problems) from error
+
+    def _message(self, kind: Kind, detail: str) -> tuple[str, str]:
+        """Return what is wrong with a directory, and the cure."""
+        if kind is Kind.FOREIGN:
+            reason = f"this directory above the policy file belongs to uid {detail}, not to root"
+            return reason, "keep the file in a directory of root's"
+        if kind is Kind.WRITABLE:
+            reason = f"this directory above the policy file has mode {detail}, which lets others write"
+            return reason, "keep the file in a directory that only root can write to"
+        if kind is Kind.LINK:
+            return self._link()
+        return f"can't be opened: {detail}", "check the path and who runs this"
+
+    def _link(self) -> tuple[str, str]:
+        return "is a symbolic link", f"name the file by its real path, {os.path.realpath(self._given)!r}"
+
+    def _open_file(self, name: str, directory: int) -> int:
+        try:
+            return os.open(name, _FILE_FLAGS, dir_fd=directory)
+        except OSError as error:
+            if is_link(name, directory):
+                self._refuse(self._given, *self._link())
+            self._refuse(
+                self._given, f"can't be opened: {error.strerror}", "check the path and who runs this"
             )
 
     def _read_file(self, descriptor: int) -> bytes:
@@ -148,13 +139,6 @@ class _Source:
     def _refuse(self, file: str, message: str, cure: str) -> NoReturn:
         self._note(file, message, cure)
         raise ConfigError(self._problems)
-
-
-def _is_link(name: str, directory: int) -> bool:
-    try:
-        return stat.S_ISLNK(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode)
-    except OSError:
-        return False
 
 
 def _octal(status: os.stat_result) -> str:

@@ -7,7 +7,7 @@ import socket
 import sys
 from typing import NamedTuple
 
-from fdbroker.launcher.errors import StartError
+from fdbroker.launcher.errors import LaunchError
 from fdbroker.launcher.inherited import check_connection, check_listener
 
 _NAMES_CURE = "name them by FileDescriptorName= of the .socket unit: seqpacket for requests, control"
@@ -33,7 +33,7 @@ def take_from_systemd() -> Activation:
     """Take what the environment speaks of, and take it out of the environment.
 
     Raises:
-        StartError: a socket is not what its name says, or has a name that is not known.
+        LaunchError: a socket is not what its name says, or has a name that is not known.
 
     """
     listeners: list[tuple[int, str]] = []
@@ -46,16 +46,16 @@ def take_from_systemd() -> Activation:
             connections.append((number, name))
             continue
         if name in _NOT_SERVED_YET:
-            raise StartError(f"{what} is not served yet; stop and disable its .socket unit")
+            raise LaunchError(f"{what} is not served yet; stop and disable its .socket unit")
         if name not in {"seqpacket", "control"}:
-            raise StartError(f"{what}: no socket of fdbroker has this name; {_NAMES_CURE}")
+            raise LaunchError(f"{what}: no socket of fdbroker has this name; {_NAMES_CURE}")
         check_listener(number, what)
         if name == "control":
             controls.append(number)
         else:
             listeners.append((number, name))
     if len(controls) > 1:
-        raise StartError(f"systemd passed {len(controls)} sockets with the name 'control'; keep one")
+        raise LaunchError(f"systemd passed {len(controls)} sockets with the name 'control'; keep one")
     notify = _connect_notify_socket()
     watchdog = None if notify is None else _watchdog_usec()
     return Activation(listeners, connections, controls[0] if controls else None, notify, watchdog)
@@ -68,7 +68,7 @@ def _passed_descriptors() -> dict[int, str]:
     try:
         import systemd.daemon  # noqa: PLC0415 - by hand it is not needed
     except ImportError as error:
-        raise StartError(
+        raise LaunchError(
             "systemd passes sockets, and the Python package systemd-python, which takes them, is not"
             " installed; install fdbroker[daemon]"
         ) from error
@@ -102,5 +102,5 @@ def _watchdog_usec() -> int | None:
     if not text or os.environ.pop("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None  # no watchdog, or that of another process
     if not (text.isascii() and text.isdigit() and int(text)):
-        raise StartError(f"WATCHDOG_USEC is {text!r}, not a number of microseconds; let systemd set it")
+        raise LaunchError(f"WATCHDOG_USEC is {text!r}, not a number of microseconds; let systemd set it")
     return int(text)

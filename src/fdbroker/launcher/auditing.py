@@ -5,60 +5,118 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import socket
 import stat
 
-from fdbroker.launcher.errors import StartError
+from fdbroker.kernel import process
+from fdbroker.launcher.directories import open_directory_of_root
+from fdbroker.launcher.errors import LaunchError
 from fdbroker.launcher.options import NONE, STANDARD_OUTPUT
 
 _ROOM = 1 << 20  # bytes; what a process without privilege may have for a pipe (pipe-max-size)
 # O_NONBLOCK: the open of a FIFO must not wait for its reader; it means nothing to a regular file.
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+_CAT = "/bin/cat"
+# What a terminal sends to all that is in its foreground: what is on the way to it shall still arrive.
+_FROM_TERMINALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP)
 
 
-def open_audit(where: str) -> int | None:
-    """Return a descriptor to append to; None for no audit.
+def open_audit(where: str, uid: int, gid: int) -> int | None:
+    """Return a descriptor to append to, which is the caller's, or standard output; None for no audit.
+
+    `uid` and `gid` are the broker's: a process that writes to a terminal for it has them, too.
 
     Raises:
-        StartError: it is a file that is not root's alone, or can't be opened.
+        LaunchError: it is a file that is not root's alone, or can't be opened.
 
     """
     if where == NONE:
         return None
     if where == STANDARD_OUTPUT:
-        _make_room(1)
+        _prepare_standard_output(uid, gid)
         return 1
     try:
-        descriptor = os.open(where, _FLAGS, 0o640)
+        directory = open_directory_of_root(os.path.dirname(where))
+    except LaunchError as error:
+        raise LaunchError(f"audit {where} can't be opened: {error}") from error
+    try:
+        descriptor = os.open(os.path.basename(where), _FLAGS, 0o640, dir_fd=directory)
     except OSError as error:
-        cure = "make its directory, or name another file"
+        cure = "name another file"
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
             cure = f"a service of systemd leaves audit.to out and sets StandardOutput=append:{where}"
         elif error.errno == errno.ELOOP:
             cure = "it is a symbolic link: name the file itself"
-        raise StartError(f"audit {where} can't be opened: {error.strerror}; {cure}") from error
+        raise LaunchError(f"audit {where} can't be opened: {error.strerror}; {cure}") from error
+    finally:
+        os.close(directory)
     facts = os.fstat(descriptor)
     if not stat.S_ISREG(facts.st_mode):
         os.close(descriptor)
-        raise StartError(f"audit {where} is not a regular file; use - for standard output")
+        raise LaunchError(f"audit {where} is not a regular file; use - for standard output")
     if facts.st_uid != 0 or facts.st_nlink != 1 or facts.st_mode & 0o022:
         os.close(descriptor)
-        raise StartError(
+        raise LaunchError(
             f"audit {where} must belong to root, have one name and be writable by nobody else: move it away"
         )
     return descriptor
 
 
-def _make_room(output: int) -> None:
+def _prepare_standard_output(uid: int, gid: int) -> None:
     """See that a reader who is stuck can't stop the broker: what it has no room for is denied.
 
-    So there is room for the largest request, which a pipe of the usual size has not.
+    So there is room for the largest request, which a pipe of the usual size has
+    not, and a terminal less: whose output is stopped (Ctrl-S), or who is just
+    slow, is written to by a process in between.
     """
-    mode = os.fstat(output).st_mode
-    if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
-        os.set_blocking(output, False)
-    if stat.S_ISFIFO(mode):
-        fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, _ROOM)
-    elif stat.S_ISSOCK(mode):
-        with socket.socket(fileno=os.dup(output)) as sock:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
+    mode = os.fstat(1).st_mode
+    try:
+        if os.isatty(1):
+            _put_a_pipe_before_the_terminal(uid, gid)
+        elif stat.S_ISFIFO(mode):
+            os.set_blocking(1, False)
+            fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, _ROOM)
+        elif stat.S_ISSOCK(mode):
+            os.set_blocking(1, False)
+            with socket.socket(fileno=os.dup(1)) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
+    except OSError as error:
+        raise LaunchError(
+            f"the audit can't go to standard output: {error.strerror or error}; raise fs.pipe-max-size to"
+            f" {_ROOM} if it is lower, or name a file by --audit"
+        ) from error
+
+
+def _put_a_pipe_before_the_terminal(uid: int, gid: int) -> None:
+    """Let cat(1), as the broker's user, copy to the terminal what is written to descriptor 1 from now on.
+
+    It ends with the last writer.
+    """
+    if not os.access(_CAT, os.X_OK):
+        raise FileNotFoundError(errno.ENOENT, f"a terminal needs {_CAT}, which is not there")
+    read_end, write_end = os.pipe()
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, _ROOM)
+    os.set_blocking(write_end, False)
+    child = os.fork()
+    if not child:
+        _become_cat(read_end, uid, gid)
+    os.waitpid(child, 0)
+    os.dup2(write_end, 1)
+    os.close(read_end)
+    os.close(write_end)
+
+
+def _become_cat(pipe: int, uid: int, gid: int) -> None:
+    """Be it, and nobody's child, so that the broker has no zombie; never returns."""
+    try:
+        if os.fork():
+            return
+        for number in _FROM_TERMINALS:
+            signal.signal(number, signal.SIG_IGN)
+        os.dup2(pipe, 0)
+        process.close_range(3)
+        process.change_ids(uid, gid)
+        os.execve(_CAT, [_CAT], {})  # noqa: S606 - no shell, and descriptors 0 to 2 alone
+    finally:
+        os._exit(1)

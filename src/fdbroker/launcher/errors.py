@@ -6,13 +6,13 @@ EXIT_NOT_STARTED = 2
 EXIT_ALREADY_RUNNING = 3
 
 
-class StartError(Exception):
+class LaunchError(Exception):
     """The broker does not start; the text says what is in the way and what to do."""
 
     status = EXIT_NOT_STARTED
 
 
-class AlreadyRunningError(StartError):
+class AlreadyRunningError(LaunchError):
     """Another broker holds the lock; the text says which process."""
 
     status = EXIT_ALREADY_RUNNING

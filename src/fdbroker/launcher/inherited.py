@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from fdbroker.kernel import sockets
-from fdbroker.launcher.errors import StartError
+from fdbroker.launcher.errors import LaunchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,19 +44,19 @@ def check_connection(number: int, option: str) -> None:
     """Check that `number` is a connection that a broker can serve, and let its messages tell who sends them.
 
     Raises:
-        StartError: it is not; the text says what it is instead.
+        LaunchError: it is not; the text says what it is instead.
 
     """
     with _unix_seqpacket(number, option) as sock:
         if _listens(sock):
-            raise StartError(
+            raise LaunchError(
                 f"{option}: descriptor {number} is a listening socket, not a connection;"
                 " use --socket, or pass it as systemd passes sockets"
             )
         try:
             sock.getpeername()
         except OSError as error:
-            raise StartError(
+            raise LaunchError(
                 f"{option}: descriptor {number} is a socket without a peer ({error.strerror});"
                 " pass one end of a connection"
             ) from error
@@ -68,25 +68,25 @@ def check_listener(number: int, what: str) -> None:
     """Check that `number` is a socket that listens for connections of the broker's kind.
 
     Raises:
-        StartError: it is not; the text says what it is instead.
+        LaunchError: it is not; the text says what it is instead.
 
     """
     with _unix_seqpacket(number, what) as sock:
         if not _listens(sock):
-            raise StartError(f"{what}: descriptor {number} is a socket that does not listen; set Accept=no")
+            raise LaunchError(f"{what}: descriptor {number} is a socket that does not listen; set Accept=no")
 
 
 def check_ready(number: int) -> None:
     """Check that `number` can be written to, and is none of the standard descriptors.
 
     Raises:
-        StartError: it is not so.
+        LaunchError: it is not so.
 
     """
     if number < _FIRST_FREE:
-        raise StartError(f"--ready-fd: {number} is a standard descriptor; pass a pipe on 3 or more")
+        raise LaunchError(f"--ready-fd: {number} is a standard descriptor; pass a pipe on 3 or more")
     if _flags(number, "--ready-fd") & os.O_ACCMODE == os.O_RDONLY:
-        raise StartError(f"--ready-fd: descriptor {number} is not open for writing; pass that end of a pipe")
+        raise LaunchError(f"--ready-fd: descriptor {number} is not open for writing; pass that end of a pipe")
 
 
 def leave_standard_descriptors(connections: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
@@ -109,6 +109,27 @@ def leave_standard_descriptors(connections: Sequence[tuple[int, str]]) -> list[t
     return moved
 
 
+def close_terminals_to_reading() -> None:
+    """Open a terminal on 1 or 2 anew, for writing only and without waiting for it.
+
+    The one that was inherited is open for reading as well, and its description
+    is shared with the shell, which would not expect it to become non-blocking.
+    """
+    for number in (1, 2):
+        if os.isatty(number):
+            try:
+                anew = os.open(
+                    f"/proc/self/fd/{number}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+                )
+            except OSError as error:
+                raise LaunchError(
+                    f"the terminal on descriptor {number} can't be opened for writing: {error.strerror};"
+                    " redirect it to a file or to /dev/null"
+                ) from error
+            os.dup2(anew, number)
+            os.close(anew)
+
+
 def _open_null_as(number: int) -> None:
     nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     os.dup2(nothing, number)
@@ -121,7 +142,7 @@ def _flags(number: int, option: str) -> int:
             raise OverflowError
         return fcntl.fcntl(number, fcntl.F_GETFL)
     except (OSError, OverflowError):
-        raise StartError(
+        raise LaunchError(
             f"{option}: descriptor {number} is not open; whoever starts fdbrokerd must pass it"
         ) from None
 
@@ -130,20 +151,20 @@ def _flags(number: int, option: str) -> int:
 def _unix_seqpacket(number: int, what: str) -> Iterator[socket.socket]:
     """Give the socket `number`, which stays open."""
     if _flags(number, what) & os.O_PATH:
-        raise StartError(f"{what}: descriptor {number} is opened with O_PATH; pass a socket")
+        raise LaunchError(f"{what}: descriptor {number} is opened with O_PATH; pass a socket")
     try:
         sock = socket.socket(fileno=number)
     except OSError:
-        raise StartError(f"{what}: descriptor {number} is not a socket; pass a Unix socket") from None
+        raise LaunchError(f"{what}: descriptor {number} is not a socket; pass a Unix socket") from None
     try:
         if sock.family != socket.AF_UNIX:
-            raise StartError(
+            raise LaunchError(
                 f"{what}: descriptor {number} is a socket of family {int(sock.family)}, not a Unix socket;"
                 " the kernel says who is at its other end only for those"
             )
         if sock.type != socket.SOCK_SEQPACKET:
             kind = getattr(sock.type, "name", sock.type)
-            raise StartError(
+            raise LaunchError(
                 f"{what}: descriptor {number} is a {kind} socket, which is not served yet;"
                 " make it SOCK_SEQPACKET (ListenSequentialPacket= of systemd)"
             )

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from fdbroker.config.compiled import launcher_fingerprint
 from fdbroker.kernel.capabilities import capget
 from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH
 from fdbroker.launcher.activation import take_from_systemd
 from fdbroker.launcher.auditing import open_audit
-from fdbroker.launcher.background import Waiting, go_into_background, wait_until_it_serves
-from fdbroker.launcher.errors import EXIT_NOT_STARTED, StartError
+from fdbroker.launcher.background import Detached, Waiting, go_into_background, wait_until_it_serves
+from fdbroker.launcher.errors import EXIT_NOT_STARTED, LaunchError
 from fdbroker.launcher.inherited import (
     check_connection,
     check_ready,
@@ -24,10 +24,11 @@ from fdbroker.launcher.inherited import (
     leave_standard_descriptors,
 )
 from fdbroker.launcher.listening import MadeSockets
-from fdbroker.launcher.locking import PidFile
+from fdbroker.launcher.locking import PidFile, stop_holder
 from fdbroker.launcher.options import STANDARD_OUTPUT, read_options
 from fdbroker.launcher.plan import make_plan
 from fdbroker.launcher.policies import CompileError, PendingPolicy
+from fdbroker.launcher.until_ready import Made, Watcher, start_watcher, tell
 
 if TYPE_CHECKING:
     from fdbroker.launcher.activation import Activation
@@ -46,11 +47,15 @@ def launch(arguments: list[str]) -> int:
         return _run(options)
     except CompileError as error:
         return error.status  # the child has said why
-    except StartError as error:
+    except LaunchError as error:
         sys.stderr.write(f"fdbroker: {error}\n")
         return error.status
     except OSError as error:
-        sys.stderr.write(f"fdbroker: {error}\n")
+        # Processes, pipes, memory: what can be said of a thing with a name was said where it was used.
+        sys.stderr.write(
+            f"fdbroker: the system refuses what a start needs: {error}; look at its memory and its limits"
+            " (ulimit -a, or Limit*= and TasksMax= of the unit)\n"
+        )
         return EXIT_NOT_STARTED
 
 
@@ -62,12 +67,16 @@ class _Passed(NamedTuple):
     output_gone: bool
 
     @property
-    def has_sockets(self) -> bool:
-        """Return whether there is anything to serve."""
-        return self.activation.has_sockets or bool(self.connections)
+    def has_requests(self) -> bool:
+        """Return whether requests can come by what was passed."""
+        return bool(self.activation.listeners or self.connections)
 
 
 def _run(options: Options) -> int:
+    if options.stop and options.pidfile is not None:  # which it then always is
+        if not stop_holder(options.pidfile):
+            sys.stderr.write(f"fdbroker: no broker holds the lock of {options.pidfile!r}\n")
+        return 0
     _check_privilege()
     # Before anything is opened: a number that is not open now would be one of ours later.
     passed = _take_what_was_passed(options)
@@ -81,26 +90,35 @@ def _run(options: Options) -> int:
     except BaseException:
         pending.abandon()
         raise
-    plan = make_plan(policies.daemon, options, sockets_passed=passed.has_sockets)
+    plan = make_plan(
+        policies.daemon,
+        options,
+        requests_passed=passed.has_requests,
+        control_passed=passed.activation.control is not None,
+    )
     if plan.audit == STANDARD_OUTPUT and (passed.output_gone or options.background):
         where = "the client's connection" if passed.output_gone else "nowhere with --daemon"
-        raise StartError(
+        raise LaunchError(
             f"the audit would go to standard output, which is {where};"
             " name a file by audit.to in the policy or --audit, or say --audit none"
         )
-    made = MadeSockets()
+    made = Made(MadeSockets(), pidfile)
     try:
         start = _prepare(options, passed, policies, plan, made)
-        return _become(options, start, pidfile, made)
+        side = _stand_by(options, start, made)
     except BaseException:
         made.remove()
         raise
+    # From here on what was made is the broker's, until it is known to have ended.
+    if isinstance(side, Waiting):
+        return _wait(side, made, options)
+    return _become(start, side, pidfile)
 
 
 def _check_privilege() -> None:
     """Say what everybody meets who is neither root nor a service: nothing else would tell it as well."""
     if os.geteuid() and not capget().effective >> CAP_DAC_READ_SEARCH & 1:
-        raise StartError(
+        raise LaunchError(
             "only root can start the broker, which then gives up everything but one capability; start it as"
             " root, or by systemd with AmbientCapabilities=CAP_DAC_READ_SEARCH"
         )
@@ -118,9 +136,9 @@ def _take_what_was_passed(options: Options) -> _Passed:
         numbers.append(options.ready)
     twice = sorted({number for number in numbers if numbers.count(number) > 1})
     if twice:
-        raise StartError(f"descriptor {twice[0]} is given twice; each is for one thing")
+        raise LaunchError(f"descriptor {twice[0]} is given twice; each is for one thing")
     if options.background and (activation.has_sockets or activation.notify is not None):
-        raise StartError(
+        raise LaunchError(
             "--daemon does not go with sockets or notifications of systemd; use Type=notify and --foreground"
         )
     output = os.fstat(1)
@@ -128,18 +146,21 @@ def _take_what_was_passed(options: Options) -> _Passed:
     return _Passed(activation, connections, not os.path.samestat(output, os.fstat(1)))
 
 
-def _prepare(options: Options, passed: _Passed, policies: Policies, plan: Plan, made: MadeSockets) -> Start:
+def _prepare(options: Options, passed: _Passed, policies: Policies, plan: Plan, made: Made) -> Start:
     """Open and make what the broker is started with."""
     from fdbroker.launcher.start import Start  # noqa: PLC0415 - imported while the policy was compiled
     from fdbroker.launcher.unit_options import check_unit_options  # noqa: PLC0415 - likewise
 
     check_unit_options([(root["name"], root["path"]) for root in policies.broker["roots"]])
-    audit = open_audit(plan.audit)
+    audit = open_audit(plan.audit, plan.uid, plan.gid)
     activation = passed.activation
-    listeners = [*activation.listeners, *((made.make(wanted), wanted.name) for wanted in plan.listeners)]
+    listeners = [
+        *activation.listeners,
+        *((made.sockets.make(wanted), wanted.name) for wanted in plan.listeners),
+    ]
     control = activation.control
     if control is None and plan.control is not None:
-        control = made.make(plan.control)
+        control = made.sockets.make(plan.control)
     return Start(
         uid=plan.uid,
         gid=plan.gid,
@@ -151,28 +172,39 @@ def _prepare(options: Options, passed: _Passed, policies: Policies, plan: Plan, 
         ready=options.ready,
         notify=activation.notify,
         watchdog_usec=activation.watchdog_usec,
+        held=[] if made.pidfile is None else [made.pidfile.descriptor],
         dev=options.dev,
         launcher_fingerprint=launcher_fingerprint(policies.daemon) if policies.daemon else None,
     )
 
 
-def _become(options: Options, start: Start, pidfile: PidFile | None, made: MadeSockets) -> int:
-    """Become the broker, here or in the background; return the caller's exit status in the latter case."""
-    from fdbroker.launcher.start import descriptors_of, start_broker  # noqa: PLC0415 - as above
+def _stand_by(options: Options, start: Start, made: Made) -> Waiting | Detached | Watcher | None:
+    """Fork who sees to what was made until the broker serves; None if nothing was made."""
+    from fdbroker.launcher.start import descriptors_of  # noqa: PLC0415 - imported while the policy was compiled
 
-    if pidfile is not None:
-        start = start._replace(held=[pidfile.descriptor])
-    if options.background and pidfile is not None:  # which it then always is
-        start = start._replace(ready=None)
-        side = go_into_background(pidfile, [*descriptors_of(start), *made.descriptors()])
-        if isinstance(side, Waiting):
-            status = wait_until_it_serves(side)
-            if status:
-                made.remove()
-            elif options.ready is not None:
-                os.write(options.ready, b"ready\n")
-            return status
-        start = start._replace(ready=side.word)
-    elif pidfile is not None:
-        pidfile.write()
-    return start_broker(start)
+    if options.background:
+        return go_into_background(descriptors_of(start._replace(ready=None)))
+    return start_watcher(made, options.ready) if made.descriptors() else None
+
+
+def _wait(waiting: Waiting, made: Made, options: Options) -> int:
+    status = wait_until_it_serves(waiting)
+    if status:
+        made.remove()
+    else:
+        tell(options.ready)
+    return status
+
+
+def _become(start: Start, side: Detached | Watcher | None, pidfile: PidFile | None) -> NoReturn:
+    """Become the broker, in the background or here; who is told that it is ready sees to what was made."""
+    from fdbroker.launcher.start import start_broker  # noqa: PLC0415 - imported while the policy was compiled
+
+    try:
+        if pidfile is not None:
+            pidfile.write()
+        start_broker(start if side is None else start._replace(ready=side.word))
+    except BaseException:
+        if isinstance(side, Watcher):
+            side.wait()
+        raise

@@ -3,24 +3,34 @@
 The directory is root's alone, and is held open from the check to the last step.
 The socket gets its group and its mode before it listens. What a broker that
 is gone has left behind is replaced; everything else that is there is left alone.
+
+Until it listens, a socket looks as one that was left behind, so starts go one
+after the other here. Their lock is a file that root alone can open, since
+whoever can open a file can hold its lock, and it is there for that long only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.launcher.directories import open_directory_of_root
-from fdbroker.launcher.errors import StartError
+from fdbroker.launcher.errors import LaunchError
 
-_BACKLOG = 128
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_BACKLOG = 128  # connections that nobody has accepted yet
+_LOCK = ".fdbrokerd.lock"
+_LOCK_FLAGS = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
-class Wanted(NamedTuple):
+class WantedSocket(NamedTuple):
     """A socket to be made. `name` is what the audit and the status call it."""
 
     path: str
@@ -29,24 +39,33 @@ class Wanted(NamedTuple):
     name: str
 
 
+class _Made(NamedTuple):
+    """A socket that was made. `at` is its name's, held so that its inode's number is not given to another."""
+
+    directory: int
+    name: str
+    at: int
+
+
 class MadeSockets:
     """Makes sockets, and removes them again when the start fails after all."""
 
     def __init__(self) -> None:
-        self._made: list[tuple[int, str, os.stat_result]] = []
+        self._made: list[_Made] = []
 
-    def make(self, wanted: Wanted) -> int:
+    def make(self, wanted: WantedSocket) -> int:
         """Return a socket that listens at `wanted.path`.
 
         Raises:
-            StartError: something is in the way; the text says what.
+            LaunchError: something is in the way; the text says what.
 
         """
         directory = open_directory_of_root(os.path.dirname(wanted.path), make=True)
         name = os.path.basename(wanted.path)
         try:
-            return self._make(directory, name, wanted)
-        except StartError:
+            with _one_at_a_time(directory, wanted.path):
+                return self._make(directory, name, wanted)
+        except LaunchError:
             os.close(directory)
             raise
         except OSError as error:
@@ -54,50 +73,82 @@ class MadeSockets:
             cure = "free it, or choose another path"
             if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
                 cure = "start as root; a service of systemd gets its sockets from .socket units"
-            raise StartError(f"socket {wanted.path!r} can't be made: {error.strerror}; {cure}") from error
+            raise LaunchError(f"socket {wanted.path!r} can't be made: {error.strerror}; {cure}") from error
 
     def remove(self) -> None:
         """Remove the sockets that were made, as far as they are still what was made."""
-        for directory, name, facts in self._made:
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.stat(name, dir_fd=directory, follow_symlinks=False), facts):
+        for directory, name, at in self._made:
+            with contextlib.suppress(OSError, LaunchError), _one_at_a_time(directory, name):
+                if os.path.samestat(os.stat(name, dir_fd=directory, follow_symlinks=False), os.fstat(at)):
                     os.unlink(name, dir_fd=directory)
-        self.let_go()
-
-    def let_go(self) -> None:
-        """Leave the sockets where they are: the start is over."""
-        for directory, _, _ in self._made:
+            os.close(at)
             os.close(directory)
         self._made.clear()
 
     def descriptors(self) -> list[int]:
-        """Return what has to stay open until `remove` or `let_go`."""
-        return [directory for directory, _, _ in self._made]
+        """Return what has to stay open until `remove`; execve closes it."""
+        return [descriptor for directory, _, at in self._made for descriptor in (directory, at)]
 
-    def _make(self, directory: int, name: str, wanted: Wanted) -> int:
+    def _make(self, directory: int, name: str, wanted: WantedSocket) -> int:
         _clear_the_way(directory, name, wanted.path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        at = None
         try:
             _bind_in(directory, name, listener)
-            facts = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            self._made.append((directory, name, facts))
             # By the descriptor of the name, which follows no link: fchmod(2) of the socket itself would not
             # reach its path.
             at = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-            try:
-                os.chown(f"/proc/self/fd/{at}", -1, wanted.gid)
-                os.chmod(f"/proc/self/fd/{at}", wanted.mode)
-            finally:
-                os.close(at)
+            os.chown(f"/proc/self/fd/{at}", -1, wanted.gid)
+            os.chmod(f"/proc/self/fd/{at}", wanted.mode)
             # Who tried to connect until now was refused.
             listener.listen(_BACKLOG)
         except BaseException:
             listener.close()
-            if self._made and self._made[-1][0] == directory:
-                self._made.pop()
+            if at is not None:
                 os.unlink(name, dir_fd=directory)
+                os.close(at)
             raise
+        self._made.append(_Made(directory, name, at))
         return listener.detach()
+
+
+@contextlib.contextmanager
+def _one_at_a_time(directory: int, path: str) -> Iterator[None]:
+    """Wait until no other start makes or removes sockets in this directory, and keep others waiting."""
+    lock = _lock_of(directory, path)
+    try:
+        yield
+    finally:
+        # Who waits for it finds that its name is gone, and takes the next one.
+        os.unlink(_LOCK, dir_fd=directory)
+        os.close(lock)
+
+
+def _lock_of(directory: int, path: str) -> int:
+    while True:
+        try:
+            lock = os.open(_LOCK, _LOCK_FLAGS, 0o600, dir_fd=directory)
+        except OSError as error:
+            if error.errno in {errno.ELOOP, errno.EISDIR, errno.ENXIO}:
+                raise _in_the_way(path) from error
+            raise
+        try:
+            facts = os.fstat(lock)
+            if not stat.S_ISREG(facts.st_mode) or facts.st_uid != 0 or stat.S_IMODE(facts.st_mode) & 0o077:
+                raise _in_the_way(path)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(_LOCK, dir_fd=directory, follow_symlinks=False), facts):
+                    return lock
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _in_the_way(path: str) -> LaunchError:
+    lock = os.path.join(os.path.dirname(path), _LOCK)
+    return LaunchError(f"{lock!r} is in the way, which is no lock of fdbrokerd's; remove it")
 
 
 def _bind_in(directory: int, name: str, listener: socket.socket) -> None:
@@ -109,7 +160,7 @@ def _bind_in(directory: int, name: str, listener: socket.socket) -> None:
         listener.bind(name)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise StartError(
+            raise LaunchError(
                 f"socket {name!r} was made by somebody else meanwhile; is another fdbrokerd being started?"
             ) from error
         raise
@@ -123,7 +174,7 @@ def _clear_the_way(directory: int, name: str, path: str) -> None:
     """Remove the socket that a broker left behind at `name`.
 
     Raises:
-        StartError: something else is there.
+        LaunchError: something else is there.
 
     """
     try:
@@ -133,19 +184,21 @@ def _clear_the_way(directory: int, name: str, path: str) -> None:
     if not stat.S_ISSOCK(facts.st_mode):
         kind = {stat.S_IFLNK: "a symbolic link", stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe"}
         what = kind.get(stat.S_IFMT(facts.st_mode), "a file")
-        raise StartError(f"socket {path!r} can't be made: {what} is there; remove it, or choose another path")
+        raise LaunchError(
+            f"socket {path!r} can't be made: {what} is there; remove it, or choose another path"
+        )
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         probe.settimeout(0)  # a full queue must not hold us
         number = probe.connect_ex(f"/proc/self/fd/{directory}/{name}")
     if number == errno.ECONNREFUSED:
         os.unlink(name, dir_fd=directory)
     elif number == errno.EPROTOTYPE:
-        raise StartError(
+        raise LaunchError(
             f"socket {path!r} can't be made: a socket of another type is there, which no broker made;"
             " remove it, or choose another path"
         )
     elif number != errno.ENOENT:
-        raise StartError(
+        raise LaunchError(
             f"socket {path!r} can't be made: somebody listens there, so a broker runs already;"
             " stop it, or choose another path"
         )

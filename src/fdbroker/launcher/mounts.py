@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel import namespaces
 from fdbroker.kernel.errors import SyscallError
-from fdbroker.launcher.errors import StartError
+from fdbroker.launcher.errors import LaunchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -29,13 +29,15 @@ _OPTIONS = frozenset({b"ro", b"nosuid", b"nodev"})
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
 
 
-class ReadOnlyViewError(StartError):
+class ReadOnlyViewError(LaunchError):
     """The view could not be made; the text says why and what helps. The process should end."""
 
 
 class Mount(NamedTuple):
-    """Of a line of /proc/PID/mountinfo: what of a file system is mounted where, and how."""
+    """Of a line of /proc/PID/mountinfo: its number, what of which type of file system is where, and how."""
 
+    number: int
+    type: bytes
     root: bytes
     point: bytes
     options: frozenset[bytes]
@@ -47,7 +49,9 @@ def parse_mounts(text: bytes) -> list[Mount]:
     # Not splitlines(): the kernel escapes \n in a name but not \r.
     for line in text.removesuffix(b"\n").split(b"\n"):
         fields = line.split(b" ")
-        mounts.append(Mount(_unescaped(fields[3]), _unescaped(fields[4]), frozenset(fields[5].split(b","))))
+        kind = fields[fields.index(b"-", 6) + 1]  # after optional fields
+        options = frozenset(fields[5].split(b","))
+        mounts.append(Mount(int(fields[0]), kind, _unescaped(fields[3]), _unescaped(fields[4]), options))
     return mounts
 
 

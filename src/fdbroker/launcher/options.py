@@ -9,11 +9,13 @@ import pwd
 from typing import NamedTuple
 
 from fdbroker.config import DEFAULT_POLICY
+from fdbroker.config.defaults import ALL_PERMISSIONS
+from fdbroker.config.identities import MAX_ID, OVERFLOW_ID
 
 DEFAULT_PIDFILE = "/run/fdbroker/fdbrokerd.pid"
 NONE = "none"
 STANDARD_OUTPUT = "-"
-_ALL_PERMISSIONS = 0o777
+_MOST_DIGITS = 19  # of a number that is an id or is not; int() takes time by the square of them
 
 _DESCRIPTION = """\
 Start the broker: the process that opens files for unprivileged programs, as far as the policy allows.
@@ -28,10 +30,10 @@ examples:
                                           in the background; returns when it serves
   fdbrokerd --policy ./try.yaml --socket /tmp/try/broker --control none
                                           with another policy and a socket of its own
-  kill $(cat /run/fdbroker/fdbrokerd.pid) stop the one in the background
+  fdbrokerd --stop                        stop the one in the background; returns when it is gone
 
 exit status:
-  0  it was stopped (with --daemon: it serves)
+  0  it was stopped (with --daemon: it serves; with --stop: none runs)
   2  it did not start; what is in the way is said on standard error
   3  it did not start, since one that runs already holds the lock of the pidfile
 """
@@ -42,6 +44,7 @@ class Options(NamedTuple):
 
     policy: str
     background: bool
+    stop: bool
     pidfile: str | None
     sockets: list[str]
     socket_gid: int | None
@@ -68,11 +71,12 @@ def read_options(arguments: list[str]) -> Options:
     except ValueError:
         parser.error("--inherited needs the number of a descriptor, as in 3=NAME")
     pidfile = given.pidfile
-    if given.daemon and pidfile is None:
+    if (given.daemon or given.stop) and pidfile is None:
         pidfile = DEFAULT_PIDFILE
     return Options(
         policy=os.path.abspath(given.policy),
         background=given.daemon,
+        stop=given.stop,
         pidfile=None if pidfile is None else os.path.abspath(pidfile),
         sockets=[os.path.abspath(path) for path in given.socket],
         socket_gid=given.socket_group,
@@ -105,10 +109,15 @@ def _parser() -> argparse.ArgumentParser:
         "--foreground", action="store_true", help="stay the caller's child (this is the default)"
     )
     how.add_argument("--daemon", action="store_true", help="go into the background; return when it serves")
+    how.add_argument(
+        "--stop",
+        action="store_true",
+        help="start nothing: end the broker that holds the lock of the pidfile, return when it is gone",
+    )
     parser.add_argument(
         "--pidfile",
         metavar="FILE",
-        help=f"keep this file locked, with the process id in it (with --daemon: {DEFAULT_PIDFILE})",
+        help=f"keep this file locked, with the process id in it (with --daemon, --stop: {DEFAULT_PIDFILE})",
     )
     _add_sockets(parser)
     parser.add_argument(
@@ -170,29 +179,40 @@ def _add_sockets(parser: argparse.ArgumentParser) -> None:
 
 def _mode(text: str) -> int:
     mode = int(text, 8)
-    if mode & ~_ALL_PERMISSIONS:
+    if mode & ~ALL_PERMISSIONS:
         raise argparse.ArgumentTypeError(f"{text!r} has more than permissions in it; write at most 777")
     return mode
 
 
 def _group(text: str) -> int:
-    if text.isascii() and text.isdigit():
-        return int(text)
     try:
-        return grp.getgrnam(text).gr_gid
-    except KeyError:
+        number = int(text) if _is_number(text) else grp.getgrnam(text).gr_gid
+    except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"there is no group {text!r} on this system; create it") from None
+    return _usable(number, text)
 
 
 def _user(text: str) -> tuple[int, int]:
     uid, colon, gid = text.partition(":")
+    if colon and _is_number(uid) and _is_number(gid):
+        return _usable(int(uid), text), _usable(int(gid), text)
     try:
-        if colon:
-            return int(uid), int(gid)
         entry = pwd.getpwnam(text)
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a user of this system nor uid:gid") from None
-    return entry.pw_uid, entry.pw_gid
+    return _usable(entry.pw_uid, text), _usable(entry.pw_gid, text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+
+
+def _usable(number: int, text: str) -> int:
+    """Return an id of a user or a group that stands for somebody."""
+    if number > MAX_ID or number == OVERFLOW_ID:
+        whose = "nobody's" if number > MAX_ID else "anybody's"
+        raise argparse.ArgumentTypeError(f"{text!r}: id {number} is {whose}; name a user or group of its own")
+    return number
 
 
 def _descriptor(text: str) -> int:

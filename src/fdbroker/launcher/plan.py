@@ -6,8 +6,9 @@ import os
 import pwd
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fdbroker.launcher.errors import StartError
-from fdbroker.launcher.listening import Wanted
+from fdbroker.config.defaults import DEFAULT_GROUP_OF_CLIENTS, DEFAULT_USER, MAX_SOCKET_PATH, MODES
+from fdbroker.launcher.errors import LaunchError
+from fdbroker.launcher.listening import WantedSocket
 from fdbroker.launcher.options import NONE, STANDARD_OUTPUT
 
 if TYPE_CHECKING:
@@ -15,41 +16,38 @@ if TYPE_CHECKING:
 
     from fdbroker.launcher.options import Options
 
-_DEFAULT_USER = "fdbroker"
-_DEFAULT_GROUP_OF_CLIENTS = "fdbroker-clients"
-_MODE = 0o660
-_CONTROL_MODE = 0o666
-_MOST_BYTES_OF_PATH = 107  # sun_path without its NUL; unix(7)
-
 
 class Plan(NamedTuple):
     """Whom the broker runs as, which sockets are made, and where the audit goes."""
 
     uid: int
     gid: int
-    listeners: list[Wanted]
-    control: Wanted | None
+    listeners: list[WantedSocket]
+    control: WantedSocket | None
     audit: str
 
 
-def make_plan(daemon: Mapping[str, Any], options: Options, *, sockets_passed: bool) -> Plan:
+def make_plan(
+    daemon: Mapping[str, Any], options: Options, *, requests_passed: bool, control_passed: bool
+) -> Plan:
     """Return what is to be done. `daemon` is the launcher's part of a compiled policy, which may be empty.
 
-    Whoever passes a socket or names one on the command line wants that one,
-    and not the policy's besides.
+    `requests_passed`: a listening socket or a connection for requests was
+    passed; `control_passed`: a control socket was. Whoever passes a socket or
+    names one on the command line wants that one, and not the policy's besides.
 
     Raises:
-        StartError: something is named nowhere, or does not exist on this system.
+        LaunchError: something is named nowhere, or does not exist on this system.
 
     """
     try:
         uid, gid = options.user or _user_of(daemon)
-        use_policy = not (sockets_passed or options.sockets)
+        use_policy = not (requests_passed or control_passed or options.sockets)
         listeners = [
-            Wanted(
+            WantedSocket(
                 path,
                 _or(options.socket_gid, 0),
-                _or(options.socket_mode, _MODE),
+                _or(options.socket_mode, MODES["seqpacket"]),
                 os.path.basename(path),
             )
             for path in options.sockets
@@ -59,19 +57,27 @@ def make_plan(daemon: Mapping[str, Any], options: Options, *, sockets_passed: bo
         control = _control_of(daemon, options, use_policy=use_policy)
         audit = options.audit or daemon.get("audit") or STANDARD_OUTPUT
     except (KeyError, TypeError, ValueError) as error:
-        raise StartError(
+        raise LaunchError(
             f"the policy's part for the launcher can't be used ({error!r}); compile it anew"
         ) from error
-    if not listeners and not sockets_passed:
-        raise StartError(
-            "there is nothing to serve: the compiled policy names no listeners; compile it anew, or"
-            " give --socket"
+    if control_passed and options.control is not None:
+        raise LaunchError(
+            "systemd passed a control socket, and --control says otherwise; leave --control out, or stop and"
+            " disable that .socket unit"
+        )
+    if not listeners and not requests_passed:
+        raise LaunchError(
+            "there is nothing to serve: systemd passed a control socket alone; start the .socket unit with"
+            " FileDescriptorName=seqpacket as well, or give --socket"
+            if control_passed
+            else "there is nothing to serve: the compiled policy names no listeners; compile it anew, or give"
+            " --socket"
         )
     for wanted in listeners if control is None else [*listeners, control]:
-        if len(os.fsencode(wanted.path)) > _MOST_BYTES_OF_PATH:
-            raise StartError(
+        if len(os.fsencode(wanted.path)) > MAX_SOCKET_PATH:
+            raise LaunchError(
                 f"socket {wanted.path!r} can't be made: nobody can connect to a path of more than"
-                f" {_MOST_BYTES_OF_PATH} bytes; choose a shorter one"
+                f" {MAX_SOCKET_PATH} bytes; choose a shorter one"
             )
     return Plan(uid, gid, listeners, control, audit)
 
@@ -84,37 +90,37 @@ def _user_of(daemon: Mapping[str, Any]) -> tuple[int, int]:
     if daemon.get("uid") is not None:
         return int(daemon["uid"]), int(daemon["gid"])
     try:
-        entry = pwd.getpwnam(_DEFAULT_USER)
+        entry = pwd.getpwnam(DEFAULT_USER)
     except KeyError:
-        raise StartError(
-            f"there is no user {_DEFAULT_USER!r} on this system, whom the broker runs as; create it (useradd"
-            f" --system --user-group --no-create-home --shell /usr/sbin/nologin {_DEFAULT_USER}), or name"
+        raise LaunchError(
+            f"there is no user {DEFAULT_USER!r} on this system, whom the broker runs as; create it (useradd"
+            f" --system --user-group --no-create-home --shell /usr/sbin/nologin {DEFAULT_USER}), or name"
             " another by `user` in the policy or --user"
         ) from None
     return entry.pw_uid, entry.pw_gid
 
 
-def _requests_of(daemon: Mapping[str, Any], options: Options) -> Wanted:
+def _requests_of(daemon: Mapping[str, Any], options: Options) -> WantedSocket:
     listener = daemon["listeners"]["seqpacket"]
     gid = _or(options.socket_gid, listener["gid"])
     if gid is None:
-        raise StartError(
-            f"there is no group {_DEFAULT_GROUP_OF_CLIENTS!r} on this system, whose members may connect;"
-            f" create it (groupadd --system {_DEFAULT_GROUP_OF_CLIENTS}), or name another by `listeners:"
+        raise LaunchError(
+            f"there is no group {DEFAULT_GROUP_OF_CLIENTS!r} on this system, whose members may connect;"
+            f" create it (groupadd --system {DEFAULT_GROUP_OF_CLIENTS}), or name another by `listeners:"
             " {seqpacket: {group: NAME}}` in the policy or --socket-group"
         )
-    return Wanted(
+    return WantedSocket(
         str(listener["path"]), int(gid), _or(options.socket_mode, int(listener["mode"])), "seqpacket"
     )
 
 
-def _control_of(daemon: Mapping[str, Any], options: Options, *, use_policy: bool) -> Wanted | None:
+def _control_of(daemon: Mapping[str, Any], options: Options, *, use_policy: bool) -> WantedSocket | None:
     if options.control == NONE:
         return None
-    listener = daemon["listeners"]["control"] if daemon else {"gid": 0, "mode": _CONTROL_MODE}
+    listener = daemon["listeners"]["control"] if daemon else {"gid": 0, "mode": MODES["control"]}
     path = options.control
     if path is None:
         if not (use_policy and daemon):
             return None
         path = str(listener["path"])
-    return Wanted(path, int(listener["gid"]), int(listener["mode"]), "control")
+    return WantedSocket(path, int(listener["gid"]), int(listener["mode"]), "control")

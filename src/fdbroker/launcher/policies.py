@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 from fdbroker.config.compiled import MAX_FILE
 from fdbroker.config.errors import ConfigError
 from fdbroker.config.sources import read_policy_file
-from fdbroker.launcher.errors import EXIT_NOT_STARTED, StartError
+from fdbroker.launcher.errors import EXIT_NOT_STARTED, LaunchError
 from fdbroker.policy.rules import PolicyError, read_policy
 from fdbroker.wire.client import for_broker
 
@@ -41,7 +41,7 @@ class PendingPolicy:
         """Begin.
 
         Raises:
-            StartError: it is not for this user to compile.
+            LaunchError: it is not for this user to compile.
 
         """
         self._path = path
@@ -50,7 +50,7 @@ class PendingPolicy:
         if path.endswith(".json"):
             return
         if os.geteuid() != 0:
-            raise StartError(
+            raise LaunchError(
                 f"{path} is for root to compile; let systemd do so before the start (ExecStartPre=+fdbroker"
                 " policy compile FILE --output FILE.json), and start with --policy FILE.json"
             )
@@ -73,14 +73,14 @@ class PendingPolicy:
 
         Raises:
             CompileError: the policy file has problems, which have been said.
-            StartError: the compiled policy can't be used.
+            LaunchError: the compiled policy can't be used.
 
         """
         text = self._read_compiled() if self._child is None else self._wait_for(self._child)
         try:
             document = json.loads(text)
         except ValueError as error:
-            raise StartError(f"{self._path} is no JSON: {error}; compile the policy anew") from error
+            raise LaunchError(f"{self._path} is no JSON: {error}; compile the policy anew") from error
         daemon: dict[str, Any] = {}
         if isinstance(document, dict):
             daemon = document.get("daemon", daemon)
@@ -88,14 +88,14 @@ class PendingPolicy:
         try:
             read_policy(document)
         except PolicyError as error:
-            raise StartError(f"{self._path} is not a compiled policy: {error}; compile it anew") from error
+            raise LaunchError(f"{self._path} is not a compiled policy: {error}; compile it anew") from error
         return Policies(document, daemon)
 
     def _read_compiled(self) -> bytes:
         try:
             return read_policy_file(self._path, dev=self._dev, most_bytes=MAX_FILE)
         except ConfigError as error:
-            raise StartError(str(error)) from error
+            raise LaunchError(str(error)) from error
 
     def _wait_for(self, child: int) -> bytes:
         with open(self._output, "rb") as pipe:
@@ -104,7 +104,7 @@ class PendingPolicy:
         self._child = None
         code = os.waitstatus_to_exitcode(status)
         if code < 0:
-            raise StartError(f"compiling {self._path} was ended by signal {-code}; try again")
+            raise LaunchError(f"compiling {self._path} was ended by signal {-code}; try again")
         if code:
             raise CompileError(code)
         return text

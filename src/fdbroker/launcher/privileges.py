@@ -17,7 +17,7 @@ from fdbroker.kernel import capabilities, process
 from fdbroker.kernel.capabilities import Capabilities
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH, ProcessState, read_process_state
-from fdbroker.launcher.errors import StartError
+from fdbroker.launcher.errors import LaunchError
 
 # What `SecureBits=noroot noroot-locked no-setuid-fixup no-setuid-fixup-locked keep-caps-locked` sets.
 _SECUREBITS = (
@@ -42,7 +42,7 @@ _OPTIONS = {
 _SECUREBITS_OPTION = "SecureBits=noroot noroot-locked no-setuid-fixup no-setuid-fixup-locked keep-caps-locked"
 
 
-class PrivilegeError(StartError):
+class PrivilegeError(LaunchError):
     """The process is not what the broker must be; the text says in what. It must not go on."""
 
 
@@ -53,7 +53,7 @@ class Privileges(NamedTuple):
     securebits: int
 
 
-class Wanted(NamedTuple):
+class WantedPrivileges(NamedTuple):
     """What the broker must be."""
 
     uid: int
@@ -67,7 +67,7 @@ def read_privileges() -> Privileges:
     return Privileges(read_process_state(), process.get_securebits())
 
 
-def differences(state: Privileges, wanted: Wanted) -> list[str]:
+def differences(state: Privileges, wanted: WantedPrivileges) -> list[str]:
     """Return in what `state` is not as wanted, as texts for people; [] if it is.
 
     Of supplementary groups, none or the primary one again will do: initgroups(3)
@@ -112,7 +112,7 @@ def become_broker(uid: int, gid: int) -> Privileges:
             different all the same. It is something in between then: end it.
 
     """
-    wanted = Wanted(uid, gid)
+    wanted = WantedPrivileges(uid, gid)
     if uid == 0 or gid == 0:
         raise PrivilegeError("the broker's user and group must not be root's: it opens no file as uid 0")
     before = read_privileges()
@@ -132,7 +132,7 @@ def become_broker(uid: int, gid: int) -> Privileges:
     return after
 
 
-def _change(before: Privileges, wanted: Wanted) -> None:
+def _change(before: Privileges, wanted: WantedPrivileges) -> None:
     """Change what differs, in the order in which each step still has the capability that it needs."""
     now = before.status
     # CAP_SETPCAP: the bounding set and the securebits.

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fdbroker.kernel import capabilities, process
 from fdbroker.launcher.broker_seccomp import broker_filter
-from fdbroker.launcher.mounts import check_read_only_view, enter_read_only_view
+from fdbroker.launcher.errors import LaunchError
+from fdbroker.launcher.inherited import close_terminals_to_reading
+from fdbroker.launcher.mounts import check_read_only_view, enter_read_only_view, read_mounts
 from fdbroker.launcher.privileges import become_broker
 from fdbroker.launcher.version import installed_version
 
@@ -60,7 +62,7 @@ def start_broker(start: Start) -> NoReturn:
     """Turn this process into the broker.
 
     Raises:
-        ReadOnlyViewError, PrivilegeError, OSError: it can't; the process is
+        LaunchError, OSError: it can't; the process is
             something in between then and must end.
 
     """
@@ -75,6 +77,7 @@ def start_broker(start: Start) -> NoReturn:
     nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     os.dup2(nothing, 0)
     os.close(nothing)
+    close_terminals_to_reading()
     for number in (0, 1, 2):
         # One that is missing after execve is the number of the next file that is opened.
         os.set_inheritable(number, True)
@@ -112,21 +115,23 @@ def start_broker(start: Start) -> NoReturn:
     for number in (handover, *descriptors_of(start)):
         os.set_inheritable(number, True)
     options = ["--dev"] if start.dev else []
-    os.execve(  # noqa: S606 - this is the point of the launcher; no shell, a fixed environment
-        start.python,
-        [start.python, "-I", "-S", "-B", entry, str(handover), *options],
-        _ENVIRONMENT,
-    )
+    try:
+        os.execve(  # noqa: S606 - this is the point of the launcher; no shell, a fixed environment
+            start.python,
+            [start.python, "-I", "-S", "-B", entry, str(handover), *options],
+            _ENVIRONMENT,
+        )
+    except OSError as error:
+        raise LaunchError(
+            f"the broker's interpreter {start.python} can't be run: {error.strerror}; install it where every"
+            " user can reach and execute it"
+        ) from error
 
 
 def find_cgroup2() -> str | None:
     """Return where cgroup2 is mounted, None if it is not."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            before, _, after = line.partition(" - ")
-            if after.startswith("cgroup2 "):
-                return before.split(" ")[4]
-    return None
+    points = (mount.point for mount in read_mounts() if mount.type == b"cgroup2")
+    return next(map(os.fsdecode, points), None)
 
 
 def _read_boot_id() -> str:
