@@ -67,8 +67,8 @@ def steps(page: str) -> list[Step]:
 
 
 def without_numbers(text: str) -> str:
-    """Return a line with its times, ids, sizes and versions made equal."""
-    return re.sub(r"\d+", "0", text).rstrip()
+    """Return a line with its times, ids, sizes, versions and widths of columns made equal."""
+    return re.sub(r" +", " ", re.sub(r"\d+", "0", text)).rstrip()
 
 
 def make_wheels(directory: Path) -> None:
