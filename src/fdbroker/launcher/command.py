@@ -1,4 +1,4 @@
-"""Where fdbrokerd begins. Nothing is imported here that the working directory or PYTHONPATH could replace."""
+"""Where fdbrokerd begins: isolated, or to be started again so before anything else is imported."""
 
 from __future__ import annotations
 

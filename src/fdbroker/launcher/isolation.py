@@ -1,9 +1,10 @@
 """A start that neither the working directory nor the environment can lead to other code.
 
-The `fdbrokerd` script and `python -m` run the interpreter with PYTHONPATH, user
-site-packages and, by -m, the working directory in front. So the first thing is
-to start again, isolated (-I) and with an environment of our own, of which only
-what systemd says to its services is left.
+The `fdbrokerd` script runs the interpreter isolated (-I). `python -m` without it
+has PYTHONPATH, user site-packages and the working directory in front, so then
+the first thing is to start again, isolated and with an environment of our own,
+of which only what systemd says to its services is left. What ran before that
+can't be undone.
 """
 
 from __future__ import annotations
