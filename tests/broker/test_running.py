@@ -591,7 +591,7 @@ def test_full_disk_denies_everything_and_service_resumes_with_room(reachable: Pa
     disk.mkdir()
     fill(tree)
     file = bytes(tree / "file")
-    with mounted("tmpfs", disk, "-o", "size=64k"):
+    with mounted("tmpfs", disk, "-o", "size=64k,mode=755"):
         audit = disk / "audit"
         with running_broker(reachable, policy(tree), audit=str(audit)) as broker:
             with Speaker.connect(broker.socket) as speaker:
