@@ -15,6 +15,7 @@ import pytest
 
 import fdbroker
 from fdbroker.client import control
+from fdbroker.launcher.auditing import open_audit
 from tests.launcher.starting import command, lay_out, run
 from tests.running_broker import OTHER_UID, launcher_environment, reachable_directory
 
@@ -67,6 +68,18 @@ def test_an_audit_in_a_directory_that_is_not_roots_alone_is_refused(
     )
     assert not (place / "audit").exists()
     assert not (directory / "elsewhere/audit").exists()
+
+
+def test_an_audit_below_a_directory_of_a_group_is_written(directory: Path) -> None:
+    """As /var/log/fdbroker is on Ubuntu, where /var/log is of the group syslog."""
+    place = directory / "above" / "log"
+    place.mkdir(parents=True)
+    place.parent.chmod(0o775)
+    os.chown(place.parent, 0, OTHER_UID)
+    descriptor = open_audit(f"{place}/audit", OTHER_UID, OTHER_UID)
+    assert descriptor is not None
+    os.close(descriptor)
+    assert (place / "audit").stat().st_uid == 0
 
 
 class Terminal(NamedTuple):

@@ -57,11 +57,18 @@ class UnsafeDirectoryError(Exception):
 
 
 def open_directory(
-    path: str, *, sticky: Sticky, owners: Container[int] = frozenset({0}), make: bool = False
+    path: str,
+    *,
+    sticky: Sticky,
+    owners: Container[int] = frozenset({0}),
+    make: bool = False,
+    group_above: bool = False,
 ) -> int:
     """Return a descriptor of a directory, the caller's: it and all above it are one of `owners`' alone.
 
-    With `make` the last component is made, mode 0755, if it is missing.
+    With `make` the last component is made, mode 0755, if it is missing. With
+    `group_above` those above it may be writable by their group, who can put
+    another directory there, but not one that passes.
 
     Raises:
         UnsafeDirectoryError: it is not so.
@@ -74,7 +81,8 @@ def open_directory(
     try:
         for left in range(len(names), -1, -1):
             sticky_will_do = sticky is Sticky.ANYWHERE or (sticky is Sticky.ABOVE and left > 0)
-            problems += _look(at, os.fstat(descriptor), owners, sticky_will_do=sticky_will_do)
+            writers = stat.S_IWOTH if group_above and left > 0 else _OTHERS_WRITE
+            problems += _look(at, os.fstat(descriptor), owners, writers, sticky_will_do=sticky_will_do)
             if left:
                 name = names[-left]
                 at = os.path.join(at, name)
@@ -100,12 +108,12 @@ def is_link(name: str, directory: int) -> bool:
 
 
 def _look(
-    path: str, facts: os.stat_result, owners: Container[int], *, sticky_will_do: bool
+    path: str, facts: os.stat_result, owners: Container[int], writers: int, *, sticky_will_do: bool
 ) -> list[DirectoryProblem]:
     found = []
     if facts.st_uid not in owners:
         found.append(DirectoryProblem(path, Kind.FOREIGN, str(facts.st_uid)))
-    if facts.st_mode & _OTHERS_WRITE and not (sticky_will_do and facts.st_mode & stat.S_ISVTX):
+    if facts.st_mode & writers and not (sticky_will_do and facts.st_mode & stat.S_ISVTX):
         found.append(DirectoryProblem(path, Kind.WRITABLE, f"0{stat.S_IMODE(facts.st_mode):03o}"))
     return found
 

@@ -37,7 +37,8 @@ def open_audit(where: str, uid: int, gid: int) -> int | None:
         _prepare_standard_output(uid, gid)
         return 1
     try:
-        directory = open_directory_of_root(os.path.dirname(where))
+        # /var/log itself is a group's to write on some systems (syslog's on Ubuntu).
+        directory = open_directory_of_root(os.path.dirname(where), group_above=True)
     except LaunchError as error:
         raise LaunchError(f"audit {where} can't be opened: {error}") from error
     try:

@@ -6,19 +6,20 @@ from fdbroker.config.directories import DirectoryProblem, Kind, Sticky, UnsafeDi
 from fdbroker.launcher.errors import LaunchError
 
 
-def open_directory_of_root(path: str, *, make: bool = False) -> int:
+def open_directory_of_root(path: str, *, make: bool = False, group_above: bool = False) -> int:
     """Return a descriptor, the caller's, of a directory in which only root can make or rename anything.
 
     Above the last component a sticky directory such as /tmp will do: there
     nobody can take away what is root's. With `make` the last one is made, mode
-    0755, if it is missing.
+    0755, if it is missing. With `group_above` those above may be their group's to
+    write, for files that are only written to once they are open.
 
     Raises:
         LaunchError: it is not so; the text names the component and the cure.
 
     """
     try:
-        return open_directory(path, sticky=Sticky.ABOVE, make=make)
+        return open_directory(path, sticky=Sticky.ABOVE, make=make, group_above=group_above)
     except UnsafeDirectoryError as error:
         raise LaunchError(_text(error.problems[0])) from error
 
