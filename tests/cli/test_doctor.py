@@ -71,7 +71,7 @@ def test_nothing_stays_behind_from_trying(tmp_path: Path) -> None:
 
 def test_missing_things_are_status_1_and_say_what_to_do() -> None:
     result = run_here(
-        "doctor", "--socket", NOWHERE.socket, "--control", NOWHERE.control, "--policy", NOWHERE.policy
+        "doctor", "--socket", NOWHERE.socket, "--control", "/no/such/control", "--policy", NOWHERE.policy
     )
     assert (result.returncode, result.stderr) == (1, "")
     assert "missing  broker " in result.stdout

@@ -11,6 +11,7 @@ import stat
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from fdbroker import client
 from fdbroker.cli.failure import EXIT_ERROR, Failure
@@ -36,26 +37,42 @@ def socket_option(command: _Command) -> _Command:
         "socket_path",
         type=click.UNPROCESSED,
         metavar="PATH",
+        is_eager=True,
         callback=_from_group,
         help=f"The broker's socket.  [environment: {SOCKET_VARIABLE}; default: {client.DEFAULT_SOCKET}]",
     )(command)
 
 
 def control_option(command: _Command) -> _Command:
-    """Give a command the option --control."""
+    """Give a command the option --control: None where another socket is named, but no control socket."""
     return click.option(
         "--control",
         "control_path",
-        default=DEFAULT_CONTROL,
-        envvar=CONTROL_VARIABLE,
         type=click.UNPROCESSED,
         metavar="PATH",
-        help=f"The broker's control socket.  [environment: {CONTROL_VARIABLE}; default: {DEFAULT_CONTROL}]",
+        callback=_control_from_group,
+        help="The broker's control socket.  [environment: "
+        f"{CONTROL_VARIABLE}; default: {DEFAULT_CONTROL}, if --socket names no other broker]",
     )(command)
 
 
 def _from_group(context: click.Context, _parameter: click.Parameter, value: str | None) -> str:
     return value or context.find_root().params.get("socket_path") or client.DEFAULT_SOCKET
+
+
+def _control_from_group(context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """Return the control socket, None where only another broker's is known."""
+    group = context.find_root()
+    if value or group.get_parameter_source("control_path") is ParameterSource.COMMANDLINE:
+        return value or group.params["control_path"]
+    # --socket of this command was read before: it is eager.
+    socket_path = context.params.get("socket_path") or _from_group(context, _parameter, None)
+    told: str | None = group.params.get("control_path")
+    if any(
+        each.get_parameter_source("socket_path") is ParameterSource.COMMANDLINE for each in (context, group)
+    ):
+        told = None  # the environment speaks of the broker that is meant without an option
+    return told or (DEFAULT_CONTROL if socket_path == client.DEFAULT_SOCKET else None)
 
 
 def connect(socket_path: str, exit_code: int = EXIT_ERROR) -> client.Client:

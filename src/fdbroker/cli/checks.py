@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from fdbroker.config import CompiledPolicy
 
-OK, WEAKER, MISSING = "ok", "weaker", "missing"
+OK, WEAKER, BROKEN, MISSING = "ok", "weaker", "broken", "missing"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _MODULES_OF_DAEMON = {
     "yaml": "PyYAML",
@@ -45,7 +45,10 @@ _MODULES_OF_DAEMON = {
 
 
 class Check(NamedTuple):
-    """One answer. `state` WEAKER: it works, with less protection or convenience. `cure` is empty if OK."""
+    """One answer. `cure` is empty if OK.
+
+    `state` WEAKER: it works, with less protection or convenience. BROKEN: it is there, and wrong.
+    """
 
     name: str
     state: str
@@ -55,10 +58,10 @@ class Check(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where to look."""
+    """Where to look. `control` None: nobody said which is that of this broker."""
 
     socket: str
-    control: str
+    control: str | None
     policy: str
 
 
@@ -333,17 +336,29 @@ def _broker(places: Places, compiled: CompiledPolicy | None) -> list[Check]:
         return [Check(name, MISSING, found, meaning, cure)]
     found = f"answers on {printable(places.socket)}, policy generation {status.get('generation')}"
     checks = [Check(name, OK, found, meaning)]
-    whole: dict[str, object] = {}
+    control_socket, whole = _control_socket(places, status)
+    checks.append(control_socket)
+    return [*checks, *_layers(status), *_in_force(whole, compiled, places.policy)]
+
+
+def _control_socket(places: Places, status: dict[str, object]) -> tuple[Check, dict[str, object]]:
+    """Return what the control socket of the broker with this status is worth, and the whole status."""
+    name, meaning = "control socket", "reload, status and explain need it"
+    if places.control is None:
+        found = "not asked: nothing says where this broker has it"
+        return Check(name, WEAKER, found, meaning, "name it: --control PATH"), {}
+    shown = printable(places.control)
     try:
         with control.connect(os.fsencode(places.control), timeout=5.0) as connection:
             whole = connection.status()
     except BrokerError as error:
         found, cure = obstacle(places.control, error, "--control")
-        checks.append(Check("control socket", WEAKER, found, "reload, status and explain need it", cure))
-    else:
-        found = f"answers on {printable(places.control)}"
-        checks.append(Check("control socket", OK, found, "reload, status and explain need it"))
-    return [*checks, *_layers(status), *_in_force(whole, compiled, places.policy)]
+        return Check(name, WEAKER, found, meaning, cure), {}
+    # Each start of a broker has its number, if it has an audit.
+    if whole.get("audit") != status.get("audit"):
+        found = f"{shown} is another broker's than {printable(places.socket)}"
+        return Check(name, BROKEN, found, meaning, "name that of the same broker: --control PATH"), {}
+    return Check(name, OK, f"answers on {shown}", meaning), whole
 
 
 def _layers(status: dict[str, object]) -> list[Check]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 import fdbroker
-from fdbroker.cli.broker import SOCKET_VARIABLE
+from fdbroker.cli.broker import CONTROL_VARIABLE, SOCKET_VARIABLE
 from fdbroker.cli.failure import EXIT_ERROR, Failure
 from fdbroker.cli.output import OutputError, ReaderGoneError
 
@@ -62,6 +62,14 @@ def _show_version(context: click.Context, _parameter: click.Parameter, value: bo
     f"  [environment: {SOCKET_VARIABLE}]",
 )
 @click.option(
+    "--control",
+    "control_path",
+    envvar=CONTROL_VARIABLE,
+    type=click.UNPROCESSED,
+    metavar="PATH",
+    help=f"The broker's control socket, likewise.  [environment: {CONTROL_VARIABLE}]",
+)
+@click.option(
     "--version",
     is_flag=True,
     is_eager=True,
@@ -69,7 +77,7 @@ def _show_version(context: click.Context, _parameter: click.Parameter, value: bo
     callback=_show_version,
     help="Show the version and exit.",
 )
-def cli(socket_path: str | None) -> None:
+def cli(socket_path: str | None, control_path: str | None) -> None:
     """Read files through the fdbroker daemon, as far as its policy allows you to.
 
     The broker opens files that you have no right to and hands them to you, open

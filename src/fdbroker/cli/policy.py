@@ -147,7 +147,7 @@ def explain_command(  # noqa: PLR0913 - one for each option
     action: str,
     unit: str | None,
     cgroup: str | None,
-    control_path: str,
+    control_path: str | None,
     *,
     as_json: bool,
     verbose: bool,

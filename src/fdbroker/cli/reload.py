@@ -35,7 +35,7 @@ _REFUSALS = frozenset({Reason.POLICY, Reason.DENIED, Reason.IDENTITY, Reason.AUD
 )
 @click.option("--dev", is_flag=True, help="Accept a file of yours, also below /tmp; for development only.")
 @broker.control_option
-def command(policy_path: str, control_path: str, *, dev: bool) -> int:
+def command(policy_path: str, control_path: str | None, *, dev: bool) -> int:
     """Compile the policy file and have the running broker decide by it, as root.
 
     All or nothing: if anything is wrong with it, each problem is shown with its
@@ -98,7 +98,7 @@ def _hand_over(control: Control, compiled: CompiledPolicy) -> int:
 
 
 def _generation_in_force(
-    policy_path: str, compiled: CompiledPolicy, control_path: str, before: dict[str, object], lost: str
+    policy_path: str, compiled: CompiledPolicy, control_path: str | None, before: dict[str, object], lost: str
 ) -> object:
     """Return the generation of this policy, if the broker decides by it.
 
