@@ -201,7 +201,7 @@ def _uid(user: str | None) -> int | None:
     try:
         return pwd.getpwnam(user).pw_uid
     except KeyError:
-        raise click.UsageError(f"--uid {printable(user)}: there is no such user") from None
+        raise click.UsageError(f"--uid {user}: there is no such user") from None
 
 
 def _glob(pattern: str | None) -> Glob | None:

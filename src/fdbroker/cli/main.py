@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
-import os
 import signal
 import sys
-import traceback
 from typing import TYPE_CHECKING
 
 import click
 
 import fdbroker
+from fdbroker.cli import streams
 from fdbroker.cli.broker import CONTROL_VARIABLE, SOCKET_VARIABLE
 from fdbroker.cli.failure import EXIT_ERROR, Failure
-from fdbroker.cli.output import OutputError, ReaderGoneError
+from fdbroker.cli.output import (
+    OutputError,
+    ReaderGoneError,
+    complain,
+    complain_of_bug,
+    complain_printable,
+    printable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,35 +104,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failure that nobody thought of: Python's own 1 would mean "infected" to
     whoever runs a scan.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # What the terminal's encoding lacks is escaped, not an exception; and a finding is not held back.
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    streams.prepare()
+    status = _run(arguments)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Told already, or of less weight than what was.
+        streams.give_up(sys.stdout)
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         status = cli.main(arguments, prog_name="fdbroker", standalone_mode=False)
         sys.stdout.flush()
-    except click.ClickException as error:
+    except Failure as error:
         error.show()
-        return error.status if isinstance(error, Failure) else EXIT_ERROR
+        return error.status
+    except click.ClickException as error:
+        streams.write_error(_wrong_use(error))
     except (click.Abort, KeyboardInterrupt):
-        sys.stderr.write("fdbroker: interrupted\n")
+        complain_printable("interrupted")
     except ReaderGoneError:
-        _give_up_output()
+        streams.give_up(sys.stdout)
         return EXIT_READER_GONE
     except (OutputError, BrokenPipeError) as error:
-        _give_up_output()
-        sys.stderr.write(f"fdbroker: the output could not be written: {error}\n")
+        streams.give_up(sys.stdout)
+        complain(f"the output could not be written: {error}")
     except ModuleNotFoundError as missing:
         extra = missing_extra(missing)
         if extra is None:
-            traceback.print_exc()
+            complain_of_bug()
         else:
-            Failure(extra).show()
+            complain_printable(extra)
+    except OSError as error:
+        # Of what click writes itself: the help. All else is dealt with where it can be told what it is about.
+        streams.give_up(sys.stdout)
+        complain(str(error))
     except Exception:  # noqa: BLE001 - shown, and never taken for a verdict
-        traceback.print_exc()
+        complain_of_bug()
     else:
         return status if isinstance(status, int) else 0
     return EXIT_ERROR
+
+
+def _wrong_use(error: click.ClickException) -> str:
+    """Return what click says of wrong use. Older versions show arguments in it as they are."""
+    text = f"Error: {printable(error.format_message())}\n"
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return text
+    if error.message == context.get_help():
+        return f"{error.message}\n"  # nothing was asked for
+    return f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n\n{text}"
 
 
 def missing_extra(missing: ModuleNotFoundError) -> str | None:
@@ -138,11 +166,3 @@ def missing_extra(missing: ModuleNotFoundError) -> str | None:
     if extra is None:
         return None
     return f"the command needs {package}: pip install 'fdbroker[{extra}]'"
-
-
-def _give_up_output() -> None:
-    """Let the interpreter's last flush go nowhere, or it would choose the exit status."""
-    with contextlib.suppress(OSError):
-        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)

@@ -7,9 +7,12 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 import click
+
+from fdbroker.cli import streams
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -74,7 +77,12 @@ def complain(text: str) -> None:
 
 def complain_printable(text: str) -> None:
     """Do the same with a text that is printable as it is: names in it went through `printable`."""
-    sys.stderr.write(f"fdbroker: {text}\n")
+    streams.write_error(f"fdbroker: {text}\n")
+
+
+def complain_of_bug() -> None:
+    """Write the traceback of what is handled to standard error."""
+    streams.write_error(traceback.format_exc())
 
 
 def write_json(document: Mapping[str, object]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -15,6 +14,7 @@ from fdbroker.cli.failure import EXIT_ERROR, Failure
 from fdbroker.cli.output import complain_printable, printable, write_json, write_line, write_text
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.policy_file import DEFAULT_POLICY
+from fdbroker.cli.streams import write_error
 
 if TYPE_CHECKING:
     from fdbroker.config.explain import LoadedPolicy
@@ -109,7 +109,7 @@ def _config(*arguments: str) -> int:
         write_text(run(arguments))
     except (ConfigError, UnwrittenError) as error:
         # As the compilers of other languages do: the line begins with the file, for editors.
-        sys.stderr.write(f"{error}\n")
+        write_error(f"{error}\n")
         return EXIT_ERROR
     return 0
 
@@ -240,7 +240,7 @@ def _client(loaded: LoadedPolicy, user: str | None, unit: str | None, cgroup: st
             raise click.UsageError(f"--unit: {error}") from error
     client = explain.client_of_this_process() if user is None else explain.client_of_user(user)
     if client is None:
-        raise click.UsageError(f"--as {printable(user or '')}: there is no such user")
+        raise click.UsageError(f"--as {user}: there is no such user")
     if client.uid == OVERFLOW_ID:
         raise click.UsageError(
             f"the broker serves no process with uid {OVERFLOW_ID}: every id that a user namespace does not"

@@ -181,7 +181,7 @@ def worker_ids(wanted: str | None) -> tuple[int, int] | None:
             " shall be: --worker-uid USER."
         )
     if ids is None:
-        raise click.UsageError(f"--worker-uid {printable(wanted or '')}: there is no such user.")
+        raise click.UsageError(f"--worker-uid {wanted}: there is no such user.")
     if 0 in ids:
         raise click.UsageError("the worker's user and group must not be root's: see --worker-uid.")
     return ids
