@@ -38,6 +38,10 @@ def test_name_is_shown_without_what_plays_with_a_terminal(name: bytes, shown: st
     assert printable(name) == shown
 
 
+def test_half_of_a_surrogate_pair_as_json_may_have_it_is_shown_escaped() -> None:
+    assert printable("a\ud800b\udcff") == r"a\xed\xa0\x80b\xff"
+
+
 @given(st.binary())
 def test_shown_name_is_printable_and_can_be_read_back(name: bytes) -> None:
     shown = printable(name)

@@ -6,6 +6,19 @@ import grp
 import pwd
 from functools import cache
 
+_LARGEST = 0xFFFFFFFE  # (uid_t) -1 is no user
+
+
+def is_number(text: str) -> bool:
+    """Return whether a user is named by number, not by name."""
+    return text.isascii() and text.isdigit()
+
+
+def id_of_number(text: str) -> int | None:
+    """Return a user by number, None if no user can have it."""
+    digits = text.lstrip("0") or "0"  # int() refuses thousands of them
+    return None if len(digits) > len(str(_LARGEST)) or int(digits) > _LARGEST else int(digits)
+
 
 @cache
 def user_name(uid: int) -> str:

@@ -43,7 +43,12 @@ def printable(text: bytes | str) -> str:
 def _escaped(character: str) -> str:
     if character == "\\":
         return "\\\\"
-    return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
+    try:
+        encoded = character.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        # Half of a surrogate pair, which JSON can have: a forged line must not stop what shows it.
+        encoded = character.encode("utf-8", "surrogatepass")
+    return "".join(f"\\x{byte:02x}" for byte in encoded)
 
 
 def shell_word(path: bytes) -> str:

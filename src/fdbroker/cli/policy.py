@@ -11,6 +11,7 @@ from fdbroker.cli import broker
 from fdbroker.cli.control import connected
 from fdbroker.cli.explanation import lines_of, lines_of_answer, status_of, status_of_answer, to_document
 from fdbroker.cli.failure import EXIT_ERROR, Failure
+from fdbroker.cli.ids import id_of_number, is_number
 from fdbroker.cli.output import complain_printable, printable, write_json, write_line, write_text
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.policy_file import DEFAULT_POLICY
@@ -238,7 +239,10 @@ def _client(loaded: LoadedPolicy, user: str | None, unit: str | None, cgroup: st
             group = unit_cgroup(unit)
         except ScalarError as error:
             raise click.UsageError(f"--unit: {error}") from error
-    client = explain.client_of_this_process() if user is None else explain.client_of_user(user)
+    client: ClientFacts | None = explain.client_of_this_process()
+    if user is not None:
+        possible = not is_number(user) or id_of_number(user) is not None
+        client = explain.client_of_user(user) if possible else None
     if client is None:
         raise click.UsageError(f"--as {user}: there is no such user")
     if client.uid == OVERFLOW_ID:

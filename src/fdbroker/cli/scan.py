@@ -13,6 +13,7 @@ import click
 from fdbroker import client
 from fdbroker.cli import broker
 from fdbroker.cli.failure import Failure
+from fdbroker.cli.ids import id_of_number, is_number
 from fdbroker.cli.output import OutputError, ReaderGoneError, complain, complain_printable, printable
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.progress import Ahead, ScanProgress
@@ -189,9 +190,9 @@ def worker_ids(wanted: str | None) -> tuple[int, int] | None:
 
 def _user(text: str) -> tuple[int, int] | None:
     """Return uid and gid of a user; a number that no user has is its own group."""
-    if text.isascii() and text.isdigit():
-        uid = int(text)
-        if uid > 0xFFFFFFFE:  # noqa: PLR2004 - (uid_t) -1 is no user
+    if is_number(text):
+        uid = id_of_number(text)
+        if uid is None:
             return None
         try:
             return uid, pwd.getpwuid(uid).pw_gid
