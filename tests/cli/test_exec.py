@@ -65,7 +65,7 @@ def test_program_takes_the_place_of_the_command_and_has_nothing_more(broker: str
         (("/data/a", "--", "sh", "-c", "exit 7"), 7, ""),
         (("/data/a", "--", "no-such-program"), 127, "no-such-program: No such file or directory"),
         (("/data/a", "--", "/etc/passwd"), 126, "/etc/passwd: Permission denied"),
-        (("/data/secret", "--", "true"), 125, "See why: fdbroker policy explain /data/secret"),
+        (("/data/secret", "--", "true"), 125, "fdbroker policy explain --policy FILE /data/secret"),
         (("/data/none", "--", "true"), 125, "there is no such file"),
         (("/data/a",), 125, "which PROGRAM?"),
         ((), 125, "which PATH"),

@@ -14,6 +14,7 @@ import fdbroker
 from fdbroker import client
 from fdbroker.cli import main as main_module
 from fdbroker.cli import streams
+from fdbroker.cli.broker import DENIED
 from fdbroker.cli.main import main
 from fdbroker.cli.output import OutputError, ReaderGoneError
 from fdbroker.cli.scan_output import JsonOutput, Totals
@@ -66,10 +67,13 @@ def test_directory_that_may_not_be_listed_is_listed_as_an_error(
 ) -> None:
     assert main(scan_arguments(broker, *homes(tree))) == 2
     shown = capsys.readouterr()
-    assert f"/{UNLISTED}: error: denied: " in shown.out
+    assert f"/{UNLISTED}: error: {DENIED}\n" in shown.out
     assert shown.out.count(f": infected: {EICAR_NAME}\n") == len(tree.infected) * 2 // 3
     path = os.fsdecode(tree.root) + f"/{UNLISTED}"
-    assert shown.err == f"fdbroker: See why: fdbroker policy explain --action list {path}\n"
+    assert shown.err == (
+        f"fdbroker: See why (FILE: the policy of the broker on {broker.socket}):"
+        f" fdbroker policy explain --action list --policy FILE {path}\n"
+    )
 
 
 @pytest.mark.root

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 import pytest
 
+from fdbroker.cli.broker import DENIED
 from fdbroker.cli.scan import WORKER_USER, worker_ids
 from tests.cli.commands import (
     AS_ROOT,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from tests.for_other_users import ForOtherUsers
     from tests.running_broker import RunningBroker
 
-DENIED = "home1/with spaces*"
+DENIED_PATHS = "home1/with spaces*"
 
 
 @pytest.fixture(scope="module")
@@ -95,16 +96,17 @@ def test_infected_tree_gives_status_1_and_names_each_finding(broker: RunningBrok
 @pytest.mark.root
 def test_error_beside_a_finding_gives_status_2_and_both_are_listed(directory: Path, tree: Tree) -> None:
     with reachable_directory() as other:
-        rules = [rule("all"), rule("no", effect="deny", actions=["open"], paths=[DENIED])]
+        rules = [rule("all"), rule("no", effect="deny", actions=["open"], paths=[DENIED_PATHS])]
         with running_broker(other, policy(directory / "tree", *rules)) as broker:
             result = run("scan", "--socket", str(broker.socket), *AS_ROOT, tree.root)
     assert result.returncode == 2, result.stderr
     assert result.stdout.count(f": infected: {EICAR_NAME}") == len(tree.infected)
     [error] = [line for line in result.stdout.splitlines() if ": error: " in line]
-    assert error.startswith(f"{home(tree, 1)}/with spaces and 'quotes': error: denied: ")
+    assert error == f"{home(tree, 1)}/with spaces and 'quotes': error: {DENIED}"
     assert " 1 errors, " in result.stdout
     quoted = shlex.quote(f"{home(tree, 1)}/with spaces and 'quotes'")
-    assert result.stderr == f"fdbroker: See why: fdbroker policy explain {quoted}\n"
+    assert result.stderr.endswith(f": fdbroker policy explain --policy FILE {quoted}\n")
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.root

@@ -173,15 +173,29 @@ def _groups_when_logging_in(user: str) -> list[int]:
         return []
 
 
-def refusal(path: bytes, error: client.BrokerError, action: str = "open") -> str:
+# The client is told the same of what no rule allows and of what is not as a rule with conditions asks.
+DENIED = "denied by the broker's policy (or it is not there as asked for, where a rule asks about the file)"
+
+
+def refusal(path: bytes, error: client.BrokerError, socket_path: str, action: str = "open") -> str:
     """Return why the broker does not give a path and what helps, printable."""
-    text = f"{printable(path)}: {printable(error.strerror or str(error))}"
     if isinstance(error, client.DeniedError) and error.reason is client.Reason.DENIED:
-        text = f"{printable(path)}: denied by the broker's policy. {see_why(path, action)}"
-    return text
+        return f"{printable(path)}: {DENIED}. {see_why(path, socket_path, action)}"
+    return f"{printable(path)}: {printable(error.strerror or str(error))}"
 
 
-def see_why(path: bytes, action: str = "open") -> str:
-    """Return the command that shows why a path was denied, in a sentence."""
-    option = "" if action == "open" else f"--action {action} "
-    return f"See why: fdbroker policy explain {option}{shell_word(path)}"
+def see_why(path: bytes, socket_path: str, action: str = "open") -> str:
+    """Return the command that shows why this user was denied a path, in a sentence.
+
+    It is for root: who is denied a file can mostly look at neither the policy nor the file.
+    """
+    beginning, options = "See why", []
+    if os.geteuid() != 0:
+        beginning += ", as root"
+        options.append(f"--as {shell_word(os.fsencode(user_name(os.geteuid())))} ")
+    if action != "open":
+        options.append(f"--action {action} ")
+    if socket_path != client.DEFAULT_SOCKET:
+        beginning += f" (FILE: the policy of the broker on {printable(socket_path)})"
+        options.append("--policy FILE ")
+    return f"{beginning}: fdbroker policy explain {''.join(options)}{shell_word(path)}"

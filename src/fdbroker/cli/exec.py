@@ -120,7 +120,7 @@ def _give_file(path: bytes, socket_path: str, number: int) -> None:
         try:
             descriptor = connected.open_descriptor(path)
         except BrokerError as error:
-            raise Failure(broker.refusal(path, error), EXIT_FAILED) from error
+            raise Failure(broker.refusal(path, error, socket_path), EXIT_FAILED) from error
     _move(descriptor, number)
 
 

@@ -6,7 +6,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any
 
-from fdbroker.cli.ids import group_text, user_text
+from fdbroker.cli.ids import group_text, user_name, user_text
 from fdbroker.cli.output import coloured, path_members, printable
 
 if TYPE_CHECKING:
@@ -95,7 +95,12 @@ def lines_of(explanation: Explanation, source: str, *, verbose: bool) -> list[st
         lines += ["", f"{hidden} other rules are not about this at all (-v shows them)."]
     colour = {"allow": "green", "deny": "red"}.get(explanation.verdict.decision, "yellow")
     sentence = explanation.sentence
-    return [*lines, "", coloured(printable(sentence[:1].upper() + sentence[1:]) + ".", colour)]
+    lines += ["", coloured(printable(sentence[:1].upper() + sentence[1:]) + ".", colour)]
+    if explanation.verdict.decision == "unknown" and os.geteuid() != 0:
+        lines.append(
+            f"Root can look at it: run this again as root, with --as {printable(user_name(client.uid))}."
+        )
+    return lines
 
 
 def _is_near(rule: RuleReport, explanation: Explanation) -> bool:
@@ -179,5 +184,6 @@ def lines_of_answer(answer: Mapping[str, Any], path: bytes) -> list[str]:
         }
         reason = printable(str(answer.get("reason")))
         text, colour = f"Denied: {reasons.get(reason, reason)}.", "red"
-    who = "Who may read the policy file sees the rules themselves: fdbroker policy explain --as USER PATH."
-    return [*lines, "", coloured(text, colour), who]
+    user = printable(user_name(os.geteuid()))
+    more = f"Root sees the rules and the file: run this again as root, with --as {user}."
+    return [*lines, "", coloured(text, colour), more]

@@ -114,7 +114,7 @@ def command(
                 # A scan whose findings nobody reads must not end like a program that was asked to stop.
                 raise OutputError(str(error)) from error
     if denied is not None and not as_json:
-        complain_printable(denied)
+        complain_printable(broker.see_why(denied.path, socket_path, "list" if denied.directory else "open"))
     return totals.exit_status()
 
 
@@ -125,8 +125,8 @@ def _scan(
     output: Output,
     *,
     show_progress: bool,
-) -> tuple[Totals, str | None]:
-    """Scan and return what it came to, and how to see why the first denied path was denied."""
+) -> tuple[Totals, Scanned | None]:
+    """Scan and return what it came to, and the first path that was denied."""
     totals = Totals()
     denied = None
     began = time.monotonic()
@@ -140,7 +140,7 @@ def _scan(
                         output.scanned(event)
                     else:
                         if isinstance(event.verdict, Error) and event.verdict.reason == "denied":
-                            denied = denied or broker.see_why(event.path, _action(event))
+                            denied = denied or event
                         with progress.out_of_the_way():
                             output.scanned(event)
                 else:
@@ -155,10 +155,6 @@ def _scan(
         complain("interrupted, so the scan is incomplete")
     totals.seconds = time.monotonic() - began
     return totals, denied
-
-
-def _action(denied: Scanned) -> str:
-    return "list" if denied.directory else "open"
 
 
 def worker_ids(wanted: str | None) -> tuple[int, int] | None:

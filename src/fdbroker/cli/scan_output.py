@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from fdbroker.cli.broker import DENIED
 from fdbroker.cli.output import complain, path_members, printable, write_json, write_line
 from fdbroker.sandbox.report import Layer
 from fdbroker.scan.verdict import Clean, Error, Infected
@@ -144,6 +145,8 @@ class JsonOutput:
 def _words(verdict: Verdict) -> str:
     if isinstance(verdict, Infected):
         return f"infected: {printable(verdict.name)}"
+    if isinstance(verdict, Error) and verdict.reason == "denied":
+        return f"error: {DENIED}"
     if isinstance(verdict, Error):
         return f"error: {verdict.reason}: {printable(verdict.text)}"
     return "clean"
