@@ -111,7 +111,7 @@ def test_reload_puts_the_changed_policy_in_force_and_names_its_generation(
     result = run_here("reload", "--dev", "--policy", str(served.policy), "--control", served.control)
     after = run_as(CLIENT_UID, others, "cat", *served.sockets[:2], file)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"{served.policy} is in force: generation 2, 1 roots, 5 rules\n"
+    assert result.stdout == f"{served.policy} is in force: generation 2, 1 root, 5 rules\n"
     assert (before.returncode, after.returncode, after.stdout) == (1, 0, "x")
     assert [record["event"] for record in served.broker.records() if "fingerprint" in record] == ["reloaded"]
 

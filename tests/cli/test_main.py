@@ -235,6 +235,25 @@ def test_message_of_an_older_click_is_shown_escaped_once(
     assert "]0;X" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [(("scna", "/"), "scan"), (("statsu",), "status"), (("policy", "explian", "/"), "explain")],
+)
+def test_command_that_is_misspelt_is_told_what_was_meant(
+    arguments: tuple[str, ...], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert f"No such command '{arguments[-2] if len(arguments) > 1 else arguments[0]}'" in shown
+    assert shown.rstrip("\n").endswith(f"Did you mean {meant}?")
+    assert shown.count("Did you mean") == 1
+
+
+def test_command_that_is_like_no_other_is_told_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["xyzzy"]) == 2
+    assert "Did you mean" not in capsys.readouterr().err
+
+
 def test_command_without_arguments_shows_its_help_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     shown = capsys.readouterr()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdbroker.cli.output import path_members, printable, shell_word
+from fdbroker.cli.output import counted, path_members, printable, shell_word
 from fdbroker.cli.scan_output import Totals
 from fdbroker.scan.run import Scanned
 from fdbroker.scan.verdict import Clean, Error, Infected
@@ -40,6 +40,11 @@ def test_name_is_shown_without_what_plays_with_a_terminal(name: bytes, shown: st
 
 def test_half_of_a_surrogate_pair_as_json_may_have_it_is_shown_escaped() -> None:
     assert printable("a\ud800b\udcff") == r"a\xed\xa0\x80b\xff"
+
+
+@pytest.mark.parametrize(("number", "shown"), [(0, "0 files"), (1, "1 file"), (2, "2 files")])
+def test_one_thing_is_no_plural(number: int, shown: str) -> None:
+    assert counted(number, "file") == shown
 
 
 @given(st.binary())

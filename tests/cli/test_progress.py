@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import errno
+import io
+import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from fdbroker.cli.progress import Ahead, _Left, _size, _words
+from fdbroker.cli.progress import Ahead, ScanProgress, _Left, _size, _words
 from fdbroker.cli.scan_output import Totals
 from fdbroker.client import UnavailableError
 from fdbroker.scan.tree import File, Found, NotAFile
@@ -64,11 +66,11 @@ def test_error_of_the_walk_comes_behind_what_was_found_before() -> None:
 
 def test_words_say_of_how_many_and_whether_there_may_be_more() -> None:
     ahead = Ahead(FILES, 1000)
-    totals = Totals(files=1, errors=2)
+    totals = Totals(files=1, errors=1)
     next(ahead)
-    assert _words(totals, ahead) == "1/65+ files, 0 infected, 2 errors"
+    assert _words(totals, ahead) == "1/65+ files, 0 infected, 1 error"
     list(ahead)
-    assert _words(totals, ahead) == "1/300 files, 0 infected, 2 errors"
+    assert _words(totals, ahead) == "1/300 files, 0 infected, 1 error"
 
 
 @pytest.mark.parametrize(
@@ -87,3 +89,18 @@ def test_time_that_is_left_is_told_where_it_is_known(
 )
 def test_size_is_told_with_a_unit(count: float, shown: str) -> None:
     assert _size(count) == shown
+
+
+def test_bar_shows_a_finding_before_its_line_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    ahead = Ahead(FILES, 1000)
+    list(ahead)
+    with ScanProgress(wanted=True) as progress:
+        progress.update(Totals(files=1), ahead)
+        progress.update(Totals(files=2, infected=1), ahead)
+        assert "2/300" not in shown.getvalue()  # too soon
+        progress.refresh(Totals(files=3, infected=1), ahead)
+        assert "3/300 files, 1 infected" in shown.getvalue()

@@ -20,7 +20,7 @@ from fdbroker import client
 from fdbroker.broker.identity import probe_level
 from fdbroker.cli.broker import obstacle
 from fdbroker.cli.ids import group_name, user_name
-from fdbroker.cli.output import printable
+from fdbroker.cli.output import counted, printable
 from fdbroker.cli.policy_file import changes_for_restart
 from fdbroker.client import BrokerError, control
 from fdbroker.kernel import bpf, landlock, namespaces, process, seccomp, sockets
@@ -318,7 +318,8 @@ def _policy_file(path: str) -> tuple[Check, CompiledPolicy | None]:
         more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
         cure = f"see all with: fdbroker policy check {name}"
         return Check(name, MISSING, f"{error.problems[0]}{more}", meaning, cure), None
-    counts = f"root's, {len(compiled['roots'])} roots, {len(compiled['rules'])} rules, no problems"
+    roots, rules = counted(len(compiled["roots"]), "root"), counted(len(compiled["rules"]), "rule")
+    counts = f"root's, {roots}, {rules}, no problems"
     return Check(name, OK, counts, meaning), compiled
 
 

@@ -7,7 +7,7 @@ import stat
 from typing import TYPE_CHECKING, Any
 
 from fdbroker.cli.ids import group_text, user_name, user_text
-from fdbroker.cli.output import coloured, path_members, printable
+from fdbroker.cli.output import coloured, counted, path_members, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -125,7 +125,8 @@ def _object_line(seen: Seen) -> str:
     facts: FileFacts = seen.facts
     return (
         f"{_type(facts.st_mode)}, owner {user_text(facts.st_uid)}, group {group_text(facts.st_gid)},"
-        f" mode 0{stat.S_IMODE(facts.st_mode):03o}, {facts.st_size} bytes, {facts.st_nlink} links"
+        f" mode 0{stat.S_IMODE(facts.st_mode):03o}, {counted(facts.st_size, 'byte')},"
+        f" {counted(facts.st_nlink, 'link')}"
     )
 
 

@@ -13,6 +13,7 @@ import fdbroker
 from fdbroker.cli import streams
 from fdbroker.cli.broker import CONTROL_VARIABLE, SOCKET_VARIABLE
 from fdbroker.cli.failure import EXIT_ERROR, Failure
+from fdbroker.cli.group import SuggestingGroup
 from fdbroker.cli.output import (
     OutputError,
     ReaderGoneError,
@@ -33,7 +34,7 @@ COMMANDS = ("scan", "cat", "ls", "exec", "policy", "reload", "status", "audit", 
 _EXTRAS = {"rich": "cli", "msgspec": "daemon", "yaml": "daemon"}
 
 
-class _Commands(click.Group):
+class _Commands(SuggestingGroup):
     """Finds a command in its module when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature

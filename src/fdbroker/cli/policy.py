@@ -11,6 +11,7 @@ from fdbroker.cli import broker
 from fdbroker.cli.control import connected
 from fdbroker.cli.explanation import lines_of, lines_of_answer, status_of, status_of_answer, to_document
 from fdbroker.cli.failure import EXIT_ERROR, Failure
+from fdbroker.cli.group import SuggestingGroup
 from fdbroker.cli.ids import id_of_number, is_number
 from fdbroker.cli.output import complain_printable, printable, write_json, write_line, write_text
 from fdbroker.cli.paths import absolute
@@ -27,7 +28,7 @@ _dev_option = click.option(
 _UNREADABLE = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR})
 
 
-@click.group("policy", short_help="Check, compile and explain the policy.")
+@click.group("policy", cls=SuggestingGroup, short_help="Check, compile and explain the policy.")
 def command() -> None:
     """Check, compile and explain the policy: who may read what.
 

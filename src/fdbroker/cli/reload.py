@@ -11,7 +11,7 @@ import click
 from fdbroker.cli import broker
 from fdbroker.cli.control import connected
 from fdbroker.cli.failure import Failure
-from fdbroker.cli.output import complain_printable, printable, write_line
+from fdbroker.cli.output import complain_printable, counted, printable, write_line
 from fdbroker.cli.policy_file import DEFAULT_POLICY, changes_for_restart, load
 from fdbroker.client import BrokerError, Reason
 
@@ -71,7 +71,7 @@ def command(policy_path: str, control_path: str | None, *, dev: bool) -> int:
         # sees another one begin.
         generation = _generation_in_force(policy_path, compiled, control_path, before, lost)
         complain_printable(f"the broker's answer was lost ({lost}), so it was asked what is in force")
-    counts = f"{len(compiled['roots'])} roots, {len(compiled['rules'])} rules"
+    counts = f"{counted(len(compiled['roots']), 'root')}, {counted(len(compiled['rules']), 'rule')}"
     write_line(f"{printable(policy_path)} is in force: generation {generation}, {counts}")
     changes = changes_for_restart(compiled, before)
     if changes:

@@ -26,7 +26,9 @@ from fdbroker.scan.tree import walk
 from fdbroker.scan.verdict import Clean, Error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from fdbroker.scan.tree import Found
 
 WORKER_USER = "fdbroker-worker"
 
@@ -77,10 +79,11 @@ def command(
     The broker opens the files, as far as its policy allows you to have them. A
     worker process that can do nothing else reads them and compares each file's
     SHA-256 with a list of what is known to be bad. The built-in list has the
-    EICAR test file.
+    EICAR test file. What the policy hides from listing is not seen, so it is not
+    scanned: "clean" is said of what was listed.
 
     \b
-    Exit status: 0  everything is clean
+    Exit status: 0  everything that was listed is clean
                  1  something is infected
                  2  something could not be scanned (also if something else is
                     infected), or the scan could not be done
@@ -132,7 +135,7 @@ def _scan(
     began = time.monotonic()
     try:
         with ScanProgress(wanted=show_progress) as progress:
-            ahead = Ahead(walk(connected, starts), progress.look_ahead)
+            ahead = Ahead(_once(walk(connected, starts), starts), progress.look_ahead)
             for event in scan(connected, supervisor, starts, found=ahead):
                 if isinstance(event, Scanned):
                     totals.add(event)
@@ -141,6 +144,7 @@ def _scan(
                     else:
                         if isinstance(event.verdict, Error) and event.verdict.reason == "denied":
                             denied = denied or event
+                        progress.refresh(totals, ahead)
                         with progress.out_of_the_way():
                             output.scanned(event)
                 else:
@@ -155,6 +159,27 @@ def _scan(
         complain("interrupted, so the scan is incomplete")
     totals.seconds = time.monotonic() - began
     return totals, denied
+
+
+def _once(found: Iterable[Found], starts: Sequence[bytes]) -> Iterator[Found]:
+    """Leave out what was found before, below another of overlapping starts.
+
+    Each start is walked nevertheless: what lies above it may be hidden, or not be listed to its end.
+    """
+    within = [start for start in starts if any(_is_below(start, other) for other in starts)]
+    within += [start for start in set(starts) if starts.count(start) > 1]
+    seen: set[bytes] = set()
+    for each in found:
+        # Nothing else can come twice, so nothing else is remembered.
+        if any(each.path == start or _is_below(each.path, start) for start in within):
+            if each.path in seen:
+                continue
+            seen.add(each.path)
+        yield each
+
+
+def _is_below(path: bytes, directory: bytes) -> bool:
+    return path != directory and path.startswith(directory.rstrip(b"/") + b"/")
 
 
 def worker_ids(wanted: str | None) -> tuple[int, int] | None:
