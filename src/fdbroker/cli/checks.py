@@ -234,7 +234,6 @@ def _accounts(compiled: CompiledPolicy | None, *, otherwise: str) -> list[Check]
     return [
         _user(user, otherwise, "whom the broker runs as, with one capability and nothing else"),
         _group(group, otherwise, "whose members may connect to the broker"),
-        _group("fdbroker-admin", WEAKER, "whose members may see the full status, if 'admins' says so"),
         _user("fdbroker-worker", WEAKER, "who reads hostile files when root runs fdbroker scan"),
     ]
 
@@ -317,7 +316,8 @@ def _policy_file(path: str) -> tuple[Check, CompiledPolicy | None]:
     except ConfigError as error:
         more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
         cure = f"see all with: fdbroker policy check {name}"
-        return Check(name, MISSING, f"{error.problems[0]}{more}", meaning, cure), None
+        found = f"{str(error.problems[0]).removeprefix(f'{path}:').strip()}{more}"
+        return Check(name, BROKEN, found, meaning, cure), None
     roots, rules = counted(len(compiled["roots"]), "root"), counted(len(compiled["rules"]), "rule")
     counts = f"root's, {roots}, {rules}, no problems"
     return Check(name, OK, counts, meaning), compiled
