@@ -171,7 +171,7 @@ def test_demonstration_shows_refusal_scan_explanation_and_audit_in_this_order(sh
         r"scanner\$ fdbroker scan /home\n",
         r"/home/bob/harmless\.txt: error: denied",
         r"/home/bob/downloads/invoice\.pdf\.exe: infected: Eicar-Test-Signature\n",
-        r"\d+ files, \d+ bytes, 1 infected, 1 errors, \d skipped",
+        r"\d+ files, \d+ bytes, 1 infected, 1 error, \d skipped",
         r"scanner\$ fdbroker scan --verbose /home/alice /home/bob\n",
         r"worker: seccomp in force",
         r"id_ed25519: denied by the broker's policy",

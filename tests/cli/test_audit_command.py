@@ -14,7 +14,7 @@ from fdbroker.cli import audit
 from fdbroker.cli.audit_file import Filter, Line, follow_lines, path_of
 from fdbroker.policy.globs import compile_glob
 from tests.cli.commands import command, environment, run_as, run_here, run_on_terminal
-from tests.running_broker import CLIENT_UID
+from tests.running_broker import CLIENT_UID, policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -148,6 +148,78 @@ def test_line_that_is_no_record_is_told_with_its_place_and_the_others_are_shown(
     places = [line.partition(": ")[2].partition(": ")[0] for line in result.stderr.splitlines()]
     assert places == [f"{path}:{number}" for number in (2, 4, 5, 7)]
     assert "the file ends in the middle of a record" in result.stderr
+
+
+NINES = "9" * 4300
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        '{"event":"\\ud800","path":"/\\ud800","uid":5,"reason":"\\udfff","\\ud800":"x"}',
+        f'{{"event":"x","run":"r","seq":0}}\n{{"event":"x","run":"r","seq":{NINES}}}\n{{"event":"x","run":"r","seq":1}}',
+        f'{{"event":"x","uid":{NINES},"pid":-{NINES},"path_hex":"zz"}}',
+        '{"event":"x","time":5,"gid":[],"rule":{},"path":[],"run":[],"seq":true}',
+        "\n".join(f'{{"event":"x","y":{"[" * depth}{"]" * depth}}}' for depth in range(800, 1000)),
+    ],
+)
+def test_record_behind_a_forged_line_is_shown(tmp_path: Path, forged: str) -> None:
+    path = tmp_path / "audit"
+    path.write_text(f"{forged}\n{text_of(record(1, path='/behind'))}")
+    for options in ((), ("--json",), ("--path", "/**")):
+        result = run_here("audit", *options, str(path))
+        assert "/behind" in result.stdout.splitlines()[-1]
+        assert result.returncode in {0, 1}
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("digits", ["9" * 5000, str(1 << 32), str((1 << 32) - 1)])
+def test_number_that_no_user_can_have_is_no_such_user(tmp_path: Path, file: str, digits: str) -> None:
+    policy_file = tmp_path / "policy.json"
+    policy_file.write_text(json.dumps(policy(tmp_path)))
+    for arguments in (
+        ("audit", "--uid", digits, file),
+        ("scan", "--worker-uid", digits, "/"),
+        ("policy", "explain", "--policy", str(policy_file), "--as", digits, "/"),
+    ):
+        result = run_here(*arguments)
+        assert result.returncode == 2
+        assert result.stderr.rstrip("\n").rstrip(".").endswith(": there is no such user")
+
+
+def test_user_is_named_by_number_with_zeros_in_front_as_well(file: str) -> None:
+    assert run_here("audit", "--json", "--uid", "0" * 5000, file).stdout.count("\n") == 2
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("owner", "mode", "said"),
+    [
+        (0, 0o640, ""),
+        (CLIENT_UID, 0o600, f"belongs to {CLIENT_UID}"),
+        (0, 0o660, "has mode 0660"),
+        (0, 0o602, "has mode 0602"),
+    ],
+)
+@pytest.mark.parametrize("options", [(), ("--follow",)])
+def test_file_into_which_others_than_root_can_write_is_shown_with_a_warning(
+    file: str,
+    owner: int,
+    mode: int,
+    said: str,
+    options: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(audit, "follow_lines", lambda _path: iter([None]))
+    os.chmod(file, mode)
+    os.chown(file, owner, 0)
+    result = run_here("audit", *options, file)
+    assert result.returncode == 0
+    expected = (
+        f"fdbroker: {file}: {said}, so others than root can have written what it says\n" if said else ""
+    )
+    assert result.stderr == expected
 
 
 def test_standard_input_is_read(file: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.cli import broker
-from fdbroker.client import BrokerTimeoutError, UnavailableError
+from fdbroker.client import DEFAULT_SOCKET, BrokerTimeoutError, UnavailableError
 from fdbroker.config import names
 
 if TYPE_CHECKING:
@@ -90,3 +90,26 @@ def test_path_with_a_full_stop_and_a_space_stays_in_what_was_found() -> None:
     found, cure = broker.obstacle("/run/a. b/x", MISSING)
     assert found == "/run/a. b/x: no broker has its socket there"
     assert "fdbrokerd --daemon" in cure
+
+
+@pytest.mark.parametrize(
+    ("uid", "socket_path", "action", "said"),
+    [
+        (0, DEFAULT_SOCKET, "open", "See why: fdbroker policy explain '/a b'"),
+        (1, DEFAULT_SOCKET, "open", "See why, as root: fdbroker policy explain --as daemon '/a b'"),
+        (
+            4242424,
+            "/x\n",
+            "list",
+            (
+                "See why, as root (FILE: the policy of the broker on /x\\x0a):"
+                " fdbroker policy explain --as 4242424 --action list --policy FILE '/a b'"
+            ),
+        ),
+    ],
+)
+def test_who_is_denied_is_told_the_command_that_works_for_him(
+    uid: int, socket_path: str, action: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    assert broker.see_why(b"/a b", socket_path, action) == said

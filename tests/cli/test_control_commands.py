@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from fdbroker.cli import policy as policy_command
+from fdbroker.cli.broker import DENIED
 from fdbroker.cli.explanation import document_of_answer, lines_of_answer, status_of_answer
 from fdbroker.client import BrokerError, connect
+from fdbroker.config.explain import Seen
 from tests.cli.commands import run_as, run_here
 from tests.processes import in_child
 from tests.running_broker import CLIENT_UID, OTHER_UID, reachable_directory, running_broker
@@ -109,7 +111,7 @@ def test_reload_puts_the_changed_policy_in_force_and_names_its_generation(
     result = run_here("reload", "--dev", "--policy", str(served.policy), "--control", served.control)
     after = run_as(CLIENT_UID, others, "cat", *served.sockets[:2], file)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"{served.policy} is in force: generation 2, 1 roots, 5 rules\n"
+    assert result.stdout == f"{served.policy} is in force: generation 2, 1 root, 5 rules\n"
     assert (before.returncode, after.returncode, after.stdout) == (1, 0, "x")
     assert [record["event"] for record in served.broker.records() if "fingerprint" in record] == ["reloaded"]
 
@@ -287,6 +289,38 @@ def test_user_who_may_not_read_the_policy_asks_the_broker_about_himself(
     status, shown = asked("private/x", "--json")
     assert (status, json.loads(shown)["reason"]) == (1, "no_rule")
     assert "rule lists" not in asked("a", "--action", "list")[1].partition("Allowed")[0]
+
+
+def test_user_who_can_not_look_at_the_file_is_told_the_next_step(
+    served: Served, others: ForOtherUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"{served.tree}/odd\nname"
+    asked = ("policy", "explain", "--policy", str(served.policy), "--as", str(CLIENT_UID), path)
+    as_root = run_here(*asked)
+    monkeypatch.setattr(os, "geteuid", lambda: CLIENT_UID)
+    monkeypatch.setattr("fdbroker.config.explain.look_as_broker", lambda *_: Seen(note="Permission denied"))
+    as_himself = run_here(*asked)
+    assert (as_root.returncode, "Root can" in as_root.stdout) == (0, False)
+    assert as_himself.returncode == 3
+    last = as_himself.stdout.splitlines()[-1]
+    assert last == f"Root can look at it: run this again as root, with --as {CLIENT_UID}."
+    of_broker = run_as(CLIENT_UID, others, "policy", "explain", "--control", served.control, path)
+    assert of_broker.stdout.endswith(f": run this again as root, with --as {CLIENT_UID}.\n")
+
+
+@pytest.mark.parametrize("name", ["a/none", "a", "a/link", "a/large", "private/x"])
+def test_one_wording_for_what_is_denied_and_what_a_rule_with_conditions_does_not_find(
+    served: Served, others: ForOtherUsers, name: str
+) -> None:
+    socket = served.sockets[:2]
+    path = f"{served.tree}/{name}"
+    by_cat = run_as(CLIENT_UID, others, "cat", *socket, path)
+    by_exec = run_as(CLIENT_UID, others, "exec", *socket, path, "--", "true")
+    assert f"fdbroker: {path}: {DENIED}. See why, as root " in by_cat.stderr
+    assert by_exec.stderr == by_cat.stderr
+    if name != "a":
+        by_scan = run_as(CLIENT_UID, others, "scan", *socket, path)
+        assert f"{path}: error: {DENIED}\n" in by_scan.stdout
 
 
 def test_machine_without_a_policy_file_or_without_what_reads_it_asks_the_broker(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fdbroker.cli import checks
-from fdbroker.cli.checks import MISSING, OK, WEAKER, Check, Places, all_checks
+from fdbroker.cli.checks import BROKEN, MISSING, OK, WEAKER, Check, Places, all_checks
 from fdbroker.config.compile import compile_policy
 from fdbroker.config.identities import SystemLookups
 from fdbroker.kernel import landlock, namespaces, process, sockets
@@ -71,7 +71,7 @@ def test_nothing_stays_behind_from_trying(tmp_path: Path) -> None:
 
 def test_missing_things_are_status_1_and_say_what_to_do() -> None:
     result = run_here(
-        "doctor", "--socket", NOWHERE.socket, "--control", NOWHERE.control, "--policy", NOWHERE.policy
+        "doctor", "--socket", NOWHERE.socket, "--control", "/no/such/control", "--policy", NOWHERE.policy
     )
     assert (result.returncode, result.stderr) == (1, "")
     assert "missing  broker " in result.stdout
@@ -132,13 +132,14 @@ def test_broker_that_decides_by_another_policy_than_the_file_is_told() -> None:
     assert launchers.found.endswith(", but for user, which changed since the broker was started")
 
 
-def test_policy_that_others_can_write_is_missing_with_its_first_problem(tmp_path: Path) -> None:
+def test_policy_that_others_can_write_is_broken_with_its_first_problem(tmp_path: Path) -> None:
     file = tmp_path / "policy.yaml"
     file.write_text("version: 1\n")
     file.chmod(0o666)
     check = found(str(file), NOWHERE._replace(policy=str(file)))
-    assert check.state == MISSING
+    assert check.state == BROKEN
     assert "lets others write" in check.found
+    assert str(file) not in check.found
     assert f"fdbroker policy check {file}" in check.cure
 
 
@@ -162,6 +163,10 @@ def test_user_that_exists_is_told_with_its_uid(monkeypatch: pytest.MonkeyPatch) 
     worker = found("user fdbroker-worker")
     assert worker.state == WEAKER
     assert "useradd --system" in worker.cure
+
+
+def test_group_that_no_policy_needs_is_not_asked_for() -> None:
+    assert "group fdbroker-admin" not in {check.name for check in all_checks(NOWHERE)}
 
 
 def test_user_and_group_that_the_policy_names_by_number_need_no_name(tmp_path: Path) -> None:

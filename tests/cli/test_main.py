@@ -13,6 +13,8 @@ import pytest
 import fdbroker
 from fdbroker import client
 from fdbroker.cli import main as main_module
+from fdbroker.cli import streams
+from fdbroker.cli.broker import DENIED
 from fdbroker.cli.main import main
 from fdbroker.cli.output import OutputError, ReaderGoneError
 from fdbroker.cli.scan_output import JsonOutput, Totals
@@ -65,10 +67,13 @@ def test_directory_that_may_not_be_listed_is_listed_as_an_error(
 ) -> None:
     assert main(scan_arguments(broker, *homes(tree))) == 2
     shown = capsys.readouterr()
-    assert f"/{UNLISTED}: error: denied: " in shown.out
+    assert f"/{UNLISTED}: error: {DENIED}\n" in shown.out
     assert shown.out.count(f": infected: {EICAR_NAME}\n") == len(tree.infected) * 2 // 3
     path = os.fsdecode(tree.root) + f"/{UNLISTED}"
-    assert shown.err == f"fdbroker: See why: fdbroker policy explain --action list {path}\n"
+    assert shown.err == (
+        f"fdbroker: See why (FILE: the policy of the broker on {broker.socket}):"
+        f" fdbroker policy explain --action list --policy FILE {path}\n"
+    )
 
 
 @pytest.mark.root
@@ -142,7 +147,7 @@ def test_every_failure_is_status_2_and_told(
         raise raised
 
     monkeypatch.setattr(main_module.cli, "main", fail)
-    monkeypatch.setattr(main_module, "_give_up_output", lambda: None)
+    monkeypatch.setattr(streams, "give_up", lambda _stream: None)
     assert main([]) == 2
     assert shown in capsys.readouterr().err
 
@@ -154,7 +159,7 @@ def test_reader_that_is_gone_is_told_by_the_status_alone(
         raise ReaderGoneError("Broken pipe")
 
     monkeypatch.setattr(main_module.cli, "main", fail)
-    monkeypatch.setattr(main_module, "_give_up_output", lambda: None)
+    monkeypatch.setattr(streams, "give_up", lambda _stream: None)
     assert main([]) == 141
     assert capsys.readouterr().err == ""
 
@@ -189,6 +194,71 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
 def test_wrong_use_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert "Usage: fdbroker" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("cat", "--\x1b]0;X\a"),
+        ("\x1b]0;X\a",),
+        ("policy", "\x1b]0;X\a"),
+        ("exec", "--\x1b]0;X\a"),
+        ("scan", "--timeout", "\x1b]0;X\a", "/"),
+        ("audit", "--uid", "\x1b]0;X\a", "/dev/null"),
+        ("policy", "explain", "--action", "\x1b]0;X\a", "/"),
+    ],
+)
+def test_wrong_argument_does_not_play_with_the_terminal(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == (125 if arguments[0] == "exec" else 2)
+    shown = capsys.readouterr().err
+    assert "]0;X" in shown
+    assert shown.replace("\n", "").isprintable()
+
+
+def test_message_of_an_older_click_is_shown_escaped_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_arguments: object, **_named: object) -> None:
+        raise click.NoSuchOption("--\x1b]0;X\a", ctx=click.Context(main_module.cli, info_name="fdbroker"))
+
+    monkeypatch.setattr(main_module.cli, "main", fail)
+    assert main([]) == 2
+    *usage, said = capsys.readouterr().err.splitlines()
+    assert usage == [
+        "Usage: fdbroker [OPTIONS] COMMAND [ARGS]...",
+        "Try 'fdbroker --help' for help.",
+        "",
+    ]
+    assert "--\x1b]0;X\a" not in said
+    assert "]0;X" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [(("scna", "/"), "scan"), (("statsu",), "status"), (("policy", "explian", "/"), "explain")],
+)
+def test_command_that_is_misspelt_is_told_what_was_meant(
+    arguments: tuple[str, ...], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert f"No such command '{arguments[-2] if len(arguments) > 1 else arguments[0]}'" in shown
+    assert shown.rstrip("\n").endswith(f"Did you mean {meant}?")
+    assert shown.count("Did you mean") == 1
+
+
+def test_command_that_is_like_no_other_is_told_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["xyzzy"]) == 2
+    assert "Did you mean" not in capsys.readouterr().err
+
+
+def test_command_without_arguments_shows_its_help_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    shown = capsys.readouterr()
+    assert "\n  scan " in shown.out + shown.err
+    assert "Error" not in shown.err
 
 
 def test_shell_completes_commands_and_options() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdbroker.cli.output import path_members, shell_word
+from fdbroker.cli.output import counted, path_members, shell_word
 from fdbroker.cli.scan_output import Totals
 from fdbroker.config.names import printable
 from fdbroker.scan.run import Scanned
@@ -37,6 +37,15 @@ UNLISTED = Scanned(b"/e", Error("denied", "no"), directory=True)
 )
 def test_name_is_shown_without_what_plays_with_a_terminal(name: bytes, shown: str) -> None:
     assert printable(name) == shown
+
+
+def test_half_of_a_surrogate_pair_as_json_may_have_it_is_shown_escaped() -> None:
+    assert printable("a\ud800b\udcff") == r"a\xed\xa0\x80b\xff"
+
+
+@pytest.mark.parametrize(("number", "shown"), [(0, "0 files"), (1, "1 file"), (2, "2 files")])
+def test_one_thing_is_no_plural(number: int, shown: str) -> None:
+    assert counted(number, "file") == shown
 
 
 @given(st.binary())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import sys
@@ -70,11 +71,11 @@ def test_error_of_the_walk_comes_behind_what_was_found_before() -> None:
 
 def test_words_say_of_how_many_and_whether_there_may_be_more() -> None:
     ahead = Ahead(FILES, 1000)
-    totals = Totals(files=1, errors=2)
+    totals = Totals(files=1, errors=1)
     next(ahead)
-    assert _words(totals, ahead) == "1/65+ files, 0 infected, 2 errors"
+    assert _words(totals, ahead) == "1/65+ files, 0 infected, 1 error"
     list(ahead)
-    assert _words(totals, ahead) == "1/300 files, 0 infected, 2 errors"
+    assert _words(totals, ahead) == "1/300 files, 0 infected, 1 error"
 
 
 @pytest.mark.parametrize(
@@ -182,3 +183,18 @@ def test_bar_is_drawn_a_few_times_a_second_at_most(monkeypatch: pytest.MonkeyPat
         screen.now += 0.06
         progress.update(Totals(files=3), ahead)
         assert "3/0+ files" in screen.drawn()
+
+
+def test_bar_shows_a_finding_before_its_line_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    ahead = Ahead(FILES, 1000)
+    list(ahead)
+    with ScanProgress(wanted=True) as progress:
+        progress.update(Totals(files=1), ahead)
+        progress.update(Totals(files=2, infected=1), ahead)
+        assert "2/300" not in shown.getvalue()  # too soon
+        progress.refresh(Totals(files=3, infected=1), ahead)
+        assert "3/300 files, 1 infected" in shown.getvalue()

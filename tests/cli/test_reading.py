@@ -15,6 +15,7 @@ import pytest
 
 from fdbroker import Client, Reason, UnavailableError
 from fdbroker.cli import cat
+from fdbroker.cli.broker import DENIED
 from fdbroker.testing import FakeBroker
 from tests.cli.commands import command, environment, path_of, run_as, run_bytes, run_here
 from tests.running_broker import CLIENT_UID, policy, reachable_directory, rule, running_broker
@@ -68,7 +69,8 @@ def test_cat_goes_on_after_a_file_that_is_not_given_and_tells_why(broker: str) -
     assert result.stdout == "first\n"
     denied, missing, broken, directory = result.stderr.splitlines()
     assert denied == (
-        "fdbroker: /data/secret: denied by the broker's policy. See why: fdbroker policy explain /data/secret"
+        f"fdbroker: /data/secret: {DENIED}. See why (FILE: the policy of the broker on {broker}):"
+        " fdbroker policy explain --policy FILE /data/secret"
     )
     assert missing.startswith("fdbroker: /data/none: the policy allows it, but there is no such file")
     assert broken.startswith("fdbroker: /data/bad: the broker failed")
@@ -80,7 +82,7 @@ def test_command_that_shows_why_can_be_pasted_whatever_the_name(directory: Path)
     with FakeBroker({ODD: Reason.DENIED}, socket_path=path):
         result = run_bytes("cat", "--socket", path, ODD)
     assert result.stderr.isascii()
-    word = result.stderr.rstrip(b"\n").partition(b"policy explain ")[2]
+    word = result.stderr.rstrip(b"\n").partition(b"--policy FILE ")[2]
     shown = subprocess.run(["bash", "-c", b"printf %s " + word], capture_output=True, check=True)
     assert shown.stdout == ODD
 
@@ -180,7 +182,7 @@ def test_ls_goes_on_after_a_path_that_is_not_given(broker: str) -> None:
     result = run_here("ls", "--socket", broker, "/data/secret", "/data/deep", "/none")
     assert result.returncode == 1
     assert result.stdout.endswith("/data/deep:\nx\n")
-    assert "See why: fdbroker policy explain --action list /data/secret" in result.stderr
+    assert "fdbroker policy explain --action list --policy FILE /data/secret" in result.stderr
     assert "fdbroker: /none: " in result.stderr
 
 
@@ -191,7 +193,7 @@ def test_ls_of_a_file_that_may_not_be_described_recommends_to_explain_that(direc
     with running_broker(directory, policy(directory, listing)) as running:
         result = run_here("ls", "--socket", str(running.socket), str(directory / "file"))
     assert (result.returncode, result.stdout) == (1, "")
-    assert f"See why: fdbroker policy explain --action stat {directory}/file" in result.stderr
+    assert f"fdbroker policy explain --action stat --policy FILE {directory}/file" in result.stderr
 
 
 @pytest.mark.root

@@ -78,7 +78,7 @@ def test_lost_answer_of_a_broker_that_took_the_policy_is_told_as_success(directo
     with ThreadedBroker(str(directory / "control"), telling(OLD, loses=True), telling(new)):
         result = reload(directory)
     assert result.returncode == 0
-    assert result.stdout == f"{directory}/policy.yaml is in force: generation 5, 1 roots, 0 rules\n"
+    assert result.stdout == f"{directory}/policy.yaml is in force: generation 5, 1 root, 0 rules\n"
     assert result.stderr.startswith("fdbroker: the broker's answer was lost (")
 
 
@@ -136,7 +136,7 @@ def test_reload_names_what_of_the_file_only_a_restart_changes(directory: Path) -
         every = reload(directory)
         file.write_text(first)
         back = reload(directory)
-    in_force = f"{file} is in force: generation {{}}, 1 roots, 0 rules\n"
+    in_force = f"{file} is in force: generation {{}}, 1 root, 0 rules\n"
     results = [same, one, every, back]
     assert [result.stdout for result in results] == [in_force.format(number) for number in (2, 3, 4, 5)]
     assert [result.returncode for result in results] == [0, 0, 0, 0]

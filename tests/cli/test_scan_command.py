@@ -10,11 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import pytest
 
+from fdbroker.cli.broker import DENIED
 from fdbroker.cli.scan import WORKER_USER, worker_ids
 from tests.cli.commands import (
     AS_ROOT,
@@ -36,12 +38,11 @@ from tests.scan.trees import Tree, make_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.for_other_users import ForOtherUsers
     from tests.running_broker import RunningBroker
 
-DENIED = "home1/with spaces*"
+DENIED_PATHS = "home1/with spaces*"
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_clean_files_give_status_0_and_only_a_summary(broker: RunningBroker, tre
     result = run("scan", "--socket", str(broker.socket), *AS_ROOT, home(tree, 0) + "/big")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    assert result.stdout.startswith("1 files, 20971520 bytes, 0 infected, 0 errors, 0 skipped, ")
+    assert result.stdout.startswith("1 file, 20971520 bytes, 0 infected, 0 errors, 0 skipped, ")
     assert result.stdout.count("\n") == 1
 
 
@@ -97,16 +98,17 @@ def test_infected_tree_gives_status_1_and_names_each_finding(broker: RunningBrok
 @pytest.mark.root
 def test_error_beside_a_finding_gives_status_2_and_both_are_listed(directory: Path, tree: Tree) -> None:
     with reachable_directory() as other:
-        rules = [rule("all"), rule("no", effect="deny", actions=["open"], paths=[DENIED])]
+        rules = [rule("all"), rule("no", effect="deny", actions=["open"], paths=[DENIED_PATHS])]
         with running_broker(other, policy(directory / "tree", *rules)) as broker:
             result = run("scan", "--socket", str(broker.socket), *AS_ROOT, tree.root)
     assert result.returncode == 2, result.stderr
     assert result.stdout.count(f": infected: {EICAR_NAME}") == len(tree.infected)
     [error] = [line for line in result.stdout.splitlines() if ": error: " in line]
-    assert error.startswith(f"{home(tree, 1)}/with spaces and 'quotes': error: denied: ")
-    assert " 1 errors, " in result.stdout
+    assert error == f"{home(tree, 1)}/with spaces and 'quotes': error: {DENIED}"
+    assert " 1 error, " in result.stdout
     quoted = shlex.quote(f"{home(tree, 1)}/with spaces and 'quotes'")
-    assert result.stderr == f"fdbroker: See why: fdbroker policy explain {quoted}\n"
+    assert result.stderr.endswith(f": fdbroker policy explain --policy FILE {quoted}\n")
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.root
@@ -158,7 +160,10 @@ def test_unprivileged_scan_in_which_nothing_is_wrong_says_so_by_silence(
     result = run_as(
         CLIENT_UID, others, "scan", "-v", "--socket", str(broker.socket), home(tree, 1) + "/empty"
     )
-    assert f"worker: ids not in force: unchanged: uid {CLIENT_UID}, as who started it\n" in result.stderr
+    assert (
+        "worker: ids stay those of who started it: only root can change them, and the other layers hold"
+        in result.stderr
+    )
 
 
 @pytest.mark.root
@@ -170,6 +175,32 @@ def test_verbose_lists_clean_and_skipped_and_the_confinement(broker: RunningBrok
     assert r"/new\x0aline/\x1b[31mred: clean" in result.stdout
     assert "fdbroker: worker: seccomp in force: " in result.stderr
     assert "\x1b" not in result.stdout + result.stderr
+
+
+@pytest.mark.root
+def test_file_below_several_arguments_is_scanned_once(broker: RunningBroker, tree: Tree) -> None:
+    arguments = (
+        home(tree, 1) + "/empty",
+        home(tree, 1),
+        os.fsdecode(tree.root),
+        home(tree, 1),
+        home(tree, 0),
+    )
+    result = run("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, *arguments)
+    whole = run("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, tree.root)
+    paths = [path_of(line) for line in lines(result.stdout, "file")]
+    assert sorted(paths) == sorted(path_of(line) for line in lines(whole.stdout, "file"))
+    [once], [alone] = lines(result.stdout, "summary"), lines(whole.stdout, "summary")
+    assert once | {"seconds": 0} == alone | {"seconds": 0}
+
+
+@pytest.mark.root
+def test_help_and_documents_say_that_what_is_hidden_is_not_scanned() -> None:
+    help_text = " ".join(run("scan", "--help").stdout.split())
+    assert "What the policy hides from listing is not seen, so it is not scanned" in help_text
+    for name in ("README.md", "docs/quick-start.md", "docs/scan.md"):
+        text = " ".join((Path(__file__).parents[2] / name).read_text().split())
+        assert "hat the policy hides from listing is not seen, so it is not scanned" in text, name
 
 
 @pytest.mark.root

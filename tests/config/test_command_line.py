@@ -85,7 +85,7 @@ def test_an_output_that_can_not_be_written_is_a_problem(
 
 def test_check_says_that_there_is_no_problem(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(policy), "--dev"]) == 0
-    assert capsys.readouterr() == (f"{policy}: 1 roots, 0 rules, no problems\n", "")
+    assert capsys.readouterr() == (f"{policy}: 1 root, 0 rules, no problems\n", "")
 
 
 def test_check_of_a_policy_for_another_machine_looks_at_nothing_here(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from fdbroker.cli import streams
+
 try:
     from fdbroker.cli.main import main
 except ModuleNotFoundError as missing:
@@ -11,7 +13,8 @@ except ModuleNotFoundError as missing:
     package = (missing.name or "").partition(".")[0]
     if package != "click":
         raise
-    sys.stderr.write(f"fdbroker: the command needs {package}: pip install 'fdbroker[cli]'\n")
+    streams.prepare()
+    streams.write_error(f"fdbroker: the command needs {package}: pip install 'fdbroker[cli]'\n")
     sys.exit(2)
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pwd
+import stat
 import sys
 from collections import deque
 from typing import TYPE_CHECKING
@@ -21,7 +23,7 @@ from fdbroker.cli.audit_file import (
 )
 from fdbroker.cli.failure import Failure
 from fdbroker.cli.output import coloured, complain_printable, write_json, write_line
-from fdbroker.config.names import printable, user_text
+from fdbroker.config.names import id_of_number, is_number, printable, user_name, user_text
 from fdbroker.policy.globs import Glob, compile_glob
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FILE = "/var/log/fdbroker/audit.jsonl"
 _LINES_WHEN_FOLLOWING = 10
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 # Told in words of their own, or of no interest to people.
 _TOLD = frozenset(
     {"run", "seq", "time", "event", "connection", "socket", "request", "identity", "gid", "generation"}
@@ -73,7 +76,8 @@ def command(
 
     FILE is where the policy says that the audit goes (audit: {to: FILE}); without it
     /var/log/fdbroker/audit.jsonl; - is standard input. Records that are missing
-    (their numbers have a gap) and lines that are none are told on standard error.
+    (their numbers have a gap), lines that are none, and a file that others than
+    root can write are told on standard error.
 
     \b
     Exit status: 0  shown
@@ -89,6 +93,7 @@ def command(
     shown = _Shown(printable(file), wanted, as_json=as_json)
     if follow and file == "-":
         raise click.UsageError("standard input is read to its end anyway; --follow is for a file")
+    _warn_of_others(file)
     try:
         if follow:
             _follow(file, shown, _LINES_WHEN_FOLLOWING if count is None else count)
@@ -100,6 +105,23 @@ def command(
     except OSError as error:
         raise Failure(_unreadable(file, error)) from error
     return shown.status
+
+
+def _warn_of_others(file: str) -> None:
+    """Say who else than root can have written a file. Whoever started this knows what is his own."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return  # said where it is opened, or there is none yet
+    if not stat.S_ISREG(status.st_mode):
+        return
+    if status.st_uid not in {0, os.geteuid()}:
+        found = f"belongs to {printable(user_name(status.st_uid))}"
+    elif status.st_mode & _OTHERS_WRITE:
+        found = f"has mode 0{stat.S_IMODE(status.st_mode):03o}"
+    else:
+        return
+    complain_printable(f"{printable(file)}: {found}, so others than root can have written what it says")
 
 
 def _follow(file: str, shown: _Shown, count: int) -> None:
@@ -196,12 +218,15 @@ def _time(record: Mapping[str, object]) -> str:
 
 
 def _uid(user: str | None) -> int | None:
-    if user is None or (user.isascii() and user.isdigit()):
-        return None if user is None else int(user)
+    if user is None:
+        return None
     try:
-        return pwd.getpwnam(user).pw_uid
-    except KeyError:
-        raise click.UsageError(f"--uid {printable(user)}: there is no such user") from None
+        uid = id_of_number(user) if is_number(user) else pwd.getpwnam(user).pw_uid
+    except (KeyError, ValueError):  # the latter for a NUL
+        uid = None
+    if uid is None:
+        raise click.UsageError(f"--uid {user}: there is no such user")
+    return uid
 
 
 def _glob(pattern: str | None) -> Glob | None:

@@ -11,6 +11,7 @@ import stat
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from fdbroker import client
 from fdbroker.cli.failure import EXIT_ERROR, Failure
@@ -36,26 +37,42 @@ def socket_option(command: _Command) -> _Command:
         "socket_path",
         type=click.UNPROCESSED,
         metavar="PATH",
+        is_eager=True,
         callback=_from_group,
         help=f"The broker's socket.  [environment: {SOCKET_VARIABLE}; default: {client.DEFAULT_SOCKET}]",
     )(command)
 
 
 def control_option(command: _Command) -> _Command:
-    """Give a command the option --control."""
+    """Give a command the option --control: None where another socket is named, but no control socket."""
     return click.option(
         "--control",
         "control_path",
-        default=DEFAULT_CONTROL,
-        envvar=CONTROL_VARIABLE,
         type=click.UNPROCESSED,
         metavar="PATH",
-        help=f"The broker's control socket.  [environment: {CONTROL_VARIABLE}; default: {DEFAULT_CONTROL}]",
+        callback=_control_from_group,
+        help="The broker's control socket.  [environment: "
+        f"{CONTROL_VARIABLE}; default: {DEFAULT_CONTROL}, if --socket names no other broker]",
     )(command)
 
 
 def _from_group(context: click.Context, _parameter: click.Parameter, value: str | None) -> str:
     return value or context.find_root().params.get("socket_path") or client.DEFAULT_SOCKET
+
+
+def _control_from_group(context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    """Return the control socket, None where only another broker's is known."""
+    group = context.find_root()
+    if value or group.get_parameter_source("control_path") is ParameterSource.COMMANDLINE:
+        return value or group.params["control_path"]
+    # --socket of this command was read before: it is eager.
+    socket_path = context.params.get("socket_path") or _from_group(context, _parameter, None)
+    told: str | None = group.params.get("control_path")
+    if any(
+        each.get_parameter_source("socket_path") is ParameterSource.COMMANDLINE for each in (context, group)
+    ):
+        told = None  # the environment speaks of the broker that is meant without an option
+    return told or (DEFAULT_CONTROL if socket_path == client.DEFAULT_SOCKET else None)
 
 
 def connect(socket_path: str, exit_code: int = EXIT_ERROR) -> client.Client:
@@ -156,15 +173,29 @@ def _groups_when_logging_in(user: str) -> list[int]:
         return []
 
 
-def refusal(path: bytes, error: client.BrokerError, action: str = "open") -> str:
+# The client is told the same of what no rule allows and of what is not as a rule with conditions asks.
+DENIED = "denied by the broker's policy (or it is not there as asked for, where a rule asks about the file)"
+
+
+def refusal(path: bytes, error: client.BrokerError, socket_path: str, action: str = "open") -> str:
     """Return why the broker does not give a path and what helps, printable."""
-    text = f"{printable(path)}: {printable(error.strerror or str(error))}"
     if isinstance(error, client.DeniedError) and error.reason is client.Reason.DENIED:
-        text = f"{printable(path)}: denied by the broker's policy. {see_why(path, action)}"
-    return text
+        return f"{printable(path)}: {DENIED}. {see_why(path, socket_path, action)}"
+    return f"{printable(path)}: {printable(error.strerror or str(error))}"
 
 
-def see_why(path: bytes, action: str = "open") -> str:
-    """Return the command that shows why a path was denied, in a sentence."""
-    option = "" if action == "open" else f"--action {action} "
-    return f"See why: fdbroker policy explain {option}{shell_word(path)}"
+def see_why(path: bytes, socket_path: str, action: str = "open") -> str:
+    """Return the command that shows why this user was denied a path, in a sentence.
+
+    It is for root: who is denied a file can mostly look at neither the policy nor the file.
+    """
+    beginning, options = "See why", []
+    if os.geteuid() != 0:
+        beginning += ", as root"
+        options.append(f"--as {shell_word(os.fsencode(user_name(os.geteuid())))} ")
+    if action != "open":
+        options.append(f"--action {action} ")
+    if socket_path != client.DEFAULT_SOCKET:
+        beginning += f" (FILE: the policy of the broker on {printable(socket_path)})"
+        options.append("--policy FILE ")
+    return f"{beginning}: fdbroker policy explain {''.join(options)}{shell_word(path)}"

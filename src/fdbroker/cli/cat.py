@@ -47,7 +47,7 @@ def command(paths: Sequence[str], socket_path: str) -> int:
         try:
             with connected.open_many(starts) as results:
                 for path, result in zip(starts, results, strict=True):
-                    problem = _cat(path, result)
+                    problem = _cat(path, result, socket_path)
                     if problem is not None:
                         complain_printable(problem)
                         status = 1
@@ -57,10 +57,10 @@ def command(paths: Sequence[str], socket_path: str) -> int:
     return status
 
 
-def _cat(path: bytes, result: OpenedFile) -> str | None:
+def _cat(path: bytes, result: OpenedFile, socket_path: str) -> str | None:
     """Write a file; return why that was not possible, printable, or None."""
     if result.error is not None:
-        return broker.refusal(path, result.error)
+        return broker.refusal(path, result.error, socket_path)
     with result.file as file:
         problem = _write(file)
     return None if problem is None else f"{printable(path)}: can't be read: {printable(problem)}"

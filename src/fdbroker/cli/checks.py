@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker import client
 from fdbroker.broker.identity import probe_level
 from fdbroker.cli.broker import obstacle
+from fdbroker.cli.output import counted
 from fdbroker.cli.policy_file import changes_for_restart
 from fdbroker.client import BrokerError, control
 from fdbroker.config.names import group_name, printable, user_name
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from fdbroker.config import CompiledPolicy
 
-OK, WEAKER, MISSING = "ok", "weaker", "missing"
+OK, WEAKER, BROKEN, MISSING = "ok", "weaker", "broken", "missing"
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _MODULES_OF_DAEMON = {
     "yaml": "PyYAML",
@@ -45,7 +46,10 @@ _MODULES_OF_DAEMON = {
 
 
 class Check(NamedTuple):
-    """One answer. `state` WEAKER: it works, with less protection or convenience. `cure` is empty if OK."""
+    """One answer. `cure` is empty if OK.
+
+    `state` WEAKER: it works, with less protection or convenience. BROKEN: it is there, and wrong.
+    """
 
     name: str
     state: str
@@ -55,10 +59,10 @@ class Check(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where to look."""
+    """Where to look. `control` None: nobody said which is that of this broker."""
 
     socket: str
-    control: str
+    control: str | None
     policy: str
 
 
@@ -231,7 +235,6 @@ def _accounts(compiled: CompiledPolicy | None, *, otherwise: str) -> list[Check]
     return [
         _user(user, otherwise, "whom the broker runs as, with one capability and nothing else"),
         _group(group, otherwise, "whose members may connect to the broker"),
-        _group("fdbroker-admin", WEAKER, "whose members may see the full status, if 'admins' says so"),
         _user("fdbroker-worker", WEAKER, "who reads hostile files when root runs fdbroker scan"),
     ]
 
@@ -314,8 +317,10 @@ def _policy_file(path: str) -> tuple[Check, CompiledPolicy | None]:
     except ConfigError as error:
         more = f" (and {len(error.problems) - 1} more)" if len(error.problems) > 1 else ""
         cure = f"see all with: fdbroker policy check {name}"
-        return Check(name, MISSING, f"{error.problems[0]}{more}", meaning, cure), None
-    counts = f"root's, {len(compiled['roots'])} roots, {len(compiled['rules'])} rules, no problems"
+        found = f"{str(error.problems[0]).removeprefix(f'{path}:').strip()}{more}"
+        return Check(name, BROKEN, found, meaning, cure), None
+    roots, rules = counted(len(compiled["roots"]), "root"), counted(len(compiled["rules"]), "rule")
+    counts = f"root's, {roots}, {rules}, no problems"
     return Check(name, OK, counts, meaning), compiled
 
 
@@ -333,17 +338,29 @@ def _broker(places: Places, compiled: CompiledPolicy | None) -> list[Check]:
         return [Check(name, MISSING, found, meaning, cure)]
     found = f"answers on {printable(places.socket)}, policy generation {status.get('generation')}"
     checks = [Check(name, OK, found, meaning)]
-    whole: dict[str, object] = {}
+    control_socket, whole = _control_socket(places, status)
+    checks.append(control_socket)
+    return [*checks, *_layers(status), *_in_force(whole, compiled, places.policy)]
+
+
+def _control_socket(places: Places, status: dict[str, object]) -> tuple[Check, dict[str, object]]:
+    """Return what the control socket of the broker with this status is worth, and the whole status."""
+    name, meaning = "control socket", "reload, status and explain need it"
+    if places.control is None:
+        found = "not asked: nothing says where this broker has it"
+        return Check(name, WEAKER, found, meaning, "name it: --control PATH"), {}
+    shown = printable(places.control)
     try:
         with control.connect(os.fsencode(places.control), timeout=5.0) as connection:
             whole = connection.status()
     except BrokerError as error:
         found, cure = obstacle(places.control, error, "--control")
-        checks.append(Check("control socket", WEAKER, found, "reload, status and explain need it", cure))
-    else:
-        found = f"answers on {printable(places.control)}"
-        checks.append(Check("control socket", OK, found, "reload, status and explain need it"))
-    return [*checks, *_layers(status), *_in_force(whole, compiled, places.policy)]
+        return Check(name, WEAKER, found, meaning, cure), {}
+    # Each start of a broker has its number, if it has an audit.
+    if whole.get("audit") != status.get("audit"):
+        found = f"{shown} is another broker's than {printable(places.socket)}"
+        return Check(name, BROKEN, found, meaning, "name that of the same broker: --control PATH"), {}
+    return Check(name, OK, f"answers on {shown}", meaning), whole
 
 
 def _layers(status: dict[str, object]) -> list[Check]:

@@ -18,14 +18,20 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def connected(control_path: str, exit_code: int = EXIT_ERROR) -> Iterator[Control]:
+def connected(control_path: str | None, exit_code: int = EXIT_ERROR) -> Iterator[Control]:
     """Give a connection to the control socket.
 
     Raises:
-        Failure: there is no way to the broker, it does not answer, or it was asked about what is no path;
-            the text says what to do.
+        Failure: there is no way to the broker, nobody said which (None), it does not answer, or it was asked
+            about what is no path; the text says what to do.
 
     """
+    if control_path is None:
+        raise Failure(
+            "--socket names another broker than the usual one; name its control socket as well: --control"
+            " PATH",
+            exit_code,
+        )
     try:
         with control.connect(os.fsencode(control_path)) as connection:
             yield connection

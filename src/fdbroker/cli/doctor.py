@@ -7,12 +7,12 @@ import os
 import click
 
 from fdbroker.cli import broker
-from fdbroker.cli.checks import MISSING, OK, WEAKER, Check, Places, all_checks
+from fdbroker.cli.checks import BROKEN, MISSING, OK, WEAKER, Check, Places, all_checks
 from fdbroker.cli.output import coloured, write_json, write_line
 from fdbroker.config import DEFAULT_POLICY
 from fdbroker.config.names import printable
 
-_COLOURS = {OK: "green", WEAKER: "yellow", MISSING: "red"}
+_COLOURS = {OK: "green", WEAKER: "yellow", BROKEN: "red", MISSING: "red"}
 
 
 @click.command("doctor", short_help="Check what this machine and its set-up can promise.")
@@ -28,17 +28,19 @@ _COLOURS = {OK: "green", WEAKER: "yellow", MISSING: "red"}
 )
 @broker.control_option
 @broker.socket_option
-def command(socket_path: str, control_path: str, policy_path: str, *, as_json: bool, verbose: bool) -> int:
+def command(
+    socket_path: str, control_path: str | None, policy_path: str, *, as_json: bool, verbose: bool
+) -> int:
     """Check what this kernel and this set-up can promise, layer by layer.
 
     Each line says what was found. "ok": in order. "weaker": it works, with one
-    layer of protection or one convenience less. "missing": the broker can't
-    start, can't be reached or can't be trusted without it. What is not ok has
-    what it means and what to do below it. Nothing is changed. As root more can
-    be seen.
+    layer of protection or one convenience less. "broken": it is there, and wrong.
+    "missing": it is not. With either the broker can't start, can't be reached or
+    can't be trusted. What is not ok has what it means and what to do below it.
+    Nothing is changed. As root more can be seen.
 
     \b
-    Exit status: 0  nothing is missing
+    Exit status: 0  nothing is missing or broken
                  1  something is
                  2  wrong use, or the output could not be written
 
@@ -47,16 +49,15 @@ def command(socket_path: str, control_path: str, policy_path: str, *, as_json: b
                fdbroker doctor --json | jq '.checks[] | select(.state != "ok")'
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
     checks = all_checks(Places(socket_path, control_path, policy_path))
-    missing = sum(check.state == MISSING for check in checks)
-    weaker = sum(check.state == WEAKER for check in checks)
-    status = 1 if missing else 0
+    counts = {state: sum(check.state == state for check in checks) for state in _COLOURS}
+    status = 1 if counts[MISSING] or counts[BROKEN] else 0
     if as_json:
         write_json({"checks": [check._asdict() for check in checks], "exit_status": status})
         return status
     width = max(len(check.name) for check in checks)
     for check in checks:
         _write(check, width, verbose=verbose)
-    text = f"{len(checks)} checks: {len(checks) - missing - weaker} ok, {weaker} weaker, {missing} missing."
+    text = f"{len(checks)} checks: {', '.join(f'{count} {state}' for state, count in counts.items())}."
     write_line(f"{text}" if os.geteuid() == 0 else f"{text} As root more can be seen.")
     return status
 

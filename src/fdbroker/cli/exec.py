@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import traceback
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from fdbroker.cli import broker
 from fdbroker.cli.failure import Failure
+from fdbroker.cli.output import complain_of_bug
 from fdbroker.cli.paths import absolute
 from fdbroker.client import BrokerError
 from fdbroker.config.names import printable
@@ -36,6 +36,8 @@ class _ExecCommand(click.Command):
             return super().make_context(*arguments, **named)
         except click.ClickException as error:
             raise _wrong_use(error) from error
+        except OSError as error:
+            raise Failure(f"the help could not be written: {error.strerror}", EXIT_FAILED) from error
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's
         try:
@@ -47,7 +49,7 @@ class _ExecCommand(click.Command):
         except KeyboardInterrupt as error:
             raise Failure("interrupted", EXIT_FAILED) from error
         except Exception:  # noqa: BLE001 - shown, and never taken for PROGRAM's own status
-            traceback.print_exc()
+            complain_of_bug()
             return EXIT_FAILED
 
 
@@ -119,7 +121,7 @@ def _give_file(path: bytes, socket_path: str, number: int) -> None:
         try:
             descriptor = connected.open_descriptor(path)
         except BrokerError as error:
-            raise Failure(broker.refusal(path, error), EXIT_FAILED) from error
+            raise Failure(broker.refusal(path, error, socket_path), EXIT_FAILED) from error
     _move(descriptor, number)
 
 

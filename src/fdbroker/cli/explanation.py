@@ -6,8 +6,8 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any
 
-from fdbroker.cli.output import coloured, path_members
-from fdbroker.config.names import group_text, printable, user_text
+from fdbroker.cli.output import coloured, counted, path_members
+from fdbroker.config.names import group_text, printable, user_name, user_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -98,7 +98,12 @@ def lines_of(explanation: Explanation, source: str, *, verbose: bool) -> list[st
         lines += ["", f"{hidden} other rules are not about this at all (-v shows them)."]
     colour = _COLOURS[explanation.verdict.decision]
     sentence = explanation.sentence
-    return [*lines, "", coloured(printable(sentence[:1].upper() + sentence[1:]) + ".", colour)]
+    lines += ["", coloured(printable(sentence[:1].upper() + sentence[1:]) + ".", colour)]
+    if explanation.verdict.decision == "unknown" and os.geteuid() != 0:
+        lines.append(
+            f"Root can look at it: run this again as root, with --as {printable(user_name(client.uid))}."
+        )
+    return lines
 
 
 def _is_near(rule: RuleReport, explanation: Explanation) -> bool:
@@ -123,7 +128,8 @@ def _object_line(seen: Seen) -> str:
     facts: FileFacts = seen.facts
     return (
         f"{_type(facts.st_mode)}, owner {user_text(facts.st_uid)}, group {group_text(facts.st_gid)},"
-        f" mode 0{stat.S_IMODE(facts.st_mode):03o}, {facts.st_size} bytes, {facts.st_nlink} links"
+        f" mode 0{stat.S_IMODE(facts.st_mode):03o}, {counted(facts.st_size, 'byte')},"
+        f" {counted(facts.st_nlink, 'link')}"
     )
 
 
@@ -210,5 +216,6 @@ def lines_of_answer(answer: Mapping[str, Any], path: bytes) -> list[str]:
             lines.append(f"{label.ljust(6)}  if the file meets the conditions of rule {shown}")
     colour = _COLOURS[decision]
     sentence = _sentence(answer)
-    who = "Who may read the policy file sees the rules themselves: fdbroker policy explain --as USER PATH."
-    return [*lines, "", coloured(f"{sentence[:1].upper()}{sentence[1:]}.", colour), who]
+    user = printable(user_name(os.geteuid()))
+    more = f"Root sees the rules and the file: run this again as root, with --as {user}."
+    return [*lines, "", coloured(f"{sentence[:1].upper()}{sentence[1:]}.", colour), more]

@@ -72,7 +72,7 @@ def command(paths: Sequence[str], socket_path: str, *, is_long: bool, as_json: b
             except BrokerError as error:
                 if is_about_the_connection(error):
                     raise Failure(str(broker.obstacle(socket_path, error))) from error
-                complain_printable(broker.refusal(path, error, action))
+                complain_printable(broker.refusal(path, error, socket_path, action))
                 status = 1
                 continue
             if as_json:

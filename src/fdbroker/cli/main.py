@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
-import os
 import signal
 import sys
-import traceback
 from typing import TYPE_CHECKING
 
 import click
 
 import fdbroker
-from fdbroker.cli.broker import SOCKET_VARIABLE
+from fdbroker.cli import streams
+from fdbroker.cli.broker import CONTROL_VARIABLE, SOCKET_VARIABLE
 from fdbroker.cli.failure import EXIT_ERROR, Failure
-from fdbroker.cli.output import OutputError, ReaderGoneError
+from fdbroker.cli.group import SuggestingGroup
+from fdbroker.cli.output import (
+    OutputError,
+    ReaderGoneError,
+    complain,
+    complain_of_bug,
+    complain_printable,
+)
+from fdbroker.config.names import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +34,7 @@ COMMANDS = ("scan", "cat", "ls", "exec", "policy", "reload", "status", "audit", 
 _EXTRAS = {"rich": "cli", "msgspec": "daemon", "yaml": "daemon"}
 
 
-class _Commands(click.Group):
+class _Commands(SuggestingGroup):
     """Finds a command in its module when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
@@ -62,6 +67,14 @@ def _show_version(context: click.Context, _parameter: click.Parameter, value: bo
     f"  [environment: {SOCKET_VARIABLE}]",
 )
 @click.option(
+    "--control",
+    "control_path",
+    envvar=CONTROL_VARIABLE,
+    type=click.UNPROCESSED,
+    metavar="PATH",
+    help=f"The broker's control socket, likewise.  [environment: {CONTROL_VARIABLE}]",
+)
+@click.option(
     "--version",
     is_flag=True,
     is_eager=True,
@@ -69,7 +82,7 @@ def _show_version(context: click.Context, _parameter: click.Parameter, value: bo
     callback=_show_version,
     help="Show the version and exit.",
 )
-def cli(socket_path: str | None) -> None:
+def cli(socket_path: str | None, control_path: str | None) -> None:
     """Read files through the fdbroker daemon, as far as its policy allows you to.
 
     The broker opens files that you have no right to and hands them to you, open
@@ -92,35 +105,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failure that nobody thought of: Python's own 1 would mean "infected" to
     whoever runs a scan.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # What the terminal's encoding lacks is escaped, not an exception; and a finding is not held back.
-            stream.reconfigure(errors="backslashreplace", line_buffering=True)
+    streams.prepare()
+    status = _run(arguments)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Told already, or of less weight than what was.
+        streams.give_up(sys.stdout)
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         status = cli.main(arguments, prog_name="fdbroker", standalone_mode=False)
         sys.stdout.flush()
-    except click.ClickException as error:
+    except Failure as error:
         error.show()
-        return error.status if isinstance(error, Failure) else EXIT_ERROR
+        return error.status
+    except click.ClickException as error:
+        streams.write_error(_wrong_use(error))
     except (click.Abort, KeyboardInterrupt):
-        sys.stderr.write("fdbroker: interrupted\n")
+        complain_printable("interrupted")
     except ReaderGoneError:
-        _give_up_output()
+        streams.give_up(sys.stdout)
         return EXIT_READER_GONE
     except (OutputError, BrokenPipeError) as error:
-        _give_up_output()
-        sys.stderr.write(f"fdbroker: the output could not be written: {error}\n")
+        streams.give_up(sys.stdout)
+        complain(f"the output could not be written: {error}")
     except ModuleNotFoundError as missing:
         extra = missing_extra(missing)
         if extra is None:
-            traceback.print_exc()
+            complain_of_bug()
         else:
-            Failure(extra).show()
+            complain_printable(extra)
+    except OSError as error:
+        # Of what click writes itself: the help. All else is dealt with where it can be told what it is about.
+        streams.give_up(sys.stdout)
+        complain(str(error))
     except Exception:  # noqa: BLE001 - shown, and never taken for a verdict
-        traceback.print_exc()
+        complain_of_bug()
     else:
         return status if isinstance(status, int) else 0
     return EXIT_ERROR
+
+
+def _wrong_use(error: click.ClickException) -> str:
+    """Return what click says of wrong use. Older versions show arguments in it as they are."""
+    text = f"Error: {printable(error.format_message())}\n"
+    context = getattr(error, "ctx", None)
+    if context is None:
+        return text
+    if error.message == context.get_help():
+        return f"{error.message}\n"  # nothing was asked for
+    return f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n\n{text}"
 
 
 def missing_extra(missing: ModuleNotFoundError) -> str | None:
@@ -130,11 +167,3 @@ def missing_extra(missing: ModuleNotFoundError) -> str | None:
     if extra is None:
         return None
     return f"the command needs {package}: pip install 'fdbroker[{extra}]'"
-
-
-def _give_up_output() -> None:
-    """Let the interpreter's last flush go nowhere, or it would choose the exit status."""
-    with contextlib.suppress(OSError):
-        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)

@@ -7,10 +7,12 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 import click
 
+from fdbroker.cli import streams
 from fdbroker.config.names import printable
 
 if TYPE_CHECKING:
@@ -32,6 +34,11 @@ def shell_word(path: bytes) -> str:
     if shown == text:
         return shlex.quote(text)
     return "$'" + shown.replace("'", "\\'") + "'"
+
+
+def counted(number: int, thing: str) -> str:
+    """Return how many there are of a thing, in words."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def path_members(path: bytes) -> dict[str, str]:
@@ -56,7 +63,12 @@ def complain(text: str) -> None:
 
 def complain_printable(text: str) -> None:
     """Do the same with a text that is printable as it is: names in it went through `printable`."""
-    sys.stderr.write(f"fdbroker: {text}\n")
+    streams.write_error(f"fdbroker: {text}\n")
+
+
+def complain_of_bug() -> None:
+    """Write the traceback of what is handled to standard error."""
+    streams.write_error(traceback.format_exc())
 
 
 def write_json(document: Mapping[str, object]) -> None:

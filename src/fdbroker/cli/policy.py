@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -19,11 +18,13 @@ from fdbroker.cli.explanation import (
     to_document,
 )
 from fdbroker.cli.failure import EXIT_ERROR, Failure
+from fdbroker.cli.group import SuggestingGroup
 from fdbroker.cli.output import complain_printable, write_json, write_line, write_text
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.policy_file import problems_as_failure
+from fdbroker.cli.streams import write_error
 from fdbroker.config import DEFAULT_POLICY
-from fdbroker.config.names import printable
+from fdbroker.config.names import id_of_number, is_number, printable
 
 if TYPE_CHECKING:
     from fdbroker.config.explain import LoadedPolicy
@@ -35,7 +36,7 @@ _dev_option = click.option(
 _UNREADABLE = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR})
 
 
-@click.group("policy", short_help="Check, compile and explain the policy.")
+@click.group("policy", cls=SuggestingGroup, short_help="Check, compile and explain the policy.")
 def command() -> None:
     """Check, compile and explain the policy: who may read what.
 
@@ -118,7 +119,7 @@ def _config(*arguments: str) -> int:
         write_text(run(arguments))
     except (ConfigError, UnwrittenError) as error:
         # As the compilers of other languages do: the line begins with the file, for editors.
-        sys.stderr.write(f"{error}\n")
+        write_error(f"{error}\n")
         return EXIT_ERROR
     return 0
 
@@ -156,7 +157,7 @@ def explain_command(  # noqa: PLR0913 - one for each option
     action: str,
     unit: str | None,
     cgroup: str | None,
-    control_path: str,
+    control_path: str | None,
     *,
     as_json: bool,
     verbose: bool,
@@ -244,9 +245,12 @@ def _client(loaded: LoadedPolicy, user: str | None, unit: str | None, cgroup: st
             group = unit_cgroup(unit)
         except ScalarError as error:
             raise click.UsageError(f"--unit: {error}") from error
-    client = explain.client_of_this_process() if user is None else explain.client_of_user(user)
+    client: ClientFacts | None = explain.client_of_this_process()
+    if user is not None:
+        possible = not is_number(user) or id_of_number(user) is not None
+        client = explain.client_of_user(user) if possible else None
     if client is None:
-        raise click.UsageError(f"--as {printable(user or '')}: there is no such user")
+        raise click.UsageError(f"--as {user}: there is no such user")
     if client.uid == OVERFLOW_ID:
         raise click.UsageError(
             f"the broker serves no process with uid {OVERFLOW_ID}: every id that a user namespace does not"

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from fdbroker.cli.output import counted
 from fdbroker.scan.tree import File
 
 if TYPE_CHECKING:
@@ -133,9 +134,14 @@ class ScanProgress:
 
     def update(self, totals: Totals, ahead: Ahead) -> None:
         """Show the counts, a few times a second."""
-        now = time.monotonic()
-        if self._progress.disable or now < self._next:
+        if time.monotonic() >= self._next:
+            self.refresh(totals, ahead)
+
+    def refresh(self, totals: Totals, ahead: Ahead) -> None:
+        """Show the counts now, as before a finding: the bar beside it must not say that there is none."""
+        if self._progress.disable:
             return
+        now = time.monotonic()
         self._next = now + _INTERVAL
         seconds = max(now - self._began, 0.001)
         self._progress.update(
@@ -162,7 +168,7 @@ class ScanProgress:
 
 def _words(totals: Totals, ahead: Ahead) -> str:
     of = f"{ahead.files}" if ahead.complete else f"{ahead.files}+"
-    return f"{totals.files}/{of} files, {totals.infected} infected, {totals.errors} errors"
+    return f"{totals.files}/{of} files, {totals.infected} infected, {counted(totals.errors, 'error')}"
 
 
 def _size(count: float) -> str:

@@ -11,7 +11,7 @@ import click
 from fdbroker.cli import broker
 from fdbroker.cli.control import connected
 from fdbroker.cli.failure import Failure
-from fdbroker.cli.output import complain_printable, write_line
+from fdbroker.cli.output import complain_printable, counted, write_line
 from fdbroker.cli.policy_file import changes_for_restart, load
 from fdbroker.client import BrokerError, Reason
 from fdbroker.config import DEFAULT_POLICY
@@ -38,7 +38,7 @@ _REFUSALS = frozenset({Reason.POLICY, Reason.DENIED, Reason.IDENTITY, Reason.AUD
 )
 @click.option("--dev", is_flag=True, help="Accept a file of yours, also below /tmp; for development only.")
 @broker.control_option
-def command(policy_path: str, control_path: str, *, dev: bool) -> int:
+def command(policy_path: str, control_path: str | None, *, dev: bool) -> int:
     """Compile the policy file and have the running broker decide by it, as root.
 
     All or nothing: if anything is wrong with it, each problem is shown with its
@@ -74,7 +74,7 @@ def command(policy_path: str, control_path: str, *, dev: bool) -> int:
         # sees another one begin.
         generation = _generation_in_force(policy_path, compiled, control_path, before, lost)
         complain_printable(f"the broker's answer was lost ({lost}), so it was asked what is in force")
-    counts = f"{len(compiled['roots'])} roots, {len(compiled['rules'])} rules"
+    counts = f"{counted(len(compiled['roots']), 'root')}, {counted(len(compiled['rules']), 'rule')}"
     write_line(f"{printable(policy_path)} is in force: generation {generation}, {counts}")
     changes = changes_for_restart(compiled, before)
     if changes:
@@ -101,7 +101,7 @@ def _hand_over(control: Control, compiled: CompiledPolicy) -> int:
 
 
 def _generation_in_force(
-    policy_path: str, compiled: CompiledPolicy, control_path: str, before: dict[str, object], lost: str
+    policy_path: str, compiled: CompiledPolicy, control_path: str | None, before: dict[str, object], lost: str
 ) -> object:
     """Return the generation of this policy, if the broker decides by it.
 

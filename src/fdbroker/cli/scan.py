@@ -17,7 +17,7 @@ from fdbroker.cli.output import OutputError, ReaderGoneError, complain, complain
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.progress import Ahead, ScanProgress
 from fdbroker.cli.scan_output import HumanOutput, JsonOutput, Output, Totals
-from fdbroker.config.names import printable
+from fdbroker.config.names import id_of_number, is_number, printable
 from fdbroker.sandbox.confine import ConfinementError
 from fdbroker.scan import hashes
 from fdbroker.scan.run import Scanned, scan
@@ -26,7 +26,9 @@ from fdbroker.scan.tree import walk
 from fdbroker.scan.verdict import Clean, Error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from fdbroker.scan.tree import Found
 
 WORKER_USER = "fdbroker-worker"
 
@@ -77,10 +79,11 @@ def command(
     The broker opens the files, as far as its policy allows you to have them. A
     worker process that can do nothing else reads them and compares each file's
     SHA-256 with a list of what is known to be bad. The built-in list has the
-    EICAR test file.
+    EICAR test file. What the policy hides from listing is not seen, so it is not
+    scanned: "clean" is said of what was listed.
 
     \b
-    Exit status: 0  everything is clean
+    Exit status: 0  everything that was listed is clean
                  1  something is infected
                  2  something could not be scanned (also if something else is
                     infected), or the scan could not be done
@@ -114,7 +117,7 @@ def command(
                 # A scan whose findings nobody reads must not end like a program that was asked to stop.
                 raise OutputError(str(error)) from error
     if denied is not None and not as_json:
-        complain_printable(denied)
+        complain_printable(broker.see_why(denied.path, socket_path, "list" if denied.directory else "open"))
     return totals.exit_status()
 
 
@@ -125,14 +128,14 @@ def _scan(
     output: Output,
     *,
     show_progress: bool,
-) -> tuple[Totals, str | None]:
-    """Scan and return what it came to, and how to see why the first denied path was denied."""
+) -> tuple[Totals, Scanned | None]:
+    """Scan and return what it came to, and the first path that was denied."""
     totals = Totals()
     denied = None
     began = time.monotonic()
     try:
         with ScanProgress(wanted=show_progress) as progress:
-            ahead = Ahead(walk(connected, starts), progress.look_ahead)
+            ahead = Ahead(_once(walk(connected, starts), starts), progress.look_ahead)
             for event in scan(connected, supervisor, starts, found=ahead):
                 if isinstance(event, Scanned):
                     totals.add(event)
@@ -140,7 +143,8 @@ def _scan(
                         output.scanned(event)
                     else:
                         if isinstance(event.verdict, Error) and event.verdict.reason == "denied":
-                            denied = denied or broker.see_why(event.path, _action(event))
+                            denied = denied or event
+                        progress.refresh(totals, ahead)
                         with progress.out_of_the_way():
                             output.scanned(event)
                 else:
@@ -157,8 +161,25 @@ def _scan(
     return totals, denied
 
 
-def _action(denied: Scanned) -> str:
-    return "list" if denied.directory else "open"
+def _once(found: Iterable[Found], starts: Sequence[bytes]) -> Iterator[Found]:
+    """Leave out what was found before, below another of overlapping starts.
+
+    Each start is walked nevertheless: what lies above it may be hidden, or not be listed to its end.
+    """
+    within = [start for start in starts if any(_is_below(start, other) for other in starts)]
+    within += [start for start in set(starts) if starts.count(start) > 1]
+    seen: set[bytes] = set()
+    for each in found:
+        # Nothing else can come twice, so nothing else is remembered.
+        if any(each.path == start or _is_below(each.path, start) for start in within):
+            if each.path in seen:
+                continue
+            seen.add(each.path)
+        yield each
+
+
+def _is_below(path: bytes, directory: bytes) -> bool:
+    return path != directory and path.startswith(directory.rstrip(b"/") + b"/")
 
 
 def worker_ids(wanted: str | None) -> tuple[int, int] | None:
@@ -182,7 +203,7 @@ def worker_ids(wanted: str | None) -> tuple[int, int] | None:
             " shall be: --worker-uid USER."
         )
     if ids is None:
-        raise click.UsageError(f"--worker-uid {printable(wanted or '')}: there is no such user.")
+        raise click.UsageError(f"--worker-uid {wanted}: there is no such user.")
     if 0 in ids:
         raise click.UsageError("the worker's user and group must not be root's: see --worker-uid.")
     return ids
@@ -190,9 +211,9 @@ def worker_ids(wanted: str | None) -> tuple[int, int] | None:
 
 def _user(text: str) -> tuple[int, int] | None:
     """Return uid and gid of a user; a number that no user has is its own group."""
-    if text.isascii() and text.isdigit():
-        uid = int(text)
-        if uid > 0xFFFFFFFE:  # noqa: PLR2004 - (uid_t) -1 is no user
+    if is_number(text):
+        uid = id_of_number(text)
+        if uid is None:
             return None
         try:
             return uid, pwd.getpwuid(uid).pw_gid

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from fdbroker.cli.output import complain, path_members, write_json, write_line
+from fdbroker.cli.broker import DENIED
+from fdbroker.cli.output import complain, counted, path_members, write_json, write_line
 from fdbroker.config.names import printable
 from fdbroker.sandbox.report import Layer
 from fdbroker.scan.verdict import Clean, Error, Infected
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from fdbroker.sandbox.report import LayerReport
     from fdbroker.scan.run import Scanned, Skipped
     from fdbroker.scan.verdict import Verdict
+
+
+_WHY_IDS = "only root can change them, and the other layers hold without that"
 
 
 @dataclass
@@ -71,7 +75,10 @@ class HumanOutput:
         That ids stay is no news: only root can change them.
         """
         for state in report.states:
-            if self._verbose or not (state.enforced or state.layer is Layer.IDS):
+            if state.layer is Layer.IDS and not state.enforced:
+                if self._verbose:
+                    complain(f"worker: {state.layer.value} stay those of who started it: {_WHY_IDS}")
+            elif self._verbose or not state.enforced:
                 how = "in force" if state.enforced else "not in force"
                 note = f": {state.note}" if state.note else ""
                 complain(f"worker: {state.layer.value} {how}{note}")
@@ -90,8 +97,9 @@ class HumanOutput:
         """Print one line."""
         end = "" if totals.complete else " The scan is INCOMPLETE."
         write_line(
-            f"{totals.files} files, {totals.bytes} bytes, {totals.infected} infected, {totals.errors} errors,"
-            f" {totals.skipped} skipped, {totals.seconds:.2f} seconds.{end}"
+            f"{counted(totals.files, 'file')}, {counted(totals.bytes, 'byte')}, {totals.infected} infected,"
+            f" {counted(totals.errors, 'error')}, {totals.skipped} skipped,"
+            f" {totals.seconds:.2f} seconds.{end}"
         )
 
 
@@ -145,6 +153,8 @@ class JsonOutput:
 def _words(verdict: Verdict) -> str:
     if isinstance(verdict, Infected):
         return f"infected: {printable(verdict.name)}"
+    if isinstance(verdict, Error) and verdict.reason == "denied":
+        return f"error: {DENIED}"
     if isinstance(verdict, Error):
         return f"error: {verdict.reason}: {printable(verdict.text)}"
     return "clean"

@@ -19,13 +19,14 @@ from fdbroker.config.names import printable
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object (see docs/cli.md).")
 @broker.control_option
 @broker.socket_option
-def command(control_path: str, socket_path: str, *, as_json: bool) -> int:
+def command(control_path: str | None, socket_path: str, *, as_json: bool) -> int:
     """Show the state of the running broker: its policy's generation, limits, layers of protection.
 
     Root and administrators (admins in the policy file) see all of it: counts,
     connections, roots, the state of the audit. Others see what concerns their
     own connection. Where the control socket can't be used, the other one is
-    asked, which tells less.
+    asked, which tells less; so it is where --socket names another broker than
+    the usual one and nothing says where its control socket is.
 
     \b
     Exit status: 0  the broker answered
@@ -44,7 +45,15 @@ def command(control_path: str, socket_path: str, *, as_json: bool) -> int:
     return 0
 
 
-def _ask(control_path: str, socket_path: str) -> dict[str, object]:
+def _ask(control_path: str | None, socket_path: str) -> dict[str, object]:
+    shown = printable(socket_path)
+    if control_path is None:
+        document = _ask_without_control(socket_path)
+        complain_printable(
+            f"only {shown} was asked: --control PATH names the control socket of the same broker, which tells"
+            " more."
+        )
+        return document
     try:
         with control.connect(os.fsencode(control_path)) as connection:
             return connection.status()
@@ -52,15 +61,20 @@ def _ask(control_path: str, socket_path: str) -> dict[str, object]:
         why = broker.obstacle(control_path, error, "--control")
     except BrokerError as error:
         raise Failure(str(broker.obstacle(control_path, error, "--control"))) from error
+    document = _ask_without_control(socket_path, f"{why}\n")
+    complain_printable(f"{why} So {shown} was asked, which tells less.")
+    return document
+
+
+def _ask_without_control(socket_path: str, before: str = "") -> dict[str, object]:
+    """Return what the other socket tells; `before` is what to say first if that one is not there either."""
     try:
         with client.connect(os.fsencode(socket_path)) as connected:
-            document = connected.status()
+            return connected.status()
     except UnavailableError as error:
-        raise Failure(f"{why}\n{broker.obstacle(socket_path, error)}") from error
+        raise Failure(f"{before}{broker.obstacle(socket_path, error)}") from error
     except BrokerError as error:
         raise Failure(str(broker.obstacle(socket_path, error))) from error
-    complain_printable(f"{why} So {printable(socket_path)} was asked, which tells less.")
-    return document
 
 
 def _lines(document: Mapping[str, object], indent: str = "") -> list[str]:

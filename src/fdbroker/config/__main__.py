@@ -55,7 +55,8 @@ def run(arguments: Sequence[str] | None = None) -> str:
     lookups: Lookups = OfflineLookups() if options.command == "check" and options.offline else SystemLookups()
     compiled = compile_policy(read_policy_file(options.file, dev=options.dev), options.file, lookups)
     if options.command == "check":
-        counts = f"{len(compiled['roots'])} roots, {len(compiled['rules'])} rules"
+        roots, rules = (len(compiled["roots"]), len(compiled["rules"]))
+        counts = f"{roots} root{'s' * (roots != 1)}, {rules} rule{'s' * (rules != 1)}"
         return f"{printable(options.file)}: {counts}, no problems\n"
     if options.output == "-":
         return dumps(compiled)

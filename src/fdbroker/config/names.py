@@ -6,6 +6,8 @@ import grp
 import pwd
 from functools import cache
 
+_LARGEST_ID = 0xFFFFFFFE  # (uid_t) -1 is no user
+
 
 def printable(text: bytes | str) -> str:
     r"""Return a name in a form that can't play with a terminal and can be read back.
@@ -29,6 +31,17 @@ def _escaped(character: str) -> str:
     except UnicodeEncodeError:  # JSON may have halves of surrogate pairs
         data = character.encode("utf-8", "surrogatepass")
     return "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def is_number(text: str) -> bool:
+    """Return whether a user is named by number, not by name."""
+    return text.isascii() and text.isdigit()
+
+
+def id_of_number(text: str) -> int | None:
+    """Return a user by number, None if no user can have it."""
+    digits = text.lstrip("0") or "0"  # int() refuses thousands of them
+    return None if len(digits) > len(str(_LARGEST_ID)) or int(digits) > _LARGEST_ID else int(digits)
 
 
 @cache
