@@ -28,12 +28,11 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO = CHECKOUT / "scripts" / "demo.py"
 README = CHECKOUT / "README.md"
 TOKEN = "FDBROKER_TEST_TOKEN"  # noqa: S105 - in the environment of one demonstration, to find it by
-# What is said last before a signal: nothing, all is laid out, the broker starts, it runs, it works, it ends.
+# What is said last before a signal: nothing, its beginning, the broker starts, it runs, it works, it ends.
 AT_ONCE = ""
 MOMENTS = [
     AT_ONCE,
     "fdbroker lets a program",
-    "root# cat /etc/fdbroker/policy.yaml",
     "root# fdbrokerd --daemon",
     "root# grep -E",
     "scanner$ fdbroker scan /home",
