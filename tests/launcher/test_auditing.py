@@ -16,20 +16,13 @@ import pytest
 import fdbroker
 from fdbroker.client import control
 from fdbroker.launcher.auditing import open_audit
-from tests.launcher.starting import command, lay_out, run
-from tests.running_broker import OTHER_UID, launcher_environment, reachable_directory
+from tests.launcher.starting import command, run
+from tests.running_broker import OTHER_UID, launcher_environment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with reachable_directory() as path:
-        lay_out(path)
-        yield path
 
 
 @pytest.mark.parametrize(

@@ -26,17 +26,9 @@ from tests.processes import wait_until
 from tests.running_broker import BROKER_UID, OTHER_UID, launcher_environment, policy, reachable_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with reachable_directory() as path:
-        lay_out(path)
-        yield path
 
 
 def content(directory: Path) -> bytes:

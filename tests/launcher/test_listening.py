@@ -15,22 +15,14 @@ import pytest
 from fdbroker.client import control
 from fdbroker.launcher.errors import LaunchError
 from fdbroker.launcher.listening import MadeSockets, WantedSocket
-from tests.launcher.starting import command, lay_out
+from tests.launcher.starting import command
 from tests.processes import background, in_child, wait_until
-from tests.running_broker import launcher_environment, reachable_directory
+from tests.running_broker import launcher_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with reachable_directory() as path:
-        lay_out(path)
-        yield path
 
 
 def waits_for_a_lock(pid: int) -> bool:

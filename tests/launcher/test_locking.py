@@ -11,22 +11,14 @@ import pytest
 
 from fdbroker.launcher.errors import AlreadyRunningError
 from fdbroker.launcher.locking import PidFile
-from tests.launcher.starting import command, lay_out, run, started
+from tests.launcher.starting import command, run, started
 from tests.processes import ChildError, in_child
-from tests.running_broker import OTHER_UID, launcher_environment, reachable_directory
+from tests.running_broker import OTHER_UID, launcher_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with reachable_directory() as path:
-        lay_out(path)
-        yield path
 
 
 def lock(pidfile: Path) -> int:

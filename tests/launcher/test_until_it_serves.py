@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 import fdbroker
-from tests.launcher.starting import command, lay_out, run, started
+from tests.launcher.starting import command, run, started
 from tests.processes import wait_until, whose_command_line_names
-from tests.running_broker import launcher_environment, policy, reachable_directory
+from tests.running_broker import launcher_environment, policy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.root
@@ -34,13 +33,6 @@ os.execve = execve
 HOLD = 'open("{0}/held", "w").write(str(os.getpid())); open("{0}/go", "rb").read()'
 MISSING = 'raise FileNotFoundError(2, "No such file or directory", arguments[0])'
 BUG = 'raise RuntimeError("a bug")'
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with reachable_directory() as path:
-        lay_out(path)
-        yield path
 
 
 def hooked(directory: Path, before: str) -> dict[str, str]:
