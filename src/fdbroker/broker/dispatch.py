@@ -107,7 +107,7 @@ class Dispatch:
 
     def _open(self, connection: Connection, request: Request, objection: str | None) -> Answer:
         assert isinstance(request, OpenRequest)  # noqa: S101 - for the type checker; the table says it
-        request_id, paths = request
+        request_id, paths, _, _ = request
         generation = self.generation
         descriptors: list[int] = []
         try:

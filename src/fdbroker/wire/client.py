@@ -9,26 +9,41 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.wire.format import (
+    ACCEPTED,
     ACTIONS,
+    CLIENT,
     COOKIE,
     ENTRY,
     ENTRY_HAS_STAT,
     ERROR,
+    FOR_CLIENT,
     HEADER,
     HELLO,
     LIST_LAST_PAGE,
     MAGIC,
+    MAX_COPY,
     MAX_FRAME,
+    MAX_GLOB,
     MAX_LIST_ENTRIES,
+    MAX_LISTENER_NAME,
     MAX_PATHS,
     MAX_POLICY,
+    MAX_WALK_GLOBS,
     MORE_FOLLOWS,
     PIECE,
     REPLY,
     RESULT,
     STAT,
     VERSION,
+    WALK,
+    WALK_DESCRIPTORS,
+    WALK_END,
+    WALK_ENTRY,
+    WALK_ENTRY_HAS_DESCRIPTOR,
+    WALK_LAST,
+    WANTS_COPY,
     WELCOME,
+    Incomplete,
     Kind,
     Reason,
     Status,
@@ -36,11 +51,15 @@ from fdbroker.wire.format import (
 )
 from fdbroker.wire.messages import (
     GIVEN,
+    AcceptedClient,
     ErrorReply,
     FileStat,
     ListEntry,
     MalformedError,
     Result,
+    WalkEnd,
+    WalkEntry,
+    WalkFilter,
     Welcome,
 )
 
@@ -49,14 +68,20 @@ if TYPE_CHECKING:
 
 _NO_STAT = bytes(STAT.size)
 _GIVEN = GIVEN.encode()
+_NOT_NAMES = frozenset({b"", b".", b".."})
+_ALL_INCOMPLETE = sum(Incomplete)
 
 
 class OpenReply(NamedTuple):
-    """One result per path; as many descriptors came with it as results are given."""
+    """One result per path; as many descriptors came with it as results are given.
+
+    `copies`: the contents of those that are copied, in order.
+    """
 
     id: int
     generation: int
     results: list[Result]
+    copies: tuple[bytes, ...] = ()
 
 
 class StatReply(NamedTuple):
@@ -76,6 +101,40 @@ class ListReply(NamedTuple):
     entries: list[ListEntry]
     cookie: int
     last: bool
+
+
+class WalkReply(NamedTuple):
+    """A frame of a walk; as many descriptors came with it as entries have one. `end`: it is the last."""
+
+    id: int
+    generation: int
+    result: Result
+    entries: list[WalkEntry]
+    end: WalkEnd | None
+
+
+class ServeReply(NamedTuple):
+    """Whether the clients of a listener will be handed over."""
+
+    id: int
+    generation: int
+    result: Result
+
+
+class AcceptedReply(NamedTuple):
+    """A client of a listener that is served here; its socket came with it. `id`: of the request to serve."""
+
+    id: int
+    generation: int
+    client: AcceptedClient
+
+
+class ReleaseReply(NamedTuple):
+    """Whether there was such a client."""
+
+    id: int
+    generation: int
+    result: Result
 
 
 class StatusReply(NamedTuple):
@@ -103,7 +162,20 @@ class ReloadReply(NamedTuple):
     more: bool
 
 
-Reply = Welcome | OpenReply | StatReply | ListReply | StatusReply | ExplainReply | ReloadReply | ErrorReply
+Reply = (
+    Welcome
+    | OpenReply
+    | StatReply
+    | ListReply
+    | StatusReply
+    | WalkReply
+    | ServeReply
+    | AcceptedReply
+    | ReleaseReply
+    | ExplainReply
+    | ReloadReply
+    | ErrorReply
+)
 
 
 def encode_hello(request_id: int = 0) -> bytes:
@@ -111,17 +183,24 @@ def encode_hello(request_id: int = 0) -> bytes:
     return HEADER.pack(Type.HELLO, 0, 0, request_id, 0) + HELLO.pack(MAGIC, VERSION, VERSION, 0)
 
 
-def encode_open(request_id: int, paths: Sequence[bytes]) -> bytes:
-    """Return an open request; ValueError: not 1 to 253 paths, a NUL, or too long together."""
-    return _encode_paths(Type.OPEN, request_id, paths)
+def encode_open(
+    request_id: int, paths: Sequence[bytes], client: int | None = None, *, copy: bool = False
+) -> bytes:
+    """Return an open request; ValueError: not 1 to 253 paths, a NUL, or too long together.
+
+    `client` here and below: the number of the client that is acted for.
+    """
+    return _encode_paths(Type.OPEN, WANTS_COPY if copy else 0, request_id, paths, client)
 
 
-def encode_stat(request_id: int, paths: Sequence[bytes]) -> bytes:
+def encode_stat(request_id: int, paths: Sequence[bytes], client: int | None = None) -> bytes:
     """Return a stat request; ValueError: not 1 to 253 paths, a NUL, or too long together."""
-    return _encode_paths(Type.STAT, request_id, paths)
+    return _encode_paths(Type.STAT, 0, request_id, paths, client)
 
 
-def encode_list(request_id: int, path: bytes, cookie: int = 0, most: int = 0) -> bytes:
+def encode_list(
+    request_id: int, path: bytes, cookie: int = 0, most: int = 0, client: int | None = None
+) -> bytes:
     """Return a request for one page of a directory.
 
     Raises:
@@ -132,10 +211,77 @@ def encode_list(request_id: int, path: bytes, cookie: int = 0, most: int = 0) ->
         raise ValueError(f"a path can't have a NUL byte: {path!r}")
     if not 0 <= most <= MAX_LIST_ENTRIES:
         raise ValueError(f"a page has 0 to {MAX_LIST_ENTRIES} entries, not {most}")
-    frame = HEADER.pack(Type.LIST, 0, most, request_id, 0) + COOKIE.pack(cookie) + path
+    flags, number = _for_client(client)
+    frame = HEADER.pack(Type.LIST, flags, most, request_id, 0) + number + COOKIE.pack(cookie) + path
     if len(frame) > MAX_FRAME:
         raise ValueError(f"a path of {len(path)} bytes is too long for a frame")
     return frame
+
+
+def _for_client(client: int | None) -> tuple[int, bytes]:
+    """Return the flag and the bytes that say whom a request is for."""
+    return (0, b"") if client is None else (FOR_CLIENT, CLIENT.pack(client))
+
+
+def encode_walk(  # noqa: PLR0913 - as many as the message has
+    request_id: int,
+    path: bytes,
+    asked: WalkFilter,
+    *,
+    credit: int,
+    behind: bytes = b"",
+    descriptors: bool = True,
+    most: int = 0,
+    client: int | None = None,
+) -> bytes:
+    """Return a request to walk.
+
+    Raises:
+        ValueError: a NUL in a path or glob, too many globs or entries, no kind, or too long together.
+
+    """
+    texts = (path, behind, *asked.globs)
+    for text in texts:
+        if 0 in text:
+            raise ValueError(f"a path can't have a NUL byte: {text!r}")
+    if not 0 <= most <= MAX_PATHS:
+        raise ValueError(f"a frame of a walk has 0 to {MAX_PATHS} entries, not {most}")
+    if len(asked.globs) > MAX_WALK_GLOBS:
+        raise ValueError(f"a walk has at most {MAX_WALK_GLOBS} globs, not {len(asked.globs)}")
+    for glob in asked.globs:
+        if not 0 < len(glob) <= MAX_GLOB:
+            raise ValueError(f"a glob has 1 to {MAX_GLOB} bytes, not {len(glob)}")
+    if not asked.kinds:
+        raise ValueError("a walk of no kind of file")
+    flags, number = _for_client(client)
+    options = WALK_DESCRIPTORS if descriptors else 0
+    body = WALK.pack(credit, asked.kinds, options, asked.least_size, asked.most_size, asked.newer_than)
+    frame = HEADER.pack(Type.WALK, flags, most, request_id, 0) + number + body + b"\0".join(texts)
+    if len(frame) > MAX_FRAME:
+        raise ValueError(f"a walk of {len(frame)} bytes is too long for a frame")
+    return frame
+
+
+def encode_more(request_id: int, credit: int) -> bytes:
+    """Return what lets the broker send 1 to 65,535 frames more of walk `request_id`."""
+    return HEADER.pack(Type.MORE, 0, credit, request_id, 0)
+
+
+def encode_cancel(request_id: int) -> bytes:
+    """Return what ends walk `request_id`."""
+    return HEADER.pack(Type.CANCEL, 0, 0, request_id, 0)
+
+
+def encode_serve(request_id: int, listener: bytes) -> bytes:
+    """Return a request for the clients of a listener; ValueError: its name is empty or too long."""
+    if not 1 <= len(listener) <= MAX_LISTENER_NAME:
+        raise ValueError(f"the name of a listener has 1 to {MAX_LISTENER_NAME} bytes, not {len(listener)}")
+    return HEADER.pack(Type.SERVE, 0, 0, request_id, 0) + listener
+
+
+def encode_release(request_id: int, client: int) -> bytes:
+    """Return what says that client `client` is not acted for any more."""
+    return HEADER.pack(Type.RELEASE, 0, 0, request_id, 0) + CLIENT.pack(client)
 
 
 def encode_status(request_id: int) -> bytes:
@@ -172,18 +318,22 @@ def encode_reload(request_id: int, offset: int, piece: bytes, *, more: bool) -> 
     return frame
 
 
-def _encode_paths(kind: Type, request_id: int, paths: Sequence[bytes]) -> bytes:
+def _encode_paths(
+    kind: Type, flags: int, request_id: int, paths: Sequence[bytes], client: int | None
+) -> bytes:
     if not 1 <= len(paths) <= MAX_PATHS:
         raise ValueError(f"a request has 1 to {MAX_PATHS} paths, not {len(paths)}")
     body = b"\0".join(paths)
     if body.count(b"\0") != len(paths) - 1:
         culprit = next(path for path in paths if 0 in path)
         raise ValueError(f"a path can't have a NUL byte: {culprit!r}")
+    if client is not None:
+        flags, body = flags | FOR_CLIENT, CLIENT.pack(client) + body
     if HEADER.size + len(body) > MAX_FRAME:
         raise ValueError(
             f"the paths of a request have {len(body)} bytes together, over {MAX_FRAME - HEADER.size}"
         )
-    return HEADER.pack(kind, 0, len(paths), request_id, 0) + body
+    return HEADER.pack(kind, flags, len(paths), request_id, 0) + body
 
 
 def decode_reply(frame: bytes) -> Reply:
@@ -219,9 +369,19 @@ def _decode_result(frame: bytes, at: int) -> Result:
     if frame.startswith(_GIVEN, at):
         return GIVEN
     status, reason, number, length = RESULT.unpack_from(frame, at)
-    if not status or length:
-        raise ValueError("a result that is given and has a reason, or one with a length")
+    if status == Status.COPIED and not reason and not number and length <= MAX_COPY:
+        return Result(Status.COPIED, Reason.NONE, 0, length)
+    if status in {Status.GIVEN, Status.COPIED} or length:
+        raise ValueError("a result that is given and has a reason, or one with an impossible length")
     return Result(Status(status), Reason(reason), number)
+
+
+def _decode_own_result(frame: bytes, at: int) -> Result:
+    """Decode a result of something that can't be copied."""
+    result = _decode_result(frame, at)
+    if result.status is Status.COPIED:
+        raise ValueError("a copy where none can be")
+    return result
 
 
 def _decode_stat_record(frame: bytes, at: int, *, filled: bool) -> FileStat | None:
@@ -246,12 +406,20 @@ def _decode_welcome(frame: bytes, _flags: int, count: int, request_id: int, gene
 
 def _decode_open(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> OpenReply:
     size = RESULT.size
-    _expect(frame, HEADER.size + count * size, "an open reply", request_id)
     body = frame[HEADER.size :]
     if body == _GIVEN * count:
         return OpenReply(request_id, generation, [GIVEN] * count)
+    if len(body) < count * size:
+        raise MalformedError("an open reply that ends within its results", request_id)
     results = [_decode_result(body, at) for at in range(0, count * size, size)]
-    return OpenReply(request_id, generation, results)
+    at = count * size
+    copies = []
+    for result in results:
+        if result.status is Status.COPIED:
+            copies.append(body[at : at + result.length])
+            at += result.length
+    _expect(body, at, "the body of an open reply", request_id)
+    return OpenReply(request_id, generation, results, tuple(copies))
 
 
 def _decode_stat(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> StatReply:
@@ -259,7 +427,7 @@ def _decode_stat(frame: bytes, _flags: int, count: int, request_id: int, generat
     _expect(frame, HEADER.size + count * size, "a stat reply", request_id)
     results: list[tuple[Result, FileStat | None]] = []
     for at in range(HEADER.size, len(frame), size):
-        result = _decode_result(frame, at)
+        result = _decode_own_result(frame, at)
         facts = _decode_stat_record(frame, at + RESULT.size, filled=result is GIVEN)
         results.append((result, facts))
     return StatReply(request_id, generation, results)
@@ -269,7 +437,7 @@ def _decode_list(frame: bytes, flags: int, count: int, request_id: int, generati
     at = HEADER.size + RESULT.size + COOKIE.size
     if len(frame) < at:
         raise MalformedError("a list reply without its result and cookie", request_id)
-    result = _decode_result(frame, HEADER.size)
+    result = _decode_own_result(frame, HEADER.size)
     (cookie,) = COOKIE.unpack_from(frame, HEADER.size + RESULT.size)
     entries = []
     for _ in range(count):
@@ -284,11 +452,71 @@ def _decode_list(frame: bytes, flags: int, count: int, request_id: int, generati
         name = frame[at : at + length]
         at += length
         # What a name may be is part of the contract: a caller will join it to a path.
-        if len(name) != length or b"/" in name or b"\0" in name or name in {b"", b".", b".."}:
+        if len(name) != length or b"/" in name or b"\0" in name or name in _NOT_NAMES:
             raise MalformedError("a list reply with an impossible name", request_id)
         entries.append(ListEntry(name, kind, facts))
     _expect(frame, at, "a list reply", request_id)
     return ListReply(request_id, generation, result, entries, cookie, bool(flags & LIST_LAST_PAGE))
+
+
+def _decode_walk(frame: bytes, flags: int, count: int, request_id: int, generation: int) -> WalkReply:
+    at = HEADER.size + RESULT.size
+    end_at = len(frame) - WALK_END.size if flags & WALK_LAST else len(frame)
+    if end_at < at:
+        raise MalformedError("a frame of a walk that ends too early", request_id)
+    result = _decode_own_result(frame, HEADER.size)
+    entries = []
+    for _ in range(count):
+        if end_at < at + WALK_ENTRY.size + STAT.size:
+            raise MalformedError("a frame of a walk that ends within an entry", request_id)
+        length, kind, entry_flags = WALK_ENTRY.unpack_from(frame, at)
+        if entry_flags & ~WALK_ENTRY_HAS_DESCRIPTOR:
+            raise MalformedError("an entry with unknown flags", request_id)
+        at += WALK_ENTRY.size
+        facts = FileStat(*STAT.unpack_from(frame, at))
+        at += STAT.size
+        path = frame[at : at + length]
+        at += length
+        # A caller will join it to a path: it must not lead anywhere else.
+        if len(path) != length or b"\0" in path or not _NOT_NAMES.isdisjoint(path.split(b"/")):
+            raise MalformedError("a frame of a walk with an impossible path", request_id)
+        entries.append(WalkEntry(path, kind, facts, bool(entry_flags)))
+    if at != end_at:
+        raise MalformedError("a frame of a walk with bytes behind its entries", request_id)
+    end = None
+    if flags & WALK_LAST:
+        sent, descriptors, directories, incomplete = WALK_END.unpack_from(frame, end_at)
+        if incomplete & ~_ALL_INCOMPLETE:
+            raise MalformedError("a walk that is incomplete in an unknown way", request_id)
+        end = WalkEnd(sent, descriptors, directories, Incomplete(incomplete))
+    if result is not GIVEN and (end is None or entries):
+        raise MalformedError("a walk that is refused and goes on", request_id)
+    return WalkReply(request_id, generation, result, entries, end)
+
+
+def _decode_serve(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> ServeReply:
+    return ServeReply(request_id, generation, _decode_one_result(frame, count, request_id, "serve"))
+
+
+def _decode_release(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> ReleaseReply:
+    return ReleaseReply(request_id, generation, _decode_one_result(frame, count, request_id, "release"))
+
+
+def _decode_one_result(frame: bytes, count: int, request_id: int, what: str) -> Result:
+    _expect(frame, HEADER.size + RESULT.size, f"a reply to {what}", request_id)
+    if count:
+        raise MalformedError(f"a reply to {what} whose count is not 0", request_id)
+    return _decode_own_result(frame, HEADER.size)
+
+
+def _decode_accepted(
+    frame: bytes, _flags: int, count: int, request_id: int, generation: int
+) -> AcceptedReply:
+    _expect(frame, HEADER.size + ACCEPTED.size, "an accepted client", request_id)
+    *facts, reserved = ACCEPTED.unpack_from(frame, HEADER.size)
+    if count or reserved:
+        raise MalformedError("an accepted client whose reserved fields are not 0", request_id)
+    return AcceptedReply(request_id, generation, AcceptedClient(*facts))
 
 
 def _decode_status(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> StatusReply:
@@ -323,6 +551,7 @@ def _decode_error(frame: bytes, flags: int, count: int, request_id: int, generat
 
 _FLAGS = {
     Type.LIST | REPLY: LIST_LAST_PAGE,
+    Type.WALK | REPLY: WALK_LAST,
     Type.RELOAD | REPLY: MORE_FOLLOWS,
     Type.ERROR: Kind.REFUSED | Kind.MALFORMED | Kind.BROKEN,
 }
@@ -332,6 +561,10 @@ _DECODERS: dict[int, Callable[[bytes, int, int, int, int], Reply]] = {
     Type.STAT | REPLY: _decode_stat,
     Type.LIST | REPLY: _decode_list,
     Type.STATUS | REPLY: _decode_status,
+    Type.WALK | REPLY: _decode_walk,
+    Type.SERVE | REPLY: _decode_serve,
+    Type.ACCEPTED | REPLY: _decode_accepted,
+    Type.RELEASE | REPLY: _decode_release,
     Type.EXPLAIN | REPLY: _decode_explain,
     Type.RELOAD | REPLY: _decode_reload,
     Type.ERROR: _decode_error,

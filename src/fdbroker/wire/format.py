@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from enum import IntEnum
+from enum import IntEnum, IntFlag
 
 VERSION = 1
 MAGIC = b"fdbroker"
@@ -14,6 +14,10 @@ MAX_LIST_ENTRIES = 1024
 # A reply has to fit into the broker's small send buffer (SO_SNDBUF 32 KiB, which the kernel doubles).
 MAX_REPLY = 32768
 MAX_POLICY = 8 << 20  # bytes of a compiled policy that a reload hands over
+MAX_COPY = 16384  # bytes of a file that come inline
+MAX_WALK_GLOBS = 16
+MAX_GLOB = 1024  # bytes
+MAX_LISTENER_NAME = 64  # bytes
 
 HEADER = struct.Struct("<BBHII")  # type, flags, count, id, generation
 HELLO = struct.Struct("<8sHHI")  # magic, lowest version, highest version, features
@@ -24,10 +28,23 @@ COOKIE = struct.Struct("<Q")
 ENTRY = struct.Struct("<BBBB")  # length of the name, d_type, flags, reserved
 ERROR = struct.Struct("<BBH")  # reason, reserved, errno
 PIECE = struct.Struct("<I")  # of a policy: where it begins in a request, what is there in a reply
+CLIENT = struct.Struct("<I")  # the number of a client that a service acts for
+WALK = struct.Struct("<IHHQQq")  # credit, kinds, options, least and most size, newer than
+WALK_ENTRY = struct.Struct("<HBB")  # length of the path, d_type, flags
+WALK_END = struct.Struct("<QQQI")  # entries, descriptors, directories, what is missing
+ACCEPTED = struct.Struct("<IIIIHH")  # number, pid, uid, gid, identity level, reserved
+LENGTH = struct.Struct("<I")  # of a frame, before it on a stream
 
 LIST_LAST_PAGE = 1
 ENTRY_HAS_STAT = 1
 MORE_FOLLOWS = 1
+FOR_CLIENT = 1  # a service asks on behalf of one of its clients
+WANTS_COPY = 2  # the contents will do as well as a descriptor
+WALK_LAST = 1
+WALK_ENTRY_HAS_DESCRIPTOR = 1
+WALK_DESCRIPTORS = 1  # option of a walk: regular files are to be opened
+NO_SIZE_LIMIT = (1 << 64) - 1
+ANY_TIME = -(1 << 63)
 ACTIONS = {1: "open", 2: "stat", 3: "list", 4: "walk"}  # what can be explained
 
 
@@ -39,6 +56,12 @@ class Type(IntEnum):
     STAT = 0x03
     LIST = 0x04
     STATUS = 0x05
+    WALK = 0x06
+    MORE = 0x07
+    CANCEL = 0x08
+    SERVE = 0x09
+    RELEASE = 0x0A
+    ACCEPTED = 0x10
     EXPLAIN = 0x41
     RELOAD = 0x42
     ERROR = 0xFF
@@ -53,6 +76,28 @@ class Status(IntEnum):
     GIVEN = 0
     REFUSED = 1
     BROKEN = 2
+    COPIED = 3
+
+
+class WalkKind(IntFlag):
+    """What a walk is to name."""
+
+    REGULAR = 1
+    DIRECTORY = 2
+    SYMLINK = 4
+    OTHER = 8
+
+
+class Incomplete(IntFlag):
+    """Why a walk did not name everything below its start that its filters ask for."""
+
+    REFUSED = 1  # the policy left something out
+    FAILED = 2  # a system call did
+    CHANGED = 4  # something moved or went away meanwhile
+    CROSSES_MOUNT = 8
+    TOO_LONG = 16  # a path over the limit
+    CANCELLED = 32
+    LIMIT = 64
 
 
 class Kind(IntEnum):
@@ -84,6 +129,8 @@ class Reason(IntEnum):
     MALFORMED = 15
     VERSION = 16
     POLICY = 17
+    TOO_LARGE = 18
+    TIMED_OUT = 19
 
 
 ERRNO_OF = {
@@ -105,4 +152,6 @@ ERRNO_OF = {
     Reason.MALFORMED: errno.EPROTO,
     Reason.VERSION: errno.EPROTONOSUPPORT,
     Reason.POLICY: errno.EINVAL,
+    Reason.TOO_LARGE: errno.EFBIG,
+    Reason.TIMED_OUT: errno.ETIMEDOUT,
 }

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fdbroker.wire.format import ERRNO_OF, RESULT, Kind, Reason, Status
+from fdbroker.wire.format import (
+    ANY_TIME,
+    ERRNO_OF,
+    NO_SIZE_LIMIT,
+    RESULT,
+    Incomplete,
+    Kind,
+    Reason,
+    Status,
+    WalkKind,
+)
 
 
 class MalformedError(ValueError):
@@ -25,10 +35,15 @@ class Hello(NamedTuple):
 
 
 class OpenRequest(NamedTuple):
-    """1 to 253 paths to open."""
+    """1 to 253 paths to open. `copy`: the contents will do as well as a descriptor.
+
+    `client` here and below: the number of the client that a service acts for; None: for itself.
+    """
 
     id: int
     paths: list[bytes]
+    client: int | None = None
+    copy: bool = False
 
 
 class StatRequest(NamedTuple):
@@ -36,6 +51,7 @@ class StatRequest(NamedTuple):
 
     id: int
     paths: list[bytes]
+    client: int | None = None
 
 
 class ListRequest(NamedTuple):
@@ -45,6 +61,65 @@ class ListRequest(NamedTuple):
     path: bytes
     cookie: int
     most: int
+    client: int | None = None
+
+
+class WalkFilter(NamedTuple):
+    """What a walk names: all must hold.
+
+    Sizes in bytes, for regular files alone; the mtime in nanoseconds since 1970.
+    `globs`: of the path relative to the walk's start; none: every path. `newer_than`: exclusive.
+    """
+
+    kinds: WalkKind = WalkKind.REGULAR
+    least_size: int = 0
+    most_size: int = NO_SIZE_LIMIT
+    newer_than: int = ANY_TIME
+    globs: tuple[bytes, ...] = ()
+
+
+class WalkRequest(NamedTuple):
+    """Everything below a directory.
+
+    `most` entries per frame (0: the broker chooses), `credit` frames at first.
+    `behind`: the path, relative to the start, to go on behind; empty: from the beginning.
+    """
+
+    id: int
+    path: bytes
+    behind: bytes
+    filter: WalkFilter
+    descriptors: bool
+    credit: int
+    most: int
+    client: int | None = None
+
+
+class MoreRequest(NamedTuple):
+    """So many frames more of walk `id`. Has no answer of its own."""
+
+    id: int
+    credit: int
+
+
+class CancelRequest(NamedTuple):
+    """End walk `id`; its last frame is the answer."""
+
+    id: int
+
+
+class ServeRequest(NamedTuple):
+    """Give me the clients of a listener."""
+
+    id: int
+    listener: bytes
+
+
+class ReleaseRequest(NamedTuple):
+    """I act for this client no more."""
+
+    id: int
+    client: int
 
 
 class StatusRequest(NamedTuple):
@@ -70,19 +145,33 @@ class ReloadRequest(NamedTuple):
     more: bool
 
 
-Request = Hello | OpenRequest | StatRequest | ListRequest | StatusRequest | ExplainRequest | ReloadRequest
+Request = (
+    Hello
+    | OpenRequest
+    | StatRequest
+    | ListRequest
+    | StatusRequest
+    | WalkRequest
+    | MoreRequest
+    | CancelRequest
+    | ServeRequest
+    | ReleaseRequest
+    | ExplainRequest
+    | ReloadRequest
+)
 
 
 class Result(NamedTuple):
-    """What became of one path."""
+    """What became of one path. `length`: bytes of its copy, where the status is COPIED."""
 
     status: Status
     reason: Reason
     errno: int
+    length: int = 0
 
     def encode(self) -> bytes:
         """Return the 8 bytes."""
-        return RESULT.pack(self.status, self.reason, self.errno, 0)
+        return RESULT.pack(self.status, self.reason, self.errno, self.length)
 
 
 GIVEN = Result(Status.GIVEN, Reason.NONE, 0)
@@ -91,6 +180,11 @@ GIVEN = Result(Status.GIVEN, Reason.NONE, 0)
 def refused(reason: Reason, number: int | None = None) -> Result:
     """Return the refusal for `reason`, with its usual errno or another."""
     return Result(Status.REFUSED, reason, ERRNO_OF[reason] if number is None else number)
+
+
+def copied(length: int) -> Result:
+    """Return the result for a file of `length` bytes whose contents come in the reply."""
+    return Result(Status.COPIED, Reason.NONE, 0, length)
 
 
 def broken(number: int) -> Result:
@@ -118,6 +212,34 @@ class ListEntry(NamedTuple):
     name: bytes
     kind: int
     stat: FileStat | None
+
+
+class WalkEntry(NamedTuple):
+    """A name that a walk met. `path` is relative to its start, `kind` readdir's d_type."""
+
+    path: bytes
+    kind: int
+    stat: FileStat
+    descriptor: bool
+
+
+class WalkEnd(NamedTuple):
+    """What a walk sent in all, and which kinds of things it left out."""
+
+    entries: int
+    descriptors: int
+    directories: int
+    incomplete: Incomplete
+
+
+class AcceptedClient(NamedTuple):
+    """A client of a service, as the kernel named it when it connected."""
+
+    number: int
+    pid: int
+    uid: int
+    gid: int
+    identity_level: int
 
 
 class Welcome(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fdbroker.wire.format import (
+    ACCEPTED,
     COOKIE,
     ENTRY,
     ENTRY_HAS_STAT,
@@ -15,15 +16,22 @@ from fdbroker.wire.format import (
     PIECE,
     REPLY,
     STAT,
+    WALK_END,
+    WALK_ENTRY,
+    WALK_ENTRY_HAS_DESCRIPTOR,
+    WALK_LAST,
     WELCOME,
     Type,
 )
 from fdbroker.wire.messages import (
     GIVEN,
+    AcceptedClient,
     ErrorReply,
     FileStat,
     ListEntry,
     Result,
+    WalkEnd,
+    WalkEntry,
     Welcome,
 )
 
@@ -49,10 +57,16 @@ def encode_welcome(reply: Welcome) -> bytes:
     )
 
 
-def encode_open_reply(request_id: int, generation: int, results: Sequence[Result]) -> bytes:
-    """Return the frame; its descriptors, one per given result, go beside it."""
+def encode_open_reply(
+    request_id: int, generation: int, results: Sequence[Result], copies: Sequence[bytes] = ()
+) -> bytes:
+    """Return the frame; its descriptors, one per given result, go beside it.
+
+    `copies`: the contents of those that are copied, in order.
+    """
     entries = [_GIVEN if result is GIVEN else result.encode() for result in results]
-    return HEADER.pack(_OPEN_REPLY, 0, len(entries), request_id, generation) + b"".join(entries)
+    head = HEADER.pack(_OPEN_REPLY, 0, len(entries), request_id, generation)
+    return head + b"".join(entries) + b"".join(copies)
 
 
 def encode_open_given(request_id: int, generation: int, count: int) -> bytes:
@@ -84,6 +98,42 @@ def encode_list_reply(
     flags = LIST_LAST_PAGE if last else 0
     head = HEADER.pack(Type.LIST | REPLY, flags, len(entries), request_id, generation)
     return head + result.encode() + COOKIE.pack(cookie) + b"".join(entries)
+
+
+def encode_walk_entry(entry: WalkEntry) -> bytes:
+    """Return one entry of a walk's frame."""
+    flags = WALK_ENTRY_HAS_DESCRIPTOR if entry.descriptor else 0
+    return WALK_ENTRY.pack(len(entry.path), entry.kind, flags) + STAT.pack(*entry.stat) + entry.path
+
+
+def encode_walk_reply(
+    request_id: int, generation: int, result: Result, entries: Sequence[bytes], end: WalkEnd | None
+) -> bytes:
+    """Return a frame of a walk from entries that `encode_walk_entry` made. `end`: it is the last one.
+
+    Its descriptors, one per entry that has one, go beside it. A walk that is refused ends at once.
+    """
+    head = HEADER.pack(
+        Type.WALK | REPLY, 0 if end is None else WALK_LAST, len(entries), request_id, generation
+    )
+    tail = b"" if end is None else WALK_END.pack(*end)
+    return head + result.encode() + b"".join(entries) + tail
+
+
+def encode_serve_reply(request_id: int, generation: int, result: Result) -> bytes:
+    """Return the frame."""
+    return HEADER.pack(Type.SERVE | REPLY, 0, 0, request_id, generation) + result.encode()
+
+
+def encode_accepted(request_id: int, generation: int, client: AcceptedClient) -> bytes:
+    """Return the frame; the client's socket goes beside it. `request_id`: of the request to serve."""
+    head = HEADER.pack(Type.ACCEPTED | REPLY, 0, 0, request_id, generation)
+    return head + ACCEPTED.pack(*client, 0)
+
+
+def encode_release_reply(request_id: int, generation: int, result: Result) -> bytes:
+    """Return the frame."""
+    return HEADER.pack(Type.RELEASE | REPLY, 0, 0, request_id, generation) + result.encode()
 
 
 def encode_status_reply(request_id: int, generation: int, document: bytes) -> bytes:

@@ -11,34 +11,50 @@ from typing import TYPE_CHECKING
 
 from fdbroker.wire.format import (
     ACTIONS,
+    CLIENT,
     COOKIE,
+    FOR_CLIENT,
     HEADER,
     HELLO,
     MAGIC,
     MAX_FRAME,
+    MAX_GLOB,
     MAX_LIST_ENTRIES,
+    MAX_LISTENER_NAME,
     MAX_PATHS,
     MAX_POLICY,
+    MAX_WALK_GLOBS,
     MORE_FOLLOWS,
     PIECE,
+    WALK,
+    WALK_DESCRIPTORS,
+    WANTS_COPY,
     Type,
+    WalkKind,
 )
 from fdbroker.wire.messages import (
+    CancelRequest,
     ExplainRequest,
     Hello,
     ListRequest,
     MalformedError,
+    MoreRequest,
     OpenRequest,
+    ReleaseRequest,
     ReloadRequest,
     Request,
+    ServeRequest,
     StatRequest,
     StatusRequest,
+    WalkFilter,
+    WalkRequest,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _BODY = HEADER.size
+_ALL_KINDS = int(WalkKind.REGULAR | WalkKind.DIRECTORY | WalkKind.SYMLINK | WalkKind.OTHER)
 _new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
 
 
@@ -74,18 +90,27 @@ def _decode_hello(frame: bytes, _flags: int, count: int, request_id: int) -> Hel
     return Hello(request_id, lowest, highest, features)
 
 
-def _decode_open(frame: bytes, _flags: int, count: int, request_id: int) -> OpenRequest:
-    paths = frame[_BODY:].split(b"\0")
+def _decode_open(frame: bytes, flags: int, count: int, request_id: int) -> OpenRequest:
+    client, at = _client_of(frame, request_id) if flags & FOR_CLIENT else (None, _BODY)
+    paths = frame[at:].split(b"\0")
     if len(paths) != count or count > MAX_PATHS:
         raise _wrong_count(count, len(paths), request_id)
-    return _new(OpenRequest, (request_id, paths))
+    return _new(OpenRequest, (request_id, paths, client, bool(flags & WANTS_COPY)))
 
 
-def _decode_stat(frame: bytes, _flags: int, count: int, request_id: int) -> StatRequest:
-    paths = frame[_BODY:].split(b"\0")
+def _decode_stat(frame: bytes, flags: int, count: int, request_id: int) -> StatRequest:
+    client, at = _client_of(frame, request_id) if flags & FOR_CLIENT else (None, _BODY)
+    paths = frame[at:].split(b"\0")
     if len(paths) != count or count > MAX_PATHS:
         raise _wrong_count(count, len(paths), request_id)
-    return StatRequest(request_id, paths)
+    return StatRequest(request_id, paths, client)
+
+
+def _client_of(frame: bytes, request_id: int) -> tuple[int, int]:
+    """Return the number of the client that is acted for, and where the rest of the body begins."""
+    if len(frame) < _BODY + CLIENT.size:
+        raise MalformedError("a request for a client without its number", request_id)
+    return CLIENT.unpack_from(frame, _BODY)[0], _BODY + CLIENT.size
 
 
 def _wrong_count(announced: int, sent: int, request_id: int) -> MalformedError:
@@ -94,16 +119,66 @@ def _wrong_count(announced: int, sent: int, request_id: int) -> MalformedError:
     return MalformedError(f"{announced} paths announced, {sent} sent", request_id)
 
 
-def _decode_list(frame: bytes, _flags: int, count: int, request_id: int) -> ListRequest:
+def _decode_list(frame: bytes, flags: int, count: int, request_id: int) -> ListRequest:
     if count > MAX_LIST_ENTRIES:
         raise MalformedError(f"a page has at most {MAX_LIST_ENTRIES} entries, not {count}", request_id)
-    if len(frame) < HEADER.size + COOKIE.size:
+    client, at = _client_of(frame, request_id) if flags & FOR_CLIENT else (None, _BODY)
+    if len(frame) < at + COOKIE.size:
         raise MalformedError("a list request without its cookie", request_id)
-    (cookie,) = COOKIE.unpack_from(frame, HEADER.size)
-    path = frame[HEADER.size + COOKIE.size :]
+    (cookie,) = COOKIE.unpack_from(frame, at)
+    path = frame[at + COOKIE.size :]
     if 0 in path:
         raise MalformedError("a list request with a NUL in its path", request_id)
-    return ListRequest(request_id, path, cookie, count)
+    return ListRequest(request_id, path, cookie, count, client)
+
+
+def _decode_walk(frame: bytes, flags: int, count: int, request_id: int) -> WalkRequest:
+    if count > MAX_PATHS:
+        raise MalformedError(f"a frame of a walk has at most {MAX_PATHS} entries, not {count}", request_id)
+    client, at = _client_of(frame, request_id) if flags & FOR_CLIENT else (None, _BODY)
+    if len(frame) < at + WALK.size:
+        raise MalformedError("a walk without its filter", request_id)
+    credit, kinds, options, least, most, newer_than = WALK.unpack_from(frame, at)
+    if not kinds or kinds & ~_ALL_KINDS or options & ~WALK_DESCRIPTORS:
+        raise MalformedError("a walk of unknown kinds or options", request_id)
+    path, *rest = frame[at + WALK.size :].split(b"\0")
+    if not 1 <= len(rest) <= 1 + MAX_WALK_GLOBS:
+        raise MalformedError(
+            f"a walk has a start, a path to go on behind and 0 to {MAX_WALK_GLOBS} globs, not"
+            f" {len(rest) + 1} texts",
+            request_id,
+        )
+    behind, *globs = rest
+    if not all(0 < len(glob) <= MAX_GLOB for glob in globs):
+        raise MalformedError(f"a glob has 1 to {MAX_GLOB} bytes", request_id)
+    asked = WalkFilter(WalkKind(kinds), least, most, newer_than, tuple(globs))
+    descriptors = bool(options & WALK_DESCRIPTORS)
+    return WalkRequest(request_id, path, behind, asked, descriptors, credit, count, client)
+
+
+def _decode_more(frame: bytes, _flags: int, count: int, request_id: int) -> MoreRequest:
+    if not count or len(frame) != HEADER.size:
+        raise MalformedError("more of a walk without saying how much", request_id)
+    return MoreRequest(request_id, count)
+
+
+def _decode_cancel(frame: bytes, _flags: int, count: int, request_id: int) -> CancelRequest:
+    if count or len(frame) != HEADER.size:
+        raise MalformedError("the end of a walk with a body", request_id)
+    return CancelRequest(request_id)
+
+
+def _decode_serve(frame: bytes, _flags: int, count: int, request_id: int) -> ServeRequest:
+    listener = frame[_BODY:]
+    if count or not 1 <= len(listener) <= MAX_LISTENER_NAME:
+        raise MalformedError(f"the name of a listener has 1 to {MAX_LISTENER_NAME} bytes", request_id)
+    return ServeRequest(request_id, listener)
+
+
+def _decode_release(frame: bytes, _flags: int, count: int, request_id: int) -> ReleaseRequest:
+    if count or len(frame) != HEADER.size + CLIENT.size:
+        raise MalformedError("a release without the number of a client", request_id)
+    return ReleaseRequest(request_id, *CLIENT.unpack_from(frame, _BODY))
 
 
 def _decode_status(frame: bytes, _flags: int, count: int, request_id: int) -> StatusRequest:
@@ -135,10 +210,15 @@ def _decode_reload(frame: bytes, flags: int, count: int, request_id: int) -> Rel
 # What can be asked, with the flags it may have. What is not in this table does not exist.
 _DECODERS: dict[int, tuple[Callable[[bytes, int, int, int], Request], int]] = {
     Type.HELLO: (_decode_hello, 0),
-    Type.OPEN: (_decode_open, 0),
-    Type.STAT: (_decode_stat, 0),
-    Type.LIST: (_decode_list, 0),
+    Type.OPEN: (_decode_open, FOR_CLIENT | WANTS_COPY),
+    Type.STAT: (_decode_stat, FOR_CLIENT),
+    Type.LIST: (_decode_list, FOR_CLIENT),
     Type.STATUS: (_decode_status, 0),
+    Type.WALK: (_decode_walk, FOR_CLIENT),
+    Type.MORE: (_decode_more, 0),
+    Type.CANCEL: (_decode_cancel, 0),
+    Type.SERVE: (_decode_serve, 0),
+    Type.RELEASE: (_decode_release, 0),
     Type.EXPLAIN: (_decode_explain, 0),
     Type.RELOAD: (_decode_reload, MORE_FOLLOWS),
 }
