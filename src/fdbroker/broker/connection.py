@@ -1,4 +1,4 @@
-"""What the broker keeps of one connection."""
+"""What the broker keeps of those it talks to."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from fdbroker.kernel.descriptors import close_all
+from fdbroker.wire.stream import FrameBuffer
 
 if TYPE_CHECKING:
     import socket
 
+    from fdbroker.broker.acting import ServedClient
     from fdbroker.broker.control import Loading
     from fdbroker.broker.dispatch import Table
-    from fdbroker.broker.identity import PeerAtConnect
+    from fdbroker.broker.identity import Peer, PeerAtConnect
     from fdbroker.broker.in_flight import InFlight
-    from fdbroker.policy.decide import View
+    from fdbroker.broker.walks import ActiveWalk
+    from fdbroker.broker.dispatch import Asker
 
 
 class State(Enum):
@@ -25,10 +28,12 @@ class State(Enum):
     PAUSED = "the client to receive what was sent"
     CLOSING = "the same, and then the end"
     LOADING = "the policy that it handed over to be read"
+    WAITING = "answers that others are to give"
+    CLOSED = "nothing"
 
 
 class Unsent:
-    """A reply that the socket had no room for; owns its descriptors."""
+    """A reply, or the rest of it, that the socket had no room for; owns its descriptors."""
 
     __slots__ = ("data", "descriptors", "request_id")
 
@@ -38,65 +43,115 @@ class Unsent:
         self.request_id = request_id
 
 
-class Connection:
-    """One client. Owns its socket, its peer's pidfd and a reply that waits; `close` ends all."""
+class Client:
+    """Whoever asks: what the policy and the limits need to know. Owns replies that wait."""
 
     __slots__ = (
-        "answers",
         "flight",
-        "for_control",
-        "greeted",
         "in_flight",
-        "loading",
         "peer",
-        "pieces",
         "record",
         "sock",
-        "state",
         "unsent",
-        "view",
-        "view_generation",
+        "asker",
+        "asker_generation",
     )
 
-    def __init__(
-        self, sock: socket.socket, peer: PeerAtConnect, record: str, answers: Table, flight: InFlight
-    ) -> None:
+    def __init__(self, sock: socket.socket, peer: Peer, record: str, flight: InFlight) -> None:
+        # Where replies go.
         self.sock = sock
         self.peer = peer
-        # What can be asked here, and how it is answered.
-        self.answers = answers
-        self.greeted = False
-        # Whether it came by a control socket.
-        self.for_control = False
-        self.state = State.READING
-        # Descriptors sent and, for all the kernel has told us, not yet received.
-        self.in_flight = 0
-        self.unsent: Unsent | None = None
-        # Who asks, as every audit record of this connection says it.
+        # Who asks, as every audit record says it.
         self.record = record
         # The count that its descriptors under way are part of.
         self.flight = flight
+        # Descriptors sent and, for all the kernel has told us, not yet received.
+        self.in_flight = 0
+        # Replies for which there was no room, the oldest first.
+        self.unsent: list[Unsent] = []
         # The part of the policy that is about this client, and the generation it was made of.
-        self.view: View | None = None
-        self.view_generation = 0
-        # A policy that is being handed over, as far as it is there.
-        self.pieces: bytearray | None = None
-        # The same, when it is there whole.
-        self.loading: Loading | None = None
+        self.asker: Asker | None = None
+        self.asker_generation = 0
 
     def count_in_flight(self) -> int:
         """Return how many descriptors are on their way now: the kernel is asked."""
         self.flight.settle(self)
         return self.in_flight
 
+
+class Connection(Client):
+    """A client that connected. Owns its socket, its peer's pidfd and what it is in the middle of."""
+
+    __slots__ = (
+        "answers",
+        "awaited",
+        "clients",
+        "credentials",
+        "for_control",
+        "greeted",
+        "loading",
+        "pieces",
+        "serving",
+        "state",
+        "stream",
+        "walks",
+    )
+
+    peer: PeerAtConnect
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: PeerAtConnect,
+        record: str,
+        answers: Table,
+        flight: InFlight,
+        *,
+        stream: bool,
+    ) -> None:
+        super().__init__(sock, peer, record, flight)
+        # What can be asked here, and how it is answered.
+        self.answers = answers
+        self.greeted = False
+        # Whether it came by a control socket.
+        self.for_control = False
+        self.state = State.READING
+        # Frames of a stream as far as they are there, and the sender of what waits there.
+        self.stream = FrameBuffer() if stream else None
+        self.credentials: bytes | None = None
+        # Walks that go on, by the id of their request.
+        self.walks: dict[int, ActiveWalk] = {}
+        # How many answers others are to give: processes that open what may hang.
+        self.awaited = 0
+        # The listeners whose clients are handed over here, with the id of the request that asked for it;
+        # and the clients, by number.
+        self.serving: dict[bytes, int] = {}
+        self.clients: dict[int, ServedClient] = {}
+        # A policy that is being handed over, as far as it is there.
+        self.pieces: bytearray | None = None
+        # The same, when it is there whole.
+        self.loading: Loading | None = None
+
     def discard_unsent(self) -> None:
-        """Let go of a reply that waits."""
-        if self.unsent is not None:
-            close_all(self.unsent.descriptors)
-            self.unsent = None
+        """Let go of replies that wait."""
+        for reply in self.unsent:
+            close_all(reply.descriptors)
+        self.unsent.clear()
+
+    def end_what_goes_on(self) -> None:
+        """End walks and loading, and let go of the clients that are acted for."""
+        self.loading = None
+        for walk in self.walks.values():
+            walk.close()
+        self.walks.clear()
+        for client in self.clients.values():
+            client.close()
+        self.clients.clear()
+        self.serving.clear()
 
     def close(self) -> None:
-        """Close socket, pidfd and what was not sent."""
+        """Close socket, pidfd, and all that is kept."""
+        self.end_what_goes_on()
         self.discard_unsent()
         self.peer.close()
         self.sock.close()

@@ -109,7 +109,7 @@ class Control:
         if objection is not None:
             return self._dispatch.refuse(connection, "explain", request.id, objection)
         number = self._dispatch.generation.number
-        decision = self._dispatch.view(connection).actions[request.action].decide(request.path)
+        decision = self._dispatch.own_asker(connection).view.actions[request.action].decide(request.path)
         rule = decision.rule or (decision.allows[0] if len(decision.allows) == 1 else None)
         asking = [allow for allow in decision.allows if allow.where is not None]
         document = {

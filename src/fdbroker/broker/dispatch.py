@@ -10,9 +10,10 @@ import json
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.broker.audit import member_text
+from fdbroker.broker.connection import Connection
 from fdbroker.broker.opening import Outcome, Page
 from fdbroker.kernel.descriptors import close_all
-from fdbroker.wire.format import ERRNO_OF, MAX_FRAME, MAX_PATHS, VERSION, Kind, Reason
+from fdbroker.wire.format import ERRNO_OF, MAX_COPY, MAX_FRAME, MAX_PATHS, VERSION, Kind, Reason
 from fdbroker.wire.messages import (
     ErrorReply,
     Hello,
@@ -38,15 +39,27 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fdbroker.broker.audit import Audit
-    from fdbroker.broker.connection import Connection
+    from fdbroker.broker.connection import Client
     from fdbroker.broker.generation import Generation, Held
     from fdbroker.broker.notify import Notifier
     from fdbroker.policy.decide import View
 
 Answer = tuple[bytes, list[int]]  # a frame, and the descriptors that go with it: the receiver's to close
 # What can be asked on a connection. The text: why the sender is not who connected, None if it is.
-# No answer: it is not ready yet; see server.py.
+# No answer: it comes later, or there is none; see server.py.
 Table = dict[type[Request], "Callable[[Connection, Request, str | None], Answer | None]"]
+
+
+class Asker(NamedTuple):
+    """For whom a request is decided: what the policy says about them, their uids, and how the audit names them.
+
+    `on_behalf_of_uid`: of the client that a service acts for; None: it asks for itself.
+    """
+
+    view: View
+    uid: int
+    on_behalf_of_uid: int | None
+    record: str
 
 
 class Parts(NamedTuple):
@@ -101,30 +114,35 @@ class Dispatch:
             max_paths=MAX_PATHS,
             max_frame=MAX_FRAME,
             in_flight=self.generation.settings.in_flight_per_connection,
-            copy_max=0,
+            copy_max=MAX_COPY,
         )
         return encode_welcome(welcome), []
 
     def _open(self, connection: Connection, request: Request, objection: str | None) -> Answer:
         assert isinstance(request, OpenRequest)  # noqa: S101 - for the type checker; the table says it
-        request_id, paths, _, _ = request
+        request_id, paths, client, copy = request
         generation = self.generation
         descriptors: list[int] = []
+        copies: list[bytes] = []
         try:
-            if objection is not None:
-                outcomes = [Outcome(refused(Reason.IDENTITY), objection)] * len(paths)
+            asker = self.asker(connection, client) if objection is None else objection
+            if isinstance(asker, str):
+                outcomes = [Outcome(refused(Reason.IDENTITY), asker)] * len(paths)
             elif not connection.flight.room_for(connection, len(paths)):
                 outcomes = [_TOO_MANY_IN_FLIGHT] * len(paths)
+            elif copy:
+                outcomes = generation.opener.open_or_copy(asker, paths, descriptors, copies)
             else:
-                view = self.view(connection).actions["open"]
-                outcomes = generation.opener.open(view, paths, connection.peer.uid, descriptors)
-            if not self._record(connection, "open", request_id, paths, outcomes, allowed=len(descriptors)):
+                outcomes = generation.opener.open(asker, paths, descriptors)
+            allowed = len(descriptors) + len(copies)
+            if not self.record(asker, connection, "open", request_id, paths, outcomes, allowed=allowed):
                 close_all(descriptors)
+                copies.clear()
                 outcomes = [_NOT_RECORDED] * len(paths)
             if len(descriptors) == len(paths):  # as it mostly is: all were given
                 return encode_open_given(request_id, generation.number, len(paths)), descriptors
             results = [outcome.result for outcome in outcomes]
-            return encode_open_reply(request_id, generation.number, results), descriptors
+            return encode_open_reply(request_id, generation.number, results, copies), descriptors
         except BaseException:
             close_all(descriptors)
             raise
@@ -132,29 +150,29 @@ class Dispatch:
     def _stat(self, connection: Connection, request: Request, objection: str | None) -> Answer:
         assert isinstance(request, StatRequest)  # noqa: S101 - for the type checker; the table says it
         paths = request.paths
-        if objection is not None:
-            outcomes = [Outcome(refused(Reason.IDENTITY), objection)] * len(paths)
+        asker = self.asker(connection, request.client) if objection is None else objection
+        if isinstance(asker, str):
+            outcomes = [Outcome(refused(Reason.IDENTITY), asker)] * len(paths)
         else:
-            view = self.view(connection).actions["stat"]
-            opener, uid = self.generation.opener, connection.peer.uid
-            outcomes = [opener.stat(view, path, uid) for path in paths]
+            opener = self.generation.opener
+            outcomes = [opener.stat(asker, path) for path in paths]
         allowed = sum(outcome.facts is not None for outcome in outcomes)
-        if not self._record(connection, "stat", request.id, paths, outcomes, allowed=allowed):
+        if not self.record(asker, connection, "stat", request.id, paths, outcomes, allowed=allowed):
             outcomes = [_NOT_RECORDED] * len(paths)
         results = [(outcome.result, outcome.facts) for outcome in outcomes]
         return encode_stat_reply(request.id, self.generation.number, results), []
 
     def _list(self, connection: Connection, request: Request, objection: str | None) -> Answer:
         assert isinstance(request, ListRequest)  # noqa: S101 - for the type checker; the table says it
-        if objection is not None:
-            page = Page(Outcome(refused(Reason.IDENTITY), objection))
+        asker = self.asker(connection, request.client) if objection is None else objection
+        if isinstance(asker, str):
+            page = Page(Outcome(refused(Reason.IDENTITY), asker))
         else:
-            view, opener, uid = self.view(connection), self.generation.opener, connection.peer.uid
-            page = opener.list(view, request.path, request.cookie, request.most, uid)
+            page = self.generation.opener.list(asker, request.path, request.cookie, request.most)
         outcome, shown = page.outcome, f',"entries":{len(page.entries)}'
         allowed = int(outcome.reason == "ok")
-        if not self._record(
-            connection, "list", request.id, [request.path], [outcome], shown, allowed=allowed
+        if not self.record(
+            asker, connection, "list", request.id, [request.path], [outcome], shown, allowed=allowed
         ):
             page = Page(_NOT_RECORDED)
         number = self.generation.number
@@ -190,17 +208,40 @@ class Dispatch:
         counts = {"allowed": self._allowed, "denied": self._denied, "audit_failures": self._audit.failures}
         return {**self._totals(), **counts}
 
-    def view(self, connection: Connection) -> View:
-        """Return the part of the policy that is about this client: never one of an earlier policy."""
-        generation = self.generation
-        if connection.view is None or connection.view_generation != generation.number:
-            connection.view = generation.policy.view(connection.peer.facts(generation.cgroups))
-            connection.view_generation = generation.number
-        return connection.view
+    def own_asker(self, client: Client) -> Asker:
+        """Return for whom a request of `client` for itself is decided: never by an earlier policy."""
+        generation, asker = self.generation, client.asker
+        if asker is None or client.asker_generation != generation.number:
+            view = generation.policy.view(client.peer.facts(generation.cgroups))
+            asker = client.asker = Asker(view, client.peer.uid, None, client.record)
+            client.asker_generation = generation.number
+        return asker
 
-    def _record(
+    def asker(self, client: Client, number: int | None) -> Asker | str:
+        """Return for whom a request of `client` is decided, by the policy of now; or why it is refused.
+
+        `number`: of the client's own client, for whom it asks; None: for itself.
+        """
+        if number is None:
+            return self.own_asker(client)
+        generation = self.generation
+        served = client.clients.get(number) if isinstance(client, Connection) else None
+        if served is None:
+            return "no_such_client"
+        objection = served.peer.present_objection()
+        if objection is not None:
+            return f"client_{objection}"
+        if served.asker is None or served.asker_generation != generation.number:
+            facts = client.peer.facts(generation.cgroups), served.peer.facts(generation.cgroups)
+            record = f"{client.record},{served.record}"
+            served.asker = Asker(generation.policy.view(*facts), client.peer.uid, served.peer.uid, record)
+            served.asker_generation = generation.number
+        return served.asker
+
+    def record(
         self,
-        connection: Connection,
+        asker: Asker | str,
+        client: Client,
         action: str,
         request_id: int,
         paths: Sequence[bytes],
@@ -209,9 +250,11 @@ class Dispatch:
         *,
         allowed: int,
     ) -> bool:
+        """Record what was decided for `paths`, `allowed` of which are given. Return whether to go on with it."""
         recorded = True
         if self._audit.on:
-            requester = f'{connection.record},"request":{request_id},"generation":{self.generation.number}'
+            who = client.record if isinstance(asker, str) else asker.record
+            requester = f'{who},"request":{request_id},"generation":{self.generation.number}'
             records = [outcome.record for outcome in outcomes]
             recorded = self._audit.decisions(requester, action, paths, records, extra)
         given = allowed if recorded else 0

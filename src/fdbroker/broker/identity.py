@@ -35,7 +35,7 @@ class IdentityError(Exception):
 class PeerAtConnect:
     """A peer as it was when it connected. Owns its pidfd, until `close`."""
 
-    __slots__ = ("_info", "_pidfd", "_ucred", "cgroup_id", "gid", "groups", "level", "pid", "uid")
+    __slots__ = ("_info", "_pidfd", "cgroup_id", "credentials", "gid", "groups", "level", "pid", "uid")
 
     def __init__(self, sock: socket.socket, level: int) -> None:
         """Ask the kernel who connected.
@@ -50,8 +50,8 @@ class PeerAtConnect:
         self.cgroup_id = 0
         self.level = level
         try:
-            self._ucred = peers.peer_credentials(sock)
-            self.pid, self.uid, self.gid = peers.read_ucred(self._ucred)
+            self.credentials = peers.peer_credentials(sock)
+            self.pid, self.uid, self.gid = peers.read_ucred(self.credentials)
             self.groups = frozenset(peers.peer_groups(sock)) | {self.gid}
             if level >= 1:
                 pidfd = peers.peer_pidfd(sock)
@@ -87,11 +87,15 @@ class PeerAtConnect:
         Call it after the message was received: a process that is alive then
         is the one that had the pid when the message was sent.
         """
-        if credentials != self._ucred:
+        if credentials != self.credentials:
             if credentials is None:
                 return "message_without_credentials"
             sender = peers.read_ucred(credentials)
             return "sent_by_another_process" if sender.pid != self.pid else "sent_with_other_ids"
+        return self.present_objection()
+
+    def present_objection(self) -> str | None:
+        """Return why this is not, or not any more, the process that connected, or None."""
         try:
             if self._info:
                 now = peers.pidfd_info_raw(self._pidfd)
@@ -112,6 +116,50 @@ class PeerAtConnect:
             gids=self.groups - {OVERFLOW_ID},
             cgroups=cgroups.containing(self.cgroup_id) if self.cgroup_id else frozenset(),
         )
+
+
+class PeerOfMessage:
+    """The sender of a datagram, as it was when it sent it; nothing is kept open.
+
+    Its supplementary groups are not known, so rules for groups see its primary one alone.
+    """
+
+    __slots__ = ("cgroup_id", "gid", "level", "pid", "uid")
+
+    def __init__(self, credentials: bytes | None, pidfd: int, level: int) -> None:
+        """Read what came with the datagram; `pidfd` stays the caller's.
+
+        Raises:
+            IdentityError: the sender is gone, has no id that is known here, or real and effective ids differ.
+
+        """
+        self.cgroup_id = 0
+        self.level = level
+        if credentials is None:
+            raise IdentityError("message_without_credentials")
+        try:
+            self.pid, self.uid, self.gid = peers.read_ucred(credentials)
+            if self.pid <= 0 or OVERFLOW_ID in (self.uid, self.gid):
+                raise IdentityError("identity_without_mapping")
+            if level >= 1 and (pidfd < 0 or peers.has_exited(pidfd)):
+                raise IdentityError("message_without_pidfd" if pidfd < 0 else "peer_has_exited")
+            if level >= 2:  # noqa: PLR2004 - the levels are numbers
+                now = peers.read_pidfd_info(peers.pidfd_info_raw(pidfd))
+                # A program with set-user-ID may name either of its ids, so they must be one.
+                ids = {(now.real_uid, now.real_gid), (now.effective_uid, now.effective_gid)}
+                if now.tgid != self.pid or ids != {(self.uid, self.gid)}:
+                    raise IdentityError("sent_with_other_ids")
+                self.cgroup_id = now.cgroup_id
+        except OSError as error:
+            raise IdentityError(_reason_of(error)) from error
+
+    def facts(self, cgroups: ControlGroups) -> ClientFacts:
+        """Return what rules may ask."""
+        named = cgroups.containing(self.cgroup_id) if self.cgroup_id else frozenset()
+        return ClientFacts(uid=self.uid, gids=frozenset({self.gid}), cgroups=named)
+
+
+Peer = PeerAtConnect | PeerOfMessage
 
 
 def _reason_of(error: OSError) -> str:

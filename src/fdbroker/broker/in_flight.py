@@ -15,60 +15,57 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fdbroker.kernel.sockets import bytes_not_received
+from fdbroker.kernel.sockets import DRAINED, bytes_not_received
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from fdbroker.broker.connection import Connection
-
-# SIOCOUTQ counts the buffer of a message that is just being freed as 1.
-_DRAINED = 1
+    from fdbroker.broker.connection import Client
 
 
 class InFlight:
-    """The count per uid and in all; the count of a connection is its own `in_flight`."""
+    """The count per uid and in all; the count of a client is its own `in_flight`."""
 
-    def __init__(self, most: int, most_per_uid: int, connections: Mapping[int, Connection]) -> None:
-        """`connections` are all there are, by whatever key, kept up to date by their owner."""
+    def __init__(self, most: int, most_per_uid: int) -> None:
         self.total = 0
-        self._connections = connections
         self._most = most
         self._most_per_uid = most_per_uid
         self._of_uid: dict[int, int] = {}
+        # Those that have something in flight.
+        self._clients: dict[Client, None] = {}
 
-    def add(self, connection: Connection, count: int) -> None:
+    def add(self, client: Client, count: int) -> None:
         """Count descriptors that were sent, or wait to be."""
-        connection.in_flight += count
+        client.in_flight += count
         self.total += count
-        uid = connection.peer.uid
+        uid = client.peer.uid
         self._of_uid[uid] = self._of_uid.get(uid, 0) + count
+        self._clients[client] = None
 
-    def forget(self, connection: Connection) -> None:
-        """Take back all that a connection has in flight: it was received, or its queue is gone."""
-        count, connection.in_flight = connection.in_flight, 0
+    def forget(self, client: Client) -> None:
+        """Take back all that a client has in flight: it was received, or its queue is gone."""
+        count, client.in_flight = client.in_flight, 0
         if not count:
             return
         self.total -= count
-        uid = connection.peer.uid
+        uid = client.peer.uid
         self._of_uid[uid] -= count
         if not self._of_uid[uid]:
             del self._of_uid[uid]
+        del self._clients[client]
 
-    def settle(self, connection: Connection) -> bool:
+    def settle(self, client: Client) -> bool:
         """Ask the kernel whether all was received; if so, forget it. Return whether it was."""
-        if connection.unsent is not None and connection.unsent.descriptors:
+        if any(reply.descriptors for reply in client.unsent):
             return False  # nor was it sent
-        if connection.in_flight and bytes_not_received(connection.sock) > _DRAINED:
+        if client.in_flight and bytes_not_received(client.sock) > DRAINED:
             return False
-        self.forget(connection)
+        self.forget(client)
         return True
 
-    def room_for(self, connection: Connection, count: int) -> bool:
+    def room_for(self, client: Client, count: int) -> bool:
         """Return whether `count` more may go to this client. Asks the kernel only when it is tight."""
-        uid, of_uid = connection.peer.uid, self._of_uid
+        uid, of_uid = client.peer.uid, self._of_uid
         if self.total + count <= self._most and of_uid.get(uid, 0) + count <= self._most_per_uid:
             return True
-        for other in self._connections.values():
+        for other in tuple(self._clients):
             self.settle(other)
         return self.total + count <= self._most and of_uid.get(uid, 0) + count <= self._most_per_uid

@@ -23,15 +23,15 @@ from fdbroker.kernel.files import (
     wait_for_changes_of_names,
 )
 from fdbroker.policy.decide import NameDecision, decide_object
-from fdbroker.wire.format import MAX_REPLY, Reason
-from fdbroker.wire.messages import GIVEN, FileStat, ListEntry, Result, broken, refused
+from fdbroker.wire.format import HEADER, MAX_COPY, MAX_REPLY, RESULT, Reason, Status
+from fdbroker.wire.messages import GIVEN, FileStat, ListEntry, Result, broken, copied, refused
 from fdbroker.wire.replies import encode_list_entry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fdbroker.broker.dispatch import Asker
     from fdbroker.broker.roots import HeldRoot
-    from fdbroker.policy.decide import ActionView, View
     from fdbroker.policy.rules import Rule
 
 _DENIED = refused(Reason.DENIED)
@@ -104,11 +104,10 @@ class Page(NamedTuple):
 class _Listing(NamedTuple):
     """What is asked of a directory."""
 
-    view: View
+    asker: Asker
     root: HeldRoot
     path: bytes
     most: int
-    client_uid: int
 
 
 class Opener:
@@ -120,16 +119,15 @@ class Opener:
         # What is given by one rule is one outcome: made once, not per file.
         self._given: dict[Rule | None, Outcome] = {}
 
-    def open(
-        self, view: ActionView, paths: Sequence[bytes], client_uid: int, descriptors: list[int]
-    ) -> list[Outcome]:
-        """Open regular files for reading, as `view` (of the action `open`) allows; one outcome per path.
+    def open(self, asker: Asker, paths: Sequence[bytes], descriptors: list[int]) -> list[Outcome]:
+        """Open regular files for reading, as `asker` may; one outcome per path.
 
         Appends a descriptor to `descriptors` for each path that is given, in
         order; the caller owns them, also when this raises.
         """
         outcomes = []
-        decide, roots, given, proc_self_fd = view.decide, self._roots, self._given, self._proc_self_fd
+        decide, roots, given = asker.view.actions["open"].decide, self._roots, self._given
+        proc_self_fd = self._proc_self_fd
         for path in paths:
             decision = decide(path)
             if not decision.allowed:
@@ -143,7 +141,7 @@ class Opener:
                     if not cross_mounts:
                         opened = open_regular_beneath(directory, path[skip:] or b".", proc_self_fd)
                 if opened is None:
-                    outcomes.append(self._open_judged(decision, root, path, client_uid, descriptors))
+                    outcomes.append(self._open_judged(decision, root, path, asker, descriptors))
                 else:
                     descriptors.append(opened)
                     outcomes.append(given.get(decision.rule) or self._give(decision.rule))
@@ -151,13 +149,65 @@ class Opener:
                 outcomes.append(_failure(decision, error))
         return outcomes
 
+    def open_or_copy(
+        self, asker: Asker, paths: Sequence[bytes], descriptors: list[int], copies: list[bytes]
+    ) -> list[Outcome]:
+        """Give the contents of small files where a rule delivers copies, else as `open`.
+
+        Appends each copy to `copies`, in order; no more than a reply has room for.
+        """
+        room = MAX_REPLY - HEADER.size - RESULT.size * len(paths)
+        outcomes = []
+        for path in paths:
+            outcome = self._copy(asker, path, room, copies)
+            if outcome.result.status is Status.COPIED:
+                room -= outcome.result.length
+            elif outcome.reason != "changed":
+                (opened,) = self.open(asker, [path], descriptors)
+                # Where no descriptor may be had, what kept the copy is the reason.
+                if opened.result is GIVEN or outcome.reason not in {"too_large", "reply_full"}:
+                    outcome = opened
+            outcomes.append(outcome)
+        return outcomes
+
+    def _copy(self, asker: Asker, path: bytes, room: int, copies: list[bytes]) -> Outcome:
+        """Read a small file whole, as it was at one moment; append it to `copies`."""
+        decision = asker.view.actions["copy"].decide(path)
+        if not decision.allowed:
+            return _refusal(decision)
+        held = opened = -1
+        try:
+            root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
+            held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
+            before = os.fstat(held)
+            refusal, rule = self._judge_file(decision, root, path, held, before, asker)
+            if refusal is not None:
+                return refusal
+            if before.st_size > MAX_COPY:
+                return Outcome(refused(Reason.TOO_LARGE), "too_large", rule)
+            if before.st_size > room:
+                return Outcome(refused(Reason.LIMIT), "reply_full", rule)
+            opened = reopen_for_reading(self._proc_self_fd, held)
+            data = os.pread(opened, MAX_COPY + 1, 0)
+            after = os.fstat(opened)
+            if len(data) != before.st_size or _versions(before) != _versions(after):
+                return Outcome(refused(Reason.BUSY), "changed", rule)
+            copies.append(data)
+            return Outcome(copied(len(data)), "ok", rule)
+        except OSError as error:
+            return _failure(decision, error)
+        finally:
+            for descriptor in (held, opened):
+                if descriptor >= 0:
+                    os.close(descriptor)
+
     def _open_judged(
-        self, decision: NameDecision, root: HeldRoot, path: bytes, client_uid: int, descriptors: list[int]
+        self, decision: NameDecision, root: HeldRoot, path: bytes, asker: Asker, descriptors: list[int]
     ) -> Outcome:
         """Open a path about whose object something is to be asked, or to be said."""
         held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
         try:
-            refusal, rule = self._judge_file(decision, root, path, held, os.fstat(held), client_uid)
+            refusal, rule = self._judge_file(decision, root, path, held, os.fstat(held), asker)
             if refusal is not None:
                 return refusal
             descriptors.append(reopen_for_reading(self._proc_self_fd, held))
@@ -178,13 +228,13 @@ class Opener:
         path: bytes,
         held: int,
         facts: os.stat_result,
-        client_uid: int,
+        asker: Asker,
     ) -> tuple[Outcome | None, Rule | None]:
         """Return why the object is not opened, or None; and the rule that says so."""
         objection = root.objection(held)
         if objection is not None or not stat.S_ISREG(facts.st_mode):
             return _object_refusal(decision, objection or _kind_refused(facts.st_mode)), None
-        allowed, reason, rule = decide_object(decision, facts, client_uid)
+        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid)
         if not allowed:
             return Outcome(_DENIED, reason, rule), rule
         if decision.asks_links and self._has_lost_its_name(root, path, held):
@@ -205,24 +255,24 @@ class Opener:
                 if descriptor >= 0:
                     os.close(descriptor)
 
-    def stat(self, view: ActionView, path: bytes, client_uid: int) -> Outcome:
-        """Describe what is there, of whatever kind, as `view` (of the action `stat`) allows."""
-        decision = view.decide(path)
+    def stat(self, asker: Asker, path: bytes) -> Outcome:
+        """Describe what is there, of whatever kind, as `asker` may know it."""
+        decision = asker.view.actions["stat"].decide(path)
         if not decision.allowed:
             return _refusal(decision)
         held = -1
         try:
             root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
             held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
-            return self._judge(decision, root, path, held, client_uid)
+            return self._judge(decision, root, path, held, asker)
         except OSError as error:
             return _failure(decision, error)
         finally:
             if held >= 0:
                 os.close(held)
 
-    def list(self, view: View, path: bytes, cookie: int, most: int, client_uid: int) -> Page:
-        """Give one page of a directory, as the actions `list` and `stat` of `view` allow.
+    def list(self, asker: Asker, path: bytes, cookie: int, most: int) -> Page:
+        """Give one page of a directory, as the actions `list` and `stat` allow to `asker`.
 
         A page reads one chunk of the directory, so that a directory of a
         million names that a client may not see costs no more than its pages.
@@ -231,25 +281,23 @@ class Opener:
         it is moved, and one that was away in between may have held other
         names there. A directory in which much happens is tried a few times.
         """
-        decision = view.actions["list"].decide(path)
+        decision = asker.view.actions["list"].decide(path)
         if not decision.allowed:
             return Page(_refusal(decision))
         for _ in range(_LIST_TRIES):
-            page = self._page(view, decision, path, cookie, most, client_uid)
+            page = self._page(asker, decision, path, cookie, most)
             if page is not None:
                 return page
         return Page(_object_refusal(decision, "moved"))
 
-    def _page(
-        self, view: View, decision: NameDecision, path: bytes, cookie: int, most: int, client_uid: int
-    ) -> Page | None:
+    def _page(self, asker: Asker, decision: NameDecision, path: bytes, cookie: int, most: int) -> Page | None:
         """Give the page, or None where the directory was touched meanwhile."""
         held = opened = again = -1
         try:
             root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
             below = path[root.skip :] or b"."
             held = open_path_beneath(root.descriptor, below, root.cross_mounts)
-            outcome = self._judge(decision, root, path, held, client_uid)
+            outcome = self._judge(decision, root, path, held, asker)
             if outcome.facts is None:
                 return Page(outcome)
             if not stat.S_ISDIR(outcome.facts.mode):
@@ -261,7 +309,7 @@ class Opener:
             except (OverflowError, OSError):
                 return Page(Outcome(refused(Reason.PATH_INVALID), "cookie", outcome.rule))
             chunk = read_directory(opened)
-            asked = _Listing(view, root, path, most or _PAGE, client_uid)
+            asked = _Listing(asker, root, path, most or _PAGE)
             entries, cookie = self._entries(asked, held, chunk, cookie)
             # Where the whole chunk was used, a look behind it saves the client a page without entries.
             last = not chunk or (cookie == chunk[-1].next and not read_directory(opened))
@@ -304,7 +352,8 @@ class Opener:
 
     def _entry(self, asked: _Listing, directory: int, entry: DirectoryEntry) -> ListEntry | None:
         """Return what the client may see of one name, None if not even that."""
-        view, root, parent, _, client_uid = asked
+        asker, root, parent, _ = asked
+        view = asker.view
         path = parent.rstrip(b"/") + b"/" + entry.name
         may_list = view.actions["list"].decide(path)
         if not may_list.allowed:
@@ -326,21 +375,24 @@ class Opener:
         finally:
             if held >= 0:
                 os.close(held)
-        if not may_list.plain and not decide_object(may_list, facts, client_uid).allowed:
+        if (
+            not may_list.plain
+            and not decide_object(may_list, facts, asker.uid, asker.on_behalf_of_uid).allowed
+        ):
             return None
         kind = entry.kind or stat.S_IFMT(facts.st_mode) >> 12
-        shown = may_stat.plain or (may_stat.allowed and decide_object(may_stat, facts, client_uid).allowed)
+        shown = may_stat.plain or (
+            may_stat.allowed and decide_object(may_stat, facts, asker.uid, asker.on_behalf_of_uid).allowed
+        )
         return ListEntry(entry.name, kind, _file_stat(facts) if shown else None)
 
-    def _judge(
-        self, decision: NameDecision, root: HeldRoot, path: bytes, held: int, client_uid: int
-    ) -> Outcome:
+    def _judge(self, decision: NameDecision, root: HeldRoot, path: bytes, held: int, asker: Asker) -> Outcome:
         """Decide on an object of any kind and describe it."""
         facts = os.fstat(held)
         objection = root.objection(held)
         if objection is not None and objection != "mount_not_read_only":
             return _object_refusal(decision, objection)
-        allowed, reason, rule = decide_object(decision, facts, client_uid)
+        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid)
         if not allowed:
             return Outcome(_DENIED, reason, rule)
         if decision.asks_links and stat.S_ISREG(facts.st_mode) and self._has_lost_its_name(root, path, held):
@@ -365,6 +417,11 @@ def _failure(decision: NameDecision, error: OSError) -> Outcome:
         return Outcome(broken(number), errno.errorcode[number], rule)
     reason, result = _BY_ERRNO.get(number, (errno.errorcode.get(number, "unknown"), broken(number)))
     return Outcome(result if decision.plain else _DENIED, reason, rule)
+
+
+def _versions(facts: os.stat_result) -> tuple[int, int, int]:
+    """Return what changes when the contents do."""
+    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def _kind_refused(mode: int) -> str:

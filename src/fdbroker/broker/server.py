@@ -2,7 +2,8 @@
 
 One thread, one epoll, non-blocking sockets. One message per uid and round, so
 that whoever has many connections or a full queue waits for the others. A client
-that does not receive is not read from: what waits for it is at most one reply.
+that does not receive is not read from: what waits for it is at most what it had
+asked for by then.
 """
 
 from __future__ import annotations
@@ -13,29 +14,33 @@ import os
 import resource
 import select
 import socket
-from typing import TYPE_CHECKING, NamedTuple
+import time
+from typing import TYPE_CHECKING
 
+from fdbroker.broker.accepting import Acceptor, Listener
+from fdbroker.broker.acting import Services
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.connection import Connection, State, Unsent
 from fdbroker.broker.control import Control
+from fdbroker.broker.datagrams import Datagrams
 from fdbroker.broker.dispatch import Dispatch, Parts, Table
-from fdbroker.broker.identity import IdentityError, PeerAtConnect
+from fdbroker.broker.identity import PeerAtConnect
 from fdbroker.broker.in_flight import InFlight
+from fdbroker.broker.walks import Walks, can_go_on
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Kind, Reason
 from fdbroker.wire.messages import Hello, MalformedError
 from fdbroker.wire.requests import decode_request
+from fdbroker.wire.stream import framed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 SEND_BUFFER = 32768  # the kernel doubles it; no cost was seen, and less is in flight
-ACCEPTS_PER_ROUND = 16
 _REST = 0.1  # seconds
-# Everybody may ask on a control socket, and whoever has subordinate ids has many of them: what they
-# take up there must not be what the clients need.
-_MOST_FOR_CONTROL = 64
+_LOOK_AT_DEADLINES = 1.0  # seconds: how late a client may be noticed to be late
+_MOST_AWAITED = 16  # answers of others that one connection may wait for
 _READY = select.EPOLLIN
 _READING = State.READING  # to look up a member of an Enum costs as much as a small system call
 _GONE = select.EPOLLHUP | select.EPOLLERR
@@ -47,15 +52,8 @@ _INTEREST = {
     State.PAUSED: _RECEIVES,
     State.CLOSING: _RECEIVES,
     State.LOADING: 0,  # that it hangs up is told all the same
+    State.WAITING: 0,
 }
-
-
-class _Listener(NamedTuple):
-    """A listening socket, its name in the audit, and what can be asked on its connections."""
-
-    sock: socket.socket
-    name: str
-    answers: Table
 
 
 class Broker:
@@ -63,48 +61,68 @@ class Broker:
 
     def __init__(self, parts: Parts) -> None:
         self._dispatch = Dispatch(parts, self._totals)
+        self._walks = Walks(self._dispatch, parts)
+        self._services = Services(self._dispatch, parts)
         self._control = Control(self._dispatch, parts, self._facts, self._switched)
         self._notifier = parts.notifier
         self._audit = parts.audit
         self._level = parts.identity_level
+        self._parts = parts
         self._epoll = select.epoll()
-        self._listeners: dict[int, _Listener] = {}
-        # Listeners that are not listened to for one round, since accepting failed.
-        self._resting: list[socket.socket] = []
         self._connections: dict[int, Connection] = {}
         self._connections_of: dict[int, int] = {}
         # Those on control sockets, of root and others.
         self._for_control = 0
-        self._accepted = self._refused = self._malformed = 0
+        self._accepted = self._malformed = 0
+        # Connections that have something to do without an event: a frame of a stream that is there
+        # already, a walk that may go on.
+        self._busy: dict[Connection, None] = {}
+        # Those that wait a moment, since others of their uid have all descriptors under way that it may have.
+        self._resting: list[Connection] = []
+        # When a hello, or the rest of a frame that has begun, must be there.
+        self._deadlines: dict[Connection, float] = {}
+        self._next_look = 0.0
         # Connections on which a policy was handed over, one after the other.
         self._loading: list[Connection] = []
         self._stopping = False
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._epoll.register(self._wake_read, select.EPOLLIN)
-        # Held so that a connection can still be accepted, and refused, when descriptors run out.
-        self._spare = os.open("/", os.O_PATH | os.O_CLOEXEC)
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         # A full reply must fit into the share of one uid, or its request could never be answered.
-        self._flight = InFlight(most // 2, max(most // 8, MAX_PATHS), self._connections)
+        self._flight = InFlight(most // 2, max(most // 8, MAX_PATHS))
         # Each connection has a socket and a pidfd, and may hold a reply of 253.
-        self._max_connections = most // 8
+        self._acceptor = Acceptor(self, self._epoll, self._dispatch, self._audit, most // 8)
+        self._datagrams: Datagrams | None = None
 
     @property
     def wake_descriptor(self) -> int:
         """For `signal.set_wakeup_fd`: a byte written there makes the loop look up."""
         return self._wake_write
 
-    def add_listener(self, listener: socket.socket, name: str, *, control: bool = False) -> None:
-        """Serve a listening SOCK_SEQPACKET socket; owned from now on. `name` is for the audit.
+    def add_listener(
+        self, listener: socket.socket, name: str, *, control: bool = False, service: str | None = None
+    ) -> None:
+        """Serve a socket that listens, or takes datagrams; owned from now on. `name` is for the audit.
 
         `control`: for those who administer the broker; see control.py for what can be asked there.
+        `service`: its clients are handed over to whoever serves it; see acting.py.
         """
         listener.settimeout(0)
+        if service is not None:
+            # What comes from there is the service's to receive, descriptors as well.
+            self._services.add_listener(os.fsencode(service))
+            self._acceptor.add(Listener(listener, name, service=os.fsencode(service)), wanted=False)
+            return
         sockets.ask_for_credentials(listener)
         sockets.refuse_descriptors(listener)
+        if listener.type == socket.SOCK_DGRAM:
+            sockets.ask_for_pidfds(listener)
+            if self._datagrams is None:
+                self._datagrams = Datagrams(self._dispatch, self._parts, self._flight)
+            self._acceptor.add(Listener(listener, name))
+            return
         answers = self._control.table if control else self._dispatch.table
-        self._listeners[listener.fileno()] = _Listener(listener, name, answers)
-        self._epoll.register(listener, select.EPOLLIN)
+        self._acceptor.add(Listener(listener, name, answers))
 
     def adopt(self, sock: socket.socket, name: str, answers: Table | None = None) -> Connection:
         """Serve a connection that exists already; owned from now on. `answers`: what can be asked there.
@@ -133,11 +151,14 @@ class Broker:
             gid=peer.gid,
             identity=peer.level,
         )
-        connection = Connection(sock, peer, record, answers or self._dispatch.table, self._flight)
+        stream = sock.type == socket.SOCK_STREAM
+        answers = answers or self._dispatch.table
+        connection = Connection(sock, peer, record, answers, self._flight, stream=stream)
         connection.for_control = answers is self._control.table
         self._for_control += connection.for_control
         self._connections[sock.fileno()] = connection
         self._connections_of[peer.uid] = self._connections_of.get(peer.uid, 0) + 1
+        self._expect(connection)
         return connection
 
     def stop(self) -> None:
@@ -147,28 +168,36 @@ class Broker:
 
     def serve(self) -> None:
         """Serve until `stop`, or until nobody is left to be served and nobody can come."""
-        while not self._stopping and (self._listeners or self._connections):
+        while not self._stopping and (self._acceptor.listeners or self._connections):
             self.step(self._notifier.before_waiting())
 
     def step(self, timeout: float) -> None:
         """Serve one round of what is ready within `timeout` seconds (-1: wait)."""
-        resting, self._resting = self._resting, []
-        if self._loading:
+        if self._busy or self._loading:
             timeout = 0
-        elif resting and not 0 <= timeout < _REST:
-            timeout = _REST
+        elif self._deadlines or self._resting or self._acceptor.resting:
+            least = _REST if self._resting or self._acceptor.resting else _LOOK_AT_DEADLINES
+            if not 0 <= timeout < least:
+                timeout = least
         # Room for all of them, or it would not show who else wants something; and for no more, which costs.
-        most = len(self._connections) + len(self._listeners) + 1
+        most = len(self._connections) + len(self._acceptor.listeners) + 1
         ready = self._epoll.poll(timeout, most)
-        for listener in resting:
-            self._epoll.register(listener, _READY)
-        if len(ready) == 1 and not self._loading:  # one client wants one thing, as it mostly is
+        if len(ready) == 1 and not self._busy and not self._deadlines and not self._loading:
+            # One client wants one thing, as it mostly is.
             descriptor, events = ready[0]
             connection = self._connections.get(descriptor)
             if connection is not None and events == _READY and connection.state is _READING:
                 self._serve_message(connection)
                 return
+        self._acceptor.listen_again()
+        resting, self._resting = self._resting, []
         self._serve_all(ready)
+        for connection in resting:
+            self._see_whether_busy(connection)
+        if self._busy:
+            self._go_on()
+        if self._deadlines:
+            self._look_at_deadlines()
         if self._loading:
             self._load_on(self._loading[0])
 
@@ -187,8 +216,8 @@ class Broker:
                 elif not served or self._goes_on():
                     served.add(uid)
                     self._serve_message(connection)
-            elif descriptor in self._listeners:
-                self._accept(self._listeners[descriptor])
+            elif descriptor in self._acceptor.listeners:
+                self._on_listener(self._acceptor.listeners[descriptor])
             elif descriptor == self._wake_read:
                 os.read(self._wake_read, 64)
         if len(served) == 1:
@@ -197,6 +226,32 @@ class Broker:
             for connection in waiting:
                 if connection.state is _READING and self._goes_on():
                     self._serve_message(connection)
+
+    def _go_on(self) -> None:
+        """Do one thing for each uid that has something to do without an event."""
+        served: set[int] = set()
+        for connection in list(self._busy):
+            uid = connection.peer.uid
+            if uid in served or not self._goes_on():
+                continue
+            served.add(uid)
+            # Its next turn is after those of others of this uid.
+            del self._busy[connection]
+            if connection.state is not _READING:
+                continue
+            if connection.stream is not None and len(connection.stream):
+                self._serve_stream(connection, receive=False)
+            if connection.state is _READING and can_go_on(connection) and not self._walk_on(connection):
+                self._resting.append(connection)
+            else:
+                self._see_whether_busy(connection)
+
+    def _see_whether_busy(self, connection: Connection) -> None:
+        """Note whether a connection has something to do without an event."""
+        if connection.state is _READING and (
+            (connection.stream is not None and connection.stream.has_frame) or can_go_on(connection)
+        ):
+            self._busy[connection] = None
 
     def _goes_on(self) -> bool:
         """Say, in the middle of a round, which may be long, that the loop lives; return whether to go on."""
@@ -207,13 +262,11 @@ class Broker:
         """Close every connection, every listener and the loop's own descriptors."""
         for connection in list(self._connections.values()):
             self._drop(connection)
-        for listener in self._listeners.values():
-            listener.sock.close()
-        self._listeners.clear()
+        self._acceptor.close()
+        if self._datagrams is not None:
+            self._datagrams.close()
         self._epoll.close()
         close_all([self._wake_read, self._wake_write])
-        if self._spare >= 0:
-            os.close(self._spare)
 
     def _totals(self) -> Mapping[str, int]:
         return {
@@ -221,23 +274,25 @@ class Broker:
             "connections": len(self._connections),
             "in_flight": self._flight.total,
             "malformed": self._malformed,
-            "refused_connections": self._refused,
+            "refused_connections": self._acceptor.refused,
         }
 
     def _facts(self) -> Mapping[str, object]:
         """Return what the loop knows of itself, for the whole status."""
         return {
             "listeners": [
-                {"name": name, "control": answers is self._control.table}
-                for _, name, answers in self._listeners.values()
+                {"name": listener.name, "control": listener.answers is self._control.table}
+                for listener in self._acceptor.listeners.values()
             ],
-            "connections_most": self._max_connections,
+            "connections_most": self._acceptor.max_connections,
         }
 
     def _switched(self) -> None:
         """Forget the policy before: idle clients must not keep it, with all they asked by it."""
         for connection in self._connections.values():
-            connection.view = None
+            connection.asker = None
+            for client in connection.clients.values():
+                client.asker = None
         settle_memory()
         self.say_status()
 
@@ -253,105 +308,104 @@ class Broker:
 
     # Connections come
 
-    def _accept(self, listener: _Listener) -> None:
-        for _ in range(ACCEPTS_PER_ROUND):
-            try:
-                sock, _ = listener.sock.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in {errno.EMFILE, errno.ENFILE}:
-                    self._accept_to_refuse(listener)
-                    return
-                self._audit.event("accept_failed", member_text(socket=listener.name, errno=error.errno))
-                if error.errno == errno.ECONNABORTED:  # the connecting side gave up: nobody to answer
-                    continue
-                self._let_rest(listener.sock)
-                return
-            self._take_or_refuse(sock, listener)
+    def _on_listener(self, listener: Listener) -> None:
+        if listener.service is not None:
+            self._accept_for_service(listener, listener.service)
+        elif listener.answers is None:
+            assert self._datagrams is not None  # noqa: S101 - made with the first of them
+            self._datagrams.serve(listener.sock, listener.name)
+        else:
+            self._acceptor.accept(listener)
 
-    def _take_or_refuse(self, sock: socket.socket, listener: _Listener) -> None:
-        name = listener.name
-        try:
-            connection = self.adopt(sock, name, listener.answers)
-        except (IdentityError, OSError) as error:
-            self._refused += 1
-            self._audit.event("connection_refused", member_text(socket=name, reason=str(error)))
-            return
+    def refuse_if_over_limit(self, connection: Connection, name: str) -> None:
+        """Say why a new connection is not served, and drop it, where there are too many."""
         uid, most = connection.peer.uid, self._dispatch.generation.settings.connections_per_uid
-        if connection.for_control:
-            if uid == 0:
-                return  # however many there are: who administers it must get in
-            if self._for_control > _MOST_FOR_CONTROL:
-                text = "too many ask for status and explanations at once; ask again"
-                self._refuse(sock, name, text, member_text(uid=uid, reason="control_connections"))
-                self._drop(connection)
-                return
-        elif len(self._connections) - self._for_control > self._max_connections:
-            members = member_text(uid=uid, reason="connections")
-            self._refuse(sock, name, "the broker has too many connections", members)
-            self._drop(connection)
-            return
-        if self._connections_of[uid] > most:
-            text = f"uid {uid} has {most} connections already, which is the limit (connections_per_uid)"
-            members = member_text(uid=uid, reason="connections_per_uid", limit=most)
-            self._refuse(sock, name, text, members)
+        refusal = self._acceptor.objection(
+            connection,
+            of_uid=self._connections_of[uid],
+            for_control=self._for_control,
+            in_all=len(self._connections),
+            most=most,
+        )
+        if refusal is not None:
+            self._acceptor.record_refusal(name, refusal.members)
+            self._send_error(connection, 0, Kind.REFUSED, Reason.LIMIT, refusal.text)
             self._drop(connection)
 
-    def _refuse(self, sock: socket.socket, name: str, text: str, members: str) -> None:
-        """Record and say why a connection is not served; the caller closes it."""
-        self._refused += 1
-        self._audit.event("connection_refused", f"{member_text(socket=name)},{members}")
-        self._send_error(sock, 0, Kind.REFUSED, Reason.LIMIT, text)
-
-    def _accept_to_refuse(self, listener: _Listener) -> None:
-        """Out of descriptors: without this the listener would stay ready, and the loop would spin."""
-        if self._spare >= 0:
-            os.close(self._spare)
-            self._spare = -1
-        try:
-            sock, _ = listener.sock.accept()
-            with sock:
-                members = member_text(reason="descriptors")
-                self._refuse(sock, listener.name, "the broker has no descriptors left", members)
-        except OSError as error:
-            # The whole system is out of files (ENFILE): the listener rests a while, the connections go on.
-            self._audit.event("accept_failed", member_text(socket=listener.name, errno=error.errno))
-            self._let_rest(listener.sock)
-        try:
-            self._spare = os.open("/", os.O_PATH | os.O_CLOEXEC)
-        except OSError:
-            # Tried again at the next shortage.
+    def _accept_for_service(self, listener: Listener, service: bytes) -> None:
+        server = self._services.server_for(service)
+        if server is None:
+            self._acceptor.want(listener, wanted=False)
             return
+        sock = self._acceptor.accept_one(listener)
+        if sock is None:
+            return
+        answered = self._services.accept(sock, service, server)
+        if answered is not None:
+            self._send(server, *answered, server.serving[service])
 
-    def _let_rest(self, listener: socket.socket) -> None:
-        """Leave a listener alone for one round: it would be ready again at once, and fail again."""
-        self._epoll.unregister(listener)
-        self._resting.append(listener)
+    def _see_who_serves(self) -> None:
+        """Listen for the clients of those services that can take some."""
+        for listener in self._acceptor.listeners.values():
+            if listener.service is not None:
+                wanted = self._services.server_for(listener.service) is not None
+                self._acceptor.want(listener, wanted=wanted)
 
     # Connections go
 
+    def _expect(self, connection: Connection) -> None:
+        """Give a hello, or the rest of a frame, the time that the policy gives."""
+        if connection not in self._deadlines:
+            seconds = self._dispatch.generation.settings.message_within
+            self._deadlines[connection] = time.monotonic() + seconds
+
+    def _look_at_deadlines(self) -> None:
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_AT_DEADLINES
+        for connection, until in list(self._deadlines.items()):
+            if now < until:
+                continue
+            del self._deadlines[connection]
+            if connection.state is not _READING:  # it is we who are late
+                self._expect(connection)
+                continue
+            what = "the rest of a message" if connection.greeted else "a hello"
+            members = member_text(request=0, reason=f"{what} did not come in time")
+            self._audit.event("too_slow", f"{connection.record},{members}")
+            text = f"{what} must come within {self._dispatch.generation.settings.message_within:g} s"
+            self._send_error(connection, 0, Kind.REFUSED, Reason.LIMIT, text)
+            self._hang_up(connection)
+
     def _hang_up(self, connection: Connection) -> None:
         """End a connection from our side, but keep counting what lies in the client's queue."""
-        connection.loading = None
         self._discard_unsent(connection)
         if self._flight.settle(connection):
             self._drop(connection)
             return
+        self._end_what_goes_on(connection)
         # The client reads to the end of its queue; that it hangs up is still told, by EPOLLHUP.
         connection.sock.shutdown(socket.SHUT_WR)
         self._wait_for(connection, State.CLOSING)
 
+    def _end_what_goes_on(self, connection: Connection) -> None:
+        self._busy.pop(connection, None)
+        self._deadlines.pop(connection, None)
+        if connection.serving:
+            self._services.forget(connection)
+        connection.end_what_goes_on()
+
     def _discard_unsent(self, connection: Connection) -> None:
-        """Let go of a reply that waits, and take back in the audit what it would have given."""
-        if connection.unsent is not None:
-            members = member_text(request=connection.unsent.request_id, errno=errno.EPIPE)
+        """Let go of replies that wait, and take back in the audit what they would have given."""
+        for reply in connection.unsent:
+            members = member_text(request=reply.request_id, errno=errno.EPIPE)
             self._audit.event("undelivered", f"{connection.record},{members}")
-            connection.discard_unsent()
+        connection.discard_unsent()
 
     def _drop(self, connection: Connection) -> None:
         """Forget a connection whose client is gone, or has nothing left to receive."""
-        connection.loading = None
+        self._end_what_goes_on(connection)
         self._discard_unsent(connection)
         self._flight.forget(connection)
         descriptor = connection.sock.fileno()
@@ -362,11 +416,22 @@ class Broker:
         self._connections_of[uid] -= 1
         if not self._connections_of[uid]:
             del self._connections_of[uid]
+        connection.state = State.CLOSED
         connection.close()
 
     def _wait_for(self, connection: Connection, state: State) -> None:
         connection.state = state
         self._epoll.modify(connection.sock, _INTEREST[state])
+
+    def _read_on(self, connection: Connection) -> None:
+        """Go on with a connection whose client has received what kept it."""
+        if connection.awaited >= _MOST_AWAITED:
+            self._wait_for(connection, State.WAITING)
+            return
+        self._wait_for(connection, _READING)
+        self._see_whether_busy(connection)
+        if connection.serving:
+            self._see_who_serves()
 
     def _on_other_event(self, connection: Connection, events: int) -> None:
         """Whatever is not simply the next request."""
@@ -382,7 +447,7 @@ class Broker:
             if connection.state is State.CLOSING:
                 self._drop(connection)
             else:
-                self._wait_for(connection, State.READING)
+                self._read_on(connection)
 
     # Messages
 
@@ -392,48 +457,125 @@ class Broker:
         if connection.in_flight + MAX_PATHS > most and not self._flight.settle(connection):
             self._wait_for(connection, State.PAUSED)
             return
+        if connection.stream is not None:
+            self._serve_stream(connection, receive=True)
+            return
         try:
             data, credentials, flags = sockets.receive_data(connection.sock, MAX_FRAME + 1)
         except BlockingIOError:
             return
         except OSError as error:
-            self._audit.event("receive_failed", f"{connection.record},{member_text(errno=error.errno)}")
-            self._hang_up(connection)
+            self._receive_failed(connection, error)
             return
         if not data and not flags:
             self._hang_up(connection)
             return
+        if flags:
+            self._malformed_by(connection, MalformedError(_objection_to_flags(flags)))
+            return
+        self._answer(connection, data, credentials)
+
+    def _serve_stream(self, connection: Connection, *, receive: bool) -> None:
+        """Serve the next frame of a stream: one that is there, or one that is there now."""
+        stream = connection.stream
+        assert stream is not None  # noqa: S101 - for the type checker; the callers looked
         try:
-            if flags:
-                raise MalformedError(
-                    "descriptors were sent to the broker, which takes none"
-                    if flags & sockets.CONTROL_TRUNCATED
-                    else f"a message is longer than {MAX_FRAME} bytes"
-                )
+            frame = stream.next_frame()
+            if frame is None and receive:
+                data, credentials, flags = sockets.receive_data(connection.sock, MAX_FRAME)
+                if flags:
+                    raise MalformedError(_objection_to_flags(flags))
+                if not data:
+                    self._hang_up(connection)
+                    return
+                # A frame is from whoever sent all of it. Parts of different senders are never joined.
+                if not len(stream) or connection.credentials == connection.peer.credentials:
+                    connection.credentials = credentials
+                stream.add(data)
+                frame = stream.next_frame()
+        except BlockingIOError:
+            return
+        except MalformedError as error:
+            self._malformed_by(connection, error)
+            return
+        except OSError as error:
+            self._receive_failed(connection, error)
+            return
+        if frame is not None:
+            self._deadlines.pop(connection, None)
+            self._answer(connection, frame, connection.credentials)
+        if connection.state is _READING:
+            if len(stream):
+                self._expect(connection)
+            self._see_whether_busy(connection)
+
+    def _receive_failed(self, connection: Connection, error: OSError) -> None:
+        self._audit.event("receive_failed", f"{connection.record},{member_text(errno=error.errno)}")
+        self._hang_up(connection)
+
+    def _malformed_by(self, connection: Connection, error: MalformedError) -> None:
+        """Record and say what breaks the protocol, and end the connection."""
+        self._malformed += 1
+        members = member_text(request=error.request_id, reason=str(error))
+        self._audit.event("malformed", f"{connection.record},{members}")
+        self._send_error(connection, error.request_id, Kind.MALFORMED, Reason.MALFORMED, str(error))
+        self._hang_up(connection)
+
+    def _answer(self, connection: Connection, data: bytes, credentials: bytes | None) -> None:
+        request_id = 0
+        try:
             request = decode_request(data)
+            request_id = request.id
             answer = connection.answers.get(type(request))
             if answer is None:
                 raise MalformedError(f"{type(request).__name__} is not for this socket", request.id)
             if (type(request) is Hello) is connection.greeted:
                 text = "a second hello" if connection.greeted else "the first frame is not a hello"
                 raise MalformedError(text, request.id)
-        except MalformedError as error:
-            self._malformed += 1
-            members = member_text(request=error.request_id, reason=str(error))
-            self._audit.event("malformed", f"{connection.record},{members}")
-            self._send_error(connection.sock, error.request_id, Kind.MALFORMED, Reason.MALFORMED, str(error))
-            self._hang_up(connection)
-            return
-        try:
             answered = answer(connection, request, connection.peer.objection(credentials))
+        except MalformedError as error:
+            self._malformed_by(connection, error)
+            return
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a denial, and the others are served
-            self._fail(connection, request.id, error)
+            self._fail(connection, request_id, error)
             return
         if answered is None:
+            self._answer_later(connection)
+            return
+        if self._deadlines:
+            self._deadlines.pop(connection, None)
+        self._send(connection, *answered, request_id)
+        if connection.serving:
+            self._see_who_serves()
+
+    def _answer_later(self, connection: Connection) -> None:
+        """See what a request has begun that has no answer yet."""
+        if connection.loading is not None:
             self._loading.append(connection)
             self._wait_for(connection, State.LOADING)
-            return
-        self._send(connection, *answered, request.id)
+        elif connection.awaited >= _MOST_AWAITED:
+            self._wait_for(connection, State.WAITING)
+        else:
+            self._see_whether_busy(connection)
+
+    def _walk_on(self, connection: Connection) -> bool:
+        """Send the next frame of a walk, if its descriptors have a place. False: it is to wait a moment."""
+        settings = self._dispatch.generation.settings
+        if connection.in_flight + MAX_PATHS > settings.in_flight_per_connection and not self._flight.settle(
+            connection
+        ):
+            self._wait_for(connection, State.PAUSED)
+            return True
+        if not self._flight.room_for(connection, MAX_PATHS):
+            return False
+        try:
+            answered = self._walks.next_frame(connection)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._fail(connection, 0, error)
+            return True
+        if answered is not None:
+            self._send(connection, *answered, 0)
+        return True
 
     def _load_on(self, connection: Connection) -> None:
         """Go on reading the policy that was handed over here, for a moment; answer when it is read."""
@@ -457,28 +599,41 @@ class Broker:
         members = member_text(request=request_id, reason=_describe(error))
         self._audit.event("failed", f"{connection.record},{members}")
         text = "the broker failed on this request; its audit says where"
-        self._send_error(connection.sock, request_id, Kind.BROKEN, Reason.BROKEN, text)
+        self._send_error(connection, request_id, Kind.BROKEN, Reason.BROKEN, text)
         self._hang_up(connection)
 
     def _send(self, connection: Connection, data: bytes, descriptors: list[int], request_id: int) -> None:
         """Send a reply, or keep it until there is room; its descriptors are owned here from now on."""
+        if connection.stream is not None:
+            data = framed(data)
+        if connection.unsent:
+            self._keep_unsent(connection, Unsent(data, descriptors, request_id))
+            return
         try:
-            sockets.send(connection.sock, data, descriptors, wait=False)
+            sent = sockets.send_part(connection.sock, data, descriptors, wait=False)
+        except BlockingIOError:
+            self._keep_unsent(connection, Unsent(data, descriptors, request_id))
+            return
         except OSError as error:
-            self._keep_unsent(connection, Unsent(data, descriptors, request_id), error)
+            self._not_sent(connection, Unsent(data, descriptors, request_id), error)
             return
         if descriptors:
             self._flight.add(connection, len(descriptors))
             close_all(descriptors)
+        if sent < len(data):
+            self._keep_unsent(connection, Unsent(data[sent:], [], request_id))
 
-    def _keep_unsent(self, connection: Connection, reply: Unsent, error: OSError) -> None:
-        """Keep a new reply for which there was no room; let go of one that can't be sent at all."""
-        if isinstance(error, BlockingIOError):
-            connection.unsent = reply
+    def _keep_unsent(self, connection: Connection, reply: Unsent) -> None:
+        """Keep a reply for which there was no room."""
+        connection.unsent.append(reply)
+        if reply.descriptors:
             # They are open here, which costs us as much as if they were on their way.
             self._flight.add(connection, len(reply.descriptors))
+        if connection.state is not State.SENDING:
             self._wait_for(connection, State.SENDING)
-            return
+
+    def _not_sent(self, connection: Connection, reply: Unsent, error: OSError) -> None:
+        """Let go of a reply that can't be sent at all."""
         close_all(reply.descriptors)
         members = member_text(request=reply.request_id, errno=error.errno)
         self._audit.event("undelivered", f"{connection.record},{members}")
@@ -491,26 +646,32 @@ class Broker:
         self._send(connection, error_frame, [], reply.request_id)
 
     def _send_what_waits(self, connection: Connection) -> None:
-        reply = connection.unsent
-        assert reply is not None  # noqa: S101 - that is what the state SENDING means
-        try:
-            sockets.send(connection.sock, reply.data, reply.descriptors, wait=False)
-        except BlockingIOError:
-            return  # it waits on, and its descriptors are counted already
-        except OSError as error:
-            connection.unsent = None
-            self._wait_for(connection, State.READING)
-            self._keep_unsent(connection, reply, error)
-        else:
-            connection.unsent = None
+        while connection.unsent:
+            reply = connection.unsent[0]
+            try:
+                sent = sockets.send_part(connection.sock, reply.data, reply.descriptors, wait=False)
+            except BlockingIOError:
+                return  # it waits on, and its descriptors are counted already
+            except OSError as error:
+                del connection.unsent[0]
+                self._not_sent(connection, reply, error)
+                return
             close_all(reply.descriptors)
-            self._wait_for(connection, State.READING)
+            if sent < len(reply.data):
+                reply.data = reply.data[sent:]
+                return
+            del connection.unsent[0]
+        self._read_on(connection)
 
     def _send_error(
-        self, sock: socket.socket, request_id: int, kind: Kind, reason: Reason, text: str
+        self, connection: Connection, request_id: int, kind: Kind, reason: Reason, text: str
     ) -> None:
+        """Send the last frame of a connection, if there is room for it: one behind the rest of another."""
+        if connection.unsent:
+            return
+        frame = self._dispatch.error(request_id, kind, reason, text)
         try:
-            sockets.send(sock, self._dispatch.error(request_id, kind, reason, text), wait=False)
+            sockets.send(connection.sock, frame if connection.stream is None else framed(frame), wait=False)
         except OSError:
             # Said to a client that does not listen; the audit has it.
             return
@@ -521,6 +682,12 @@ def settle_memory() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+def _objection_to_flags(flags: int) -> str:
+    if flags & sockets.CONTROL_TRUNCATED:
+        return "descriptors were sent to the broker, which takes none"
+    return f"a message is longer than {MAX_FRAME} bytes"
 
 
 def _describe(error: Exception) -> str:

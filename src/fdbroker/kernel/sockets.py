@@ -10,8 +10,10 @@ from __future__ import annotations
 import array
 import errno
 import fcntl
+import os
 import socket
 import struct
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel.descriptors import Descriptors
@@ -22,9 +24,16 @@ if TYPE_CHECKING:
 
 SCM_MAX_FD = 253  # include/net/scm.h
 SO_PASSRIGHTS = 83  # Linux 6.16; not in Python's socket module
+SO_PASSPIDFD = 76  # Linux 6.5, and the message it asks for:
+SCM_PIDFD = 4
 SIOCOUTQ = 0x5411  # bytes sent and not yet received; unix(7) does not say it, af_unix.c does
+DRAINED = (
+    1  # what it says when all was received: the buffer of a message that is just being freed counts as 1
+)
 
 _SPACE_FOR_CREDENTIALS = socket.CMSG_SPACE(12)  # struct ucred
+_NUMBER = 4  # bytes of a descriptor
+_SPACE_FOR_PIDFD = socket.CMSG_SPACE(_NUMBER)
 _SPACE_FOR_RIGHTS = socket.CMSG_SPACE(SCM_MAX_FD * 4)
 _ANCILLARY_SPACE = _SPACE_FOR_CREDENTIALS + _SPACE_FOR_RIGHTS
 # As plain numbers: the arithmetic of Python's enumerations costs more than a system call.
@@ -126,6 +135,7 @@ def send(sock: socket.socket, data: bytes, descriptors: Sequence[int] = (), *, w
     """Send one message with copies of `descriptors`; the caller still owns its own.
 
     Never raises SIGPIPE. With `wait` False a full socket is a BlockingIOError.
+    On a stream use `send_part`, or be ready for the error that a part was sent.
 
     Raises:
         ValueError: more than 253 descriptors, the kernel's limit.
@@ -135,19 +145,99 @@ def send(sock: socket.socket, data: bytes, descriptors: Sequence[int] = (), *, w
         BlockingIOError: there is no room.
 
     """
+    sent = send_part(sock, data, descriptors, wait=wait)
+    if sent != len(data):
+        raise SyscallError(errno.EMSGSIZE, "sendmsg", length=len(data), sent=sent)
+
+
+def send_part(sock: socket.socket, data: bytes, descriptors: Sequence[int] = (), *, wait: bool = True) -> int:
+    """Send as much as there is room for, as `send`; return how much that was, at least 1 byte.
+
+    The descriptors go with the first byte, so they are sent when this returns.
+    """
     if len(descriptors) > SCM_MAX_FD:
         raise ValueError(f"a message carries at most {SCM_MAX_FD} descriptors, not {len(descriptors)}")
     ancillary = [(_SOL_SOCKET, _SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
     try:
-        sent = sock.sendmsg([data], ancillary, _SEND_WAITING if wait else _SEND_AT_ONCE)
+        return sock.sendmsg([data], ancillary, _SEND_WAITING if wait else _SEND_AT_ONCE)
     except BlockingIOError:
         raise
     except OSError as error:
         raise renamed(
             error, "sendmsg", descriptor=sock.fileno(), length=len(data), descriptors=len(descriptors)
         ) from None
-    if sent != len(data):
-        raise SyscallError(errno.EMSGSIZE, "sendmsg", length=len(data), sent=sent)
+
+
+class Datagram(NamedTuple):
+    """One datagram and who sent it. `pidfd` (-1: the kernel has none) is owned by the receiver of this value.
+
+    `address` is the sender's, as the kernel gives it: b"" without one, beginning with NUL if abstract.
+    `flags`: MSG_CTRUNC, MSG_TRUNC.
+    """
+
+    data: bytes
+    credentials: bytes | None
+    pidfd: int
+    address: bytes
+    flags: int
+
+
+def receive_datagram(sock: socket.socket, size: int) -> Datagram:
+    """Receive one datagram of a socket with `ask_for_credentials` and `ask_for_pidfds`. Errors as `receive`.
+
+    Descriptors that its sender added are closed, and flagged with MSG_CTRUNC.
+    """
+    room = _SPACE_FOR_CREDENTIALS + _SPACE_FOR_PIDFD
+    try:
+        data, ancillary, flags, address = sock.recvmsg(size, room, _RECEIVE_FLAGS)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise renamed(error, "recvmsg", descriptor=sock.fileno(), size=size) from None
+    credentials, pidfd = None, -1
+    for level, kind, content in ancillary:
+        if level != _SOL_SOCKET:
+            continue
+        if kind == _SCM_CREDENTIALS:
+            credentials = content
+        elif kind == SCM_PIDFD and len(content) == _NUMBER:
+            pidfd = int.from_bytes(content, sys.byteorder, signed=True)
+        elif kind == _SCM_RIGHTS:
+            Descriptors(_numbers(content)).close()
+            flags |= CONTROL_TRUNCATED
+    where = os.fsencode(address) if isinstance(address, str) else address or b""
+    return Datagram(data, credentials, pidfd, where, flags & _TRUNCATED)
+
+
+def send_datagram(sock: socket.socket, data: bytes, descriptors: Sequence[int], address: bytes) -> None:
+    """Send one datagram at once, to an address as `receive_datagram` gave it; otherwise as `send`.
+
+    Raises:
+        SyscallError: ECONNREFUSED: nobody has that address any more; and those of `send`.
+        BlockingIOError: the receiver's queue is full, or our own buffer.
+
+    """
+    ancillary = [(_SOL_SOCKET, _SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+    try:
+        sock.sendmsg([data], ancillary, _SEND_AT_ONCE, address)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise renamed(error, "sendmsg", descriptor=sock.fileno(), address=address) from None
+
+
+def ask_for_pidfds(sock: socket.socket) -> bool:
+    """Have each message carry a descriptor of its sender's process (SO_PASSPIDFD, Linux 6.5).
+
+    Return whether the kernel has it.
+    """
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 1)
+    except OSError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            return False
+        raise renamed(error, "setsockopt", descriptor=sock.fileno(), option="SO_PASSPIDFD") from None
+    return True
 
 
 def refuse_descriptors(sock: socket.socket) -> bool:

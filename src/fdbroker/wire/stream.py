@@ -34,6 +34,15 @@ class FrameBuffer:
         """Take what was received."""
         self._data += data
 
+    @property
+    def has_frame(self) -> bool:
+        """Whether `next_frame` has something to return, or to raise."""
+        size = len(self._data)
+        if size < LENGTH.size:
+            return False
+        (length,) = LENGTH.unpack_from(self._data)
+        return size >= LENGTH.size + length or not HEADER.size <= length <= MAX_FRAME
+
     def next_frame(self) -> bytes | None:
         """Return the next frame that is there whole, else None.
 

@@ -1,0 +1,152 @@
+"""Services that act for their clients: who these are is the kernel's word, not the service's.
+
+The broker accepts on a service's listener, keeps who connected, and hands the
+connected socket to the service with a number. The service's requests name the
+number, and are decided for both. (A socket taken *from* a service would not
+do: the connecting end shows the listener's ids.)
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from fdbroker.broker.audit import member_text
+from fdbroker.broker.identity import IdentityError, PeerAtConnect
+from fdbroker.wire.format import Reason
+from fdbroker.wire.messages import GIVEN, AcceptedClient, ReleaseRequest, Request, ServeRequest, refused
+from fdbroker.wire.replies import encode_accepted, encode_release_reply, encode_serve_reply
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from fdbroker.broker.connection import Connection
+    from fdbroker.broker.dispatch import Answer, Dispatch, Parts
+    from fdbroker.broker.dispatch import Asker
+
+# Of one connection of a service: more clients wait in the listener's backlog until some are released.
+MOST_CLIENTS = 1024
+_LAST_NUMBER = 0xFFFFFFFF
+
+
+class ServedClient:
+    """A client of a service, as the kernel named it when it connected. Owns its pidfd, until `close`."""
+
+    __slots__ = ("asker", "asker_generation", "number", "peer", "record", "released")
+
+    def __init__(self, number: int, peer: PeerAtConnect, released: Callable[[ServedClient], None]) -> None:
+        self.number = number
+        self.peer = peer
+        self.record = member_text(for_number=number, for_pid=peer.pid, for_uid=peer.uid, for_gid=peer.gid)
+        self.released = released
+        # What the policy says about this client of that service, and the generation that says it.
+        self.asker: Asker | None = None
+        self.asker_generation = 0
+
+    def close(self) -> None:
+        """Let go of it: its number means nothing any more."""
+        self.peer.close()
+        self.released(self)
+
+
+class Services:
+    """The clients of services: accepted here, handed over, and counted until they are released."""
+
+    def __init__(self, dispatch: Dispatch, parts: Parts) -> None:
+        self._dispatch = dispatch
+        self._audit = parts.audit
+        self._level = parts.identity_level
+        self._last_number = 0
+        self._clients_of: dict[int, int] = {}
+        # Connections by which the clients of a listener are taken, by its name.
+        self._servers: dict[bytes, dict[Connection, None]] = {}
+        dispatch.table |= {ServeRequest: self._serve, ReleaseRequest: self._release}
+
+    def add_listener(self, name: bytes) -> None:
+        """Let services ask for the clients of listener `name`."""
+        self._servers[name] = {}
+
+    def forget(self, connection: Connection) -> None:
+        """Note that a connection is gone: nothing is handed over there any more."""
+        for servers in self._servers.values():
+            servers.pop(connection, None)
+
+    def server_for(self, name: bytes) -> Connection | None:
+        """Return the connection that takes the next client of a listener; None: nobody can just now."""
+        able = [
+            server
+            for server in self._servers[name]
+            if not server.unsent and len(server.clients) < MOST_CLIENTS
+        ]
+        return min(able, key=lambda server: len(server.clients), default=None)
+
+    def accept(self, sock: socket.socket, name: bytes, server: Connection) -> Answer | None:
+        """Return what hands a new client over to `server`, or None where it is refused; `sock` is closed then."""
+        number = self._last_number = self._last_number + 1
+        peer = None
+        try:
+            peer = PeerAtConnect(sock, self._level)
+            most = self._dispatch.generation.settings.connections_per_uid
+            if self._clients_of.get(peer.uid, 0) >= most:
+                raise IdentityError("connections_per_uid")
+            if number > _LAST_NUMBER:
+                raise IdentityError("numbers_used_up")
+            client = ServedClient(number, peer, self._released)
+            members = f"{member_text(socket=os.fsdecode(name))},{server.record},{client.record}"
+            if not self._audit.event("client_accepted", members) and self._audit.deny_on_failure:
+                raise IdentityError("audit")
+        except (IdentityError, OSError) as error:
+            sock.close()
+            if peer is not None:
+                peer.close()
+            uid = None if peer is None else peer.uid
+            members = member_text(socket=os.fsdecode(name), uid=uid, reason=str(error))
+            self._audit.event("client_refused", members)
+            return None
+        self._clients_of[peer.uid] = self._clients_of.get(peer.uid, 0) + 1
+        server.clients[number] = client
+        facts = AcceptedClient(number, peer.pid, peer.uid, peer.gid, peer.level)
+        frame = encode_accepted(server.serving[name], self._dispatch.generation.number, facts)
+        return frame, [sock.detach()]
+
+    def _released(self, client: ServedClient) -> None:
+        uid = client.peer.uid
+        self._clients_of[uid] -= 1
+        if not self._clients_of[uid]:
+            del self._clients_of[uid]
+
+    def _serve(self, connection: Connection, request: Request, objection: str | None) -> Answer:
+        assert isinstance(request, ServeRequest)  # noqa: S101 - for the type checker; the table says it
+        if objection is not None:
+            return self._dispatch.refuse(connection, "serve", request.id, objection)
+        generation = self._dispatch.generation
+        name = request.listener
+        servers = self._servers.get(name)
+        facts = connection.peer.facts(generation.cgroups)
+        allowed = generation.policy.rule_set.services.get(name, ())
+        result, reason = GIVEN, "ok"
+        if servers is None or not any(match.matches(facts) for match in allowed):
+            # Which listeners there are is nobody's business who may not serve them.
+            result, reason = refused(Reason.DENIED), "no_service"
+        elif name in connection.serving:
+            result, reason = refused(Reason.BUSY), "served_already"
+        members = member_text(
+            request=request.id, generation=generation.number, listener=os.fsdecode(name), reason=reason
+        )
+        if not self._audit.event("serve", f"{connection.record},{members}") and self._audit.deny_on_failure:
+            result = refused(Reason.AUDIT)
+        if result is GIVEN and servers is not None:
+            servers[connection] = None
+            connection.serving[name] = request.id
+        return encode_serve_reply(request.id, generation.number, result), []
+
+    def _release(self, connection: Connection, request: Request, objection: str | None) -> Answer:
+        assert isinstance(request, ReleaseRequest)  # noqa: S101 - for the type checker; the table says it
+        if objection is not None:
+            return self._dispatch.refuse(connection, "release", request.id, objection)
+        client = connection.clients.pop(request.client, None)
+        if client is not None:
+            client.close()
+        result = refused(Reason.NOT_FOUND) if client is None else GIVEN
+        return encode_release_reply(request.id, self._dispatch.generation.number, result), []

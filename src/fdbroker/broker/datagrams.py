@@ -1,0 +1,146 @@
+"""Requests by datagram: each is from whom the kernel says, and has one reply.
+
+A reply by address goes to whoever has that address when it is sent. A path can
+be made to lead to another socket, which would then be given descriptors that
+nobody there asked for; so only senders are answered that have an abstract
+address of the form that the kernel gives (autobind of unix(7)).
+
+What is sent by one socket counts as that socket's until it is received, whoever
+it is for; so each uid that has something under way gets a socket of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from typing import TYPE_CHECKING
+
+from fdbroker.broker.audit import member_text
+from fdbroker.broker.connection import Client
+from fdbroker.broker.identity import IdentityError, PeerOfMessage
+from fdbroker.kernel import sockets
+from fdbroker.kernel.descriptors import close_all
+from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Kind, Reason
+from fdbroker.wire.messages import ListRequest, MalformedError, OpenRequest, StatRequest
+from fdbroker.wire.requests import decode_request
+
+if TYPE_CHECKING:
+    from fdbroker.broker.dispatch import Dispatch, Parts
+    from fdbroker.broker.in_flight import InFlight
+
+_SENDERS = 16  # uids that can have something under way at a time
+_AUTOBOUND = re.compile(rb"\0[0-9a-f]{5}")
+_CAN_BE_ASKED = (OpenRequest, StatRequest, ListRequest)
+
+
+class Datagrams:
+    """Answers datagrams. Owns the sockets that replies are sent by."""
+
+    def __init__(self, dispatch: Dispatch, parts: Parts, flight: InFlight) -> None:
+        """Make these sockets: no socket can be made once the filter is installed."""
+        self._dispatch = dispatch
+        self._audit = parts.audit
+        self._level = parts.identity_level
+        self._flight = flight
+        self._free: list[socket.socket] = []
+        self._clients: dict[int, Client] = {}  # by uid: those that have one of the sockets
+        for _ in range(_SENDERS):
+            sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._free.append(sender)
+            # So that receivers can see who sends.
+            sockets.ask_for_credentials(sender)
+
+    def close(self) -> None:
+        """Close them."""
+        for client in self._clients.values():
+            self._flight.forget(client)
+            client.sock.close()
+        for sender in self._free:
+            sender.close()
+
+    def serve(self, listener: socket.socket, name: str) -> None:
+        """Receive one datagram and answer it."""
+        try:
+            data, credentials, pidfd, address, flags = sockets.receive_datagram(listener, MAX_FRAME + 1)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._audit.event("receive_failed", member_text(socket=name, errno=error.errno))
+            return
+        try:
+            peer = PeerOfMessage(credentials, pidfd, self._level)
+        except IdentityError as error:
+            self._audit.event("datagram_refused", member_text(socket=name, reason=str(error)))
+            return
+        finally:
+            if pidfd >= 0:
+                os.close(pidfd)
+        record = member_text(socket=name, pid=peer.pid, uid=peer.uid, gid=peer.gid, identity=peer.level)
+        if not _AUTOBOUND.fullmatch(address):
+            return self._refuse(record, "sender_without_autobound_address")
+        client = self._client(peer, record)
+        if client is None:
+            return self._refuse(record, "replies_not_received")
+        frame, descriptors, request_id = self._answer(client, data, flags)
+        try:
+            sockets.send_datagram(client.sock, frame, descriptors, address)
+        except OSError as error:
+            members = member_text(request=request_id, errno=error.errno)
+            self._audit.event("undelivered", f"{record},{members}")
+        else:
+            self._flight.add(client, len(descriptors))
+        finally:
+            close_all(descriptors)
+
+    def _refuse(self, record: str, reason: str) -> None:
+        self._audit.event("datagram_refused", f"{record},{member_text(reason=reason)}")
+
+    def _answer(self, client: Client, data: bytes, flags: int) -> tuple[bytes, list[int], int]:
+        """Return the reply, its descriptors, and the request's id."""
+        request_id = 0
+        try:
+            if flags:
+                raise MalformedError(
+                    "descriptors were sent to the broker, which takes none"
+                    if flags & sockets.CONTROL_TRUNCATED
+                    else f"a message is longer than {MAX_FRAME} bytes"
+                )
+            request = decode_request(data)
+            request_id = request.id
+            if not isinstance(request, _CAN_BE_ASKED) or request.client is not None:
+                raise MalformedError(f"{type(request).__name__} is not for this socket", request_id)
+            answered = self._dispatch.table[type(request)](client, request, None)
+            assert answered is not None  # noqa: S101 - only connections are answered later
+        except MalformedError as error:
+            members = member_text(request=error.request_id, reason=str(error))
+            self._audit.event("malformed", f"{client.record},{members}")
+            text = str(error)
+            frame = self._dispatch.error(error.request_id, Kind.MALFORMED, Reason.MALFORMED, text)
+            return frame, [], error.request_id
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is a denial, and the others are served
+            members = member_text(request=request_id, reason=repr(error))
+            self._audit.event("failed", f"{client.record},{members}")
+            text = "the broker failed on this request; its audit says where"
+            return self._dispatch.error(request_id, Kind.BROKEN, Reason.BROKEN, text), [], request_id
+        return *answered, request_id
+
+    def _client(self, peer: PeerOfMessage, record: str) -> Client | None:
+        """Return who asks, with a socket for the reply; None: its uid, or all, must receive first."""
+        most = self._dispatch.generation.settings.in_flight_per_connection
+        for uid, client in list(self._clients.items()):
+            # One whose queue is empty needs its socket no more. (Bytes without descriptors count, too.)
+            if sockets.bytes_not_received(client.sock) <= sockets.DRAINED and self._flight.settle(client):
+                self._free.append(client.sock)
+                del self._clients[uid]
+        before = self._clients.get(peer.uid)
+        if before is None:
+            if not self._free:
+                return None
+            self._clients[peer.uid] = Client(self._free.pop(), peer, record, self._flight)
+        elif before.in_flight + MAX_PATHS > most:
+            return None
+        client = self._clients[peer.uid]
+        # Another process of that uid, maybe: nothing is remembered of the one before.
+        client.peer, client.record, client.asker = peer, record, None
+        return client
