@@ -131,7 +131,7 @@ class Opener:
         for path in paths:
             decision = decide(path)
             if not decision.allowed:
-                outcomes.append(_refusal(decision))
+                outcomes.append(refusal(decision))
                 continue
             try:
                 root = roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
@@ -146,7 +146,7 @@ class Opener:
                     descriptors.append(opened)
                     outcomes.append(given.get(decision.rule) or self._give(decision.rule))
             except OSError as error:
-                outcomes.append(_failure(decision, error))
+                outcomes.append(failure(decision, error))
         return outcomes
 
     def open_or_copy(
@@ -174,15 +174,15 @@ class Opener:
         """Read a small file whole, as it was at one moment; append it to `copies`."""
         decision = asker.view.actions["copy"].decide(path)
         if not decision.allowed:
-            return _refusal(decision)
+            return refusal(decision)
         held = opened = -1
         try:
             root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
             held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
             before = os.fstat(held)
-            refusal, rule = self._judge_file(decision, root, path, held, before, asker)
-            if refusal is not None:
-                return refusal
+            objection, rule = self._judge_file(decision, root, path, held, before, asker)
+            if objection is not None:
+                return objection
             if before.st_size > MAX_COPY:
                 return Outcome(refused(Reason.TOO_LARGE), "too_large", rule)
             if before.st_size > room:
@@ -195,7 +195,7 @@ class Opener:
             copies.append(data)
             return Outcome(copied(len(data)), "ok", rule)
         except OSError as error:
-            return _failure(decision, error)
+            return failure(decision, error)
         finally:
             for descriptor in (held, opened):
                 if descriptor >= 0:
@@ -207,9 +207,9 @@ class Opener:
         """Open a path about whose object something is to be asked, or to be said."""
         held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
         try:
-            refusal, rule = self._judge_file(decision, root, path, held, os.fstat(held), asker)
-            if refusal is not None:
-                return refusal
+            objection, rule = self._judge_file(decision, root, path, held, os.fstat(held), asker)
+            if objection is not None:
+                return objection
             descriptors.append(reopen_for_reading(self._proc_self_fd, held))
             return self._given.get(rule) or self._give(rule)
         finally:
@@ -233,40 +233,26 @@ class Opener:
         """Return why the object is not opened, or None; and the rule that says so."""
         objection = root.objection(held)
         if objection is not None or not stat.S_ISREG(facts.st_mode):
-            return _object_refusal(decision, objection or _kind_refused(facts.st_mode)), None
+            return object_refusal(decision, objection or _kind_refused(facts.st_mode)), None
         allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid)
         if not allowed:
             return Outcome(_DENIED, reason, rule), rule
-        if decision.asks_links and self._has_lost_its_name(root, path, held):
-            return _object_refusal(decision, "lost_its_name"), rule
+        if decision.asks_links and name_is_lost(root, path, held, self._proc_self_fd):
+            return object_refusal(decision, "lost_its_name"), rule
         return None, rule
-
-    def _has_lost_its_name(self, root: HeldRoot, path: bytes, held: int) -> bool:
-        """Return whether `path` is no name any more of the object whose links were counted before."""
-        parent = opened = -1
-        try:
-            below = path[root.skip :].rpartition(b"/")[0] or b"."
-            parent = open_path_beneath(root.descriptor, below, root.cross_mounts)
-            opened = reopen_for_reading(self._proc_self_fd, parent)
-            wait_for_changes_of_names(opened)
-            return has_lost_its_name(self._proc_self_fd, held, path)
-        finally:
-            for descriptor in (parent, opened):
-                if descriptor >= 0:
-                    os.close(descriptor)
 
     def stat(self, asker: Asker, path: bytes) -> Outcome:
         """Describe what is there, of whatever kind, as `asker` may know it."""
         decision = asker.view.actions["stat"].decide(path)
         if not decision.allowed:
-            return _refusal(decision)
+            return refusal(decision)
         held = -1
         try:
             root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
             held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
             return self._judge(decision, root, path, held, asker)
         except OSError as error:
-            return _failure(decision, error)
+            return failure(decision, error)
         finally:
             if held >= 0:
                 os.close(held)
@@ -283,12 +269,12 @@ class Opener:
         """
         decision = asker.view.actions["list"].decide(path)
         if not decision.allowed:
-            return Page(_refusal(decision))
+            return Page(refusal(decision))
         for _ in range(_LIST_TRIES):
             page = self._page(asker, decision, path, cookie, most)
             if page is not None:
                 return page
-        return Page(_object_refusal(decision, "moved"))
+        return Page(object_refusal(decision, "moved"))
 
     def _page(self, asker: Asker, decision: NameDecision, path: bytes, cookie: int, most: int) -> Page | None:
         """Give the page, or None where the directory was touched meanwhile."""
@@ -302,7 +288,7 @@ class Opener:
                 return Page(outcome)
             if not stat.S_ISDIR(outcome.facts.mode):
                 kind = "symlink" if stat.S_ISLNK(outcome.facts.mode) else "not_directory"
-                return Page(_object_refusal(decision, kind))
+                return Page(object_refusal(decision, kind))
             opened = reopen_for_reading(self._proc_self_fd, held)
             try:
                 os.lseek(opened, cookie, os.SEEK_SET)
@@ -316,7 +302,7 @@ class Opener:
             again = open_path_beneath(root.descriptor, below, root.cross_mounts)
             now = os.fstat(again)
             if not os.path.samestat(now, os.fstat(held)):
-                return Page(_object_refusal(decision, "moved"))
+                return Page(object_refusal(decision, "moved"))
             # Times of Linux 6.13 tell any two changes apart if somebody looked in between, and we did; older
             # ones know ticks of the clock.
             if (now.st_mtime_ns, now.st_ctime_ns) != (outcome.facts.mtime_ns, outcome.facts.ctime_ns):
@@ -324,7 +310,7 @@ class Opener:
             # Behind the last page there is nothing, and the position would tell of names that were left out.
             return Page(outcome, entries, 0 if last else cookie, last=last)
         except OSError as error:
-            return Page(_failure(decision, error))
+            return Page(failure(decision, error))
         finally:
             for descriptor in (held, opened, again):
                 if descriptor >= 0:
@@ -366,7 +352,11 @@ class Opener:
             held = open_path_beneath(directory, entry.name)
             facts = os.fstat(held)
             asks_links = may_list.asks_links or may_stat.asks_links
-            if asks_links and stat.S_ISREG(facts.st_mode) and self._has_lost_its_name(root, path, held):
+            if (
+                asks_links
+                and stat.S_ISREG(facts.st_mode)
+                and name_is_lost(root, path, held, self._proc_self_fd)
+            ):
                 return None
         except OSError as error:
             # A mount point is named, but what is mounted there is not looked at.
@@ -384,32 +374,58 @@ class Opener:
         shown = may_stat.plain or (
             may_stat.allowed and decide_object(may_stat, facts, asker.uid, asker.on_behalf_of_uid).allowed
         )
-        return ListEntry(entry.name, kind, _file_stat(facts) if shown else None)
+        return ListEntry(entry.name, kind, file_stat(facts) if shown else None)
 
     def _judge(self, decision: NameDecision, root: HeldRoot, path: bytes, held: int, asker: Asker) -> Outcome:
         """Decide on an object of any kind and describe it."""
         facts = os.fstat(held)
         objection = root.objection(held)
         if objection is not None and objection != "mount_not_read_only":
-            return _object_refusal(decision, objection)
+            return object_refusal(decision, objection)
         allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid)
         if not allowed:
             return Outcome(_DENIED, reason, rule)
-        if decision.asks_links and stat.S_ISREG(facts.st_mode) and self._has_lost_its_name(root, path, held):
-            return _object_refusal(decision, "lost_its_name")
-        return Outcome(GIVEN, "ok", rule, _file_stat(facts))
+        if (
+            decision.asks_links
+            and stat.S_ISREG(facts.st_mode)
+            and name_is_lost(root, path, held, self._proc_self_fd)
+        ):
+            return object_refusal(decision, "lost_its_name")
+        return Outcome(GIVEN, "ok", rule, file_stat(facts))
 
 
-def _refusal(decision: NameDecision) -> Outcome:
+def name_is_lost(root: HeldRoot, path: bytes, held: int, proc_self_fd: int) -> bool:
+    """Return whether `path` is no name any more of the object whose links were counted before.
+
+    Raises:
+        SyscallError: the directory of that name is not there, or can't be read.
+
+    """
+    parent = opened = -1
+    try:
+        below = path[root.skip :].rpartition(b"/")[0] or b"."
+        parent = open_path_beneath(root.descriptor, below, root.cross_mounts)
+        opened = reopen_for_reading(proc_self_fd, parent)
+        wait_for_changes_of_names(opened)
+        return has_lost_its_name(proc_self_fd, held, path)
+    finally:
+        for descriptor in (parent, opened):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+def refusal(decision: NameDecision) -> Outcome:
+    """Return the outcome for a path that is refused by its name."""
     return Outcome(_INVALID.get(decision.reason, _DENIED), decision.reason, decision.rule)
 
 
-def _object_refusal(decision: NameDecision, reason: str) -> Outcome:
+def object_refusal(decision: NameDecision, reason: str) -> Outcome:
+    """Return the outcome for an object that is not served, whatever the conditions say of it."""
     rule = decision.rule or decision.allows[0]
     return Outcome(_OF_OBJECT[reason] if decision.plain else _DENIED, reason, rule)
 
 
-def _failure(decision: NameDecision, error: OSError) -> Outcome:
+def failure(decision: NameDecision, error: OSError) -> Outcome:
     """Turn a system call that failed into a denial."""
     number = error.errno or errno.EIO
     rule = decision.rule or decision.allows[0]
@@ -430,7 +446,8 @@ def _kind_refused(mode: int) -> str:
     return "symlink" if stat.S_ISLNK(mode) else "not_regular"
 
 
-def _file_stat(facts: os.stat_result) -> FileStat:
+def file_stat(facts: os.stat_result) -> FileStat:
+    """Return the stat record."""
     return FileStat(
         device=facts.st_dev,
         inode=facts.st_ino,
