@@ -67,6 +67,7 @@ def _rule(name: str, effect: str, client: dict[str, object], paths: list[str]) -
         "actions": ["open", "stat", "list", "walk"] if effect == "deny" else ["open"],
         "root": "tree",
         "clients": [client],
+        "on_behalf_of": [],
         "paths": paths,
         "except": [],
         "where": {},

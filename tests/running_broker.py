@@ -33,6 +33,7 @@ def rule(name: str, **changes: object) -> dict[str, Any]:
         "actions": ALL_ACTIONS,
         "root": "tree",
         "clients": [{"any": True}],
+        "on_behalf_of": [],
         "paths": ["**"],
         "except": [],
         "where": {},

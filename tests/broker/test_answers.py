@@ -222,7 +222,7 @@ def test_denied_by_a_rule_is_recorded_with_its_name(tree: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "where", "audited"),
     [
-        ("file", {"owner": {"uids": [ELSEWHERE], "client": False}}, "where_owner"),
+        ("file", {"owner": {"uids": [ELSEWHERE], "client": False, "on_behalf_of": False}}, "where_owner"),
         ("file", {"size": {"max": 3}}, "where_size"),
         ("file", {"links": {"min": 2}}, "where_links"),
         ("file", {"mode": {"all": 0o7000}}, "where_mode"),
@@ -246,7 +246,7 @@ def test_with_a_condition_every_refusal_is_one_answer_and_the_audit_has_the_reas
 
 def test_condition_that_is_met_gives_the_file(tree: Path, tmp_path: Path) -> None:
     where = {
-        "owner": {"uids": [], "client": True},
+        "owner": {"uids": [], "client": True, "on_behalf_of": False},
         "group": {"gids": [(tree / "file").stat().st_gid]},
         "size": {"min": 7, "max": 7},
         "links": {"max": 1},

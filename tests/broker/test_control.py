@@ -281,7 +281,7 @@ def test_whoever_fills_the_control_socket_takes_nothing_from_clients(
 RULES = [
     rule("inner", paths=["directory/**"]),
     rule("small", paths=["*"], where={"size": {"max": 3}}),
-    rule("mine", paths=["f*"], where={"owner": {"uids": [UID], "client": False}}),
+    rule("mine", paths=["f*"], where={"owner": {"uids": [UID], "client": False, "on_behalf_of": False}}),
     rule("never-linked", effect="deny", paths=["link*"], where={"links": {"min": 2}}),
     rule("never", effect="deny", paths=["fifo"]),
     rule("listing", actions=["list"], paths=["**"]),
@@ -410,7 +410,13 @@ some_rules = st.fixed_dictionaries(
         ),
         "except": st.lists(st.sampled_from(["empty", "d*", "link"]), max_size=1),
         "where": st.sampled_from(
-            [{}, {}, {"size": {"max": 3}}, {"owner": {"uids": [UID], "client": False}}, {"links": {"min": 2}}]
+            [
+                {},
+                {},
+                {"size": {"max": 3}},
+                {"owner": {"uids": [UID], "client": False, "on_behalf_of": False}},
+                {"links": {"min": 2}},
+            ]
         ),
         "actions": st.sampled_from([["open", "stat", "list", "walk"], ["open"], ["stat", "list"]]),
     }

@@ -274,7 +274,11 @@ def test_largest_policy_neither_stalls_others_nor_trips_the_watchdog(
     """No step of the reading takes long, as parsing it and putting it in force are."""
     tree = reachable / "tree"
     only = rule("only", paths=["a"])
-    where = {"owner": {"uids": [1], "client": True}, "mode": {"none": 0o22}, "size": {"max": 2**31}}
+    where = {
+        "owner": {"uids": [1], "client": True, "on_behalf_of": False},
+        "mode": {"none": 0o22},
+        "size": {"max": 2**31},
+    }
     some = rule("r", clients=[{"uids": [7, 8]}], paths=["*-7/**", "**/x7?"], where=where)
     count = (MAX_POLICY - 1000) // (len(json.dumps(some)) + 8)
     rules = [some | {"name": f"r{number}"} for number in range(count)]

@@ -784,7 +784,7 @@ def test_rules_for_two_users_serve_each_its_own(reachable: Path) -> None:
         (tree / str(uid)).write_text(str(uid))
         (tree / str(uid)).chmod(0o600)
         os.chown(tree / str(uid), uid, uid)
-    mine = rule("mine", where={"owner": {"uids": [], "client": True}})
+    mine = rule("mine", where={"owner": {"uids": [], "client": True, "on_behalf_of": False}})
     with running_broker(reachable, policy(tree, mine)) as broker:
 
         def client() -> list[str]:

@@ -106,7 +106,7 @@ def test_file_that_may_not_be_had_answers_like_one_that_is_not_there(
 def test_whatever_somebody_else_owns_answers_like_nothing(
     twins: Callable[[dict[str, Any]], tuple[SteppedBroker, SteppedBroker]], action: str, what: str
 ) -> None:
-    one, two = twins({"where": {"owner": {"uids": [], "client": True}}})
+    one, two = twins({"where": {"owner": {"uids": [], "client": True, "on_behalf_of": False}}})
     for broker in (one, two):
         (broker.tree / "shown").write_bytes(b"small")
         (broker.tree / "directory").mkdir()

@@ -139,6 +139,24 @@ def test_unit_or_control_group_is_that_of_the_process_that_is_explained(file: st
     assert decision(file, "--unit", "a.service", *asked) == ("allow", "ok")
 
 
+def test_service_is_explained_on_behalf_of_a_user(file: str) -> None:
+    with open(file, "a") as opened:
+        opened.write(
+            "  - {name: for-others, allow: open, in: tree, client: any, on_behalf_of: {user: '1001'},"
+            " where: {owner: [on_behalf_of, root]}, paths: '**'}\n"
+        )
+    asked = ("--as", "1000", "/usr/bin/env")
+    assert decision(file, "--on-behalf-of", "1001", *asked) == ("allow", "ok")
+    assert decision(file, "--on-behalf-of", "1002", *asked) == ("deny", "no_rule")
+    result = run_here("policy", "explain", "--policy", file, "--on-behalf-of", "1001", *asked)
+    assert "\nfor     user 1001, groups none\n" in result.stdout
+    assert "must be 0 (root) or the client that is acted for; is 0 (root)" in result.stdout
+    document = json.loads(
+        run_here("policy", "explain", "--json", "--policy", file, "--on-behalf-of", "1001", *asked).stdout
+    )
+    assert document["on_behalf_of"] == {"uid": 1001, "gids": [], "cgroups": []}
+
+
 def test_path_is_made_absolute_and_one_outside_the_roots_is_denied(file: str) -> None:
     assert decision(file, "usr/../usr/bin//env") == ("allow", "ok")
     assert decision(file, "/etc/passwd") == ("deny", "outside_roots")
@@ -151,6 +169,8 @@ def test_path_is_made_absolute_and_one_outside_the_roots_is_denied(file: str) ->
     [
         (("--as", "no-such-user", "/usr"), "no such user"),
         (("--as", "nobody", "/usr"), "65534"),
+        (("--on-behalf-of", "no-such-user", "/usr"), "--on-behalf-of no-such-user: there is no such user"),
+        (("--on-behalf-of", "nobody", "/usr"), "65534"),
         (("--unit", "a.service", "--cgroup", "/x", "/usr"), "not both"),
         (("--unit", "a", "/usr"), "--unit"),
         (("--cgroup", "x", "/usr"), "/user.slice"),

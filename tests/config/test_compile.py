@@ -81,6 +81,7 @@ def test_the_smallest_rule_has_all_defaults_written_out() -> None:
             "actions": ["stat"],
             "root": "home",
             "clients": [{"any": True}],
+            "on_behalf_of": [],
             "paths": ["x"],
             "except": [],
             "where": {},
@@ -100,6 +101,7 @@ rules:
     client:
       - {user: [clamav, "0"], unit: [x.service, y@z.service]}
       - {group: [users, 7], cgroup: /user.slice}
+    on_behalf_of: {group: users}
     in: alice
     paths: ["**", "[a]*", "{x"]
     except: "*/.cache/**"
@@ -108,7 +110,7 @@ rules:
       size: {max: 2GiB, min: 0}
       mode: {none: 0022, all: "0400"}
       group: projects
-      owner: [client, clamav, "110"]
+      owner: [client, clamav, "110", on_behalf_of]
     deliver: [copy, descriptor]
 limits: {connections_per_uid: 1, in_flight_per_connection: 8192}
 audit: {to: /var/log/fdbroker/audit.jsonl, on_failure: allow}
@@ -144,10 +146,11 @@ def test_every_key_is_compiled_as_the_format_says() -> None:
                     },
                     {"gids": [100, 7], "cgroups": ["/user.slice"]},
                 ],
+                "on_behalf_of": [{"gids": [100]}],
                 "paths": ["**", "[a]*", "{x"],
                 "except": ["*/.cache/**"],
                 "where": {
-                    "owner": {"uids": [110], "client": True},
+                    "owner": {"uids": [110], "client": True, "on_behalf_of": True},
                     "group": {"gids": [2000]},
                     "mode": {"all": 0o400, "none": 0o022},
                     "size": {"min": 0, "max": 2 * 1024**3},
@@ -206,6 +209,7 @@ def test_the_order_of_keys_is_that_of_the_format_and_not_of_the_author() -> None
         "actions",
         "root",
         "clients",
+        "on_behalf_of",
         "paths",
         "except",
         "where",
@@ -237,7 +241,34 @@ def test_a_deny_rule_may_be_for_somebody_and_ask_of_the_object() -> None:
         )
     )["rules"]
     assert rule["clients"] == [{"uids": [110]}]
-    assert rule["where"] == {"owner": {"uids": [0], "client": False}}
+    assert rule["where"] == {"owner": {"uids": [0], "client": False, "on_behalf_of": False}}
+
+
+@pytest.mark.parametrize(
+    ("words", "entries"),
+    [
+        ("any", [{"any": True}]),
+        ("{user: clamav}", [{"uids": [110]}]),
+        ("[{group: users}, {unit: x.service}]", [{"gids": [100]}, {"cgroups": ["/system.slice/x.service"]}]),
+    ],
+)
+def test_whom_a_service_acts_for_is_written_as_a_client_is(
+    words: str, entries: list[dict[str, object]]
+) -> None:
+    assert rule_with(f"on_behalf_of: {words}")["on_behalf_of"] == entries
+    denying = with_rule("name: r", "deny: open", f"on_behalf_of: {words}", "in: home", "paths: x")
+    [rule] = compiled(denying)["rules"]
+    # Whoever it is who acts for them.
+    assert (rule["clients"], rule["on_behalf_of"]) == ([{"any": True}], entries)
+
+
+def test_owner_may_be_the_one_who_is_acted_for_beside_others() -> None:
+    text = allowing("where: {owner: [on_behalf_of, '7']}").replace(
+        "client: any", "client: any\n    on_behalf_of: any"
+    )
+    assert compiled(text)["rules"][0]["where"] == {
+        "owner": {"uids": [7], "client": False, "on_behalf_of": True}
+    }
 
 
 @pytest.mark.parametrize(
@@ -340,7 +371,7 @@ UNSUPPORTED = "is not supported by this version; remove it, and see that the pol
         ("where: {onwer: x}", "4:13: rule 'r': where: unknown key 'onwer'; did you mean 'owner'?"),
         ("where: {age: 1}", f"4:13: rule 'r': where: key 'age' {UNSUPPORTED}"),
         ("where: {owner: nobody}", f"4:20: rule 'r': where: owner: 'nobody' {OVERFLOW}; use a user of its own"),
-        ("where: {owner: on_behalf_of}", "4:20: rule 'r': where: owner: 'on_behalf_of' is not supported by this version; write client, names or numbers"),
+        ("where: {owner: on_behalf_of}", "4:20: rule 'r': where: owner: the rule has no 'on_behalf_of', so nobody is acted for; add 'on_behalf_of: ...' to the rule, or write client, names or numbers"),
         ("where: {group: client}", "4:20: rule 'r': where: group: there is no group 'client' on this system; create the group, or write its number"),
         ("where: {mode: 0400}", '4:19: rule \'r\': where: mode must be a mapping, not text; write {all: "0400"}, {none: "0022"} or both'),
         ("where: {mode: {}}", '4:19: rule \'r\': where: mode is empty; write {all: "0400"}, {none: "0022"} or both'),
@@ -364,13 +395,15 @@ UNSUPPORTED = "is not supported by this version; remove it, and see that the pol
         ("where: {links: {max: 1KiB}}", f"4:26: rule 'r': where: links: max: '1KiB' {COUNT}"),
         ("deliver: descripter", "4:14: rule 'r': deliver: 'descripter' is not a choice here; did you mean 'descriptor'?"),
         ("deliver: []", "4:14: rule 'r': deliver: the list is empty; write some of descriptor, copy"),
-        ("on_behalf_of: {user: root}", f"4:5: rule 'r': key 'on_behalf_of' {UNSUPPORTED}"),
+        ("on_behalf_of: {user: clamva}", "4:26: rule 'r': on_behalf_of: user: there is no user 'clamva' on this system; did you mean 'clamav'?"),
+        ("on_behalf_of: root", "4:19: rule 'r': on_behalf_of: 'root' is neither any nor a mapping; write any, or {user: root} if that is meant"),
+        ("on_behalf_of: []", f"4:19: rule 'r': on_behalf_of: the list is empty; {CLIENT}"),
         ("limits: {}", f"4:5: rule 'r': key 'limits' {UNSUPPORTED}"),
         ("symlinks: within-root", f"4:5: rule 'r': key 'symlinks' {UNSUPPORTED}"),
         ("opens: helpers", f"4:5: rule 'r': key 'opens' {UNSUPPORTED}"),
         ("excpet: x", "4:5: rule 'r': unknown key 'excpet'; did you mean 'except'?"),
-        ("Paths: x", "4:5: rule 'r': unknown key 'Paths'; the keys here are name, allow, deny, client, in, paths, except, where, deliver"),
-        ("clients: any", "4:5: rule 'r': unknown key 'clients'; the keys here are name, allow, deny, client, in, paths, except, where, deliver"),
+        ("Paths: x", "4:5: rule 'r': unknown key 'Paths'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver"),
+        ("clients: any", "4:5: rule 'r': unknown key 'clients'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, problem: str) -> None:

@@ -16,6 +16,7 @@ from fdbroker.config.explain import (
     ALLOW,
     DENY,
     UNKNOWN,
+    Asker,
     Explanation,
     Seen,
     client_of_user,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 # Nobody has these numbers, so that no name stands beside them.
 UID, GID = 54321, 54322
 CLIENT = ClientFacts(UID, frozenset({GID}))
+ASKER = Asker(CLIENT)
 FILE = Facts(stat.S_IFREG | 0o640, UID, GID, 10, 1)
 
 
@@ -67,12 +69,13 @@ def test_verdict_is_that_of_the_policy_and_the_details_amount_to_it(
     @settings(max_examples=200)
     @given(cases(), objects)
     def check(case: Case, objects_there: list[Facts]) -> None:
-        document, client, action, paths = case
+        document, (client, acted_for), action, paths = case
+        asker = Asker(client, acted_for)
         rules = read_policy(document)
         for path, found in itertools.product(paths, objects_there[:3]):
-            explanation = explain(rules, client, action, path.encode(), lambda *_, found=found: Seen(found))
-            decision = Policy(rules).view(client).actions[action].decide(path.encode())
-            expected = decide_object(decision, found, client.uid) if decision.allowed else decision
+            explanation = explain(rules, asker, action, path.encode(), lambda *_, found=found: Seen(found))
+            decision = Policy(rules).view(*asker).actions[action].decide(path.encode())
+            expected = decide_object(decision, found, *asker.uids) if decision.allowed else decision
             verdict = explanation.verdict
             assert (verdict.decision == ALLOW, verdict.reason) == (expected.allowed, expected.reason)
             assert verdict.rule == (None if expected.rule is None else expected.rule.name)
@@ -93,15 +96,16 @@ def test_verdict_is_that_of_the_policy_and_the_details_amount_to_it(
 def test_what_was_not_seen_stays_open_just_where_it_matters(reached: set[tuple[str, str, bool]]) -> None:
     @given(cases())
     def check(case: Case) -> None:
-        document, client, action, paths = case
+        document, (client, acted_for), action, paths = case
+        asker = Asker(client, acted_for)
         rules = read_policy(document)
         for path in paths:
             explanation = explain(
-                rules, client, action, path.encode(), lambda *_: Seen(note="Permission denied")
+                rules, asker, action, path.encode(), lambda *_: Seen(note="Permission denied")
             )
             decision, reason, _ = explanation.verdict
             assert by_the_details(explanation) == decision
-            expected = decision_model.expect(document, client, action, path)
+            expected = decision_model.expect(document, case.asker, action, path)
             if decision == UNKNOWN:
                 assert expected.allows
                 assert expected.rule is None
@@ -115,9 +119,9 @@ def test_what_was_not_seen_stays_open_just_where_it_matters(reached: set[tuple[s
 
 
 def explained(
-    document: dict[str, Any], path: str, *, client: ClientFacts = CLIENT, action: str = "open", seen: Seen
+    document: dict[str, Any], path: str, *, acted_for: ClientFacts | None = None, seen: Seen
 ) -> Explanation:
-    return explain(read_policy(document), client, action, path.encode(), lambda *_: seen)
+    return explain(read_policy(document), Asker(CLIENT, acted_for), "open", path.encode(), lambda *_: seen)
 
 
 def test_nothing_is_looked_at_where_the_name_is_refused() -> None:
@@ -126,12 +130,12 @@ def test_nothing_is_looked_at_where_the_name_is_refused() -> None:
 
     document = policy("/srv", rule("no", effect="deny"))
     for path in (b"/srv/x", b"/elsewhere", b"/srv/../x", b"relative"):
-        assert explain(read_policy(document), CLIENT, "open", path, look).verdict.decision == DENY
+        assert explain(read_policy(document), ASKER, "open", path, look).verdict.decision == DENY
 
 
 def test_each_condition_is_told_with_the_value_of_the_object() -> None:
     where = {
-        "owner": {"uids": [0], "client": True},
+        "owner": {"uids": [0], "client": True, "on_behalf_of": False},
         "group": {"gids": [54323]},
         "mode": {"none": 0o022},
         "size": {"max": 5},
@@ -180,6 +184,42 @@ def test_client_of_another_rule_is_told_apart() -> None:
     assert "user 1 (daemon) and group 7" in client.text
     assert "control group /a" in client.text
     assert "the client is user 54321" in client.text
+
+
+def test_whom_a_service_may_act_for_is_told() -> None:
+    document = policy(
+        "/srv",
+        rule("own"),
+        rule(
+            "others",
+            on_behalf_of=[{"uids": [54323]}],
+            where={"owner": {"uids": [], "client": False, "on_behalf_of": True}},
+        ),
+        rule("never", effect="deny", paths=["keys"]),
+    )
+
+    def told(acted_for: ClientFacts | None, owner: int) -> tuple[Explanation, list[str]]:
+        explanation = explained(
+            document, "/srv/a", acted_for=acted_for, seen=Seen(FILE._replace(st_uid=owner))
+        )
+        texts = [check.text for report in explanation.rules for check in report.checks]
+        return explanation, [text for text in texts if "act" in text]
+
+    itself, texts = told(None, UID)
+    assert (itself.verdict, itself.on_behalf_of) == ((ALLOW, "ok", "own"), None)
+    assert texts == [
+        "is about a service that acts for user 54323; the client acts for nobody",
+        "must be the client that is acted for; is 54321",
+    ]
+    theirs, texts = told(ClientFacts(54323, frozenset()), 54323)
+    assert (theirs.verdict, theirs.on_behalf_of) == ((ALLOW, "ok", "others"), ClientFacts(54323, frozenset()))
+    assert texts == [
+        "does not say for whom the client may act, so it allows what the client asks for itself alone",
+        "is about a service that acts for user 54323; it acts for user 54323",
+        "must be the client that is acted for; is 54323",
+    ]
+    assert told(ClientFacts(54323, frozenset()), UID)[0].verdict == (DENY, "where_owner", "others")
+    assert told(ClientFacts(54324, frozenset()), 54324)[0].verdict == (DENY, "no_rule", None)
 
 
 def test_rule_of_an_outer_root_does_not_allow_and_says_why() -> None:
@@ -234,7 +274,7 @@ def test_object_is_looked_at_as_the_broker_does(
     assert seen.reason == reason
     if reason is None:
         assert seen.facts == os.lstat(tree / name)
-    explanation = explain(rules, CLIENT, action, bytes(tree / name), look_as_broker)
+    explanation = explain(rules, ASKER, action, bytes(tree / name), look_as_broker)
     assert explanation.verdict == (DENY if reason else ALLOW, reason or "ok", "all")
     assert explanation.sentence.startswith("denied: " if reason else "allowed: ")
 
@@ -243,8 +283,8 @@ def test_other_mount_and_kernel_file_system_are_not_served() -> None:
     without = read_policy(policy("/"))
     across = read_policy(policy("/", roots=[{"name": "tree", "path": "/", "cross_mounts": True}]))
     path = b"/proc/version"
-    assert explain(without, CLIENT, "open", path, look_as_broker).verdict.reason == "crosses_mount"
-    assert explain(across, CLIENT, "open", path, look_as_broker).verdict.reason == "filesystem"
+    assert explain(without, ASKER, "open", path, look_as_broker).verdict.reason == "crosses_mount"
+    assert explain(across, ASKER, "open", path, look_as_broker).verdict.reason == "filesystem"
 
 
 @pytest.mark.root
@@ -264,7 +304,7 @@ def test_mount_that_may_be_writable_for_the_broker_is_noted(
         if flags:
             mount(b"none", bytes(tree / "directory"), flags=MS_REMOUNT | flags)
         there, here = (
-            explain(rules, CLIENT, "open", bytes(tree / name), look_as_broker)
+            explain(rules, ASKER, "open", bytes(tree / name), look_as_broker)
             for name in ("directory/file", "file")
         )
     assert there.verdict == here.verdict == (ALLOW, "ok", "all")
@@ -281,7 +321,7 @@ def test_what_may_not_be_looked_at_is_said_and_not_guessed() -> None:
 
         def look(where: dict[str, Any]) -> tuple[str, str]:
             rules = read_policy(policy(directory, rule("some", where=where)))
-            explanation = explain(rules, CLIENT, "open", path, look_as_broker)
+            explanation = explain(rules, ASKER, "open", path, look_as_broker)
             return explanation.verdict.decision, explanation.sentence
 
         assert in_child(lambda: look({"size": {"max": 1}}), uid=CLIENT_UID) == (

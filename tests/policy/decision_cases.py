@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fdbroker.policy.rules import ACTIONS, ClientFacts
 from tests.policy import decision_model
-from tests.policy.decision_model import Facts
+from tests.policy.decision_model import Asker, Facts
 from tests.running_broker import policy, rule
 
 if TYPE_CHECKING:
@@ -68,9 +68,10 @@ conditions = one_or_several(
     {
         "owner": st.sampled_from(
             [
-                {"uids": uids, "client": client}
+                {"uids": uids, "client": client, "on_behalf_of": acted_for}
                 for uids in subsets([0, UID, OTHER])
                 for client in (True, False)
+                for acted_for in (True, False)
             ]
         ),
         "group": st.sampled_from([{"gids": gids} for gids in subsets([0, GID])]),
@@ -83,17 +84,25 @@ conditions = one_or_several(
     }
 )
 nothing: st.SearchStrategy[Part] = st.just({})
+anybody: st.SearchStrategy[list[Part]] = st.just([{"any": True}])
+somebody: st.SearchStrategy[list[Part]] = st.lists(identities, min_size=1, max_size=2)
+itself: st.SearchStrategy[list[Part]] = st.just([])
 
 
 def documents_of(
-    roots: Sequence[str], globs: Sequence[str], exceptions: Sequence[str], where: st.SearchStrategy[Part]
+    roots: Sequence[str],
+    globs: Sequence[str],
+    exceptions: Sequence[str],
+    where: st.SearchStrategy[Part],
+    acted_for: st.SearchStrategy[list[Part]],
 ) -> st.SearchStrategy[Part]:
     some: st.SearchStrategy[Part] = st.fixed_dictionaries(
         {
             "effect": st.sampled_from(["allow", "deny", "allow"]),
             "actions": st.sampled_from([*[list(ACTIONS)] * 3, ["open"], ["stat", "list"], ["walk", "open"]]),
             "root": st.sampled_from(roots),
-            "clients": st.just([{"any": True}]) | st.lists(identities, min_size=1, max_size=2),
+            "clients": anybody | somebody,
+            "on_behalf_of": acted_for,
             "paths": st.sampled_from(subsets(["**", *globs], 1, 1) * 3 + subsets(["**", *globs], 2, 2)),
             "except": st.sampled_from([[]] * 50 + subsets(exceptions, 1, 2)),
             "where": where,
@@ -101,16 +110,24 @@ def documents_of(
         }
     )
     # In half of the policies something is said of every path.
-    everywhere: st.SearchStrategy[list[Part]] = st.just([]) | where.map(
-        lambda asked: [{"root": name, "where": asked} for name in roots]
+    everywhere: st.SearchStrategy[list[Part]] = st.just([]) | st.tuples(where, acted_for).map(
+        lambda drawn: [{"root": name, "where": drawn[0], "on_behalf_of": drawn[1]} for name in roots]
     )
     return st.tuples(st.lists(some, min_size=2, max_size=6), everywhere).map(
         lambda drawn: policy(
             "/",
             roots=[{"name": name, "path": ROOTS[name], "cross_mounts": False} for name in roots],
-            rules=[rule(f"rule {i}", **changes) for i, changes in enumerate(drawn[0] + drawn[1])],
+            rules=[meant(rule(f"rule {i}", **changes)) for i, changes in enumerate(drawn[0] + drawn[1])],
         )
     )
+
+
+def meant(about: Part) -> Part:
+    """Return a rule without an owner that it can't speak of: the one that is acted for, by nobody."""
+    owner = about["where"].get("owner")
+    if owner is None or about["on_behalf_of"]:
+        return about
+    return about | {"where": about["where"] | {"owner": owner | {"on_behalf_of": False}}}
 
 
 # Chosen for a whole policy: one rule with a pattern, or one that asks nothing of the object, hides what is
@@ -123,6 +140,7 @@ documents = st.one_of(
             (SPELLED_OUT, WITH_PATTERNS),
             (SPELLED_OUT, WITH_PATTERNS),
             (conditions, conditions, conditions | nothing, nothing),
+            (*[itself] * 5, somebody, anybody, anybody | itself),
         )
     ]
 )
@@ -202,10 +220,10 @@ def paths_for(draw: st.DrawFn, rules: Sequence[Part]) -> str:
 
 
 @st.composite
-def clients_of(draw: st.DrawFn, about: Part) -> ClientFacts:
-    """Give a client that one entry of a rule means, if it means any."""
+def clients_of(draw: st.DrawFn, entries: Sequence[Part]) -> ClientFacts:
+    """Give a client that one of the entries means, if it means any."""
     client = draw(clients)
-    entry = draw(st.sampled_from(about["clients"]))
+    entry = draw(st.sampled_from(entries))
     return ClientFacts(
         next(iter(entry.get("uids", ())), client.uid),
         client.gids.union(entry.get("gids", ())),
@@ -213,11 +231,21 @@ def clients_of(draw: st.DrawFn, about: Part) -> ClientFacts:
     )
 
 
+@st.composite
+def askers_of(draw: st.DrawFn, about: Part) -> Asker:
+    """Give who asks as a rule says, and for whom; now and then not as the rule says."""
+    client = draw(clients_of(about["clients"]))
+    if not about["on_behalf_of"]:
+        return Asker(client, draw(st.sampled_from([None] * 15 + [ClientFacts(OTHER, frozenset({GID}))])))
+    acted_for = draw(clients_of(about["on_behalf_of"]))
+    return Asker(client, draw(st.sampled_from([acted_for] * 7 + [None])))
+
+
 class Case(NamedTuple):
     """A policy, and what one client asks for one after another."""
 
     document: Part
-    client: ClientFacts
+    asker: Asker
     action: str
     paths: list[str]
 
@@ -230,7 +258,7 @@ def cases(draw: st.DrawFn) -> Case:
     about = draw(st.sampled_from([each for each in rules if each["effect"] == "allow"] or rules))
     return Case(
         document,
-        draw(clients_of(about)),
+        draw(askers_of(about)),
         draw(st.sampled_from(about["actions"])),
         draw(st.lists(paths_for([about, *rules]), min_size=4, max_size=8)),
     )
@@ -268,6 +296,7 @@ def without(about: Part, *, spelled_out: bool) -> Part:
 CHANGES: dict[str, Callable[[Part, str | None], Part]] = {
     "actions": lambda about, _: about | {"actions": ACTIONS},
     "clients": lambda about, _: about | {"clients": [{"any": True}]},
+    "on_behalf_of": lambda about, _: about | {"on_behalf_of": about["on_behalf_of"] and [{"any": True}]},
     "except": lambda about, _: about | {"except": []},
     "deliver": lambda about, _: about | {"deliver": ["descriptor"]},
     "a deny rule of an outer root": lambda about, serving: (
@@ -280,18 +309,21 @@ CHANGES: dict[str, Callable[[Part, str | None], Part]] = {
 
 def what_it_turns_on(case: Case, path: str) -> set[str]:
     """Return what the decision on a name turns on, as far as not every decision does."""
-    document, client, action, _ = case
-    expected = decision_model.expect(document, client, action, path)
+    document, asker, action, _ = case
+    expected = decision_model.expect(document, asker, action, path)
     turning = set()
     for what, change in CHANGES.items():
         changed = document | {"rules": [change(about, expected.root) for about in document["rules"]]}
-        if decision_model.expect(changed, client, action, path) != expected:
+        if decision_model.expect(changed, asker, action, path) != expected:
             turning.add(f"turns on {what}")
+    if asker.on_behalf_of is not None:
+        itself_asks = decision_model.expect(document, Asker(asker.client), action, path)
+        turning |= {"turns on being asked for another"} if itself_asks != expected else set()
     outer = document | {
         "roots": [root for root in document["roots"] if root["name"] != expected.root],
         "rules": [about for about in document["rules"] if about["root"] != expected.root],
     }
-    if decision_model.expect(outer, client, action, path).allows:
+    if decision_model.expect(outer, asker, action, path).allows:
         turning.add("turns on an inner root")
     if path in {root["path"] for root in document["roots"]}:
         turning.add("root itself")

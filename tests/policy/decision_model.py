@@ -25,6 +25,13 @@ class Facts(NamedTuple):
     st_nlink: int = 1
 
 
+class Asker(NamedTuple):
+    """Who asks, and for whom: None where it asks for itself."""
+
+    client: ClientFacts
+    on_behalf_of: ClientFacts | None = None
+
+
 class Expected(NamedTuple):
     """What the name alone decides: the root that serves, the rules that are left to ask, by index."""
 
@@ -89,8 +96,19 @@ def below(root: str, path: str) -> tuple[str, ...] | None:
     return of_path[len(of_root) :] if of_path[: len(of_root)] == of_root else None
 
 
-def is_for(rule: dict[str, Any], client: ClientFacts) -> bool:
-    """Say whether a rule is about a client."""
+def is_for(rule: dict[str, Any], asker: Asker) -> bool:
+    """Say whether a rule is about who asks, and about whom it asks for."""
+    if not is_one_of(rule["clients"], asker.client):
+        return False
+    if asker.on_behalf_of is not None and rule["on_behalf_of"]:
+        return is_one_of(rule["on_behalf_of"], asker.on_behalf_of)
+    if asker.on_behalf_of is not None:
+        return bool(rule["effect"] == "deny")
+    return not rule["on_behalf_of"]
+
+
+def is_one_of(entries: list[dict[str, Any]], client: ClientFacts) -> bool:
+    """Say whether some entry is about a client."""
     return any(
         "any" in entry
         or (
@@ -98,12 +116,12 @@ def is_for(rule: dict[str, Any], client: ClientFacts) -> bool:
             and ("gids" not in entry or any(gid in client.gids for gid in entry["gids"]))
             and ("cgroups" not in entry or any(group in client.cgroups for group in entry["cgroups"]))
         )
-        for entry in rule["clients"]
+        for entry in entries
     )
 
 
 def matching_rules(
-    document: dict[str, Any], client: ClientFacts, action: str, path: str
+    document: dict[str, Any], asker: Asker, action: str, path: str
 ) -> tuple[str | None, list[int]]:
     """Return the name of the root that serves `path`, and the rules that match it."""
     paths = {root["name"]: root["path"] for root in document["roots"]}
@@ -115,7 +133,7 @@ def matching_rules(
         if (
             rest is not None
             and action in rule["actions"]
-            and is_for(rule, client)
+            and is_for(rule, asker)
             and any(glob_matches(tuple(glob.split("/")), rest) for glob in rule["paths"])
             and not any(glob_matches(tuple(glob.split("/")), rest) for glob in rule["except"])
             and (rule["effect"] == "deny" or rule["root"] == serving)
@@ -125,12 +143,12 @@ def matching_rules(
     return serving, matching
 
 
-def expect(document: dict[str, Any], client: ClientFacts, action: str, path: str) -> Expected:
+def expect(document: dict[str, Any], asker: Asker, action: str, path: str) -> Expected:
     """Return what the name alone has to decide."""
     trouble = problem(path)
     if trouble is not None:
         return Expected(None, trouble)
-    serving, matching = matching_rules(document, client, action, path)
+    serving, matching = matching_rules(document, asker, action, path)
     rules = document["rules"]
     denies = [i for i in matching if rules[i]["effect"] == "deny"]
     allows = [i for i in matching if rules[i]["effect"] == "allow"]
@@ -144,14 +162,19 @@ def expect(document: dict[str, Any], client: ClientFacts, action: str, path: str
     return Expected(serving, "ok", left, tuple(denies), left[0] if free and not denies else None)
 
 
-def conditions_failing(where: dict[str, Any], facts: Facts, uid: int, *, deny: bool) -> list[str]:
+def conditions_failing(where: dict[str, Any], facts: Facts, asker: Asker, *, deny: bool) -> list[str]:
     """Return the conditions that an object does not meet, in the order in which they are asked."""
     regular = stat.S_ISREG(facts.st_mode)
     failing = []
     for name in sorted(where, key=CONDITIONS.index):
         wanted = where[name]
         if name == "owner":
-            good = facts.st_uid in wanted["uids"] or (wanted["client"] and facts.st_uid == uid)
+            accepted = set(wanted["uids"])
+            if wanted["client"]:
+                accepted.add(asker.client.uid)
+            if wanted["on_behalf_of"] and asker.on_behalf_of is not None:
+                accepted.add(asker.on_behalf_of.uid)
+            good = facts.st_uid in accepted
         elif name == "group":
             good = facts.st_gid in wanted["gids"]
         elif name == "mode":
@@ -171,14 +194,14 @@ def conditions_failing(where: dict[str, Any], facts: Facts, uid: int, *, deny: b
     return failing
 
 
-def outcome(document: dict[str, Any], client: ClientFacts, action: str, path: str, facts: Facts) -> Outcome:
+def outcome(document: dict[str, Any], asker: Asker, action: str, path: str, facts: Facts) -> Outcome:
     """Return the reason and the rule that are named in the end, whatever of it the name alone decides."""
-    expected = expect(document, client, action, path)
+    expected = expect(document, asker, action, path)
     for i in expected.denies:
-        if not conditions_failing(document["rules"][i]["where"], facts, client.uid, deny=True):
+        if not conditions_failing(document["rules"][i]["where"], facts, asker, deny=True):
             return Outcome("deny_rule", i)
     failing = {
-        i: conditions_failing(document["rules"][i]["where"], facts, client.uid, deny=False)
+        i: conditions_failing(document["rules"][i]["where"], facts, asker, deny=False)
         for i in expected.allows
     }
     for i, names in failing.items():
@@ -189,15 +212,15 @@ def outcome(document: dict[str, Any], client: ClientFacts, action: str, path: st
     return Outcome(expected.reason, expected.rule)
 
 
-def is_given(document: dict[str, Any], client: ClientFacts, action: str, path: str, facts: Facts) -> bool:
+def is_given(document: dict[str, Any], asker: Asker, action: str, path: str, facts: Facts) -> bool:
     """Say what comes out in the end, for a path and the object that is there."""
     if problem(path) is not None:
         return False
-    _, matching = matching_rules(document, client, action, path)
+    _, matching = matching_rules(document, asker, action, path)
     rules = [document["rules"][i] for i in matching]
     holding = {
         rule["effect"]
         for rule in rules
-        if not conditions_failing(rule["where"], facts, client.uid, deny=rule["effect"] == "deny")
+        if not conditions_failing(rule["where"], facts, asker, deny=rule["effect"] == "deny")
     }
     return holding == {"allow"}

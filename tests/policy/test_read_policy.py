@@ -65,6 +65,7 @@ def spoken(place: Place) -> str:
 ALL_PLACES = list(places(example_document()))
 DICTIONARIES = [place for place in ALL_PLACES if isinstance(at(example_document(), place), dict)]
 LISTS = [place for place in ALL_PLACES if isinstance(at(example_document(), place), list)]
+CLIENT_KEYS = ("clients", "on_behalf_of")
 MEMBERS = [place for place in ALL_PLACES if place and isinstance(place[-1], str)]
 
 
@@ -74,7 +75,12 @@ def may_be_missing(place: Place) -> bool:
     if "where" in place[:-1]:
         inside = place[place.index("where") + 1 :]
         return len(inside) == 1 or (inside[0] in {"mode", "size", "links"} and len(parent) > 1)
-    return "clients" in place[:-1] and len(parent) > 1
+    return is_of_a_client(place[:-1]) and len(parent) > 1
+
+
+def is_of_a_client(place: Place) -> bool:
+    """Say whether this is an entry of those who are meant, or their list."""
+    return any(key in place for key in CLIENT_KEYS) and "where" not in place
 
 
 def test_example_of_the_documentation_loads_and_means_what_it_says() -> None:
@@ -96,7 +102,7 @@ def test_example_of_the_documentation_loads_and_means_what_it_says() -> None:
     )
     assert [glob.pattern for glob in scan.excepts] == [b"*/.cache/**"]
     assert scan.where == Conditions(
-        Owners(frozenset({1000}), client=True),
+        Owners(frozenset({1000}), client=True, on_behalf_of=True),
         frozenset({100}),
         256,
         18,
@@ -111,7 +117,12 @@ def test_example_of_the_documentation_loads_and_means_what_it_says() -> None:
         read_only_view_required=True,
         admins=Admins(frozenset(), frozenset({998})),
     )
-    assert rule_set.cgroups == {"/system.slice/x.service"}
+    assert never.on_behalf_of == ()
+    assert scan.on_behalf_of == (
+        ClientMatch(None, frozenset({100}), None),
+        ClientMatch(frozenset({1000}), None, frozenset({"/user.slice"})),
+    )
+    assert rule_set.cgroups == {"/system.slice/x.service", "/user.slice"}
 
 
 @pytest.mark.parametrize("place", MEMBERS, ids=spoken)
@@ -124,7 +135,7 @@ def test_missing_key_is_an_error_that_names_it(place: Place) -> None:
     with pytest.raises(PolicyError) as caught:
         read_policy(document)
     assert spoken(place[:-1]) in str(caught.value)
-    if "clients" not in place[:-1]:  # an empty entry is refused as such
+    if not is_of_a_client(place[:-1]):  # an empty entry is refused as such
         assert str(place[-1]) in str(caught.value)
 
 
@@ -153,7 +164,8 @@ def is_of_its_type(place: Place, value: Node) -> bool:
         element = there[0] if there else ""
         # Nothing at all is no action, client or path; elsewhere it is nothing to match.
         if not value:
-            return place[-1] not in {"actions", "clients", "paths"}
+            acts_for_somebody = place == ("rules", 1, "on_behalf_of")  # and has a condition on who that is
+            return place[-1] not in {"actions", "clients", "paths"} and not acts_for_somebody
         return isinstance(element, str) and place[-1] in {"paths", "except", "cgroups"}
     if isinstance(value, dict):
         return place[-1] == "where" and not value
@@ -186,7 +198,8 @@ def test_value_of_another_type_or_meaning_is_an_error_that_names_its_place(place
         "what it is a key of": parent in message and last in message,
         "a word that is none": f"{parent} has {value!r}" in message,
         "nothing where there must be something": f"{parent} needs at least one" in message and value == [],
-        "the client's entry": "clients" in place and spoken(place[:4]) in message,
+        "the client's entry": is_of_a_client(place) and spoken(place[:4]) in message,
+        "an owner who is acted for by nobody": "on_behalf_of" in place and "is empty" in message,
         "a rule whose root is gone": place[:1] == ("roots",) and "not among the roots" in message,
     }
     assert any(sayings.values()), message
@@ -240,6 +253,16 @@ def root(**changes: object) -> list[dict[str, Any]]:
         (broken(rules=[rule("x", clients=[{"any": 1, "uids": [0]}])]), "rules[0].clients[0]"),
         (broken(rules=[rule("x", clients=[{}])]), "rules[0].clients[0]"),
         (broken(rules=[rule("x", clients=[{"uids": [True]}])]), "rules[0].clients[0].uids[0]"),
+        (broken(rules=[rule("x", on_behalf_of=[{}])]), "rules[0].on_behalf_of[0]"),
+        (broken(rules=[rule("x", on_behalf_of=None)]), "rules[0].on_behalf_of is not of type list"),
+        (
+            broken(
+                rules=[
+                    rule("x", where={"owner": {"uids": [], "client": False, "on_behalf_of": True}}),
+                ]
+            ),
+            "rules[0].where.owner.on_behalf_of is true, and rules[0].on_behalf_of is empty",
+        ),
         (broken(rules=[rule("x", where={"mode": {}})]), "rules[0].where.mode"),
         (broken(rules=[rule("x", where={"size": {}})]), "rules[0].where.size"),
         (broken(rules=[rule("x", where={"age": {"max": 1}})]), "rules[0].where"),

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     Show = Callable[[Outcome], None]
 
 pytestmark = pytest.mark.root
-OWNED = rule("owned", where={"owner": {"uids": [OWNER_UID], "client": False}})
+OWNED = rule("owned", where={"owner": {"uids": [OWNER_UID], "client": False, "on_behalf_of": False}})
 ONE_LINK = rule("one-link", where={"links": {"max": 1}})
 NOT_PRIVATE = rule("not-private", effect="deny", paths=["private/**"])
 

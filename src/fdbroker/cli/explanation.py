@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from fdbroker.config.explain import Explanation, RuleCheck, RuleReport, Seen
-    from fdbroker.policy.rules import FileFacts
+    from fdbroker.policy.rules import ClientFacts, FileFacts
 
 _STATUS = {"allow": 0, "deny": 1, "unknown": 3}
 _COLOURS = {"allow": "green", "deny": "red", "unknown": "yellow"}
@@ -29,7 +29,7 @@ def status_of(explanation: Explanation) -> int:
 
 def to_document(explanation: Explanation, source: str, notes: Sequence[str]) -> dict[str, object]:
     """Return an explanation as JSON members."""
-    client, verdict = explanation.client, explanation.verdict
+    client, acted_for, verdict = explanation.client, explanation.on_behalf_of, explanation.verdict
     return {
         **path_members(explanation.path),
         "action": explanation.action,
@@ -37,7 +37,8 @@ def to_document(explanation: Explanation, source: str, notes: Sequence[str]) -> 
         "policy": printable(source),
         "generation": None,
         "notes": list(notes),
-        "client": {"uid": client.uid, "gids": sorted(client.gids), "cgroups": sorted(client.cgroups)},
+        "client": _client_members(client),
+        "on_behalf_of": None if acted_for is None else _client_members(acted_for),
         "root": None if explanation.root is None else explanation.root.name,
         "decision": verdict.decision,
         "reason": verdict.reason,
@@ -54,6 +55,10 @@ def to_document(explanation: Explanation, source: str, notes: Sequence[str]) -> 
             for rule in explanation.rules
         ],
     }
+
+
+def _client_members(client: ClientFacts) -> dict[str, object]:
+    return {"uid": client.uid, "gids": sorted(client.gids), "cgroups": sorted(client.cgroups)}
 
 
 def _check_members(check: RuleCheck) -> dict[str, object]:
@@ -79,13 +84,12 @@ def _object_members(seen: Seen | None) -> dict[str, object] | None:
 
 def lines_of(explanation: Explanation, source: str, *, verbose: bool) -> list[str]:
     """Return an explanation for people."""
-    client = explanation.client
-    groups = ", ".join(map(group_text, sorted(client.gids))) or "none"
+    client, acted_for = explanation.client, explanation.on_behalf_of
     lines = [
         f"path    {printable(explanation.path)}",
         f"action  {explanation.action}",
-        f"client  user {user_text(client.uid)}, groups {groups}"
-        + (f", control groups {', '.join(map(printable, sorted(client.cgroups)))}" if client.cgroups else ""),
+        f"client  {_client_line(client)}",
+        *([] if acted_for is None else [f"for     {_client_line(acted_for)}"]),
         f"policy  {printable(source)}",
     ]
     if explanation.seen is not None:
@@ -104,6 +108,14 @@ def lines_of(explanation: Explanation, source: str, *, verbose: bool) -> list[st
             f"Root can look at it: run this again as root, with --as {printable(user_name(client.uid))}."
         )
     return lines
+
+
+def _client_line(client: ClientFacts) -> str:
+    groups = ", ".join(map(group_text, sorted(client.gids))) or "none"
+    line = f"user {user_text(client.uid)}, groups {groups}"
+    if client.cgroups:
+        line += f", control groups {', '.join(map(printable, sorted(client.cgroups)))}"
+    return line
 
 
 def _is_near(rule: RuleReport, explanation: Explanation) -> bool:
@@ -174,6 +186,7 @@ def document_of_answer(answer: Mapping[str, Any], path: bytes) -> dict[str, Any]
         "generation": answer.get("generation"),
         "notes": [],
         "client": {"uid": os.geteuid(), "gids": sorted({os.getegid(), *os.getgroups()}), "cgroups": []},
+        "on_behalf_of": None,
         "root": answer.get("root"),
         "decision": decision,
         "reason": "not_seen" if undecided else answer.get("reason"),

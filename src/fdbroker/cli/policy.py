@@ -135,6 +135,12 @@ def _config(*arguments: str) -> int:
 )
 @click.option("--as", "user", metavar="USER", help="Whom to explain for, by name or number.  [default: you]")
 @click.option(
+    "--on-behalf-of",
+    "acted_for",
+    metavar="USER",
+    help="Whom the one who asks, a service, acts for.  [default: nobody]",
+)
+@click.option(
     "--action",
     type=click.Choice(["open", "stat", "list"]),
     default="open",
@@ -159,6 +165,7 @@ def explain_command(  # noqa: PLR0913 - one for each option
     cgroup: str | None,
     control_path: str | None,
     *,
+    acted_for: str | None,
     as_json: bool,
     verbose: bool,
 ) -> int:
@@ -177,10 +184,11 @@ def explain_command(  # noqa: PLR0913 - one for each option
     \b
     Examples:  fdbroker policy explain /home/alice/.ssh/id_ed25519
                fdbroker policy explain --as scanner --action list /home/alice
+               fdbroker policy explain --as scanner --on-behalf-of alice /home/alice/x
                fdbroker policy explain --policy draft.yaml --as 1000 /srv/x
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
     asked = absolute(path)
-    for_another = user is not None or unit is not None or cgroup is not None
+    for_another = any(given is not None for given in (user, acted_for, unit, cgroup))
     loaded = _load(policy_path, may_ask=policy_path is None and not for_another)
     if loaded is None:
         with connected(control_path) as control:
@@ -191,10 +199,11 @@ def explain_command(  # noqa: PLR0913 - one for each option
             for line in lines_of_answer(answer, asked):
                 write_line(line)
         return status_of_answer(answer)
-    from fdbroker.config.explain import explain, look_as_broker  # noqa: PLC0415 - another extra
+    from fdbroker.config.explain import Asker, explain, look_as_broker  # noqa: PLC0415 - another extra
 
     client = _client(loaded, user, unit, cgroup)
-    explanation = explain(loaded.rules, client, action, asked, look_as_broker)
+    asker = Asker(client, None if acted_for is None else _user(acted_for, "--on-behalf-of"))
+    explanation = explain(loaded.rules, asker, action, asked, look_as_broker)
     source = DEFAULT_POLICY if policy_path is None else policy_path
     if as_json:
         write_json(to_document(explanation, source, loaded.notes))
@@ -234,7 +243,7 @@ def _read(path: str) -> LoadedPolicy:
 
 def _client(loaded: LoadedPolicy, user: str | None, unit: str | None, cgroup: str | None) -> ClientFacts:
     from fdbroker.config import explain  # noqa: PLC0415 - another extra
-    from fdbroker.config.identities import OVERFLOW_ID, unit_cgroup  # noqa: PLC0415 - another extra
+    from fdbroker.config.identities import unit_cgroup  # noqa: PLC0415 - another extra
     from fdbroker.config.scalars import ScalarError  # noqa: PLC0415 - another extra
 
     if unit is not None and cgroup is not None:
@@ -245,17 +254,28 @@ def _client(loaded: LoadedPolicy, user: str | None, unit: str | None, cgroup: st
             group = unit_cgroup(unit)
         except ScalarError as error:
             raise click.UsageError(f"--unit: {error}") from error
-    client: ClientFacts | None = explain.client_of_this_process()
-    if user is not None:
-        possible = not is_number(user) or id_of_number(user) is not None
-        client = explain.client_of_user(user) if possible else None
+    client = _checked(explain.client_of_this_process()) if user is None else _user(user, "--as")
+    if group is not None and not group.startswith("/"):
+        raise click.UsageError("--cgroup: write its whole path as below /sys/fs/cgroup, as in /user.slice")
+    return explain.with_control_group(client, group, loaded.rules)
+
+
+def _user(name: str, option: str) -> ClientFacts:
+    from fdbroker.config.explain import client_of_user  # noqa: PLC0415 - another extra
+
+    possible = not is_number(name) or id_of_number(name) is not None
+    client = client_of_user(name) if possible else None
     if client is None:
-        raise click.UsageError(f"--as {user}: there is no such user")
+        raise click.UsageError(f"{option} {name}: there is no such user")
+    return _checked(client)
+
+
+def _checked(client: ClientFacts) -> ClientFacts:
+    from fdbroker.config.identities import OVERFLOW_ID  # noqa: PLC0415 - another extra
+
     if client.uid == OVERFLOW_ID:
         raise click.UsageError(
             f"the broker serves no process with uid {OVERFLOW_ID}: every id that a user namespace does not"
             " map shows as this one. Use a user of its own."
         )
-    if group is not None and not group.startswith("/"):
-        raise click.UsageError("--cgroup: write its whole path as below /sys/fs/cgroup, as in /user.slice")
-    return explain.with_control_group(client, group, loaded.rules)
+    return client

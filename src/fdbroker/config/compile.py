@@ -192,7 +192,10 @@ class _Compiler:
         # Who an allow rule is for must be said; a deny rule without it is for everybody.
         found = self._reader.entries(mapping, what, Rule, ["client"] if "allow" in mapping.entries else [])
         effect, actions = self._effect(mapping, what)
-        clients = self._clients.clients(found["client"], f"{what}: client") if "client" in found else None
+        clients, acted_for = (
+            self._clients.clients(found[key], f"{what}: {key}") if key in found else None
+            for key in ("client", "on_behalf_of")
+        )
         return CompiledRule(
             {
                 "name": self._rule_name(found.get("name"), what, first_use),
@@ -200,9 +203,12 @@ class _Compiler:
                 "actions": actions,
                 "root": self._rule_root(found.get("in"), what, root_names),
                 "clients": [{"any": True}] if clients is None else clients,
+                "on_behalf_of": acted_for or [],
                 "paths": self._globs(found.get("paths"), f"{what}: paths"),
                 "except": self._globs(found.get("except"), f"{what}: except"),
-                "where": self._conditions.where(found.get("where"), f"{what}: where"),
+                "where": self._conditions.where(
+                    found.get("where"), f"{what}: where", acts_for="on_behalf_of" in found
+                ),
                 "deliver": self._deliver(mapping, what, actions),
             }
         )

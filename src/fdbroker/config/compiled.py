@@ -34,10 +34,11 @@ class CompiledClient(TypedDict, total=False):
 
 
 class CompiledOwner(TypedDict):
-    """Owners that a condition accepts; `client`: whoever asks."""
+    """Owners that a condition accepts; `client`: whoever asks; `on_behalf_of`: the client acted for."""
 
     uids: list[int]
     client: bool
+    on_behalf_of: bool
 
 
 class CompiledGroup(TypedDict):
@@ -65,6 +66,7 @@ CompiledRule = TypedDict(
         "actions": list[str],
         "root": str,
         "clients": list[CompiledClient],
+        "on_behalf_of": list[CompiledClient],
         "paths": list[str],
         "except": list[str],
         "where": CompiledWhere,

@@ -12,6 +12,7 @@ from fdbroker.config.schema import CountRange, ModeCondition, SizeRange, Where
 from fdbroker.config.yaml_tree import Node
 
 _WHERE_CURE = "write some of owner, group, mode, size, links, or leave where out"
+_WORDS_FOR_OWNERS = frozenset({"client", "on_behalf_of"})
 _MODE_CURE = 'write {all: "0400"}, {none: "0022"} or both'
 
 
@@ -22,15 +23,15 @@ class ConditionReader:
         self._reader = reader
         self._clients = clients
 
-    def where(self, node: Node | None, what: str) -> CompiledWhere:
-        """Return the conditions that are written; {} for none."""
+    def where(self, node: Node | None, what: str, *, acts_for: bool) -> CompiledWhere:
+        """Return the conditions that are written; {} for none. `acts_for`: the rule has `on_behalf_of`."""
         mapping = self._reader.mapping(node, what, _WHERE_CURE)
         if mapping is None:
             return {}
         found = self._reader.entries(mapping, what, Where)
         where: CompiledWhere = {}
         if "owner" in found:
-            where["owner"] = self._owner(found["owner"], f"{what}: owner")
+            where["owner"] = self._owner(found["owner"], f"{what}: owner", acts_for=acts_for)
         if "group" in found:
             names = self._clients.names(found["group"], f"{what}: group")
             where["group"] = {"gids": self._clients.gids(names, f"{what}: group")}
@@ -44,18 +45,25 @@ class ConditionReader:
             where["links"] = self._range(found["links"], f"{what}: links", CountRange, _parse_links, cure)
         return where
 
-    def _owner(self, node: Node, what: str) -> CompiledOwner:
-        client = False
+    def _owner(self, node: Node, what: str, *, acts_for: bool) -> CompiledOwner:
+        words = set()
         users = []
         for text in self._clients.names(node, what):
-            if text.value == "client":
-                client = True
-            elif text.value == "on_behalf_of":
-                cure = "write client, names or numbers"
-                self._reader.add(text.mark, f"{what}: 'on_behalf_of' is not supported by this version", cure)
-            else:
+            if text.value not in _WORDS_FOR_OWNERS:
                 users.append(text)
-        return {"uids": self._clients.uids(users, what), "client": client}
+                continue
+            words.add(text.value)
+            if text.value == "on_behalf_of" and not acts_for:
+                self._reader.add(
+                    text.mark,
+                    f"{what}: the rule has no 'on_behalf_of', so nobody is acted for",
+                    "add 'on_behalf_of: ...' to the rule, or write client, names or numbers",
+                )
+        return {
+            "uids": self._clients.uids(users, what),
+            "client": "client" in words,
+            "on_behalf_of": "on_behalf_of" in words,
+        }
 
     def _mode(self, node: Node, what: str) -> dict[str, int]:
         mapping = self._reader.mapping(node, what, _MODE_CURE)

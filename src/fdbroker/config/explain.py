@@ -136,11 +136,15 @@ class Seen(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """A whole answer. `seen` is None where the name alone was refused, and so nothing was looked at."""
+    """A whole answer. `seen` is None where the name alone was refused, and so nothing was looked at.
+
+    `on_behalf_of`: whom the client, a service, acts for; None: it asks for itself.
+    """
 
     path: bytes
     action: str
     client: ClientFacts
+    on_behalf_of: ClientFacts | None
     root: Root | None
     verdict: Verdict
     seen: Seen | None
@@ -234,9 +238,21 @@ def control_group_of_this_process() -> str | None:
     return next((line[3:] for line in lines if line.startswith("0::")), None)
 
 
-def explain(rules: RuleSet, client: ClientFacts, action: str, path: bytes, look: Look) -> Explanation:
+class Asker(NamedTuple):
+    """Who asks, and for whom: `on_behalf_of` is None where a client asks for itself."""
+
+    client: ClientFacts
+    on_behalf_of: ClientFacts | None = None
+
+    @property
+    def uids(self) -> tuple[int, int | None]:
+        """What conditions on owners are about."""
+        return self.client.uid, None if self.on_behalf_of is None else self.on_behalf_of.uid
+
+
+def explain(rules: RuleSet, asker: Asker, action: str, path: bytes, look: Look) -> Explanation:
     """Say what becomes of a request and why. `look` says what lies under a path whose name is allowed."""
-    decision = Policy(rules).view(client).actions[action].decide(path)
+    decision = Policy(rules).view(*asker).actions[action].decide(path)
     seen = None
     if not decision.allowed or decision.root is None:
         rule = None if decision.rule is None else decision.rule.name
@@ -245,13 +261,13 @@ def explain(rules: RuleSet, client: ClientFacts, action: str, path: bytes, look:
         seen = look(decision.root, path, action)
         if seen.writable_mount and rules.settings.read_only_view_required:
             seen = seen._replace(note=_LATER_MOUNT)
-        verdict = _verdict(decision, seen, client.uid)
+        verdict = _verdict(decision, seen, asker)
     facts = None if seen is None else seen.facts
     serving = _serving(rules, path)
     # What is no path is refused before any rule is read.
     asked = rules.rules if problem_with_path(path) is None else ()
-    reports = tuple(_report(rule, client, action, path, serving, facts) for rule in asked)
-    return Explanation(path, action, client, decision.root, verdict, seen, reports)
+    reports = tuple(_report(rule, asker, action, path, serving, facts) for rule in asked)
+    return Explanation(path, action, *asker, decision.root, verdict, seen, reports)
 
 
 def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
@@ -300,13 +316,13 @@ def _kind_refused(mode: int, action: str) -> str | None:
     return None
 
 
-def _verdict(name: NameDecision, seen: Seen, client_uid: int) -> Verdict:
+def _verdict(name: NameDecision, seen: Seen, asker: Asker) -> Verdict:
     first = (name.rule or name.allows[0]).name
     if seen.reason is not None:
         return Verdict(DENY, seen.reason, first)
     if seen.facts is None:
         return Verdict(ALLOW, "ok", first) if name.plain else Verdict(UNKNOWN, "not_seen", None)
-    allowed, reason, rule = decide_object(name, seen.facts, client_uid)
+    allowed, reason, rule = decide_object(name, seen.facts, *asker.uids)
     return Verdict(ALLOW if allowed else DENY, reason, None if rule is None else rule.name)
 
 
@@ -321,7 +337,7 @@ def _serving(rules: RuleSet, path: bytes) -> Root | None:
 
 def _report(
     rule: Rule,
-    client: ClientFacts,
+    asker: Asker,
     action: str,
     path: bytes,
     serving: Root | None,
@@ -331,7 +347,8 @@ def _report(
     actions = ", ".join(sorted(rule.actions))
     checks = [
         RuleCheck("action", action in rule.actions, f"is about {actions}"),
-        RuleCheck("client", rule.is_for(client), _clients_text(rule.clients, client)),
+        _client_check(rule, asker.client),
+        *_on_behalf_of_checks(rule, asker.on_behalf_of),
     ]
     components = components_below(rule.root.path, path)
     checks.append(_root_check(rule, components, serving))
@@ -340,8 +357,29 @@ def _report(
     if not rule.deny and action == "open" and "descriptor" not in rule.deliver:
         checks.append(RuleCheck("deliver", holds=False, text="hands out no descriptors"))
     if rule.where is not None:
-        checks += _condition_checks(rule.where, facts, client.uid, deny=rule.deny)
+        checks += _condition_checks(rule.where, facts, asker, deny=rule.deny)
     return RuleReport(rule.name, effect, tuple(checks))
+
+
+def _client_check(rule: Rule, client: ClientFacts) -> RuleCheck:
+    holds = any(entry.matches(client) for entry in rule.clients)
+    wanted = _clients_text(rule.clients)
+    if ClientMatch(None, None, None) in rule.clients:
+        return RuleCheck("client", holds, wanted)
+    return RuleCheck("client", holds, f"is about {wanted}; the client is {client_text(client)}")
+
+
+def _on_behalf_of_checks(rule: Rule, acted_for: ClientFacts | None) -> list[RuleCheck]:
+    """Return what a rule asks of the client that is acted for, which may be nothing."""
+    wanted = f"is about a service that acts for {_clients_text(rule.on_behalf_of)}"
+    if acted_for is None:
+        text = f"{wanted}; the client acts for nobody"
+        return [RuleCheck("on_behalf_of", holds=False, text=text)] if rule.on_behalf_of else []
+    if not rule.on_behalf_of:
+        text = "does not say for whom the client may act, so it allows what the client asks for itself alone"
+        return [] if rule.deny else [RuleCheck("on_behalf_of", holds=False, text=text)]
+    holds = any(entry.matches(acted_for) for entry in rule.on_behalf_of)
+    return [RuleCheck("on_behalf_of", holds, f"{wanted}; it acts for {client_text(acted_for)}")]
 
 
 def _root_check(rule: Rule, components: Sequence[bytes] | None, serving: Root | None) -> RuleCheck:
@@ -382,12 +420,13 @@ _NOTHING = Conditions(owner=None, gids=None, mode_all=0, mode_none=0, size=None,
 
 
 def _condition_checks(
-    where: Conditions, facts: FileFacts | None, client_uid: int, *, deny: bool
+    where: Conditions, facts: FileFacts | None, asker: Asker, *, deny: bool
 ) -> list[RuleCheck]:
     alone: list[tuple[str, Conditions, str]] = []
     if where.owner is not None:
         owners = [user_text(uid) for uid in sorted(where.owner.uids)]
         owners += ["the client itself"] if where.owner.client else []
+        owners += ["the client that is acted for"] if where.owner.on_behalf_of else []
         alone.append(("owner", _NOTHING._replace(owner=where.owner), f"must be {_either(owners)}"))
     if where.gids is not None:
         groups = _either(group_text(gid) for gid in sorted(where.gids))
@@ -409,7 +448,7 @@ def _condition_checks(
         if facts is None:
             checks.append(RuleCheck(what, holds=None, text=text))
         else:
-            failure = condition.first_failure(facts, client_uid, deny=deny)
+            failure = condition.first_failure(facts, *asker.uids, deny=deny)
             checks.append(RuleCheck(what, holds=failure is None, text=f"{text}; {_value_text(what, facts)}"))
     return checks
 
@@ -426,11 +465,8 @@ def _value_text(what: str, facts: FileFacts) -> str:
     }[what]
 
 
-def _clients_text(entries: Sequence[ClientMatch], client: ClientFacts) -> str:
-    wanted = "; or ".join(_client_text(entry) for entry in entries)
-    if any(entry == ClientMatch(None, None, None) for entry in entries):
-        return wanted
-    return f"is about {wanted}; the client is {client_text(client)}"
+def _clients_text(entries: Sequence[ClientMatch]) -> str:
+    return "; or ".join(_client_text(entry) for entry in entries)
 
 
 def _client_text(entry: ClientMatch) -> str:

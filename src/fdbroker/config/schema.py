@@ -70,6 +70,9 @@ class Client(_Keys):
     cgroup: Annotated[_Words | UnsetType, Meta(description="Control groups, by their full path.")] = UNSET
 
 
+_Clients: TypeAlias = Literal["any"] | Client | Annotated[list[Client], Meta(min_length=1)]
+
+
 class ModeCondition(_Keys):
     """Bits of a file's mode, in octal."""
 
@@ -95,7 +98,8 @@ class Where(_Keys):
     """What the opened object must be like."""
 
     owner: Annotated[
-        _Identities | UnsetType, Meta(description="Owners: names, numbers, or the word client.")
+        _Identities | UnsetType,
+        Meta(description="Owners: names, numbers, or the words client and on_behalf_of."),
     ] = UNSET
     group: Annotated[_Identities | UnsetType, Meta(description="Groups: names or numbers.")] = UNSET
     mode: ModeCondition | UnsetType = UNSET
@@ -110,8 +114,12 @@ class Rule(_Keys, kw_only=True):
     allow: Annotated[_Actions | UnsetType, Meta(description="Actions that this rule allows.")] = UNSET
     deny: Annotated[_Actions | UnsetType, Meta(description="Actions that this rule refuses.")] = UNSET
     client: Annotated[
-        Literal["any"] | Client | Annotated[list[Client], Meta(min_length=1)] | UnsetType,
+        _Clients | UnsetType,
         Meta(description="Whom the rule is about; required with allow, everybody where left out with deny."),
+    ] = UNSET
+    on_behalf_of: Annotated[
+        _Clients | UnsetType,
+        Meta(description="Whom the client, a service, acts for. Without it a rule allows nothing to others."),
     ] = UNSET
     in_: Annotated[str, Meta(description="The root that the globs are relative to.")] = msgspec.field(
         name="in"
@@ -211,7 +219,7 @@ class Policy(_Keys):
 
 # Keys of the design that this version does not serve. Refused by name: a
 # condition that is silently ignored is a rule that silently allows more.
-NOT_SUPPORTED = frozenset({"age", "identity", "label", "on_behalf_of", "opens", "service", "symlinks"})
+NOT_SUPPORTED = frozenset({"age", "identity", "label", "opens", "service", "symlinks"})
 NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"limits", "listeners"}
 NOT_SUPPORTED_AS_LISTENER = frozenset({"clamd", "dgram", "stream"})
 

@@ -10,7 +10,8 @@ rule that matches; else it is denied. A path belongs to the deepest root that
 contains it, and only rules in that root allow; deny rules of every root that
 contains it hold, so that a root within another can't undo a refusal.
 
-`Policy.view` gives the part of a policy that is about one client. A view keeps,
+`Policy.view` gives the part of a policy that is about one client, or about a
+service that acts for a client, which its own rights never serve. A view keeps,
 per directory, what is left to ask of the last component: for files of one
 directory a decision is a dictionary look-up. `ActionView.decide_whole` says the
 same without that memory; a property test holds the two together.
@@ -80,15 +81,26 @@ class ObjectDecision(NamedTuple):
     rule: Rule | None
 
 
-def decide_object(name: NameDecision, facts: FileFacts, client_uid: int) -> ObjectDecision:
-    """Decide on an object whose name was allowed. `reason` is `ok` or what failed."""
+def decide_object(
+    name: NameDecision, facts: FileFacts, client_uid: int, on_behalf_of_uid: int | None = None
+) -> ObjectDecision:
+    """Decide on an object whose name was allowed. `reason` is `ok` or what failed.
+
+    `client_uid` is that of the process that asks. `on_behalf_of_uid` is that
+    of the client that it acts for, whom the view behind `name` was made for as
+    well; None: it asks for itself.
+    """
     for rule in name.denies:
-        if rule.where is None or rule.where.first_failure(facts, client_uid, deny=True) is None:
+        where = rule.where
+        if where is None or where.first_failure(facts, client_uid, on_behalf_of_uid, deny=True) is None:
             return ObjectDecision(allowed=False, reason="deny_rule", rule=rule)
     failure = "no_rule"
     nearest = None
     for rule in name.allows:
-        failed = None if rule.where is None else rule.where.first_failure(facts, client_uid, deny=False)
+        where = rule.where
+        failed = (
+            None if where is None else where.first_failure(facts, client_uid, on_behalf_of_uid, deny=False)
+        )
         if failed is None:
             return ObjectDecision(allowed=True, reason="ok", rule=rule)
         if nearest is None:
@@ -261,9 +273,12 @@ class Policy:
         self.rule_set = rule_set
         self._views: dict[tuple[int, ...], View] = {}
 
-    def view(self, client: ClientFacts) -> View:
-        """Return the view of a client. Clients that the same rules are about share one."""
-        rules = [rule for rule in self.rule_set.rules if rule.is_for(client)]
+    def view(self, client: ClientFacts, on_behalf_of: ClientFacts | None = None) -> View:
+        """Return the view of a client, or of a service that acts for one (`on_behalf_of`).
+
+        Those that the same rules are about share one.
+        """
+        rules = [rule for rule in self.rule_set.rules if rule.is_for(client, on_behalf_of)]
         key = tuple(rule.index for rule in rules)
         view = self._views.get(key)
         if view is None:

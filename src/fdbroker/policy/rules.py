@@ -22,6 +22,20 @@ if TYPE_CHECKING:
 ACTIONS = ("open", "stat", "list", "walk")
 DELIVERIES = ("descriptor", "copy")
 _TOP_LEVEL = frozenset({"version", "roots", "rules", "limits", "audit", "read_only_view", "admins"})
+_RULE_KEYS = frozenset(
+    {
+        "name",
+        "effect",
+        "actions",
+        "root",
+        "clients",
+        "on_behalf_of",
+        "paths",
+        "except",
+        "where",
+        "deliver",
+    }
+)
 _T = TypeVar("_T")
 
 
@@ -103,10 +117,19 @@ class Bounds(NamedTuple):
 
 
 class Owners(NamedTuple):
-    """Owners that a condition accepts; `client`: whoever asks."""
+    """Owners that a condition accepts; `client`: whoever asks; `on_behalf_of`: the client acted for."""
 
     uids: frozenset[int]
     client: bool
+    on_behalf_of: bool
+
+    def include(self, owner: int, client_uid: int, on_behalf_of_uid: int | None) -> bool:
+        """Return whether `owner` is one of them. `on_behalf_of_uid` None: nobody is acted for."""
+        return (
+            owner in self.uids
+            or (self.client and owner == client_uid)
+            or (self.on_behalf_of and owner == on_behalf_of_uid)
+        )
 
 
 class Conditions(NamedTuple):
@@ -119,16 +142,19 @@ class Conditions(NamedTuple):
     size: Bounds | None
     links: Bounds | None
 
-    def first_failure(self, facts: FileFacts, client_uid: int, *, deny: bool) -> str | None:
+    def first_failure(
+        self, facts: FileFacts, client_uid: int, on_behalf_of_uid: int | None = None, *, deny: bool
+    ) -> str | None:
         """Return the name of the first condition that does not hold, or None.
+
+        `client_uid` is that of the process that asks, `on_behalf_of_uid` that
+        of the client it acts for, None where it acts for nobody.
 
         `size` and `links` are conditions on regular files. Asked of anything
         else they hold in an allow rule and fail in a deny rule, so that they
         neither hide every directory nor forbid it.
         """
-        if self.owner is not None and not (
-            facts.st_uid in self.owner.uids or (self.owner.client and facts.st_uid == client_uid)
-        ):
+        if self.owner is not None and not self.owner.include(facts.st_uid, client_uid, on_behalf_of_uid):
             return "owner"
         if self.gids is not None and facts.st_gid not in self.gids:
             return "group"
@@ -146,7 +172,11 @@ class Conditions(NamedTuple):
 
 
 class Rule:
-    """One rule; immutable. `where` is None when nothing is asked of the object."""
+    """One rule; immutable. `where` is None when nothing is asked of the object.
+
+    `on_behalf_of` says for whom a service acts; it is empty in a rule about
+    what a client asks for itself.
+    """
 
     __slots__ = (
         "actions",
@@ -156,6 +186,7 @@ class Rule:
         "excepts",
         "index",
         "name",
+        "on_behalf_of",
         "paths",
         "root",
         "where",
@@ -163,11 +194,7 @@ class Rule:
 
     def __init__(self, index: int, document: Mapping[str, object], roots: Mapping[str, Root]) -> None:
         at = f"rules[{index}]"
-        _exact_keys(
-            document,
-            at,
-            {"name", "effect", "actions", "root", "clients", "paths", "except", "where", "deliver"},
-        )
+        _exact_keys(document, at, _RULE_KEYS)
         self.index = index
         self.name = _get(document, "name", str, at)
         effect = _get(document, "effect", str, at)
@@ -179,20 +206,31 @@ class Rule:
         if root not in roots:
             raise PolicyError(f"{at}.root is {root!r}, which is not among the roots")
         self.root = roots[root]
-        self.clients = tuple(
-            _read_client(entry, f"{at}.clients[{i}]")
-            for i, entry in enumerate(_list(document, "clients", dict, at))
-        )
+        self.clients = _read_clients(document, "clients", at)
+        self.on_behalf_of = _read_clients(document, "on_behalf_of", at)
         self.paths = _read_globs(document, "paths", at)
         self.excepts = _read_globs(document, "except", at)
         self.where = _read_conditions(_get(document, "where", dict, at), f"{at}.where")
         self.deliver = frozenset(_words(document, "deliver", at, DELIVERIES))
         if not (self.actions and self.clients and self.paths):
             raise PolicyError(f"{at} needs at least one action, one client and one path")
+        owner = None if self.where is None else self.where.owner
+        if owner is not None and owner.on_behalf_of and not self.on_behalf_of:
+            raise PolicyError(f"{at}.where.owner.on_behalf_of is true, and {at}.on_behalf_of is empty")
 
-    def is_for(self, client: ClientFacts) -> bool:
-        """Return whether this rule is about `client` at all."""
-        return any(entry.matches(client) for entry in self.clients)
+    def is_for(self, client: ClientFacts, on_behalf_of: ClientFacts | None = None) -> bool:
+        """Return whether this rule is about `client` at all: for itself, or as it acts for another.
+
+        What a service may do for itself it may not do for others: an allow
+        rule says for whom. A deny rule that does not say so holds in any case.
+        """
+        if not any(entry.matches(client) for entry in self.clients):
+            return False
+        if on_behalf_of is None:
+            return not self.on_behalf_of
+        if not self.on_behalf_of:
+            return self.deny
+        return any(entry.matches(on_behalf_of) for entry in self.on_behalf_of)
 
 
 class Admins(NamedTuple):
@@ -281,9 +319,8 @@ def read_policy_in_steps(document: object) -> Generator[None, None, RuleSet]:
             gids=frozenset(_list(admins, "gids", int, "admins")),
         ),
     )
-    cgroups = frozenset(
-        path for rule in rules for client in rule.clients if client.cgroups for path in client.cgroups
-    )
+    named = (client for rule in rules for client in (*rule.clients, *rule.on_behalf_of))
+    cgroups = frozenset(path for client in named for path in client.cgroups or ())
     # However it was laid out: what is told apart is what it says.
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return RuleSet(tuple(roots.values()), tuple(rules), settings, cgroups, f"{crc32(text.encode()):08x}")
@@ -306,6 +343,11 @@ def _read_root(document: Mapping[str, object], index: int) -> Root:
         cross_mounts=_get(document, "cross_mounts", bool, at),
         skip=1 if path == b"/" else len(path) + 1,
     )
+
+
+def _read_clients(document: Mapping[str, object], key: str, at: str) -> tuple[ClientMatch, ...]:
+    entries = _list(document, key, dict, at)
+    return tuple(_read_client(entry, f"{at}.{key}[{i}]") for i, entry in enumerate(entries))
 
 
 def _read_client(document: Mapping[str, object], at: str) -> ClientMatch:
@@ -341,10 +383,11 @@ def _read_conditions(document: Mapping[str, object], at: str) -> Conditions | No
     mode_all = mode_none = 0
     if "owner" in document:
         entry = _get(document, "owner", dict, at)
-        _exact_keys(entry, f"{at}.owner", {"uids", "client"})
+        _exact_keys(entry, f"{at}.owner", {"uids", "client", "on_behalf_of"})
         owner = Owners(
             frozenset(_list(entry, "uids", int, f"{at}.owner")),
             _get(entry, "client", bool, f"{at}.owner"),
+            _get(entry, "on_behalf_of", bool, f"{at}.owner"),
         )
     if "group" in document:
         entry = _get(document, "group", dict, at)
