@@ -166,7 +166,7 @@ _STATX_BASIC_STATS = ctypes.c_uint.from_param(0x7FF)
 ObjectFacts = tuple[int, int, int, int, int, int, int, int, int]
 
 
-def open_regular_entry(  # noqa: PLR0913, PLR0917 - a call by keywords costs more
+def open_regular_entry(
     directory: int, name: bytes, proc_self_fd: int, least_size: int, most_size: int, newer_than: int
 ) -> tuple[int, ObjectFacts]:
     """Open `name` in the held `directory` for reading and say what it is, in the order of a stat record.
@@ -353,7 +353,7 @@ def parse_directory_chunk(chunk: bytes, at: int, most: int) -> tuple[list[tuple[
 
     The members are those of `DirectoryEntry`, which would cost more to make; `.` and `..` are left out.
     """
-    entries = []
+    entries: list[tuple[bytes, int, int]] = []
     size, unpack = len(chunk), _DIRENT.unpack_from
     while at < size and len(entries) < most:
         _, position, length, kind = unpack(chunk, at)

@@ -1,0 +1,755 @@
+"""One walk: everything below a directory, a step at a time, whatever is renamed meanwhile.
+
+A step opens each directory it reads by its whole path from the root, and each
+entry by its one name in that directory's descriptor. A directory that is held
+goes on resolving wherever somebody moves it; so, before anything is given,
+every directory of the step is resolved again and must be the same one,
+untouched. If one is not, all that the step found is closed and forgotten, and
+the step is made once more with each entry resolved whole from the root: that
+is slower, always safe, and gets on in directories that never rest.
+
+Between two steps a walk holds no descriptor, and of each directory on the way
+to where it is only the position to go on from. No recursion: a path's length
+bounds the depth. Nothing here raises but for bugs; what fails is told by the
+end (`Incomplete`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.broker.opening import Outcome, failure, file_stat, name_is_lost, object_refusal, refusal
+from fdbroker.kernel.descriptors import close_all
+from fdbroker.kernel.files import (
+    open_path_beneath,
+    open_regular_entry,
+    parse_directory_chunk,
+    read_directory_chunk,
+    reopen_for_reading,
+)
+from fdbroker.policy.decide import decide_object
+from fdbroker.policy.globs import compile_glob
+from fdbroker.policy.paths import problem_with_path
+from fdbroker.wire.format import (
+    HEADER,
+    MAX_PATHS,
+    MAX_REPLY,
+    RESULT,
+    STAT,
+    WALK_END,
+    WALK_ENTRY,
+    WALK_ENTRY_HAS_DESCRIPTOR,
+    Incomplete,
+    Reason,
+    WalkKind,
+)
+from fdbroker.wire.messages import GIVEN, Result, WalkEnd, refused
+from fdbroker.wire.replies import encode_walk_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fdbroker.broker.roots import HeldRoot
+    from fdbroker.kernel.files import ObjectFacts
+    from fdbroker.policy.decide import NameDecision, View
+    from fdbroker.policy.globs import Glob, Remainder
+    from fdbroker.policy.rules import Rule
+    from fdbroker.wire.messages import WalkRequest
+
+BATCH = 64  # entries where the client leaves it to us: there a file costs least
+MOST_ENTRIES = 1024  # that one step looks at, so that the loop gets to others
+MOST_DIRECTORIES = 64  # that one step opens, and so holds
+_LEVELS_READ_AHEAD = 8  # the innermost ones; the others read their directory again from where they were
+_SEGMENT = 64  # entries of a chunk that are parsed at once
+_BYTES = MAX_REPLY - HEADER.size - RESULT.size - WALK_END.size
+_ENTRY_HEAD = WALK_ENTRY.size + STAT.size
+
+# What readdir's d_type says, and what st_mode does in its upper four bits.
+_REGULAR, _DIRECTORY, _SYMLINK = stat.S_IFREG >> 12, stat.S_IFDIR >> 12, stat.S_IFLNK >> 12
+_UNKNOWN = 0
+_KIND_OF = {_REGULAR: WalkKind.REGULAR, _DIRECTORY: WalkKind.DIRECTORY, _SYMLINK: WalkKind.SYMLINK}
+_BY_ERRNO = {
+    errno.ENOENT: Incomplete.CHANGED,
+    errno.ENOTDIR: Incomplete.CHANGED,
+    errno.ELOOP: Incomplete.CHANGED,
+    errno.EXDEV: Incomplete.CROSSES_MOUNT,
+    errno.ENAMETOOLONG: Incomplete.TOO_LONG,
+}
+# Failures of the broker as a whole: they end a walk.
+_OURS = {
+    errno.EMFILE: Incomplete.LIMIT,
+    errno.ENFILE: Incomplete.LIMIT,
+    errno.ENOMEM: Incomplete.FAILED,
+}
+_TOO_LONG = frozenset({"path_too_long", "name_too_long"})
+_NO_ENTRIES: Sequence[tuple[bytes, int, int]] = ()
+_MAX_RECORDS = 4096
+
+
+class Batch(NamedTuple):
+    """What one step found.
+
+    `entries` are encoded; `descriptors` are those of the entries that have one, in order, and the
+    caller's from now on. `paths` and `records` are what the audit is to say: absolute paths and members,
+    one for each entry, and before the first of them one for the start. Without entries and without an
+    end there is nothing to send yet.
+    """
+
+    result: Result
+    entries: list[bytes]
+    paths: list[bytes]
+    records: list[str]
+    descriptors: list[int]
+    end: WalkEnd | None
+
+
+class _Level:
+    """A directory between the start and where the walk is: what is left of it.
+
+    Its path is the first `length` bytes of the walk's. Those `entries` from
+    `next` on were parsed, its `chunk` was from byte `at` on not; what comes behind
+    the last entry that was looked at is at `position`.
+    """
+
+    __slots__ = (
+        "at",
+        "chunk",
+        "entries",
+        "globs",
+        "identity",
+        "is_read",
+        "length",
+        "next",
+        "position",
+        "root",
+    )
+
+    def __init__(self, length: int, root: int, identity: tuple[int, int], globs: tuple[int, ...]) -> None:
+        self.length = length
+        self.root = root  # its number
+        self.identity = identity  # device, inode
+        self.globs = globs  # the states of the filter's globs behind this directory's name
+        self.is_read = False
+        self.position = 0
+        self.forget_chunk()
+
+    def forget_chunk(self) -> None:
+        """Keep the position alone."""
+        self.entries = _NO_ENTRIES
+        self.next = self.at = 0
+        self.chunk = b""
+
+    def state(self) -> tuple[object, ...]:
+        """Return all that steps change."""
+        return (
+            self.entries,
+            self.next,
+            self.chunk,
+            self.at,
+            self.position,
+            self.identity,
+            self.is_read,
+        )
+
+    def restore(self, state: tuple[object, ...]) -> None:
+        """Be again as when `state` was taken."""
+        (
+            self.entries,
+            self.next,
+            self.chunk,
+            self.at,
+            self.position,
+            self.identity,
+            self.is_read,
+        ) = state  # type: ignore[assignment]
+
+
+class _Visit:
+    """A directory that a step has open. `touched`: what must be as it was when it was opened."""
+
+    __slots__ = ("descriptor", "path", "reads", "remainders", "root", "touched")
+
+    def __init__(
+        self, descriptor: int, facts: os.stat_result, path: bytes, root: HeldRoot, remainders: list[Remainder]
+    ) -> None:
+        self.descriptor = descriptor  # O_PATH until it is read
+        self.reads = False
+        self.path = path
+        self.root = root
+        self.remainders = remainders  # of the filter's globs
+        self.touched = _touched(facts)
+
+
+class _Step:
+    """What one step has found so far, and how the walk was before it."""
+
+    __slots__ = (
+        "budget",
+        "careful",
+        "descriptors",
+        "directories",
+        "entries",
+        "left_out",
+        "levels",
+        "path",
+        "paths",
+        "records",
+        "room",
+        "size",
+        "states",
+        "visits",
+    )
+
+    def __init__(self, room: int, levels: Sequence[_Level], path: bytes, *, careful: bool) -> None:
+        self.room = room
+        self.careful = careful
+        self.budget = MOST_ENTRIES
+        self.size = 0
+        self.directories = 0
+        self.entries: list[bytes] = []
+        self.paths: list[bytes] = []
+        self.records: list[str] = []
+        self.descriptors: list[int] = []
+        self.left_out: dict[Incomplete, int] = {}
+        self.visits: dict[_Level, _Visit] = {}
+        self.levels = list(levels)
+        self.path = path
+        self.states: dict[_Level, tuple[object, ...]] = {}
+
+    def leave_out(self, why: Incomplete) -> None:
+        """Count something that is not named."""
+        self.left_out[why] = self.left_out.get(why, 0) + 1
+
+    def leave_out_failed(self, error: OSError) -> None:
+        """Count something about which a system call failed; raise the error if it is the broker's own."""
+        number = error.errno or errno.EIO
+        if number in _OURS:
+            raise error
+        self.leave_out(_BY_ERRNO.get(number, Incomplete.FAILED))
+
+    def close_visits(self) -> None:
+        """Close the directories."""
+        close_all([visit.descriptor for visit in self.visits.values()])
+        self.visits.clear()
+
+
+class Walk:
+    """One walk, by the rules of `view` for one client; owns no descriptor between two steps.
+
+    The view of a newer policy may be set between two steps. The counts are of what was given so
+    far; `left_out` counts by reason what was not.
+    """
+
+    def __init__(
+        self,
+        request: WalkRequest,
+        roots: Sequence[HeldRoot],
+        view: View,
+        client_uid: int,
+        proc_self_fd: int,
+    ) -> None:
+        self.view = view
+        self.entries = self.descriptors = self.directories = 0
+        self.left_out: dict[Incomplete, int] = {}
+        self._request = request
+        self._filter = request.filter
+        self._roots = tuple(roots)
+        self._client_uid = client_uid
+        self._proc_self_fd = proc_self_fd
+        self._most = min(request.most or BATCH, MAX_PATHS)
+        self._opens = request.descriptors
+        # The way of the walk: one level for each directory, and the path of the innermost.
+        self._levels: list[_Level] = []
+        self._path = request.path.rstrip(b"/")
+        self._skip = len(self._path) + 1
+        self._globs: tuple[Glob, ...] = ()
+        self._sought = request.behind.split(b"/") if request.behind else []
+        self._start: Outcome | None = None  # None until it was looked at; for the audit
+        self._start_is_told = False
+        self._records: dict[Rule | None, str] = {}
+        self._end: WalkEnd | None = None
+        kinds = request.filter.kinds
+        hints = {kind for kind in range(16) if _KIND_OF.get(kind, WalkKind.OTHER) & kinds}
+        # What has another type is not even looked at. Directories are entered, whatever is named.
+        self._hints = frozenset(hints | {_DIRECTORY, _UNKNOWN})
+
+    def step(self, room: int) -> Batch:
+        """Go on for a while and return up to `room` entries, and the end if it was reached.
+
+        A batch without either says that nothing was found yet. Behind the end there is the end again.
+        """
+        room = min(room, self._most)
+        if self._end is not None or room < 1:
+            return Batch(GIVEN, [], [], [], [], self._end)
+        try:
+            if self._start is None:
+                self._start = self._begin()
+                if self._start.result is not GIVEN:
+                    return self._refuse(self._start)
+            if self._sought:
+                if not self._seek():
+                    return self._refuse(Outcome(refused(Reason.NOT_FOUND), "not_found", self._start.rule))
+                return Batch(GIVEN, [], [], [], [], None)
+            return self._go_on(room)
+        except OSError as error:
+            self.stop(_OURS.get(error.errno or 0, Incomplete.FAILED))
+        except MemoryError:
+            self.stop(Incomplete.FAILED)
+        return self._batch([], [], [], [])
+
+    def cancel(self) -> WalkEnd:
+        """End the walk because its client wants no more; return its end."""
+        return self.stop(Incomplete.CANCELLED)
+
+    def stop(self, why: Incomplete) -> WalkEnd:
+        """End the walk, if it has not ended, for a reason; return its end. Nothing is left to be closed."""
+        if self._end is None:
+            self.left_out[why] = self.left_out.get(why, 0) + 1
+            self._finish()
+        assert self._end is not None  # noqa: S101 - for the type checker
+        return self._end
+
+    def _finish(self) -> None:
+        kinds = Incomplete(0)
+        for why in self.left_out:
+            kinds |= why
+        self._end = WalkEnd(self.entries, self.descriptors, self.directories, kinds)
+        self._levels.clear()
+
+    # the start
+
+    def _begin(self) -> Outcome:
+        """Decide on the start and go there."""
+        path = self._request.path
+        decision = self.view.actions["walk"].decide(path)
+        if not decision.allowed:
+            return refusal(decision)
+        try:
+            self._globs = tuple(compile_glob(pattern) for pattern in self._filter.globs)
+        except ValueError:
+            return Outcome(refused(Reason.PATH_INVALID), "glob", decision.rule)
+        held = -1
+        try:
+            number = decision.root.number  # type: ignore[union-attr]  # allowed has a root
+            root = self._roots[number]
+            held = _open_whole(root, path)
+            facts = os.fstat(held)
+            objection = root.objection(held)
+            if objection is not None and objection != "mount_not_read_only":
+                return object_refusal(decision, objection)
+            allowed, reason, rule = decide_object(decision, facts, self._client_uid)
+            if not allowed:
+                return Outcome(refused(Reason.DENIED), reason, rule)
+            if not stat.S_ISDIR(facts.st_mode):
+                return object_refusal(decision, "symlink" if stat.S_ISLNK(facts.st_mode) else "not_directory")
+        except OSError as error:
+            return failure(decision, error)
+        finally:
+            if held >= 0:
+                os.close(held)
+        states = tuple(glob.start for glob in self._globs)
+        self._levels.append(_Level(len(self._path), number, _identity(facts), states))
+        return Outcome(GIVEN, "ok", rule)
+
+    def _seek(self) -> bool:
+        """Look further for the path to go on behind; return False where it is not.
+
+        It is found by reading the directories on the way, and so is the place in each. Names count
+        for nothing until they were resolved and allowed.
+        """
+        if problem_with_path(b"/" + self._request.behind) is not None:
+            return False
+        step = _Step(0, self._levels, self._path, careful=True)
+        try:
+            while self._sought and step.budget > 0 and len(step.visits) < MOST_DIRECTORIES:
+                level = self._levels[-1]
+                sought = self._sought[0]
+                if not self.view.actions["walk"].decide(self._path + b"/" + sought).allowed:
+                    return False
+                visit = self._visit(level, step)
+                if visit is None or not self._fill(level, visit, step):
+                    return False
+                for name, _, position in level.entries[level.next :]:
+                    level.next += 1
+                    level.position = position
+                    step.budget -= 1
+                    if name == sought:
+                        del self._sought[0]
+                        if not self._go_to(level, name):
+                            return False
+                        break
+            return True
+        finally:
+            self.directories += step.directories
+            step.close_visits()
+
+    def _go_to(self, level: _Level, name: bytes) -> bool:
+        """Go to a name that is on the way to the path to go on behind, or is its end."""
+        path = self._path + b"/" + name
+        held = -1
+        try:
+            decision = self.view.actions["walk"].decide(path)
+            number = decision.root.number  # type: ignore[union-attr]  # the caller saw that it is allowed
+            root = self._roots[number]
+            held = _open_whole(root, path)
+            facts = os.fstat(held)
+            if not stat.S_ISDIR(facts.st_mode):
+                return not self._sought and decide_object(decision, facts, self._client_uid).allowed
+            if self._objection_to_directory(decision, root, held, facts) is not None:
+                return False
+        except OSError as error:
+            if error.errno in _OURS:
+                raise
+            return False
+        finally:
+            if held >= 0:
+                os.close(held)
+        self._descend(level, name, path, number, facts)
+        return True
+
+    # one step
+
+    def _go_on(self, room: int) -> Batch:
+        step = _Step(room, self._levels, self._path, careful=False)
+        if not self._make(step):
+            self._levels, self._path = step.levels, step.path
+            for level, state in step.states.items():
+                level.restore(state)
+            step = _Step(room, self._levels, self._path, careful=True)
+            self._make(step)
+        self.entries += len(step.entries)
+        self.descriptors += len(step.descriptors)
+        self.directories += step.directories
+        for why, count in step.left_out.items():
+            self.left_out[why] = self.left_out.get(why, 0) + count
+        if not self._levels:
+            self._finish()
+        return self._batch(step.entries, step.paths, step.records, step.descriptors)
+
+    def _make(self, step: _Step) -> bool:
+        """Make a step; return False, with all that it opened closed, if it has to be made carefully."""
+        done = False
+        try:
+            self._gather(step)
+            done = step.careful or self._is_as_it_was(step)
+        finally:
+            if not done:
+                close_all(step.descriptors)
+            step.close_visits()
+        return done
+
+    def _batch(
+        self, entries: list[bytes], paths: list[bytes], records: list[str], descriptors: list[int]
+    ) -> Batch:
+        if not self._start_is_told and self._start is not None:
+            self._start_is_told = True
+            paths, records = [self._request.path, *paths], [self._start.record, *records]
+        return Batch(GIVEN, entries, paths, records, descriptors, self._end)
+
+    def _refuse(self, outcome: Outcome) -> Batch:
+        """End a walk that gave nothing yet."""
+        self.directories = 0
+        self._finish()
+        return Batch(outcome.result, [], [self._request.path], [outcome.record], [], self._end)
+
+    def _is_as_it_was(self, step: _Step) -> bool:
+        """Return whether each directory of the step is still where it was, and was not touched.
+
+        One that was away in between may have had other names there. Times of Linux 6.13 tell any two
+        changes apart if somebody looked in between, and we did; older ones know ticks of the clock.
+        """
+        for visit in step.visits.values():
+            again = -1
+            try:
+                again = _open_whole(visit.root, visit.path)
+                if _touched(os.fstat(again)) != visit.touched:
+                    return False
+            except OSError as error:
+                if error.errno in _OURS:
+                    raise
+                return False
+            finally:
+                if again >= 0:
+                    os.close(again)
+        return True
+
+    def _gather(self, step: _Step) -> None:
+        """Find what there is to give, until the step has enough or looked at enough."""
+        while self._levels and step.budget > 0:
+            level = self._levels[-1]
+            if level not in step.visits and len(step.visits) == MOST_DIRECTORIES:
+                return
+            visit = self._visit(level, step)
+            if visit is None or not self._fill(level, visit, step):
+                step.budget -= 1
+                self._levels.pop()
+                self._path = self._path[: self._levels[-1].length] if self._levels else b""
+            elif not self._look(level, visit, step):
+                return
+
+    def _visit(self, level: _Level, step: _Step) -> _Visit | None:
+        """Return the open directory of the innermost level, or None where the walk can't go on in it."""
+        visit = step.visits.get(level)
+        if visit is not None:
+            return visit
+        step.states[level] = level.state()
+        path = self._path or b"/"
+        decision = self.view.actions["walk"].decide(path)
+        if not decision.allowed:
+            step.leave_out(Incomplete.REFUSED)
+            return None
+        held = -1
+        try:
+            root = self._roots[level.root]
+            held = _open_whole(root, path)
+            facts = os.fstat(held)
+            objection = self._objection_to_directory(decision, root, held, facts)
+            if objection is None:
+                if _identity(facts) != level.identity:
+                    # It goes on where the other one was, or it might never end.
+                    step.leave_out(Incomplete.CHANGED)
+                    level.identity = _identity(facts)
+                visit = step.visits[level] = _Visit(held, facts, path, root, self._remainders(level))
+                held = -1
+                return visit
+            step.leave_out(objection)
+        except OSError as error:
+            step.leave_out_failed(error)
+        finally:
+            if held >= 0:
+                os.close(held)
+        return None
+
+    def _objection_to_directory(
+        self, decision: NameDecision, root: HeldRoot, held: int, facts: os.stat_result
+    ) -> Incomplete | None:
+        """Return why what is held is not walked through, or None."""
+        if root.objection(held) == "filesystem":
+            return Incomplete.CROSSES_MOUNT
+        if not stat.S_ISDIR(facts.st_mode):
+            return Incomplete.CHANGED
+        if not decide_object(decision, facts, self._client_uid).allowed:
+            return Incomplete.REFUSED
+        return None
+
+    def _remainders(self, level: _Level) -> list[Remainder]:
+        """Return what the filter asks of names in a directory; nothing where every name will do."""
+        remainders = [glob.remainder(states) for glob, states in zip(self._globs, level.globs, strict=True)]
+        return [] if any(remainder.anything for remainder in remainders) else remainders
+
+    def _fill(self, level: _Level, visit: _Visit, step: _Step) -> bool:
+        """See that there are parsed entries; return False at the end of the directory."""
+        if level.next < len(level.entries):
+            return True
+        moved = False
+        try:
+            while True:
+                level.entries, level.at = parse_directory_chunk(level.chunk, level.at, _SEGMENT)
+                level.next = 0
+                if level.entries:
+                    return True
+                if not visit.reads:
+                    opened = reopen_for_reading(self._proc_self_fd, visit.descriptor)
+                    os.close(visit.descriptor)
+                    visit.descriptor, visit.reads = opened, True
+                if not level.is_read:
+                    level.is_read = True
+                    step.directories += 1
+                if level.position and not moved:
+                    os.lseek(visit.descriptor, level.position, os.SEEK_SET)
+                moved = True
+                level.chunk, level.at = read_directory_chunk(visit.descriptor), 0
+                if not level.chunk:
+                    return False
+        except OSError as error:
+            step.leave_out_failed(error)
+            return False
+
+    def _look(self, level: _Level, visit: _Visit, step: _Step) -> bool:
+        """Look at parsed entries until a directory is entered; return False when the step is full."""
+        skip, hints, remainders, room = self._skip, self._hints, visit.remainders, step.room
+        names, paths, records, descriptors = step.entries, step.paths, step.records, step.descriptors
+        least_size, most_size, newer_than = self._filter[1:4]
+        number, proc_self_fd = level.root, self._proc_self_fd
+        walk, may_open = self.view.actions["walk"].decide, self.view.actions["open"].decide
+        at_once = self._opens and not step.careful and not visit.root.cross_mounts
+        prefix = self._path + b"/"
+        end = min(len(level.entries), level.next + step.budget)
+        for name, hint, position in level.entries[level.next : end]:
+            path = prefix + name
+            size = _ENTRY_HEAD + len(path) - skip
+            if len(names) == room or step.size + size > _BYTES:
+                return False
+            level.next += 1
+            level.position = position
+            step.budget -= 1
+            if hint not in hints or (
+                remainders
+                and hint not in (_DIRECTORY, _UNKNOWN)
+                and not any(remainder.matches(name) for remainder in remainders)
+            ):
+                continue
+            # What is done all day, written out: a file of which nothing is asked but its name.
+            if at_once and hint == _REGULAR:
+                decision = walk(path)
+                if decision.plain and decision.root.number == number:  # type: ignore[union-attr]
+                    decision = may_open(path)
+                    if decision.plain:
+                        try:
+                            opened, facts = open_regular_entry(
+                                visit.descriptor, name, proc_self_fd, least_size, most_size, newer_than
+                            )
+                        except OSError as error:
+                            step.leave_out_failed(error)
+                            continue
+                        if opened >= 0:
+                            descriptors.append(opened)
+                            names.append(
+                                encode_walk_name(path[skip:], _REGULAR, WALK_ENTRY_HAS_DESCRIPTOR, facts)
+                            )
+                            paths.append(path)
+                            records.append(self._records.get(decision.rule) or self._record(decision.rule))
+                            step.size += size
+                            continue
+                        if stat.S_ISREG(facts[2]):
+                            continue
+            self._meet(level, visit, name, path, step)
+            if self._levels[-1] is not level:
+                return True
+        return True
+
+    def _meet(self, level: _Level, visit: _Visit, name: bytes, path: bytes, step: _Step) -> None:
+        """Look at an entry of any kind, and enter it if it is a directory to be entered."""
+        decision = self.view.actions["walk"].decide(path)
+        if not decision.allowed:
+            step.leave_out(Incomplete.TOO_LONG if decision.reason in _TOO_LONG else Incomplete.REFUSED)
+            return
+        number = decision.root.number  # type: ignore[union-attr]  # allowed has a root
+        root = self._roots[number]
+        held = -1
+        try:
+            # A root within another root is what was opened as a root, and behind it that root's rules hold.
+            if step.careful or number != level.root:
+                held = _open_whole(root, path)
+            else:
+                held = open_path_beneath(visit.descriptor, name, root.cross_mounts)
+            facts = os.fstat(held)
+            if not stat.S_ISDIR(facts.st_mode):
+                self._meet_file(decision, visit, root, path, held, facts, step)
+                return
+            objection = self._objection_to_directory(decision, root, held, facts)
+            if objection is None and root.cross_mounts and self._is_above(_identity(facts)):
+                objection = Incomplete.CROSSES_MOUNT
+            if objection is not None:
+                step.leave_out(objection)
+                return
+            if self._is_wanted(facts, visit, name):
+                rule = decide_object(decision, facts, self._client_uid).rule
+                self._give(step, path, file_stat(facts), rule)
+            below = self._descend(level, name, path, number, facts)
+            if len(step.visits) < MOST_DIRECTORIES:
+                step.visits[below] = _Visit(held, facts, path, root, self._remainders(below))
+                held = -1
+        except OSError as error:
+            step.leave_out_failed(error)
+        finally:
+            if held >= 0:
+                os.close(held)
+
+    def _meet_file(
+        self,
+        decision: NameDecision,
+        visit: _Visit,
+        root: HeldRoot,
+        path: bytes,
+        held: int,
+        facts: os.stat_result,
+        step: _Step,
+    ) -> None:
+        """Name what is no directory, if it is wanted and allowed."""
+        if not self._is_wanted(facts, visit, path.rpartition(b"/")[2]):
+            return
+        is_regular = stat.S_ISREG(facts.st_mode)
+        opens = self._opens and is_regular
+        objection = root.objection(held)
+        if objection is not None and (opens or objection != "mount_not_read_only"):
+            step.leave_out(Incomplete.CROSSES_MOUNT)
+            return
+        allowed, _, rule = decide_object(decision, facts, self._client_uid)
+        asks_links = decision.asks_links
+        if allowed and opens:
+            decision = self.view.actions["open"].decide(path)
+            allowed = decision.allowed
+            asks_links = asks_links or decision.asks_links
+            if allowed:
+                allowed, _, rule = decide_object(decision, facts, self._client_uid)
+        if not allowed:
+            step.leave_out(Incomplete.REFUSED)
+            return
+        if is_regular and asks_links and name_is_lost(root, path, held, self._proc_self_fd):
+            step.leave_out(Incomplete.CHANGED)
+            return
+        opened = reopen_for_reading(self._proc_self_fd, held) if opens else None
+        self._give(step, path, file_stat(facts), rule, opened)
+
+    def _is_wanted(self, facts: os.stat_result, visit: _Visit, name: bytes) -> bool:
+        """Return whether the filter names it."""
+        kinds, least_size, most_size, newer_than, _ = self._filter
+        kind = _KIND_OF.get(facts.st_mode >> 12, WalkKind.OTHER)
+        return (
+            bool(kinds & kind)
+            and (kind is not WalkKind.REGULAR or least_size <= facts.st_size <= most_size)
+            and facts.st_mtime_ns > newer_than
+            and (not visit.remainders or any(remainder.matches(name) for remainder in visit.remainders))
+        )
+
+    def _is_above(self, identity: tuple[int, int]) -> bool:
+        """Return whether the walk is in this directory already: a mount may be of what is above it."""
+        return any(level.identity == identity for level in self._levels)
+
+    def _give(
+        self, step: _Step, path: bytes, facts: ObjectFacts, rule: Rule | None, opened: int | None = None
+    ) -> None:
+        """Add an entry to the step, which owns `opened` from now on."""
+        flags = 0
+        if opened is not None:
+            step.descriptors.append(opened)
+            flags = WALK_ENTRY_HAS_DESCRIPTOR
+        entry = encode_walk_name(path[self._skip :], facts[2] >> 12, flags, facts)
+        step.entries.append(entry)
+        step.paths.append(path)
+        step.records.append(self._records.get(rule) or self._record(rule))
+        step.size += len(entry)
+
+    def _record(self, rule: Rule | None) -> str:
+        """Return what the audit says of what a rule gives; made once for each rule."""
+        if len(self._records) >= _MAX_RECORDS:
+            self._records.clear()
+        record = self._records[rule] = Outcome(GIVEN, "ok", rule).record
+        return record
+
+    def _descend(self, level: _Level, name: bytes, path: bytes, number: int, facts: os.stat_result) -> _Level:
+        """Go into the directory `name` of the innermost level."""
+        states = tuple(glob.step(before, name) for glob, before in zip(self._globs, level.globs, strict=True))
+        below = _Level(len(path), number, _identity(facts), states)
+        self._levels.append(below)
+        self._path = path
+        if len(self._levels) > _LEVELS_READ_AHEAD:
+            self._levels[-1 - _LEVELS_READ_AHEAD].forget_chunk()
+        return below
+
+
+def _open_whole(root: HeldRoot, path: bytes) -> int:
+    return open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
+
+
+def _identity(facts: os.stat_result) -> tuple[int, int]:
+    return facts.st_dev, facts.st_ino
+
+
+def _touched(facts: os.stat_result) -> tuple[int, int, int, int]:
+    """Return what differs between two directories, and between one before and after a change of its names."""
+    return facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns
