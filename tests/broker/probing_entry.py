@@ -70,7 +70,7 @@ def install_after_forks(program: bytes) -> None:
 
 def serve_and_tell(broker: Broker) -> None:
     opener = broker._dispatch.generation.opener
-    held = {"roots": [root.descriptor for root in opener._roots], "proc": opener._proc_self_fd}
+    held = {"roots": [root.descriptor for root in opener.roots], "proc": opener._proc_self_fd}
     begin = sorted(sys.modules)
     answers["tries"] = {text: evaluate(text, held) for text in instructions["tries"]}
     serve(broker)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fdbroker.broker import server
+from fdbroker.broker import accepting
 from fdbroker.broker.control import Control
 from fdbroker.policy.decide import ActionView, Policy
 from fdbroker.policy.rules import RuleSet
@@ -92,7 +92,8 @@ def test_no_type_of_request_is_for_both_sockets_but_hello_and_status(
     tables = stepped.broker._dispatch.table, stepped.broker._control.table
     assert {kind.__name__ for kind in tables[0].keys() & tables[1].keys()} == {"Hello", "StatusRequest"}
     assert {kind.__name__ for kind in tables[0].keys() ^ tables[1].keys()} == {
-        "OpenRequest", "StatRequest", "ListRequest", "ExplainRequest", "ReloadRequest",
+        "OpenRequest", "StatRequest", "ListRequest", "ExplainRequest", "ReloadRequest", "WalkRequest",
+        "MoreRequest", "CancelRequest", "ServeRequest", "ReleaseRequest",
     }  # fmt: skip
 
 
@@ -232,7 +233,7 @@ def test_root_gets_to_the_control_socket_when_all_its_connections_are_taken(
         with broker.call(listener, hello=False) as third:
             assert isinstance(third.receive(), tuple)
             assert third.is_closed()
-        broker.broker._max_connections = 2
+        broker.broker._acceptor.max_connections = 2
         with broker.call(path) as control:
             assert control.status()["totals"]["connections"] == 3
         assert len(held) == 2
@@ -242,10 +243,10 @@ def test_root_gets_to_the_control_socket_when_all_its_connections_are_taken(
 def test_whoever_fills_the_control_socket_takes_nothing_from_clients(
     tree: Path, reachable: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "_MOST_FOR_CONTROL", 3)
+    monkeypatch.setattr(accepting, "_MOST_FOR_CONTROL", 3)
     with SteppedBroker(tree, audit=reachable / "audit") as broker:
         path, listener = broker.listen(reachable, control=True), broker.listen(reachable)
-        broker.broker._max_connections = 2
+        broker.broker._acceptor.max_connections = 2
 
         def fill(first: Speaker) -> list[str]:
             """Return what became of the connections behind the first; all stay open to the end."""

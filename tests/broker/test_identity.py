@@ -323,7 +323,7 @@ def test_reaped_process_shows_as_uid_0_to_the_kernel_and_as_gone_to_us() -> None
             peers.read_pidfd_info(peers.pidfd_info_raw(pidfd))
         assert caught.value.errno == errno.ESRCH
         peer = object.__new__(PeerAtConnect)
-        peer._ucred, peer._info, peer._pidfd, peer.pid = b"x" * 12, before, pidfd, pid
+        peer.credentials, peer._info, peer._pidfd, peer.pid = b"x" * 12, before, pidfd, pid
         assert peer.objection(b"x" * 12) == "peer_has_exited"
         peer._info = b""
         assert peer.objection(b"x" * 12) == "peer_has_exited"

@@ -302,8 +302,9 @@ def harmless(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     done: list[str] = []
     state = GOOD_STATE._replace(seccomp=2)
 
-    def restrict(trees: list[int], list_only: list[int]) -> LandlockReport:
+    def restrict(trees: list[int], list_only: list[int], *, reach_abstract_sockets: bool) -> LandlockReport:
         done.append(f"landlock {len(trees)}+{len(list_only)}")
+        assert not reach_abstract_sockets
         return LandlockReport(7, ("files",), ())
 
     monkeypatch.setattr(landlock, "restrict_to", restrict)
@@ -471,7 +472,7 @@ def test_layers_that_the_kernel_lacks_are_named(
     tree: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
-        landlock, "restrict_to", lambda _trees, _more: LandlockReport(5, ("files",), ("signals",))
+        landlock, "restrict_to", lambda _trees, _more, **_options: LandlockReport(5, ("files",), ("signals",))
     )
     document = handover(listeners=[], connections=[], policy=policy(tree, read_only_view="off"), audit=None)
     in_child(lambda: main.build(document) is None)

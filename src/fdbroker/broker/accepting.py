@@ -81,7 +81,7 @@ class Acceptor:
             os.close(self._spare)
 
     def want(self, listener: Listener, *, wanted: bool) -> None:
-        """Say whether there is somebody to serve a listener's clients; until then they wait in its backlog."""
+        """Say whether somebody serves a listener's clients; until then they wait in its backlog."""
         descriptor = listener.sock.fileno()
         if wanted is (descriptor not in self._unwanted):
             return
@@ -127,7 +127,7 @@ class Acceptor:
             self._failed(listener, error)
             return None
 
-    def objection(  # noqa: PLR0913 - each is counted elsewhere
+    def objection(
         self, connection: Connection, *, of_uid: int, for_control: int, in_all: int, most: int
     ) -> Refusal | None:
         """Return why there is one connection too many with this new one, or None."""

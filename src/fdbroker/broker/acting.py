@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fdbroker.broker.connection import Connection
-    from fdbroker.broker.dispatch import Answer, Dispatch, Parts
-    from fdbroker.broker.dispatch import Asker
+    from fdbroker.broker.dispatch import Answer, Asker, Dispatch, Parts
 
 # Of one connection of a service: more clients wait in the listener's backlog until some are released.
 MOST_CLIENTS = 1024
@@ -82,7 +81,7 @@ class Services:
         return min(able, key=lambda server: len(server.clients), default=None)
 
     def accept(self, sock: socket.socket, name: bytes, server: Connection) -> Answer | None:
-        """Return what hands a new client over to `server`, or None where it is refused; `sock` is closed then."""
+        """Return what hands a new client over to `server`; None: it is refused, and `sock` is closed."""
         number = self._last_number = self._last_number + 1
         peer = None
         try:

@@ -13,11 +13,10 @@ if TYPE_CHECKING:
 
     from fdbroker.broker.acting import ServedClient
     from fdbroker.broker.control import Loading
-    from fdbroker.broker.dispatch import Table
+    from fdbroker.broker.dispatch import Asker, Table
     from fdbroker.broker.identity import Peer, PeerAtConnect
     from fdbroker.broker.in_flight import InFlight
     from fdbroker.broker.walks import ActiveWalk
-    from fdbroker.broker.dispatch import Asker
 
 
 class State(Enum):
@@ -47,14 +46,14 @@ class Client:
     """Whoever asks: what the policy and the limits need to know. Owns replies that wait."""
 
     __slots__ = (
+        "asker",
+        "asker_generation",
         "flight",
         "in_flight",
         "peer",
         "record",
         "sock",
         "unsent",
-        "asker",
-        "asker_generation",
     )
 
     def __init__(self, sock: socket.socket, peer: Peer, record: str, flight: InFlight) -> None:
@@ -139,10 +138,8 @@ class Connection(Client):
         self.unsent.clear()
 
     def end_what_goes_on(self) -> None:
-        """End walks and loading, and let go of the clients that are acted for."""
+        """Forget walks and loading, and let go of the clients that are acted for."""
         self.loading = None
-        for walk in self.walks.values():
-            walk.close()
         self.walks.clear()
         for client in self.clients.values():
             client.close()

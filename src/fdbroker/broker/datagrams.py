@@ -26,7 +26,8 @@ from fdbroker.wire.messages import ListRequest, MalformedError, OpenRequest, Sta
 from fdbroker.wire.requests import decode_request
 
 if TYPE_CHECKING:
-    from fdbroker.broker.dispatch import Dispatch, Parts
+    from fdbroker.broker.audit import Audit
+    from fdbroker.broker.dispatch import Dispatch
     from fdbroker.broker.in_flight import InFlight
 
 _SENDERS = 16  # uids that can have something under way at a time
@@ -37,11 +38,11 @@ _CAN_BE_ASKED = (OpenRequest, StatRequest, ListRequest)
 class Datagrams:
     """Answers datagrams. Owns the sockets that replies are sent by."""
 
-    def __init__(self, dispatch: Dispatch, parts: Parts, flight: InFlight) -> None:
+    def __init__(self, dispatch: Dispatch, audit: Audit, level: int, flight: InFlight) -> None:
         """Make these sockets: no socket can be made once the filter is installed."""
         self._dispatch = dispatch
-        self._audit = parts.audit
-        self._level = parts.identity_level
+        self._audit = audit
+        self._level = level
         self._flight = flight
         self._free: list[socket.socket] = []
         self._clients: dict[int, Client] = {}  # by uid: those that have one of the sockets
@@ -64,15 +65,15 @@ class Datagrams:
         try:
             data, credentials, pidfd, address, flags = sockets.receive_datagram(listener, MAX_FRAME + 1)
         except BlockingIOError:
-            return
+            return None
         except OSError as error:
             self._audit.event("receive_failed", member_text(socket=name, errno=error.errno))
-            return
+            return None
         try:
             peer = PeerOfMessage(credentials, pidfd, self._level)
         except IdentityError as error:
             self._audit.event("datagram_refused", member_text(socket=name, reason=str(error)))
-            return
+            return None
         finally:
             if pidfd >= 0:
                 os.close(pidfd)
@@ -89,7 +90,8 @@ class Datagrams:
             members = member_text(request=request_id, errno=error.errno)
             self._audit.event("undelivered", f"{record},{members}")
         else:
-            self._flight.add(client, len(descriptors))
+            if descriptors:
+                self._flight.add(client, len(descriptors))
         finally:
             close_all(descriptors)
 

@@ -7,7 +7,7 @@ answer to send. If they can't be, the answer gives nothing.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.connection import Connection
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
 Answer = tuple[bytes, list[int]]  # a frame, and the descriptors that go with it: the receiver's to close
 # What can be asked on a connection. The text: why the sender is not who connected, None if it is.
 # No answer: it comes later, or there is none; see server.py.
-Table = dict[type[Request], "Callable[[Connection, Request, str | None], Answer | None]"]
+Table = dict[type[Request], "Callable[[Any, Request, str | None], Answer | None]"]
 
 
 class Asker(NamedTuple):
-    """For whom a request is decided: what the policy says about them, their uids, and how the audit names them.
+    """For whom a request is decided: what the policy says about them, and how the audit names them.
 
     `on_behalf_of_uid`: of the client that a service acts for; None: it asks for itself.
     """
@@ -135,7 +135,8 @@ class Dispatch:
             else:
                 outcomes = generation.opener.open(asker, paths, descriptors)
             allowed = len(descriptors) + len(copies)
-            if not self.record(asker, connection, "open", request_id, paths, outcomes, allowed=allowed):
+            records = [outcome.record for outcome in outcomes]
+            if not self.record(asker, connection, "open", request_id, paths, records, allowed=allowed):
                 close_all(descriptors)
                 copies.clear()
                 outcomes = [_NOT_RECORDED] * len(paths)
@@ -157,7 +158,8 @@ class Dispatch:
             opener = self.generation.opener
             outcomes = [opener.stat(asker, path) for path in paths]
         allowed = sum(outcome.facts is not None for outcome in outcomes)
-        if not self.record(asker, connection, "stat", request.id, paths, outcomes, allowed=allowed):
+        records = [outcome.record for outcome in outcomes]
+        if not self.record(asker, connection, "stat", request.id, paths, records, allowed=allowed):
             outcomes = [_NOT_RECORDED] * len(paths)
         results = [(outcome.result, outcome.facts) for outcome in outcomes]
         return encode_stat_reply(request.id, self.generation.number, results), []
@@ -172,7 +174,7 @@ class Dispatch:
         outcome, shown = page.outcome, f',"entries":{len(page.entries)}'
         allowed = int(outcome.reason == "ok")
         if not self.record(
-            asker, connection, "list", request.id, [request.path], [outcome], shown, allowed=allowed
+            asker, connection, "list", request.id, [request.path], [outcome.record], shown, allowed=allowed
         ):
             page = Page(_NOT_RECORDED)
         number = self.generation.number
@@ -238,28 +240,30 @@ class Dispatch:
             served.asker_generation = generation.number
         return served.asker
 
-    def record(
+    def record(  # noqa: PLR0913 - what a record says
         self,
         asker: Asker | str,
         client: Client,
         action: str,
         request_id: int,
         paths: Sequence[bytes],
-        outcomes: Sequence[Outcome],
+        records: Sequence[str],
         extra: str = "",
         *,
         allowed: int,
     ) -> bool:
-        """Record what was decided for `paths`, `allowed` of which are given. Return whether to go on with it."""
+        """Record what was decided for `paths`, `allowed` of which are given. Return whether to go on with it.
+
+        `records`: for each of them the members that say it, as `Outcome.record`.
+        """
         recorded = True
         if self._audit.on:
             who = client.record if isinstance(asker, str) else asker.record
             requester = f'{who},"request":{request_id},"generation":{self.generation.number}'
-            records = [outcome.record for outcome in outcomes]
             recorded = self._audit.decisions(requester, action, paths, records, extra)
         given = allowed if recorded else 0
         self._allowed += given
-        self._denied += len(outcomes) - given
+        self._denied += len(paths) - given
         return recorded
 
     def refuse(self, connection: Connection, what: str, request_id: int, objection: str) -> Answer:

@@ -231,7 +231,12 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
         broker.adopt(socket.socket(fileno=number), name)
     status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)  # Landlock will not let us
     list_only = _list_only(handover.cgroup_root, policy)
-    report = landlock.restrict_to([root.descriptor for root in roots], list_only)
+    report = landlock.restrict_to(
+        [root.descriptor for root in roots],
+        list_only,
+        # Replies to datagrams go to such addresses.
+        reach_abstract_sockets=broker.takes_datagrams,
+    )
     for descriptor in list_only:
         os.close(descriptor)
     if report.missing:

@@ -114,7 +114,7 @@ class Opener:
     """Opens below held roots; knows no client but by the decisions it is given."""
 
     def __init__(self, roots: Sequence[HeldRoot], proc_self_fd: int) -> None:
-        self._roots = tuple(roots)
+        self.roots = tuple(roots)
         self._proc_self_fd = proc_self_fd
         # What is given by one rule is one outcome: made once, not per file.
         self._given: dict[Rule | None, Outcome] = {}
@@ -126,7 +126,7 @@ class Opener:
         order; the caller owns them, also when this raises.
         """
         outcomes = []
-        decide, roots, given = asker.view.actions["open"].decide, self._roots, self._given
+        decide, roots, given = asker.view.actions["open"].decide, self.roots, self._given
         proc_self_fd = self._proc_self_fd
         for path in paths:
             decision = decide(path)
@@ -177,7 +177,7 @@ class Opener:
             return refusal(decision)
         held = opened = -1
         try:
-            root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
+            root = self.roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
             held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
             before = os.fstat(held)
             objection, rule = self._judge_file(decision, root, path, held, before, asker)
@@ -248,7 +248,7 @@ class Opener:
             return refusal(decision)
         held = -1
         try:
-            root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
+            root = self.roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
             held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
             return self._judge(decision, root, path, held, asker)
         except OSError as error:
@@ -280,7 +280,7 @@ class Opener:
         """Give the page, or None where the directory was touched meanwhile."""
         held = opened = again = -1
         try:
-            root = self._roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
+            root = self.roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
             below = path[root.skip :] or b"."
             held = open_path_beneath(root.descriptor, below, root.cross_mounts)
             outcome = self._judge(decision, root, path, held, asker)

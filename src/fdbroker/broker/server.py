@@ -67,7 +67,6 @@ class Broker:
         self._notifier = parts.notifier
         self._audit = parts.audit
         self._level = parts.identity_level
-        self._parts = parts
         self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}
         self._connections_of: dict[int, int] = {}
@@ -99,6 +98,11 @@ class Broker:
         """For `signal.set_wakeup_fd`: a byte written there makes the loop look up."""
         return self._wake_write
 
+    @property
+    def takes_datagrams(self) -> bool:
+        """Whether one of the listeners is a SOCK_DGRAM socket."""
+        return self._datagrams is not None
+
     def add_listener(
         self, listener: socket.socket, name: str, *, control: bool = False, service: str | None = None
     ) -> None:
@@ -118,7 +122,7 @@ class Broker:
         if listener.type == socket.SOCK_DGRAM:
             sockets.ask_for_pidfds(listener)
             if self._datagrams is None:
-                self._datagrams = Datagrams(self._dispatch, self._parts, self._flight)
+                self._datagrams = Datagrams(self._dispatch, self._audit, self._level, self._flight)
             self._acceptor.add(Listener(listener, name))
             return
         answers = self._control.table if control else self._dispatch.table

@@ -52,6 +52,7 @@ from fdbroker.wire.replies import encode_walk_name
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fdbroker.broker.dispatch import Asker
     from fdbroker.broker.roots import HeldRoot
     from fdbroker.kernel.files import ObjectFacts
     from fdbroker.policy.decide import NameDecision, View
@@ -239,7 +240,7 @@ class _Step:
 class Walk:
     """One walk, by the rules of `view` for one client; owns no descriptor between two steps.
 
-    The view of a newer policy may be set between two steps. The counts are of what was given so
+    Between two steps it may be told to `decide_by` a newer policy. The counts are of what was given so
     far; `left_out` counts by reason what was not.
     """
 
@@ -257,7 +258,8 @@ class Walk:
         self._request = request
         self._filter = request.filter
         self._roots = tuple(roots)
-        self._client_uid = client_uid
+        # Of who asks, and of the client that it asks for.
+        self._uids: tuple[int, int | None] = client_uid, None
         self._proc_self_fd = proc_self_fd
         self._most = min(request.most or BATCH, MAX_PATHS)
         self._opens = request.descriptors
@@ -275,6 +277,21 @@ class Walk:
         hints = {kind for kind in range(16) if _KIND_OF.get(kind, WalkKind.OTHER) & kinds}
         # What has another type is not even looked at. Directories are entered, whatever is named.
         self._hints = frozenset(hints | {_DIRECTORY, _UNKNOWN})
+
+    def decide_by(self, asker: Asker, roots: Sequence[HeldRoot]) -> None:
+        """Decide for `asker` from now on, by a policy with these roots: maybe another one than before."""
+        self.view = asker.view
+        self._uids = asker.uid, asker.on_behalf_of_uid
+        if roots is self._roots:
+            return
+        number_of = {root: number for number, root in enumerate(roots)}
+        here = [number_of.get(self._roots[level.root]) for level in self._levels]
+        self._roots = tuple(roots)
+        for level, number in zip(self._levels, here, strict=True):
+            if number is None:  # it is among the roots no more
+                self.stop(Incomplete.REFUSED)
+                return
+            level.root = number
 
     def step(self, room: int) -> Batch:
         """Go on for a while and return up to `room` entries, and the end if it was reached.
@@ -340,7 +357,7 @@ class Walk:
             objection = root.objection(held)
             if objection is not None and objection != "mount_not_read_only":
                 return object_refusal(decision, objection)
-            allowed, reason, rule = decide_object(decision, facts, self._client_uid)
+            allowed, reason, rule = decide_object(decision, facts, *self._uids)
             if not allowed:
                 return Outcome(refused(Reason.DENIED), reason, rule)
             if not stat.S_ISDIR(facts.st_mode):
@@ -397,7 +414,7 @@ class Walk:
             held = _open_whole(root, path)
             facts = os.fstat(held)
             if not stat.S_ISDIR(facts.st_mode):
-                return not self._sought and decide_object(decision, facts, self._client_uid).allowed
+                return not self._sought and decide_object(decision, facts, *self._uids).allowed
             if self._objection_to_directory(decision, root, held, facts) is not None:
                 return False
         except OSError as error:
@@ -531,7 +548,7 @@ class Walk:
             return Incomplete.CROSSES_MOUNT
         if not stat.S_ISDIR(facts.st_mode):
             return Incomplete.CHANGED
-        if not decide_object(decision, facts, self._client_uid).allowed:
+        if not decide_object(decision, facts, *self._uids).allowed:
             return Incomplete.REFUSED
         return None
 
@@ -647,7 +664,7 @@ class Walk:
                 step.leave_out(objection)
                 return
             if self._is_wanted(facts, visit, name):
-                rule = decide_object(decision, facts, self._client_uid).rule
+                rule = decide_object(decision, facts, *self._uids).rule
                 self._give(step, path, file_stat(facts), rule)
             below = self._descend(level, name, path, number, facts)
             if len(step.visits) < MOST_DIRECTORIES:
@@ -678,14 +695,14 @@ class Walk:
         if objection is not None and (opens or objection != "mount_not_read_only"):
             step.leave_out(Incomplete.CROSSES_MOUNT)
             return
-        allowed, _, rule = decide_object(decision, facts, self._client_uid)
+        allowed, _, rule = decide_object(decision, facts, *self._uids)
         asks_links = decision.asks_links
         if allowed and opens:
             decision = self.view.actions["open"].decide(path)
             allowed = decision.allowed
             asks_links = asks_links or decision.asks_links
             if allowed:
-                allowed, _, rule = decide_object(decision, facts, self._client_uid)
+                allowed, _, rule = decide_object(decision, facts, *self._uids)
         if not allowed:
             step.leave_out(Incomplete.REFUSED)
             return

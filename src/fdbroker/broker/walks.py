@@ -15,6 +15,7 @@ from fdbroker.broker.walking import Walk
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.wire.format import Incomplete, Reason
 from fdbroker.wire.messages import (
+    GIVEN,
     CancelRequest,
     MalformedError,
     MoreRequest,
@@ -28,15 +29,15 @@ from fdbroker.wire.replies import encode_walk_reply
 if TYPE_CHECKING:
     from fdbroker.broker.connection import Connection
     from fdbroker.broker.dispatch import Answer, Dispatch, Parts
-    from fdbroker.broker.walking import Batch
 
 MOST_WALKS = 4  # of one connection
 _BATCH = 64  # where a file costs least
 _MOST_CREDIT = 1 << 31
+_NOTHING = WalkEnd(0, 0, 0, Incomplete.LIMIT)
 
 
 class ActiveWalk:
-    """A walk of one connection, and what it may still send. Owns the walk."""
+    """A walk of one connection, and what it may still send."""
 
     __slots__ = ("credit", "most", "request", "walk")
 
@@ -46,10 +47,6 @@ class ActiveWalk:
         self.credit = request.credit
         self.most = request.most or _BATCH
 
-    def close(self) -> None:
-        """End it without a word."""
-        self.walk.close()
-
 
 class Walks:
     """Begins walks, goes on with them and ends them."""
@@ -57,6 +54,7 @@ class Walks:
     def __init__(self, dispatch: Dispatch, parts: Parts) -> None:
         self._dispatch = dispatch
         self._audit = parts.audit
+        self._proc_self_fd = parts.held.proc_self_fd
         dispatch.table |= {WalkRequest: self._begin, MoreRequest: self._more, CancelRequest: self._cancel}
 
     def next_frame(self, connection: Connection) -> Answer | None:
@@ -68,23 +66,23 @@ class Walks:
         connection.walks[request_id] = connection.walks.pop(request_id)
         request = active.request
         asker = self._dispatch.asker(connection, request.client)
-        if request.client is None:
-            objection = connection.peer.present_objection()
-        else:
-            objection = asker if isinstance(asker, str) else connection.peer.present_objection()
-        if objection is not None or isinstance(asker, str):
-            return self._stop(connection, active, Reason.IDENTITY, str(objection))
-        batch = active.walk.step(asker, active.most)
+        if isinstance(asker, str):
+            return self._stop(connection, request, Reason.IDENTITY, asker)
+        objection = connection.peer.present_objection()
+        if objection is not None:
+            return self._stop(connection, request, Reason.IDENTITY, objection)
+        active.walk.decide_by(asker, self._dispatch.generation.opener.roots)
+        batch = active.walk.step(active.most)
         try:
+            allowed = len(batch.paths) if batch.result is GIVEN else 0
             if batch.paths and not self._dispatch.record(
-                asker, connection, "walk", request_id, batch.paths, batch.outcomes, allowed=len(batch.paths)
+                asker, connection, "walk", request_id, batch.paths, batch.records, allowed=allowed
             ):
                 close_all(batch.descriptors)
-                return self._stop(connection, active, Reason.AUDIT, "audit")
+                return self._stop(connection, request, Reason.AUDIT, "audit")
             if batch.end is not None:
-                self._note_end(connection, active, batch)
                 del connection.walks[request_id]
-                active.close()
+                self._note_end(asker.record, active, batch.end)
             elif not batch.entries:
                 return None
             active.credit -= 1
@@ -100,12 +98,13 @@ class Walks:
         if request.id in connection.walks:
             raise MalformedError("a walk with the id of one that goes on", request.id)
         asker = self._dispatch.asker(connection, request.client) if objection is None else objection
-        walk = ActiveWalk(request, Walk(request, self._dispatch.generation.opener))
-        connection.walks[request.id] = walk
         if isinstance(asker, str):
-            return self._stop(connection, walk, Reason.IDENTITY, asker)
-        if len(connection.walks) > MOST_WALKS:
-            return self._stop(connection, walk, Reason.LIMIT, "walks")
+            return self._refuse(connection, request, Reason.IDENTITY, asker)
+        if len(connection.walks) >= MOST_WALKS:
+            return self._refuse(connection, request, Reason.LIMIT, "walks")
+        roots = self._dispatch.generation.opener.roots
+        walk = Walk(request, roots, asker.view, asker.uid, self._proc_self_fd)
+        connection.walks[request.id] = ActiveWalk(request, walk)
         return None
 
     def _more(self, connection: Connection, request: Request, objection: str | None) -> None:
@@ -118,38 +117,34 @@ class Walks:
         active = connection.walks.get(request.id)
         if active is None or objection is not None:
             return None
-        batch = active.walk.cancel()
         del connection.walks[request.id]
-        self._note_end(connection, active, batch)
-        active.close()
-        generation = self._dispatch.generation.number
-        return encode_walk_reply(request.id, generation, batch.result, (), batch.end), []
+        end = active.walk.cancel()
+        self._note_end(connection.record, active, end)
+        return encode_walk_reply(request.id, self._dispatch.generation.number, GIVEN, (), end), []
 
-    def _stop(self, connection: Connection, active: ActiveWalk, reason: Reason, why: str) -> Answer:
+    def _stop(self, connection: Connection, request: WalkRequest, reason: Reason, why: str) -> Answer:
         """End a walk that may not go on, whatever it has sent."""
-        request = active.request
         del connection.walks[request.id]
-        active.close()
-        paths, outcomes = [request.path], [Outcome(refused(reason), why)]
-        self._dispatch.record(why, connection, "walk", request.id, paths, outcomes, allowed=0)
-        end = WalkEnd(0, 0, 0, Incomplete.LIMIT)
-        number = self._dispatch.generation.number
-        return encode_walk_reply(request.id, number, refused(reason), (), end), []
+        return self._refuse(connection, request, reason, why)
 
-    def _note_end(self, connection: Connection, active: ActiveWalk, batch: Batch) -> None:
+    def _refuse(self, connection: Connection, request: WalkRequest, reason: Reason, why: str) -> Answer:
+        records = [Outcome(refused(reason), why).record]
+        self._dispatch.record(why, connection, "walk", request.id, [request.path], records, allowed=0)
+        number = self._dispatch.generation.number
+        return encode_walk_reply(request.id, number, refused(reason), (), _NOTHING), []
+
+    def _note_end(self, record: str, active: ActiveWalk, end: WalkEnd) -> None:
         """Record what a walk sent in all and what it left out, of which the client is told the kinds."""
-        assert batch.end is not None  # noqa: S101 - for the type checker; the callers looked
-        sent, descriptors, directories, incomplete = batch.end
-        left_out = {f"left_out_{reason}": count for reason, count in active.walk.left_out.items()}
+        left_out = {f"left_out_{why.name}".lower(): count for why, count in active.walk.left_out.items()}
         members = member_text(
             request=active.request.id,
-            entries=sent,
-            descriptors=descriptors,
-            directories=directories,
-            incomplete=int(incomplete),
+            entries=end.entries,
+            descriptors=end.descriptors,
+            directories=end.directories,
+            incomplete=int(end.incomplete),
             **left_out,
         )
-        self._audit.event("walk_ended", f"{connection.record},{members}")
+        self._audit.event("walk_ended", f"{record},{members}")
 
 
 def can_go_on(connection: Connection) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import stat
 from binascii import crc32
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from fdbroker.policy.globs import Glob, compile_glob
@@ -252,6 +253,7 @@ class Settings(NamedTuple):
     deny_when_audit_fails: bool
     read_only_view_required: bool
     admins: Admins
+    message_within: float = 10.0
 
 
 class RuleSet(NamedTuple):
@@ -265,6 +267,7 @@ class RuleSet(NamedTuple):
     settings: Settings
     cgroups: frozenset[str]
     fingerprint: str
+    services: Mapping[bytes, tuple[ClientMatch, ...]] = MappingProxyType({})
 
 
 def read_policy(document: object) -> RuleSet:
