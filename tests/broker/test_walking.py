@@ -587,9 +587,10 @@ def test_40_levels_of_200_byte_names_are_walked_as_far_as_paths_reach(tmp_path: 
     assert found.end.incomplete == Incomplete.TOO_LONG
 
 
-def test_depth_costs_little_memory_and_no_recursion(tmp_path: Path) -> None:
+@pytest.mark.root
+def test_depth_costs_little_memory_and_no_recursion(large: Path) -> None:
     deep = 1500  # more than Python calls deep
-    here_fd = os.open(tmp_path, os.O_RDONLY)
+    here_fd = os.open(large, os.O_RDONLY)
     for _ in range(deep):
         for name in "abcefghi":
             os.close(os.open(name, os.O_CREAT | os.O_WRONLY, dir_fd=here_fd))
@@ -599,7 +600,7 @@ def test_depth_costs_little_memory_and_no_recursion(tmp_path: Path) -> None:
         here_fd = below
     os.close(here_fd)
     asked = WalkFilter(globs=(b"**/[a-c]", b"d/d/d/[e-f]"))
-    with ground(tmp_path) as here:
+    with ground(large) as here:
         walk = here.walk(asked)
         tracemalloc.start()
         while len(walk._levels) < deep - 100:
