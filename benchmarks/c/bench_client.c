@@ -2,12 +2,17 @@
  * The client of both brokers: asks for descriptors as fast as it gets them.
  *
  *   bench_client [--cpu N]... [--uid N] [--read] SOCKET LIST BATCH OPENS CONNECTIONS
+ *   bench_client [--cpu N]... [--uid N] [--read] --walk START SOCKET
  *
  * LIST holds absolute paths, each ended by a NUL byte. OPENS in all are
  * asked for, BATCH a request, on CONNECTIONS connections with a thread each. Each
  * thread begins at another place of the list and goes round. A connection has
  * one request under way. Descriptors are closed as they come; with --read up
  * to 4 KiB is read from each first.
+ *
+ * --walk has everything below START handed over in one walk. OPENS are then the
+ * descriptors that came, of which the end record must tell as many; and the checksum is the
+ * plain sum of the numbers, since the order is the broker's.
  *
  * --cpu may be given more than once: the set of CPUs to run on. --uid is
  * taken on, without groups, before anything is asked.
@@ -47,6 +52,8 @@ enum {
 	READ_SIZE = 4096,
 	TYPE_HELLO = 0x01,
 	TYPE_OPEN = 0x02,
+	TYPE_WALK = 0x06,
+	WALK_LAST = 1,
 	REPLY = 0x80,
 	TYPE_ERROR = 0xFF,
 };
@@ -91,6 +98,25 @@ struct open_reply {
 	struct result results[MAX_PATHS];
 };
 
+struct walk {
+	struct header header;
+	uint32_t credit;
+	uint16_t kinds;
+	uint16_t options;
+	uint64_t least_size;
+	uint64_t most_size;
+	int64_t newer_than;
+} __attribute__((packed));
+
+struct walk_end {
+	uint64_t entries;
+	uint64_t descriptors;
+	uint64_t directories;
+	uint32_t incomplete;
+} __attribute__((packed));
+
+_Static_assert(sizeof(struct walk) == 44, "walk");
+_Static_assert(sizeof(struct walk_end) == 28, "walk_end");
 _Static_assert(sizeof(struct header) == 12, "header");
 _Static_assert(sizeof(struct hello) == 28, "hello");
 _Static_assert(sizeof(struct welcome) == 36, "welcome");
@@ -303,6 +329,74 @@ static void exchange(struct connection *connection, size_t count, char *frame, i
 	connection->next = (connection->next + count) % path_count;
 }
 
+/* ---- a walk ----------------------------------------------------------- */
+
+static size_t walk_below(struct connection *connection, const char *start)
+{
+	union {
+		struct cmsghdr align;
+		char space[CMSG_SPACE(sizeof(int) * MAX_PATHS)];
+	} control;
+	static char frame[MAX_FRAME];
+	struct walk request = {
+		.header = {.type = TYPE_WALK, .count = 64, .id = connection->id},
+		.credit = UINT32_MAX,
+		.kinds = 1,
+		.options = 1,
+		.most_size = UINT64_MAX,
+		.newer_than = INT64_MIN,
+	};
+	struct header header;
+	struct walk_end end;
+	size_t came = 0, length = strlen(start);
+
+	if (sizeof(request) + length + 1 > sizeof(frame))
+		unexpected("START is too long");
+	memcpy(frame, &request, sizeof(request));
+	memcpy(frame + sizeof(request), start, length + 1);
+	connection->began = seconds(CLOCK_MONOTONIC);
+	send_frame(connection->fd, frame, sizeof(request) + length + 1);
+	do {
+		struct iovec part = {.iov_base = frame, .iov_len = sizeof(frame)};
+		struct msghdr message = {
+			.msg_iov = &part,
+			.msg_iovlen = 1,
+			.msg_control = control.space,
+			.msg_controllen = sizeof(control.space),
+		};
+		int fds[MAX_PATHS];
+		ssize_t size = recvmsg(connection->fd, &message, MSG_CMSG_CLOEXEC);
+		size_t count;
+
+		check((int)size, "recvmsg");
+		if ((size_t)size < sizeof(header) + sizeof(struct result))
+			unexpected("the broker closed the connection, or sent half a frame");
+		if (message.msg_flags & (MSG_TRUNC | MSG_CTRUNC))
+			unexpected("a frame was cut (too many descriptors?)");
+		memcpy(&header, frame, sizeof(header));
+		if (header.type != (TYPE_WALK | REPLY) || header.id != connection->id)
+			unexpected("a frame that is of no walk");
+		if (frame[sizeof(header)] != 0)
+			unexpected("the walk was refused");
+		count = descriptors_of(&message, fds);
+		if (count != header.count)
+			unexpected("another number of descriptors than of entries");
+		if (came == 0 && count > 0)
+			check_descriptor(fds[0]);
+		for (size_t n = 0; n < count; n++) {
+			connection->position = 0;
+			use_descriptor(connection, fds[n]);
+		}
+		came += count;
+		if (header.flags & WALK_LAST)
+			memcpy(&end, frame + size - sizeof(end), sizeof(end));
+	} while (!(header.flags & WALK_LAST));
+	connection->ended = seconds(CLOCK_MONOTONIC);
+	if (end.descriptors != came || end.incomplete != 0)
+		unexpected("the end of the walk does not tell what came");
+	return came;
+}
+
 /* ---- one connection --------------------------------------------------- */
 
 static void connect_to(struct connection *connection, const struct sockaddr_un *address)
@@ -440,7 +534,7 @@ static void raise_descriptor_limit(void)
 static void usage(void)
 {
 	fprintf(stderr, "usage: bench_client [--cpu N]... [--uid N] [--read] "
-			"SOCKET LIST BATCH OPENS CONNECTIONS\n");
+			"SOCKET LIST BATCH OPENS CONNECTIONS, or --walk START SOCKET\n");
 	exit(2);
 }
 
@@ -450,6 +544,7 @@ int main(int argc, char **argv)
 		{"cpu", required_argument, NULL, 'c'},
 		{"uid", required_argument, NULL, 'u'},
 		{"read", no_argument, NULL, 'r'},
+		{"walk", required_argument, NULL, 'w'},
 		{NULL, 0, NULL, 0},
 	};
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -460,6 +555,7 @@ int main(int argc, char **argv)
 	cpu_set_t cpus;
 	int option;
 	unsigned long uid = 0;
+	const char *start = NULL;
 
 	CPU_ZERO(&cpus);
 	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
@@ -469,19 +565,25 @@ int main(int argc, char **argv)
 			uid = number(optarg, 1, UINT32_MAX - 1);
 		else if (option == 'r')
 			read_files = 1;
+		else if (option == 'w')
+			start = optarg;
 		else
 			usage();
 	}
-	if (argc - optind != 5)
+	if (argc - optind != (start == NULL ? 5 : 1))
 		usage();
 	if (strlen(argv[optind]) >= sizeof(address.sun_path))
 		unexpected("SOCKET is too long");
 	memcpy(address.sun_path, argv[optind], strlen(argv[optind]) + 1);
-	batch = number(argv[optind + 2], 1, MAX_PATHS);
-	count = number(argv[optind + 4], 1, MAX_CONNECTIONS);
-	opens = number(argv[optind + 3], count, UINT32_MAX);
-
-	load_list(argv[optind + 1]);
+	if (start == NULL) {
+		batch = number(argv[optind + 2], 1, MAX_PATHS);
+		count = number(argv[optind + 4], 1, MAX_CONNECTIONS);
+		opens = number(argv[optind + 3], count, UINT32_MAX);
+		load_list(argv[optind + 1]);
+	} else {
+		batch = count = 1;
+		opens = 0;
+	}
 	raise_descriptor_limit();
 	if (CPU_COUNT(&cpus) > 0)
 		check(sched_setaffinity(0, sizeof(cpus), &cpus), "sched_setaffinity");
@@ -493,7 +595,12 @@ int main(int argc, char **argv)
 		die("calloc");
 	check_thread(pthread_barrier_init(&start_line, NULL, (unsigned int)count),
 		     "pthread_barrier_init");
-	for (size_t n = 0; n < count; n++) {
+	if (start != NULL) {
+		connect_to(&connections[0], &address);
+		opens = walk_below(&connections[0], start);
+		check(close(connections[0].fd), "close");
+	}
+	for (size_t n = 0; n < count && start == NULL; n++) {
 		connections[n].opens = opens / count + (n < opens % count);
 		connections[n].next = n * (path_count / count) % path_count;
 		connect_to(&connections[n], &address);
@@ -503,7 +610,8 @@ int main(int argc, char **argv)
 	for (size_t n = 0; n < count; n++) {
 		const struct connection *connection = &connections[n];
 
-		check_thread(pthread_join(connection->thread, NULL), "pthread_join");
+		if (start == NULL)
+			check_thread(pthread_join(connection->thread, NULL), "pthread_join");
 		checksum += connection->checksum;
 		cpu += connection->cpu;
 		if (n == 0 || connection->began < began)

@@ -3,11 +3,14 @@
  *
  *   floor_broker SOCKET ROOT UID
  *
- * It speaks hello and open of docs/protocol.md on a SOCK_SEQPACKET socket, one
- * blocking thread per connection. For each path it makes the system calls
+ * It speaks hello, open and walk of docs/protocol.md on a SOCK_SEQPACKET socket,
+ * one blocking thread per connection. For each path it makes the system calls
  * that fdbroker makes, in the same safe order, under the same kind of
  * confinement: an ordinary uid, CAP_DAC_READ_SEARCH alone, no_new_privs, a
  * Landlock domain of one root, a seccomp allow-list.
+ *
+ * A walk is one of the whole root that opens every regular file; its filters are not
+ * looked at, and credit is a socket's buffer.
  *
  * What it leaves out is what fdbroker is for: no policy, no question who is
  * calling, no audit. EVERYBODY who can connect reads everything beneath ROOT.
@@ -58,12 +61,19 @@ enum {
 	SEND_BUFFER = 32768,
 	THREAD_STACK = 256 * 1024,
 	BACKLOG = 128,
+	WALK_BATCH = 64,
+	MAX_DEPTH = 64,
+	DIRECTORY_CHUNK = 32768,
+	MAX_REPLY = 32768,
 };
 
 enum {
 	TYPE_HELLO = 0x01,
 	TYPE_OPEN = 0x02,
+	TYPE_WALK = 0x06,
 	REPLY = 0x80,
+	WALK_LAST = 1,
+	WALK_HAS_DESCRIPTOR = 1,
 };
 
 enum {
@@ -124,7 +134,42 @@ struct open_reply {
 	struct result results[MAX_PATHS];
 };
 
+struct walk {
+	struct header header;
+	uint32_t credit;
+	uint16_t kinds;
+	uint16_t options;
+	uint64_t least_size;
+	uint64_t most_size;
+	int64_t newer_than;
+} __attribute__((packed));
+
+struct walk_entry {
+	uint16_t length;
+	uint8_t type;
+	uint8_t flags;
+	uint64_t device;
+	uint64_t inode;
+	uint32_t mode;
+	uint32_t links;
+	uint32_t uid;
+	uint32_t gid;
+	uint64_t size;
+	int64_t mtime;
+	int64_t ctime;
+} __attribute__((packed));
+
+struct walk_end {
+	uint64_t entries;
+	uint64_t descriptors;
+	uint64_t directories;
+	uint32_t incomplete;
+} __attribute__((packed));
+
 /* The layouts above go over the wire: no padding may creep in. */
+_Static_assert(sizeof(struct walk) == 44, "walk");
+_Static_assert(sizeof(struct walk_entry) == 60, "walk_entry");
+_Static_assert(sizeof(struct walk_end) == 28, "walk_end");
 _Static_assert(sizeof(struct header) == 12, "header");
 _Static_assert(sizeof(struct hello) == 28, "hello");
 _Static_assert(sizeof(struct welcome) == 36, "welcome");
@@ -184,18 +229,17 @@ static struct result from_errno(int error)
 	}
 }
 
-/* Open the object behind `held` (O_PATH) for reading. */
-static struct result reopen(int held, int *out)
+/* Open the object behind `held` (O_PATH) for reading, and say what it is. */
+static struct result reopen(int held, struct stat *facts, int *out)
 {
-	struct stat facts;
 	char name[12];
 	int fd, flags;
 
-	if (fstat(held, &facts) < 0)
+	if (fstat(held, facts) < 0)
 		return from_errno(errno);
-	if (!S_ISREG(facts.st_mode))
+	if (!S_ISREG(facts->st_mode))
 		return failed(REFUSED, REASON_NOT_REGULAR,
-			      S_ISDIR(facts.st_mode) ? EISDIR : EINVAL);
+			      S_ISDIR(facts->st_mode) ? EISDIR : EINVAL);
 
 	/* The number only, looked up in a held directory: a full
 	 * "/proc/self/fd/N" would be resolved anew for each file. */
@@ -226,6 +270,7 @@ static struct result serve_path(const char *path, size_t length, int *out)
 			   RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV,
 	};
 	struct result result;
+	struct stat facts;
 	int held;
 
 	if (length == 0 || length > MAX_PATH_BYTES || path[0] != '/')
@@ -237,7 +282,7 @@ static struct result serve_path(const char *path, size_t length, int *out)
 	held = (int)syscall(SYS_openat2, root_fd, path + root_length + 1, &how, sizeof(how));
 	if (held < 0)
 		return from_errno(errno);
-	result = reopen(held, out);
+	result = reopen(held, &facts, out);
 	close_checked(held);
 	return result;
 }
@@ -336,6 +381,246 @@ static int serve_open(int client, char *frame, size_t size)
 	return alive;
 }
 
+/* ---- a walk ----------------------------------------------------------- */
+
+/* A directory that is read. Its path is the first `length` bytes of the walk's. */
+struct level {
+	int fd;
+	size_t length;
+	struct stat facts; /* as it was opened */
+	char *chunk;
+	long size, at;
+	int in_batch;
+};
+
+/* What a frame holds so far. */
+struct walk_batch {
+	char frame[MAX_REPLY];
+	size_t size;
+	uint16_t count;
+	int fds[WALK_BATCH];
+	/* Directories that were read to their end in this batch, still to be looked at again. */
+	struct level left[WALK_BATCH];
+	char left_paths[WALK_BATCH][MAX_PATH_BYTES + 1];
+	size_t left_count;
+	struct walk_end end;
+};
+
+struct dirent64 {
+	uint64_t inode;
+	int64_t next;
+	unsigned short length;
+	unsigned char type;
+	char name[];
+};
+
+static const struct open_how beneath = {
+	.flags = O_PATH | O_NOFOLLOW | O_CLOEXEC,
+	.resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV,
+};
+
+static int64_t nanoseconds(struct timespec time)
+{
+	return time.tv_sec * 1000000000LL + time.tv_nsec;
+}
+
+/* A directory must be where it was, and untouched. This one gives up otherwise, which
+ * would be no way to serve anybody. */
+static void look_again(const struct level *level, const char *path)
+{
+	struct stat now;
+	int again = (int)syscall(SYS_openat2, root_fd, level->length == 0 ? "." : path, &beneath,
+				 sizeof(beneath));
+
+	check(again, "openat2");
+	check(fstat(again, &now), "fstat");
+	close_checked(again);
+	if (now.st_dev != level->facts.st_dev || now.st_ino != level->facts.st_ino ||
+	    nanoseconds(now.st_mtim) != nanoseconds(level->facts.st_mtim) ||
+	    nanoseconds(now.st_ctim) != nanoseconds(level->facts.st_ctim)) {
+		fprintf(stderr, "floor_broker: the tree changes\n");
+		exit(1);
+	}
+}
+
+static int send_batch(int client, struct walk_batch *batch, struct level *levels, size_t depth,
+		      const char *path, uint32_t id, int last)
+{
+	struct header header = {
+		.type = TYPE_WALK | REPLY,
+		.flags = last ? WALK_LAST : 0,
+		.count = batch->count,
+		.id = id,
+	};
+	char name[MAX_PATH_BYTES + 1];
+	int alive;
+
+	for (size_t n = 0; n < depth; n++) {
+		if (!levels[n].in_batch)
+			continue;
+		memcpy(name, path, levels[n].length);
+		name[levels[n].length] = '\0';
+		look_again(&levels[n], name);
+		levels[n].in_batch = 0;
+	}
+	for (size_t n = 0; n < batch->left_count; n++)
+		look_again(&batch->left[n], batch->left_paths[n]);
+	batch->left_count = 0;
+	memcpy(batch->frame, &header, sizeof(header));
+	if (last) {
+		memcpy(batch->frame + batch->size, &batch->end, sizeof(batch->end));
+		batch->size += sizeof(batch->end);
+	}
+	alive = send_reply(client, batch->frame, batch->size, batch->fds, batch->count);
+	for (size_t n = 0; n < batch->count; n++)
+		close_checked(batch->fds[n]);
+	batch->count = 0;
+	batch->size = sizeof(header) + sizeof(struct result);
+	return alive;
+}
+
+/* Add a regular file; what is none is left out. */
+static void add_file(struct walk_batch *batch, int directory, const char *name, const char *path,
+		     size_t length)
+{
+	struct walk_entry entry = {.length = (uint16_t)length, .type = 8, .flags = 1};
+	struct stat facts;
+	int held = (int)syscall(SYS_openat2, directory, name, &beneath, sizeof(beneath));
+
+	check(held, "openat2");
+	if (reopen(held, &facts, &batch->fds[batch->count]).status == GIVEN) {
+		entry.device = facts.st_dev;
+		entry.inode = facts.st_ino;
+		entry.mode = facts.st_mode;
+		entry.links = (uint32_t)facts.st_nlink;
+		entry.uid = facts.st_uid;
+		entry.gid = facts.st_gid;
+		entry.size = (uint64_t)facts.st_size;
+		entry.mtime = nanoseconds(facts.st_mtim);
+		entry.ctime = nanoseconds(facts.st_ctim);
+		memcpy(batch->frame + batch->size, &entry, sizeof(entry));
+		memcpy(batch->frame + batch->size + sizeof(entry), path, length);
+		batch->size += sizeof(entry) + length;
+		batch->count++;
+		batch->end.entries++;
+		batch->end.descriptors++;
+	}
+	close_checked(held);
+}
+
+static void enter(struct level *level, int directory, const char *name, size_t length)
+{
+	char number[12];
+	int held = (int)syscall(SYS_openat2, directory, name, &beneath, sizeof(beneath));
+
+	check(held, "openat2");
+	check(fstat(held, &level->facts), "fstat");
+	if (snprintf(number, sizeof(number), "%d", held) < 0)
+		die("snprintf");
+	level->fd = openat(proc_fd, number, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+	check(level->fd, "openat");
+	close_checked(held);
+	level->length = length;
+	level->size = level->at = 0;
+	level->in_batch = 1;
+	if (level->chunk == NULL)
+		level->chunk = malloc(DIRECTORY_CHUNK);
+	if (level->chunk == NULL)
+		die("malloc");
+}
+
+static int walk_root(int client, uint32_t id)
+{
+	static __thread struct level levels[MAX_DEPTH];
+	struct walk_batch *batch = calloc(1, sizeof(*batch));
+	char path[MAX_PATH_BYTES + 1];
+	size_t depth = 1;
+	int alive = 1;
+
+	if (batch == NULL)
+		die("calloc");
+	batch->size = sizeof(struct header) + sizeof(struct result);
+	enter(&levels[0], root_fd, ".", 0);
+	batch->end.directories = 1;
+	while (alive && depth > 0) {
+		struct level *level = &levels[depth - 1];
+		const struct dirent64 *entry;
+		size_t length, start;
+
+		if (level->at == level->size) {
+			level->size = syscall(SYS_getdents64, level->fd, level->chunk,
+					      (size_t)DIRECTORY_CHUNK);
+			check((int)level->size, "getdents64");
+			level->at = 0;
+		}
+		if (level->size == 0) {
+			close_checked(level->fd);
+			depth--;
+			if (!level->in_batch)
+				continue;
+			batch->left[batch->left_count] = *level;
+			memcpy(batch->left_paths[batch->left_count], path, level->length);
+			batch->left_paths[batch->left_count++][level->length] = '\0';
+			level->in_batch = 0;
+			if (batch->left_count == WALK_BATCH)
+				alive = send_batch(client, batch, levels, depth, path, id, 0);
+			continue;
+		}
+		entry = (const struct dirent64 *)(level->chunk + level->at);
+		level->at += entry->length;
+		if (strcmp(entry->name, ".") == 0 || strcmp(entry->name, "..") == 0)
+			continue;
+		start = level->length + (level->length > 0);
+		length = start + strlen(entry->name);
+		if (length > MAX_PATH_BYTES)
+			continue;
+		if (start > 0)
+			path[start - 1] = '/';
+		memcpy(path + start, entry->name, length - start + 1);
+		level->in_batch = 1;
+		if (entry->type == 4 && depth < MAX_DEPTH) {
+			enter(&levels[depth], level->fd, entry->name, length);
+			batch->end.directories++;
+			depth++;
+			continue;
+		}
+		if (entry->type != 8)
+			continue;
+		if (batch->count == WALK_BATCH ||
+		    batch->size + sizeof(struct walk_entry) + length + sizeof(struct walk_end) >
+			    MAX_REPLY) {
+			alive = send_batch(client, batch, levels, depth, path, id, 0);
+			level->in_batch = 1;
+		}
+		if (alive)
+			add_file(batch, level->fd, entry->name, path, length);
+	}
+	if (alive)
+		alive = send_batch(client, batch, levels, depth, path, id, 1);
+	for (size_t n = 0; n < depth && !alive; n++)
+		close_checked(levels[n].fd);
+	for (size_t n = 0; n < MAX_DEPTH; n++) {
+		free(levels[n].chunk);
+		levels[n].chunk = NULL;
+	}
+	free(batch);
+	return alive;
+}
+
+static int serve_walk(int client, const char *frame, size_t size)
+{
+	struct walk walk;
+
+	if (size < sizeof(walk))
+		return 0;
+	memcpy(&walk, frame, sizeof(walk));
+	if (walk.header.flags != 0 || walk.options != WALK_HAS_DESCRIPTOR ||
+	    size != sizeof(walk) + root_length + 1 ||
+	    memcmp(frame + sizeof(walk), root_path, root_length + 1) != 0)
+		return 0;
+	return walk_root(client, walk.header.id);
+}
+
 /* A thread. A malformed frame ends the connection without a word. */
 static void *serve(void *argument)
 {
@@ -353,7 +638,9 @@ static void *serve(void *argument)
 		if (size <= 0)
 			break;
 		if (greeted) {
-			alive = serve_open(client, frame, (size_t)size);
+			alive = (uint8_t)frame[0] == TYPE_WALK ?
+					serve_walk(client, frame, (size_t)size) :
+					serve_open(client, frame, (size_t)size);
 		} else {
 			alive = serve_hello(client, frame, (size_t)size);
 			greeted = 1;
@@ -423,6 +710,7 @@ static void enter_seccomp(void)
 	static const uint32_t allowed[] = {
 		/* the work */
 		__NR_openat2, __NR_openat, __NR_newfstatat, __NR_fstat, __NR_fcntl, __NR_close,
+		__NR_getdents64,
 		__NR_recvfrom, __NR_sendmsg, __NR_accept4, __NR_setsockopt,
 		/* threads and memory: what the C library calls for them */
 		__NR_clone, __NR_clone3, __NR_set_robust_list, __NR_rseq, __NR_rt_sigaction,

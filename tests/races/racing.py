@@ -130,7 +130,7 @@ def run(place: Place, race: Race) -> Outcome:
     with broker_for(place, race.rules) as broker:
         with attacking(*race.steps, uid=race.attacker) as attack:
             tally = in_child(lambda: _ask_often(broker, race, attack), uid=CLIENT_UID)
-            careless = in_child(lambda: _try_often(race, attack))
+            careless = in_child(lambda: try_often(race.careless, attack))
         reasons = Counter(record["reason"] for record in broker.decisions())
     outcome = Outcome(tally, careless, reasons)
     assert tally.wrong == 0, outcome
@@ -158,8 +158,8 @@ def _ask_often(broker: RunningBroker, race: Race, attack: Attack) -> Tally:
     return tally
 
 
-def _try_often(race: Race, attack: Attack) -> Tally:
-    """Try until caught."""
+def try_often(careless: Callable[[], bool | None], attack: Attack) -> Tally:
+    """Try in a careless way until caught."""
     os.sched_setaffinity(0, {VICTIMS_CPU})
     tally = Tally()
     before = attack.steps
@@ -168,7 +168,7 @@ def _try_often(race: Race, attack: Attack) -> Tally:
         for _ in range(100):
             tally.tries += 1
             try:
-                right = race.careless()
+                right = careless()
             except OSError as error:
                 tally.refused[type(error).__name__] += 1
                 continue

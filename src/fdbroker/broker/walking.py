@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.broker.opening import Outcome, failure, file_stat, name_is_lost, object_refusal, refusal
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
 BATCH = 64  # entries where the client leaves it to us: there a file costs least
 MOST_ENTRIES = 1024  # that one step looks at, so that the loop gets to others
 MOST_DIRECTORIES = 64  # that one step opens, and so holds
+_SECONDS = 0.01  # after which a step opens no other directory: deep ones take their time
 _LEVELS_READ_AHEAD = 8  # the innermost ones; the others read their directory again from where they were
 _SEGMENT = 64  # entries of a chunk that are parsed at once
 _BYTES = MAX_REPLY - HEADER.size - RESULT.size - WALK_END.size
@@ -201,6 +203,7 @@ class _Step:
         "room",
         "size",
         "states",
+        "until",
         "visits",
     )
 
@@ -208,6 +211,7 @@ class _Step:
         self.room = room
         self.careful = careful
         self.budget = MOST_ENTRIES
+        self.until = time.monotonic() + _SECONDS
         self.size = 0
         self.directories = 0
         self.entries: list[bytes] = []
@@ -219,6 +223,10 @@ class _Step:
         self.levels = list(levels)
         self.path = path
         self.states: dict[_Level, tuple[object, ...]] = {}
+
+    def has_visited_enough(self) -> bool:
+        """Return whether other directories have to wait for the next step."""
+        return bool(self.visits) and (len(self.visits) >= MOST_DIRECTORIES or time.monotonic() >= self.until)
 
     def leave_out(self, why: Incomplete) -> None:
         """Count something that is not named."""
@@ -381,7 +389,7 @@ class Walk:
             return False
         step = _Step(0, self._levels, self._path, careful=True)
         try:
-            while self._sought and step.budget > 0 and len(step.visits) < MOST_DIRECTORIES:
+            while self._sought and step.budget > 0 and not step.has_visited_enough():
                 level = self._levels[-1]
                 sought = self._sought[0]
                 if not self.view.actions["walk"].decide(self._path + b"/" + sought).allowed:
@@ -497,7 +505,7 @@ class Walk:
         """Find what there is to give, until the step has enough or looked at enough."""
         while self._levels and step.budget > 0:
             level = self._levels[-1]
-            if level not in step.visits and len(step.visits) == MOST_DIRECTORIES:
+            if level not in step.visits and step.has_visited_enough():
                 return
             visit = self._visit(level, step)
             if visit is None or not self._fill(level, visit, step):
@@ -667,7 +675,7 @@ class Walk:
                 rule = decide_object(decision, facts, *self._uids).rule
                 self._give(step, path, file_stat(facts), rule)
             below = self._descend(level, name, path, number, facts)
-            if len(step.visits) < MOST_DIRECTORIES:
+            if not step.has_visited_enough():
                 step.visits[below] = _Visit(held, facts, path, root, self._remainders(below))
                 held = -1
         except OSError as error:

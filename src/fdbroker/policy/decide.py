@@ -173,6 +173,7 @@ class ActionView:
         for rule in self._rules:
             for prefix in {glob.literal_prefix for glob in rule.paths}:
                 self._index.setdefault((rule.root.number, prefix), []).append(rule)
+        self._longest_prefix = max((len(prefix) for _, prefix in self._index), default=0)
 
     def decide(self, path: bytes) -> NameDecision:
         """Decide on `path`, which may be any bytes without NUL. Never raises."""
@@ -230,7 +231,7 @@ class ActionView:
             if components is None:
                 continue
             components_of[root.number] = components
-            for end in range(len(components) + 1):
+            for end in range(min(len(components), self._longest_prefix) + 1):
                 for rule in self._index.get((root.number, tuple(components[:end])), ()):
                     if rule.deny or root is serving:
                         found[rule.index] = rule
