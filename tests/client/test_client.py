@@ -74,10 +74,13 @@ def test_read_bytes_gives_all_that_is_in_a_file(fake: FakeBroker, client: Client
     assert client.read_bytes("/data/any") == content
 
 
-def test_read_bytes_that_fails_is_an_error(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_bytes_that_fails_is_an_error(
+    fake: FakeBroker, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_arguments: object) -> bytes:
         raise OSError(errno.EIO, "it failed")
 
+    fake["/data/a"] = bytes(20_000)  # more than comes as a copy
     with monkeypatch.context() as patched:
         patched.setattr(os, "read", fail)
         with pytest.raises(OSError) as caught:
