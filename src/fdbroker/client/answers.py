@@ -197,6 +197,10 @@ class Contents:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close what was not read."""
+        self.close()
+
+    def close(self) -> None:
+        """Close what was not read."""
         for found in self._found:
             if isinstance(found, Descriptors):
                 found.close()
@@ -228,15 +232,16 @@ class Contents:
 
     def results(self) -> Generator[ReadFile, None, None]:
         """Yield what became of each path of the batch, once nothing is `missing`; files are read here."""
-        sent = iter(self._found)
-        for place, given in enumerate(self._asked.given):
-            found = self._asked.errors[place] if place in self._asked.errors else next(sent)
-            if isinstance(found, bytes):
-                yield ReadFile(given, found)
-            elif isinstance(found, Descriptors):
-                yield _read(given, found.take())
-            else:
-                yield ReadFile(given, error=found)
+        with self:
+            sent = iter(self._found)
+            for place, given in enumerate(self._asked.given):
+                found = self._asked.errors[place] if place in self._asked.errors else next(sent)
+                if isinstance(found, bytes):
+                    yield ReadFile(given, found)
+                elif isinstance(found, Descriptors):
+                    yield _read(given, found.take())
+                else:
+                    yield ReadFile(given, error=found)
 
 
 def _read(given: StrOrBytesPath, descriptor: int) -> ReadFile:

@@ -11,7 +11,7 @@ from fdbroker.client.engine import AskStatus
 from fdbroker.client.errors import disconnected
 from fdbroker.client.files import FileRequests
 from fdbroker.client.link import ConnectionLost, Deadline, adopt_socket, connect_socket
-from fdbroker.client.service import ServeCall, Service
+from fdbroker.client.service import Service, WaitedServeCall
 from fdbroker.client.session import Session
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Client(FileRequests):
 
         """
         name = listener.encode()
-        call = ServeCall(name)
+        call = WaitedServeCall(name)
         try:
             check_served(self._asks.ask_by(call), name)
         except BaseException:

@@ -85,7 +85,7 @@ class Call:
     repeated on another.
     """
 
-    __slots__ = ("answers", "bound", "id", "link", "losses", "question")
+    __slots__ = ("answers", "bound", "id", "link", "losses", "question", "wake")
 
     def __init__(self, question: Question, bound: Link | None = None) -> None:
         self.question: Question = question
@@ -96,6 +96,8 @@ class Call:
         # How many connections it was lost with.
         self.losses = 0
         self.answers: list[Answer] = []
+        # Called when an answer came, or no more will on this connection.
+        self.wake: Callable[[], None] | None = None
 
     def renew(self) -> None:
         """Make the question what it is now, before it is sent (again)."""
@@ -103,9 +105,8 @@ class Call:
     def deliver(self, answer: Answer) -> None:
         """Take an answer that came."""
         self.answers.append(answer)
-
-    def lost(self) -> None:
-        """Note that no more answers come on the connection on which it was sent."""
+        if self.wake is not None:
+            self.wake()
 
     def abandon(self) -> None:
         """Close the answers, or have them closed when they come. Takes no lock: a finalizer may call it."""
@@ -238,7 +239,8 @@ class Link:
         self._sock.close()
         calls, self._calls = self._calls, {}
         for call in calls.values():
-            call.lost()
+            if call.wake is not None:
+                call.wake()
 
     def _queue(self, frame: bytes) -> None:
         self._unsent.append(frame if self._frames is None else framed(frame))

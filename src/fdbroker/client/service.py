@@ -5,74 +5,49 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import socket
 from typing import TYPE_CHECKING
 
-from fdbroker.client.engine import ServeListener
-from fdbroker.client.errors import disconnected, protocol_error
+from fdbroker.client.errors import disconnected
 from fdbroker.client.files import FileRequests
-from fdbroker.client.link import Call, Deadline
-from fdbroker.wire.client import AcceptedReply
+from fdbroker.client.link import Deadline
+from fdbroker.client.serving import ServeCall, accepted_of
 
 if TYPE_CHECKING:
+    import socket
     from types import TracebackType
     from typing import Self
 
     from fdbroker.client.connection import Connection
-    from fdbroker.client.engine import Answer
     from fdbroker.client.link import Link
     from fdbroker.client.session import Session
     from fdbroker.wire.messages import AcceptedClient
 
 
-class ServeCall(Call):
-    """A request to serve; tells who waits for clients when one came, or no more will. Owns an eventfd."""
+class WaitedServeCall(ServeCall):
+    """Tells a thread that waits for clients when one came, or no more will. Owns an eventfd."""
 
     __slots__ = ("came",)
 
     def __init__(self, listener: bytes) -> None:
-        super().__init__(ServeListener(listener))
+        super().__init__(listener)
         # Whatever thread receives a client, the one that waits for it wakes up.
         self.came = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.wake = self.signal
 
-    def deliver(self, answer: Answer) -> None:
-        """Take a client that came."""
-        self.answers.append(answer)
-        self.wake()
-
-    def lost(self) -> None:
-        """Wake up who waits: nobody else will come."""
-        self.wake()
-
-    def wake(self) -> None:
-        """Have who waits look again."""
+    def signal(self) -> None:
+        """Have all who wait look again."""
         with contextlib.suppress(OSError):  # it was closed meanwhile
             os.eventfd_write(self.came, 1)
 
     def close(self) -> None:
         """Abandon it and close the eventfd. May be called again."""
         self.abandon()
-        self.wake()
+        self.wake = None  # which leads back here: without it nothing is left to the collector
+        if self.came >= 0:
+            self.signal()
         came, self.came = self.came, -1
         if came >= 0:
             os.close(came)
-
-
-def accepted_of(answer: Answer) -> tuple[AcceptedClient, socket.socket]:
-    """Return a client that was handed over, and its socket, which the caller owns.
-
-    Raises:
-        ProtocolError: what came is no socket; it was closed.
-
-    """
-    assert isinstance(answer.reply, AcceptedReply)  # noqa: S101 - for the type checker
-    with answer.descriptors:
-        try:
-            sock = socket.socket(fileno=answer.descriptors.numbers()[0])
-        except OSError as error:
-            raise protocol_error(f"a client whose descriptor is no socket: {error}", answer.id) from error
-        answer.descriptors.take()
-    return answer.reply.client, sock
 
 
 class Service:
@@ -84,7 +59,7 @@ class Service:
     Several threads may wait.
     """
 
-    def __init__(self, session: Session, call: ServeCall, listener: str) -> None:
+    def __init__(self, session: Session, call: WaitedServeCall, listener: str) -> None:
         self._session = session
         self._call = call
         self._listener = listener
@@ -149,7 +124,7 @@ class Service:
                 return ServedClient(self._session, self._call.bound, facts, sock)
             connection = self._session.connection_of(self._call)
             if connection is None:
-                self._call.wake()  # others may wait as well
+                self._call.signal()  # others may wait as well
                 raise disconnected(f"the connection was lost by which the clients of {self._listener!r} came")
             if not self._wait(connection, deadline):
                 raise TimeoutError(f"nobody connected to {self._listener!r} within {timeout} s")

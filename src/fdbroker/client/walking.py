@@ -142,7 +142,7 @@ class WalkCall(Call):
     def deliver(self, answer: Answer) -> None:
         """Take an answer that came: the connection is good for something."""
         self.losses = 0
-        self.answers.append(answer)
+        super().deliver(answer)
 
     def entries_of(self, answer: Answer) -> Generator[WalkedFile, None, None]:
         """Yield what came in a frame, each with its descriptor; `end` is set behind the last one.

@@ -214,6 +214,7 @@ class FakeBroker:
         max_paths: paths that one request may hold, to see that a program's batches are split.
         page: most entries of a directory in one reply.
         copy_max: bytes of the largest file whose contents come in the reply, at most 16,384; 0: none do.
+        only_copies: refuse what can't come as a copy, as a policy may say.
         kind: SOCK_SEQPACKET, or SOCK_STREAM, of its socket and of socketpairs.
 
     """
@@ -227,6 +228,7 @@ class FakeBroker:
         max_paths: int = MAX_PATHS,
         page: int = 100,
         copy_max: int = MAX_COPY,
+        only_copies: bool = False,
         kind: socket.SocketKind = socket.SOCK_SEQPACKET,
     ) -> None:
         self.requests: list[Request] = []
@@ -235,6 +237,7 @@ class FakeBroker:
         self._max_paths = max_paths
         self._page = page
         self._copy_max = min(copy_max, MAX_COPY)
+        self._only_copies = only_copies
         self._kind = kind
         self._last_number = 0
         self._lock = threading.Lock()
@@ -484,6 +487,9 @@ class FakeBroker:
                     result = copied(len(content))
                     copies.append(content)
                     room -= len(content)
+                elif result is GIVEN and self._only_copies:
+                    fits = request.copy and len(content) <= self._copy_max
+                    result = refused(Reason.LIMIT if fits else Reason.TOO_LARGE)
                 elif result is GIVEN:
                     descriptors.add(_memory_file(path, content))
                 results.append(result)
