@@ -20,7 +20,7 @@ from tests.processes import in_child
 from tests.running_broker import CLIENT_UID, OTHER_UID, reachable_directory, running_broker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.for_other_users import ForOtherUsers
@@ -217,7 +217,12 @@ ASKED = [
 def ask(broker: RunningBroker, action: str, path: str) -> bool:
     """Return whether the broker gives it to this process."""
     with connect(broker.socket) as client:
-        asked = {"open": client.open, "stat": client.stat, "list": client.list}[action]
+        calls: dict[str, Callable[[str], object]] = {
+            "open": client.open,
+            "stat": client.stat,
+            "list": client.list,
+        }
+        asked = calls[action]
         try:
             given = asked(path)
         except BrokerError:

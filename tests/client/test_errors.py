@@ -31,6 +31,8 @@ EXPECTED: dict[Reason, type[OSError]] = {
     Reason.MALFORMED: ConnectionError,
     Reason.VERSION: ConnectionError,
     Reason.POLICY: errors.ReloadRefusedError,
+    Reason.TOO_LARGE: OSError,
+    Reason.TIMED_OUT: TimeoutError,
 }
 CLASSES = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, BrokerError)]
 

@@ -21,8 +21,9 @@ from fdbroker.client import (
     UnavailableError,
     connect,
 )
-from fdbroker.client.connection import Call, Connection, Deadline, connect_socket
+from fdbroker.client.connection import Connection
 from fdbroker.client.engine import OpenPaths
+from fdbroker.client.link import Call, Deadline, connect_socket
 from fdbroker.kernel import sockets
 from fdbroker.wire.format import ERRNO_OF, HEADER, MAX_FRAME, Kind, Reason, Type
 from fdbroker.wire.messages import GIVEN, ErrorReply, Hello, OpenRequest, broken, refused
@@ -196,9 +197,9 @@ def test_a_full_queue_does_not_keep_the_client_from_receiving(tmp_path: Path) ->
         calls = [Call(OpenPaths([b"/" + b"x" * 4094] * 15)) for _ in range(30)]
         for call in calls:
             connection.send(call, deadline)
-        while calls[-1].answer is None:
-            connection.receive(deadline)
-        assert all(call.answer for call in calls)
+        while not calls[-1].answers:
+            connection.wait(deadline)
+        assert all(call.answers for call in calls)
         connection.close()
 
 
@@ -516,9 +517,8 @@ def test_a_socket_that_was_replaced_by_another_kind_is_unavailable_at_once(tmp_p
         client = connect(path)
         os.close(client.open_descriptor("/a"))
     path.unlink()
-    with client, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+    with client, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         other.bind(str(path))
-        other.listen()
         with pytest.raises(UnavailableError) as caught:
             client.open("/a")
         assert caught.value.errno == errno.EPROTOTYPE

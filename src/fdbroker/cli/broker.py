@@ -16,8 +16,8 @@ from click.core import ParameterSource
 from fdbroker import client
 from fdbroker.cli.failure import EXIT_ERROR, Failure
 from fdbroker.cli.output import shell_word
-from fdbroker.client.connection import Deadline, connect_socket
 from fdbroker.client.control import DEFAULT_CONTROL
+from fdbroker.client.link import Deadline, connect_socket
 from fdbroker.config.names import group_name, printable, user_name
 
 if TYPE_CHECKING:

@@ -12,9 +12,12 @@ from fdbroker.client.errors import (
     BrokerError,
     BrokerTimeoutError,
     BusyError,
+    ChangedError,
     DeniedError,
     DirectoryError,
     DisconnectedError,
+    FileTimeoutError,
+    FileTooLargeError,
     LimitError,
     MissingError,
     NotDirectoryError,
@@ -27,10 +30,13 @@ from fdbroker.client.errors import (
     TooManyFilesError,
     UnavailableError,
     UnservedError,
+    WalkInterrupted,
 )
-from fdbroker.client.results import DescribedFile, OpenedFile, Results
-from fdbroker.wire.format import Reason
-from fdbroker.wire.messages import FileStat, ListEntry, Welcome
+from fdbroker.client.results import DescribedFile, OpenedFile, ReadFile, Results, WalkedFile
+from fdbroker.client.service import ServedClient, Service
+from fdbroker.client.walk import Walk
+from fdbroker.wire.format import Incomplete, Reason, WalkKind
+from fdbroker.wire.messages import FileStat, ListEntry, WalkEnd, Welcome
 
 __all__ = [
     "DEFAULT_SOCKET",
@@ -39,12 +45,16 @@ __all__ = [
     "BrokerError",
     "BrokerTimeoutError",
     "BusyError",
+    "ChangedError",
     "Client",
     "DeniedError",
     "DescribedFile",
     "DirectoryError",
     "DisconnectedError",
     "FileStat",
+    "FileTimeoutError",
+    "FileTooLargeError",
+    "Incomplete",
     "LimitError",
     "ListEntry",
     "MissingError",
@@ -53,14 +63,22 @@ __all__ = [
     "OpenedFile",
     "PathInvalidError",
     "ProtocolError",
+    "ReadFile",
     "ReadOnlyError",
     "Reason",
     "ReloadRefusedError",
     "Results",
+    "ServedClient",
+    "Service",
     "SymlinkError",
     "TooManyFilesError",
     "UnavailableError",
     "UnservedError",
+    "Walk",
+    "WalkEnd",
+    "WalkInterrupted",
+    "WalkKind",
+    "WalkedFile",
     "Welcome",
     "connect",
 ]

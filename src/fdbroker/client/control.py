@@ -14,9 +14,10 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from fdbroker.client.connection import Call, Connection, ConnectionLost, Deadline, connect_socket
+from fdbroker.client.connection import Connection
 from fdbroker.client.engine import AskStatus, AskWhy, HandOver, sendable
 from fdbroker.client.errors import ReloadRefusedError, disconnected, error_of_reply, protocol_error
+from fdbroker.client.link import Call, ConnectionLost, Deadline, connect_socket
 from fdbroker.wire.client import ExplainReply, ReloadReply, StatusReply, for_broker
 from fdbroker.wire.format import ACTIONS, HEADER, MAX_POLICY, PIECE, Reason
 from fdbroker.wire.messages import ErrorReply
@@ -148,12 +149,13 @@ class Control:
         call = Call(question)
         try:
             self._connection.send(call, deadline)
-            while call.answer is None:
-                self._connection.receive(deadline)
+            while not call.answers:
+                self._connection.wait(deadline)
         except ConnectionLost as lost:
             raise disconnected(f"the broker closed the connection: {lost}") from lost
-        call.answer.descriptors.close()
-        return call.answer.reply
+        answer = call.answers.pop()
+        answer.descriptors.close()
+        return answer.reply
 
 
 def _for_broker(compiled: bytes) -> bytes:

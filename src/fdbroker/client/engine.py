@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from enum import IntEnum, auto
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,22 +25,32 @@ from fdbroker.client.errors import (
     protocol_error,
 )
 from fdbroker.wire.client import (
+    AcceptedReply,
     ExplainReply,
     ListReply,
     OpenReply,
+    ReleaseReply,
     ReloadReply,
+    ServeReply,
     StatReply,
     StatusReply,
+    WalkReply,
     decode_reply,
+    encode_cancel,
     encode_explain,
     encode_hello,
     encode_list,
+    encode_more,
     encode_open,
+    encode_release,
     encode_reload,
+    encode_serve,
     encode_stat,
     encode_status,
+    encode_walk,
 )
 from fdbroker.wire.format import (
+    CLIENT,
     COOKIE,
     HEADER,
     MAX_FRAME,
@@ -47,7 +58,7 @@ from fdbroker.wire.format import (
     VERSION,
     Kind,
 )
-from fdbroker.wire.messages import GIVEN, ErrorReply, MalformedError, Welcome
+from fdbroker.wire.messages import GIVEN, ErrorReply, MalformedError, WalkFilter, Welcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -59,12 +70,13 @@ if TYPE_CHECKING:
     StrOrBytesPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 DEFAULT_BATCH = 64  # where a file costs least
+MOST_MORE = 0xFFFF  # frames that one request for more of a walk can ask for
 ROOM = MAX_FRAME + 1  # for a frame; one byte more than any, so that a longer one shows
 
 _LAST_ID = 0xFFFFFFFF
 # A broker that took less could not be asked for a path of the full length.
 _LONGEST_PATH = 4096
-_SMALLEST_FRAME = HEADER.size + COOKIE.size + _LONGEST_PATH
+_SMALLEST_FRAME = HEADER.size + CLIENT.size + COOKIE.size + _LONGEST_PATH
 
 
 class State(IntEnum):
@@ -101,15 +113,21 @@ _OURS = frozenset({Happening.HELLO, Happening.REQUEST})
 
 
 class OpenPaths(NamedTuple):
-    """Open these: 1 to as many as `Limits` says."""
+    """Open these: 1 to as many as `Limits` says. `copy`: their contents will do as well.
+
+    `client` here and below: the number of the client that a service acts for; None: for itself.
+    """
 
     paths: list[bytes]
+    client: int | None = None
+    copy: bool = False
 
 
 class StatPaths(NamedTuple):
     """Describe these."""
 
     paths: list[bytes]
+    client: int | None = None
 
 
 class ListPage(NamedTuple):
@@ -118,6 +136,35 @@ class ListPage(NamedTuple):
     path: bytes
     cookie: int = 0
     most: int = 0
+    client: int | None = None
+
+
+class WalkTree(NamedTuple):
+    """Everything below a directory. Has many answers, `credit` of them before `Engine.more` asks for more.
+
+    `behind`: the path, relative to the start, to go on behind; empty: from the beginning.
+    `most`: entries per answer; 0: the broker chooses.
+    """
+
+    path: bytes
+    filter: WalkFilter
+    behind: bytes = b""
+    descriptors: bool = True
+    credit: int = 1
+    most: int = 0
+    client: int | None = None
+
+
+class ServeListener(NamedTuple):
+    """Give me the clients of a listener: an answer now, and another for each client."""
+
+    listener: bytes
+
+
+class ReleaseClient(NamedTuple):
+    """I act for this client no more."""
+
+    client: int
 
 
 class AskStatus(NamedTuple):
@@ -142,21 +189,36 @@ class HandOver(NamedTuple):
 # As tuples: building a union for each question costs more than asking it.
 _ASKS_PATHS = (OpenPaths, StatPaths)
 _ANSWERS_PATHS = (OpenReply, StatReply)
+_NOTED = (WalkTree, ReleaseClient)
 
 
 class TooLargeError(ValueError):
     """A question above the limits of this broker, though another one may have taken it."""
 
 
-Question = OpenPaths | StatPaths | ListPage | AskStatus | AskWhy | HandOver
+Question = (
+    OpenPaths
+    | StatPaths
+    | ListPage
+    | AskStatus
+    | WalkTree
+    | ServeListener
+    | ReleaseClient
+    | AskWhy
+    | HandOver
+)
 
 
 class Answer(NamedTuple):
-    """What came for request `id`. `descriptors`: one per given result, owned by who holds the answer."""
+    """What came for request `id`. `descriptors`: one per given result, owned by who holds the answer.
+
+    `last`: no other comes for this request.
+    """
 
     id: int
     reply: Reply
     descriptors: Descriptors
+    last: bool = True
 
 
 class Limits(NamedTuple):
@@ -174,13 +236,28 @@ _REPLY_TO: dict[type, type] = {
     StatPaths: StatReply,
     ListPage: ListReply,
     AskStatus: StatusReply,
+    WalkTree: WalkReply,
+    ServeListener: ServeReply,
+    ReleaseClient: ReleaseReply,
     AskWhy: ExplainReply,
     HandOver: ReloadReply,
 }
 
 
+class _Progress:
+    """What of a walk is known on this side: frames that may still come, and what came."""
+
+    __slots__ = ("cancelled", "credit", "descriptors", "entries")
+
+    def __init__(self, credit: int) -> None:
+        self.credit = credit
+        self.entries = 0
+        self.descriptors = 0
+        self.cancelled = False
+
+
 class Engine:
-    """One connection's requests and replies. Not thread-safe, but for `abandon`."""
+    """One connection's requests and replies. Not thread-safe, but for `abandon` and `release_later`."""
 
     def __init__(self) -> None:
         self._state = State.NEW
@@ -188,6 +265,13 @@ class Engine:
         self._hello_id = 0
         self._outstanding: dict[int, Question] = {}
         self._abandoned: set[int] = set()
+        self._walks: dict[int, _Progress] = {}
+        # Requests to serve that were given, and the clients that came by them and were not released.
+        self._services: set[int] = set()
+        self._clients: set[int] = set()
+        # What `afterthoughts` says to the broker: walks to cancel, clients to release.
+        self._to_cancel: deque[int] = deque()
+        self._to_release: deque[int] = deque()
         self._welcome: Welcome | None = None
         self._limits = VERSION_LIMITS
 
@@ -243,16 +327,64 @@ class Engine:
         if self._state is not State.READY:  # which it stays; looking up members of an Enum is slow
             self._happens(Happening.REQUEST)
         self._outstanding[request_id] = question
+        if isinstance(question, _NOTED):
+            self._note(request_id, question)
         return request_id, frame
+
+    def more(self, request_id: int, frames: int) -> bytes | None:
+        """Return the frame that lets the broker send so many frames more of a walk; None: it has ended.
+
+        Raises:
+            ValueError: not 1 to 65,535 frames.
+
+        """
+        if not 1 <= frames <= MOST_MORE:
+            raise ValueError(f"more of a walk is 1 to {MOST_MORE} frames, not {frames}")
+        walk = self._walks.get(request_id)
+        if walk is None or walk.cancelled:
+            return None
+        walk.credit += frames
+        return encode_more(request_id, frames)
 
     def abandon(self, request_id: int) -> None:
         """Have the answer closed when it comes: nobody waits for it any more.
 
+        A walk is cancelled, and the clients of a listener are released; that
+        is what `afterthoughts` tells the broker.
+
         May be called at any time, from another thread or a finalizer: it does
         nothing that could be caught half done.
         """
-        if request_id in self._outstanding:
+        if request_id in self._outstanding or request_id in self._services:
             self._abandoned.add(request_id)
+            if request_id in self._walks:
+                self._to_cancel.append(request_id)
+
+    def release_later(self, client: int) -> None:
+        """Have `afterthoughts` release a client. May be called as `abandon`."""
+        self._to_release.append(client)
+
+    def afterthoughts(self) -> list[bytes]:
+        """Return frames that are to be sent, of walks and clients that nobody wants any more.
+
+        Mostly none; to be asked whenever something is sent or was received.
+        """
+        frames: list[bytes] = []
+        if self._state is not State.READY:
+            return frames
+        while self._to_cancel:
+            request_id = self._to_cancel.popleft()
+            walk = self._walks.get(request_id)
+            if walk is not None and not walk.cancelled:
+                walk.cancelled = True
+                frames.append(encode_cancel(request_id))
+        while self._to_release:
+            client = self._to_release.popleft()
+            if client in self._clients:
+                request_id, frame = self.request(ReleaseClient(client))
+                self.abandon(request_id)
+                frames.append(frame)
+        return frames
 
     def receive(self, data: bytes, descriptors: Descriptors, *, truncated: bool = False) -> Answer | None:
         """Take one frame and what came with it; return the answer that it is.
@@ -278,6 +410,16 @@ class Engine:
         """Note the end of the connection; nothing is outstanding after it."""
         self._happens(Happening.END)
         self._outstanding.clear()
+        self._walks.clear()
+        self._services.clear()
+        self._clients.clear()
+
+    def _note(self, request_id: int, question: WalkTree | ReleaseClient) -> None:
+        if isinstance(question, WalkTree):
+            self._walks[request_id] = _Progress(question.credit)
+        else:
+            # No request names it from now on, so that the broker may do with the number what it likes.
+            self._clients.discard(question.client)
 
     def _receive(self, data: bytes, descriptors: Descriptors, *, truncated: bool) -> Answer | None:
         if truncated:
@@ -317,29 +459,59 @@ class Engine:
     def _answer(self, reply: Reply, descriptors: Descriptors) -> Answer | None:
         if self._state is not State.READY:
             self._happens(Happening.ANSWER, reply.id)
-        question = self._outstanding.pop(reply.id, None)
+        if isinstance(reply, AcceptedReply):
+            return self._accept(reply, descriptors)
+        question = self._outstanding.get(reply.id)
         if question is None:
             self._fail(f"a reply to request {reply.id}, which was not made or is answered already", reply.id)
-        given = 0
+        given, last = 0, True
         if not isinstance(reply, ErrorReply):
-            if not isinstance(reply, _REPLY_TO[type(question)]):
-                self._fail(
-                    f"request {reply.id} ({type(question).__name__}) is answered by a {type(reply).__name__}",
-                    reply.id,
-                )
-            if isinstance(question, _ASKS_PATHS) and isinstance(reply, _ANSWERS_PATHS):
-                asked, answered = len(question.paths), len(reply.results)
-                if asked != answered:
-                    self._fail(f"{answered} results for the {asked} paths of request {reply.id}", reply.id)
-            if isinstance(reply, OpenReply):
-                given = reply.results.count(GIVEN)
-            if isinstance(question, ListPage) and isinstance(reply, ListReply):
-                self._check_page(question, reply)
+            given, last = self._check_answer(question, reply)
         self._check(descriptors, given, reply)
+        if last or isinstance(reply, ServeReply):
+            del self._outstanding[reply.id]
+            self._walks.pop(reply.id, None)
+        if not last and isinstance(reply, ServeReply):
+            self._services.add(reply.id)
         if reply.id in self._abandoned:
-            self._abandoned.discard(reply.id)
+            if last:
+                self._abandoned.discard(reply.id)
             return None
-        return Answer(reply.id, reply, descriptors)
+        return Answer(reply.id, reply, descriptors, last)
+
+    def _accept(self, reply: AcceptedReply, descriptors: Descriptors) -> Answer | None:
+        number = reply.client.number
+        if reply.id not in self._services:
+            self._fail(f"a client of a listener that nobody serves (request {reply.id})", reply.id)
+        if number in self._clients:
+            self._fail(f"another client with the number {number}, which is in use", reply.id)
+        self._check(descriptors, 1, reply)
+        self._clients.add(number)
+        if reply.id in self._abandoned:
+            self._to_release.append(number)
+            return None
+        return Answer(reply.id, reply, descriptors, last=False)
+
+    def _check_answer(self, question: Question, reply: Reply) -> tuple[int, bool]:
+        """Check what answers a question: how many descriptors belong to it, and is it the last answer?"""
+        if not isinstance(reply, _REPLY_TO[type(question)]):
+            self._fail(
+                f"request {reply.id} ({type(question).__name__}) is answered by a {type(reply).__name__}",
+                reply.id,
+            )
+        if isinstance(question, _ASKS_PATHS) and isinstance(reply, _ANSWERS_PATHS):
+            asked, answered = len(question.paths), len(reply.results)
+            if asked != answered:
+                self._fail(f"{answered} results for the {asked} paths of request {reply.id}", reply.id)
+        if isinstance(reply, OpenReply):
+            if reply.copies:
+                self._check_copies(question, reply)
+            return reply.results.count(GIVEN), True
+        if isinstance(question, WalkTree) and isinstance(reply, WalkReply):
+            return self._check_walk(question, reply), reply.end is not None
+        if isinstance(question, ListPage) and isinstance(reply, ListReply):
+            self._check_page(question, reply)
+        return 0, not isinstance(reply, ServeReply) or reply.result is not GIVEN
 
     def _check(self, descriptors: Descriptors, expected: int, reply: Reply) -> None:
         if len(descriptors) != expected:
@@ -353,13 +525,52 @@ class Engine:
         if not reply.last and reply.cookie == question.cookie:
             self._fail("a page that leads to itself", reply.id)
 
+    def _check_copies(self, question: Question, reply: OpenReply) -> None:
+        if not isinstance(question, OpenPaths) or not question.copy:
+            self._fail("a copy of a file that was to be opened", reply.id)
+        longest = max(map(len, reply.copies))
+        if longest > self.welcome.copy_max:
+            self._fail(f"a copy of {longest} bytes, above its own limit of {self.welcome.copy_max}", reply.id)
+
+    def _check_walk(self, question: WalkTree, reply: WalkReply) -> int:
+        """Check a frame of a walk and return how many descriptors belong to it."""
+        walk = self._walks[reply.id]
+        # A last frame without entries says that the walk was refused or cancelled, or has nothing more.
+        if reply.entries or reply.end is None:
+            if not walk.credit:
+                self._fail("a frame of a walk that was not asked for", reply.id)
+            walk.credit -= 1
+        if len(reply.entries) > (question.most or MAX_PATHS):
+            self._fail(
+                f"{len(reply.entries)} entries in a frame of a walk, {question.most} were asked for", reply.id
+            )
+        given = sum([entry.descriptor for entry in reply.entries])
+        if given and not question.descriptors:
+            self._fail("a walk that opens files, which was not asked for", reply.id)
+        walk.entries += len(reply.entries)
+        walk.descriptors += given
+        end = reply.end
+        if end is not None and (end.entries, end.descriptors) != (walk.entries, walk.descriptors):
+            self._fail(
+                f"a walk that ends with {end.entries} entries and {end.descriptors} descriptors;"
+                f" {walk.entries} and {walk.descriptors} came",
+                reply.id,
+            )
+        return given
+
     def _encode(self, request_id: int, question: Question) -> bytes:
         if isinstance(question, OpenPaths):
-            frame = encode_open(request_id, question.paths)
+            frame = encode_open(request_id, question.paths, question.client, copy=question.copy)
         elif isinstance(question, StatPaths):
-            frame = encode_stat(request_id, question.paths)
+            frame = encode_stat(request_id, question.paths, question.client)
         elif isinstance(question, ListPage):
-            frame = encode_list(request_id, question.path, question.cookie, question.most)
+            frame = encode_list(request_id, question.path, question.cookie, question.most, question.client)
+        elif isinstance(question, WalkTree):
+            frame = _encode_walk(request_id, question)
+        elif isinstance(question, ServeListener):
+            frame = encode_serve(request_id, question.listener)
+        elif isinstance(question, ReleaseClient):
+            frame = encode_release(request_id, question.client)
         elif isinstance(question, AskWhy):
             frame = encode_explain(request_id, question.action, question.path)
         elif isinstance(question, HandOver):
@@ -378,7 +589,7 @@ class Engine:
         """Return an id that is free: not 0, which error frames use where an id could not be read."""
         while True:
             self._last_id = self._last_id + 1 if self._last_id < _LAST_ID else 1
-            if self._last_id not in self._outstanding:
+            if self._last_id not in self._outstanding and self._last_id not in self._services:
                 return self._last_id
 
     def _happens(self, happening: Happening, request_id: int = 0) -> None:
@@ -393,6 +604,19 @@ class Engine:
     def _fail(self, why: str, request_id: int = 0) -> NoReturn:
         self._state = State.CLOSED
         raise protocol_error(why, request_id)
+
+
+def _encode_walk(request_id: int, question: WalkTree) -> bytes:
+    return encode_walk(
+        request_id,
+        question.path,
+        question.filter,
+        credit=question.credit,
+        behind=question.behind,
+        descriptors=question.descriptors,
+        most=question.most,
+        client=question.client,
+    )
 
 
 class Batch(NamedTuple):
@@ -449,7 +673,7 @@ def batches(paths: Iterable[StrOrBytesPath], most: int, limits: Callable[[], Lim
             given, sent, errors = batch = Batch([], [], {})
         if not given:
             max_paths, max_frame = limits()
-            room, full = max_frame - HEADER.size + 1, min(most, max_paths)
+            room, full = max_frame - HEADER.size - CLIENT.size + 1, min(most, max_paths)
         if error is None:
             sent.append(path)
             room -= len(path) + 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fdbroker.wire.format import ERRNO_OF, Reason
 
@@ -41,9 +41,7 @@ class BrokerError(OSError):
         self.reason = reason
         self.request_id = request_id
 
-    def __reduce__(
-        self,
-    ) -> tuple[type[BrokerError], tuple[int | None, str | None, bytes | None, Reason, int]]:
+    def __reduce__(self) -> tuple[type[BrokerError], tuple[Any, ...]]:
         """Say how to make it again: what crosses to another process keeps all its parts."""
         return type(self), (self.errno, self.strerror, self.filename, self.reason, self.request_id)
 
@@ -84,8 +82,20 @@ class BusyError(BrokerError, BlockingIOError):
     """Not now: a lease is held on the file, or it was moved while it was looked up. Try again."""
 
 
+class ChangedError(BrokerError, BlockingIOError):
+    """Not now: the file changed while it was copied, so the copy is of no one moment. Try again."""
+
+
 class LimitError(BrokerError, BlockingIOError):
     """Not now: a limit of connections or of descriptors under way is reached. Try again."""
+
+
+class FileTooLargeError(BrokerError):
+    """The file is larger than a copy of it may be (EFBIG)."""
+
+
+class FileTimeoutError(BrokerError, TimeoutError):
+    """The file could not be opened or copied in time. It is about this file: the connection goes on."""
 
 
 class BrokenError(BrokerError):
@@ -106,6 +116,36 @@ class UnavailableError(BrokerError, ConnectionError):
 
 class DisconnectedError(BrokerError, ConnectionResetError):
     """The connection ended, and the request could not be repeated on another one."""
+
+
+class WalkInterrupted(BrokerError):
+    """A walk was cut off and could not go on: the connection was lost, or the place where it was is gone.
+
+    `filename` is the walk's start, `last` the path below it (relative, bytes)
+    that was delivered last, empty if none was; `entries` and `descriptors`
+    were delivered in all. `__cause__` is what went wrong.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - those of every error, and how far it got
+        self,
+        number: int,
+        text: str,
+        filename: bytes | None = None,
+        reason: Reason = Reason.NONE,
+        request_id: int = 0,
+        last: bytes = b"",
+        entries: int = 0,
+        descriptors: int = 0,
+    ) -> None:
+        super().__init__(number, text, filename, reason, request_id)
+        self.last = last
+        self.entries = entries
+        self.descriptors = descriptors
+
+    def __reduce__(self) -> tuple[type[BrokerError], tuple[Any, ...]]:
+        """Say how to make it again, with how far it got."""
+        kind, arguments = super().__reduce__()
+        return kind, (*arguments, self.last, self.entries, self.descriptors)
 
 
 class ProtocolError(BrokerError, ConnectionError):
@@ -138,6 +178,8 @@ _CLASSES: dict[Reason, type[BrokerError]] = {
     Reason.MALFORMED: ProtocolError,
     Reason.VERSION: ProtocolError,
     Reason.POLICY: ReloadRefusedError,
+    Reason.TOO_LARGE: FileTooLargeError,
+    Reason.TIMED_OUT: FileTimeoutError,
 }
 
 _TEXTS: dict[Reason, str] = {
@@ -164,6 +206,9 @@ _TEXTS: dict[Reason, str] = {
     Reason.MALFORMED: "the broker could not read the request; client and broker do not fit together",
     Reason.VERSION: "client and broker have no version of the protocol in common; update the older one",
     Reason.POLICY: "the broker does not take this policy and goes on with the one it has",
+    Reason.TOO_LARGE: "the policy delivers it as a copy alone, and it is larger than a copy may be",
+    Reason.TIMED_OUT: "its file system, or who watches it, did not answer the broker in time; try again, or"
+    " have its operator look at the mount",
 }
 
 
@@ -209,11 +254,28 @@ def unavailable(socket_path: bytes | None, error: OSError) -> UnavailableError:
         errno.ECONNREFUSED: "nobody listens on the broker's socket; start the broker",
         errno.EACCES: "this user may not connect to the broker's socket; whoever administers the machine can"
         " add it to the group that may (fdbroker-clients)",
-        errno.EPROTOTYPE: "the socket is of another type; the client needs a SOCK_SEQPACKET socket",
+        errno.EPROTOTYPE: "the socket is of another type; the client needs SOCK_SEQPACKET or SOCK_STREAM",
         errno.EAGAIN: "the queue of the broker's socket is full; the broker is overloaded or stuck",
     }
     text = cures.get(number) or f"the broker's socket can't be used: {error.strerror or error}"
     return UnavailableError(number, text, socket_path)
+
+
+def changed(path: bytes | None) -> ChangedError:
+    """Return the exception for a file that changed while it was copied."""
+    return ChangedError(errno.EAGAIN, "the file changed while it was copied; try again", path)
+
+
+def too_large(path: bytes | None, size: int, most: int) -> FileTooLargeError:
+    """Return the exception for a file that is larger than the copy that is wanted of it."""
+    text = f"the file has {size} bytes, and a sealed copy may have {most}; raise max_size, or do without one"
+    return FileTooLargeError(errno.EFBIG, text, path)
+
+
+def copying_timed_out(path: bytes | None, copied: int, size: int) -> FileTimeoutError:
+    """Return the exception for a file that could not be copied in time."""
+    text = f"{copied} of {size} bytes were copied when the time was up; give the client a longer time-out"
+    return FileTimeoutError(errno.ETIMEDOUT, text, path)
 
 
 def timed_out(seconds: float, what: str) -> BrokerTimeoutError:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from fdbroker.client.engine import StrOrBytesPath
     from fdbroker.client.errors import BrokerError
-    from fdbroker.wire.messages import FileStat
+    from fdbroker.wire.messages import FileStat, WalkEntry
 
 _Result = TypeVar("_Result")
 
@@ -135,6 +135,70 @@ class OpenedFile:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+class WalkedFile(OpenedFile):
+    """What a walk met: where, what it is, and (if the walk opens files and may open this one) the file.
+
+    Otherwise as `OpenedFile`; what came without its descriptor raises ValueError where one is wanted.
+    """
+
+    __slots__ = ("is_open", "kind", "relative", "stat")
+
+    def __init__(
+        self, path: str | bytes, relative: str | bytes, entry: WalkEntry, descriptor: int = -1
+    ) -> None:
+        super().__init__(path, descriptor)
+        # Below the walk's start, as text or bytes like the start.
+        self.relative = relative
+        # d_type of readdir(3): 4 directory, 8 regular, 10 symbolic link, ...
+        self.kind = entry.kind
+        self.stat = entry.stat
+        # Whether it came with its descriptor.
+        self.is_open = descriptor >= 0
+
+    def __repr__(self) -> str:
+        """Return the path and what became of it."""
+        if not self.is_open:
+            return f"<WalkedFile {self.path!r} kind={self.kind}>"
+        return super().__repr__().replace("OpenedFile", "WalkedFile", 1)
+
+    def _check(self) -> None:
+        if not self.is_open:
+            raise ValueError(f"{self.path!r} came without its descriptor")
+        super()._check()
+
+
+class ReadFile:
+    """What became of one path of `read_many`: all that is in the file, or the error that says why not."""
+
+    __slots__ = ("_content", "error", "path")
+
+    def __init__(
+        self, path: StrOrBytesPath, content: bytes | None = None, error: OSError | None = None
+    ) -> None:
+        # As the caller wrote it.
+        self.path = path
+        # None: it was read. Mostly a BrokerError; another OSError where reading what was opened failed.
+        self.error = error
+        self._content = content
+
+    def __repr__(self) -> str:
+        """Return the path and what became of it."""
+        state = f"error={self.error!r}" if self._content is None else f"{len(self._content)} bytes"
+        return f"<ReadFile {self.path!r} {state}>"
+
+    @property
+    def content(self) -> bytes:
+        """The bytes of the file.
+
+        Raises:
+            OSError: `error`, if it was not read.
+
+        """
+        if self._content is None:
+            raise self.error or ValueError(f"{self.path!r} was not read")
+        return self._content
 
 
 class DescribedFile:

@@ -15,44 +15,69 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker.client import Client, connect
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
+from fdbroker.policy.globs import compile_glob
 from fdbroker.policy.paths import problem_with_path
 from fdbroker.wire.format import (
     ERRNO_OF,
+    HEADER,
+    MAX_COPY,
     MAX_FRAME,
     MAX_PATHS,
     MAX_REPLY,
+    RESULT,
+    STAT,
     VERSION,
+    WALK_END,
+    WALK_ENTRY,
+    Incomplete,
     Kind,
     Reason,
     Status,
+    WalkKind,
 )
 from fdbroker.wire.messages import (
     GIVEN,
+    AcceptedClient,
+    CancelRequest,
     ErrorReply,
     FileStat,
     Hello,
     ListEntry,
     ListRequest,
     MalformedError,
+    MoreRequest,
     OpenRequest,
+    ReleaseRequest,
+    ServeRequest,
     StatRequest,
+    StatusRequest,
+    WalkEnd,
+    WalkEntry,
+    WalkRequest,
     Welcome,
     broken,
+    copied,
     refused,
 )
 from fdbroker.wire.replies import (
+    encode_accepted,
     encode_error,
     encode_list_entry,
     encode_list_reply,
     encode_open_reply,
+    encode_release_reply,
+    encode_serve_reply,
     encode_stat_reply,
     encode_status_reply,
+    encode_walk_entry,
+    encode_walk_reply,
     encode_welcome,
 )
 from fdbroker.wire.requests import decode_request
+from fdbroker.wire.stream import FrameBuffer, framed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -65,6 +90,8 @@ GENERATION = 1
 _DEVICE = 1
 _IN_FLIGHT = 256
 _FILE, _DIRECTORY = 8, 4  # d_type
+_MOST_WALKS = 4  # at a time on one connection
+_ROOM_OF_WALK = MAX_REPLY - HEADER.size - RESULT.size - WALK_END.size
 _REASON_OF = {
     errno.EACCES: Reason.DENIED,
     errno.EPERM: Reason.DENIED,
@@ -89,6 +116,77 @@ class _Object(NamedTuple):
     names: tuple[bytes, ...] | None = None
 
 
+class _Connection:
+    """One client's connection: framing, walks, whom it serves and acts for. Used by its thread alone.
+
+    But for `send`, which others may call to hand a client over.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.walks: dict[int, _Walk] = {}
+        # Listener -> id of the request to serve; numbers of clients that were handed over.
+        self.services: dict[str, int] = {}
+        self.clients: set[int] = set()
+        self._lock = threading.Lock()
+        self._frames = FrameBuffer() if sock.type == socket.SOCK_STREAM else None
+
+    def receive(self) -> bytes:
+        """Return the next frame, empty at the end.
+
+        Raises:
+            MalformedError: descriptors came, or what is no frame.
+
+        """
+        while True:
+            if self._frames is not None:
+                frame = self._frames.next_frame()
+                if frame is not None:
+                    return frame
+            message = sockets.receive(self.sock, MAX_FRAME + 1)
+            with message.descriptors as unwanted:
+                if unwanted:
+                    raise MalformedError("descriptors are not taken here")
+            if self._frames is None or not message.data:
+                return message.data
+            self._frames.add(message.data)
+
+    def send(self, frame: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Send a frame, whole, with copies of `descriptors`."""
+        with self._lock:
+            if self._frames is None:
+                sockets.send(self.sock, frame, descriptors)
+                return
+            data = memoryview(framed(frame))
+            first = data[:MAX_FRAME]
+            sockets.send(self.sock, first.tobytes(), descriptors)
+            if len(first) < len(data):
+                self.sock.sendall(data[len(first) :])
+
+    def refuse(self, request_id: int, kind: Kind, reason: Reason, text: str) -> None:
+        """Send an error."""
+        error = ErrorReply(request_id, GENERATION, kind, reason, ERRNO_OF[reason], text)
+        self.send(encode_error(error))
+
+
+class _Walk:
+    """A walk under way: what is still to be named, and how many frames may be sent."""
+
+    def __init__(self, request: WalkRequest, found: Iterator[tuple[bytes, _Object]]) -> None:
+        self.request = request
+        self.found = found
+        self.credit = request.credit
+        self.incomplete = Incomplete(0)
+        self.directories = 1
+        self.entries = 0
+        self.descriptors = 0
+        # What had no room in the last frame.
+        self.left_over: tuple[bytes, _Object] | None = None
+
+    def end(self) -> WalkEnd:
+        return WalkEnd(self.entries, self.descriptors, self.directories, self.incomplete)
+
+
 class FakeBroker:
     """Serves `files` to clients in this process (or another, with `socket_path`), until it is closed.
 
@@ -100,7 +198,11 @@ class FakeBroker:
     the path is refused (an errno without a reason of its own becomes a failure
     of the broker). The directories of all paths exist as well. Other paths
     are refused with `missing`. Each open gives a descriptor of its own, read-only,
-    of a memory file; so real programs can be run on it.
+    of a memory file; so real programs can be run on it. Whoever will do with
+    a copy of the contents gets one, up to `copy_max` bytes. Walks name what is
+    not refused, in the order of the names.
+
+    Any listener may be served; `hand_over` makes a client of one.
 
     `files` may be changed at any time, by `fake["/path"] = ...` and `del`. `requests`
     has every request since the beginning, as values of `fdbroker.wire.messages`.
@@ -111,6 +213,9 @@ class FakeBroker:
         missing: why other paths are refused.
         max_paths: paths that one request may hold, to see that a program's batches are split.
         page: most entries of a directory in one reply.
+        copy_max: bytes of the largest file whose contents come in the reply, at most 16,384; 0: none do.
+        only_copies: refuse what can't come as a copy, as a policy may say.
+        kind: SOCK_SEQPACKET, or SOCK_STREAM, of its socket and of socketpairs.
 
     """
 
@@ -122,15 +227,22 @@ class FakeBroker:
         missing: Reason = Reason.NOT_FOUND,
         max_paths: int = MAX_PATHS,
         page: int = 100,
+        copy_max: int = MAX_COPY,
+        only_copies: bool = False,
+        kind: socket.SocketKind = socket.SOCK_SEQPACKET,
     ) -> None:
         self.requests: list[Request] = []
         self._files: dict[bytes, Content] = {}
         self._missing = missing
         self._max_paths = max_paths
         self._page = page
+        self._copy_max = min(copy_max, MAX_COPY)
+        self._only_copies = only_copies
+        self._kind = kind
+        self._last_number = 0
         self._lock = threading.Lock()
         self._closed = False
-        self._served: dict[socket.socket, threading.Thread] = {}
+        self._served: dict[_Connection, threading.Thread] = {}
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
         self._socket_path = None if socket_path is None else os.fsencode(socket_path)
@@ -187,18 +299,53 @@ class FakeBroker:
             ValueError: this broker is closed.
 
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, self._kind)
         if not self._serve(ours):
             theirs.close()
             raise ValueError("this broker is closed")
+        return theirs
+
+    def hand_over(
+        self, listener: str, *, pid: int | None = None, uid: int | None = None, gid: int | None = None
+    ) -> socket.socket:
+        """Connect a client to a listener that is served; return its end, which the caller owns.
+
+        The service gets the other end, and is told that it is this process, or whom the arguments name.
+
+        Raises:
+            ValueError: nobody serves this listener.
+
+        """
+        with self._lock:
+            connection = next((one for one in self._served if listener in one.services), None)
+            if connection is None:
+                raise ValueError(f"nobody serves {listener!r}")
+            self._last_number += 1
+            number = self._last_number
+            connection.clients.add(number)
+            request_id = connection.services[listener]
+        facts = AcceptedClient(
+            number,
+            os.getpid() if pid is None else pid,
+            os.getuid() if uid is None else uid,
+            os.getgid() if gid is None else gid,
+            0,
+        )
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with ours:
+            try:
+                connection.send(encode_accepted(request_id, GENERATION, facts), [ours.fileno()])
+            except BaseException:
+                theirs.close()
+                raise
         return theirs
 
     def disconnect(self) -> None:
         """Close all connections, as a restart of the broker does; it goes on listening."""
         with self._lock:
             served = dict(self._served)
-        for sock, thread in served.items():
-            _wake(sock)
+        for connection, thread in served.items():
+            _wake(connection.sock)
             thread.join()
 
     def close(self) -> None:
@@ -216,7 +363,7 @@ class FakeBroker:
     # Connections
 
     def _listen(self, path: bytes) -> None:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener = socket.socket(socket.AF_UNIX, self._kind)
         try:
             listener.bind(path)
             listener.listen()
@@ -238,59 +385,76 @@ class FakeBroker:
             if self._closed:
                 sock.close()
                 return False
-            thread = threading.Thread(target=self._talk, args=(sock,), daemon=True)
-            self._served[sock] = thread
+            connection = _Connection(sock)
+            thread = threading.Thread(target=self._talk, args=(connection,), daemon=True)
+            self._served[connection] = thread
             thread.start()
         return True
 
-    def _talk(self, sock: socket.socket) -> None:
+    def _talk(self, connection: _Connection) -> None:
         greeted = False
         try:
             # The client may go at any moment, or never receive until `disconnect`.
             with contextlib.suppress(OSError):
                 while True:
-                    message = sockets.receive(sock, MAX_FRAME + 1)
-                    with message.descriptors as unwanted:
-                        if not message.data:
+                    try:
+                        frame = connection.receive()
+                        if not frame:
                             return
-                        try:
-                            request = decode_request(message.data)
-                            if unwanted or isinstance(request, Hello) is greeted:
-                                raise MalformedError("descriptors, or not one hello, first", request.id)
-                        except MalformedError as error:
-                            _refuse(sock, error.request_id, Kind.MALFORMED, Reason.MALFORMED, str(error))
-                            return
+                        request = decode_request(frame)
+                        if isinstance(request, Hello) is greeted:
+                            raise MalformedError("not one hello, first", request.id)
+                    except MalformedError as error:
+                        connection.refuse(error.request_id, Kind.MALFORMED, Reason.MALFORMED, str(error))
+                        return
                     greeted = True
                     with self._lock:
                         self.requests.append(request)
-                    self._answer(sock, request)
+                    self._answer(connection, request)
         finally:
             # In this order: who finds nothing served finds everything closed.
-            sock.close()
+            connection.sock.close()
             with self._lock:
-                del self._served[sock]
+                del self._served[connection]
 
-    def _answer(self, sock: socket.socket, request: Request) -> None:
-        if isinstance(request, Hello):
-            self._greet(sock, request)
+    def _answer(self, connection: _Connection, request: Request) -> None:
+        number = getattr(request, "client", None)
+        if (
+            number is not None
+            and not isinstance(request, ReleaseRequest)
+            and number not in connection.clients
+        ):
+            text = f"there is no client {number} here"
+            connection.refuse(request.id, Kind.REFUSED, Reason.IDENTITY, text)
+        elif isinstance(request, Hello):
+            self._greet(connection, request)
         elif isinstance(request, OpenRequest):
-            self._open(sock, request)
+            self._open(connection, request)
         elif isinstance(request, StatRequest):
             found = [self._find(path) for path in request.paths]
             results = [
                 (one.result, _describe(path, one) if one.result is GIVEN else None)
                 for path, one in zip(request.paths, found, strict=True)
             ]
-            sockets.send(sock, encode_stat_reply(request.id, GENERATION, results))
+            connection.send(encode_stat_reply(request.id, GENERATION, results))
         elif isinstance(request, ListRequest):
-            self._list(sock, request)
-        else:
+            self._list(connection, request)
+        elif isinstance(request, StatusRequest):
             document = {"generation": GENERATION, "identity_level": 0, "fake": True}
-            sockets.send(sock, encode_status_reply(request.id, GENERATION, json.dumps(document).encode()))
+            connection.send(encode_status_reply(request.id, GENERATION, json.dumps(document).encode()))
+        elif isinstance(request, ServeRequest | ReleaseRequest):
+            self._serve_or_release(connection, request)
+        elif isinstance(request, WalkRequest | MoreRequest | CancelRequest):
+            self._walk(connection, request)
+        else:
+            text = "this is no control socket"
+            connection.refuse(request.id, Kind.MALFORMED, Reason.MALFORMED, text)
+            _wake(connection.sock)
 
-    def _greet(self, sock: socket.socket, request: Hello) -> None:
+    def _greet(self, connection: _Connection, request: Hello) -> None:
         if not request.lowest <= VERSION <= request.highest:
-            _refuse(sock, request.id, Kind.REFUSED, Reason.VERSION, f"only version {VERSION} is spoken here")
+            text = f"only version {VERSION} is spoken here"
+            connection.refuse(request.id, Kind.REFUSED, Reason.VERSION, text)
             return
         welcome = Welcome(
             request.id,
@@ -301,29 +465,144 @@ class FakeBroker:
             max_paths=self._max_paths,
             max_frame=MAX_FRAME,
             in_flight=_IN_FLIGHT,
-            copy_max=0,
+            copy_max=self._copy_max,
         )
-        sockets.send(sock, encode_welcome(welcome))
+        connection.send(encode_welcome(welcome))
 
-    def _open(self, sock: socket.socket, request: OpenRequest) -> None:
+    def _open(self, connection: _Connection, request: OpenRequest) -> None:
         if len(request.paths) > self._max_paths:
             text = f"a request has at most {self._max_paths} paths here"
-            _refuse(sock, request.id, Kind.REFUSED, Reason.LIMIT, text)
+            connection.refuse(request.id, Kind.REFUSED, Reason.LIMIT, text)
             return
         results = []
+        copies: list[bytes] = []
+        room = MAX_REPLY - HEADER.size - len(request.paths) * RESULT.size
         with Descriptors() as descriptors:
             for path in request.paths:
                 found = self._find(path)
-                result = found.result
+                result, content = found.result, found.content
                 if found.names is not None:
                     result = refused(Reason.NOT_REGULAR, errno.EISDIR)
-                elif result.status is Status.GIVEN:
-                    descriptors.add(_memory_file(path, found.content))
+                elif result is GIVEN and request.copy and len(content) <= min(self._copy_max, room):
+                    result = copied(len(content))
+                    copies.append(content)
+                    room -= len(content)
+                elif result is GIVEN and self._only_copies:
+                    fits = request.copy and len(content) <= self._copy_max
+                    result = refused(Reason.LIMIT if fits else Reason.TOO_LARGE)
+                elif result is GIVEN:
+                    descriptors.add(_memory_file(path, content))
                 results.append(result)
-            reply = encode_open_reply(request.id, GENERATION, results)
-            sockets.send(sock, reply, descriptors.numbers())
+            reply = encode_open_reply(request.id, GENERATION, results, copies)
+            connection.send(reply, descriptors.numbers())
 
-    def _list(self, sock: socket.socket, request: ListRequest) -> None:
+    def _serve_or_release(self, connection: _Connection, request: ServeRequest | ReleaseRequest) -> None:
+        if isinstance(request, ServeRequest):
+            connection.send(encode_serve_reply(request.id, GENERATION, GIVEN))
+            with self._lock:
+                connection.services[request.listener.decode(errors="replace")] = request.id
+            return
+        with self._lock:
+            known = request.client in connection.clients
+            connection.clients.discard(request.client)
+        result = GIVEN if known else refused(Reason.NOT_FOUND)
+        connection.send(encode_release_reply(request.id, GENERATION, result))
+
+    # Walks
+
+    def _walk(self, connection: _Connection, request: WalkRequest | MoreRequest | CancelRequest) -> None:
+        walks = connection.walks
+        if isinstance(request, WalkRequest):
+            problem = self._problem_with_walk(connection, request)
+            if problem is not None:
+                last = WalkEnd(0, 0, 0, Incomplete(0))
+                connection.send(encode_walk_reply(request.id, GENERATION, problem, [], last))
+                return
+            walks[request.id] = _Walk(request, self._below(request))
+        walk = walks.get(request.id)
+        if walk is None:
+            return
+        if isinstance(request, MoreRequest):
+            walk.credit += request.credit
+        elif isinstance(request, CancelRequest):
+            walk.incomplete |= Incomplete.CANCELLED
+            walk.found, walk.left_over = iter(()), None
+            walk.credit += 1
+        while walk.credit and request.id in walks:
+            walk.credit -= 1
+            if self._send_frame_of_walk(connection, walk):
+                del walks[request.id]
+
+    def _problem_with_walk(self, connection: _Connection, request: WalkRequest) -> Result | None:
+        found = self._find(request.path)
+        if found.result is not GIVEN:
+            return found.result
+        if found.names is None:
+            return refused(Reason.NOT_DIRECTORY)
+        if len(connection.walks) >= _MOST_WALKS:
+            return refused(Reason.LIMIT)
+        prefix = request.path.rstrip(b"/") + b"/"
+        if request.behind and self._find(prefix + request.behind).result.reason is Reason.NOT_FOUND:
+            return refused(Reason.NOT_FOUND)
+        try:
+            for glob in request.filter.globs:
+                compile_glob(glob)
+        except ValueError:
+            return refused(Reason.PATH_INVALID)
+        return None
+
+    def _below(self, request: WalkRequest) -> Iterator[tuple[bytes, _Object]]:
+        """Yield what is below the start, each directory before what is in it, with paths from the start."""
+        prefix = request.path.rstrip(b"/") + b"/"
+        # As components, so that what is in a directory comes directly behind it.
+        behind = request.behind.split(b"/") if request.behind else []
+        waiting: list[tuple[bytes, ...]] = [
+            (name,) for name in reversed(self._find(request.path).names or ())
+        ]
+        while waiting:
+            components = waiting.pop()
+            path = b"/".join(components)
+            found = self._find(prefix + path)
+            waiting.extend((*components, name) for name in reversed(found.names or ()))
+            if list(components) > behind:
+                yield path, found
+
+    def _send_frame_of_walk(self, connection: _Connection, walk: _Walk) -> bool:
+        """Send the next frame; return whether it was the last."""
+        request = walk.request
+        prefix = request.path.rstrip(b"/") + b"/"
+        entries: list[bytes] = []
+        size, last = 0, False
+        with Descriptors() as descriptors:
+            while len(entries) < (request.most or MAX_PATHS):
+                one = walk.left_over or next(walk.found, None)
+                walk.left_over = None
+                if one is None:
+                    last = True
+                    break
+                path, found = one
+                if found.names is not None:
+                    walk.directories += 1
+                if not _is_named(path, found, walk):
+                    continue
+                size += WALK_ENTRY.size + STAT.size + len(path)
+                if size > _ROOM_OF_WALK:
+                    walk.left_over = one
+                    break
+                is_open = request.descriptors and found.names is None
+                if is_open:
+                    descriptors.add(_memory_file(path, found.content))
+                kind = _FILE if found.names is None else _DIRECTORY
+                facts = _describe(prefix + path, found)
+                entries.append(encode_walk_entry(WalkEntry(path, kind, facts, is_open)))
+            walk.entries += len(entries)
+            walk.descriptors += len(descriptors)
+            end = walk.end() if last else None
+            frame = encode_walk_reply(request.id, GENERATION, GIVEN, entries, end)
+            connection.send(frame, descriptors.numbers())
+        return last
+
+    def _list(self, connection: _Connection, request: ListRequest) -> None:
         found = self._find(request.path)
         result, names = found.result, found.names
         if result is GIVEN and names is None:
@@ -344,7 +623,7 @@ class FakeBroker:
                 entries.append(entry)
             at += 1
         last = at >= len(names)
-        sockets.send(sock, encode_list_reply(request.id, GENERATION, result, entries, at, last=last))
+        connection.send(encode_list_reply(request.id, GENERATION, result, entries, at, last=last))
 
     def _find(self, path: bytes) -> _Object:
         if problem_with_path(path) is not None:
@@ -394,9 +673,20 @@ def _memory_file(path: bytes, content: bytes) -> int:
         os.close(writable)
 
 
-def _refuse(sock: socket.socket, request_id: int, kind: Kind, reason: Reason, text: str) -> None:
-    error = ErrorReply(request_id, GENERATION, kind, reason, ERRNO_OF[reason], text)
-    sockets.send(sock, encode_error(error))
+def _is_named(path: bytes, found: _Object, walk: _Walk) -> bool:
+    """Return whether a walk is to name this; note what it leaves out because it is refused."""
+    asked = walk.request.filter
+    if found.result is not GIVEN:
+        failed = found.result.status is Status.BROKEN
+        walk.incomplete |= Incomplete.FAILED if failed else Incomplete.REFUSED
+        return False
+    kind = WalkKind.REGULAR if found.names is None else WalkKind.DIRECTORY
+    if not asked.kinds & kind or asked.newer_than >= 0:  # everything here is of 1970
+        return False
+    if found.names is None and not asked.least_size <= len(found.content) <= asked.most_size:
+        return False
+    components = path.split(b"/")
+    return not asked.globs or any(compile_glob(glob).matches(components) for glob in asked.globs)
 
 
 def _wake(sock: socket.socket) -> None:

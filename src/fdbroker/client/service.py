@@ -1,0 +1,216 @@
+"""Acting for others: the clients of a listener that the broker hands over, and requests on their behalf."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from typing import TYPE_CHECKING
+
+from fdbroker.client.errors import disconnected
+from fdbroker.client.files import FileRequests
+from fdbroker.client.link import Deadline
+from fdbroker.client.serving import ServeCall, accepted_of
+
+if TYPE_CHECKING:
+    import socket
+    from types import TracebackType
+    from typing import Self
+
+    from fdbroker.client.connection import Connection
+    from fdbroker.client.link import Link
+    from fdbroker.client.session import Session
+    from fdbroker.wire.messages import AcceptedClient
+
+
+class WaitedServeCall(ServeCall):
+    """Tells a thread that waits for clients when one came, or no more will. Owns an eventfd."""
+
+    __slots__ = ("came",)
+
+    def __init__(self, listener: bytes) -> None:
+        super().__init__(listener)
+        # Whatever thread receives a client, the one that waits for it wakes up.
+        self.came = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.wake = self.signal
+
+    def signal(self) -> None:
+        """Have all who wait look again."""
+        with contextlib.suppress(OSError):  # it was closed meanwhile
+            os.eventfd_write(self.came, 1)
+
+    def close(self) -> None:
+        """Abandon it and close the eventfd. May be called again."""
+        self.abandon()
+        self.wake = None  # which leads back here: without it nothing is left to the collector
+        if self.came >= 0:
+            self.signal()
+        came, self.came = self.came, -1
+        if came >= 0:
+            os.close(came)
+
+
+class Service:
+    """The clients of a listener, as they connect; made by `Client.serve`.
+
+    An iterator that waits for the next client. It ends with
+    DisconnectedError when the connection to the broker is lost: the
+    clients that it knew are unknown on another one, and so is the service.
+    Several threads may wait.
+    """
+
+    def __init__(self, session: Session, call: WaitedServeCall, listener: str) -> None:
+        self._session = session
+        self._call = call
+        self._listener = listener
+
+    def __repr__(self) -> str:
+        """Return which listener it serves."""
+        return f"<fdbroker.Service of {self._listener!r}{' (closed)' if self.closed else ''}>"
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def __del__(self) -> None:
+        """Close the eventfd, and let clients that come be released."""
+        self._call.close()
+
+    def __iter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> ServedClient:
+        """Wait for the next client and return it; ends when the service is closed. Raises as `accept`."""
+        if not self.closed:
+            try:
+                return self.accept()
+            except ValueError:
+                if not self.closed:  # in another thread, while this one waited
+                    raise
+        raise StopIteration
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._call.came < 0
+
+    def accept(self, timeout: float | None = None) -> ServedClient:
+        """Wait for a client and return it; the caller should close it.
+
+        Args:
+            timeout: seconds to wait; None: for ever.
+
+        Raises:
+            TimeoutError: nobody connected. The service goes on.
+            DisconnectedError: the connection to the broker was lost, and with it the service.
+            BrokerError: the broker did not keep to the protocol, or ended the connection with a reason.
+            ValueError: the service, or its client, is closed.
+
+        """
+        deadline = Deadline.after(timeout)
+        while True:
+            if self.closed:
+                raise ValueError(f"the service of {self._listener!r} is closed")
+            with contextlib.suppress(IndexError):  # another thread may have been faster
+                answer = self._call.answers.pop(0)
+                facts, sock = accepted_of(answer)
+                return ServedClient(self._session, self._call.bound, facts, sock)
+            connection = self._session.connection_of(self._call)
+            if connection is None:
+                self._call.signal()  # others may wait as well
+                raise disconnected(f"the connection was lost by which the clients of {self._listener!r} came")
+            if not self._wait(connection, deadline):
+                raise TimeoutError(f"nobody connected to {self._listener!r} within {timeout} s")
+            self._session.receive_if_ready(connection)
+
+    def close(self) -> None:
+        """Serve nobody else; clients that still come are released at once. May be called again."""
+        self._call.close()
+
+    def _wait(self, connection: Connection, deadline: Deadline) -> bool:
+        """Wait until something comes on the connection, whosever it is; False: the time is up."""
+        number = connection.fileno()
+        if number < 0:
+            return True  # closed in this moment
+        ready = select.poll()
+        ready.register(number, select.POLLIN)
+        ready.register(self._call.came, select.POLLIN)
+        left = deadline.left()
+        events = ready.poll(None if left is None else left * 1000)
+        if any(readable == self._call.came for readable, _ in events):
+            with contextlib.suppress(BlockingIOError):  # another thread has read it
+                os.eventfd_read(self._call.came)
+        return bool(events)
+
+
+class ServedClient(FileRequests):
+    """A client of a service: its socket, who it is by the kernel's word, and requests on its behalf.
+
+    What is asked here the policy allows only where both the service and this
+    client may have it (`on_behalf_of`). It holds as long as the connection to
+    the broker on which the client was handed over, and as long as the client's
+    process lives; then requests raise DisconnectedError or DeniedError.
+
+    Attributes:
+        socket: the connection to the client; owned by this object.
+        number: what the broker calls it.
+        pid, uid, gid: of the process that connected, when it did.
+        identity_level: how sure that is: 0, 1 or 2.
+
+    """
+
+    def __init__(
+        self, session: Session, link: Link | None, facts: AcceptedClient, sock: socket.socket
+    ) -> None:
+        self._of = session
+        self._bound = link
+        self._acting_for = facts.number
+        self._closed = False
+        self.socket = sock
+        self.number = facts.number
+        self.pid = facts.pid
+        self.uid = facts.uid
+        self.gid = facts.gid
+        self.identity_level = facts.identity_level
+
+    def __repr__(self) -> str:
+        """Return who it is."""
+        closed = " (closed)" if self._closed else ""
+        return f"<fdbroker.ServedClient {self.number}: uid {self.uid}, pid {self.pid}{closed}>"
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def __del__(self) -> None:
+        """Have it released with the next request; the socket closes itself."""
+        if not self._closed and self._bound is not None:
+            self._bound.release_later(self.number)
+
+    def close(self) -> None:
+        """Act for it no more, and close its socket. May be called again."""
+        if not self._closed:
+            self._closed = True
+            self.socket.close()
+            if self._bound is not None:
+                self._bound.release_later(self.number)
+            self._of.send_afterthoughts()
+
+    @property
+    def _session(self) -> Session:
+        if self._closed:
+            raise ValueError(f"client {self.number} is closed")
+        return self._of
