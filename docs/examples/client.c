@@ -3,6 +3,7 @@
  *     cc -O2 -o client client.c && ./client [-s] SOCKET PATH...      (-s: the socket is a SOCK_STREAM one)
  *
  * Files go to standard output, errors to standard error. Exit status: 0 all given, 1 not all, 2 no answer. */
+#define _GNU_SOURCE
 #include <endian.h>
 #include <err.h>
 #include <stdint.h>
@@ -65,8 +66,11 @@ int main(int argc, char **argv)
     sock = socket(AF_UNIX, (on_stream ? SOCK_STREAM : SOCK_SEQPACKET) | SOCK_CLOEXEC, 0);
     if (sock < 0 || connect(sock, (struct sockaddr *)&address, sizeof address)) err(2, "%s", argv[1]);
 
+    /* The hello tells who sends it also where a super-server has accepted, and no broker has begun yet. */
+    if (setsockopt(sock, SOL_SOCKET, SO_PASSCRED, &(int){ 1 }, sizeof(int))) err(2, "SO_PASSCRED");
     memcpy(body, "\1\0\0\0\0\0\0\0\0\0\0\0fdbroker\1\0\1\0\0\0\0", HEADER + 16); /* hello: versions 1 to 1 */
     send_frame(HEADER + 16);
+    if (setsockopt(sock, SOL_SOCKET, SO_PASSCRED, &(int){ 0 }, sizeof(int))) err(2, "SO_PASSCRED");
     receive_frame(0x81, HEADER + 24);
     unsigned count = argc - 2;
     if (count > get(body + 20, 2) || count > get(body + 28, 4)) errx(2, "more paths than a request may have");

@@ -27,7 +27,10 @@ class Connection:
         self.descriptors = array.array("i")
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM if stream else socket.SOCK_SEQPACKET)
         self.socket.connect(path)
+        # The hello tells who sends it also where a super-server has accepted, and no broker has begun yet.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.send(0x01, 0, b"fdbroker" + struct.pack("<HHI", 1, 1, 0))
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
         _, welcome = self.receive(0x81)
         self.max_paths = min(WELCOME.unpack(welcome)[3], WELCOME.unpack(welcome)[6])
 
