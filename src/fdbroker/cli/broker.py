@@ -65,9 +65,9 @@ def _descriptors(
         return None
     numbers = value.split(",")
     if len(numbers) > 2 or not all(number.isascii() and number.isdigit() for number in numbers):  # noqa: PLR2004 - as said
-        raise click.BadParameter(f"{printable(value)!r} is not one number of a descriptor, or two: 6,7")
+        raise click.BadParameter(f"{value!r} is not one number of a descriptor, or two: 6,7")
     if any(len(number) > len(str(_MOST_DESCRIPTORS)) for number in numbers):
-        raise click.BadParameter(f"{printable(value)}: there are no descriptors of such numbers")
+        raise click.BadParameter(f"{value}: there are no descriptors of such numbers")
     return tuple(map(int, numbers))
 
 
