@@ -65,7 +65,7 @@ def test_nothing_is_documented_that_is_not_there() -> None:
     known = {
         option for command in commands().values() for parameter in command.params for option in parameter.opts
     } | {"--help", "--version", "--daemon", "--passphrase-fd"}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", TEXT))
     assert named <= known
     for name in re.findall(r"fdbroker (policy [a-z]+|[a-z]+)", TEXT):
         assert name in commands() or name in {"policy", "reads"}, name

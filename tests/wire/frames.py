@@ -11,32 +11,64 @@ from hypothesis import strategies as st
 
 from fdbroker.wire import client, messages, replies
 from fdbroker.wire.client import (
+    AcceptedReply,
     ExplainReply,
     ListReply,
     OpenReply,
+    ReleaseReply,
     ReloadReply,
     Reply,
+    ServeReply,
     StatReply,
     StatusReply,
+    WalkReply,
 )
-from fdbroker.wire.format import ACTIONS, MAX_LIST_ENTRIES, MAX_PATHS, MAX_POLICY, Kind, Reason, Status
+from fdbroker.wire.format import (
+    ACTIONS,
+    MAX_COPY,
+    MAX_LIST_ENTRIES,
+    MAX_LISTENER_NAME,
+    MAX_PATHS,
+    MAX_POLICY,
+    MAX_WALK_GLOBS,
+    REPLY,
+    Incomplete,
+    Kind,
+    Reason,
+    Status,
+    Type,
+    WalkKind,
+)
 from fdbroker.wire.messages import (
     GIVEN,
+    AcceptedClient,
+    CancelRequest,
     ErrorReply,
     ExplainRequest,
     FileStat,
     Hello,
     ListEntry,
     ListRequest,
+    MoreRequest,
     OpenRequest,
+    ReleaseRequest,
     ReloadRequest,
     Request,
     Result,
+    ServeRequest,
     StatRequest,
     StatusRequest,
+    WalkEnd,
+    WalkEntry,
+    WalkFilter,
+    WalkRequest,
     Welcome,
+    copied,
 )
 
+# A walk's `more` and `cancel` have no reply of their own, and accepted clients come without being asked for.
+REQUEST_TYPES = {int(kind) for kind in Type} - {Type.ACCEPTED, Type.ERROR}
+REPLY_TYPES = {kind | REPLY for kind in Type} - {Type.MORE | REPLY, Type.CANCEL | REPLY}
 PROTOCOL = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 
 
@@ -46,11 +78,30 @@ def encode_request(message: Request) -> bytes:
             assert (message.lowest, message.highest, message.features) == (1, 1, 0)
             return client.encode_hello(message.id)
         case OpenRequest():
-            return client.encode_open(message.id, message.paths)
+            return client.encode_open(message.id, message.paths, message.client, copy=message.copy)
         case StatRequest():
-            return client.encode_stat(message.id, message.paths)
+            return client.encode_stat(message.id, message.paths, message.client)
         case ListRequest():
-            return client.encode_list(message.id, message.path, message.cookie, message.most)
+            return client.encode_list(message.id, message.path, message.cookie, message.most, message.client)
+        case WalkRequest():
+            return client.encode_walk(
+                message.id,
+                message.path,
+                message.filter,
+                credit=message.credit,
+                behind=message.behind,
+                descriptors=message.descriptors,
+                most=message.most,
+                client=message.client,
+            )
+        case MoreRequest():
+            return client.encode_more(message.id, message.credit)
+        case CancelRequest():
+            return client.encode_cancel(message.id)
+        case ServeRequest():
+            return client.encode_serve(message.id, message.listener)
+        case ReleaseRequest():
+            return client.encode_release(message.id, message.client)
         case StatusRequest():
             return client.encode_status(message.id)
         case ExplainRequest():
@@ -64,7 +115,7 @@ def encode_reply(message: Reply) -> bytes:
         case Welcome():
             return replies.encode_welcome(message)
         case OpenReply():
-            return replies.encode_open_reply(message.id, message.generation, message.results)
+            return replies.encode_open_reply(message.id, message.generation, message.results, message.copies)
         case StatReply():
             return replies.encode_stat_reply(message.id, message.generation, message.results)
         case ListReply():
@@ -72,6 +123,15 @@ def encode_reply(message: Reply) -> bytes:
             return replies.encode_list_reply(
                 message.id, message.generation, message.result, entries, message.cookie, last=message.last
             )
+        case WalkReply():
+            met = [replies.encode_walk_entry(entry) for entry in message.entries]
+            return replies.encode_walk_reply(message.id, message.generation, message.result, met, message.end)
+        case ServeReply():
+            return replies.encode_serve_reply(message.id, message.generation, message.result)
+        case AcceptedReply():
+            return replies.encode_accepted(message.id, message.generation, message.client)
+        case ReleaseReply():
+            return replies.encode_release_reply(message.id, message.generation, message.result)
         case StatusReply():
             return replies.encode_status_reply(message.id, message.generation, message.document)
         case ExplainReply():
@@ -95,11 +155,33 @@ names = st.binary(min_size=1, max_size=255).filter(
     lambda name: b"/" not in name and b"\0" not in name and name not in {b".", b".."}
 )
 
+numbers = st.none() | u32  # of the client that a service acts for
+kinds = st.integers(1, sum(WalkKind)).map(WalkKind)
+globs = st.lists(
+    st.binary(min_size=1, max_size=60).map(lambda glob: glob.replace(b"\0", b"*")), max_size=MAX_WALK_GLOBS
+)
+filters = st.builds(WalkFilter, kinds, u64, u64, i64, globs.map(tuple))
+
 requests_of_all_kinds: st.SearchStrategy[Request] = st.one_of(
     st.builds(Hello, u32, st.just(1), st.just(1), st.just(0)),
-    st.builds(OpenRequest, u32, path_lists),
-    st.builds(StatRequest, u32, path_lists),
-    st.builds(ListRequest, u32, paths, u64, st.integers(0, MAX_LIST_ENTRIES)),
+    st.builds(OpenRequest, u32, path_lists, numbers, st.booleans()),
+    st.builds(StatRequest, u32, path_lists, numbers),
+    st.builds(ListRequest, u32, paths, u64, st.integers(0, MAX_LIST_ENTRIES), numbers),
+    st.builds(
+        WalkRequest,
+        u32,
+        paths,
+        paths,
+        filters,
+        st.booleans(),
+        u32,
+        st.integers(0, MAX_PATHS),
+        numbers,
+    ),
+    st.builds(MoreRequest, u32, st.integers(1, 2**16 - 1)),
+    st.builds(CancelRequest, u32),
+    st.builds(ServeRequest, u32, st.binary(min_size=1, max_size=MAX_LISTENER_NAME)),
+    st.builds(ReleaseRequest, u32, u32),
     st.builds(StatusRequest, u32),
     st.builds(ExplainRequest, u32, st.sampled_from(list(ACTIONS.values())), paths),
     st.builds(
@@ -111,22 +193,48 @@ requests_of_all_kinds: st.SearchStrategy[Request] = st.one_of(
     ),
 )
 
-results = st.one_of(
-    st.just(GIVEN),
-    st.builds(Result, st.sampled_from([Status.REFUSED, Status.BROKEN]), st.sampled_from(list(Reason)), u16),
+not_given = st.builds(
+    Result, st.sampled_from([Status.REFUSED, Status.BROKEN]), st.sampled_from(list(Reason)), u16, st.just(0)
 )
+results = st.just(GIVEN) | not_given
+copies = st.binary(max_size=40) | st.integers(0, MAX_COPY).map(bytes)
 stats = st.builds(FileStat, u64, u64, u32, u32, u32, u32, u64, i64, i64)
-described = st.one_of(
-    st.tuples(st.just(GIVEN), stats), st.tuples(results.filter(lambda one: one is not GIVEN), st.none())
-)
+described = st.tuples(st.just(GIVEN), stats) | st.tuples(not_given, st.none())
 entries = st.builds(ListEntry, names, st.integers(0, 255), st.none() | stats)
+walked = st.builds(
+    WalkEntry,
+    st.lists(names, min_size=1, max_size=4).map(b"/".join),
+    st.integers(0, 255),
+    stats,
+    st.booleans(),
+)
+ends = st.builds(WalkEnd, u64, u64, u64, st.integers(0, sum(Incomplete)).map(Incomplete))
+accepted = st.builds(AcceptedClient, u32, u32, u32, u32, u16)
 texts = st.text(max_size=80)
+
+
+@st.composite
+def open_replies(draw: st.DrawFn) -> OpenReply:
+    """Return replies with any mixture of descriptors, copies and refusals."""
+    given: list[Result] = []
+    contents: list[bytes] = []
+    for one in draw(st.lists(results | copies, max_size=MAX_PATHS)):
+        if isinstance(one, bytes):
+            contents.append(one)
+        given.append(copied(len(one)) if isinstance(one, bytes) else one)
+    return OpenReply(draw(u32), draw(u32), given, tuple(contents))
+
 
 replies_of_all_kinds: st.SearchStrategy[Reply] = st.one_of(
     st.builds(Welcome, u32, u32, u16, u16, u32, u16, u32, u32, u32),
-    st.builds(OpenReply, u32, u32, st.lists(results, max_size=MAX_PATHS)),
+    open_replies(),
     st.builds(StatReply, u32, u32, st.lists(described, max_size=40)),
     st.builds(ListReply, u32, u32, results, st.lists(entries, max_size=20), u64, st.booleans()),
+    st.builds(WalkReply, u32, u32, st.just(GIVEN), st.lists(walked, max_size=20), st.none() | ends),
+    st.builds(WalkReply, u32, u32, not_given, st.just([]), ends),
+    st.builds(ServeReply, u32, u32, results),
+    st.builds(AcceptedReply, u32, u32, accepted),
+    st.builds(ReleaseReply, u32, u32, results),
     st.builds(StatusReply, u32, u32, st.binary(max_size=200)),
     st.builds(ExplainReply, u32, u32, st.binary(max_size=200)),
     st.builds(ReloadReply, u32, u32, u32, st.booleans()),
@@ -166,21 +274,34 @@ def _message(document: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
     return kind(**{key: _value(key, value) for key, value in document.items()})
 
 
-def _value(key: str, value: Any) -> Any:  # noqa: ANN401 - JSON
+def _value(key: str, value: Any) -> Any:  # noqa: ANN401 - JSON, with one case for each layout
     # Bytes are written as text, one character (U+0000 to U+00FF) for each.
     if key == "paths":
         return [path.encode("latin-1") for path in value]
-    if key in {"path", "document", "name", "piece"}:
+    if key in {"copies", "globs"}:
+        return tuple(text.encode("latin-1") for text in value)
+    if key in {"path", "behind", "listener", "document", "name", "piece"}:
         return value.encode("latin-1")
     if key == "result":
         return _result(value)
     if key == "results":
         return [(_result(one[0]), _stat(one[1])) if isinstance(one, list) else _result(one) for one in value]
-    if key == "entries":
-        return [
-            ListEntry(entry["name"].encode("latin-1"), entry["kind"], _stat(entry["stat"])) for entry in value
-        ]
+    if key == "entries" and isinstance(value, list):
+        return [_entry(entry) for entry in value]
+    if key == "filter":
+        return WalkFilter(**{name: _value(name, each) for name, each in value.items()})
+    if key == "end" and value is not None:
+        return WalkEnd(**value)
+    if key == "client" and isinstance(value, dict):
+        return AcceptedClient(**value)
     return value
+
+
+def _entry(entry: dict[str, Any]) -> ListEntry | WalkEntry:
+    if "name" in entry:
+        return ListEntry(entry["name"].encode("latin-1"), entry["kind"], _stat(entry["stat"]))
+    facts = FileStat(**entry["stat"])
+    return WalkEntry(entry["path"].encode("latin-1"), entry["kind"], facts, entry["descriptor"])
 
 
 def _result(value: str | dict[str, int]) -> Result:

@@ -7,31 +7,58 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fdbroker.wire.client import (
+    AcceptedReply,
     ExplainReply,
     ListReply,
     OpenReply,
+    ReleaseReply,
     ReloadReply,
     Reply,
+    ServeReply,
     StatReply,
     StatusReply,
+    WalkReply,
     decode_reply,
 )
-from fdbroker.wire.format import ENTRY, HEADER, REPLY, RESULT, STAT, Kind, Reason, Status, Type
+from fdbroker.wire.format import (
+    COOKIE,
+    ENTRY,
+    HEADER,
+    MAX_COPY,
+    REPLY,
+    RESULT,
+    STAT,
+    WALK_END,
+    WALK_ENTRY,
+    Incomplete,
+    Kind,
+    Reason,
+    Status,
+    Type,
+)
 from fdbroker.wire.messages import (
     GIVEN,
+    AcceptedClient,
     ErrorReply,
     FileStat,
     ListEntry,
     MalformedError,
     Result,
+    WalkEnd,
+    WalkEntry,
     Welcome,
     broken,
+    copied,
     refused,
 )
-from tests.wire.frames import encode_reply, replies_of_all_kinds
+from tests.wire.frames import REPLY_TYPES, encode_reply, replies_of_all_kinds
 
 STAT_RECORD = FileStat(1, 2, 0o100644, 1, 0, 0, 3, -1, 2**63 - 1)
 DENIED = refused(Reason.DENIED)
+MET = [
+    WalkEntry(b"a/b", 8, STAT_RECORD, descriptor=True),
+    WalkEntry(b"c" * 255, 4, STAT_RECORD, descriptor=False),
+]
 EXAMPLES: list[Reply] = [
     Welcome(1, 7, 1, 2, 0, 253, 65536, 256, 0),
     OpenReply(2, 7, [GIVEN, DENIED, broken(5)]),
@@ -41,8 +68,16 @@ EXAMPLES: list[Reply] = [
     ErrorReply(6, 7, Kind.REFUSED, Reason.LIMIT, 11, "später"),
     ExplainReply(7, 7, b"{}"),
     ReloadReply(8, 7, 12, more=True),
+    OpenReply(2, 7, [copied(3), GIVEN, copied(0), DENIED, copied(2)], (b"abc", b"", b"de")),
+    WalkReply(9, 7, GIVEN, MET, None),
+    WalkReply(9, 7, GIVEN, MET[:1], WalkEnd(5, 4, 2, Incomplete.REFUSED | Incomplete.LIMIT)),
+    WalkReply(9, 7, DENIED, [], WalkEnd(0, 0, 0, Incomplete(0))),
+    ServeReply(10, 7, GIVEN),
+    AcceptedReply(10, 7, AcceptedClient(1, 4321, 1000, 100, 2)),
+    ReleaseReply(11, 7, refused(Reason.NOT_FOUND)),
 ]
-TYPES = [kind | REPLY for kind in Type]
+# Text without a length of its own: its end is the frame's end.
+OF_ANY_LENGTH = (StatusReply, ErrorReply, ExplainReply)
 
 
 @given(replies_of_all_kinds)
@@ -61,7 +96,7 @@ def test_arbitrary_bytes_are_a_reply_or_malformed(frame: bytes) -> None:
         return
 
 
-@given(st.sampled_from(TYPES), st.integers(0, 3), st.integers(0, 3), st.binary(max_size=300))
+@given(st.sampled_from(sorted(REPLY_TYPES)), st.integers(0, 3), st.integers(0, 3), st.binary(max_size=300))
 def test_arbitrary_bytes_behind_a_header_are_a_reply_or_malformed(
     kind: int, flags: int, count: int, body: bytes
 ) -> None:
@@ -86,6 +121,7 @@ def test_a_reply_with_one_byte_changed_is_another_reply_or_malformed(
     except MalformedError:
         return
     assert encode_reply(decoded) == frame
+    assert (type(decoded), decoded) != (type(reply), reply)
 
 
 @pytest.mark.parametrize("reply", EXAMPLES, ids=lambda one: type(one).__name__)
@@ -96,18 +132,21 @@ def test_a_reply_that_is_cut_anywhere_is_never_taken_for_the_whole_one(reply: Re
             shorter = decode_reply(frame[:length])
         except MalformedError:
             continue
-        # Text without a length of its own: its end is the frame's end.
-        assert isinstance(reply, StatusReply | ErrorReply | ExplainReply)
+        assert isinstance(reply, OF_ANY_LENGTH)
         assert shorter != reply
 
 
-@pytest.mark.parametrize("reply", [*EXAMPLES[:4], EXAMPLES[7]], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    "reply",
+    [reply for reply in EXAMPLES if not isinstance(reply, OF_ANY_LENGTH)],
+    ids=lambda one: type(one).__name__,
+)
 def test_bytes_behind_a_reply_are_malformed(reply: Reply) -> None:
     with pytest.raises(MalformedError):
         decode_reply(encode_reply(reply) + b"\0")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in range(256) if kind not in TYPES])
+@pytest.mark.parametrize("kind", [kind for kind in range(256) if kind not in REPLY_TYPES])
 def test_an_unknown_type_is_malformed(kind: int) -> None:
     with pytest.raises(MalformedError, match="unknown reply type"):
         decode_reply(HEADER.pack(kind, 0, 0, 3, 0))
@@ -120,6 +159,8 @@ def test_flags_of_a_reply_are_those_of_its_type(reply: Reply) -> None:
         ListReply: {0, 1},
         ReloadReply: {0, 1},
         ErrorReply: {1, 2, 3},
+        # Another layout for the last frame, so none can be taken for the other.
+        WalkReply: {frame[1]},
     }.get(type(reply), {0})
     for flags in range(256):
         changed = frame[:1] + bytes([flags]) + frame[2:]
@@ -137,7 +178,13 @@ def test_flags_of_a_reply_are_those_of_its_type(reply: Reply) -> None:
         RESULT.pack(0, 0, 13, 0),
         RESULT.pack(0, 0, 0, 1),
         RESULT.pack(1, 1, 13, 1),
+        RESULT.pack(2, 14, 5, 1),
         RESULT.pack(3, 1, 13, 0),
+        RESULT.pack(3, 1, 0, 0),
+        RESULT.pack(3, 0, 13, 0),
+        RESULT.pack(3, 0, 0, MAX_COPY + 1) + bytes(MAX_COPY + 1),
+        RESULT.pack(4, 0, 0, 0),
+        RESULT.pack(255, 1, 13, 0),
         RESULT.pack(1, 99, 13, 0),
     ],
 )
@@ -180,6 +227,10 @@ def test_bits_of_an_entry_that_mean_nothing_are_malformed(flags: int, reserved: 
         (EXAMPLES[5], 13),
         (EXAMPLES[6], 2),
         (EXAMPLES[7], 2),
+        (EXAMPLES[12], 2),
+        (EXAMPLES[13], 2),
+        (EXAMPLES[13], 30),
+        (EXAMPLES[14], 2),
     ],
 )
 def test_reserved_fields_of_a_reply_are_0(reply: Reply, at: int) -> None:
@@ -207,3 +258,72 @@ def test_text_that_has_no_utf_8_is_escaped_and_never_fails() -> None:
     reply = decode_reply(frame)
     assert isinstance(reply, ErrorReply)
     assert reply.text == "'\\ud800' is no root"
+
+
+def test_the_largest_copy_is_taken() -> None:
+    reply = OpenReply(1, 1, [copied(MAX_COPY)], (bytes(MAX_COPY),))
+    assert decode_reply(encode_reply(reply)) == reply
+
+
+@pytest.mark.parametrize("lengths", [(2, 3), (4, 0), (3, 1, 0)])
+def test_copies_that_are_not_as_long_together_as_they_are_said_to_be_are_malformed(
+    lengths: tuple[int, ...],
+) -> None:
+    results = b"".join(copied(length).encode() for length in lengths)
+    frame = HEADER.pack(Type.OPEN | REPLY, 0, len(lengths), 8, 0) + results
+    right = bytes(sum(lengths))
+    decode_reply(frame + right)
+    for wrong in (right[:-1], right + b"x", b""):
+        with pytest.raises(MalformedError):
+            decode_reply(frame + wrong)
+
+
+def test_only_the_contents_of_a_file_can_be_a_copy() -> None:
+    copy = copied(0).encode()
+    for frame in (
+        HEADER.pack(Type.STAT | REPLY, 0, 1, 8, 0) + copy + bytes(STAT.size),
+        HEADER.pack(Type.LIST | REPLY, 1, 0, 8, 0) + copy + COOKIE.pack(0),
+        HEADER.pack(Type.WALK | REPLY, 1, 0, 8, 0) + copy + WALK_END.pack(0, 0, 0, 0),
+        HEADER.pack(Type.SERVE | REPLY, 0, 0, 8, 0) + copy,
+        HEADER.pack(Type.RELEASE | REPLY, 0, 0, 8, 0) + copy,
+    ):
+        with pytest.raises(MalformedError, match="copy where none can be"):
+            decode_reply(frame)
+
+
+@pytest.mark.parametrize(
+    "path", [b"", b"/", b"/a", b"a/", b"a//b", b".", b"..", b"a/..", b"../a", b"a/./b", b"a\0b", b"\0"]
+)
+def test_a_path_of_a_walk_that_may_lead_elsewhere_is_malformed(path: bytes) -> None:
+    reply = WalkReply(9, 7, GIVEN, [WalkEntry(path, 8, STAT_RECORD, descriptor=False)], None)
+    with pytest.raises(MalformedError, match="impossible path"):
+        decode_reply(encode_reply(reply))
+
+
+def test_a_path_of_a_walk_may_have_any_other_bytes() -> None:
+    path = b"...\xff/.a\n/b "
+    reply = WalkReply(9, 7, GIVEN, [WalkEntry(path, 8, STAT_RECORD, descriptor=True)], None)
+    assert decode_reply(encode_reply(reply)) == reply
+
+
+@pytest.mark.parametrize("flags", [2, 3, 0x80])
+def test_flags_of_a_walked_entry_that_mean_nothing_are_malformed(flags: int) -> None:
+    entry = WALK_ENTRY.pack(1, 8, flags) + STAT.pack(*STAT_RECORD) + b"a"
+    with pytest.raises(MalformedError, match="flags"):
+        decode_reply(HEADER.pack(Type.WALK | REPLY, 0, 1, 8, 0) + GIVEN.encode() + entry)
+
+
+@pytest.mark.parametrize("missing", [128, 1 << 31, 255])
+def test_a_walk_that_is_incomplete_in_an_unknown_way_is_malformed(missing: int) -> None:
+    frame = HEADER.pack(Type.WALK | REPLY, 1, 0, 8, 0) + GIVEN.encode() + WALK_END.pack(0, 0, 0, missing)
+    with pytest.raises(MalformedError, match="unknown way"):
+        decode_reply(frame)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [WalkReply(9, 7, DENIED, [], None), WalkReply(9, 7, DENIED, MET[:1], WalkEnd(1, 0, 0, Incomplete(0)))],
+)
+def test_a_walk_that_is_refused_and_goes_on_is_malformed(reply: Reply) -> None:
+    with pytest.raises(MalformedError, match="refused and goes on"):
+        decode_reply(encode_reply(reply))

@@ -8,10 +8,30 @@ import re
 import pytest
 
 from fdbroker.wire.client import decode_reply
-from fdbroker.wire.format import ERRNO_OF, MAX_FRAME, MAX_LIST_ENTRIES, MAX_PATHS, REPLY, Reason, Type
-from fdbroker.wire.messages import MalformedError
+from fdbroker.wire.format import (
+    ERRNO_OF,
+    MAX_COPY,
+    MAX_FRAME,
+    MAX_GLOB,
+    MAX_LIST_ENTRIES,
+    MAX_LISTENER_NAME,
+    MAX_PATHS,
+    MAX_REPLY,
+    MAX_WALK_GLOBS,
+    Reason,
+)
+from fdbroker.wire.messages import MalformedError, StatusRequest
 from fdbroker.wire.requests import decode_request
-from tests.wire.frames import PROTOCOL, Vector, encode_reply, encode_request, vectors
+from fdbroker.wire.stream import FrameBuffer, framed
+from tests.wire.frames import (
+    PROTOCOL,
+    REPLY_TYPES,
+    REQUEST_TYPES,
+    Vector,
+    encode_reply,
+    encode_request,
+    vectors,
+)
 
 VECTORS = vectors()
 GOOD = [vector for vector in VECTORS if vector.message is not None]
@@ -43,9 +63,53 @@ def test_what_the_document_calls_malformed_is_refused(vector: Vector) -> None:
 
 
 def test_the_document_has_a_vector_for_each_type() -> None:
-    types = {vector.frame[0] for vector in GOOD}
-    both = {kind | bit for kind in Type if kind is not Type.ERROR for bit in (0, REPLY)}
-    assert types == both | {Type.ERROR}
+    for direction, types in (("request", REQUEST_TYPES), ("reply", REPLY_TYPES)):
+        assert {vector.frame[0] for vector in GOOD if vector.direction == direction} == types
+
+
+def test_the_document_lists_the_types() -> None:
+    text = PROTOCOL.read_text()
+    rows = re.findall(
+        r"^\| [a-z (),]+ \| (?:0x(..)|-) \| (?:0x(..)|-)([^|]*)\|",
+        text[: text.index("## hello")],
+        re.MULTILINE,
+    )
+    assert {int(request, 16) for request, _, _ in rows if request} == REQUEST_TYPES
+    replies = {int(reply, 16) for _, reply, _ in rows if reply}
+    replies |= {int(more, 16) for _, _, said in rows for more in re.findall(r"0x(..)", said)}
+    assert replies == REPLY_TYPES
+
+
+def test_a_malformed_vector_is_so_for_the_reason_it_names() -> None:
+    """One byte that was wrong in a former version may be right in the next."""
+    told = {
+        "shorter than a header": "shorter than its header",
+        "an unknown type": "unknown request type",
+        "a flag that open does not have": "flags or reserved",
+        "an unknown status": "not a valid Status",
+        "a walk of no kind": "kinds",
+        "a walk with an empty glob": "glob",
+        "a copy that ends early": "instead of",
+        "a copy of a stat record": "copy where none can be",
+        "a walk with the path '../a'": "impossible path",
+    }
+    for vector in BAD:
+        if vector.why in told:
+            decode = decode_request if vector.direction == "request" else decode_reply
+            with pytest.raises(MalformedError, match=told.pop(vector.why)):
+                decode(vector.frame)
+    assert not told
+
+
+def test_the_frame_on_a_stream_is_the_one_without_it_and_its_length() -> None:
+    text = PROTOCOL.read_text()
+    [content] = re.findall(r"^```stream\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    sent = bytes.fromhex(re.sub(r"#.*", "", content))
+    [status] = [vector.frame for vector in GOOD if isinstance(vector.message, StatusRequest)]
+    assert framed(status) == sent
+    buffer = FrameBuffer()
+    buffer.add(sent)
+    assert buffer.next_frame() == status
 
 
 def test_the_document_lists_each_reason_with_its_errno() -> None:
@@ -65,3 +129,7 @@ def test_the_document_has_the_limits() -> None:
     assert f"1 to {MAX_PATHS}" in text
     assert f"({MAX_FRAME:,})" in text
     assert f"0 to {MAX_LIST_ENTRIES:,}" in text
+    assert f"({MAX_COPY:,})" in text
+    assert f"{MAX_REPLY:,} bytes" in text
+    assert f"up to {MAX_WALK_GLOBS} globs of 1 to {MAX_GLOB:,} bytes" in text
+    assert f"1 to {MAX_LISTENER_NAME} bytes" in text

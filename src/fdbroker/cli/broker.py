@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import pwd
 import shutil
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 SOCKET_VARIABLE = "FDBROKER_SOCKET"
 CONTROL_VARIABLE = "FDBROKER_CONTROL"
 _NO_TIMEOUT = b"\0" * 16  # struct timeval
+_MOST_DESCRIPTORS = 1 << 20  # above every limit of open files that there is by default
+_STANDARD_ERROR = 2
 
 _Command = TypeVar("_Command", bound="Callable[..., object]")
 
@@ -43,6 +46,37 @@ def socket_option(command: _Command) -> _Command:
     )(command)
 
 
+def descriptors_option(command: _Command) -> _Command:
+    """Give the group the option --fd: the descriptors of a connection that is there already."""
+    return click.option(
+        "--fd",
+        "descriptors",
+        metavar="N[,M]",
+        callback=_descriptors,
+        help="Use the connection that is open as descriptor N, instead of a socket; N,M where one is to read"
+        " from and one to write to, as a UCSPI client has them: --fd 6,7.",
+    )(command)
+
+
+def _descriptors(
+    _context: click.Context, _parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    numbers = value.split(",")
+    if len(numbers) > 2 or not all(number.isascii() and number.isdigit() for number in numbers):  # noqa: PLR2004 - as said
+        raise click.BadParameter(f"{value!r} is not one number of a descriptor, or two: 6,7")
+    if any(len(number) > len(str(_MOST_DESCRIPTORS)) for number in numbers):
+        raise click.BadParameter(f"{value}: there are no descriptors of such numbers")
+    return tuple(map(int, numbers))
+
+
+def given_descriptors() -> tuple[int, ...] | None:
+    """Return what --fd of the group has, None without it."""
+    context = click.get_current_context(silent=True)
+    return None if context is None else context.find_root().params.get("descriptors")
+
+
 def control_option(command: _Command) -> _Command:
     """Give a command the option --control: None where another socket is named, but no control socket."""
     return click.option(
@@ -57,7 +91,16 @@ def control_option(command: _Command) -> _Command:
 
 
 def _from_group(context: click.Context, _parameter: click.Parameter, value: str | None) -> str:
-    return value or context.find_root().params.get("socket_path") or client.DEFAULT_SOCKET
+    """Return the socket's path; where --fd has the connection, what to call it."""
+    group = context.find_root()
+    descriptors = group.params.get("descriptors")
+    if descriptors is None:
+        return value or group.params.get("socket_path") or client.DEFAULT_SOCKET
+    if value or group.get_parameter_source("socket_path") is ParameterSource.COMMANDLINE:
+        raise click.UsageError(
+            "--fd has a connection, and --socket names where to make one: leave one of them away."
+        )
+    return f"descriptor {descriptors[0]}"
 
 
 def _control_from_group(context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
@@ -68,7 +111,7 @@ def _control_from_group(context: click.Context, _parameter: click.Parameter, val
     # --socket of this command was read before: it is eager.
     socket_path = context.params.get("socket_path") or _from_group(context, _parameter, None)
     told: str | None = group.params.get("control_path")
-    if any(
+    if group.params.get("descriptors") is not None or any(
         each.get_parameter_source("socket_path") is ParameterSource.COMMANDLINE for each in (context, group)
     ):
         told = None  # the environment speaks of the broker that is meant without an option
@@ -83,9 +126,66 @@ def connect(socket_path: str, exit_code: int = EXIT_ERROR) -> client.Client:
 
     """
     try:
-        return client.connect(os.fsencode(socket_path))
+        return open_client(socket_path, exit_code)
     except client.BrokerError as error:
         raise Failure(str(obstacle(socket_path, error)), exit_code) from error
+
+
+def open_client(socket_path: str, exit_code: int = EXIT_ERROR) -> client.Client:
+    """Return a client, which the caller closes: of the socket, or on the connection that --fd has.
+
+    Raises:
+        BrokerError: as `fdbroker.connect` or `Client.from_socket`.
+        Failure: --fd has no connection to a broker.
+
+    """
+    descriptors = given_descriptors()
+    if descriptors is None:
+        return client.connect(os.fsencode(socket_path))
+    try:
+        return client.Client.from_socket(_given_socket(descriptors, exit_code))
+    except ValueError as error:
+        raise Failure(f"--fd {descriptors[0]}: {printable(str(error))}", exit_code) from error
+
+
+def _given_socket(descriptors: tuple[int, ...], exit_code: int) -> socket.socket:
+    """Return the socket that was inherited under these numbers, which are free or /dev/null afterwards.
+
+    Raises:
+        Failure: one is not open, is no socket, or is another socket than the other.
+
+    """
+    sockets = set()
+    for number in descriptors:
+        try:
+            status = os.fstat(number)
+        except OSError as error:
+            raise Failure(
+                f"--fd: descriptor {number} is not open ({error.strerror}). It is for a connection that was"
+                " made before, as in: unixclient SOCKET fdbroker --fd 6,7 cat PATH",
+                exit_code,
+            ) from error
+        if not stat.S_ISSOCK(status.st_mode):
+            raise Failure(f"--fd: descriptor {number} is no socket, so it leads to no broker.", exit_code)
+        sockets.add((status.st_dev, status.st_ino))
+    if len(sockets) > 1:
+        first, second = descriptors
+        raise Failure(
+            f"--fd: descriptors {first} and {second} are two sockets. Files come over one connection, so both"
+            " must be of the same socket.",
+            exit_code,
+        )
+    # With close-on-exec, and above those that what follows may take for something else.
+    taken = fcntl.fcntl(descriptors[0], fcntl.F_DUPFD_CLOEXEC, _STANDARD_ERROR + 1)
+    # Nothing else may keep the connection open, nor a program that takes this one's place.
+    nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    for number in set(descriptors):
+        if number > _STANDARD_ERROR:
+            os.close(number)
+        else:
+            os.dup2(nowhere, number)
+    os.close(nowhere)
+    return socket.socket(fileno=taken)
 
 
 def connect_only(socket_path: str, exit_code: int) -> socket.socket:
@@ -95,6 +195,9 @@ def connect_only(socket_path: str, exit_code: int) -> socket.socket:
         Failure: as `connect`.
 
     """
+    descriptors = given_descriptors()
+    if descriptors is not None:
+        return _given_socket(descriptors, exit_code)
     try:
         sock = connect_socket(os.fsencode(socket_path), Deadline.after(client.DEFAULT_TIMEOUT))
     except client.BrokerError as error:

@@ -48,6 +48,8 @@ def command(
     Examples:  fdbroker doctor
                fdbroker doctor --json | jq '.checks[] | select(.state != "ok")'
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
+    if broker.given_descriptors() is not None:
+        raise click.UsageError("doctor looks at sockets and where they are: leave --fd away.")
     checks = all_checks(Places(socket_path, control_path, policy_path))
     counts = {state: sum(check.state == state for check in checks) for state in _COLOURS}
     status = 1 if counts[MISSING] or counts[BROKEN] else 0

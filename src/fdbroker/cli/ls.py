@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import stat
 from typing import TYPE_CHECKING
 
 import click
 
 from fdbroker.cli import broker
+from fdbroker.cli.entries import kind_of, stat_columns, stat_members
 from fdbroker.cli.failure import Failure
 from fdbroker.cli.output import complain_printable, path_members, write_json, write_line
 from fdbroker.cli.paths import absolute
 from fdbroker.client import BrokerError, ListEntry, NotDirectoryError
-from fdbroker.config.names import group_name, printable, user_name
+from fdbroker.config.names import printable
 from fdbroker.scan.tree import is_about_the_connection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fdbroker.client import Client, FileStat
-
-# d_type of readdir(3), and how ls(1) begins its lines.
-_KINDS = {
-    stat.S_IFREG >> 12: ("file", "-"),
-    stat.S_IFDIR >> 12: ("directory", "d"),
-    stat.S_IFLNK >> 12: ("symlink", "l"),
-    stat.S_IFIFO >> 12: ("fifo", "p"),
-    stat.S_IFSOCK >> 12: ("socket", "s"),
-    stat.S_IFCHR >> 12: ("character device", "c"),
-    stat.S_IFBLK >> 12: ("block device", "b"),
-}
-_UNKNOWN = ("unknown", "?")
+    from fdbroker.client import Client
 
 
 @click.command("ls", short_help="List a directory as the policy lets you see it.")
@@ -92,34 +80,16 @@ def _itself(connected: Client, path: bytes) -> ListEntry:
     return ListEntry(path, stat.S_IFMT(facts.mode) >> 12, facts)
 
 
-def _kind(entry: ListEntry) -> tuple[str, str]:
-    kind = entry.kind if entry.stat is None else stat.S_IFMT(entry.stat.mode) >> 12
-    return _KINDS.get(kind, _UNKNOWN)
-
-
 def _document(directory_path: bytes, is_inside: bool, entry: ListEntry) -> dict[str, object]:  # noqa: FBT001
     path = directory_path.rstrip(b"/") + b"/" + entry.name if is_inside else directory_path
-    document: dict[str, object] = {**path_members(path), "kind": _kind(entry)[0]}
-    facts = entry.stat
-    if facts is not None:
-        document |= {
-            "mode": f"{stat.S_IMODE(facts.mode):04o}",
-            "links": facts.links,
-            "uid": facts.uid,
-            "gid": facts.gid,
-            "size": facts.size,
-            "mtime_ns": facts.mtime_ns,
-            "ctime_ns": facts.ctime_ns,
-            "inode": facts.inode,
-            "device": facts.device,
-        }
-    return document
+    document: dict[str, object] = {**path_members(path), "kind": kind_of(entry.kind, entry.stat).words}
+    return document if entry.stat is None else document | stat_members(entry.stat)
 
 
 def _lines(entries: Sequence[ListEntry], *, is_long: bool) -> list[str]:
     if not is_long:
         return [printable(entry.name) for entry in entries]
-    rows = [(*_columns(entry), printable(entry.name)) for entry in entries]
+    rows = [(*stat_columns(entry.kind, entry.stat), printable(entry.name)) for entry in entries]
     widths = [max(len(row[column]) for row in rows) for column in range(6)] if rows else []
     right = {1, 4}  # numbers
     return [
@@ -130,26 +100,3 @@ def _lines(entries: Sequence[ListEntry], *, is_long: bool) -> list[str]:
         + f" {row[-1]}"
         for row in rows
     ]
-
-
-def _columns(entry: ListEntry) -> tuple[str, str, str, str, str, str]:
-    """Return mode, links, owner, group, size, time; question marks where the policy shows the name alone."""
-    facts = entry.stat
-    if facts is None:
-        return _kind(entry)[1] + "?" * 9, "?", "?", "?", "?", "?"
-    return (
-        stat.filemode(facts.mode),
-        str(facts.links),
-        printable(user_name(facts.uid)),
-        printable(group_name(facts.gid)),
-        str(facts.size),
-        _time(facts),
-    )
-
-
-def _time(facts: FileStat) -> str:
-    try:
-        moment = dt.datetime.fromtimestamp(facts.mtime_ns // 1_000_000_000, dt.UTC)
-    except (OverflowError, ValueError, OSError):
-        return "?"
-    return moment.strftime("%Y-%m-%d %H:%M:%S")

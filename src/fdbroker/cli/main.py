@@ -11,7 +11,7 @@ import click
 
 import fdbroker
 from fdbroker.cli import streams
-from fdbroker.cli.broker import CONTROL_VARIABLE, SOCKET_VARIABLE
+from fdbroker.cli.broker import CONTROL_VARIABLE, SOCKET_VARIABLE, descriptors_option
 from fdbroker.cli.failure import EXIT_ERROR, Failure
 from fdbroker.cli.group import SuggestingGroup
 from fdbroker.cli.output import (
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 EXIT_READER_GONE = 128 + signal.SIGPIPE
 
 # Each is in the module of its name here, as `command`: what one command needs the others do not load.
-COMMANDS = ("scan", "cat", "ls", "exec", "policy", "reload", "status", "audit", "doctor")
+COMMANDS = ("scan", "cat", "ls", "walk", "exec", "policy", "reload", "status", "audit", "doctor")
 _EXTRAS = {"rich": "cli", "msgspec": "daemon", "yaml": "daemon"}
 
 
@@ -66,6 +66,7 @@ def _show_version(context: click.Context, _parameter: click.Parameter, value: bo
     help="The broker's socket, for the commands that need it; they take the option too."
     f"  [environment: {SOCKET_VARIABLE}]",
 )
+@descriptors_option
 @click.option(
     "--control",
     "control_path",
@@ -82,7 +83,7 @@ def _show_version(context: click.Context, _parameter: click.Parameter, value: bo
     callback=_show_version,
     help="Show the version and exit.",
 )
-def cli(socket_path: str | None, control_path: str | None) -> None:
+def cli(socket_path: str | None, descriptors: tuple[int, ...] | None, control_path: str | None) -> None:
     """Read files through the fdbroker daemon, as far as its policy allows you to.
 
     The broker opens files that you have no right to and hands them to you, open

@@ -10,7 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from fdbroker.cli.output import counted
@@ -93,24 +93,64 @@ class _Left(TextColumn):
         return Text(f"{hours}:{minutes:02}:{seconds:02} left")
 
 
+def _bar(*columns: ProgressColumn, wanted: bool) -> Progress:
+    """Return a bar that is drawn when it is told to, and nowhere if it is not wanted or can't be."""
+    console = Console(stderr=True)
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.fields[words]}", markup=False),
+        *columns,
+        console=console,
+        auto_refresh=False,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not (wanted and console.is_terminal and os.environ.get("TERM") != "dumb"),
+    )
+
+
+class WalkProgress:
+    """Shows how much a walk has found; nothing where standard error is no terminal, or `wanted` is False."""
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._progress = _bar(TimeElapsedColumn(), wanted=wanted)
+        self._task = self._progress.add_task("", total=None, words="walking")
+        self._bytes = 0
+        self._next = 0.0
+
+    def __enter__(self) -> Self:
+        """Show it."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Remove it."""
+        self._progress.stop()
+
+    def update(self, found: int, size: int) -> None:
+        """Count `size` bytes more, and show how much there is a few times a second."""
+        self._bytes += size
+        now = time.monotonic()
+        if self._progress.disable or now < self._next:
+            return
+        self._next = now + _INTERVAL
+        self._progress.update(
+            self._task, words=f"{counted(found, 'file')}, {_size(self._bytes)}", refresh=True
+        )
+
+
 class ScanProgress:
     """Shows how far a scan is; nothing where standard error is no terminal, or `wanted` is False."""
 
     def __init__(self, *, wanted: bool) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.fields[words]}", markup=False),
+        self._progress = _bar(
             BarColumn(bar_width=20),
             TextColumn("{task.fields[rate]}", markup=False),
             TimeElapsedColumn(),
             _Left(),
-            console=console,
-            auto_refresh=False,
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-            disable=not (wanted and console.is_terminal and os.environ.get("TERM") != "dumb"),
+            wanted=wanted,
         )
         self._task = self._progress.add_task("", total=None, words="scanning", rate="")
         self._began = time.monotonic()

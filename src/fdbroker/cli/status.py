@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import click
 
-from fdbroker import client
 from fdbroker.cli import broker
 from fdbroker.cli.failure import Failure
 from fdbroker.cli.output import complain_printable, write_json, write_line
@@ -69,7 +68,7 @@ def _ask(control_path: str | None, socket_path: str) -> dict[str, object]:
 def _ask_without_control(socket_path: str, before: str = "") -> dict[str, object]:
     """Return what the other socket tells; `before` is what to say first if that one is not there either."""
     try:
-        with client.connect(os.fsencode(socket_path)) as connected:
+        with broker.open_client(socket_path) as connected:
             return connected.status()
     except UnavailableError as error:
         raise Failure(f"{before}{broker.obstacle(socket_path, error)}") from error

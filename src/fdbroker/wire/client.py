@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker.wire.format import (
     ACCEPTED,
     ACTIONS,
+    ANY_TIME,
     CLIENT,
     COOKIE,
     ENTRY,
@@ -30,6 +31,7 @@ from fdbroker.wire.format import (
     MAX_POLICY,
     MAX_WALK_GLOBS,
     MORE_FOLLOWS,
+    NO_SIZE_LIMIT,
     PIECE,
     REPLY,
     RESULT,
@@ -48,6 +50,7 @@ from fdbroker.wire.format import (
     Reason,
     Status,
     Type,
+    WalkKind,
 )
 from fdbroker.wire.messages import (
     GIVEN,
@@ -70,6 +73,10 @@ _NO_STAT = bytes(STAT.size)
 _GIVEN = GIVEN.encode()
 _NOT_NAMES = frozenset({b"", b".", b".."})
 _ALL_INCOMPLETE = sum(Incomplete)
+_ALL_KINDS = sum(WalkKind)
+_MOST_U16 = (1 << 16) - 1
+_MOST_U32 = (1 << 32) - 1
+_MOST_U64 = (1 << 64) - 1
 
 
 class OpenReply(NamedTuple):
@@ -204,13 +211,16 @@ def encode_list(
     """Return a request for one page of a directory.
 
     Raises:
-        ValueError: a NUL in the path, a path too long for a frame, or more entries than a page can have.
+        ValueError: a NUL in the path, a path too long for a frame, more entries than a page can have, or
+            no cookie.
 
     """
     if 0 in path:
         raise ValueError(f"a path can't have a NUL byte: {path!r}")
     if not 0 <= most <= MAX_LIST_ENTRIES:
         raise ValueError(f"a page has 0 to {MAX_LIST_ENTRIES} entries, not {most}")
+    if not 0 <= cookie <= _MOST_U64:
+        raise ValueError(f"{cookie} is no cookie")
     flags, number = _for_client(client)
     frame = HEADER.pack(Type.LIST, flags, most, request_id, 0) + number + COOKIE.pack(cookie) + path
     if len(frame) > MAX_FRAME:
@@ -220,7 +230,13 @@ def encode_list(
 
 def _for_client(client: int | None) -> tuple[int, bytes]:
     """Return the flag and the bytes that say whom a request is for."""
-    return (0, b"") if client is None else (FOR_CLIENT, CLIENT.pack(client))
+    return (0, b"") if client is None else (FOR_CLIENT, _number_of(client))
+
+
+def _number_of(client: int) -> bytes:
+    if not 0 <= client <= _MOST_U32:
+        raise ValueError(f"{client} is no number of a client")
+    return CLIENT.pack(client)
 
 
 def encode_walk(  # noqa: PLR0913 - as many as the message has
@@ -237,7 +253,8 @@ def encode_walk(  # noqa: PLR0913 - as many as the message has
     """Return a request to walk.
 
     Raises:
-        ValueError: a NUL in a path or glob, too many globs or entries, no kind, or too long together.
+        ValueError: a NUL in a path or glob, too many globs or entries, no kind that there is, a number that
+            is out of range, or too long together.
 
     """
     texts = (path, behind, *asked.globs)
@@ -251,8 +268,14 @@ def encode_walk(  # noqa: PLR0913 - as many as the message has
     for glob in asked.globs:
         if not 0 < len(glob) <= MAX_GLOB:
             raise ValueError(f"a glob has 1 to {MAX_GLOB} bytes, not {len(glob)}")
-    if not asked.kinds:
-        raise ValueError("a walk of no kind of file")
+    if not 0 < asked.kinds <= _ALL_KINDS:
+        raise ValueError(f"a walk of no kind of file that there is: {int(asked.kinds)}")
+    if not (0 <= asked.least_size <= NO_SIZE_LIMIT and 0 <= asked.most_size <= NO_SIZE_LIMIT):
+        raise ValueError(f"no sizes of files: {asked.least_size} to {asked.most_size} bytes")
+    if not ANY_TIME <= asked.newer_than < -ANY_TIME:
+        raise ValueError(f"{asked.newer_than} ns is no time of a file")
+    if not 0 <= credit <= _MOST_U32:
+        raise ValueError(f"a credit of {credit} frames: it is 0 to {_MOST_U32}")
     flags, number = _for_client(client)
     options = WALK_DESCRIPTORS if descriptors else 0
     body = WALK.pack(credit, asked.kinds, options, asked.least_size, asked.most_size, asked.newer_than)
@@ -263,7 +286,9 @@ def encode_walk(  # noqa: PLR0913 - as many as the message has
 
 
 def encode_more(request_id: int, credit: int) -> bytes:
-    """Return what lets the broker send 1 to 65,535 frames more of walk `request_id`."""
+    """Return what lets the broker send more frames of walk `request_id`; ValueError: not 1 to 65,535."""
+    if not 1 <= credit <= _MOST_U16:
+        raise ValueError(f"more of a walk is 1 to {_MOST_U16} frames, not {credit}")
     return HEADER.pack(Type.MORE, 0, credit, request_id, 0)
 
 
@@ -280,8 +305,8 @@ def encode_serve(request_id: int, listener: bytes) -> bytes:
 
 
 def encode_release(request_id: int, client: int) -> bytes:
-    """Return what says that client `client` is not acted for any more."""
-    return HEADER.pack(Type.RELEASE, 0, 0, request_id, 0) + CLIENT.pack(client)
+    """Return what says that client `client` is not acted for any more; ValueError: no such number."""
+    return HEADER.pack(Type.RELEASE, 0, 0, request_id, 0) + _number_of(client)
 
 
 def encode_status(request_id: int) -> bytes:
@@ -328,7 +353,7 @@ def _encode_paths(
         culprit = next(path for path in paths if 0 in path)
         raise ValueError(f"a path can't have a NUL byte: {culprit!r}")
     if client is not None:
-        flags, body = flags | FOR_CLIENT, CLIENT.pack(client) + body
+        flags, body = flags | FOR_CLIENT, _number_of(client) + body
     if HEADER.size + len(body) > MAX_FRAME:
         raise ValueError(
             f"the paths of a request have {len(body)} bytes together, over {MAX_FRAME - HEADER.size}"
