@@ -50,7 +50,7 @@ def make_policy(root: Path) -> dict[str, object]:
     client = _rule("benchmark", "allow", {"uids": [CLIENT_UID]}, ["**"])
     return {
         "version": 1,
-        "roots": [{"name": "tree", "path": str(root), "cross_mounts": False}],
+        "roots": [{"name": "tree", "path": str(root), "cross_mounts": False, "opens": "loop"}],
         "rules": [*denials, *others, client],
         # One client with 64 connections is what some of the series are about.
         "limits": {"connections_per_uid": 128, "in_flight_per_connection": 512},

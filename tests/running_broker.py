@@ -45,7 +45,7 @@ def policy(tree: Path | str, *rules: dict[str, Any], **changes: object) -> dict[
     """Return a compiled policy with the one root `tree`; by default everybody may do everything there."""
     return {
         "version": 1,
-        "roots": [{"name": "tree", "path": str(tree), "cross_mounts": False}],
+        "roots": [{"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "loop"}],
         "rules": list(rules) or [rule("all")],
         "limits": {"connections_per_uid": 64, "in_flight_per_connection": 512},
         "audit": {"on_failure": "deny"},

@@ -680,7 +680,7 @@ def test_file_systems_that_are_no_storage_are_not_served(
 def test_object_behind_a_mount_that_is_not_served_is_refused(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objection: str, reason: Reason
 ) -> None:
-    roots = [{"name": "tree", "path": str(tree), "cross_mounts": True}]
+    roots = [{"name": "tree", "path": str(tree), "cross_mounts": True, "opens": "loop"}]
     with SteppedBroker(tree, policy(tree, roots=roots), audit=tmp_path / "audit") as broker:
         speaker = broker.join()
         assert speaker.open_one(bytes(tree / "file")).content == b"content"

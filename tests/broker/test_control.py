@@ -192,7 +192,7 @@ def test_whole_status_says_what_is_in_force(tree: Path, tmp_path: Path) -> None:
         told = control.status()
         assert told["pid"] == os.getpid()
         assert told["version"] == "of the tests"
-        assert told["roots"] == [{"name": "tree", "path": str(tree), "cross_mounts": False}]
+        assert told["roots"] == [{"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "loop"}]
         assert (told["rules"], told["roots_in_all"]) == (2, 1)
         assert told["limits"] == compiled["limits"]
         assert told["listeners"] == [
@@ -213,8 +213,15 @@ def test_status_of_a_policy_with_very_many_roots_fits_into_a_frame(tree: Path, t
     roots = []
     for number in range(500):
         (tree / f"r{number}").mkdir()
-        roots.append({"name": f"root-{number}", "path": str(tree / f"r{number}"), "cross_mounts": False})
-    roots.append({"name": "tree", "path": str(tree), "cross_mounts": False})
+        roots.append(
+            {
+                "name": f"root-{number}",
+                "path": str(tree / f"r{number}"),
+                "cross_mounts": False,
+                "opens": "loop",
+            }
+        )
+    roots.append({"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "loop"})
     with SteppedBroker(tree, policy(tree, roots=roots), audit=tmp_path / "audit") as broker:
         told = broker.call(broker.listen(tmp_path, control=True)).status()
     assert told["roots_in_all"] == 501
@@ -541,8 +548,8 @@ def test_root_that_is_left_out_is_not_served_and_can_come_back(tree: Path, tmp_p
     other.mkdir()
     (other / "file").write_bytes(b"other")
     roots = [
-        {"name": "tree", "path": str(tree), "cross_mounts": False},
-        {"name": "other", "path": str(other), "cross_mounts": False},
+        {"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "loop"},
+        {"name": "other", "path": str(other), "cross_mounts": False, "opens": "loop"},
     ]
     both = policy(tree, rule("a"), rule("b", root="other"), roots=roots)
     alone = policy(tree, rule("b", root="other"), roots=roots[1:])
@@ -593,20 +600,32 @@ REFUSED: list[tuple[Callable[[Path], dict[str, Any] | bytes], str]] = [
     (lambda tree: policy(tree, version="x" * 100_000), "version"),
     (lambda tree: policy(tree, rule("x", effect="y" * 100_000)), "rules[0].effect is 'yyy"),
     (
-        lambda tree: policy(tree, roots=[{"name": "tree", "path": str(tree), "cross_mounts": True}]),
+        lambda tree: policy(
+            tree, roots=[{"name": "tree", "path": str(tree), "cross_mounts": True, "opens": "loop"}]
+        ),
         "root 'tree'",
     ),
     (
         lambda tree: policy(
-            tree, roots=[{"name": "tree", "path": f"{tree}/directory", "cross_mounts": False}]
+            tree,
+            roots=[{"name": "tree", "path": f"{tree}/directory", "cross_mounts": False, "opens": "loop"}],
         ),
         "not among those that the broker opened when it started",
     ),
     (
         lambda tree: policy(
-            tree, rule("x", root="new"), roots=[{"name": "new", "path": str(tree), "cross_mounts": False}]
+            tree,
+            rule("x", root="new"),
+            roots=[{"name": "new", "path": str(tree), "cross_mounts": False, "opens": "loop"}],
         ),
         "root 'new'",
+    ),
+    (
+        lambda tree: policy(
+            tree,
+            roots=[{"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "helpers"}],
+        ),
+        "or its cross_mounts or opens was another",
     ),
     (lambda tree: policy(tree, read_only_view="off"), "read_only_view was 'required'"),
     (

@@ -427,7 +427,7 @@ def test_root_that_appeared_later_needs_a_restart_and_a_reload_says_so(
 ) -> None:
     other = reachable / "other"
     other.mkdir()
-    roots = [{"name": "other", "path": str(other), "cross_mounts": False}]
+    roots = [{"name": "other", "path": str(other), "cross_mounts": False, "opens": "loop"}]
     with Speaker.connect(running.control) as control:
         reply = control.reload(policy(reachable / "tree", rule("x", root="other"), roots=roots))
         assert isinstance(reply, ErrorReply)

@@ -531,7 +531,7 @@ def test_what_is_mounted_later_is_not_served_unless_it_is_storage_and_read_only(
     tree = reachable / "tree"
     tree.mkdir()
     below = tree / "below"
-    roots = [{"name": "tree", "path": str(tree), "cross_mounts": cross}]
+    roots = [{"name": "tree", "path": str(tree), "cross_mounts": cross, "opens": "loop"}]
     with (
         mounted("tmpfs", tree, shared=True),
         made(below),

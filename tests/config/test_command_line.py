@@ -31,7 +31,9 @@ def policy(tmp_path: Path) -> Path:
 def test_compile_writes_to_standard_output(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compile", str(policy), "--dev"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out)["roots"] == [{"name": "etc", "path": "/etc", "cross_mounts": False}]
+    assert json.loads(out)["roots"] == [
+        {"name": "etc", "path": "/etc", "cross_mounts": False, "opens": "loop"}
+    ]
     assert err == ""
 
 

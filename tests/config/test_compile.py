@@ -55,7 +55,7 @@ def rule_with(line: str) -> dict[str, object]:
 def test_the_smallest_policy_has_all_defaults_written_out() -> None:
     assert compiled(SMALLEST) == {
         "version": 1,
-        "roots": [{"name": "home", "path": "/home", "cross_mounts": False}],
+        "roots": [{"name": "home", "path": "/home", "cross_mounts": False, "opens": "loop"}],
         "rules": [],
         "limits": {"connections_per_uid": 64, "in_flight_per_connection": 512},
         "audit": {"on_failure": "deny"},
@@ -93,7 +93,7 @@ def test_the_smallest_rule_has_all_defaults_written_out() -> None:
 WHOLE = """\
 version: "1"
 roots:
-  home: {path: /home, cross_mounts: true}
+  home: {path: /home, cross_mounts: true, opens: helpers}
   alice: {path: /home/alice, cross_mounts: false}
 rules:
   - name: scan
@@ -127,8 +127,8 @@ def test_every_key_is_compiled_as_the_format_says() -> None:
     assert compiled(WHOLE) == {
         "version": 1,
         "roots": [
-            {"name": "home", "path": "/home", "cross_mounts": True},
-            {"name": "alice", "path": "/home/alice", "cross_mounts": False},
+            {"name": "home", "path": "/home", "cross_mounts": True, "opens": "helpers"},
+            {"name": "alice", "path": "/home/alice", "cross_mounts": False, "opens": "loop"},
         ],
         "rules": [
             {
@@ -400,7 +400,6 @@ UNSUPPORTED = "is not supported by this version; remove it, and see that the pol
         ("on_behalf_of: []", f"4:19: rule 'r': on_behalf_of: the list is empty; {CLIENT}"),
         ("limits: {}", f"4:5: rule 'r': key 'limits' {UNSUPPORTED}"),
         ("symlinks: within-root", f"4:5: rule 'r': key 'symlinks' {UNSUPPORTED}"),
-        ("opens: helpers", f"4:5: rule 'r': key 'opens' {UNSUPPORTED}"),
         ("excpet: x", "4:5: rule 'r': unknown key 'excpet'; did you mean 'except'?"),
         ("Paths: x", "4:5: rule 'r': unknown key 'Paths'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver"),
         ("clients: any", "4:5: rule 'r': unknown key 'clients'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver"),
@@ -434,7 +433,8 @@ def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, prob
         (SMALLEST.replace("path:", "pth:"), "2:16: root 'home': unknown key 'pth'; did you mean 'path'?"),
         (SMALLEST.replace("path: /home", "cross_mounts: true"), "2:15: root 'home': key 'path' is missing; add 'path: ...'"),
         (SMALLEST.replace("{home", "{Home"), "2:9: root name 'Home' is not allowed; use a-z, 0-9, '_' and '-', beginning with a letter or digit"),
-        (SMALLEST.replace("/home}", "/home, opens: helpers}"), f"2:29: root 'home': key 'opens' {UNSUPPORTED}"),
+        (SMALLEST.replace("/home}", "/home, opens: helper}"), "2:36: root 'home': opens: 'helper' is not a choice here; did you mean 'helpers'?"),
+        (SMALLEST.replace("/home}", "/home, opens: directly}"), "2:36: root 'home': opens: 'directly' is not a choice here; write loop or helpers"),
         (SMALLEST.replace("/home}", "/home}, h2: {path: /home}"), "2:41: root 'h2': path: '/home' is that of root 'home' too; keep one root for a path"),
         *[
             (SMALLEST.replace("/home}", f"/home, cross_mounts: {word}}}"), f"2:43: root 'home': cross_mounts: '{word}' is not a boolean here; write true or false; yes, no, on and off are not taken")

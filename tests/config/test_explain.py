@@ -224,7 +224,7 @@ def test_whom_a_service_may_act_for_is_told() -> None:
 
 def test_rule_of_an_outer_root_does_not_allow_and_says_why() -> None:
     document = policy("/srv", rule("outer"))
-    document["roots"].append({"name": "inner", "path": "/srv/in", "cross_mounts": False})
+    document["roots"].append({"name": "inner", "path": "/srv/in", "cross_mounts": False, "opens": "loop"})
     explanation = explained(document, "/srv/in/a", seen=Seen(FILE))
     assert explanation.verdict == (DENY, "no_rule", None)
     [root] = [check for check in explanation.rules[0].checks if check.what == "root"]
@@ -281,7 +281,9 @@ def test_object_is_looked_at_as_the_broker_does(
 
 def test_other_mount_and_kernel_file_system_are_not_served() -> None:
     without = read_policy(policy("/"))
-    across = read_policy(policy("/", roots=[{"name": "tree", "path": "/", "cross_mounts": True}]))
+    across = read_policy(
+        policy("/", roots=[{"name": "tree", "path": "/", "cross_mounts": True, "opens": "loop"}])
+    )
     path = b"/proc/version"
     assert explain(without, ASKER, "open", path, look_as_broker).verdict.reason == "crosses_mount"
     assert explain(across, ASKER, "open", path, look_as_broker).verdict.reason == "filesystem"
@@ -297,7 +299,7 @@ def test_mount_that_may_be_writable_for_the_broker_is_noted(
     flags: int,
     noted: bool,  # noqa: FBT001 - a parameter
 ) -> None:
-    roots = [{"name": "tree", "path": str(tree), "cross_mounts": True}]
+    roots = [{"name": "tree", "path": str(tree), "cross_mounts": True, "opens": "loop"}]
     rules = read_policy(policy(tree, roots=roots, read_only_view=view))
     with mounted("tmpfs", tree / "directory"):
         (tree / "directory" / "file").write_bytes(b"")

@@ -26,6 +26,7 @@ from fdbroker.config.schema import (
     Listener,
     Listeners,
     ModeCondition,
+    Opens,
     Policy,
     Root,
     Rule,
@@ -33,7 +34,7 @@ from fdbroker.config.schema import (
     Where,
     keys_of,
 )
-from fdbroker.policy.rules import ACTIONS, DELIVERIES, read_policy
+from fdbroker.policy.rules import ACTIONS, DELIVERIES, OPENS, read_policy
 from fdbroker.wire.client import for_broker
 from tests.config.fake_lookups import FakeLookups
 
@@ -134,6 +135,7 @@ def test_the_json_schema_demands_either_allow_with_a_client_or_deny() -> None:
 def test_the_words_to_choose_from_are_those_of_the_broker() -> None:
     assert get_args(Action) == ACTIONS
     assert get_args(Delivery) == DELIVERIES
+    assert get_args(Opens) == OPENS
 
 
 def test_no_key_is_both_supported_and_not() -> None:

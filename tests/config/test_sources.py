@@ -46,7 +46,9 @@ def policy(directory: Path) -> Path:
 @pytest.mark.root
 def test_a_file_of_roots_in_directories_of_roots_is_read(policy: Path) -> None:
     assert read_policy_file(str(policy)) == TEXT
-    assert load_policy_file(str(policy))["roots"] == [{"name": "etc", "path": "/etc", "cross_mounts": False}]
+    assert load_policy_file(str(policy))["roots"] == [
+        {"name": "etc", "path": "/etc", "cross_mounts": False, "opens": "loop"}
+    ]
 
 
 @pytest.mark.root

@@ -171,7 +171,7 @@ def test_file_with_a_lease_is_busy_at_once(served: Served) -> None:
 def broker_for(space: Path, *, cross_mounts: bool) -> Iterator[RunningBroker]:
     """Run a broker for `tree` in the shared file system."""
     tree = space / "tree"
-    roots = [{"name": "tree", "path": str(tree), "cross_mounts": cross_mounts}]
+    roots = [{"name": "tree", "path": str(tree), "cross_mounts": cross_mounts, "opens": "loop"}]
     with running_broker(space.parent, policy(tree, roots=roots)) as broker:
         yield broker
 

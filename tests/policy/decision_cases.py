@@ -116,7 +116,9 @@ def documents_of(
     return st.tuples(st.lists(some, min_size=2, max_size=6), everywhere).map(
         lambda drawn: policy(
             "/",
-            roots=[{"name": name, "path": ROOTS[name], "cross_mounts": False} for name in roots],
+            roots=[
+                {"name": name, "path": ROOTS[name], "cross_mounts": False, "opens": "loop"} for name in roots
+            ],
             rules=[meant(rule(f"rule {i}", **changes)) for i, changes in enumerate(drawn[0] + drawn[1])],
         )
     )

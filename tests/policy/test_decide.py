@@ -209,8 +209,8 @@ def two_roots(*rules: dict[str, Any]) -> dict[str, Any]:
         "/a",
         *rules,
         roots=[
-            {"name": "tree", "path": "/a", "cross_mounts": False},
-            {"name": "inner", "path": "/a/b", "cross_mounts": True},
+            {"name": "tree", "path": "/a", "cross_mounts": False, "opens": "loop"},
+            {"name": "inner", "path": "/a/b", "cross_mounts": True, "opens": "loop"},
         ],
     )
 

@@ -89,6 +89,7 @@ def test_example_of_the_documentation_loads_and_means_what_it_says() -> None:
     rule_set = read_policy(document)
     [root] = rule_set.roots
     assert (root.name, root.path, root.cross_mounts, root.skip) == ("home", b"/home", False, 6)
+    assert root.helpers is False
     never, scan = rule_set.rules
     assert never.deny
     assert never.actions == {"open", "stat", "list", "walk"}
@@ -221,7 +222,7 @@ def broken(**changes: object) -> dict[str, Any]:
 
 
 def root(**changes: object) -> list[dict[str, Any]]:
-    return [{"name": "tree", "path": "/r", "cross_mounts": False} | changes]
+    return [{"name": "tree", "path": "/r", "cross_mounts": False, "opens": "loop"} | changes]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +241,7 @@ def root(**changes: object) -> list[dict[str, Any]]:
         (broken(roots=root(path="/\0")), "roots[0].path: nul"),
         (broken(roots=root(path="/" + "n" * 256)), "roots[0].path: name_too_long"),
         (broken(roots=root(path="/\ud800")), "roots[0].path"),
+        (broken(roots=root(opens="threads")), "roots[0].opens is 'threads', which is none of loop, helpers"),
         (broken(roots=root() + root(path="/s")), "roots[1] has the name or the path"),
         (broken(roots=root() + root(name="other")), "roots[1] has the name or the path"),
         (broken(rules=[rule("x", root="nowhere")]), "rules[0].root is 'nowhere'"),
@@ -282,6 +284,12 @@ def test_policy_that_can_not_be_meant_is_refused_with_its_place(document: object
     with pytest.raises(PolicyError) as caught:
         read_policy(document)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("opens", "helpers"), [("loop", False), ("helpers", True)])
+def test_root_says_who_opens_its_files(opens: str, helpers: bool) -> None:  # noqa: FBT001
+    [read] = read_policy(broken(roots=root(opens=opens))).roots
+    assert read.helpers is helpers
 
 
 def test_any_true_is_not_any_one() -> None:

@@ -80,7 +80,12 @@ class Control:
         _, policy, settings, _, _, loaded = self._dispatch.generation
         rule_set = policy.rule_set
         roots = [
-            {"name": root.name, "path": os.fsdecode(root.path), "cross_mounts": root.cross_mounts}
+            {
+                "name": root.name,
+                "path": os.fsdecode(root.path),
+                "cross_mounts": root.cross_mounts,
+                "opens": "helpers" if root.helpers else "loop",
+            }
             for root in rule_set.roots
         ]
         return {

@@ -30,7 +30,7 @@ class Held(NamedTuple):
     was none.
     """
 
-    roots: Mapping[tuple[str, bytes, bool], HeldRoot]
+    roots: Mapping[tuple[str, bytes, bool, bool], HeldRoot]
     proc_self_fd: int
     cgroup_root: str | None
     read_only_view: bool
@@ -48,9 +48,9 @@ class Generation(NamedTuple):
     loaded: str
 
 
-def key_of(root: Root) -> tuple[str, bytes, bool]:
+def key_of(root: Root) -> tuple[str, bytes, bool, bool]:
     """Return what a root of a later policy must agree in."""
-    return root.name, root.path, root.cross_mounts
+    return root.name, root.path, root.cross_mounts, root.helpers
 
 
 def problem_with(rule_set: RuleSet, held: Held) -> str | None:
@@ -59,7 +59,7 @@ def problem_with(rule_set: RuleSet, held: Held) -> str | None:
         if key_of(root) not in held.roots:
             return (
                 f"root {root.name!r} ({os.fsdecode(root.path)!r}) is not among those that the broker opened"
-                " when it started, or its cross_mounts was another: restart the broker"
+                " when it started, or its cross_mounts or opens was another: restart the broker"
             )
     if rule_set.settings.read_only_view_required != held.read_only_view:
         was = "required" if held.read_only_view else "off"

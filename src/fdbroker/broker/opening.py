@@ -137,7 +137,7 @@ class Opener:
                 root = roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
                 opened = None
                 if decision.plain:
-                    directory, skip, cross_mounts, _ = root
+                    directory, skip, cross_mounts, _, _ = root
                     if not cross_mounts:
                         opened = open_regular_beneath(directory, path[skip:] or b".", proc_self_fd)
                 if opened is None:

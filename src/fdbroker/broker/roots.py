@@ -40,12 +40,13 @@ class RootError(Exception):
 
 
 class HeldRoot(NamedTuple):
-    """A root with its O_PATH descriptor; `skip` as in `Root`."""
+    """A root with its O_PATH descriptor; `skip` and `helpers` as in `Root`."""
 
     descriptor: int
     skip: int
     cross_mounts: bool
     read_only_required: bool
+    helpers: bool = False
 
     def objection(self, held: int) -> str | None:
         """Return why an object behind this root's mounts is not to be served, or None.
@@ -80,7 +81,7 @@ def hold_roots(roots: Sequence[Root], *, read_only_required: bool) -> list[HeldR
     try:
         for root in roots:
             descriptor = _open_root(root)
-            held.append(HeldRoot(descriptor, root.skip, root.cross_mounts, read_only_required))
+            held.append(HeldRoot(descriptor, root.skip, root.cross_mounts, read_only_required, root.helpers))
             facts = filesystem_of(descriptor)
             objection = objection_to_filesystem(facts, read_only_required=read_only_required)
             where = f"root {root.name!r} ({os.fsdecode(root.path)})"

@@ -22,6 +22,7 @@ from fdbroker.config.schema import (
     CONNECTIONS_PER_UID,
     IN_FLIGHT_PER_CONNECTION,
     NAME_PATTERN,
+    OPENS_DEFAULT,
     READ_ONLY_VIEW_DEFAULT,
     Action,
     Admins,
@@ -29,6 +30,7 @@ from fdbroker.config.schema import (
     Delivery,
     Limits,
     OnFailure,
+    Opens,
     Policy,
     ReadOnlyView,
     Root,
@@ -141,7 +143,10 @@ class _Compiler:
             cross = self._reader.parsed(
                 found.get("cross_mounts"), f"{what}: cross_mounts", parse_boolean, cure
             )
-            roots.append(CompiledRoot(name=name, path=path, cross_mounts=bool(cross)))
+            opens = self._reader.choice(found.get("opens"), f"{what}: opens", get_args(Opens))
+            roots.append(
+                CompiledRoot(name=name, path=path, cross_mounts=bool(cross), opens=opens or OPENS_DEFAULT)
+            )
         return list(mapping.entries), roots
 
     def _root_path(self, node: Node | None, what: str, name: str, names_by_path: dict[str, str]) -> str:

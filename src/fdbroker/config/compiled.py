@@ -22,6 +22,7 @@ class CompiledRoot(TypedDict):
     name: str
     path: str
     cross_mounts: bool
+    opens: str
 
 
 class CompiledClient(TypedDict, total=False):

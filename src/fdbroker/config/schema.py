@@ -24,9 +24,11 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 Action: TypeAlias = Literal["open", "stat", "list", "walk"]
 Delivery: TypeAlias = Literal["descriptor", "copy"]
 OnFailure: TypeAlias = Literal["deny", "allow"]
+Opens: TypeAlias = Literal["loop", "helpers"]
 ReadOnlyView: TypeAlias = Literal["required", "off"]
 
 READ_ONLY_VIEW_DEFAULT: ReadOnlyView = "required"
+OPENS_DEFAULT: Opens = "loop"
 CONNECTIONS_PER_UID = range(1, 10_000 + 1)
 # One full reply has 253 descriptors: with less, a request for it could never be answered.
 IN_FLIGHT_PER_CONNECTION = range(253, 8192 + 1)
@@ -55,6 +57,10 @@ class Root(_Keys):
     cross_mounts: Annotated[bool, Meta(description="Whether file systems mounted below it are served.")] = (
         False
     )
+    opens: Annotated[
+        Opens,
+        Meta(description="Who opens files there: helpers, with a deadline, where opening may take for ever."),
+    ] = OPENS_DEFAULT
 
 
 class Client(_Keys):
@@ -219,7 +225,7 @@ class Policy(_Keys):
 
 # Keys of the design that this version does not serve. Refused by name: a
 # condition that is silently ignored is a rule that silently allows more.
-NOT_SUPPORTED = frozenset({"age", "identity", "label", "opens", "service", "symlinks"})
+NOT_SUPPORTED = frozenset({"age", "identity", "label", "service", "symlinks"})
 NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"limits", "listeners"}
 NOT_SUPPORTED_AS_LISTENER = frozenset({"clamd", "dgram", "stream"})
 

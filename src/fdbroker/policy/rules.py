@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 ACTIONS = ("open", "stat", "list", "walk")
 DELIVERIES = ("descriptor", "copy")
+OPENS = ("loop", "helpers")
 _TOP_LEVEL = frozenset({"version", "roots", "rules", "limits", "audit", "read_only_view", "admins"})
 _RULE_KEYS = frozenset(
     {
@@ -81,13 +82,17 @@ class ClientFacts(NamedTuple):
 
 
 class Root(NamedTuple):
-    """A tree that can be reached. `skip` bytes of a path below it precede the relative part."""
+    """A tree that can be reached. `skip` bytes of a path below it precede the relative part.
+
+    `helpers`: opening something there may take for ever, so other processes do it.
+    """
 
     number: int
     name: str
     path: bytes
     cross_mounts: bool
     skip: int
+    helpers: bool = False
 
 
 class ClientMatch(NamedTuple):
@@ -331,7 +336,7 @@ def read_policy_in_steps(document: object) -> Generator[None, None, RuleSet]:
 
 def _read_root(document: Mapping[str, object], index: int) -> Root:
     at = f"roots[{index}]"
-    _exact_keys(document, at, {"name", "path", "cross_mounts"})
+    _exact_keys(document, at, {"name", "path", "cross_mounts", "opens"})
     try:
         path = _get(document, "path", str, at).encode()
     except UnicodeEncodeError:
@@ -345,6 +350,7 @@ def _read_root(document: Mapping[str, object], index: int) -> Root:
         path=path,
         cross_mounts=_get(document, "cross_mounts", bool, at),
         skip=1 if path == b"/" else len(path) + 1,
+        helpers=_one_of(document, "opens", at, OPENS) == "helpers",
     )
 
 
