@@ -72,7 +72,7 @@ def test_the_smallest_policy_has_all_defaults_written_out() -> None:
         "version": 1,
         "roots": [{"name": "home", "path": "/home", "cross_mounts": False, "opens": "loop"}],
         "rules": [],
-        "limits": {"connections_per_uid": 64, "in_flight_per_connection": 512},
+        "limits": {"connections_per_uid": 64, "in_flight_per_connection": 512, "message_within": 10.0},
         "audit": {"on_failure": "deny"},
         "read_only_view": "required",
         "admins": {"uids": [], "gids": []},
@@ -128,7 +128,7 @@ rules:
       group: projects
       owner: [client, clamav, "110", on_behalf_of]
     deliver: [copy, descriptor]
-limits: {connections_per_uid: 1, in_flight_per_connection: 8192}
+limits: {connections_per_uid: 1, in_flight_per_connection: 8192, message_within: 2min}
 audit: {to: /var/log/fdbroker/audit.jsonl, on_failure: allow}
 read_only_view: off
 admins: {group: [fdbroker-admin, 7], user: [clamav, "1000"]}
@@ -178,7 +178,7 @@ def test_every_key_is_compiled_as_the_format_says() -> None:
                 "deliver": ["copy", "descriptor"],
             }
         ],
-        "limits": {"connections_per_uid": 1, "in_flight_per_connection": 8192},
+        "limits": {"connections_per_uid": 1, "in_flight_per_connection": 8192, "message_within": 120.0},
         "audit": {"on_failure": "allow"},
         "read_only_view": "off",
         "admins": {"uids": [110, 1000], "gids": [993, 7]},
@@ -274,7 +274,10 @@ def test_the_written_form_is_ascii_that_a_person_can_read() -> None:
     assert written.isascii()
     assert json.loads(written)["rules"][0]["paths"][1] == "\u200cé"
     lines = written.splitlines()
-    assert '  "limits": {"connections_per_uid": 1, "in_flight_per_connection": 8192},' in lines
+    assert (
+        '  "limits": {"connections_per_uid": 1, "in_flight_per_connection": 8192, "message_within": 120.0},'
+        in lines
+    )
     assert '      "actions": ["open", "stat", "list", "walk"],' in lines
     assert max(map(len, lines)) <= 130
     assert written.endswith("}\n")
@@ -490,10 +493,13 @@ def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, prob
             (SMALLEST.replace("/home}", f"/home, cross_mounts: {word}}}"), f"2:43: root 'home': cross_mounts: '{word}' is not a boolean here; write true or false; yes, no, on and off are not taken")
             for word in ("yes", "no", "on", "off", "True", "1")
         ],
-        (SMALLEST + "limits: {}", "4:9: limits is empty; write some of connections_per_uid, in_flight_per_connection, or leave limits out"),
+        (SMALLEST + "limits: {}", "4:9: limits is empty; write some of connections_per_uid, in_flight_per_connection, message_within, or leave limits out"),
         (SMALLEST + "limits: {connections_per_uid: 0}", "4:31: limits: connections_per_uid: 0 is out of range; write a number from 1 to 10000"),
         (SMALLEST + "limits: {in_flight_per_connection: 252}", "4:36: limits: in_flight_per_connection: 252 is out of range; write a number from 253 to 8192"),
         (SMALLEST + "limits: {in_flight_per_connection: 8193}", "4:36: limits: in_flight_per_connection: 8193 is out of range; write a number from 253 to 8192"),
+        (SMALLEST + "limits: {message_within: 0s}", "4:26: limits: message_within: 0s is out of range; write a duration from 1s to 1h"),
+        (SMALLEST + "limits: {message_within: 61min}", "4:26: limits: message_within: 61min is out of range; write a duration from 1s to 1h"),
+        (SMALLEST + "limits: {message_within: 10}", "4:26: limits: message_within: '10' is not a duration; write digits with a unit: 30s, 5min or 2h"),
         (SMALLEST + "limits: {connections_per_uid: 1_0}", f"4:31: limits: connections_per_uid: '1_0' {COUNT}"),
         (SMALLEST + "limits: {connections_per_uid: +1}", f"4:31: limits: connections_per_uid: '+1' {COUNT}"),
         (SMALLEST + "limits: {connections_per_uid: \u0661}", f"4:31: limits: connections_per_uid: '\u0661' {COUNT}"),

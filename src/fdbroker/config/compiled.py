@@ -88,6 +88,14 @@ class CompiledListener(TypedDict):
     mode: int
 
 
+class CompiledLimits(TypedDict):
+    """Limits on every client. `message_within`: seconds."""
+
+    connections_per_uid: int
+    in_flight_per_connection: int
+    message_within: float
+
+
 class CompiledService(TypedDict):
     """A listener whose clients are handed to a service, by its name, and who this service is."""
 
@@ -115,7 +123,7 @@ class CompiledPolicy(TypedDict):
     version: int
     roots: list[CompiledRoot]
     rules: list[CompiledRule]
-    limits: dict[str, int]
+    limits: CompiledLimits
     audit: dict[str, str]
     read_only_view: str
     admins: dict[str, list[int]]

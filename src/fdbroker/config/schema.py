@@ -32,6 +32,7 @@ OPENS_DEFAULT: Opens = "loop"
 CONNECTIONS_PER_UID = range(1, 10_000 + 1)
 # One full reply has 253 descriptors: with less, a request for it could never be answered.
 IN_FLIGHT_PER_CONNECTION = range(253, 8192 + 1)
+MESSAGE_WITHIN = range(1, 3600 + 1)  # seconds
 
 _Name: TypeAlias = Annotated[str, Meta(pattern=NAME_PATTERN)]
 _Path: TypeAlias = Annotated[str, Meta(pattern=r"^/")]
@@ -43,6 +44,7 @@ _Identity: TypeAlias = int | str
 _Identities: TypeAlias = _Identity | Annotated[list[_Identity], Meta(min_length=1)]
 _Words: TypeAlias = str | Annotated[list[str], Meta(min_length=1)]
 _Size: TypeAlias = int | Annotated[str, Meta(pattern=r"^[0-9]+([kKMGT]B|[KMGT]iB|B)?$")]
+_Duration: TypeAlias = Annotated[str, Meta(pattern=r"^[0-9]+(s|min|h)$")]
 _Mode: TypeAlias = int | Annotated[str, Meta(pattern=r"^0[0-7]{1,4}$")]
 
 
@@ -153,6 +155,10 @@ class Limits(_Keys):
             description="Descriptors sent to one connection and not yet acknowledged.",
         ),
     ] = 512
+    message_within: Annotated[
+        _Duration,
+        Meta(description="Time for a first message, and for the rest of one that has begun; up to 1h."),
+    ] = "10s"
 
 
 class Audit(_Keys):

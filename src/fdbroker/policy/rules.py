@@ -252,14 +252,17 @@ class Admins(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What the policy file says beside its rules; counts are per connection or uid."""
+    """What the policy file says beside its rules; counts are per connection or uid.
+
+    `message_within`: seconds in which a hello, or the rest of a message that has begun, must come.
+    """
 
     connections_per_uid: int
     in_flight_per_connection: int
     deny_when_audit_fails: bool
     read_only_view_required: bool
     admins: Admins
-    message_within: float = 10.0
+    message_within: float
 
 
 class RuleSet(NamedTuple):
@@ -312,7 +315,7 @@ def read_policy_in_steps(document: object) -> Generator[None, None, RuleSet]:
         rules.append(Rule(i, entry, roots))
         yield
     limits = _get(document, "limits", dict, "policy")
-    _exact_keys(limits, "limits", {"connections_per_uid", "in_flight_per_connection"})
+    _exact_keys(limits, "limits", {"connections_per_uid", "in_flight_per_connection", "message_within"})
     audit = _get(document, "audit", dict, "policy")
     _exact_keys(audit, "audit", {"on_failure"})
     admins = _get(document, "admins", dict, "policy")
@@ -328,6 +331,7 @@ def read_policy_in_steps(document: object) -> Generator[None, None, RuleSet]:
             uids=frozenset(_list(admins, "uids", int, "admins")),
             gids=frozenset(_list(admins, "gids", int, "admins")),
         ),
+        message_within=_seconds(limits, "message_within", "limits", 1.0, 3600.0),
     )
     services = _read_services(document)
     named = [client for rule in rules for client in (*rule.clients, *rule.on_behalf_of)]
@@ -492,4 +496,11 @@ def _count(document: Mapping[str, object], key: str, at: str, least: int) -> int
     value = _get(document, key, int, at)
     if value < least:
         raise PolicyError(f"{at}.{key} is {value}, less than {least}")
+    return value
+
+
+def _seconds(document: Mapping[str, object], key: str, at: str, least: float, most: float) -> float:
+    value = _get(document, key, float, at)
+    if not least <= value <= most:  # nor is it not a number at all, which JSON here can say
+        raise PolicyError(f"{at}.{key} is {value}, not from {least} to {most}")
     return value
