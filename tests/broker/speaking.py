@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from fdbroker.wire.client import Reply
 
-SECONDS = float(__import__("os").environ.get("S", "30"))  # after which a test fails that waits for an answer
+SECONDS = 30  # after which a test fails that waits for an answer
 
 
 class Answer(NamedTuple):

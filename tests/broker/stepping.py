@@ -102,7 +102,7 @@ class SteppedBroker:
     def join(self, kind: type[_S], *, hello: bool = True) -> _S: ...
 
     def join(self, kind: type[Speaker] = Speaker, *, hello: bool = True) -> Speaker:
-        """Return a new client on a socket pair, a connection that exists already; the peer is this process."""
+        """Return a new client on a socket pair, a connection there already; its peer is this process."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind.kind)
         speaker = kind(theirs, self.serve)
         self._speakers.append(speaker)

@@ -31,11 +31,12 @@ from tests.broker.speaking import (
     frame,
     read_opened,
 )
-from tests.broker.stepping import SteppedBroker
 from tests.broker.test_loop import BAD_HELLOS, MALFORMED, kernel_refuses_rights
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.broker.stepping import SteppedBroker
 
 FILES = 253
 

@@ -29,7 +29,7 @@ from fdbroker.broker.in_flight import InFlight
 from fdbroker.broker.walks import Walks, can_go_on
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import close_all
-from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Kind, Reason
+from fdbroker.wire.format import HEADER, MAX_FRAME, MAX_PATHS, Kind, Reason
 from fdbroker.wire.messages import Hello, MalformedError
 from fdbroker.wire.requests import decode_request
 from fdbroker.wire.stream import framed
@@ -586,7 +586,7 @@ class Broker:
             self._fail(connection, 0, error)
             return True
         if answered is not None:
-            self._send(connection, *answered, 0)
+            self._send(connection, *answered, HEADER.unpack_from(answered[0])[3])
         return True
 
     def _load_on(self, connection: Connection) -> None:
