@@ -1,14 +1,17 @@
-"""A client that says what it is told to, byte by byte, good or bad; and the reader of the audit."""
+"""Clients that say what they are told to, byte by byte, good or bad; and the reader of the audit."""
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.kernel import sockets
+from fdbroker.kernel.descriptors import Descriptors
+from fdbroker.kernel.peers import read_ucred
 from fdbroker.wire.client import (
     ExplainReply,
     ListReply,
@@ -25,8 +28,9 @@ from fdbroker.wire.client import (
     encode_stat,
     encode_status,
 )
-from fdbroker.wire.format import MAX_FRAME, Status
+from fdbroker.wire.format import LENGTH, MAX_FRAME, Status
 from fdbroker.wire.messages import ErrorReply, Welcome
+from fdbroker.wire.stream import framed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -34,7 +38,6 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from fdbroker.kernel.descriptors import Descriptors
     from fdbroker.wire.client import Reply
 
 SECONDS = 30  # after which a test fails that waits for an answer
@@ -59,6 +62,8 @@ class Opened(NamedTuple):
 class Speaker:
     """One connection. `serve` lets the broker work, where it is stepped by the test."""
 
+    kind = socket.SOCK_SEQPACKET
+
     def __init__(self, sock: socket.socket, serve: Callable[[], None] | None = None) -> None:
         self.sock = sock
         self._serve = serve
@@ -67,16 +72,20 @@ class Speaker:
     @classmethod
     def connect(cls, path: Path, *, hello: bool = True) -> Self:
         """Connect to a broker that runs by itself, and greet it."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock = socket.socket(socket.AF_UNIX, cls.kind)
         try:
-            sock.connect(str(path))
             speaker = cls(sock)
+            speaker.reach(path)
             if hello:
                 speaker.greet()
         except BaseException:
             sock.close()
             raise
         return speaker
+
+    def reach(self, path: Path) -> None:
+        """Connect to a listener."""
+        self.sock.connect(str(path))
 
     def __enter__(self) -> Self:
         return self
@@ -88,9 +97,13 @@ class Speaker:
 
     def close(self) -> None:
         """Close the socket."""
-        self.sock.close()
+        self.discard()
         if self._serve is not None:
             self._serve()
+
+    def discard(self) -> None:
+        """Do so without the broker's hearing of it."""
+        self.sock.close()
 
     def send(self, frame: bytes) -> None:
         """Send a frame, and let the broker work."""
@@ -196,6 +209,108 @@ class Speaker:
     def is_closed(self) -> bool:
         """Return whether nothing more comes."""
         return self.receive() is None
+
+
+class StreamSpeaker(Speaker):
+    """A connection by SOCK_STREAM. It sees which frame each descriptor came with."""
+
+    kind = socket.SOCK_STREAM
+
+    def __init__(self, sock: socket.socket, serve: Callable[[], None] | None = None) -> None:
+        super().__init__(sock, serve)
+        self.at_once = MAX_FRAME  # the most bytes to receive with one call
+        self._data = b""
+        # What came with the part that ended after so many bytes of `_data`.
+        self._came_with: list[tuple[int, Descriptors]] = []
+
+    def discard(self) -> None:
+        """Close the socket, and descriptors that came and that nobody took."""
+        for _, descriptors in self._came_with:
+            descriptors.close()
+        super().discard()
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame behind its length, and let the broker work."""
+        self.send_raw(framed(frame))
+
+    def send_raw(self, data: bytes) -> None:
+        """Send bytes, frames or not, and let the broker work."""
+        self.sock.sendall(data)
+        if self._serve is not None:
+            self._serve()
+
+    def receive(self) -> Answer | None:
+        """Return the next frame, None at the end of the connection; its descriptors are those of its part."""
+        while (size := self._size()) is None or len(self._data) < size:
+            try:
+                part = sockets.receive(self.sock, self.at_once)
+            except ConnectionResetError:
+                return None
+            if not part.data:
+                assert not self._data, "the connection ended in the middle of a frame"
+                return None
+            self._data += part.data
+            if part.descriptors:
+                self._came_with.append((len(self._data), part.descriptors))
+        descriptors = Descriptors()
+        for end, came in self._came_with:
+            if end <= size:
+                for number in came.take_all():
+                    descriptors.add(number)
+        raw, self._data = self._data[LENGTH.size : size], self._data[size:]
+        self._came_with = [(end - size, came) for end, came in self._came_with if end > size]
+        return Answer(raw, decode_reply(raw), descriptors)
+
+    def _size(self) -> int | None:
+        """Return the size of the next frame with its length; None: that is not there yet."""
+        if len(self._data) < LENGTH.size:
+            return None
+        (length,) = LENGTH.unpack_from(self._data)
+        assert length <= MAX_FRAME
+        return LENGTH.size + int(length)
+
+
+class DatagramSpeaker(Speaker):
+    """A socket of its own address, as the kernel gives it: no hello, and answers from another address."""
+
+    kind = socket.SOCK_DGRAM
+
+    def __init__(
+        self, sock: socket.socket, serve: Callable[[], None] | None = None, *, broker_uid: int | None = None
+    ) -> None:
+        super().__init__(sock, serve)
+        self._broker_uid = broker_uid
+        self._path = ""
+        sockets.ask_for_credentials(sock)
+        if not sock.getsockname():
+            sock.bind("")
+
+    def reach(self, path: Path) -> None:
+        """Note where requests go to: whoever connects here could not be answered."""
+        self._path = str(path)
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame, and let the broker work."""
+        self.sock.sendto(frame, self._path)
+        if self._serve is not None:
+            self._serve()
+
+    def receive(self) -> Answer | None:
+        """Return the next frame, of the broker's uid where that is known."""
+        received = sockets.receive(self.sock, MAX_FRAME + 1)
+        assert not received.truncated
+        assert received.credentials is not None
+        if self._broker_uid is not None:
+            assert read_ucred(received.credentials).uid == self._broker_uid
+        return Answer(received.data, decode_reply(received.data), received.descriptors)
+
+    def greet(self) -> Welcome:
+        """Say nothing: every datagram is a request by itself."""
+        return Welcome(0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+    def is_silent(self) -> bool:
+        """Return whether nothing is there, now that the broker has worked."""
+        return not select.select([self.sock], [], [], 0)[0]
 
 
 def read_opened(answer: Answer, request_id: int = 7) -> list[Opened]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from fdbroker.broker.audit import Audit
 from fdbroker.broker.dispatch import Parts
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from typing import Self
 
     from fdbroker.broker.opening import Opener
+
+_S = TypeVar("_S", bound=Speaker)
 
 
 class SteppedBroker:
@@ -55,6 +57,7 @@ class SteppedBroker:
             self.proc_self_fd,
             cgroup_root,
             rule_set.settings.read_only_view_required,
+            services=frozenset(rule_set.services),
         )
         self.broker = Broker(
             Parts(
@@ -80,7 +83,7 @@ class SteppedBroker:
     def close(self) -> None:
         """Close everything."""
         for speaker in self._speakers:
-            speaker.sock.close()
+            speaker.discard()
         self.broker.close()
         for root in self.roots:
             os.close(root.descriptor)
@@ -93,32 +96,46 @@ class SteppedBroker:
         for _ in range(8):
             self.broker.step(0)
 
-    def join(self, *, hello: bool = True) -> Speaker:
-        """Return a new client on a socket pair; the peer is this process."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        speaker = Speaker(theirs, self.serve)
+    @overload
+    def join(self, *, hello: bool = True) -> Speaker: ...
+
+    @overload
+    def join(self, kind: type[_S], *, hello: bool = True) -> _S: ...
+
+    def join(self, kind: type[Speaker] = Speaker, *, hello: bool = True) -> Speaker:
+        """Return a new client on a socket pair, a connection there already; its peer is this process."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind.kind)
+        speaker = kind(theirs, self.serve)
         self._speakers.append(speaker)
         self.broker.adopt(ours, "pair")
         if hello:
             speaker.greet()
         return speaker
 
-    def listen(self, directory: Path, *, control: bool = False) -> Path:
-        """Serve a listening socket as well; return its path."""
-        path = directory / ("control" if control else "listener")
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def listen(
+        self, directory: Path, *, control: bool = False, kind: type[Speaker] = Speaker, name: str = "listener"
+    ) -> Path:
+        """Serve a listening socket, or one for datagrams, as well; return its path."""
+        path = directory / ("control" if control else name)
+        listener = socket.socket(socket.AF_UNIX, kind.kind)
         listener.bind(str(path))
         path.chmod(0o666)
-        listener.listen(128)
+        if kind.kind != socket.SOCK_DGRAM:
+            listener.listen(128)
         self.broker.add_listener(listener, path.name, control=control)
         return path
 
-    def call(self, path: Path, *, hello: bool = True) -> Speaker:
+    @overload
+    def call(self, path: Path, *, hello: bool = True) -> Speaker: ...
+
+    @overload
+    def call(self, path: Path, kind: type[_S], *, hello: bool = True) -> _S: ...
+
+    def call(self, path: Path, kind: type[Speaker] = Speaker, *, hello: bool = True) -> Speaker:
         """Return a new client that connects to a listener."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        speaker = Speaker(sock, self.serve)
+        speaker = kind(socket.socket(socket.AF_UNIX, kind.kind), self.serve)
         self._speakers.append(speaker)
-        sock.connect(str(path))
+        speaker.reach(path)
         self.serve()
         if hello:
             speaker.greet()

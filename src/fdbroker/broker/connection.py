@@ -32,14 +32,18 @@ class State(Enum):
 
 
 class Unsent:
-    """A reply, or the rest of it, that the socket had no room for; owns its descriptors."""
+    """A reply, or the rest of it, that the socket had no room for; owns its descriptors.
 
-    __slots__ = ("data", "descriptors", "request_id")
+    `begun`: on a stream a part of it was sent, and with that its descriptors.
+    """
 
-    def __init__(self, data: bytes, descriptors: list[int], request_id: int) -> None:
+    __slots__ = ("begun", "data", "descriptors", "request_id")
+
+    def __init__(self, data: bytes, descriptors: list[int], request_id: int, *, begun: bool = False) -> None:
         self.data = data
         self.descriptors = descriptors
         self.request_id = request_id
+        self.begun = begun
 
 
 class Client:

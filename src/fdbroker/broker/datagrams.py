@@ -21,6 +21,7 @@ from fdbroker.broker.connection import Client
 from fdbroker.broker.identity import IdentityError, PeerOfMessage
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import close_all
+from fdbroker.kernel.peers import read_ucred
 from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Kind, Reason
 from fdbroker.wire.messages import ListRequest, MalformedError, OpenRequest, StatRequest
 from fdbroker.wire.requests import decode_request
@@ -70,10 +71,11 @@ class Datagrams:
             self._audit.event("receive_failed", member_text(socket=name, errno=error.errno))
             return None
         try:
+            if flags & sockets.CONTROL_TRUNCATED:  # there may have been no room for the sender's pidfd
+                raise IdentityError("descriptors_sent")
             peer = PeerOfMessage(credentials, pidfd, self._level)
         except IdentityError as error:
-            self._audit.event("datagram_refused", member_text(socket=name, reason=str(error)))
-            return None
+            return self._refuse(f"{member_text(socket=name)}{_sender_members(credentials)}", str(error))
         finally:
             if pidfd >= 0:
                 os.close(pidfd)
@@ -83,7 +85,8 @@ class Datagrams:
         client = self._client(peer, record)
         if client is None:
             return self._refuse(record, "replies_not_received")
-        frame, descriptors, request_id = self._answer(client, data, flags)
+        too_long = bool(flags & sockets.DATA_TRUNCATED)
+        frame, descriptors, request_id = self._answer(client, data, too_long=too_long)
         try:
             sockets.send_datagram(client.sock, frame, descriptors, address)
         except OSError as error:
@@ -98,16 +101,12 @@ class Datagrams:
     def _refuse(self, record: str, reason: str) -> None:
         self._audit.event("datagram_refused", f"{record},{member_text(reason=reason)}")
 
-    def _answer(self, client: Client, data: bytes, flags: int) -> tuple[bytes, list[int], int]:
+    def _answer(self, client: Client, data: bytes, *, too_long: bool) -> tuple[bytes, list[int], int]:
         """Return the reply, its descriptors, and the request's id."""
         request_id = 0
         try:
-            if flags:
-                raise MalformedError(
-                    "descriptors were sent to the broker, which takes none"
-                    if flags & sockets.CONTROL_TRUNCATED
-                    else f"a message is longer than {MAX_FRAME} bytes"
-                )
+            if too_long:
+                raise MalformedError(f"a message is longer than {MAX_FRAME} bytes")
             request = decode_request(data)
             request_id = request.id
             if not isinstance(request, _CAN_BE_ASKED) or request.client is not None:
@@ -146,3 +145,11 @@ class Datagrams:
         # Another process of that uid, maybe: nothing is remembered of the one before.
         client.peer, client.record, client.asker = peer, record, None
         return client
+
+
+def _sender_members(credentials: bytes | None) -> str:
+    """Return what the kernel says of a sender that is not identified, to be added to a record."""
+    if credentials is None:
+        return ""
+    pid, uid, gid = read_ucred(credentials)
+    return f",{member_text(pid=pid, uid=uid, gid=gid)}"

@@ -29,7 +29,7 @@ from fdbroker.broker.in_flight import InFlight
 from fdbroker.broker.walks import Walks, can_go_on
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import close_all
-from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Kind, Reason
+from fdbroker.wire.format import HEADER, MAX_FRAME, MAX_PATHS, Kind, Reason
 from fdbroker.wire.messages import Hello, MalformedError
 from fdbroker.wire.requests import decode_request
 from fdbroker.wire.stream import framed
@@ -186,7 +186,8 @@ class Broker:
         # Room for all of them, or it would not show who else wants something; and for no more, which costs.
         most = len(self._connections) + len(self._acceptor.listeners) + 1
         ready = self._epoll.poll(timeout, most)
-        if len(ready) == 1 and not self._busy and not self._deadlines and not self._loading:
+        others = self._busy or self._deadlines or self._loading or self._resting or self._acceptor.resting
+        if len(ready) == 1 and not others:
             # One client wants one thing, as it mostly is.
             descriptor, events = ready[0]
             connection = self._connections.get(descriptor)
@@ -197,7 +198,7 @@ class Broker:
         resting, self._resting = self._resting, []
         self._serve_all(ready)
         for connection in resting:
-            self._see_whether_busy(connection)
+            self._see_what_waits(connection)
         if self._busy:
             self._go_on()
         if self._deadlines:
@@ -243,19 +244,22 @@ class Broker:
             del self._busy[connection]
             if connection.state is not _READING:
                 continue
-            if connection.stream is not None and len(connection.stream):
+            if connection.stream is not None and connection.stream.has_frame and self._has_room(connection):
                 self._serve_stream(connection, receive=False)
             if connection.state is _READING and can_go_on(connection) and not self._walk_on(connection):
                 self._resting.append(connection)
             else:
-                self._see_whether_busy(connection)
+                self._see_what_waits(connection)
 
-    def _see_whether_busy(self, connection: Connection) -> None:
-        """Note whether a connection has something to do without an event."""
-        if connection.state is _READING and (
-            (connection.stream is not None and connection.stream.has_frame) or can_go_on(connection)
-        ):
+    def _see_what_waits(self, connection: Connection) -> None:
+        """Note whether a connection has something to do without an event, or has begun a frame."""
+        if connection.state is not _READING:
+            return
+        stream = connection.stream
+        if can_go_on(connection) or (stream is not None and stream.has_frame):
             self._busy[connection] = None
+        if stream is not None and len(stream) and not stream.has_frame:
+            self._expect(connection)
 
     def _goes_on(self) -> bool:
         """Say, in the middle of a round, which may be long, that the loop lives; return whether to go on."""
@@ -403,9 +407,14 @@ class Broker:
     def _discard_unsent(self, connection: Connection) -> None:
         """Let go of replies that wait, and take back in the audit what they would have given."""
         for reply in connection.unsent:
-            members = member_text(request=reply.request_id, errno=errno.EPIPE)
-            self._audit.event("undelivered", f"{connection.record},{members}")
+            self._record_unsent(connection, reply, errno.EPIPE)
         connection.discard_unsent()
+
+    def _record_unsent(self, connection: Connection, reply: Unsent, number: int | None) -> None:
+        """Record that a reply, or the end of it, is not sent: who got a part of it has its descriptors."""
+        members = member_text(request=reply.request_id, errno=number)
+        event = "partly_delivered" if reply.begun else "undelivered"
+        self._audit.event(event, f"{connection.record},{members}")
 
     def _drop(self, connection: Connection) -> None:
         """Forget a connection whose client is gone, or has nothing left to receive."""
@@ -433,7 +442,7 @@ class Broker:
             self._wait_for(connection, State.WAITING)
             return
         self._wait_for(connection, _READING)
-        self._see_whether_busy(connection)
+        self._see_what_waits(connection)
         if connection.serving:
             self._see_who_serves()
 
@@ -456,10 +465,7 @@ class Broker:
     # Messages
 
     def _serve_message(self, connection: Connection) -> None:
-        # A full reply must have its place before the request is read.
-        most = self._dispatch.generation.settings.in_flight_per_connection
-        if connection.in_flight + MAX_PATHS > most and not self._flight.settle(connection):
-            self._wait_for(connection, State.PAUSED)
+        if not self._has_room(connection):
             return
         if connection.stream is not None:
             self._serve_stream(connection, receive=True)
@@ -478,6 +484,14 @@ class Broker:
             self._malformed_by(connection, MalformedError(_objection_to_flags(flags)))
             return
         self._answer(connection, data, credentials)
+
+    def _has_room(self, connection: Connection) -> bool:
+        """Return whether a full reply has its place, as it must before its request is read; if not, wait."""
+        most = self._dispatch.generation.settings.in_flight_per_connection
+        if connection.in_flight + MAX_PATHS <= most or self._flight.settle(connection):
+            return True
+        self._wait_for(connection, State.PAUSED)
+        return False
 
     def _serve_stream(self, connection: Connection, *, receive: bool) -> None:
         """Serve the next frame of a stream: one that is there, or one that is there now."""
@@ -506,12 +520,10 @@ class Broker:
             self._receive_failed(connection, error)
             return
         if frame is not None:
-            self._deadlines.pop(connection, None)
+            if connection.greeted:  # a hello is waited for until it was accepted
+                self._deadlines.pop(connection, None)
             self._answer(connection, frame, connection.credentials)
-        if connection.state is _READING:
-            if len(stream):
-                self._expect(connection)
-            self._see_whether_busy(connection)
+        self._see_what_waits(connection)
 
     def _receive_failed(self, connection: Connection, error: OSError) -> None:
         self._audit.event("receive_failed", f"{connection.record},{member_text(errno=error.errno)}")
@@ -546,7 +558,7 @@ class Broker:
         if answered is None:
             self._answer_later(connection)
             return
-        if self._deadlines:
+        if self._deadlines and connection.greeted:
             self._deadlines.pop(connection, None)
         self._send(connection, *answered, request_id)
         if connection.serving:
@@ -560,15 +572,11 @@ class Broker:
         elif connection.awaited >= _MOST_AWAITED:
             self._wait_for(connection, State.WAITING)
         else:
-            self._see_whether_busy(connection)
+            self._see_what_waits(connection)
 
     def _walk_on(self, connection: Connection) -> bool:
         """Send the next frame of a walk, if its descriptors have a place. False: it is to wait a moment."""
-        settings = self._dispatch.generation.settings
-        if connection.in_flight + MAX_PATHS > settings.in_flight_per_connection and not self._flight.settle(
-            connection
-        ):
-            self._wait_for(connection, State.PAUSED)
+        if not self._has_room(connection):
             return True
         if not self._flight.room_for(connection, MAX_PATHS):
             return False
@@ -578,7 +586,7 @@ class Broker:
             self._fail(connection, 0, error)
             return True
         if answered is not None:
-            self._send(connection, *answered, 0)
+            self._send(connection, *answered, HEADER.unpack_from(answered[0])[3])
         return True
 
     def _load_on(self, connection: Connection) -> None:
@@ -625,7 +633,7 @@ class Broker:
             self._flight.add(connection, len(descriptors))
             close_all(descriptors)
         if sent < len(data):
-            self._keep_unsent(connection, Unsent(data[sent:], [], request_id))
+            self._keep_unsent(connection, Unsent(data[sent:], [], request_id, begun=True))
 
     def _keep_unsent(self, connection: Connection, reply: Unsent) -> None:
         """Keep a reply for which there was no room."""
@@ -639,8 +647,7 @@ class Broker:
     def _not_sent(self, connection: Connection, reply: Unsent, error: OSError) -> None:
         """Let go of a reply that can't be sent at all."""
         close_all(reply.descriptors)
-        members = member_text(request=reply.request_id, errno=error.errno)
-        self._audit.event("undelivered", f"{connection.record},{members}")
+        self._record_unsent(connection, reply, error.errno)
         if error.errno != errno.ETOOMANYREFS:
             self._hang_up(connection)
             return
@@ -663,6 +670,7 @@ class Broker:
             close_all(reply.descriptors)
             if sent < len(reply.data):
                 reply.data = reply.data[sent:]
+                reply.begun = True
                 return
             del connection.unsent[0]
         self._read_on(connection)
