@@ -53,9 +53,14 @@ def make_policy(root: Path) -> dict[str, object]:
         "roots": [{"name": "tree", "path": str(root), "cross_mounts": False, "opens": "loop"}],
         "rules": [*denials, *others, client],
         # One client with 64 connections is what some of the series are about.
-        "limits": {"connections_per_uid": 128, "in_flight_per_connection": 512},
+        "limits": {
+            "connections_per_uid": 128,
+            "in_flight_per_connection": 512,
+            "message_within": 10.0,
+        },
         "audit": {"on_failure": "deny"},
         "admins": {"uids": [], "gids": []},
+        "services": [],
         "read_only_view": "required",
     }
 

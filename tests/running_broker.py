@@ -41,16 +41,23 @@ def rule(name: str, **changes: object) -> dict[str, Any]:
     } | changes
 
 
-def policy(tree: Path | str, *rules: dict[str, Any], **changes: object) -> dict[str, Any]:
-    """Return a compiled policy with the one root `tree`; by default everybody may do everything there."""
+def policy(
+    tree: Path | str, *rules: dict[str, Any], limits: dict[str, Any] | None = None, **changes: object
+) -> dict[str, Any]:
+    """Return a compiled policy with the one root `tree`; by default everybody may do everything there.
+
+    `limits` may have some of them.
+    """
     return {
         "version": 1,
         "roots": [{"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "loop"}],
         "rules": list(rules) or [rule("all")],
-        "limits": {"connections_per_uid": 64, "in_flight_per_connection": 512},
+        "limits": {"connections_per_uid": 64, "in_flight_per_connection": 512, "message_within": 10.0}
+        | (limits or {}),
         "audit": {"on_failure": "deny"},
         "read_only_view": "required",
         "admins": {"uids": [], "gids": []},
+        "services": [],
     } | changes
 
 

@@ -55,6 +55,7 @@ class SteppedBroker:
             self.proc_self_fd,
             cgroup_root,
             rule_set.settings.read_only_view_required,
+            services=frozenset(rule_set.services),
         )
         self.broker = Broker(
             Parts(

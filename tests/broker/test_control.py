@@ -588,6 +588,25 @@ def test_limits_and_what_becomes_of_what_is_not_recorded_are_those_of_the_new_po
     assert stepped.audit.deny_on_failure
 
 
+@root
+def test_who_may_serve_a_listener_can_change_and_the_listeners_can_not(tree: Path, tmp_path: Path) -> None:
+    def served(*names: str, by: int) -> dict[str, Any]:
+        return policy(tree, services=[{"name": name, "clients": [{"uids": [by]}]} for name in names])
+
+    with SteppedBroker(tree, served("a", "b", by=7), audit=tmp_path / "audit") as broker:
+        control = broker.call(broker.listen(tmp_path, control=True))
+        control.reload(served("b", "a", by=8))
+        services = broker.broker._dispatch.generation.policy.rule_set.services
+        assert {name: [match.uids for match in who] for name, who in services.items()} == {
+            b"a": [frozenset({8})],
+            b"b": [frozenset({8})],
+        }
+        for names in ((), ("a",), ("a", "c"), ("a", "b", "c")):
+            refused = control.ask(encode_reload(5, 0, json.dumps(served(*names, by=8)).encode(), more=False))
+            assert isinstance(refused.reply, ErrorReply)
+            assert "and were 'a', 'b' when the broker started: restart the broker" in refused.reply.text
+
+
 REFUSED: list[tuple[Callable[[Path], dict[str, Any] | bytes], str]] = [
     (lambda _tree: b"garbage", "this is no compiled policy: Expecting value"),
     (lambda _tree: b"\xff\xfe\x00", "this is no compiled policy"),
@@ -626,6 +645,10 @@ REFUSED: list[tuple[Callable[[Path], dict[str, Any] | bytes], str]] = [
             roots=[{"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "helpers"}],
         ),
         "or its cross_mounts or opens was another",
+    ),
+    (
+        lambda tree: policy(tree, services=[{"name": "clamd", "clients": [{"uids": [7]}]}]),
+        "its listeners of services are 'clamd', and were none when the broker started: restart the broker",
     ),
     (lambda tree: policy(tree, read_only_view="off"), "read_only_view was 'required'"),
     (
@@ -779,7 +802,7 @@ def test_a_hundred_reloads_leave_one_policy_in_memory(
             assert objects_of(Policy, RuleSet) == 2
             assert objects_of(ActionView) == 0
     assert idle[0].open_one(bytes(stepped.tree / "file")).reason == "ok"
-    assert objects_of(ActionView) == 4
+    assert objects_of(ActionView) == 5
     assert isinstance(stepped.broker._control, Control)
 
 

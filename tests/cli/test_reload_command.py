@@ -189,5 +189,9 @@ def test_reload_of_a_file_that_can_not_be_trusted_changes_nothing(
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"fdbroker: {file}: {said}\n"
     assert status["generation"] == 1
-    assert status["limits"] == {"connections_per_uid": 64, "in_flight_per_connection": 512}
+    assert status["limits"] == {
+        "connections_per_uid": 64,
+        "in_flight_per_connection": 512,
+        "message_within": 10.0,
+    }
     assert all(record["event"] != "reloaded" for record in broker.records())

@@ -253,15 +253,20 @@ class Case(NamedTuple):
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Give a case in which some rule means the client and the action; one that allows, if there is one."""
+def cases(draw: st.DrawFn, *, copies: bool = False) -> Case:
+    """Give a case in which some rule means the client and the action; one that allows, if there is one.
+
+    With `copies` it may be to open a file for its contents alone.
+    """
     document = draw(documents)
     rules = document["rules"]
     about = draw(st.sampled_from([each for each in rules if each["effect"] == "allow"] or rules))
     return Case(
         document,
         draw(askers_of(about)),
-        draw(st.sampled_from(about["actions"])),
+        draw(
+            st.sampled_from([*about["actions"], *(["copy"] if copies and "open" in about["actions"] else [])])
+        ),
         draw(st.lists(paths_for([about, *rules]), min_size=4, max_size=8)),
     )
 
@@ -300,7 +305,7 @@ CHANGES: dict[str, Callable[[Part, str | None], Part]] = {
     "clients": lambda about, _: about | {"clients": [{"any": True}]},
     "on_behalf_of": lambda about, _: about | {"on_behalf_of": about["on_behalf_of"] and [{"any": True}]},
     "except": lambda about, _: about | {"except": []},
-    "deliver": lambda about, _: about | {"deliver": ["descriptor"]},
+    "deliver": lambda about, _: about | {"deliver": ["descriptor", "copy"]},
     "a deny rule of an outer root": lambda about, serving: (
         about | {"paths": []} if about["effect"] == "deny" and about["root"] != serving else about
     ),

@@ -127,17 +127,19 @@ def matching_rules(
     paths = {root["name"]: root["path"] for root in document["roots"]}
     containing = [name for name in paths if below(paths[name], path) is not None]
     serving = max(containing, key=lambda name: len(paths[name]), default=None)
+    named = "open" if action == "copy" else action
+    delivery = {"open": "descriptor", "copy": "copy"}.get(action)
     matching = []
     for index, rule in enumerate(document["rules"]):
         rest = below(paths[rule["root"]], path)
         if (
             rest is not None
-            and action in rule["actions"]
+            and named in rule["actions"]
             and is_for(rule, asker)
             and any(glob_matches(tuple(glob.split("/")), rest) for glob in rule["paths"])
             and not any(glob_matches(tuple(glob.split("/")), rest) for glob in rule["except"])
             and (rule["effect"] == "deny" or rule["root"] == serving)
-            and (rule["effect"] == "deny" or action != "open" or "descriptor" in rule["deliver"])
+            and (rule["effect"] == "deny" or delivery is None or delivery in rule["deliver"])
         ):
             matching.append(index)
     return serving, matching

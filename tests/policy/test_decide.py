@@ -53,7 +53,7 @@ thoroughly = settings(max_examples=max(200, settings().max_examples))
 
 
 @thoroughly
-@given(cases())
+@given(cases(copies=True))
 @example(Case(policy("/"), ASKER, "open", ["//a"]))
 @example(Case(policy("/"), ASKER, "open", ["//"]))
 @example(Case(policy("/a"), ASKER, "open", ["//a"]))
@@ -65,7 +65,7 @@ def test_remembered_decision_is_that_of_the_whole(case: Case) -> None:
 
 
 @thoroughly
-@given(cases(), objects)
+@given(cases(copies=True), objects)
 def test_decision_is_that_of_the_plain_evaluator(case: Case, found: list[Facts]) -> None:
     view = view_of(*case[:3])
     uids = (case.asker.client.uid, case.asker.on_behalf_of and case.asker.on_behalf_of.uid)
@@ -149,7 +149,7 @@ def test_every_outcome_has_its_share_of_the_cases() -> None:
 
     # The same cases in every profile.
     @settings(max_examples=400, derandomize=True, database=None)
-    @given(cases(), objects)
+    @given(cases(copies=True), objects)
     def count(case: Case, found: list[Facts]) -> None:
         view = view_of(*case[:3])
         came_up = {"cases"}
@@ -263,6 +263,29 @@ def test_rule_is_about_its_actions_alone(action: str) -> None:
     document = policy("/r", rule("one", actions=[action]))
     for asked in ACTIONS:
         assert view_of(document, action=asked).decide(b"/r/a/b").allowed is (asked == action)
+
+
+@pytest.mark.parametrize(
+    ("deliver", "opened", "copied"),
+    [(["descriptor"], True, False), (["copy"], False, True), (["copy", "descriptor"], True, True)],
+)
+def test_rule_about_opening_allows_what_it_delivers(
+    deliver: list[str],
+    opened: bool,  # noqa: FBT001
+    copied: bool,  # noqa: FBT001
+) -> None:
+    document = policy(
+        "/r", rule("some", deliver=deliver), rule("no", effect="deny", actions=["open"], paths=["no"])
+    )
+    for action, allowed in (("open", opened), ("copy", copied), ("stat", True)):
+        view = view_of(document, action=action)
+        assert view.decide(b"/r/a/b").allowed is allowed
+        assert (view.decide(b"/r/no").reason == "deny_rule") is (action != "stat")
+
+
+def test_what_allows_no_opening_allows_no_copies() -> None:
+    document = policy("/r", rule("some", actions=["stat", "list", "walk"], deliver=["descriptor", "copy"]))
+    assert not view_of(document, action="copy").decide(b"/r/a/b").allowed
 
 
 def test_rule_that_delivers_copies_alone_opens_nothing() -> None:

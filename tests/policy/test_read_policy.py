@@ -117,13 +117,21 @@ def test_example_of_the_documentation_loads_and_means_what_it_says() -> None:
         deny_when_audit_fails=True,
         read_only_view_required=True,
         admins=Admins(frozenset(), frozenset({998})),
+        message_within=10.0,
     )
     assert never.on_behalf_of == ()
     assert scan.on_behalf_of == (
         ClientMatch(None, frozenset({100}), None),
         ClientMatch(frozenset({1000}), None, frozenset({"/user.slice"})),
     )
-    assert rule_set.cgroups == {"/system.slice/x.service", "/user.slice"}
+    assert rule_set.services == {
+        b"clamd": (ClientMatch(frozenset({989}), None, frozenset({"/system.slice/scand.service"})),)
+    }
+    assert rule_set.cgroups == {
+        "/system.slice/x.service",
+        "/user.slice",
+        "/system.slice/scand.service",
+    }
 
 
 @pytest.mark.parametrize("place", MEMBERS, ids=spoken)
@@ -172,6 +180,8 @@ def is_of_its_type(place: Place, value: Node) -> bool:
         return place[-1] == "where" and not value
     if isinstance(value, bool):
         return place[-1] != "any" or value
+    if isinstance(value, float):
+        return False  # none of them is long enough
     if isinstance(value, int):
         return place not in {("version",), ("limits", "in_flight_per_connection")}
     # A text: which ones are words of a closed list?
@@ -219,6 +229,10 @@ def test_wrong_element_of_a_list_is_an_error_that_names_its_place(place: Place, 
 
 def broken(**changes: object) -> dict[str, Any]:
     return policy("/r") | changes
+
+
+def service(**changes: object) -> dict[str, Any]:
+    return {"name": "x", "clients": [{"uids": [1]}]} | changes
 
 
 def root(**changes: object) -> list[dict[str, Any]]:
@@ -269,15 +283,33 @@ def root(**changes: object) -> list[dict[str, Any]]:
         (broken(rules=[rule("x", where={"size": {}})]), "rules[0].where.size"),
         (broken(rules=[rule("x", where={"age": {"max": 1}})]), "rules[0].where"),
         (
-            broken(limits={"connections_per_uid": 0, "in_flight_per_connection": 512}),
+            broken(
+                limits={"connections_per_uid": 0, "in_flight_per_connection": 512, "message_within": 10.0}
+            ),
             "connections_per_uid is 0",
         ),
         (
-            broken(limits={"connections_per_uid": 1, "in_flight_per_connection": 252}),
+            broken(
+                limits={"connections_per_uid": 1, "in_flight_per_connection": 252, "message_within": 10.0}
+            ),
             "in_flight_per_connection is 252, less than 253",
         ),
+        *[
+            (
+                policy("/r", limits={"message_within": seconds}),
+                f"limits.message_within is {seconds}, not from 1.0 to 3600.0",
+            )
+            for seconds in (0.5, -1.0, 3600.5, float("nan"), float("inf"))
+        ],
+        (policy("/r", limits={"message_within": 10}), "limits.message_within is not of type float"),
         (broken(audit={"on_failure": "ignore"}), "audit.on_failure is 'ignore'"),
         (broken(read_only_view="optional"), "read_only_view is 'optional'"),
+        (broken(services=[service()] * 2), "services[1].name is 'x': no name, or that of an earlier service"),
+        (broken(services=[service(name="")]), "services[0].name is ''"),
+        (broken(services=[service(name="\u00e9")]), "services[0].name is '\u00e9'"),
+        (broken(services=[service(name="a\n")]), "services[0].name is 'a\\n'"),
+        (broken(services=[service(clients=[])]), "services[0].clients needs at least one entry"),
+        (broken(services=[service(clients=[{}])]), "services[0].clients[0]"),
     ],
 )
 def test_policy_that_can_not_be_meant_is_refused_with_its_place(document: object, said: str) -> None:
@@ -300,7 +332,7 @@ def test_any_true_is_not_any_one() -> None:
 
 def test_least_limits_are_taken() -> None:
     settings = read_policy(
-        broken(limits={"connections_per_uid": 1, "in_flight_per_connection": 253})
+        broken(limits={"connections_per_uid": 1, "in_flight_per_connection": 253, "message_within": 10.0})
     ).settings
     assert settings[:2] == (1, 253)
 

@@ -101,6 +101,7 @@ class Control:
             "limits": {
                 "connections_per_uid": settings.connections_per_uid,
                 "in_flight_per_connection": settings.in_flight_per_connection,
+                "message_within": settings.message_within,
             },
             "audit_on_failure": "deny" if settings.deny_when_audit_fails else "allow",
             "audit_sequence": self._audit.sequence,

@@ -8,19 +8,21 @@ is not compiled at all.
 from __future__ import annotations
 
 import re
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 from fdbroker.config.clients import ClientReader
-from fdbroker.config.compiled import CompiledPolicy, CompiledRoot, CompiledRule
+from fdbroker.config.compiled import CompiledLimits, CompiledPolicy, CompiledRoot, CompiledRule
 from fdbroker.config.conditions import ConditionReader
 from fdbroker.config.daemon import DaemonReader
 from fdbroker.config.errors import ProblemList, closest, did_you_mean, listed, quoted
 from fdbroker.config.identities import Lookups, SystemLookups
 from fdbroker.config.reader import Reader
-from fdbroker.config.scalars import parse_boolean, parse_count, parse_path
+from fdbroker.config.scalars import parse_boolean, parse_count, parse_duration, parse_path
 from fdbroker.config.schema import (
     CONNECTIONS_PER_UID,
     IN_FLIGHT_PER_CONNECTION,
+    MESSAGE_WITHIN,
     NAME_PATTERN,
     OPENS_DEFAULT,
     READ_ONLY_VIEW_DEFAULT,
@@ -35,6 +37,7 @@ from fdbroker.config.schema import (
     ReadOnlyView,
     Root,
     Rule,
+    keys_of,
 )
 from fdbroker.config.sources import read_policy_file
 from fdbroker.config.yaml_tree import Mapping, Node, Text, parse_yaml
@@ -43,6 +46,27 @@ from fdbroker.policy.globs import compile_glob
 VERSION = 1
 
 _NAME = re.compile(NAME_PATTERN)
+
+
+class _Limit(NamedTuple):
+    parse: Callable[[str], int]
+    allowed: range
+    cure: str
+
+
+_LIMITS = {
+    "connections_per_uid": _Limit(
+        parse_count,
+        CONNECTIONS_PER_UID,
+        f"write a number from {CONNECTIONS_PER_UID[0]} to {CONNECTIONS_PER_UID[-1]}",
+    ),
+    "in_flight_per_connection": _Limit(
+        parse_count,
+        IN_FLIGHT_PER_CONNECTION,
+        f"write a number from {IN_FLIGHT_PER_CONNECTION[0]} to {IN_FLIGHT_PER_CONNECTION[-1]}",
+    ),
+    "message_within": _Limit(parse_duration, MESSAGE_WITHIN, "write a duration from 1s to 1h"),
+}
 _ROOTS_CURE = "name at least one, as in 'home: {path: /home}'"
 _RULE_CURE = "write a mapping that begins with '- name: ...'"
 _GLOBS_CURE = 'write globs relative to the root, as in "*/Mail/**"'
@@ -97,6 +121,7 @@ class _Compiler:
         root_names, roots = self._roots(found.get("roots"))
         view = self._reader.choice(found.get("read_only_view"), "read_only_view", get_args(ReadOnlyView))
         on_failure, to = self._audit(found.get("audit"))
+        daemon, services = self._daemon.daemon(found.get("user"), found.get("listeners"), to)
         return CompiledPolicy(
             version=VERSION,
             roots=roots,
@@ -105,7 +130,8 @@ class _Compiler:
             audit={"on_failure": on_failure},
             read_only_view=view or READ_ONLY_VIEW_DEFAULT,
             admins=self._admins(found.get("admins")),
-            daemon=self._daemon.daemon(found.get("user"), found.get("listeners"), to),
+            services=services,
+            daemon=daemon,
         )
 
     def _is_our_version(self, mapping: Mapping) -> bool:
@@ -295,28 +321,23 @@ class _Compiler:
 
     # ---- the rest ----
 
-    def _limits(self, node: Node | None) -> dict[str, int]:
-        limits = {
-            "connections_per_uid": Limits().connections_per_uid,
-            "in_flight_per_connection": Limits().in_flight_per_connection,
-        }
-        ranges = {
-            "connections_per_uid": CONNECTIONS_PER_UID,
-            "in_flight_per_connection": IN_FLIGHT_PER_CONNECTION,
-        }
-        cure = f"write some of {', '.join(limits)}, or leave limits out"
+    def _limits(self, node: Node | None) -> CompiledLimits:
+        cure = f"write some of {', '.join(keys_of(Limits))}, or leave limits out"
         mapping = self._reader.mapping(node, "limits", cure)
-        if mapping is None:
-            return limits
-        found = self._reader.entries(mapping, "limits", Limits)
-        for key, value in found.items():
-            allowed = ranges[key]
-            cure = f"write a number from {allowed[0]} to {allowed[-1]}"
-            count = self._reader.parsed(value, f"limits: {key}", parse_count, cure)
-            if count is not None and count not in allowed:
-                self._reader.add(value.mark, f"limits: {key}: {count} is out of range", cure)
-            limits[key] = limits[key] if count is None else count
-        return limits
+        found = {} if mapping is None else self._reader.entries(mapping, "limits", Limits)
+        return CompiledLimits(
+            connections_per_uid=self._limit(found, "connections_per_uid"),
+            in_flight_per_connection=self._limit(found, "in_flight_per_connection"),
+            message_within=float(self._limit(found, "message_within")),
+        )
+
+    def _limit(self, found: dict[str, Node], key: str) -> int:
+        parse, allowed, cure = _LIMITS[key]
+        node, what = found.get(key), f"limits: {key}"
+        value = self._reader.parsed(node, what, parse, cure)
+        if isinstance(node, Text) and value is not None and value not in allowed:
+            self._reader.add(node.mark, f"{what}: {node.value} is out of range", cure)
+        return parse(str(getattr(Limits(), key))) if value is None else value
 
     def _audit(self, node: Node | None) -> tuple[str, str | None]:
         """Return what becomes of what can't be recorded, and the file, None for standard output."""

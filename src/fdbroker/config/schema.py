@@ -32,6 +32,7 @@ OPENS_DEFAULT: Opens = "loop"
 CONNECTIONS_PER_UID = range(1, 10_000 + 1)
 # One full reply has 253 descriptors: with less, a request for it could never be answered.
 IN_FLIGHT_PER_CONNECTION = range(253, 8192 + 1)
+MESSAGE_WITHIN = range(1, 3600 + 1)  # seconds
 
 _Name: TypeAlias = Annotated[str, Meta(pattern=NAME_PATTERN)]
 _Path: TypeAlias = Annotated[str, Meta(pattern=r"^/")]
@@ -43,6 +44,7 @@ _Identity: TypeAlias = int | str
 _Identities: TypeAlias = _Identity | Annotated[list[_Identity], Meta(min_length=1)]
 _Words: TypeAlias = str | Annotated[list[str], Meta(min_length=1)]
 _Size: TypeAlias = int | Annotated[str, Meta(pattern=r"^[0-9]+([kKMGT]B|[KMGT]iB|B)?$")]
+_Duration: TypeAlias = Annotated[str, Meta(pattern=r"^[0-9]+(s|min|h)$")]
 _Mode: TypeAlias = int | Annotated[str, Meta(pattern=r"^0[0-7]{1,4}$")]
 
 
@@ -153,6 +155,10 @@ class Limits(_Keys):
             description="Descriptors sent to one connection and not yet acknowledged.",
         ),
     ] = 512
+    message_within: Annotated[
+        _Duration,
+        Meta(description="Time for a first message, and for the rest of one that has begun; up to 1h."),
+    ] = "10s"
 
 
 class Audit(_Keys):
@@ -176,10 +182,28 @@ class Listener(_Keys):
     mode: Annotated[_Mode | UnsetType, Meta(description="Who may connect: whoever may write.")] = UNSET
 
 
+class ServiceListener(Listener, kw_only=True):
+    """A socket whose clients the broker accepts and hands to a service, which asks on their behalf."""
+
+    service: Annotated[
+        Client | Annotated[list[Client], Meta(min_length=1)],
+        Meta(description="Who may take the clients, written as the client of a rule."),
+    ]
+
+
 class Listeners(_Keys):
-    """Sockets that fdbrokerd makes; those that systemd makes are described by its units."""
+    """Sockets that fdbrokerd makes; those that systemd makes are described by its units.
+
+    Any other name is that of a service's, a `ServiceListener`.
+    """
 
     seqpacket: Annotated[Listener | UnsetType, Meta(description="For requests.")] = UNSET
+    stream: Annotated[
+        Listener | UnsetType, Meta(description="For requests by SOCK_STREAM; none where left out.")
+    ] = UNSET
+    dgram: Annotated[
+        Listener | UnsetType, Meta(description="For requests by SOCK_DGRAM; none where left out.")
+    ] = UNSET
     control: Annotated[Listener | UnsetType, Meta(description="For status, explanations and reloads.")] = (
         UNSET
     )
@@ -225,9 +249,8 @@ class Policy(_Keys):
 
 # Keys of the design that this version does not serve. Refused by name: a
 # condition that is silently ignored is a rule that silently allows more.
-NOT_SUPPORTED = frozenset({"age", "identity", "label", "service", "symlinks"})
+NOT_SUPPORTED = frozenset({"age", "identity", "label", "symlinks"})
 NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"limits", "listeners"}
-NOT_SUPPORTED_AS_LISTENER = frozenset({"clamd", "dgram", "stream"})
 
 
 @functools.cache
@@ -248,8 +271,12 @@ def json_schema() -> dict[str, Any]:
     # The types live as long as the process in any case, so the collector need not look at them.
     gc.disable()
     try:
-        schema = msgspec.json.schema(Policy)
+        (schema, others), parts = msgspec.json.schema_components(
+            [Policy, ServiceListener], ref_template="#/$defs/{name}"
+        )
         gc.freeze()
     finally:
         gc.enable()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    # A structure has a fixed set of keys; here they are names that the author chooses.
+    parts["Listeners"] |= {"additionalProperties": others, "propertyNames": {"pattern": NAME_PATTERN}}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "$defs": parts}

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # rules, who then wait for a directory's rules to be read, and get the same answers.
 MAX_REMEMBERED_DIRECTORIES = 4096
 MAX_VIEWS = 1024
+_DELIVERED_BY = {"open": "descriptor", "copy": "copy"}
 _NOT_NAMES = (b"", b".", b"..")
 # What stands before the last slash of "/x" and of "//x", which is no path and must not be taken for "/x".
 _NOT_DIRECTORIES = frozenset({b"", b"/"})
@@ -254,16 +255,18 @@ class ActionView:
 
 
 class View:
-    """The part of one policy that is about one client: an `ActionView` per action."""
+    """The part of one policy that is about one client: an `ActionView` per action.
+
+    Besides those that a policy names there is `copy`: opening, to hand out the
+    contents and no descriptor, by the rules about `open`.
+    """
 
     __slots__ = ("actions",)
 
     def __init__(self, policy: RuleSet, rules: Sequence[Rule]) -> None:
         self.actions = {
-            action: ActionView(
-                policy, [rule for rule in rules if action in rule.actions and _serves(rule, action)]
-            )
-            for action in ACTIONS
+            action: ActionView(policy, [rule for rule in rules if _is_about(rule, action)])
+            for action in (*ACTIONS, "copy")
         }
 
 
@@ -289,9 +292,12 @@ class Policy:
         return view
 
 
-def _serves(rule: Rule, action: str) -> bool:
-    """A rule that allows opening but hands out no descriptors allows no open that asks for one."""
-    return rule.deny or action != "open" or "descriptor" in rule.deliver
+def _is_about(rule: Rule, action: str) -> bool:
+    """A rule that allows opening does so for what it delivers; one that denies it, for everything."""
+    delivery = _DELIVERED_BY.get(action)
+    if delivery is None:
+        return action in rule.actions
+    return "open" in rule.actions and (rule.deny or delivery in rule.deliver)
 
 
 def _remainder(globs: Sequence[Glob], components: Sequence[bytes]) -> Remainder:
