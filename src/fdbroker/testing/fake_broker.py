@@ -219,7 +219,7 @@ class FakeBroker:
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a test may want to be otherwise
         self,
         files: Mapping[str, Content] | Mapping[bytes, Content] | None = None,
         *,
@@ -498,8 +498,8 @@ class FakeBroker:
 
     def _serve_or_release(self, connection: _Connection, request: ServeRequest | ReleaseRequest) -> None:
         if isinstance(request, ServeRequest):
-            connection.send(encode_serve_reply(request.id, GENERATION, GIVEN))
-            with self._lock:
+            with self._lock:  # so that no client is handed over before, and one can be right behind
+                connection.send(encode_serve_reply(request.id, GENERATION, GIVEN))
                 connection.services[request.listener.decode(errors="replace")] = request.id
             return
         with self._lock:
@@ -631,11 +631,8 @@ class FakeBroker:
         prefix = path.rstrip(b"/") + b"/"
         with self._lock:
             content = self._files.get(path)
-            names = {
-                other[len(prefix) :].split(b"/")[0]
-                for other in self._files
-                if content is None and other.startswith(prefix)
-            }
+            others = self._files if content is None else ()
+            names = {other[len(prefix) :].split(b"/")[0] for other in others if other.startswith(prefix)}
         if isinstance(content, bytes):
             return _Object(GIVEN, content)
         if isinstance(content, Reason):
