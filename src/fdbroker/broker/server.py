@@ -186,7 +186,8 @@ class Broker:
         # Room for all of them, or it would not show who else wants something; and for no more, which costs.
         most = len(self._connections) + len(self._acceptor.listeners) + 1
         ready = self._epoll.poll(timeout, most)
-        if len(ready) == 1 and not self._busy and not self._deadlines and not self._loading:
+        waiting = self._busy or self._deadlines or self._loading or self._resting or self._acceptor.resting
+        if len(ready) == 1 and not waiting:
             # One client wants one thing, as it mostly is.
             descriptor, events = ready[0]
             connection = self._connections.get(descriptor)
@@ -578,7 +579,7 @@ class Broker:
             self._fail(connection, 0, error)
             return True
         if answered is not None:
-            self._send(connection, *answered, 0)
+            self._send(connection, *answered)
         return True
 
     def _load_on(self, connection: Connection) -> None:
