@@ -478,10 +478,8 @@ def test_reload_in_the_middle_decides_from_the_next_frame_on(walked: SteppedBrok
 
 
 def test_reload_without_the_root_ends_the_walk(files: Path, tmp_path: Path) -> None:
-    roots = [
-        {"name": "tree", "path": str(files), "cross_mounts": False},
-        {"name": "other", "path": str(tmp_path), "cross_mounts": False},
-    ]
+    [root] = policy(files)["roots"]
+    roots = [root, {**root, "name": "other", "path": str(tmp_path)}]
     compiled = policy(files, rule("all"), roots=roots)
     with SteppedBroker(files, compiled, audit=tmp_path / "audit") as broker:
         speaker = broker.join()

@@ -589,6 +589,37 @@ def test_a_service_ends_with_its_connection_and_its_clients_are_not_taken_for_ot
             next(service)
 
 
+def test_a_service_whose_right_was_taken_away_is_told_and_keeps_its_clients(
+    fake: FakeBroker, client: Whatever
+) -> None:
+    with client.serve("clamd") as service:
+        theirs = [fake.hand_over("clamd") for _ in range(2)]
+        with service.accept(5) as served:
+            fake.end_service("clamd")
+            # Those that had come by then are there.
+            with service.accept(5) as other:
+                assert other.number == 2
+            for _ in range(2):
+                with pytest.raises(DeniedError, match="clamd"):
+                    service.accept(5)
+            assert served.stat("/data/a").size == 13
+        with client.serve("clamd") as again, fake.hand_over("clamd"), again.accept(5) as served:
+            assert served.number == 3
+        for sock in theirs:
+            sock.close()
+
+
+def test_a_service_that_waits_is_told_that_its_right_was_taken_away(
+    fake: FakeBroker, client: Whatever
+) -> None:
+    with client.serve("clamd") as service:
+        ender = threading.Timer(0.05, fake.end_service, ["clamd"])
+        ender.start()
+        with pytest.raises(DeniedError):
+            next(service)
+        ender.join()
+
+
 def test_a_service_that_waits_learns_of_the_end(fake: FakeBroker, client: Whatever) -> None:
     with client.serve("clamd") as service:
         ender = threading.Timer(0.05, fake.disconnect)

@@ -8,10 +8,10 @@ import select
 import threading
 from typing import TYPE_CHECKING
 
-from fdbroker.client.errors import disconnected
+from fdbroker.client.errors import BrokerError, disconnected
 from fdbroker.client.files import FileRequests
 from fdbroker.client.link import Deadline
-from fdbroker.client.serving import accepted_of
+from fdbroker.client.serving import accepted_by
 
 if TYPE_CHECKING:
     import socket
@@ -146,6 +146,7 @@ class Service:
 
         Raises:
             TimeoutError: nobody connected. The service goes on.
+            DeniedError: a reload of the policy took the right to serve away. Clients that came are served on.
             DisconnectedError: the connection to the broker was lost, and with it the service.
             BrokerError: the broker did not keep to the protocol, or ended the connection with a reason.
             ValueError: the service, or its client, is closed.
@@ -155,10 +156,14 @@ class Service:
         while True:
             if self.closed:
                 raise ValueError(f"the service of {self._listener!r} is closed")
-            with contextlib.suppress(IndexError):  # another thread may have been faster
-                answer = self._call.answers.pop(0)
-                facts, sock = accepted_of(answer)
+            try:
+                facts, sock = accepted_by(self._call, os.fsencode(self._listener))
                 return ServedClient(self._session, self._call.bound, facts, sock)
+            except IndexError:  # none has come, or another thread was faster
+                pass
+            except BrokerError:
+                self._bell.ring()  # others may wait as well
+                raise
             connection = self._session.connection_of(self._call)
             if connection is None:
                 self._bell.ring()  # others may wait as well

@@ -340,6 +340,20 @@ class FakeBroker:
                 raise
         return theirs
 
+    def end_service(self, listener: str) -> None:
+        """Take away the right to serve a listener, as a reload of the policy does; its clients stay.
+
+        Raises:
+            ValueError: nobody serves this listener.
+
+        """
+        with self._lock:
+            connection = next((one for one in self._served if listener in one.services), None)
+            if connection is None:
+                raise ValueError(f"nobody serves {listener!r}")
+            request_id = connection.services.pop(listener)
+        connection.send(encode_serve_reply(request_id, GENERATION, refused(Reason.DENIED)))
+
     def disconnect(self) -> None:
         """Close all connections, as a restart of the broker does; it goes on listening."""
         with self._lock:
