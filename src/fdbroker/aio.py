@@ -69,7 +69,7 @@ from fdbroker.client.link import (
 )
 from fdbroker.client.results import file_from
 from fdbroker.client.sealed import SEAL_LIMIT, seal_in_steps
-from fdbroker.client.serving import ServeCall, accepted_of
+from fdbroker.client.serving import ServeCall, accepted_by
 from fdbroker.client.session import MAY_COME_BACK, MOST_LOSSES, PAUSES
 from fdbroker.client.walking import WalkCall, walk_filter
 from fdbroker.wire.format import MAX_PATHS, WalkKind
@@ -513,6 +513,7 @@ class Service:
         """Wait for a client and return it; the caller should close it. May be cancelled: no client is lost.
 
         Raises:
+            DeniedError: a reload of the policy took the right to serve away. Clients that came are served on.
             DisconnectedError: the connection to the broker was lost, and with it the service.
             BrokerError: the broker did not keep to the protocol, or ended the connection with a reason.
             ValueError: the service, or its client, is closed.
@@ -524,7 +525,7 @@ class Service:
             self._session.check_bound(self._call)
             self._came.clear()
             await self._came.wait()
-        facts, sock = accepted_of(self._call.answers.pop(0))
+        facts, sock = accepted_by(self._call, os.fsencode(self._listener))
         sock.settimeout(0)
         return ServedClient(self._session, self._call.bound, facts, sock)
 

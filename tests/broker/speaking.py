@@ -19,6 +19,7 @@ from fdbroker.wire.client import (
     ReloadReply,
     StatReply,
     StatusReply,
+    WalkReply,
     decode_reply,
     encode_explain,
     encode_hello,
@@ -27,9 +28,10 @@ from fdbroker.wire.client import (
     encode_reload,
     encode_stat,
     encode_status,
+    encode_walk,
 )
 from fdbroker.wire.format import LENGTH, MAX_FRAME, Status
-from fdbroker.wire.messages import ErrorReply, Welcome
+from fdbroker.wire.messages import ErrorReply, WalkEnd, WalkFilter, Welcome
 from fdbroker.wire.stream import framed
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
     from fdbroker.wire.client import Reply
 
+_REGULAR_FILES = WalkFilter()
 SECONDS = 30  # after which a test fails that waits for an answer
 
 
@@ -123,6 +126,16 @@ class Speaker:
         assert not received.truncated
         return Answer(received.data, decode_reply(received.data), received.descriptors)
 
+    def arrived(self) -> list[Answer]:
+        """Return the frames that are there already, without waiting or letting the broker work."""
+        answers = []
+        while select.select([self.sock], [], [], 0)[0]:
+            answer = self.receive()
+            if answer is None:
+                break
+            answers.append(answer)
+        return answers
+
     def ask(self, frame: bytes) -> Answer:
         """Send a frame and return what comes back."""
         self.send(frame)
@@ -169,6 +182,32 @@ class Speaker:
             if page.last:
                 return names
             cookie = page.cookie
+
+    def begin_walk(
+        self,
+        path: bytes,
+        *,
+        credit: int,
+        request_id: int = 20,
+        asked: WalkFilter = _REGULAR_FILES,
+        behind: bytes = b"",
+        descriptors: bool = True,
+        most: int = 0,
+        client: int | None = None,
+    ) -> None:
+        """Ask for a walk."""
+        self.send(
+            encode_walk(
+                request_id,
+                path,
+                asked,
+                credit=credit,
+                behind=behind,
+                descriptors=descriptors,
+                most=most,
+                client=client,
+            )
+        )
 
     def status(self) -> dict[str, Any]:
         """Return how the broker sees this connection."""
@@ -328,6 +367,32 @@ def read_opened(answer: Answer, request_id: int = 7) -> list[Opened]:
             with open(descriptors.take(), "rb") as file:
                 found.append(Opened("ok", 0, file.read()))
     return found
+
+
+class Walked(NamedTuple):
+    """One frame of a walk: what became of it, the paths with the content of those opened, and the end."""
+
+    id: int
+    reason: str
+    entries: list[tuple[bytes, bytes | None]]
+    end: WalkEnd | None
+
+
+def read_walked(answer: Answer) -> Walked:
+    """Return a frame of a walk, with every file read and closed."""
+    reply = answer.reply
+    assert isinstance(reply, WalkReply), reply
+    entries: list[tuple[bytes, bytes | None]] = []
+    with answer.descriptors as descriptors:
+        assert len(descriptors) == sum(entry.descriptor for entry in reply.entries)
+        for entry in reply.entries:
+            content = None
+            if entry.descriptor:
+                with open(descriptors.take(), "rb") as file:
+                    content = file.read()
+            entries.append((entry.path, content))
+    reason = "ok" if reply.result.status == Status.GIVEN else reply.result.reason.name.lower()
+    return Walked(reply.id, reason, entries, reply.end)
 
 
 def frame(kind: int, flags: int = 0, count: int = 0, generation: int = 0, body: bytes = b"") -> bytes:

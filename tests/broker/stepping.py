@@ -19,11 +19,13 @@ from tests.broker.speaking import Speaker, read_audit
 from tests.running_broker import policy
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
     from types import TracebackType
     from typing import Self
 
     from fdbroker.broker.opening import Opener
+    from fdbroker.policy.rules import ClientMatch
 
 _S = TypeVar("_S", bound=Speaker)
 
@@ -40,9 +42,13 @@ class SteppedBroker:
         level: int | None = None,
         cgroup_root: str | None = None,
         notifier: Notifier | None = None,
+        services: Mapping[bytes, tuple[ClientMatch, ...]] | None = None,
     ) -> None:
+        """`services`: who may serve the clients of which listener."""
         self.tree = tree
         rule_set = read_policy(compiled or policy(tree))
+        if services is not None:
+            rule_set = rule_set._replace(services=services)
         self.roots = hold_roots(rule_set.roots, read_only_required=False)
         self.proc_self_fd = open_proc_self_fd()
         self.audit_file = audit
@@ -52,7 +58,7 @@ class SteppedBroker:
             else os.open(audit, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         )
         self.audit = Audit(self.audit_descriptor, deny_on_failure=rule_set.settings.deny_when_audit_fails)
-        held = Held(
+        self._held = held = Held(
             {key_of(root): kept for root, kept in zip(rule_set.roots, self.roots, strict=True)},
             self.proc_self_fd,
             cgroup_root,
@@ -124,6 +130,25 @@ class SteppedBroker:
             listener.listen(128)
         self.broker.add_listener(listener, path.name, control=control)
         return path
+
+    def listen_for(self, directory: Path, service: str, kind: int = socket.SOCK_STREAM) -> Path:
+        """Listen for the clients of a service; return the path."""
+        path = directory / service
+        listener = socket.socket(socket.AF_UNIX, kind)
+        listener.bind(str(path))
+        path.chmod(0o666)
+        listener.listen(2048)
+        self.broker.add_listener(listener, service, service=service)
+        return path
+
+    def switch(
+        self, compiled: dict[str, Any], services: Mapping[bytes, tuple[ClientMatch, ...]] | None = None
+    ) -> None:
+        """Serve by another policy from now on; without services, unless they are named."""
+        rule_set = read_policy(compiled)._replace(services=services or {})
+        dispatch = self.broker._dispatch
+        dispatch.generation = make_generation(dispatch.generation.number + 1, rule_set, self._held)
+        self.broker._switched()
 
     @overload
     def call(self, path: Path, *, hello: bool = True) -> Speaker: ...

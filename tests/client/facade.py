@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     Path = str | bytes | os.PathLike[str]
 
 
+Whatever = Any  # what a client is given and gives
+
+
 class Runner:
     """An event loop that runs as long as somebody waits for something."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
 
-    def run(self, what: Coroutine[Any, Any, Any]) -> Any:  # noqa: ANN401
+    def run(self, what: Coroutine[Whatever, Whatever, Whatever]) -> Whatever:
         return self.loop.run_until_complete(what)
 
     def close(self) -> None:
@@ -30,18 +33,18 @@ class Runner:
         self.loop.close()
 
 
-async def _next(steps: AsyncIterator[Any]) -> Any:  # noqa: ANN401
+async def _next(steps: AsyncIterator[Whatever]) -> Whatever:
     return await anext(steps)
 
 
 class Iterating:
     """An async iterator as an iterator; what it has besides is passed on."""
 
-    def __init__(self, runner: Runner, steps: Any) -> None:  # noqa: ANN401
+    def __init__(self, runner: Runner, steps: Whatever) -> None:
         self._runner = runner
         self._steps = steps
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Whatever:
         return getattr(self._steps, name)
 
     def __repr__(self) -> str:
@@ -50,7 +53,7 @@ class Iterating:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Any:  # noqa: ANN401
+    def __next__(self) -> Whatever:
         try:
             return self._runner.run(_next(self._steps))
         except StopAsyncIteration:
@@ -67,11 +70,11 @@ class Iterating:
 
 
 class Files:
-    def __init__(self, runner: Runner, real: Any) -> None:  # noqa: ANN401
+    def __init__(self, runner: Runner, real: Whatever) -> None:
         self._runner = runner
         self._real = real
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Whatever:
         return getattr(self._real, name)
 
     def __repr__(self) -> str:
@@ -86,45 +89,45 @@ class Files:
     def close(self) -> None:
         self._real.close()
 
-    def open(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def open(self, *args: Whatever, **kwargs: Whatever) -> Whatever:
         return self._runner.run(self._real.open(*args, **kwargs))
 
-    def open_descriptor(self, path: Path) -> Any:  # noqa: ANN401
+    def open_descriptor(self, path: Path) -> Whatever:
         return self._runner.run(self._real.open_descriptor(path))
 
-    def read_bytes(self, path: Path) -> Any:  # noqa: ANN401
+    def read_bytes(self, path: Path) -> Whatever:
         return self._runner.run(self._real.read_bytes(path))
 
-    def stat(self, path: Path) -> Any:  # noqa: ANN401
+    def stat(self, path: Path) -> Whatever:
         return self._runner.run(self._real.stat(path))
 
-    def open_many(self, *args: Any, **kwargs: Any) -> Iterating:  # noqa: ANN401
+    def open_many(self, *args: Whatever, **kwargs: Whatever) -> Iterating:
         return Iterating(self._runner, self._real.open_many(*args, **kwargs))
 
-    def read_many(self, *args: Any, **kwargs: Any) -> Iterating:  # noqa: ANN401
+    def read_many(self, *args: Whatever, **kwargs: Whatever) -> Iterating:
         return Iterating(self._runner, self._real.read_many(*args, **kwargs))
 
-    def stat_many(self, *args: Any, **kwargs: Any) -> Iterating:  # noqa: ANN401
+    def stat_many(self, *args: Whatever, **kwargs: Whatever) -> Iterating:
         return Iterating(self._runner, self._real.stat_many(*args, **kwargs))
 
-    def walk(self, *args: Any, **kwargs: Any) -> Iterating:  # noqa: ANN401
+    def walk(self, *args: Whatever, **kwargs: Whatever) -> Iterating:
         return Iterating(self._runner, self._real.walk(*args, **kwargs))
 
-    def list(self, *args: Any, **kwargs: Any) -> Iterating:  # noqa: ANN401
+    def list(self, *args: Whatever, **kwargs: Whatever) -> Iterating:
         return Iterating(self._runner, self._real.list(*args, **kwargs))
 
 
 class Served(Iterating):
-    def __next__(self) -> Any:  # noqa: ANN401
+    def __next__(self) -> Whatever:
         return Files(self._runner, super().__next__())
 
     def close(self) -> None:
         self._steps.close()
 
-    def accept(self, timeout: float | None = None) -> Any:  # noqa: ANN401
+    def accept(self, timeout: float | None = None) -> Whatever:
         async def accept() -> aio.ServedClient:
             async with asyncio.timeout(timeout):
-                return await self._steps.accept()  # type: ignore[no-any-return]
+                return await self._steps.accept()
 
         return Files(self._runner, self._runner.run(accept()))
 
@@ -132,7 +135,7 @@ class Served(Iterating):
 class Client(Files):
     """Made by `connect` or `from_socket`."""
 
-    def status(self) -> Any:  # noqa: ANN401
+    def status(self) -> Whatever:
         return self._runner.run(self._real.status())
 
     def serve(self, listener: str) -> Served:
@@ -144,15 +147,15 @@ class Client(Files):
             self._runner.close()
 
 
-def connect(path: Path, **options: Any) -> Client:  # noqa: ANN401
+def connect(path: Path, **options: Whatever) -> Client:
     return _made(aio.connect(path, **options))
 
 
-def from_socket(sock: socket.socket, **options: Any) -> Client:  # noqa: ANN401
+def from_socket(sock: socket.socket, **options: Whatever) -> Client:
     return _made(aio.Client.from_socket(sock, **options))
 
 
-def _made(making: Coroutine[Any, Any, Any]) -> Client:
+def _made(making: Coroutine[Whatever, Whatever, Whatever]) -> Client:
     runner = Runner()
     try:
         return Client(runner, runner.run(making))

@@ -23,13 +23,26 @@ from fdbroker.client import (
     MissingError,
     PathInvalidError,
     ReadOnlyError,
+    ServedClient,
     UnavailableError,
     connect,
 )
 from fdbroker.client.results import file_from
 from fdbroker.testing import FakeBroker
-from fdbroker.wire.format import Reason
-from fdbroker.wire.messages import Hello, ListRequest, OpenRequest, StatRequest
+from fdbroker.wire.format import Kind, Reason
+from fdbroker.wire.messages import (
+    GIVEN,
+    AcceptedClient,
+    ErrorReply,
+    Hello,
+    ListRequest,
+    OpenRequest,
+    ReleaseRequest,
+    StatRequest,
+    refused,
+)
+from fdbroker.wire.replies import encode_accepted, encode_error, encode_serve_reply
+from tests.client.brokers import FIRST, say, welcome
 from tests.running_broker import reachable_directory
 
 if TYPE_CHECKING:
@@ -695,6 +708,154 @@ def test_a_child_connects_anew_and_leaves_the_parents_connection_alone(tmp_path:
         assert [result.error for result in results] == [None] * 3
         assert client.stat("/data/a").size == 13
         assert sum(isinstance(request, Hello) for request in fake.requests) == 2
+
+
+def test_a_walk_of_the_parent_is_unharmed_by_a_child_that_goes_on_with_it_as_well(tmp_path: Path) -> None:
+    files = {f"/many/{number}": b"x" for number in range(100)}
+    with (
+        FakeBroker(files, socket_path=tmp_path / "broker") as fake,
+        fake.connect() as client,
+        client.walk("/many", batch=10) as walk,
+    ):
+        names = {next(walk).relative for _ in range(25)}
+
+        def check() -> None:
+            with client.walk("/many", batch=3) as another:
+                next(another).close()
+            # What had come is here; the rest is asked for on a connection of the child's own.
+            theirs = {entry.relative for entry in walk}
+            assert len(theirs) == 75
+            assert not theirs & names
+            assert walk.resumed == 1
+
+        assert in_child(check) == 0
+        names |= {entry.relative for entry in walk}
+        assert len(names) == 100
+        assert walk.resumed == 0
+        assert walk.end == (100, 100, 1, 0)
+        assert sum(isinstance(request, Hello) for request in fake.requests) == 2
+
+
+def test_a_child_serves_nobody_and_its_parent_does(tmp_path: Path) -> None:
+    with (
+        FakeBroker(FILES, socket_path=tmp_path / "broker") as fake,
+        fake.connect() as client,
+        client.serve("clamd") as service,
+        fake.hand_over("clamd"),
+        next(service) as served,
+    ):
+
+        def check() -> None:
+            with pytest.raises(ConnectionResetError):
+                next(service)
+            with pytest.raises(ConnectionResetError):
+                served.stat("/data/a")
+            served.close()
+
+        assert in_child(check) == 0
+        assert served.stat("/data/a").size == 13
+        with fake.hand_over("clamd"), service.accept(5) as other:
+            assert other.stat("/data/a").size == 13
+
+
+def test_threads_serve_clients_while_another_one_waits_for_them(tmp_path: Path) -> None:
+    with (
+        FakeBroker(FILES, socket_path=tmp_path / "broker") as fake,
+        fake.connect() as client,
+        client.serve("clamd") as service,
+        ThreadPoolExecutor(4) as pool,
+    ):
+
+        def serve(served: ServedClient) -> None:
+            with served:
+                for _ in range(20):
+                    served.stat("/data/a")
+                served.socket.sendall(served.read_bytes("/data/a"))
+
+        def accept() -> int:
+            return len([pool.submit(serve, served) for served in service])
+
+        waiter = ThreadPoolExecutor(1)
+        accepted = waiter.submit(accept)
+        socks = [fake.hand_over("clamd") for _ in range(30)]
+        for sock in socks:
+            with sock, sock.makefile("rb") as answer:
+                assert answer.read() == FILES["/data/a"]
+        service.close()
+        assert accepted.result(5) == 30
+        waiter.shutdown()
+
+
+def test_threads_that_wait_for_clients_all_learn_of_the_end(tmp_path: Path) -> None:
+    with (
+        FakeBroker(FILES, socket_path=tmp_path / "broker") as fake,
+        fake.connect() as client,
+        client.serve("clamd") as service,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        waiting = [pool.submit(service.accept, 10) for _ in range(3)]
+        with fake.hand_over("clamd"), fake.hand_over("clamd"):
+            fake.disconnect()
+        ends = [one.exception(10) or one.result() for one in waiting]
+        for served in ends:
+            if isinstance(served, ServedClient):
+                served.close()
+        assert any(isinstance(end, DisconnectedError) for end in ends)
+        assert not any(isinstance(end, TimeoutError) for end in ends)
+
+
+def test_closing_a_client_wakes_up_who_waits_for_others(tmp_path: Path) -> None:
+    with FakeBroker(socket_path=tmp_path / "broker") as fake, ThreadPoolExecutor(1) as pool:
+        client = fake.connect()
+        with client.serve("clamd") as service:
+            waiting = pool.submit(service.accept, 10)
+            client.close()
+            assert isinstance(waiting.exception(5), ValueError)
+
+
+def test_a_client_that_is_dropped_is_released_with_what_is_sent_next(tmp_path: Path) -> None:
+    with (
+        FakeBroker(FILES, socket_path=tmp_path / "broker") as fake,
+        fake.connect() as client,
+        client.serve("clamd") as service,
+        fake.hand_over("clamd"),
+    ):
+        next(service).socket.close()
+        client.status()
+        client.status()
+        assert [one.client for one in fake.requests if isinstance(one, ReleaseRequest)] == [1]
+        del service
+        client.status()
+
+
+def test_what_is_handed_over_and_no_socket_is_a_protocol_error() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        say(ours, welcome())
+        say(ours, encode_serve_reply(FIRST, 7, GIVEN))
+        say(ours, encode_accepted(FIRST, 7, AcceptedClient(1, 2, 3, 4, 0)), 1)  # of /dev/null
+        with (
+            Client.from_socket(theirs) as client,
+            client.serve("clamd") as service,
+            pytest.raises(fdbroker.ProtocolError, match="no socket"),
+        ):
+            service.accept(5)
+
+
+@pytest.mark.parametrize("answer", ["refused", "error"])
+def test_a_listener_that_may_not_be_served_is_denied(answer: str) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        say(ours, welcome())
+        refusal = ErrorReply(FIRST, 7, Kind.REFUSED, Reason.DENIED, errno.EACCES, "not you")
+        frames = {
+            "refused": encode_serve_reply(FIRST, 7, refused(Reason.DENIED)),
+            "error": encode_error(refusal),
+        }
+        say(ours, frames[answer])
+        with Client.from_socket(theirs) as client, pytest.raises(PermissionError) as caught:
+            client.serve("clamd")
+        assert caught.value.filename == b"clamd"
 
 
 def test_a_child_does_not_wait_for_a_thread_of_its_parent(tmp_path: Path) -> None:

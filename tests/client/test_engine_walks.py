@@ -304,6 +304,23 @@ def test_clients_come_under_the_id_of_the_request_to_serve_each_with_its_socket(
         assert (len(answer.descriptors), answer.last) == (1, False)
 
 
+def test_a_second_answer_may_say_that_serving_is_over_and_no_other() -> None:
+    engine = serving()
+    refusal = encode_serve_reply(FIRST, 7, refused(Reason.DENIED))
+    answer = engine.receive(refusal, no_descriptors())
+    assert answer is not None
+    assert answer.last
+    assert answer.reply == ServeReply(FIRST, 7, refused(Reason.DENIED))
+    with some_descriptors(1) as one, pytest.raises(ProtocolError, match="nobody serves"):
+        engine.receive(accepted(), one)
+    for second in (refusal, encode_serve_reply(FIRST, 7, GIVEN)):
+        engine = serving()
+        if second is refusal:
+            engine.receive(refusal, no_descriptors())
+        with pytest.raises(ProtocolError, match="answered already"):
+            engine.receive(second, no_descriptors())
+
+
 def test_the_id_of_a_service_is_not_used_for_another_request() -> None:
     engine = serving()
     engine._last_id = FIRST - 1

@@ -159,7 +159,7 @@ class Acceptor:
         self._audit.event("accept_failed", member_text(socket=listener.name, errno=error.errno))
         if error.errno == errno.ECONNABORTED:  # the connecting side gave up: nobody to answer
             return True
-        self._let_rest(listener)
+        self.let_rest(listener)
         return False
 
     def _accept_to_refuse(self, listener: Listener) -> None:
@@ -180,14 +180,14 @@ class Acceptor:
         except OSError as error:
             # The whole system is out of files (ENFILE): the listener rests a while, the connections go on.
             self._audit.event("accept_failed", member_text(socket=listener.name, errno=error.errno))
-            self._let_rest(listener)
+            self.let_rest(listener)
         try:
             self._spare = os.open("/", os.O_PATH | os.O_CLOEXEC)
         except OSError:
             # Tried again at the next shortage.
             return
 
-    def _let_rest(self, listener: Listener) -> None:
+    def let_rest(self, listener: Listener) -> None:
         """Leave a listener alone for one round: it would be ready again at once, and fail again."""
         self._epoll.modify(listener.sock, 0)
         self.resting.append(listener)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fdbroker.broker.connection import Connection
     from fdbroker.broker.dispatch import Answer, Asker, Dispatch, Parts
 
+_DENIED = refused(Reason.DENIED)
 # Of one connection of a service: more clients wait in the listener's backlog until some are released.
 MOST_CLIENTS = 1024
 _LAST_NUMBER = 0xFFFFFFFF
@@ -52,8 +53,11 @@ class ServedClient:
 class Services:
     """The clients of services: accepted here, handed over, and counted until they are released."""
 
-    def __init__(self, dispatch: Dispatch, parts: Parts) -> None:
+    def __init__(self, dispatch: Dispatch, parts: Parts, most: int) -> None:
+        """`most` clients in all: of each a pidfd is kept."""
         self._dispatch = dispatch
+        self._most = most
+        self._clients = 0
         self._audit = parts.audit
         self._level = parts.identity_level
         self._last_number = 0
@@ -71,14 +75,52 @@ class Services:
         for servers in self._servers.values():
             servers.pop(connection, None)
 
+    def can_take(self, name: bytes) -> bool:
+        """Return whether somebody is there to take the next client of a listener."""
+        return self._clients < self._most and any(map(_has_room, self._servers[name]))
+
     def server_for(self, name: bytes) -> Connection | None:
-        """Return the connection that takes the next client of a listener; None: nobody can just now."""
-        able = [
-            server
-            for server in self._servers[name]
-            if not server.unsent and len(server.clients) < MOST_CLIENTS
-        ]
-        return min(able, key=lambda server: len(server.clients), default=None)
+        """Return the connection that takes the next client of a listener; None: nobody can just now.
+
+        A service that is not who connected any more gets no client: whoever holds its connection now,
+        as a process that it had started may, could ask nothing for them.
+        """
+        if self._clients >= self._most:
+            return None
+        able = sorted(filter(_has_room, self._servers[name]), key=lambda server: len(server.clients))
+        for server in able:
+            objection = server.peer.present_objection()
+            if objection is None:
+                return server
+            self._end_serving(server, name, objection)
+        return None
+
+    def end_where_denied(self) -> list[tuple[Connection, bytes]]:
+        """End what the policy of now does not let be served; return what is to be said to whom.
+
+        Clients that were handed over stay with their service: what it may ask for them is decided by rules.
+        """
+        number = self._dispatch.generation.number
+        told = []
+        for name, servers in self._servers.items():
+            for server in list(servers):
+                if not self._may_serve(server, name):
+                    request_id = server.serving[name]
+                    self._end_serving(server, name, "no_service")
+                    told.append((server, encode_serve_reply(request_id, number, _DENIED)))
+        return told
+
+    def _may_serve(self, connection: Connection, name: bytes) -> bool:
+        generation = self._dispatch.generation
+        facts = connection.peer.facts(generation.cgroups)
+        allowed = generation.policy.rule_set.services.get(name, ())
+        return any(match.matches(facts) for match in allowed)
+
+    def _end_serving(self, connection: Connection, name: bytes, why: str) -> None:
+        """Hand nothing over there any more, and record why."""
+        del self._servers[name][connection], connection.serving[name]
+        members = member_text(listener=os.fsdecode(name), reason=why)
+        self._audit.event("serve_ended", f"{connection.record},{members}")
 
     def accept(self, sock: socket.socket, name: bytes, server: Connection) -> Answer | None:
         """Return what hands a new client over to `server`; None: it is refused, and `sock` is closed."""
@@ -103,6 +145,7 @@ class Services:
             members = member_text(socket=os.fsdecode(name), uid=uid, reason=str(error))
             self._audit.event("client_refused", members)
             return None
+        self._clients += 1
         self._clients_of[peer.uid] = self._clients_of.get(peer.uid, 0) + 1
         server.clients[number] = client
         facts = AcceptedClient(number, peer.pid, peer.uid, peer.gid, peer.level)
@@ -111,6 +154,7 @@ class Services:
 
     def _released(self, client: ServedClient) -> None:
         uid = client.peer.uid
+        self._clients -= 1
         self._clients_of[uid] -= 1
         if not self._clients_of[uid]:
             del self._clients_of[uid]
@@ -122,12 +166,10 @@ class Services:
         generation = self._dispatch.generation
         name = request.listener
         servers = self._servers.get(name)
-        facts = connection.peer.facts(generation.cgroups)
-        allowed = generation.policy.rule_set.services.get(name, ())
         result, reason = GIVEN, "ok"
-        if servers is None or not any(match.matches(facts) for match in allowed):
+        if servers is None or not self._may_serve(connection, name):
             # Which listeners there are is nobody's business who may not serve them.
-            result, reason = refused(Reason.DENIED), "no_service"
+            result, reason = _DENIED, "no_service"
         elif name in connection.serving:
             result, reason = refused(Reason.BUSY), "served_already"
         members = member_text(
@@ -149,3 +191,7 @@ class Services:
             client.close()
         result = refused(Reason.NOT_FOUND) if client is None else GIVEN
         return encode_release_reply(request.id, self._dispatch.generation.number, result), []
+
+
+def _has_room(server: Connection) -> bool:
+    return not server.unsent and len(server.clients) < MOST_CLIENTS

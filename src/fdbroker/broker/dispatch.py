@@ -136,7 +136,9 @@ class Dispatch:
                 outcomes = generation.opener.open(asker, paths, descriptors)
             allowed = len(descriptors) + len(copies)
             records = [outcome.record for outcome in outcomes]
-            if not self.record(asker, connection, "open", request_id, paths, records, allowed=allowed):
+            if not self.record(
+                asker, connection, "open", request_id, paths, records, number=client, allowed=allowed
+            ):
                 close_all(descriptors)
                 copies.clear()
                 outcomes = [_NOT_RECORDED] * len(paths)
@@ -159,7 +161,9 @@ class Dispatch:
             outcomes = [opener.stat(asker, path) for path in paths]
         allowed = sum(outcome.facts is not None for outcome in outcomes)
         records = [outcome.record for outcome in outcomes]
-        if not self.record(asker, connection, "stat", request.id, paths, records, allowed=allowed):
+        if not self.record(
+            asker, connection, "stat", request.id, paths, records, number=request.client, allowed=allowed
+        ):
             outcomes = [_NOT_RECORDED] * len(paths)
         results = [(outcome.result, outcome.facts) for outcome in outcomes]
         return encode_stat_reply(request.id, self.generation.number, results), []
@@ -174,7 +178,15 @@ class Dispatch:
         outcome, shown = page.outcome, f',"entries":{len(page.entries)}'
         allowed = int(outcome.reason == "ok")
         if not self.record(
-            asker, connection, "list", request.id, [request.path], [outcome.record], shown, allowed=allowed
+            asker,
+            connection,
+            "list",
+            request.id,
+            [request.path],
+            [outcome.record],
+            shown,
+            number=request.client,
+            allowed=allowed,
         ):
             page = Page(_NOT_RECORDED)
         number = self.generation.number
@@ -235,10 +247,17 @@ class Dispatch:
             return f"client_{objection}"
         if served.asker is None or served.asker_generation != generation.number:
             facts = client.peer.facts(generation.cgroups), served.peer.facts(generation.cgroups)
-            record = f"{client.record},{served.record}"
+            record = self.who(client, number)
             served.asker = Asker(generation.policy.view(*facts), client.peer.uid, served.peer.uid, record)
             served.asker_generation = generation.number
         return served.asker
+
+    def who(self, client: Client, number: int | None) -> str:
+        """Return how the audit names who asks: `client`, and whom it says to ask for, if it is known here."""
+        if number is None:
+            return client.record
+        served = client.clients.get(number) if isinstance(client, Connection) else None
+        return f"{client.record},{member_text(for_number=number) if served is None else served.record}"
 
     def record(  # noqa: PLR0913 - what a record says
         self,
@@ -250,15 +269,17 @@ class Dispatch:
         records: Sequence[str],
         extra: str = "",
         *,
+        number: int | None = None,
         allowed: int,
     ) -> bool:
         """Record what was decided for `paths`, `allowed` of which are given. Return whether to go on with it.
 
-        `records`: for each of them the members that say it, as `Outcome.record`.
+        `records`: for each of them the members that say it, as `Outcome.record`. `number`: of the client
+        that the request was for, which is to be told also where that was refused.
         """
         recorded = True
         if self._audit.on:
-            who = client.record if isinstance(asker, str) else asker.record
+            who = self.who(client, number) if isinstance(asker, str) else asker.record
             requester = f'{who},"request":{request_id},"generation":{self.generation.number}'
             recorded = self._audit.decisions(requester, action, paths, records, extra)
         given = allowed if recorded else 0

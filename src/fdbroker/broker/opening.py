@@ -157,24 +157,28 @@ class Opener:
         Appends each copy to `copies`, in order; no more than a reply has room for.
         """
         room = MAX_REPLY - HEADER.size - RESULT.size * len(paths)
+        may_copy, may_open = (asker.view.actions[action].decide for action in ("copy", "open"))
         outcomes = []
         for path in paths:
-            outcome = self._copy(asker, path, room, copies)
+            decision = may_copy(path)
+            if not decision.allowed:
+                outcomes += self.open(asker, [path], descriptors)
+                continue
+            outcome = self._copy(decision, asker, path, room, copies)
             if outcome.result.status is Status.COPIED:
                 room -= outcome.result.length
-            elif outcome.reason != "changed":
+            elif outcome.reason != "changed" and may_open(path).allowed:
                 (opened,) = self.open(asker, [path], descriptors)
-                # Where no descriptor may be had, what kept the copy is the reason.
+                # Where no descriptor may be had either, it is what kept the copy.
                 if opened.result is GIVEN or outcome.reason not in {"too_large", "reply_full"}:
                     outcome = opened
             outcomes.append(outcome)
         return outcomes
 
-    def _copy(self, asker: Asker, path: bytes, room: int, copies: list[bytes]) -> Outcome:
+    def _copy(
+        self, decision: NameDecision, asker: Asker, path: bytes, room: int, copies: list[bytes]
+    ) -> Outcome:
         """Read a small file whole, as it was at one moment; append it to `copies`."""
-        decision = asker.view.actions["copy"].decide(path)
-        if not decision.allowed:
-            return refusal(decision)
         held = opened = -1
         try:
             root = self.roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root

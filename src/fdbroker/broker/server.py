@@ -29,8 +29,8 @@ from fdbroker.broker.in_flight import InFlight
 from fdbroker.broker.walks import Walks, can_go_on
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import close_all
-from fdbroker.wire.format import HEADER, MAX_FRAME, MAX_PATHS, Kind, Reason
-from fdbroker.wire.messages import Hello, MalformedError
+from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Kind, Reason
+from fdbroker.wire.messages import Hello, MalformedError, ReleaseRequest, ServeRequest
 from fdbroker.wire.requests import decode_request
 from fdbroker.wire.stream import framed
 
@@ -62,7 +62,6 @@ class Broker:
     def __init__(self, parts: Parts) -> None:
         self._dispatch = Dispatch(parts, self._totals)
         self._walks = Walks(self._dispatch, parts)
-        self._services = Services(self._dispatch, parts)
         self._control = Control(self._dispatch, parts, self._facts, self._switched)
         self._notifier = parts.notifier
         self._audit = parts.audit
@@ -89,6 +88,7 @@ class Broker:
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         # A full reply must fit into the share of one uid, or its request could never be answered.
         self._flight = InFlight(most // 2, max(most // 8, MAX_PATHS))
+        self._services = Services(self._dispatch, parts, most // 8)
         # Each connection has a socket and a pidfd, and may hold a reply of 253.
         self._acceptor = Acceptor(self, self._epoll, self._dispatch, self._audit, most // 8)
         self._datagrams: Datagrams | None = None
@@ -186,8 +186,8 @@ class Broker:
         # Room for all of them, or it would not show who else wants something; and for no more, which costs.
         most = len(self._connections) + len(self._acceptor.listeners) + 1
         ready = self._epoll.poll(timeout, most)
-        others = self._busy or self._deadlines or self._loading or self._resting or self._acceptor.resting
-        if len(ready) == 1 and not others:
+        waiting = self._busy or self._deadlines or self._loading or self._resting or self._acceptor.resting
+        if len(ready) == 1 and not waiting:
             # One client wants one thing, as it mostly is.
             descriptor, events = ready[0]
             connection = self._connections.get(descriptor)
@@ -301,6 +301,10 @@ class Broker:
             connection.asker = None
             for client in connection.clients.values():
                 client.asker = None
+            if connection.walks:
+                self._walks.decide_anew(connection)
+        for connection, frame in self._services.end_where_denied():
+            self._send(connection, frame, [], 0)
         settle_memory()
         self.say_status()
 
@@ -345,6 +349,9 @@ class Broker:
         if server is None:
             self._acceptor.want(listener, wanted=False)
             return
+        if not self._flight.room_for(server, 1):
+            self._acceptor.let_rest(listener)
+            return
         sock = self._acceptor.accept_one(listener)
         if sock is None:
             return
@@ -356,8 +363,7 @@ class Broker:
         """Listen for the clients of those services that can take some."""
         for listener in self._acceptor.listeners.values():
             if listener.service is not None:
-                wanted = self._services.server_for(listener.service) is not None
-                self._acceptor.want(listener, wanted=wanted)
+                self._acceptor.want(listener, wanted=self._services.can_take(listener.service))
 
     # Connections go
 
@@ -400,9 +406,12 @@ class Broker:
     def _end_what_goes_on(self, connection: Connection) -> None:
         self._busy.pop(connection, None)
         self._deadlines.pop(connection, None)
+        served = bool(connection.serving or connection.clients)
         if connection.serving:
             self._services.forget(connection)
         connection.end_what_goes_on()
+        if served:
+            self._see_who_serves()
 
     def _discard_unsent(self, connection: Connection) -> None:
         """Let go of replies that wait, and take back in the audit what they would have given."""
@@ -561,7 +570,7 @@ class Broker:
         if self._deadlines and connection.greeted:
             self._deadlines.pop(connection, None)
         self._send(connection, *answered, request_id)
-        if connection.serving:
+        if type(request) is ServeRequest or type(request) is ReleaseRequest:
             self._see_who_serves()
 
     def _answer_later(self, connection: Connection) -> None:
@@ -586,7 +595,7 @@ class Broker:
             self._fail(connection, 0, error)
             return True
         if answered is not None:
-            self._send(connection, *answered, HEADER.unpack_from(answered[0])[3])
+            self._send(connection, *answered)
         return True
 
     def _load_on(self, connection: Connection) -> None:

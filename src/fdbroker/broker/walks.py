@@ -33,19 +33,26 @@ if TYPE_CHECKING:
 MOST_WALKS = 4  # of one connection
 _BATCH = 64  # where a file costs least
 _MOST_CREDIT = 1 << 31
-_NOTHING = WalkEnd(0, 0, 0, Incomplete.LIMIT)
+# What is missing then, whatever the walk has met.
+_LEFT_OUT = {
+    Reason.IDENTITY: Incomplete.REFUSED,
+    Reason.LIMIT: Incomplete.LIMIT,
+    Reason.AUDIT: Incomplete.FAILED,
+}
 
 
 class ActiveWalk:
-    """A walk of one connection, and what it may still send."""
+    """A walk of one connection, what it has sent and what it may still send."""
 
-    __slots__ = ("credit", "most", "request", "walk")
+    __slots__ = ("credit", "descriptors", "entries", "most", "request", "walk")
 
     def __init__(self, request: WalkRequest, walk: Walk) -> None:
         self.request = request
         self.walk = walk
         self.credit = request.credit
         self.most = request.most or _BATCH
+        # What was sent so far.
+        self.entries = self.descriptors = 0
 
 
 class Walks:
@@ -57,41 +64,53 @@ class Walks:
         self._proc_self_fd = parts.held.proc_self_fd
         dispatch.table |= {WalkRequest: self._begin, MoreRequest: self._more, CancelRequest: self._cancel}
 
-    def next_frame(self, connection: Connection) -> Answer | None:
-        """Go on with the walk that may; the caller saw `can_go_on`. None: it found nothing to name yet."""
+    def next_frame(self, connection: Connection) -> tuple[bytes, list[int], int] | None:
+        """Go on with the walk that may; the caller saw `can_go_on`. None: it found nothing to name yet.
+
+        The number is the request's. The descriptors are the caller's.
+        """
         request_id, active = next(
             (request_id, active) for request_id, active in connection.walks.items() if active.credit
         )
         # The next one gets its turn before this one gets another.
         connection.walks[request_id] = connection.walks.pop(request_id)
-        request = active.request
-        asker = self._dispatch.asker(connection, request.client)
+        asker = self._dispatch.asker(connection, active.request.client)
         if isinstance(asker, str):
-            return self._stop(connection, request, Reason.IDENTITY, asker)
+            return self._stop(connection, active, Reason.IDENTITY, asker)
         objection = connection.peer.present_objection()
         if objection is not None:
-            return self._stop(connection, request, Reason.IDENTITY, objection)
+            return self._stop(connection, active, Reason.IDENTITY, objection)
         active.walk.decide_by(asker, self._dispatch.generation.opener.roots)
         batch = active.walk.step(active.most)
         try:
             allowed = len(batch.paths) if batch.result is GIVEN else 0
-            if batch.paths and not self._dispatch.record(
+            recorded = not batch.paths or self._dispatch.record(
                 asker, connection, "walk", request_id, batch.paths, batch.records, allowed=allowed
-            ):
-                close_all(batch.descriptors)
-                return self._stop(connection, request, Reason.AUDIT, "audit")
-            if batch.end is not None:
-                del connection.walks[request_id]
-                self._note_end(asker.record, active, batch.end)
-            elif not batch.entries:
-                return None
-            active.credit -= 1
-            generation = self._dispatch.generation.number
-            frame = encode_walk_reply(request_id, generation, batch.result, batch.entries, batch.end)
+            )
+            if recorded:
+                active.entries += len(batch.entries)
+                active.descriptors += len(batch.descriptors)
+                if batch.end is None and not batch.entries:
+                    return None
+                active.credit -= 1
+                if batch.end is not None:
+                    del connection.walks[request_id]
+                    self._note_end(asker.record, active, batch.end)
+                generation = self._dispatch.generation.number
+                frame = encode_walk_reply(request_id, generation, batch.result, batch.entries, batch.end)
+                return frame, batch.descriptors, request_id
         except BaseException:
             close_all(batch.descriptors)
             raise
-        return frame, batch.descriptors
+        close_all(batch.descriptors)
+        return self._stop(connection, active, Reason.AUDIT, "audit")
+
+    def decide_anew(self, connection: Connection) -> None:
+        """Let go of the policy before: walks without credit must not keep it."""
+        for active in connection.walks.values():
+            asker = self._dispatch.asker(connection, active.request.client)
+            if not isinstance(asker, str):  # which ends the walk as soon as it would go on
+                active.walk.decide_by(asker, self._dispatch.generation.opener.roots)
 
     def _begin(self, connection: Connection, request: Request, objection: str | None) -> Answer | None:
         assert isinstance(request, WalkRequest)  # noqa: S101 - for the type checker; the table says it
@@ -99,9 +118,9 @@ class Walks:
             raise MalformedError("a walk with the id of one that goes on", request.id)
         asker = self._dispatch.asker(connection, request.client) if objection is None else objection
         if isinstance(asker, str):
-            return self._refuse(connection, request, Reason.IDENTITY, asker)
+            return self._refuse(connection, request, Reason.IDENTITY, asker), []
         if len(connection.walks) >= MOST_WALKS:
-            return self._refuse(connection, request, Reason.LIMIT, "walks")
+            return self._refuse(connection, request, Reason.LIMIT, "walks"), []
         roots = self._dispatch.generation.opener.roots
         walk = Walk(request, roots, asker.view, asker.uid, self._proc_self_fd)
         connection.walks[request.id] = ActiveWalk(request, walk)
@@ -109,29 +128,59 @@ class Walks:
 
     def _more(self, connection: Connection, request: Request, objection: str | None) -> None:
         assert isinstance(request, MoreRequest)  # noqa: S101 - for the type checker; the table says it
+        if objection is not None:
+            self._note_objection(connection, "more", request.id, objection)
+            return
         walk = connection.walks.get(request.id)
-        if walk is not None and objection is None:
+        if walk is not None:
             walk.credit = min(walk.credit + request.credit, _MOST_CREDIT)
 
     def _cancel(self, connection: Connection, request: Request, objection: str | None) -> Answer | None:
-        active = connection.walks.get(request.id)
-        if active is None or objection is not None:
+        if objection is not None:
+            self._note_objection(connection, "cancel", request.id, objection)
             return None
-        del connection.walks[request.id]
+        active = connection.walks.pop(request.id, None)
+        if active is None:
+            return None
         end = active.walk.cancel()
-        self._note_end(connection.record, active, end)
+        self._note_end(self._dispatch.who(connection, active.request.client), active, end)
         return encode_walk_reply(request.id, self._dispatch.generation.number, GIVEN, (), end), []
 
-    def _stop(self, connection: Connection, request: WalkRequest, reason: Reason, why: str) -> Answer:
-        """End a walk that may not go on, whatever it has sent."""
-        del connection.walks[request.id]
-        return self._refuse(connection, request, reason, why)
+    def _note_objection(self, connection: Connection, what: str, request_id: int, objection: str) -> None:
+        """Record a message of somebody else, which has no answer: to its walk it means nothing."""
+        members = member_text(request=request_id, reason=objection)
+        self._audit.event(f"{what}_refused", f"{connection.record},{members}")
 
-    def _refuse(self, connection: Connection, request: WalkRequest, reason: Reason, why: str) -> Answer:
+    def _stop(
+        self, connection: Connection, active: ActiveWalk, reason: Reason, why: str
+    ) -> tuple[bytes, list[int], int]:
+        """End a walk that may not go on; the last frame counts what was sent, which is what was recorded."""
+        request = active.request
+        del connection.walks[request.id]
+        why_missing = _LEFT_OUT[reason]
+        walked = active.walk.stop(why_missing)
+        incomplete = walked.incomplete | why_missing
+        end = WalkEnd(active.entries, active.descriptors, walked.directories, incomplete)
+        frame = self._refuse(connection, request, reason, why, end)
+        self._note_end(self._dispatch.who(connection, request.client), active, end)
+        return frame, [], request.id
+
+    def _refuse(
+        self,
+        connection: Connection,
+        request: WalkRequest,
+        reason: Reason,
+        why: str,
+        end: WalkEnd | None = None,
+    ) -> bytes:
+        """Record and return the last frame of a walk that may not begin, or not go on behind `end`."""
         records = [Outcome(refused(reason), why).record]
-        self._dispatch.record(why, connection, "walk", request.id, [request.path], records, allowed=0)
+        self._dispatch.record(
+            why, connection, "walk", request.id, [request.path], records, number=request.client, allowed=0
+        )
         number = self._dispatch.generation.number
-        return encode_walk_reply(request.id, number, refused(reason), (), _NOTHING), []
+        end = end or WalkEnd(0, 0, 0, _LEFT_OUT[reason])
+        return encode_walk_reply(request.id, number, refused(reason), (), end)
 
     def _note_end(self, record: str, active: ActiveWalk, end: WalkEnd) -> None:
         """Record what a walk sent in all and what it left out, of which the client is told the kinds."""

@@ -11,7 +11,8 @@ from fdbroker.client.engine import AskStatus
 from fdbroker.client.errors import disconnected
 from fdbroker.client.files import FileRequests
 from fdbroker.client.link import ConnectionLost, Deadline, adopt_socket, connect_socket
-from fdbroker.client.service import Service, WaitedServeCall
+from fdbroker.client.service import Service
+from fdbroker.client.serving import ServeCall
 from fdbroker.client.session import Session
 
 if TYPE_CHECKING:
@@ -171,12 +172,8 @@ class Client(FileRequests):
 
         """
         name = listener.encode()
-        call = WaitedServeCall(name)
-        try:
-            check_served(self._asks.ask_by(call), name)
-        except BaseException:
-            call.close()
-            raise
+        call = ServeCall(name)
+        check_served(self._asks.ask_by(call), name)
         # Clients are known on this connection alone.
         call.bound = call.link
         return Service(self._asks, call, listener)

@@ -461,6 +461,11 @@ class Engine:
             self._happens(Happening.ANSWER, reply.id)
         if isinstance(reply, AcceptedReply):
             return self._accept(reply, descriptors)
+        if isinstance(reply, ServeReply) and reply.id in self._services and reply.result is not GIVEN:
+            # A reload took the right away: it was given, and is over now.
+            self._check(descriptors, 0, reply)
+            self._services.discard(reply.id)
+            return self._unless_abandoned(Answer(reply.id, reply, descriptors, last=True))
         question = self._outstanding.get(reply.id)
         if question is None:
             self._fail(f"a reply to request {reply.id}, which was not made or is answered already", reply.id)
@@ -473,11 +478,14 @@ class Engine:
             self._walks.pop(reply.id, None)
         if not last and isinstance(reply, ServeReply):
             self._services.add(reply.id)
-        if reply.id in self._abandoned:
-            if last:
-                self._abandoned.discard(reply.id)
-            return None
-        return Answer(reply.id, reply, descriptors, last)
+        return self._unless_abandoned(Answer(reply.id, reply, descriptors, last))
+
+    def _unless_abandoned(self, answer: Answer) -> Answer | None:
+        if answer.id not in self._abandoned:
+            return answer
+        if answer.last:
+            self._abandoned.discard(answer.id)
+        return None
 
     def _accept(self, reply: AcceptedReply, descriptors: Descriptors) -> Answer | None:
         number = reply.client.number

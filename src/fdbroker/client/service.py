@@ -5,49 +5,84 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import threading
 from typing import TYPE_CHECKING
 
-from fdbroker.client.errors import disconnected
+from fdbroker.client.errors import BrokerError, disconnected
 from fdbroker.client.files import FileRequests
 from fdbroker.client.link import Deadline
-from fdbroker.client.serving import ServeCall, accepted_of
+from fdbroker.client.serving import accepted_by
 
 if TYPE_CHECKING:
     import socket
     from types import TracebackType
     from typing import Self
 
-    from fdbroker.client.connection import Connection
     from fdbroker.client.link import Link
+    from fdbroker.client.serving import ServeCall
     from fdbroker.client.session import Session
     from fdbroker.wire.messages import AcceptedClient
 
 
-class WaitedServeCall(ServeCall):
-    """Tells a thread that waits for clients when one came, or no more will. Owns an eventfd."""
+class _Bell:
+    """Wakes up the threads that wait for clients, whichever thread received one. Owns an eventfd.
 
-    __slots__ = ("came",)
+    Its descriptor is closed when nobody waits on it any more: a number that
+    is closed under a poll(2) would wake up nobody, and could be another file's.
+    """
 
-    def __init__(self, listener: bytes) -> None:
-        super().__init__(listener)
-        # Whatever thread receives a client, the one that waits for it wakes up.
-        self.came = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.wake = self.signal
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._number = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._waiting = 0
+        self._closed = False
 
-    def signal(self) -> None:
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def ring(self) -> None:
         """Have all who wait look again."""
-        with contextlib.suppress(OSError):  # it was closed meanwhile
-            os.eventfd_write(self.came, 1)
+        with self._lock:
+            if self._number >= 0:
+                os.eventfd_write(self._number, 1)
+
+    def wait(self, sock: int, deadline: Deadline) -> bool:
+        """Wait until it rings, or something comes on a socket; False: the time is up."""
+        with self._lock:
+            over = self._closed
+            self._waiting += not over
+        if over:
+            return True
+        try:
+            ready = select.poll()
+            ready.register(sock, select.POLLIN)
+            ready.register(self._number, select.POLLIN)
+            left = deadline.left()
+            return bool(ready.poll(None if left is None else left * 1000))
+        finally:
+            with self._lock:
+                self._waiting -= 1
+                if self._closed:
+                    self._close_unless_waited_on()
+                elif self._waiting == 0:  # all have seen it
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._number)
 
     def close(self) -> None:
-        """Abandon it and close the eventfd. May be called again."""
-        self.abandon()
-        self.wake = None  # which leads back here: without it nothing is left to the collector
-        if self.came >= 0:
-            self.signal()
-        came, self.came = self.came, -1
-        if came >= 0:
-            os.close(came)
+        """Ring for the last time. May be called again."""
+        with self._lock:
+            # In this order: who wakes up sees that it is closed.
+            self._closed = True
+            if self._waiting:
+                os.eventfd_write(self._number, 1)
+            self._close_unless_waited_on()
+
+    def _close_unless_waited_on(self) -> None:
+        if self._waiting == 0 and self._number >= 0:
+            number, self._number = self._number, -1
+            os.close(number)
 
 
 class Service:
@@ -59,10 +94,12 @@ class Service:
     Several threads may wait.
     """
 
-    def __init__(self, session: Session, call: WaitedServeCall, listener: str) -> None:
+    def __init__(self, session: Session, call: ServeCall, listener: str) -> None:
         self._session = session
         self._call = call
         self._listener = listener
+        self._bell = _Bell()
+        call.wake = self._bell.ring
 
     def __repr__(self) -> str:
         """Return which listener it serves."""
@@ -79,8 +116,8 @@ class Service:
         self.close()
 
     def __del__(self) -> None:
-        """Close the eventfd, and let clients that come be released."""
-        self._call.close()
+        """Close what it owns, and let clients that come be released."""
+        self.close()
 
     def __iter__(self) -> Self:
         """Return itself."""
@@ -99,7 +136,7 @@ class Service:
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._call.came < 0
+        return self._bell.closed
 
     def accept(self, timeout: float | None = None) -> ServedClient:
         """Wait for a client and return it; the caller should close it.
@@ -109,6 +146,7 @@ class Service:
 
         Raises:
             TimeoutError: nobody connected. The service goes on.
+            DeniedError: a reload of the policy took the right to serve away. Clients that came are served on.
             DisconnectedError: the connection to the broker was lost, and with it the service.
             BrokerError: the broker did not keep to the protocol, or ended the connection with a reason.
             ValueError: the service, or its client, is closed.
@@ -118,36 +156,27 @@ class Service:
         while True:
             if self.closed:
                 raise ValueError(f"the service of {self._listener!r} is closed")
-            with contextlib.suppress(IndexError):  # another thread may have been faster
-                answer = self._call.answers.pop(0)
-                facts, sock = accepted_of(answer)
+            try:
+                facts, sock = accepted_by(self._call, os.fsencode(self._listener))
                 return ServedClient(self._session, self._call.bound, facts, sock)
+            except IndexError:  # none has come, or another thread was faster
+                pass
+            except BrokerError:
+                self._bell.ring()  # others may wait as well
+                raise
             connection = self._session.connection_of(self._call)
             if connection is None:
-                self._call.signal()  # others may wait as well
+                self._bell.ring()  # others may wait as well
                 raise disconnected(f"the connection was lost by which the clients of {self._listener!r} came")
-            if not self._wait(connection, deadline):
+            number = connection.fileno()
+            if number >= 0 and not self._bell.wait(number, deadline):
                 raise TimeoutError(f"nobody connected to {self._listener!r} within {timeout} s")
             self._session.receive_if_ready(connection)
 
     def close(self) -> None:
         """Serve nobody else; clients that still come are released at once. May be called again."""
-        self._call.close()
-
-    def _wait(self, connection: Connection, deadline: Deadline) -> bool:
-        """Wait until something comes on the connection, whosever it is; False: the time is up."""
-        number = connection.fileno()
-        if number < 0:
-            return True  # closed in this moment
-        ready = select.poll()
-        ready.register(number, select.POLLIN)
-        ready.register(self._call.came, select.POLLIN)
-        left = deadline.left()
-        events = ready.poll(None if left is None else left * 1000)
-        if any(readable == self._call.came for readable, _ in events):
-            with contextlib.suppress(BlockingIOError):  # another thread has read it
-                os.eventfd_read(self._call.came)
-        return bool(events)
+        self._call.abandon()
+        self._bell.close()
 
 
 class ServedClient(FileRequests):

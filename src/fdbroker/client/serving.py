@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
+from fdbroker.client.answers import check_served
 from fdbroker.client.engine import ServeListener
 from fdbroker.client.errors import protocol_error
 from fdbroker.client.link import Call
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ServeCall(Call):
-    """A request to serve. After its first answer, each is a client that was handed over."""
+    """A request to serve. After its first answer, each is a client that was handed over, or the end."""
 
     __slots__ = ()
 
@@ -30,6 +31,22 @@ class ServeCall(Call):
                 if isinstance(answer.reply, AcceptedReply):
                     self.link.release_later(answer.reply.client.number)
         super().abandon()
+
+
+def accepted_by(call: ServeCall, listener: bytes) -> tuple[AcceptedClient, socket.socket]:
+    """Take the next client that was handed over; return it and its socket, which the caller owns.
+
+    Raises:
+        IndexError: none has come.
+        BrokerError: none will: the policy does not let this process serve the listener any more.
+        ProtocolError: what came is no socket; it was closed.
+
+    """
+    answer = call.answers.pop(0)
+    if not isinstance(answer.reply, AcceptedReply):
+        call.answers.insert(0, answer)  # whoever else asks is told as well
+        check_served(answer, listener)
+    return accepted_of(answer)
 
 
 def accepted_of(answer: Answer) -> tuple[AcceptedClient, socket.socket]:

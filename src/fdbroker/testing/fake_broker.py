@@ -219,7 +219,7 @@ class FakeBroker:
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a test may want to be otherwise
         self,
         files: Mapping[str, Content] | Mapping[bytes, Content] | None = None,
         *,
@@ -339,6 +339,20 @@ class FakeBroker:
                 theirs.close()
                 raise
         return theirs
+
+    def end_service(self, listener: str) -> None:
+        """Take away the right to serve a listener, as a reload of the policy does; its clients stay.
+
+        Raises:
+            ValueError: nobody serves this listener.
+
+        """
+        with self._lock:
+            connection = next((one for one in self._served if listener in one.services), None)
+            if connection is None:
+                raise ValueError(f"nobody serves {listener!r}")
+            request_id = connection.services.pop(listener)
+        connection.send(encode_serve_reply(request_id, GENERATION, refused(Reason.DENIED)))
 
     def disconnect(self) -> None:
         """Close all connections, as a restart of the broker does; it goes on listening."""
@@ -498,8 +512,8 @@ class FakeBroker:
 
     def _serve_or_release(self, connection: _Connection, request: ServeRequest | ReleaseRequest) -> None:
         if isinstance(request, ServeRequest):
-            connection.send(encode_serve_reply(request.id, GENERATION, GIVEN))
-            with self._lock:
+            with self._lock:  # so that no client is handed over before, and one can be right behind
+                connection.send(encode_serve_reply(request.id, GENERATION, GIVEN))
                 connection.services[request.listener.decode(errors="replace")] = request.id
             return
         with self._lock:
@@ -631,11 +645,8 @@ class FakeBroker:
         prefix = path.rstrip(b"/") + b"/"
         with self._lock:
             content = self._files.get(path)
-            names = {
-                other[len(prefix) :].split(b"/")[0]
-                for other in self._files
-                if content is None and other.startswith(prefix)
-            }
+            others = self._files if content is None else ()
+            names = {other[len(prefix) :].split(b"/")[0] for other in others if other.startswith(prefix)}
         if isinstance(content, bytes):
             return _Object(GIVEN, content)
         if isinstance(content, Reason):
