@@ -56,6 +56,7 @@ def make_policy(root: Path) -> dict[str, object]:
         "limits": {"connections_per_uid": 128, "in_flight_per_connection": 512},
         "audit": {"on_failure": "deny"},
         "admins": {"uids": [], "gids": []},
+        "services": [],
         "read_only_view": "required",
     }
 

@@ -51,6 +51,7 @@ def policy(tree: Path | str, *rules: dict[str, Any], **changes: object) -> dict[
         "audit": {"on_failure": "deny"},
         "read_only_view": "required",
         "admins": {"uids": [], "gids": []},
+        "services": [],
     } | changes
 
 

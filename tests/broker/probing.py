@@ -84,7 +84,7 @@ def _become_broker(
                 uid=BROKER_UID,
                 gid=BROKER_UID,
                 policy=compiled,
-                listeners=[(listener.fileno(), "probing")],
+                listeners=[(listener.fileno(), "probing", None)],
                 ready=ready,
                 dev=True,
                 python=str(wrapper),

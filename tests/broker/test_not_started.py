@@ -360,7 +360,7 @@ def launched(
                     uid=BROKER_UID,
                     gid=BROKER_UID,
                     policy=compiled,
-                    listeners=[(listener.fileno(), "wrong")],
+                    listeners=[(listener.fileno(), "wrong", None)],
                     dev=True,
                     python=python,
                 )

@@ -51,7 +51,7 @@ def handover_document(**changes: object) -> dict[str, Any]:
         "uid": BROKER_UID,
         "gid": BROKER_UID,
         "policy": policy("/srv"),
-        "listeners": [[5, "broker.seqpacket"]],
+        "listeners": [[5, "broker.seqpacket", None], [7, "clamd", "clamd"]],
         "connections": [[6, "worker"]],
         "control": None,
         "audit": 1,
@@ -78,7 +78,7 @@ def test_handover_is_read_to_its_end_and_closed() -> None:
     with no_descriptor_left():
         handover = main.read_handover(handover_descriptor(handover_document()))
     assert (handover.uid, handover.gid) == (BROKER_UID, BROKER_UID)
-    assert handover.listeners == [(5, "broker.seqpacket")]
+    assert handover.listeners == [(5, "broker.seqpacket", None), (7, "clamd", "clamd")]
     assert handover.connections == [(6, "worker")]
     assert handover.seccomp == b"\x06\x00"
     assert handover.launcher_fingerprint == "0a-0b"
@@ -107,6 +107,7 @@ def test_handover_that_is_none_does_not_start(text: bytes) -> None:
     [
         {"uid": "x"},
         {"listeners": [5]},
+        {"listeners": [[5, "broker.seqpacket"]]},
         {"listeners": 5},
         {"seccomp": "xyz"},
         {"seccomp": 5},
@@ -145,9 +146,9 @@ def present() -> list[int]:
 
 
 def test_descriptors_that_were_promised_are_all_there_are() -> None:
-    main.check_descriptors(handover(listeners=[[n, "x"] for n in present()], connections=[], audit=1))
+    main.check_descriptors(handover(listeners=[[n, "x", None] for n in present()], connections=[], audit=1))
     main.check_descriptors(
-        handover(listeners=[[n, "x"] for n in present()[1:]], connections=[], audit=present()[0])
+        handover(listeners=[[n, "x", None] for n in present()[1:]], connections=[], audit=present()[0])
     )
 
 
@@ -155,7 +156,7 @@ def test_descriptors_that_were_promised_are_all_there_are() -> None:
 def test_descriptor_of_every_kind_is_one_that_was_promised(key: str) -> None:
     with open("/dev/null", "rb") as one:
         number = one.fileno()
-        others = [[n, "x"] for n in present() if n != number]
+        others = [[n, "x", None] for n in present() if n != number]
         told = handover(listeners=others, connections=[], **{key: [number] if key == "held" else number})
         main.check_descriptors(told)
     with pytest.raises(StartError, match="was handed descriptors"):
@@ -163,14 +164,14 @@ def test_descriptor_of_every_kind_is_one_that_was_promised(key: str) -> None:
 
 
 def test_descriptor_that_nobody_promised_does_not_start() -> None:
-    known = handover(listeners=[[n, "x"] for n in present()], connections=[])
+    known = handover(listeners=[[n, "x", None] for n in present()], connections=[])
     with open("/dev/null", "rb"), pytest.raises(StartError, match="close all others") as caught:
         main.check_descriptors(known)
     assert "was handed descriptors" in str(caught.value)
 
 
 def test_descriptor_that_was_promised_and_is_missing_does_not_start() -> None:
-    known = handover(listeners=[[n, "x"] for n in present()], connections=[[max(present()) + 50, "y"]])
+    known = handover(listeners=[[n, "x", None] for n in present()], connections=[[max(present()) + 50, "y"]])
     with pytest.raises(StartError, match="was handed descriptors"):
         main.check_descriptors(known)
 

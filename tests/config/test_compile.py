@@ -52,6 +52,21 @@ def rule_with(line: str) -> dict[str, object]:
     return dict(rule)
 
 
+# The sockets of a policy that says nothing else of them.
+USUAL = {
+    "seqpacket": {
+        "kind": "seqpacket",
+        "path": "/run/fdbroker/broker.seqpacket",
+        "gid": 992,
+        "mode": 0o660,
+    },
+    "stream": {"kind": "stream", "path": "/run/fdbroker/broker.stream", "gid": 992, "mode": 0o660},
+    "dgram": {"kind": "dgram", "path": "/run/fdbroker/broker.dgram", "gid": 992, "mode": 0o660},
+    "control": {"kind": "seqpacket", "path": "/run/fdbroker/control", "gid": 0, "mode": 0o666},
+    "clamd": {"kind": "stream", "path": "/run/fdbroker/clamd", "gid": 0, "mode": 0o666},
+}
+
+
 def test_the_smallest_policy_has_all_defaults_written_out() -> None:
     assert compiled(SMALLEST) == {
         "version": 1,
@@ -61,12 +76,13 @@ def test_the_smallest_policy_has_all_defaults_written_out() -> None:
         "audit": {"on_failure": "deny"},
         "read_only_view": "required",
         "admins": {"uids": [], "gids": []},
+        "services": [],
         "daemon": {
             "uid": 990,
             "gid": 991,
             "listeners": {
-                "seqpacket": {"path": "/run/fdbroker/broker.seqpacket", "gid": 992, "mode": 0o660},
-                "control": {"path": "/run/fdbroker/control", "gid": 0, "mode": 0o666},
+                "seqpacket": USUAL["seqpacket"],
+                "control": USUAL["control"],
             },
             "audit": None,
         },
@@ -119,6 +135,9 @@ admins: {group: [fdbroker-admin, 7], user: [clamav, "1000"]}
 user: brokers
 listeners:
   control: {mode: "0600", group: "4", path: /run/x/control}
+  clamd: {service: [{user: clamav}, {unit: scand.service}], mode: "0660", group: users}
+  stream: {group: users}
+  dgram: {}
   seqpacket: {path: /run/x/requests, group: users, mode: 0660}
 """
 
@@ -163,12 +182,18 @@ def test_every_key_is_compiled_as_the_format_says() -> None:
         "audit": {"on_failure": "allow"},
         "read_only_view": "off",
         "admins": {"uids": [110, 1000], "gids": [993, 7]},
+        "services": [
+            {"name": "clamd", "clients": [{"uids": [110]}, {"cgroups": ["/system.slice/scand.service"]}]}
+        ],
         "daemon": {
             "uid": 995,
             "gid": 996,
             "listeners": {
-                "seqpacket": {"path": "/run/x/requests", "gid": 100, "mode": 0o660},
-                "control": {"path": "/run/x/control", "gid": 4, "mode": 0o600},
+                "seqpacket": USUAL["seqpacket"] | {"path": "/run/x/requests", "gid": 100},
+                "stream": USUAL["stream"] | {"gid": 100},
+                "dgram": USUAL["dgram"],
+                "control": USUAL["control"] | {"path": "/run/x/control", "gid": 4, "mode": 0o600},
+                "clamd": USUAL["clamd"] | {"gid": 100, "mode": 0o660},
             },
             "audit": "/var/log/fdbroker/audit.jsonl",
         },
@@ -178,9 +203,34 @@ def test_every_key_is_compiled_as_the_format_says() -> None:
 def test_of_a_listener_the_path_and_mode_have_defaults_and_the_group_is_roots() -> None:
     daemon = compiled(SMALLEST + "listeners: {seqpacket: {mode: 0666}}")["daemon"]
     assert daemon["listeners"] == {
-        "seqpacket": {"path": "/run/fdbroker/broker.seqpacket", "gid": 0, "mode": 0o666},
-        "control": {"path": "/run/fdbroker/control", "gid": 0, "mode": 0o666},
+        "seqpacket": USUAL["seqpacket"] | {"gid": 0, "mode": 0o666},
+        "control": USUAL["control"],
     }
+
+
+def test_sockets_for_streams_and_datagrams_are_made_where_they_are_named() -> None:
+    daemon = compiled(SMALLEST + "listeners: {dgram: {}, stream: {mode: 0666}, seqpacket: {}, control: {}}")[
+        "daemon"
+    ]
+    assert daemon["listeners"] == {
+        "seqpacket": USUAL["seqpacket"],
+        "stream": USUAL["stream"] | {"gid": 0, "mode": 0o666},
+        "dgram": USUAL["dgram"],
+        "control": USUAL["control"],
+    }
+
+
+def test_any_other_listener_is_that_of_a_service() -> None:
+    policy = compiled(
+        SMALLEST + "listeners: {b2: {service: {user: app}}, clamd: {service: {group: [users]}}}"
+    )
+    assert policy["services"] == [
+        {"name": "b2", "clients": [{"uids": [113]}]},
+        {"name": "clamd", "clients": [{"gids": [100]}]},
+    ]
+    assert list(policy["daemon"]["listeners"]) == ["seqpacket", "control", "b2", "clamd"]
+    assert policy["daemon"]["listeners"]["clamd"] == USUAL["clamd"]
+    assert set(read_policy(for_broker(policy)).services) == {b"b2", b"clamd"}
 
 
 def test_a_default_that_this_system_does_not_have_is_left_open_until_the_start() -> None:
@@ -463,13 +513,18 @@ def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, prob
         (SMALLEST + "user: odd", "4:7: user: 'odd' has root's uid or group, and the broker opens no file as root; create a user for it alone"),
         (SMALLEST + "user: anon", "4:7: user: 'anon' has id 65534, which stands for anybody; create a user for it alone"),
         (SMALLEST + "user: [a]", "4:7: user must be text, not a list; write the name of a user, as in fdbroker"),
-        (SMALLEST + "listeners: {}", "4:12: listeners is empty; write some of seqpacket, control, or leave listeners out"),
-        *[
-            (SMALLEST + f"listeners: {{{kind}: {{}}}}", f"4:13: listeners: key '{kind}' {UNSUPPORTED}")
-            for kind in ("stream", "dgram", "clamd")
-        ],
+        (SMALLEST + "listeners: {}", "4:12: listeners is empty; write some of seqpacket, stream, dgram, control, names of services, or leave listeners out"),
+        (SMALLEST + "listeners: {clamd: {}}", "4:20: listeners: clamd is empty; write {service: {user: NAME}}"),
+        (SMALLEST + "listeners: {clamd: {path: /run/clamd}}", "4:20: listeners: clamd: key 'service' is missing; add 'service: ...'"),
+        (SMALLEST + "listeners: {clamd: {service: any}}", "4:30: listeners: clamd: service: everybody could take its clients, and act for them; write who the service is: {user: NAME}, {unit: NAME.service}"),
+        (SMALLEST + "listeners: {clamd: {service: clamav}}", "4:30: listeners: clamd: service: 'clamav' is neither any nor a mapping; write any, or {user: clamav} if that is meant"),
+        (SMALLEST + "listeners: {clamd: {service: {user: clamva}}}", "4:37: listeners: clamd: service: user: there is no user 'clamva' on this system; did you mean 'clamav'?"),
+        (SMALLEST + "listeners: {Clamd: {service: {user: clamav}}}", "4:13: listeners: name of a service 'Clamd' is not allowed; use a-z, 0-9, '_' and '-', beginning with a letter or digit, and no word of systemd's"),
+        (SMALLEST + "listeners: {connection: {service: {user: clamav}}}", "4:13: listeners: name of a service 'connection' is not allowed: it is what systemd calls a socket without a name; use a-z, 0-9, '_' and '-', beginning with a letter or digit, and no word of systemd's"),
+        (SMALLEST + "listeners: {stream: {service: {user: clamav}}}", "4:22: listeners: stream: its clients are the broker's own, so no service takes them; remove 'service', or give the service's listener a name of its own"),
+        (SMALLEST + "listeners: {x: {service: {user: app}}, y: {service: {user: app}, path: /run/fdbroker/x}}", "4:12: listeners: x and y have the path '/run/fdbroker/x'; give each a path of its own"),
         (SMALLEST + "listeners: {contrl: {}}", "4:13: listeners: unknown key 'contrl'; did you mean 'control'?"),
-        (SMALLEST + "listeners: {control: {}}", "4:22: listeners: control is empty; write some of path, group, mode, or leave it out"),
+        (SMALLEST + "listeners: {control: 0666}", "4:22: listeners: control must be a mapping, not text; write some of path, group, mode, or {} for what is usual"),
         (SMALLEST + "listeners: {control: {path: control}}", "4:29: listeners: control: path: 'control' is not absolute; write an absolute path, as in /var/mail"),
         (SMALLEST + "listeners: {control: {path: /}}", "4:29: listeners: control: path: '/' is not the name of a socket; write a path below /run/fdbroker"),
         (SMALLEST + f"listeners: {{control: {{path: /{'x' * 107}}}}}", f"4:29: listeners: control: path: '/{'x' * 76}...' is longer than 107 bytes, as the path of a socket may be; choose a shorter one"),
@@ -477,9 +532,9 @@ def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, prob
         (SMALLEST + "listeners: {control: {mode: 02666}}", "4:29: listeners: control: mode: '02666' has more than permissions in it; write at most 0777"),
         (SMALLEST + "listeners: {control: {group: [adm, users]}}", "4:30: listeners: control: group must be text, not a list; write the name of one group"),
         (SMALLEST + "listeners: {control: {group: usres}}", "4:30: listeners: control: group: there is no group 'usres' on this system; did you mean 'users'?"),
-        (SMALLEST + "listeners: {control: {path: /run/fdbroker/broker.seqpacket}}", "4:12: listeners: both have the path '/run/fdbroker/broker.seqpacket'; give each a path of its own"),
+        (SMALLEST + "listeners: {control: {path: /run/fdbroker/broker.seqpacket}}", "4:12: listeners: seqpacket and control have the path '/run/fdbroker/broker.seqpacket'; give each a path of its own"),
         (SMALLEST + "identity: strict", f"4:1: key 'identity' {UNSUPPORTED}"),
-        (SMALLEST + "service: x", f"4:1: key 'service' {UNSUPPORTED}"),
+        (SMALLEST + "service: x", "4:1: unknown key 'service'; the keys here are version, roots, rules, limits, audit, read_only_view, admins, user, listeners"),
         (SMALLEST + "rule: []", "4:1: unknown key 'rule'; the keys here are version, roots, rules, limits, audit, read_only_view, admins, user, listeners"),
         (SMALLEST + "version: 2", "4:1: key 'version' is given twice, first in line 1; keep one of the two"),
         (with_rule("name: r", "in: home", "paths: x"), "4:5: rule 'r' has neither 'allow' nor 'deny'; add one of them with a list of actions"),

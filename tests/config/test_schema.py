@@ -14,7 +14,7 @@ import yaml
 from fdbroker.config import compile_policy, dumps, json_schema
 from fdbroker.config.schema import (
     NAME_PATTERN,
-    NOT_SUPPORTED_AS_LISTENER,
+    NOT_SUPPORTED,
     NOT_SUPPORTED_IN_A_RULE,
     Action,
     Admins,
@@ -30,6 +30,7 @@ from fdbroker.config.schema import (
     Policy,
     Root,
     Rule,
+    ServiceListener,
     SizeRange,
     Where,
     keys_of,
@@ -52,6 +53,7 @@ STRUCTURES = [
     Policy,
     Root,
     Rule,
+    ServiceListener,
     SizeRange,
     Where,
 ]
@@ -118,7 +120,8 @@ def test_the_json_schema_is_json_and_describes_every_key() -> None:
     for structure in STRUCTURES:
         described = schema["$defs"][structure.__name__]
         assert list(described["properties"]) == list(keys_of(structure))
-        assert described["additionalProperties"] is False
+        other = {"$ref": "#/$defs/ServiceListener"} if structure is Listeners else False
+        assert described["additionalProperties"] == other
         assert set(described.get("required", [])) == {
             key for key, needed in keys_of(structure).items() if needed
         }
@@ -140,11 +143,7 @@ def test_the_words_to_choose_from_are_those_of_the_broker() -> None:
 
 def test_no_key_is_both_supported_and_not() -> None:
     assert not NOT_SUPPORTED_IN_A_RULE & keys_of(Rule).keys()
-    assert not any(
-        (NOT_SUPPORTED_IN_A_RULE - {"limits", "listeners"}) & keys_of(structure).keys()
-        for structure in STRUCTURES
-    )
-    assert not NOT_SUPPORTED_AS_LISTENER & keys_of(Listeners).keys()
+    assert not any(NOT_SUPPORTED & keys_of(structure).keys() for structure in STRUCTURES)
 
 
 def test_a_name_with_a_line_break_is_no_name() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.kernel import namespaces
-from fdbroker.launcher.activation import Activation, take_from_systemd
+from fdbroker.launcher.activation import Activation, check_services, take_from_systemd
 from fdbroker.launcher.errors import LaunchError
 from fdbroker.launcher.unit_options import check_user_namespace
 from tests.for_other_users import for_other_users
@@ -49,9 +49,11 @@ def passing(
         os.environ |= {name: text.replace("PID", str(os.getpid())) for name, text in variables.items()}
         try:
             taken = take_from_systemd()
+            check_services(taken, ["clamd", "other"])
         except LaunchError as error:
             return str(error)
-        inheritable = [number for number, _ in taken.listeners if os.get_inheritable(number)]
+        sockets = (*taken.listeners, *taken.services)
+        inheritable = [number for number, _ in sockets if os.get_inheritable(number)]
         return [taken, inheritable, sorted(name for name in BY_SYSTEMD if name in os.environ)]
 
     return in_child(child)
@@ -88,17 +90,52 @@ def test_sockets_are_known_by_their_names(
     tmp_path: Path, in_child: Children, names: list[str], requests: list[int], control: int | None
 ) -> None:
     taken = passing(in_child, names, listeners(tmp_path, *[SEQPACKET] * len(names)))
-    expected = Activation([(number, "seqpacket") for number in requests], [], control, None, None)
+    expected = Activation([(number, "seqpacket") for number in requests], [], [], control, None, None)
     # Close-on-exec until they are handed over, and nothing of it is left in the environment.
     assert taken == [json.loads(json.dumps(expected)), [], []]
+
+
+def test_each_kind_of_socket_has_its_name_and_any_other_is_of_a_service(
+    tmp_path: Path, in_child: Children
+) -> None:
+    names = ["clamd", "dgram", "stream", "seqpacket", "other"]
+    kinds = [socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_STREAM, SEQPACKET, socket.SOCK_STREAM]
+    taken = passing(in_child, names, listeners(tmp_path, *kinds))
+    requests = [(4, "dgram"), (5, "stream"), (6, "seqpacket")]
+    expected = Activation(requests, [(3, "clamd"), (7, "other")], [], None, None, None)
+    assert taken == [json.loads(json.dumps(expected)), [], []]
+
+
+def test_datagrams_tell_who_sends_them_from_the_first_moment(tmp_path: Path, in_child: Children) -> None:
+    made = listeners(tmp_path, socket.SOCK_DGRAM)()
+    with made[0]:
+        passing(in_child, ["dgram"], lambda: made)
+        assert made[0].getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED) == 1
 
 
 @pytest.mark.parametrize(
     ("names", "kinds", "said"),
     [
-        (["stream"], [socket.SOCK_STREAM], "socket 'stream' of systemd is not served yet"),
-        (["dgram"], [socket.SOCK_DGRAM], "socket 'dgram' of systemd is not served yet"),
-        (["clamd"], [socket.SOCK_STREAM], "socket 'clamd' of systemd is not served yet"),
+        (
+            ["stream"],
+            [SEQPACKET],
+            (
+                "socket 'stream' of systemd: descriptor 3 is a SOCK_SEQPACKET socket, which is not what is"
+                " served there; make it SOCK_STREAM (ListenStream=)"
+            ),
+        ),
+        (["dgram"], [socket.SOCK_STREAM], "make it SOCK_DGRAM (ListenDatagram=)"),
+        (["clamd"], [SEQPACKET], "socket 'clamd' of systemd: descriptor 3 is a SOCK_SEQPACKET socket"),
+        (["clamd"], [socket.SOCK_DGRAM], "make it SOCK_STREAM (ListenStream=)"),
+        (
+            ["scand"],
+            [socket.SOCK_STREAM],
+            (
+                "socket 'scand' of systemd: no socket of fdbroker has this name, and no service in listeners"
+                " of the policy; name them"
+            ),
+        ),
+        (["unknown"], [socket.SOCK_STREAM], "socket 'unknown' of systemd: no socket of fdbroker has this"),
         (
             ["fdbroker.socket"],
             [SEQPACKET],
@@ -107,7 +144,10 @@ def test_sockets_are_known_by_their_names(
         (
             ["seqpacket"],
             [socket.SOCK_STREAM],
-            "SOCK_STREAM socket, which is not served yet; make it SOCK_SEQPACKET",
+            (
+                "SOCK_STREAM socket, which is not what is served there; make it SOCK_SEQPACKET"
+                " (ListenSequentialPacket=)"
+            ),
         ),
         (["control"], [socket.SOCK_DGRAM], "SOCK_DGRAM socket"),
         (["control", "control"], [SEQPACKET] * 2, "passed 2 sockets with the name 'control'; keep one"),
@@ -122,11 +162,19 @@ def test_a_socket_that_is_not_what_its_name_says_stops_the_start(
     assert said in text
 
 
-def test_a_connection_of_accept_yes_is_served_as_an_inherited_one(in_child: Children) -> None:
-    pair = socket.socketpair(socket.AF_UNIX, SEQPACKET)
+@pytest.mark.parametrize("kind", [SEQPACKET, socket.SOCK_STREAM])
+def test_a_connection_of_accept_yes_is_served_as_an_inherited_one(
+    in_child: Children, kind: socket.SocketKind
+) -> None:
+    pair = socket.socketpair(socket.AF_UNIX, kind)
     with pair[0], pair[1]:
         taken = passing(in_child, ["connection"], lambda: [pair[0]])
-    assert taken == [[[], [[3, "connection"]], None, None, None], [], []]
+    assert taken == [[[], [], [[3, "connection"]], None, None, None], [], []]
+
+
+def test_sockets_for_datagrams_that_nobody_can_reach_are_refused(in_child: Children) -> None:
+    text = passing(in_child, ["dgram"], lambda: [socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)])
+    assert "descriptor 3 is a socket without a name, so nobody can send anything there; bind it" in str(text)
 
 
 def test_sockets_for_another_process_are_not_ours(tmp_path: Path, in_child: Children) -> None:
@@ -139,7 +187,7 @@ def test_sockets_for_another_process_are_not_ours(tmp_path: Path, in_child: Chil
         LISTEN_FDNAMES="seqpacket",
     )
     assert isinstance(taken, list)
-    assert taken[0] == [[], [], None, None, None]
+    assert taken[0] == [[], [], [], None, None, None]
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
@@ -152,7 +200,7 @@ def test_the_notify_socket_is_connected_and_the_watchdog_read(
         variables = {"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "PID"}
         taken = passing(in_child, [], list, **variables)
     assert isinstance(taken, list)
-    [_, _, control, notify, watchdog], _, left = taken
+    [_, _, _, control, notify, watchdog], _, left = taken
     assert (control, watchdog, left) == (None, 3_000_000, [])
     assert notify > 2
 
@@ -180,7 +228,7 @@ def test_a_watchdog_that_is_not_ours_is_none(
         assert expected in taken
     else:
         assert isinstance(taken, list)
-        assert taken[0][4] == expected
+        assert taken[0][5] == expected
 
 
 # ---- what a unit lacks ----

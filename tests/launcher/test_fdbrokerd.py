@@ -14,19 +14,20 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import fdbroker
 from fdbroker.client import control
+from fdbroker.wire.client import decode_reply, encode_hello
+from fdbroker.wire.messages import Welcome
+from fdbroker.wire.stream import FrameBuffer, framed
 from tests.launcher.installed import directory_of_root, installed
 from tests.launcher.starting import POLICY, command, lay_out, run, started
 from tests.processes import wait_until
 from tests.running_broker import BROKER_UID, OTHER_UID, launcher_environment, policy, reachable_directory
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.root
 
@@ -72,6 +73,54 @@ def test_sockets_are_made_as_the_policy_says(directory: Path) -> None:
             "control": ("srw-------", 0, 7),
         }
         assert stat.filemode((directory / "run").stat().st_mode) == "drwxr-xr-x"
+
+
+def sockets_below(directory: Path) -> dict[str, str]:
+    """Return the type of each socket in `run`, and who may connect, as the kernel says."""
+    kinds = {"0001": "stream", "0002": "dgram", "0005": "seqpacket"}
+    found = {}
+    for line in Path("/proc/net/unix").read_text().splitlines():
+        words = line.split()
+        if words[-1].startswith(f"{directory}/run/") or words[-1] in os.listdir(directory / "run"):
+            name = os.path.basename(words[-1])
+            facts = (directory / "run" / name).stat()
+            found[name] = f"{kinds[words[4]]} {stat.S_IMODE(facts.st_mode):03o} {facts.st_gid}"
+    return found
+
+
+def test_sockets_of_every_kind_are_made_as_the_policy_says(directory: Path) -> None:
+    text = POLICY.format(directory=directory) + (
+        f"  stream: {{path: {directory}/run/by-stream, group: '7'}}\n"
+        f"  dgram: {{path: {directory}/run/by-datagram, group: '8', mode: '0600'}}\n"
+        f"  clamd: {{path: {directory}/run/clamd, service: {{user: '12345'}}}}\n"
+    )
+    (directory / "policy.yaml").write_text(text)
+    with started(directory / "policy.yaml", f"--audit={directory}/audit"):
+        assert sockets_below(directory) == {
+            "requests": "seqpacket 666 0",
+            "control": "seqpacket 666 0",
+            "by-stream": "stream 660 7",
+            "by-datagram": "dgram 600 8",
+            "clamd": "stream 666 0",
+        }
+        with control.connect(directory / "run/control") as client:
+            status: dict[str, Any] = client.status()
+            names = {listener["name"] for listener in status["listeners"]}
+        assert names == {"seqpacket", "stream", "dgram", "clamd", "control"}
+    # What the one before left behind is replaced, of whatever kind.
+    with started(directory / "policy.yaml", "--audit=none"):
+        assert content(directory) == b"content"
+        assert "somebody listens there" in not_started(directory)
+
+
+def test_sockets_of_every_kind_can_be_named_on_the_command_line(directory: Path) -> None:
+    options = [f"--socket={directory}/run/a", f"--stream={directory}/run/b", f"--dgram={directory}/run/c"]
+    with started(directory / "policy.yaml", "--audit=none", "--socket-group=7", *options):
+        assert sockets_below(directory) == {
+            "a": "seqpacket 660 7",
+            "b": "stream 660 7",
+            "c": "dgram 660 7",
+        }
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o077, 0o777])
@@ -473,6 +522,26 @@ def test_inherited_0_serves_one_connection_and_ends_with_it(directory: Path) -> 
     assert events == ["started", "open", "stopped"]
 
 
+def test_inherited_0_may_be_a_stream_as_a_super_server_gives_it(directory: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        process = subprocess.Popen(
+            command(directory / "policy.yaml", "--inherited=0", "--audit=none"),
+            env=launcher_environment(),
+            stdin=theirs.fileno(),
+            stdout=theirs.fileno(),
+        )
+        theirs.close()
+        ours.settimeout(20)
+        ours.sendall(framed(encode_hello()))
+        answer = ours.recv(1000)
+    frames = FrameBuffer()
+    frames.add(answer)
+    assert isinstance(decode_reply(frames.next_frame() or b""), Welcome)
+    assert process.wait(timeout=20) == 0
+
+
 def test_the_audit_never_goes_to_the_client(directory: Path) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
@@ -503,7 +572,7 @@ def test_the_audit_never_goes_to_the_client(directory: Path) -> None:
         ),
         ("--inherited={}", "file", "is not a socket; pass a Unix socket"),
         ("--inherited={}", "tcp", "is a socket of family 2, not a Unix socket"),
-        ("--inherited={}", "stream", "is a SOCK_STREAM socket, which is not served yet"),
+        ("--inherited={}", "datagrams", "is a SOCK_DGRAM socket, which is not what is served there; make it"),
         ("--inherited={}", "listener", "is a listening socket, not a connection"),
         ("--inherited={}", "alone", "is a socket without a peer"),
         ("--inherited={}", "huge", "is not open"),
@@ -538,7 +607,7 @@ def test_a_descriptor_that_is_not_what_it_should_be_is_said(
             "listener": seqpacket.fileno(),
             "file": os.open("/dev/null", os.O_RDONLY),
             "tcp": keep(socket.socket(socket.AF_INET)).fileno(),
-            "stream": keep(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)).fileno(),
+            "datagrams": keep(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)).fileno(),
         }
         stack.callback(os.close, int(given["file"]))
         what = given[kind]

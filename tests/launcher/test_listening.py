@@ -138,3 +138,34 @@ def test_a_lock_that_is_not_roots_alone_is_not_waited_for(directory: Path, kind:
         MadeSockets().make(WantedSocket(str(directory / "run/requests"), 0, 0o600, "requests"))
     assert sorted(os.listdir(directory / "run")) == [".fdbrokerd.lock"]
     assert not (directory / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("kind", ["seqpacket", "stream", "dgram"])
+def test_a_socket_is_of_the_kind_that_is_wanted_and_replaces_one_of_any_kind(
+    directory: Path, kind: str
+) -> None:
+    types = {
+        "seqpacket": socket.SOCK_SEQPACKET,
+        "stream": socket.SOCK_STREAM,
+        "dgram": socket.SOCK_DGRAM,
+    }
+    (directory / "run").mkdir()
+    path = str(directory / "run/requests")
+    wanted = WantedSocket(path, 0, 0o600, "requests", kind)
+    for of_type in types.values():
+        with socket.socket(socket.AF_UNIX, of_type) as left_behind:
+            left_behind.bind(path)
+            if of_type != socket.SOCK_DGRAM:
+                left_behind.listen()
+            with pytest.raises(LaunchError, match=r"somebody listens there|of another type is there, and in"):
+                MadeSockets().make(wanted)
+        made = MadeSockets()
+        with socket.socket(fileno=made.make(wanted)) as sock:
+            assert sock.type == types[kind]
+            listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            assert bool(listens) is (kind != "dgram")
+            # What is sent to it before there is a broker tells who sent it.
+            tells = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
+            assert bool(tells) is (kind == "dgram")
+        made.remove()
+        assert os.listdir(directory / "run") == []

@@ -71,7 +71,7 @@ def refused(directory: Path, listener: socket.socket, name: str, *options: str) 
 def test_a_control_socket_alone_is_nothing_to_serve(directory: Path, listener: socket.socket) -> None:
     text = refused(directory, listener, "control")
     assert text == (
-        "fdbroker: there is nothing to serve: systemd passed a control socket alone; start the .socket unit"
+        "fdbroker: there is nothing to serve: systemd passed no socket for requests; start the .socket unit"
         " with FileDescriptorName=seqpacket as well, or give --socket\n"
     )
 

@@ -123,7 +123,14 @@ def test_example_of_the_documentation_loads_and_means_what_it_says() -> None:
         ClientMatch(None, frozenset({100}), None),
         ClientMatch(frozenset({1000}), None, frozenset({"/user.slice"})),
     )
-    assert rule_set.cgroups == {"/system.slice/x.service", "/user.slice"}
+    assert rule_set.services == {
+        b"clamd": (ClientMatch(frozenset({989}), None, frozenset({"/system.slice/scand.service"})),)
+    }
+    assert rule_set.cgroups == {
+        "/system.slice/x.service",
+        "/user.slice",
+        "/system.slice/scand.service",
+    }
 
 
 @pytest.mark.parametrize("place", MEMBERS, ids=spoken)
@@ -221,6 +228,10 @@ def broken(**changes: object) -> dict[str, Any]:
     return policy("/r") | changes
 
 
+def service(**changes: object) -> dict[str, Any]:
+    return {"name": "x", "clients": [{"uids": [1]}]} | changes
+
+
 def root(**changes: object) -> list[dict[str, Any]]:
     return [{"name": "tree", "path": "/r", "cross_mounts": False, "opens": "loop"} | changes]
 
@@ -278,6 +289,12 @@ def root(**changes: object) -> list[dict[str, Any]]:
         ),
         (broken(audit={"on_failure": "ignore"}), "audit.on_failure is 'ignore'"),
         (broken(read_only_view="optional"), "read_only_view is 'optional'"),
+        (broken(services=[service()] * 2), "services[1].name is 'x': no name, or that of an earlier service"),
+        (broken(services=[service(name="")]), "services[0].name is ''"),
+        (broken(services=[service(name="\u00e9")]), "services[0].name is '\u00e9'"),
+        (broken(services=[service(name="a\n")]), "services[0].name is 'a\\n'"),
+        (broken(services=[service(clients=[])]), "services[0].clients needs at least one entry"),
+        (broken(services=[service(clients=[{}])]), "services[0].clients[0]"),
     ],
 )
 def test_policy_that_can_not_be_meant_is_refused_with_its_place(document: object, said: str) -> None:

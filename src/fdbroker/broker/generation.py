@@ -16,7 +16,7 @@ from fdbroker.broker.opening import Opener
 from fdbroker.policy.decide import Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from fdbroker.broker.roots import HeldRoot
     from fdbroker.policy.rules import Root, RuleSet, Settings
@@ -27,7 +27,7 @@ class Held(NamedTuple):
 
     `roots` by `key_of`; `cgroup_root` None: control groups can't be looked at. `launcher_fingerprint` is
     of the launcher's part of the policy, for those who ask whether a file still says the same; None: there
-    was none.
+    was none. `services`: the names of the listeners whose clients are handed to services.
     """
 
     roots: Mapping[tuple[str, bytes, bool, bool], HeldRoot]
@@ -35,6 +35,7 @@ class Held(NamedTuple):
     cgroup_root: str | None
     read_only_view: bool
     launcher_fingerprint: str | None = None
+    services: frozenset[bytes] = frozenset()
 
 
 class Generation(NamedTuple):
@@ -69,7 +70,17 @@ def problem_with(rule_set: RuleSet, held: Held) -> str | None:
             "it has rules for units or control groups, and the policy that the broker started with had none:"
             " restart the broker"
         )
+    if rule_set.services.keys() != held.services:
+        was, wanted = (_listed(names) for names in (held.services, rule_set.services))
+        return (
+            f"its listeners of services are {wanted}, and were {was} when the broker started:"
+            " restart the broker"
+        )
     return None
+
+
+def _listed(names: Iterable[bytes]) -> str:
+    return ", ".join(repr(os.fsdecode(name)) for name in sorted(names)) or "none"
 
 
 def make_generation(number: int, rule_set: RuleSet, held: Held) -> Generation:

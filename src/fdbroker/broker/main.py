@@ -49,13 +49,14 @@ class Handover(NamedTuple):
     """What the launcher hands over, as JSON on a descriptor. Descriptors are owned from then on.
 
     `control` listens for those who administer the broker, `notify` is connected to the service
-    manager, and `held` stay open and are never used, as a locked pidfile is.
+    manager, and `held` stay open and are never used, as a locked pidfile is. A listener comes with its
+    name, and with that of the service whose clients come there, None where they come to the broker.
     """
 
     uid: int
     gid: int
     policy: RuleSet
-    listeners: Sequence[tuple[int, str]]
+    listeners: Sequence[tuple[int, str, str | None]]
     connections: Sequence[tuple[int, str]]
     control: int | None
     audit: int | None
@@ -84,7 +85,10 @@ def read_handover(descriptor: int) -> Handover:
             uid=int(document["uid"]),
             gid=int(document["gid"]),
             policy=read_policy(document["policy"]),
-            listeners=[(int(number), str(name)) for number, name in document["listeners"]],
+            listeners=[
+                (int(number), str(name), None if service is None else str(service))
+                for number, name, service in document["listeners"]
+            ],
             connections=[(int(number), str(name)) for number, name in document["connections"]],
             control=_optional(document["control"]),
             audit=_optional(document["audit"]),
@@ -119,7 +123,8 @@ def check_descriptors(handover: Handover) -> None:
         StartError: a stranger's descriptor came along, or one is missing.
 
     """
-    promised = {*handover.held, *(number for number, _ in (*handover.listeners, *handover.connections))}
+    promised = {*handover.held, *(number for number, _, _ in handover.listeners)}
+    promised |= {number for number, _ in handover.connections}
     optional = (handover.control, handover.audit, handover.ready, handover.notify)
     promised |= {number for number in optional if number is not None}
     present = set()
@@ -217,14 +222,15 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
         handover.cgroup_root if policy.cgroups else None,
         settings.read_only_view_required,
         handover.launcher_fingerprint,
+        frozenset(policy.services),
     )
     audit = Audit(handover.audit, deny_on_failure=settings.deny_when_audit_fails)
     notifier = Notifier(handover.notify, handover.watchdog_usec)
     layers: dict[str, object] = {}
     generation = make_generation(1, policy, held)
     broker = Broker(Parts(generation, held, audit, notifier, level, layers, handover.version))
-    for number, name in handover.listeners:
-        broker.add_listener(socket.socket(fileno=number), name)
+    for number, name, service in handover.listeners:
+        broker.add_listener(socket.socket(fileno=number), name, service=service)
     if handover.control is not None:
         broker.add_listener(socket.socket(fileno=handover.control), "control", control=True)
     for number, name in handover.connections:

@@ -97,6 +97,7 @@ class _Compiler:
         root_names, roots = self._roots(found.get("roots"))
         view = self._reader.choice(found.get("read_only_view"), "read_only_view", get_args(ReadOnlyView))
         on_failure, to = self._audit(found.get("audit"))
+        daemon, services = self._daemon.daemon(found.get("user"), found.get("listeners"), to)
         return CompiledPolicy(
             version=VERSION,
             roots=roots,
@@ -105,7 +106,8 @@ class _Compiler:
             audit={"on_failure": on_failure},
             read_only_view=view or READ_ONLY_VIEW_DEFAULT,
             admins=self._admins(found.get("admins")),
-            daemon=self._daemon.daemon(found.get("user"), found.get("listeners"), to),
+            services=services,
+            daemon=daemon,
         )
 
     def _is_our_version(self, mapping: Mapping) -> bool:

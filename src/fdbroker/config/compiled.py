@@ -77,18 +77,30 @@ CompiledRule = TypedDict(
 
 
 class CompiledListener(TypedDict):
-    """A socket that the launcher makes. `gid` None: the default group does not exist on this system."""
+    """A socket that the launcher makes, of kind `seqpacket`, `stream` or `dgram`.
 
+    `gid` None: the default group does not exist on this system.
+    """
+
+    kind: str
     path: str
     gid: int | None
     mode: int
+
+
+class CompiledService(TypedDict):
+    """A listener whose clients are handed to a service, by its name, and who this service is."""
+
+    name: str
+    clients: list[CompiledClient]
 
 
 class CompiledDaemon(TypedDict):
     """What the launcher takes out for itself.
 
     `uid` and `gid` None: the file names no user, and the default one does not
-    exist on this system. `audit` None: standard output.
+    exist on this system. `listeners` by name: `seqpacket`, `stream`, `dgram`,
+    `control`, and of services. `audit` None: standard output.
     """
 
     uid: int | None
@@ -107,6 +119,7 @@ class CompiledPolicy(TypedDict):
     audit: dict[str, str]
     read_only_view: str
     admins: dict[str, list[int]]
+    services: list[CompiledService]
     daemon: CompiledDaemon
 
 

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 DEFAULT_USER = "fdbroker"
 DEFAULT_GROUP_OF_CLIENTS = "fdbroker-clients"
-PATHS = {"seqpacket": "/run/fdbroker/broker.seqpacket", "control": "/run/fdbroker/control"}
-MODES = {"seqpacket": 0o660, "control": 0o666}
+DIRECTORY = "/run/fdbroker"
+PATHS = {
+    "seqpacket": f"{DIRECTORY}/broker.seqpacket",
+    "stream": f"{DIRECTORY}/broker.stream",
+    "dgram": f"{DIRECTORY}/broker.dgram",
+    "control": f"{DIRECTORY}/control",
+}
+MODES = {"seqpacket": 0o660, "stream": 0o660, "dgram": 0o660, "control": 0o666}
+SERVICE_MODE = 0o666  # whoever may connect to a service; what is then done for whom the policy says
+# By which requests come; what a socket's name says of its type.
+FOR_REQUESTS = ("seqpacket", "stream", "dgram")
+# What systemd calls sockets that have no FileDescriptorName=, or were stored or accepted; sd_listen_fds(3).
+NAMES_OF_SYSTEMD = frozenset({"connection", "stored", "unknown"})
 MAX_SOCKET_PATH = 107  # bytes: sun_path without its NUL; unix(7)
 ALL_PERMISSIONS = 0o777

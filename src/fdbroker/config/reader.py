@@ -16,9 +16,7 @@ from fdbroker.config.errors import Mark, ProblemList, closest, did_you_mean, quo
 from fdbroker.config.scalars import ScalarError
 from fdbroker.config.schema import (
     NOT_SUPPORTED,
-    NOT_SUPPORTED_AS_LISTENER,
     NOT_SUPPORTED_IN_A_RULE,
-    Listeners,
     Rule,
     keys_of,
 )
@@ -26,10 +24,6 @@ from fdbroker.config.yaml_tree import List, Mapping, Node, Text, Unusable
 
 _T = TypeVar("_T")
 _Kind = TypeVar("_Kind", Text, List, Mapping)
-_NOT_SUPPORTED_IN: dict[type[msgspec.Struct], frozenset[str]] = {
-    Rule: NOT_SUPPORTED_IN_A_RULE,
-    Listeners: NOT_SUPPORTED_AS_LISTENER,
-}
 _WORDS = {Text: "text", List: "a list", Mapping: "a mapping"}
 
 
@@ -45,11 +39,15 @@ class Reader:
 
     def mapping(self, node: Node | None, what: str, cure: str) -> Mapping | None:
         """Return `node` if it is a mapping with at least one key."""
-        mapping = self._of_kind(node, Mapping, what, cure)
+        mapping = self.mapping_or_empty(node, what, cure)
         if mapping is not None and not mapping.entries:
             self._problems.add(mapping.mark, f"{what} is empty", cure)
             return None
         return mapping
+
+    def mapping_or_empty(self, node: Node | None, what: str, cure: str) -> Mapping | None:
+        """Return `node` if it is a mapping, where {} has a meaning."""
+        return self._of_kind(node, Mapping, what, cure)
 
     def entries(
         self,
@@ -65,7 +63,7 @@ class Reader:
         mistake, not two.
         """
         keys = keys_of(structure)
-        unsupported = _NOT_SUPPORTED_IN.get(structure, NOT_SUPPORTED)
+        unsupported = NOT_SUPPORTED_IN_A_RULE if structure is Rule else NOT_SUPPORTED
         before = f"{what}: " if what else ""
         free = [name for name in keys if name not in mapping.entries]
         found: dict[str, Node] = {}

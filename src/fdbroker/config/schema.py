@@ -176,10 +176,28 @@ class Listener(_Keys):
     mode: Annotated[_Mode | UnsetType, Meta(description="Who may connect: whoever may write.")] = UNSET
 
 
+class ServiceListener(Listener, kw_only=True):
+    """A socket whose clients the broker accepts and hands to a service, which asks on their behalf."""
+
+    service: Annotated[
+        Client | Annotated[list[Client], Meta(min_length=1)],
+        Meta(description="Who may take the clients, written as the client of a rule."),
+    ]
+
+
 class Listeners(_Keys):
-    """Sockets that fdbrokerd makes; those that systemd makes are described by its units."""
+    """Sockets that fdbrokerd makes; those that systemd makes are described by its units.
+
+    Any other name is that of a service's, a `ServiceListener`.
+    """
 
     seqpacket: Annotated[Listener | UnsetType, Meta(description="For requests.")] = UNSET
+    stream: Annotated[
+        Listener | UnsetType, Meta(description="For requests by SOCK_STREAM; none where left out.")
+    ] = UNSET
+    dgram: Annotated[
+        Listener | UnsetType, Meta(description="For requests by SOCK_DGRAM; none where left out.")
+    ] = UNSET
     control: Annotated[Listener | UnsetType, Meta(description="For status, explanations and reloads.")] = (
         UNSET
     )
@@ -225,9 +243,8 @@ class Policy(_Keys):
 
 # Keys of the design that this version does not serve. Refused by name: a
 # condition that is silently ignored is a rule that silently allows more.
-NOT_SUPPORTED = frozenset({"age", "identity", "label", "service", "symlinks"})
+NOT_SUPPORTED = frozenset({"age", "identity", "label", "symlinks"})
 NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"limits", "listeners"}
-NOT_SUPPORTED_AS_LISTENER = frozenset({"clamd", "dgram", "stream"})
 
 
 @functools.cache
@@ -248,8 +265,12 @@ def json_schema() -> dict[str, Any]:
     # The types live as long as the process in any case, so the collector need not look at them.
     gc.disable()
     try:
-        schema = msgspec.json.schema(Policy)
+        (schema, others), parts = msgspec.json.schema_components(
+            [Policy, ServiceListener], ref_template="#/$defs/{name}"
+        )
         gc.freeze()
     finally:
         gc.enable()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    # A structure has a fixed set of keys; here they are names that the author chooses.
+    parts["Listeners"] |= {"additionalProperties": others, "propertyNames": {"pattern": NAME_PATTERN}}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "$defs": parts}

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from fdbroker.config.defaults import FOR_REQUESTS, NAMES_OF_SYSTEMD
 from fdbroker.launcher.errors import LaunchError
 from fdbroker.launcher.inherited import check_connection, check_listener
 
-_NAMES_CURE = "name them by FileDescriptorName= of the .socket unit: seqpacket for requests, control"
-_NOT_SERVED_YET = frozenset({"clamd", "dgram", "stream"})
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+_NAMES_CURE = (
+    "name them by FileDescriptorName= of the .socket unit: seqpacket, stream or dgram for requests, control,"
+    " or the name of a service in listeners of the policy"
+)
+_NAME_OF_A_SERVICE = re.compile(r"[a-z0-9][a-z0-9_-]*")  # as the policy takes them
 
 
 class Activation(NamedTuple):
-    """What came. The descriptors are the caller's; `listeners` and `connections` have their names."""
+    """What came. The descriptors are the caller's; sockets have their names.
+
+    `services`: what has the name of a service, as far as can be said without
+    the policy; `check_services` says the rest.
+    """
 
     listeners: list[tuple[int, str]]
+    services: list[tuple[int, str]]
     connections: list[tuple[int, str]]
     control: int | None
     notify: int | None
@@ -26,7 +39,7 @@ class Activation(NamedTuple):
     @property
     def has_sockets(self) -> bool:
         """Return whether there is any socket to serve."""
-        return bool(self.listeners or self.connections or self.control is not None)
+        return bool(self.listeners or self.services or self.connections or self.control is not None)
 
 
 def take_from_systemd() -> Activation:
@@ -37,28 +50,51 @@ def take_from_systemd() -> Activation:
 
     """
     listeners: list[tuple[int, str]] = []
+    services: list[tuple[int, str]] = []
     connections: list[tuple[int, str]] = []
     controls: list[int] = []
     for number, name in _passed_descriptors().items():
-        what = f"socket {name!r} of systemd"
+        what = _what(name)
         if name == "connection":  # that of Accept=yes, whatever FileDescriptorName= says
             check_connection(number, what)
             connections.append((number, name))
             continue
-        if name in _NOT_SERVED_YET:
-            raise LaunchError(f"{what} is not served yet; stop and disable its .socket unit")
-        if name not in {"seqpacket", "control"}:
-            raise LaunchError(f"{what}: no socket of fdbroker has this name; {_NAMES_CURE}")
-        check_listener(number, what)
-        if name == "control":
-            controls.append(number)
-        else:
+        if name in FOR_REQUESTS:
+            check_listener(number, what, name)
             listeners.append((number, name))
+        elif name == "control":
+            check_listener(number, what, "seqpacket")
+            controls.append(number)
+        elif _NAME_OF_A_SERVICE.fullmatch(name) and name not in NAMES_OF_SYSTEMD:
+            services.append((number, name))
+        else:
+            raise LaunchError(f"{what}: no socket of fdbroker has this name; {_NAMES_CURE}")
     if len(controls) > 1:
         raise LaunchError(f"systemd passed {len(controls)} sockets with the name 'control'; keep one")
     notify = _connect_notify_socket()
     watchdog = None if notify is None else _watchdog_usec()
-    return Activation(listeners, connections, controls[0] if controls else None, notify, watchdog)
+    control = controls[0] if controls else None
+    return Activation(listeners, services, connections, control, notify, watchdog)
+
+
+def check_services(activation: Activation, names: Collection[str]) -> None:
+    """Check the listeners of services, whose names the policy has.
+
+    Raises:
+        LaunchError: one has another name, or is not what a service's listener is.
+
+    """
+    for number, name in activation.services:
+        if name not in names:
+            raise LaunchError(
+                f"{_what(name)}: no socket of fdbroker has this name, and no service in listeners of the"
+                f" policy; {_NAMES_CURE}"
+            )
+        check_listener(number, _what(name), "stream")
+
+
+def _what(name: str) -> str:
+    return f"socket {name!r} of systemd"
 
 
 def _passed_descriptors() -> dict[int, str]:

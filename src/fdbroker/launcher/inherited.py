@@ -7,7 +7,7 @@ import fcntl
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel import sockets
 from fdbroker.launcher.errors import LaunchError
@@ -18,6 +18,22 @@ if TYPE_CHECKING:
 _FIRST_FREE = 3
 # Numbers as large as any that a kernel allows (fs.nr_open); the system call takes a C int.
 _MOST = 2**30
+
+
+class Kind(NamedTuple):
+    """A type of socket that the broker serves, and how systemd makes one."""
+
+    type: int
+    option: str
+
+
+# By what the policy and systemd call them.
+KINDS = {
+    "seqpacket": Kind(socket.SOCK_SEQPACKET, "ListenSequentialPacket="),
+    "stream": Kind(socket.SOCK_STREAM, "ListenStream="),
+    "dgram": Kind(socket.SOCK_DGRAM, "ListenDatagram="),
+}
+_CONNECTION = ("seqpacket", "stream")
 
 
 def fill_standard_descriptors() -> None:
@@ -47,7 +63,7 @@ def check_connection(number: int, option: str) -> None:
         LaunchError: it is not; the text says what it is instead.
 
     """
-    with _unix_seqpacket(number, option) as sock:
+    with _unix_socket(number, option, _CONNECTION) as sock:
         if _listens(sock):
             raise LaunchError(
                 f"{option}: descriptor {number} is a listening socket, not a connection;"
@@ -64,15 +80,23 @@ def check_connection(number: int, option: str) -> None:
         sockets.ask_for_credentials(sock)
 
 
-def check_listener(number: int, what: str) -> None:
-    """Check that `number` is a socket that listens for connections of the broker's kind.
+def check_listener(number: int, what: str, kind: str) -> None:
+    """Check that `number` is a socket of this kind that listens; one for datagrams has a name.
 
     Raises:
         LaunchError: it is not; the text says what it is instead.
 
     """
-    with _unix_seqpacket(number, what) as sock:
-        if not _listens(sock):
+    with _unix_socket(number, what, (kind,)) as sock:
+        if sock.type == socket.SOCK_DGRAM:
+            if not sock.getsockname():
+                raise LaunchError(
+                    f"{what}: descriptor {number} is a socket without a name, so nobody can send anything"
+                    " there; bind it"
+                )
+            # As early as can be: what was sent before does not tell who its sender is, and is refused.
+            sockets.ask_for_credentials(sock)
+        elif not _listens(sock):
             raise LaunchError(f"{what}: descriptor {number} is a socket that does not listen; set Accept=no")
 
 
@@ -148,8 +172,8 @@ def _flags(number: int, option: str) -> int:
 
 
 @contextlib.contextmanager
-def _unix_seqpacket(number: int, what: str) -> Iterator[socket.socket]:
-    """Give the socket `number`, which stays open."""
+def _unix_socket(number: int, what: str, kinds: Sequence[str]) -> Iterator[socket.socket]:
+    """Give the socket `number`, which is of one of these kinds and stays open."""
     if _flags(number, what) & os.O_PATH:
         raise LaunchError(f"{what}: descriptor {number} is opened with O_PATH; pass a socket")
     try:
@@ -162,11 +186,12 @@ def _unix_seqpacket(number: int, what: str) -> Iterator[socket.socket]:
                 f"{what}: descriptor {number} is a socket of family {int(sock.family)}, not a Unix socket;"
                 " the kernel says who is at its other end only for those"
             )
-        if sock.type != socket.SOCK_SEQPACKET:
+        if sock.type not in {KINDS[kind].type for kind in kinds}:
             kind = getattr(sock.type, "name", sock.type)
+            cures = [f"{socket.SocketKind(KINDS[kind].type).name} ({KINDS[kind].option})" for kind in kinds]
             raise LaunchError(
-                f"{what}: descriptor {number} is a {kind} socket, which is not served yet;"
-                " make it SOCK_SEQPACKET (ListenSequentialPacket= of systemd)"
+                f"{what}: descriptor {number} is a {kind} socket, which is not what is served there;"
+                f" make it {' or '.join(cures)}"
             )
         yield sock
     finally:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from fdbroker.config.compiled import launcher_fingerprint
 from fdbroker.kernel.capabilities import capget
 from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH
-from fdbroker.launcher.activation import take_from_systemd
+from fdbroker.launcher.activation import check_services, take_from_systemd
 from fdbroker.launcher.auditing import open_audit
 from fdbroker.launcher.background import Detached, Waiting, go_into_background, wait_until_it_serves
 from fdbroker.launcher.errors import EXIT_NOT_STARTED, LaunchError
@@ -90,11 +90,13 @@ def _run(options: Options) -> int:
     except BaseException:
         pending.abandon()
         raise
+    check_services(passed.activation, [service["name"] for service in policies.broker["services"]])
     plan = make_plan(
         policies.daemon,
         options,
         requests_passed=passed.has_requests,
         control_passed=passed.activation.control is not None,
+        services_passed=bool(passed.activation.services),
     )
     if plan.audit == STANDARD_OUTPUT and (passed.output_gone or options.background):
         where = "the client's connection" if passed.output_gone else "nowhere with --daemon"
@@ -129,7 +131,7 @@ def _take_what_was_passed(options: Options) -> _Passed:
     for number, _ in options.inherited:
         check_connection(number, "--inherited")
     connections = [*activation.connections, *options.inherited]
-    numbers = [number for number, _ in (*connections, *activation.listeners)]
+    numbers = [number for number, _ in (*connections, *activation.listeners, *activation.services)]
     numbers += [number for number in (activation.control, activation.notify) if number is not None]
     if options.ready is not None:
         check_ready(options.ready)
@@ -155,8 +157,9 @@ def _prepare(options: Options, passed: _Passed, policies: Policies, plan: Plan, 
     audit = open_audit(plan.audit, plan.uid, plan.gid)
     activation = passed.activation
     listeners = [
-        *activation.listeners,
-        *((made.sockets.make(wanted), wanted.name) for wanted in plan.listeners),
+        *((number, name, None) for number, name in activation.listeners),
+        *((number, name, name) for number, name in activation.services),
+        *((made.sockets.make(wanted), wanted.name, wanted.service) for wanted in plan.listeners),
     ]
     control = activation.control
     if control is None and plan.control is not None:

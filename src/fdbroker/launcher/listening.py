@@ -19,8 +19,10 @@ import socket
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
+from fdbroker.kernel import sockets
 from fdbroker.launcher.directories import open_directory_of_root
 from fdbroker.launcher.errors import LaunchError
+from fdbroker.launcher.inherited import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,12 +33,17 @@ _LOCK_FLAGS = os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NON
 
 
 class WantedSocket(NamedTuple):
-    """A socket to be made. `name` is what the audit and the status call it."""
+    """A socket to be made. `name` is what the audit and the status call it.
+
+    `kind`: `seqpacket`, `stream` or `dgram`. `service`: whose clients come there, None: the broker's.
+    """
 
     path: str
     gid: int
     mode: int
     name: str
+    kind: str = "seqpacket"
+    service: str | None = None
 
 
 class _Made(NamedTuple):
@@ -54,7 +61,7 @@ class MadeSockets:
         self._made: list[_Made] = []
 
     def make(self, wanted: WantedSocket) -> int:
-        """Return a socket that listens at `wanted.path`.
+        """Return a socket that listens at `wanted.path`, or takes datagrams there.
 
         Raises:
             LaunchError: something is in the way; the text says what.
@@ -90,10 +97,14 @@ class MadeSockets:
         return [descriptor for directory, _, at in self._made for descriptor in (directory, at)]
 
     def _make(self, directory: int, name: str, wanted: WantedSocket) -> int:
-        _clear_the_way(directory, name, wanted.path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        of_type = KINDS[wanted.kind].type
+        _clear_the_way(directory, name, wanted.path, of_type)
+        listener = socket.socket(socket.AF_UNIX, of_type)
         at = None
         try:
+            if of_type == socket.SOCK_DGRAM:
+                # Before it can be reached: what is sent to it from now on says who its sender is.
+                sockets.ask_for_credentials(listener)
             _bind_in(directory, name, listener)
             # By the descriptor of the name, which follows no link: fchmod(2) of the socket itself would not
             # reach its path.
@@ -101,7 +112,8 @@ class MadeSockets:
             os.chown(f"/proc/self/fd/{at}", -1, wanted.gid)
             os.chmod(f"/proc/self/fd/{at}", wanted.mode)
             # Who tried to connect until now was refused.
-            listener.listen(_BACKLOG)
+            if of_type != socket.SOCK_DGRAM:
+                listener.listen(_BACKLOG)
         except BaseException:
             listener.close()
             if at is not None:
@@ -170,7 +182,7 @@ def _bind_in(directory: int, name: str, listener: socket.socket) -> None:
         os.umask(before)
 
 
-def _clear_the_way(directory: int, name: str, path: str) -> None:
+def _clear_the_way(directory: int, name: str, path: str, of_type: int) -> None:
     """Remove the socket that a broker left behind at `name`.
 
     Raises:
@@ -187,14 +199,14 @@ def _clear_the_way(directory: int, name: str, path: str) -> None:
         raise LaunchError(
             f"socket {path!r} can't be made: {what} is there; remove it, or choose another path"
         )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+    with socket.socket(socket.AF_UNIX, of_type) as probe:
         probe.settimeout(0)  # a full queue must not hold us
         number = probe.connect_ex(f"/proc/self/fd/{directory}/{name}")
     if number == errno.ECONNREFUSED:
         os.unlink(name, dir_fd=directory)
     elif number == errno.EPROTOTYPE:
         raise LaunchError(
-            f"socket {path!r} can't be made: a socket of another type is there, which no broker made;"
+            f"socket {path!r} can't be made: a socket of another type is there, and in use;"
             " remove it, or choose another path"
         )
     elif number != errno.ENOENT:

@@ -9,7 +9,7 @@ import pwd
 from typing import NamedTuple
 
 from fdbroker.config import DEFAULT_POLICY
-from fdbroker.config.defaults import ALL_PERMISSIONS
+from fdbroker.config.defaults import ALL_PERMISSIONS, FOR_REQUESTS
 from fdbroker.config.identities import MAX_ID, OVERFLOW_ID
 
 DEFAULT_PIDFILE = "/run/fdbroker/fdbrokerd.pid"
@@ -40,13 +40,16 @@ exit status:
 
 
 class Options(NamedTuple):
-    """What the command line says. None: what the policy file says."""
+    """What the command line says. None: what the policy file says.
+
+    `sockets`: paths, each with the kind of socket: `seqpacket`, `stream`, `dgram`.
+    """
 
     policy: str
     background: bool
     stop: bool
     pidfile: str | None
-    sockets: list[str]
+    sockets: list[tuple[str, str]]
     socket_gid: int | None
     socket_mode: int | None
     control: str | None
@@ -78,7 +81,7 @@ def read_options(arguments: list[str]) -> Options:
         background=given.daemon,
         stop=given.stop,
         pidfile=None if pidfile is None else os.path.abspath(pidfile),
-        sockets=[os.path.abspath(path) for path in given.socket],
+        sockets=[(os.path.abspath(path), kind) for kind in FOR_REQUESTS for path in getattr(given, kind)],
         socket_gid=given.socket_group,
         socket_mode=given.socket_mode,
         control=given.control if given.control in {None, NONE} else os.path.abspath(given.control),
@@ -143,24 +146,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_sockets(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--socket",
-        metavar="PATH",
-        action="append",
-        default=[],
-        help="make this SOCK_SEQPACKET socket, and none of the policy's listeners; may be repeated",
-    )
+    for option, kind in (("--socket", "seqpacket"), ("--stream", "stream"), ("--dgram", "dgram")):
+        parser.add_argument(
+            option,
+            dest=kind,
+            metavar="PATH",
+            action="append",
+            default=[],
+            help=f"make this SOCK_{kind.upper()} socket, and none of the policy's listeners; may be repeated",
+        )
     parser.add_argument(
         "--socket-group",
         metavar="GROUP",
         type=_group,
-        help="group of the socket for requests (default: what the policy says; root's for --socket)",
+        help="group of the sockets for requests (default: what the policy says; root's for --socket)",
     )
     parser.add_argument(
         "--socket-mode",
         metavar="MODE",
         type=_mode,
-        help="mode of the socket for requests, in octal (default: what the policy says; 660 for --socket)",
+        help="mode of the sockets for requests, in octal (default: what the policy says; 660 for --socket)",
     )
     parser.add_argument(
         "--control",

@@ -6,8 +6,15 @@ import os
 import pwd
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fdbroker.config.defaults import DEFAULT_GROUP_OF_CLIENTS, DEFAULT_USER, MAX_SOCKET_PATH, MODES
+from fdbroker.config.defaults import (
+    DEFAULT_GROUP_OF_CLIENTS,
+    DEFAULT_USER,
+    FOR_REQUESTS,
+    MAX_SOCKET_PATH,
+    MODES,
+)
 from fdbroker.launcher.errors import LaunchError
+from fdbroker.launcher.inherited import KINDS
 from fdbroker.launcher.listening import WantedSocket
 from fdbroker.launcher.options import NONE, STANDARD_OUTPUT
 
@@ -28,13 +35,19 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    daemon: Mapping[str, Any], options: Options, *, requests_passed: bool, control_passed: bool
+    daemon: Mapping[str, Any],
+    options: Options,
+    *,
+    requests_passed: bool,
+    control_passed: bool,
+    services_passed: bool = False,
 ) -> Plan:
     """Return what is to be done. `daemon` is the launcher's part of a compiled policy, which may be empty.
 
     `requests_passed`: a listening socket or a connection for requests was
-    passed; `control_passed`: a control socket was. Whoever passes a socket or
-    names one on the command line wants that one, and not the policy's besides.
+    passed; `control_passed`: a control socket was; `services_passed`: that of
+    a service was. Whoever passes a socket or names one on the command line
+    wants that one, and not the policy's besides.
 
     Raises:
         LaunchError: something is named nowhere, or does not exist on this system.
@@ -42,18 +55,19 @@ def make_plan(
     """
     try:
         uid, gid = options.user or _user_of(daemon)
-        use_policy = not (requests_passed or control_passed or options.sockets)
+        use_policy = not (requests_passed or control_passed or services_passed or options.sockets)
         listeners = [
             WantedSocket(
                 path,
                 _or(options.socket_gid, 0),
-                _or(options.socket_mode, MODES["seqpacket"]),
+                _or(options.socket_mode, MODES[kind]),
                 os.path.basename(path),
+                kind,
             )
-            for path in options.sockets
+            for path, kind in options.sockets
         ]
         if use_policy and daemon:
-            listeners.append(_requests_of(daemon, options))
+            listeners += _listeners_of(daemon, options)
         control = _control_of(daemon, options, use_policy=use_policy)
         audit = options.audit or daemon.get("audit") or STANDARD_OUTPUT
     except (KeyError, TypeError, ValueError) as error:
@@ -67,9 +81,9 @@ def make_plan(
         )
     if not listeners and not requests_passed:
         raise LaunchError(
-            "there is nothing to serve: systemd passed a control socket alone; start the .socket unit with"
+            "there is nothing to serve: systemd passed no socket for requests; start the .socket unit with"
             " FileDescriptorName=seqpacket as well, or give --socket"
-            if control_passed
+            if control_passed or services_passed
             else "there is nothing to serve: the compiled policy names no listeners; compile it anew, or give"
             " --socket"
         )
@@ -100,18 +114,28 @@ def _user_of(daemon: Mapping[str, Any]) -> tuple[int, int]:
     return entry.pw_uid, entry.pw_gid
 
 
-def _requests_of(daemon: Mapping[str, Any], options: Options) -> WantedSocket:
-    listener = daemon["listeners"]["seqpacket"]
-    gid = _or(options.socket_gid, listener["gid"])
-    if gid is None:
-        raise LaunchError(
-            f"there is no group {DEFAULT_GROUP_OF_CLIENTS!r} on this system, whose members may connect;"
-            f" create it (groupadd --system {DEFAULT_GROUP_OF_CLIENTS}), or name another by `listeners:"
-            " {seqpacket: {group: NAME}}` in the policy or --socket-group"
-        )
-    return WantedSocket(
-        str(listener["path"]), int(gid), _or(options.socket_mode, int(listener["mode"])), "seqpacket"
-    )
+def _listeners_of(daemon: Mapping[str, Any], options: Options) -> list[WantedSocket]:
+    """Return the policy's sockets for requests, and for clients of services."""
+    wanted = []
+    for name, listener in daemon["listeners"].items():
+        if name == "control":
+            continue
+        gid, mode = listener["gid"], int(listener["mode"])
+        service = name
+        if name in FOR_REQUESTS:
+            gid, mode = _or(options.socket_gid, gid), _or(options.socket_mode, mode)
+            service = None
+        if gid is None:
+            raise LaunchError(
+                f"there is no group {DEFAULT_GROUP_OF_CLIENTS!r} on this system, whose members may connect;"
+                f" create it (groupadd --system {DEFAULT_GROUP_OF_CLIENTS}), or name another by `listeners:"
+                f" {{{name}: {{group: NAME}}}}` in the policy or --socket-group"
+            )
+        kind = str(listener["kind"])
+        if kind not in KINDS:
+            raise ValueError(kind)
+        wanted.append(WantedSocket(str(listener["path"]), int(gid), mode, name, kind, service))
+    return wanted
 
 
 def _control_of(daemon: Mapping[str, Any], options: Options, *, use_policy: bool) -> WantedSocket | None:

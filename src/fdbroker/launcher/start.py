@@ -32,13 +32,14 @@ class Start(NamedTuple):
     A descriptor that is None: there is none. `held` stay open and are not used,
     as a locked pidfile is. `dev`: sources that others can write are accepted,
     for trying things out from a checkout. `launcher_fingerprint`: of the
-    policy's part for the launcher, None if it has none.
+    policy's part for the launcher, None if it has none. A listener comes with its
+    name, and with that of the service whose clients come there, None: the broker's.
     """
 
     uid: int
     gid: int
     policy: dict[str, Any]
-    listeners: Sequence[tuple[int, str]] = ()
+    listeners: Sequence[tuple[int, str, str | None]] = ()
     connections: Sequence[tuple[int, str]] = ()
     control: int | None = None
     audit: int | None = None
@@ -54,8 +55,9 @@ class Start(NamedTuple):
 def descriptors_of(start: Start) -> list[int]:
     """Return every descriptor that goes to the broker."""
     single = (start.control, start.audit, start.ready, start.notify)
-    passed = (number for number, _ in (*start.listeners, *start.connections))
-    return [*passed, *start.held, *(number for number in single if number is not None)]
+    listeners = (number for number, _, _ in start.listeners)
+    connections = (number for number, _ in start.connections)
+    return [*listeners, *connections, *start.held, *(number for number in single if number is not None)]
 
 
 def start_broker(start: Start) -> NoReturn:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import stat
 from binascii import crc32
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from fdbroker.policy.globs import Glob, compile_glob
@@ -23,7 +22,9 @@ if TYPE_CHECKING:
 ACTIONS = ("open", "stat", "list", "walk")
 DELIVERIES = ("descriptor", "copy")
 OPENS = ("loop", "helpers")
-_TOP_LEVEL = frozenset({"version", "roots", "rules", "limits", "audit", "read_only_view", "admins"})
+_TOP_LEVEL = frozenset(
+    {"version", "roots", "rules", "limits", "audit", "read_only_view", "admins", "services"}
+)
 _RULE_KEYS = frozenset(
     {
         "name",
@@ -262,8 +263,9 @@ class Settings(NamedTuple):
 
 
 class RuleSet(NamedTuple):
-    """A whole compiled policy. `cgroups`: every control group that a rule names.
+    """A whole compiled policy. `cgroups`: every control group that a rule or a service names.
 
+    `services`: by the name of a listener, who may take the clients that come to it.
     `fingerprint`: by which people see whether two policies are the same; it proves nothing.
     """
 
@@ -272,7 +274,7 @@ class RuleSet(NamedTuple):
     settings: Settings
     cgroups: frozenset[str]
     fingerprint: str
-    services: Mapping[bytes, tuple[ClientMatch, ...]] = MappingProxyType({})
+    services: Mapping[bytes, tuple[ClientMatch, ...]]
 
 
 def read_policy(document: object) -> RuleSet:
@@ -327,11 +329,14 @@ def read_policy_in_steps(document: object) -> Generator[None, None, RuleSet]:
             gids=frozenset(_list(admins, "gids", int, "admins")),
         ),
     )
-    named = (client for rule in rules for client in (*rule.clients, *rule.on_behalf_of))
+    services = _read_services(document)
+    named = [client for rule in rules for client in (*rule.clients, *rule.on_behalf_of)]
+    named += [client for clients in services.values() for client in clients]
     cgroups = frozenset(path for client in named for path in client.cgroups or ())
     # However it was laid out: what is told apart is what it says.
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return RuleSet(tuple(roots.values()), tuple(rules), settings, cgroups, f"{crc32(text.encode()):08x}")
+    fingerprint = f"{crc32(text.encode()):08x}"
+    return RuleSet(tuple(roots.values()), tuple(rules), settings, cgroups, fingerprint, services)
 
 
 def _read_root(document: Mapping[str, object], index: int) -> Root:
@@ -352,6 +357,22 @@ def _read_root(document: Mapping[str, object], index: int) -> Root:
         skip=1 if path == b"/" else len(path) + 1,
         helpers=_one_of(document, "opens", at, OPENS) == "helpers",
     )
+
+
+def _read_services(document: Mapping[str, object]) -> dict[bytes, tuple[ClientMatch, ...]]:
+    services: dict[bytes, tuple[ClientMatch, ...]] = {}
+    for i, entry in enumerate(_list(document, "services", dict, "policy")):
+        at = f"services[{i}]"
+        _exact_keys(entry, at, {"name", "clients"})
+        text = _get(entry, "name", str, at)
+        # A name is a file's and a part of messages; the compiler takes fewer.
+        if not (text and text.isascii() and text.isprintable()) or text.encode() in services:
+            raise PolicyError(f"{at}.name is {text!r}: no name, or that of an earlier service")
+        clients = _read_clients(entry, "clients", at)
+        if not clients:
+            raise PolicyError(f"{at}.clients needs at least one entry")
+        services[text.encode()] = clients
+    return services
 
 
 def _read_clients(document: Mapping[str, object], key: str, at: str) -> tuple[ClientMatch, ...]:
