@@ -45,8 +45,12 @@ class Connection(Link):
         """
         connection = cls(sock)
         try:
+            # The hello tells who sends it, also if a super-server has accepted and no broker has begun yet.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             connection._queue(connection._engine.hello())
             connection.send_queued(deadline)
+            # Else each reply would bring credentials.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
             while connection._engine.state is not State.READY:
                 connection.wait(deadline)
         except BaseException:
