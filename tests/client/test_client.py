@@ -7,9 +7,7 @@ import fcntl
 import gc
 import os
 import resource
-import select
 import socket
-import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -31,9 +29,7 @@ from fdbroker.client import (
 from fdbroker.client.results import file_from
 from fdbroker.testing import FakeBroker
 from fdbroker.wire.format import Reason
-from fdbroker.wire.messages import Hello, ListRequest, OpenRequest, StatRequest, Welcome
-from fdbroker.wire.replies import encode_welcome
-from fdbroker.wire.stream import framed
+from fdbroker.wire.messages import Hello, ListRequest, OpenRequest, StatRequest
 from tests.running_broker import reachable_directory
 
 if TYPE_CHECKING:
@@ -521,24 +517,6 @@ def test_a_socket_of_another_type_is_a_value_error_and_closed(family: int, kind:
     with pytest.raises(ValueError, match="SOCK_SEQPACKET"):
         Client.from_socket(theirs)
     assert theirs.fileno() == -1
-
-
-@pytest.mark.parametrize("kind", [socket.SOCK_SEQPACKET, socket.SOCK_STREAM])
-def test_hello_tells_who_sends_it_to_a_broker_that_begins_afterwards(kind: socket.SocketKind) -> None:
-    """What is queued before the receiver asks for credentials has them only if the sender asked as well."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
-    with ours, ThreadPoolExecutor(1) as thread:
-        greeting = thread.submit(Client.from_socket, theirs)
-        select.select([ours], [], [])  # the hello is there
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        _, ancillary, _, _ = ours.recvmsg(1000, socket.CMSG_SPACE(12))
-        assert [struct.unpack("3i", content)[0] for _, _, content in ancillary] == [os.getpid()]
-        welcome = encode_welcome(Welcome(1, 1, 1, 0, 0, 253, 65536, 256, 0))
-        ours.send(framed(welcome) if kind == socket.SOCK_STREAM else welcome)
-        with greeting.result(timeout=60) as client:
-            connection = client._asks._connection
-            assert connection is not None
-            assert not connection._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
 
 
 def test_a_missing_broker_is_not_a_missing_file(tmp_path: Path) -> None:

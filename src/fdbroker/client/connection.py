@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fdbroker.client.engine import State
 from fdbroker.client.errors import timed_out
-from fdbroker.client.link import TIMEVAL, ConnectionLost, Link
+from fdbroker.client.link import TIMEVAL, ConnectionLost, Link, telling_the_sender
 
 if TYPE_CHECKING:
     from fdbroker.client.link import Call, Deadline
@@ -45,12 +45,9 @@ class Connection(Link):
         """
         connection = cls(sock)
         try:
-            # The hello tells who sends it, also if a super-server has accepted and no broker has begun yet.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             connection._queue(connection._engine.hello())
-            connection.send_queued(deadline)
-            # Else each reply would bring credentials.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+            with telling_the_sender(sock):
+                connection.send_queued(deadline)
             while connection._engine.state is not State.READY:
                 connection.wait(deadline)
         except BaseException:
