@@ -66,6 +66,7 @@ from fdbroker.client.link import (
     adopt_socket,
     connect_socket_at_once,
     not_accepted,
+    telling_the_sender,
 )
 from fdbroker.client.results import file_from
 from fdbroker.client.sealed import SEAL_LIMIT, seal_in_steps
@@ -624,7 +625,8 @@ class _WatchedLink(Link):
             link._queue(link._engine.hello())
             with _waking(link.loop, deadline) as (came, wake):
                 link._greeted = wake
-                link.send_queued()
+                with telling_the_sender(sock):
+                    link.send_queued()
                 await came
                 link._greeted = None
             if link.ended is not None:

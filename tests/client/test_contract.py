@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import socket
+import struct
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -40,7 +43,10 @@ from fdbroker.wire.messages import (
     ReleaseRequest,
     StatRequest,
     WalkRequest,
+    Welcome,
 )
+from fdbroker.wire.replies import encode_welcome
+from fdbroker.wire.stream import framed
 from tests.client import facade
 
 if TYPE_CHECKING:
@@ -754,3 +760,21 @@ def test_four_walks_are_enough(fake: FakeBroker, client: Whatever) -> None:
         next(walks[4])
     for walk in walks:
         walk.close()
+
+
+# Who is told
+
+
+def test_the_hello_tells_who_sends_it_to_a_broker_that_begins_afterwards(kind: Kind) -> None:
+    """What is queued before the receiver asks for credentials has them only if the sender asked as well."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind.socket)
+    with ours, theirs.dup() as same, ThreadPoolExecutor(1) as thread:
+        greeting = thread.submit(kind.from_socket, theirs)
+        select.select([ours], [], [])  # the hello is there
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        _, ancillary, _, _ = ours.recvmsg(1000, socket.CMSG_SPACE(12))
+        assert [struct.unpack("3i", content)[0] for _, _, content in ancillary] == [os.getpid()]
+        welcome = encode_welcome(Welcome(1, 1, 1, 0, 0, 253, 65536, 256, 0))
+        ours.send(framed(welcome) if kind.socket == socket.SOCK_STREAM else welcome)
+        with greeting.result(timeout=60):
+            assert not same.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)

@@ -34,9 +34,10 @@ FILES = {b"a": b"first\n", b"b": bytes(range(256)) * 1000, b"empty": b"", ODD: b
 
 
 class Place(NamedTuple):
-    """A running broker, the tree it serves, and the commands of the two clients."""
+    """A running broker, its stream socket, the tree it serves, and the commands of the two clients."""
 
     broker: RunningBroker
+    stream: Path
     tree: bytes
     clients: dict[str, list[str]]
 
@@ -55,16 +56,22 @@ def place(others: ForOtherUsers) -> Iterator[Place]:
         )
         script = shutil.copy(EXAMPLES / "client.py", directory)
         allowed = rule("all", **{"except": ["secret"]})
-        with running_broker(directory, policy(directory / "tree", allowed)) as broker:
-            yield Place(broker, tree, {"C": [str(program)], "Python": [others.python, "-I", str(script)]})
+        stream = directory / "broker.stream"
+        with running_broker(directory, policy(directory / "tree", allowed), f"--stream={stream}") as broker:
+            yield Place(
+                broker, stream, tree, {"C": [str(program)], "Python": [others.python, "-I", str(script)]}
+            )
 
 
 def run(
-    place: Place, client: str, *names: bytes, socket_path: Path | None = None, options: tuple[str, ...] = ()
+    place: Place, client: str, *names: bytes, socket_path: Path | None = None
 ) -> subprocess.CompletedProcess[bytes]:
+    """Run a client, `C` or `Python`, with ` -s` behind its name over a stream."""
     paths = [place.tree + b"/" + name for name in names]
+    name, _, option = client.partition(" ")
+    usual = place.stream if option else place.broker.socket
     return subprocess.run(
-        [*place.clients[client], *options, str(socket_path or place.broker.socket), *paths],
+        [*place.clients[name], *option.split(), str(socket_path or usual), *paths],
         user=CLIENT_UID,
         group=CLIENT_UID,
         extra_groups=[],
@@ -76,16 +83,17 @@ def run(
 
 
 both = pytest.mark.parametrize("client", ["C", "Python"])
+both_over_both = pytest.mark.parametrize("client", ["C", "C -s", "Python", "Python -s"])
 
 
-@both
+@both_over_both
 def test_it_writes_the_very_bytes_of_files_that_its_user_may_not_open(place: Place, client: str) -> None:
     result = run(place, client, *FILES)
     assert (result.returncode, result.stderr) == (0, b"")
     assert result.stdout == b"".join(FILES.values())
 
 
-@both
+@both_over_both
 def test_it_tells_what_is_not_given_and_goes_on(place: Place, client: str) -> None:
     result = run(place, client, b"secret", b"a", b"none", ODD + b"/x", b"../secret", b"", b"b")
     assert result.returncode == 1
@@ -101,7 +109,7 @@ def test_it_tells_what_is_not_given_and_goes_on(place: Place, client: str) -> No
     assert place.tree + b"/" + ODD + b"/x: reason" in result.stderr
 
 
-@both
+@both_over_both
 def test_it_asks_for_as_many_as_one_request_may_have_and_no_more(place: Place, client: str) -> None:
     result = run(place, client, *[b"a"] * 253)
     assert (result.returncode, result.stderr) == (0, b"")
@@ -111,14 +119,14 @@ def test_it_asks_for_as_many_as_one_request_may_have_and_no_more(place: Place, c
     assert b"more" in result.stderr
 
 
-@both
+@both_over_both
 def test_paths_that_are_too_long_together_are_not_sent_in_part(place: Place, client: str) -> None:
     result = run(place, client, b"x" * 40000, b"y" * 30000)
     assert (result.returncode, result.stdout) == (2, b"")
     assert result.stderr
 
 
-@both
+@both_over_both
 def test_it_has_nothing_to_say_where_no_broker_is(place: Place, client: str) -> None:
     result = run(place, client, b"a", socket_path=place.broker.socket.with_name("none"))
     assert (result.returncode, result.stdout) == (2, b"")

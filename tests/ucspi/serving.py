@@ -67,7 +67,7 @@ def lay_out(directory: Path) -> Place:
     for name, content in FILES.items():
         with open(os.open(place.path(name), os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
             file.write(content)
-    allowed = rule("theirs", clients=[{"uid": CLIENT_UID}], **{"except": ["secret"]})
+    allowed = rule("theirs", clients=[{"uids": [CLIENT_UID]}], **{"except": ["secret"]})
     (directory / "policy.json").write_text(json.dumps(policy(directory / "tree", allowed)))
     return place
 

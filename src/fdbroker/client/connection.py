@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fdbroker.client.engine import State
 from fdbroker.client.errors import timed_out
-from fdbroker.client.link import TIMEVAL, ConnectionLost, Link
+from fdbroker.client.link import TIMEVAL, ConnectionLost, Link, telling_the_sender
 
 if TYPE_CHECKING:
     from fdbroker.client.link import Call, Deadline
@@ -46,7 +46,8 @@ class Connection(Link):
         connection = cls(sock)
         try:
             connection._queue(connection._engine.hello())
-            connection.send_queued(deadline)
+            with telling_the_sender(sock):
+                connection.send_queued(deadline)
             while connection._engine.state is not State.READY:
                 connection.wait(deadline)
         except BaseException:

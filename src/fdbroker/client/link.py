@@ -30,7 +30,7 @@ from fdbroker.wire.messages import MalformedError
 from fdbroker.wire.stream import framed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from fdbroker.client.engine import Answer, Question
     from fdbroker.kernel.descriptors import Descriptors
@@ -253,6 +253,22 @@ class Link:
                 answer.descriptors.close()
             else:
                 call.deliver(answer)
+
+
+@contextlib.contextmanager
+def telling_the_sender(sock: socket.socket) -> Iterator[None]:
+    """Have what is sent in this block tell who sends it, whether or not the other end asks for it yet.
+
+    It does not where a super-server has accepted and no broker has begun; what
+    has no sender is refused. Afterwards off again: else each reply would bring
+    credentials, too.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    try:
+        yield
+    finally:
+        if sock.fileno() >= 0:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
 
 
 def adopt_socket(sock: socket.socket) -> socket.socket:
