@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fdbroker.client import connect
+from fdbroker.client import ProtocolError, connect
+from fdbroker.client.answers import stat_of
+from fdbroker.client.engine import AskWhy, StatPaths
 from fdbroker.testing import FakeBroker
 from fdbroker.wire.client import decode_reply, encode_hello, encode_open, encode_status
 from fdbroker.wire.format import HEADER, Kind, Reason, Type
@@ -194,3 +196,33 @@ def test_a_long_directory_comes_in_pages_that_fit_into_a_reply() -> None:
         assert len(list(client.list("/d"))) == 300
         assert len(list(client.list("/d", page=7))) == 300
         assert [entry.name for entry in client.list("/")] == [b"d"]
+
+
+def test_a_client_of_a_listener_that_nobody_serves_is_a_value_error() -> None:
+    with FakeBroker() as fake, pytest.raises(ValueError, match="nobody serves 'clamd'"):
+        fake.hand_over("clamd", timeout=0.01)
+
+
+def test_it_acts_for_no_client_that_it_did_not_hand_over() -> None:
+    with FakeBroker({"/a": b""}) as fake, fake.connect() as one, fake.connect() as two:
+        with one.serve("clamd") as service, fake.hand_over("clamd"), service.accept(5) as served:
+            served.stat("/a")
+            stolen = StatPaths([b"/a"], served.number)
+            with pytest.raises(PermissionError):
+                stat_of(two._session.ask(stolen), b"/a")
+        with pytest.raises(PermissionError):
+            stat_of(one._session.ask(stolen), b"/a")
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_SEQPACKET, socket.SOCK_STREAM])
+def test_what_belongs_on_a_control_socket_is_malformed(kind: socket.SocketKind) -> None:
+    with FakeBroker(kind=kind) as fake, fake.connect() as client, pytest.raises(ProtocolError):
+        client._session.ask(AskWhy("open", b"/a"))
+
+
+def test_a_deep_tree_is_walked_in_frames_that_fit_into_a_reply() -> None:
+    files = {f"/d/{'x' * 200}/{number:03}{'y' * 200}": b"" for number in range(300)}
+    with FakeBroker(files) as fake, fake.connect() as client:
+        with client.walk("/d", batch=253, descriptors=False) as walk:
+            assert len({entry.path for entry in walk}) == 300
+        assert walk.end == (300, 0, 2, 0)

@@ -52,5 +52,11 @@ def test_the_client_imports_no_asyncio_and_nothing_of_the_broker() -> None:
     assert all(name.split(".")[1] in {"client", "wire", "kernel"} for name in ours)
 
 
+def test_the_asyncio_client_is_a_module_of_the_package() -> None:
+    program = "import fdbroker.aio; print(fdbroker.aio.connect.__name__)"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "connect"
+
+
 def test_the_sources_are_typed() -> None:
     assert (Path(fdbroker.__file__).parent / "py.typed").exists()

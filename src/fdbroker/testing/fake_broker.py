@@ -241,6 +241,7 @@ class FakeBroker:
         self._kind = kind
         self._last_number = 0
         self._lock = threading.Lock()
+        self._somebody_serves = threading.Condition(self._lock)
         self._closed = False
         self._served: dict[_Connection, threading.Thread] = {}
         self._listener: socket.socket | None = None
@@ -306,18 +307,25 @@ class FakeBroker:
         return theirs
 
     def hand_over(
-        self, listener: str, *, pid: int | None = None, uid: int | None = None, gid: int | None = None
+        self,
+        listener: str,
+        *,
+        pid: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        timeout: float = 5.0,
     ) -> socket.socket:
-        """Connect a client to a listener that is served; return its end, which the caller owns.
+        """Connect a client to a listener, once it is served; return its end, which the caller owns.
 
         The service gets the other end, and is told that it is this process, or whom the arguments name.
 
         Raises:
-            ValueError: nobody serves this listener.
+            ValueError: nobody served this listener within `timeout` seconds.
 
         """
-        with self._lock:
-            connection = next((one for one in self._served if listener in one.services), None)
+        with self._somebody_serves:
+            self._somebody_serves.wait_for(lambda: self._serving(listener) is not None, timeout)
+            connection = self._serving(listener)
             if connection is None:
                 raise ValueError(f"nobody serves {listener!r}")
             self._last_number += 1
@@ -348,11 +356,15 @@ class FakeBroker:
 
         """
         with self._lock:
-            connection = next((one for one in self._served if listener in one.services), None)
+            connection = self._serving(listener)
             if connection is None:
                 raise ValueError(f"nobody serves {listener!r}")
             request_id = connection.services.pop(listener)
         connection.send(encode_serve_reply(request_id, GENERATION, refused(Reason.DENIED)))
+
+    def _serving(self, listener: str) -> _Connection | None:
+        """Return the connection of who serves a listener. With the lock held."""
+        return next((one for one in self._served if listener in one.services), None)
 
     def disconnect(self) -> None:
         """Close all connections, as a restart of the broker does; it goes on listening."""
@@ -512,9 +524,10 @@ class FakeBroker:
 
     def _serve_or_release(self, connection: _Connection, request: ServeRequest | ReleaseRequest) -> None:
         if isinstance(request, ServeRequest):
-            with self._lock:  # so that no client is handed over before, and one can be right behind
+            with self._somebody_serves:  # no client is handed over before, and one can be right behind
                 connection.send(encode_serve_reply(request.id, GENERATION, GIVEN))
                 connection.services[request.listener.decode(errors="replace")] = request.id
+                self._somebody_serves.notify_all()
             return
         with self._lock:
             known = request.client in connection.clients
