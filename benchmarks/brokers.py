@@ -69,7 +69,7 @@ def _rule(name: str, effect: str, client: dict[str, object], paths: list[str]) -
     return {
         "name": name,
         "effect": effect,
-        "actions": ["open", "stat", "list", "walk"] if effect == "deny" else ["open"],
+        "actions": ["open", "stat", "list", "walk"] if effect == "deny" else ["open", "walk"],
         "root": "tree",
         "clients": [client],
         "on_behalf_of": [],

@@ -69,6 +69,16 @@ def client_command(program: Path, uid: int, request: Request) -> list[str]:
     return [*command, str(request.batch), str(request.opens), str(request.connections)]
 
 
+def walk_command(
+    program: Path, uid: int, socket: Path, start: Path, cpus: tuple[int, ...] = (), *, read: bool = False
+) -> list[str]:
+    """Return the command line of the client in C that has everything below `start` handed over."""
+    command = [str(program), "--uid", str(uid), "--walk", str(start)]
+    for cpu in cpus:
+        command += ["--cpu", str(cpu)]
+    return [*command, *(["--read"] if read else []), str(socket)]
+
+
 def measure(command: list[str], environment: dict[str, str] | None = None) -> Measurement:
     """Run a client, of whatever language, and return what it measured."""
     done = _run(command, environment)

@@ -6,16 +6,21 @@ To add a series, write its variants, or use those that are there, and a line in 
 from __future__ import annotations
 
 import os
+import subprocess
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from benchmarks.brokers import CLIENT_UID, pin
 from benchmarks.errors import BenchmarkError
-from benchmarks.native import Request, client_command, measure
+from benchmarks.native import Request, client_command, measure, walk_command
 
 if TYPE_CHECKING:
     from benchmarks.stage import BrokerName, Stage
 
+_WALK_CLIENT = Path(__file__).resolve().parent / "walk_client.py"
+_SOURCES = _WALK_CLIENT.parent.parent / "src"
 _BATCH1_OPENS = 10_000
 _BATCH64_OPENS = 32_000
 _CLIENTS_OPENS = 64_000
@@ -87,6 +92,62 @@ class Reads:
 
 
 @dataclass(frozen=True)
+class Walks:
+    """The client in C that has a whole tree handed over: microseconds a file, both ends on one CPU."""
+
+    broker: Literal["floor-walk", "fdbroker-walk"]
+    unit: str = "us/file"
+
+    def measure(self, stage: Stage) -> float:
+        """Return the microseconds that a file took."""
+        broker = stage.broker(self.broker)
+        pin(broker.pid, stage.one_cpu)
+        command = walk_command(
+            stage.client_program, CLIENT_UID, broker.socket, stage.walked.root, stage.one_cpu
+        )
+        found = measure(command)
+        if found.opens != stage.walked.files:
+            raise BenchmarkError(f"{self.broker} gave {found.opens} of {stage.walked.files} files")
+        return found.microseconds
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Every file of a tree hashed: seconds from the start of the first program to the end of the last.
+
+    By a worker without privileges that fdbroker walks for, or by root's own programs. All have two CPUs, and
+    write the same lines, which are compared one by one.
+    """
+
+    by: Literal["fdbroker", "sha256sum", "openssl dgst -sha256 -r"]
+    unit: str = "s"
+
+    def measure(self, stage: Stage) -> float:
+        """Return the seconds."""
+        root = stage.walked.root
+        if self.by == "fdbroker":
+            broker = stage.broker("fdbroker-walk")
+            pin(broker.pid, stage.two_cpus)
+            command = [stage.python, "-I", "-S", str(_WALK_CLIENT), str(_SOURCES), str(broker.socket)]
+            command += [str(root), str(CLIENT_UID)]
+        else:
+            command = ["sh", "-c", f"find {root} -type f -print0 | xargs -0 {self.by}"]
+        command = ["taskset", "-c", ",".join(map(str, stage.two_cpus)), *command]
+        output = stage.directory / "hashes"
+        with output.open("wb") as lines:
+            began = time.perf_counter()
+            done = subprocess.run(command, stdout=lines, stdin=subprocess.DEVNULL, check=False)
+            seconds = time.perf_counter() - began
+        if done.returncode != 0:
+            raise BenchmarkError(f"{' '.join(command)} ended with {done.returncode}")
+        # openssl marks files that it read as binary ones, as all here are.
+        hashes = output.read_bytes().replace(b" *", b"  ").splitlines()
+        if len(hashes) != stage.walked.files or frozenset(hashes) != stage.walked.hashes:
+            raise BenchmarkError(f"{self.by} did not hash every file once, or not rightly")
+        return seconds
+
+
+@dataclass(frozen=True)
 class IdleSize:
     """A broker that was started and asked nothing: its resident memory."""
 
@@ -128,6 +189,11 @@ VARIANTS: dict[str, Variant] = {
     "privsep_read": Reads("privsep", 1, _PYTHON_OPENS),
     "fdbroker_read_1": Reads("fdbroker", 1, _PYTHON_OPENS),
     "fdbroker_read_64": Reads("fdbroker", 64, _PYTHON_BATCH64_OPENS),
+    "floor_walk": Walks("floor-walk"),
+    "fdbroker_walk": Walks("fdbroker-walk"),
+    "fdbroker_hashes": Hashes("fdbroker"),
+    "sha256sum_hashes": Hashes("sha256sum"),
+    "openssl_hashes": Hashes("openssl dgst -sha256 -r"),
     "fdbroker_idle": IdleSize(),
 }
 
@@ -141,5 +207,8 @@ SERIES = (
     Series("convoy_64_over_4", "fdbroker_clients64", "fdbroker_clients4", "lower", 1.2),
     Series("privsep_batch1", "privsep_read", "fdbroker_read_1", "higher", 1.5),
     Series("privsep_batch64", "privsep_read", "fdbroker_read_64", "higher", 6.0),
+    Series("walk_pass", "fdbroker_walk", "floor_walk", "lower", 2.1),
+    Series("walk_sha256_vs_sha256sum", "fdbroker_hashes", "sha256sum_hashes", "lower", 0.5),
+    Series("walk_sha256_vs_openssl", "fdbroker_hashes", "openssl_hashes", "lower", 0.9),
     Series("idle_rss_mib", "fdbroker_idle", None, "lower", 16.0),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -18,15 +19,16 @@ from benchmarks.brokers import (
     start_floor,
 )
 from benchmarks.errors import BenchmarkError
-from benchmarks.native import Request, client_command, is_refused, measure
+from benchmarks.native import Request, client_command, is_refused, measure, walk_command
+from benchmarks.tree import make_walked_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-    from benchmarks.tree import Tree
+    from benchmarks.tree import Tree, WalkedTree
 
-BrokerName = Literal["floor", "fdbroker", "fdbroker-audit"]
+BrokerName = Literal["floor", "fdbroker", "fdbroker-audit", "floor-walk", "fdbroker-walk"]
 _CHECK_BATCH = 64
 
 
@@ -68,6 +70,11 @@ class Stage:
         """Where the broker with an audit writes it."""
         return self.directory / "audit.jsonl"
 
+    @cached_property
+    def walked(self) -> WalkedTree:
+        """The tree that is walked, made when it is first asked for."""
+        return make_walked_tree(self.directory)
+
     def opens(self, wanted: int) -> int:
         """Return how many opens to make where `wanted` is right for a full run."""
         return max(int(wanted * self.scale), 256)
@@ -90,11 +97,12 @@ class Stage:
         with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.directory) as sockets:
             socket_dir = Path(sockets)
             socket_dir.chmod(0o755)
-            if name == "floor":
-                with start_floor(self.floor_program, socket_dir, self.tree.root) as broker:
+            root = self.walked.root if name in {"floor-walk", "fdbroker-walk"} else self.tree.root
+            if name in {"floor", "floor-walk"}:
+                with start_floor(self.floor_program, socket_dir, root) as broker:
                     yield broker
             else:
-                policy = make_policy(self.tree.root)
+                policy = make_policy(root)
                 audit = self.audit_file if name == "fdbroker-audit" else None
                 with start_fdbroker(policy, socket_dir, audit) as broker:
                     yield broker
@@ -104,6 +112,9 @@ class Stage:
 
         A broker that hands out the wrong ones, or anything to anybody, can be very fast.
         """
+        if name in {"floor-walk", "fdbroker-walk"}:
+            self._check_walk(name, broker)
+            return
         every = Request(broker.socket, self.tree.everything, _CHECK_BATCH, self.tree.files, read=True)
         found = measure(client_command(self.client_program, CLIENT_UID, every))
         if found.checksum != self.tree.checksum:
@@ -117,3 +128,13 @@ class Stage:
             one = Request(broker.socket, paths, batch=1, opens=1)
             if not is_refused(client_command(self.client_program, uid, one)):
                 raise BenchmarkError(f"{name} did not refuse {what}")
+
+    def _check_walk(self, name: BrokerName, broker: Broker) -> None:
+        """See that a walk hands over all files, and fdbroker none to whom its policy does not name."""
+        start = self.walked.root
+        found = measure(walk_command(self.client_program, CLIENT_UID, broker.socket, start, read=True))
+        if (found.opens, found.checksum) != (self.walked.files, self.walked.checksum):
+            raise BenchmarkError(f"{name} gave other files than there are")
+        stranger = walk_command(self.client_program, STRANGER_UID, broker.socket, start)
+        if name == "fdbroker-walk" and not is_refused(stranger):
+            raise BenchmarkError(f"{name} did not refuse a walk to a uid that no rule names")

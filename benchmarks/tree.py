@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ SIZES = (1024, 2048, 4096, 4096, 9216)
 EXACT_SIZE = 4096
 OWNER = 23455
 _NUMBER = struct.Struct("<Q")
+# For walks: from 1 to 16 KiB, 4.3 KiB on average.
+WALKED_DIRECTORIES = 400
+WALKED_SIZES = (1024, 1024, 2048, 2048, 4096, 4096, 4096, 8192, 16384, 1024)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,38 @@ def make_tree(directory: Path) -> Tree:
         forbidden=_write_list(directory / "forbidden", [secret]),
         checksum=checksum,
     )
+
+
+@dataclass(frozen=True)
+class WalkedTree:
+    """A tree that is walked as a whole."""
+
+    root: Path
+    files: int
+    checksum: int
+    """What `bench_client --read --walk` says when it is given every file once, in any order."""
+    hashes: frozenset[bytes]
+    """The lines of sha256sum."""
+
+
+def make_walked_tree(directory: Path) -> WalkedTree:
+    """Create the tree in `directory`, which everybody must be able to enter."""
+    root = directory / "walked"
+    root.mkdir(mode=0o755)
+    hashes = set()
+    checksum = 0
+    for number in range(WALKED_DIRECTORIES):
+        folder = root / f"user{number:03}"
+        folder.mkdir(mode=0o700)
+        for place in range(FILES_PER_DIRECTORY):
+            path = folder / f"document-{place:03}.txt"
+            content = (len(hashes) + 1) * 0x9E3779B97F4A7C15 % 2**64
+            data = _NUMBER.pack(content) * (WALKED_SIZES[place % len(WALKED_SIZES)] // _NUMBER.size)
+            _write(path, data)
+            checksum = (checksum + content) % 2**64
+            hashes.add(b"%s  %s" % (hashlib.sha256(data).hexdigest().encode(), os.fsencode(path)))
+        os.chown(folder, OWNER, OWNER)
+    return WalkedTree(root, len(hashes), checksum, frozenset(hashes))
 
 
 def read_list(path: Path) -> list[bytes]:

@@ -347,6 +347,7 @@ static size_t walk_below(struct connection *connection, const char *start)
 		.newer_than = INT64_MIN,
 	};
 	struct header header;
+	struct result result;
 	struct walk_end end;
 	size_t came = 0, length = strlen(start);
 
@@ -376,8 +377,12 @@ static size_t walk_below(struct connection *connection, const char *start)
 		memcpy(&header, frame, sizeof(header));
 		if (header.type != (TYPE_WALK | REPLY) || header.id != connection->id)
 			unexpected("a frame that is of no walk");
-		if (frame[sizeof(header)] != 0)
-			unexpected("the walk was refused");
+		memcpy(&result, frame + sizeof(header), sizeof(result));
+		if (result.status != 0) {
+			fprintf(stderr, "bench_client: %s: status %u, reason %u, %s\n", start,
+				result.status, result.reason, strerror(result.error));
+			exit(1);
+		}
 		count = descriptors_of(&message, fds);
 		if (count != header.count)
 			unexpected("another number of descriptors than of entries");

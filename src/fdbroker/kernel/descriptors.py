@@ -13,19 +13,13 @@ if TYPE_CHECKING:
 
 def close_all(descriptors: list[int]) -> None:
     """Close every descriptor and empty the list. An error of close(2) changes nothing: the number is free."""
-    if len(descriptors) > 1:
-        least, most = min(descriptors), max(descriptors)
-        # Numbers without a gap, as they mostly are: close_range(2) does it in one call. They are
-        # distinct, or one of them would be owned twice.
-        if most - least == len(descriptors) - 1 and len(set(descriptors)) == len(descriptors):
-            descriptors.clear()
-            os.closerange(least, most + 1)
-            return
+    # Numbers stand in a row, mostly, and close_range(2) takes a whole one.
+    descriptors.sort()
     while descriptors:
-        try:
-            os.close(descriptors.pop())
-        except OSError:
-            continue
+        most = least = descriptors.pop()
+        while descriptors and descriptors[-1] == least - 1:
+            least = descriptors.pop()
+        os.closerange(least, most + 1)
 
 
 class Descriptors:
