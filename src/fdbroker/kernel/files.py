@@ -12,10 +12,14 @@ import ctypes
 import errno
 import os
 import struct
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.errors import SyscallError, renamed
 from fdbroker.kernel.libc import LIBC, SYS_GETDENTS64, SYS_OPENAT2
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # From linux/openat2.h, Linux 5.6.
 RESOLVE_NO_XDEV = 0x01
@@ -159,53 +163,82 @@ def open_regular_beneath(directory: int, path: bytes, proc_self_fd: int) -> int 
     return opened
 
 
+_openat_at_once = _AT_ONCE.openat
+_READ_FLAGS = ctypes.c_int.from_param(_READ_AT_ONCE)
 # struct statx: what the stat record has, in the kernel's order; statx(2).
 _STATX_RECORD = struct.Struct("=16xIIIH2xQQ48xqI4xqI12xII")
 _STATX_BASIC_STATS = ctypes.c_uint.from_param(0x7FF)
 # device, inode, mode, links, uid, gid, size, mtime, ctime: both in nanoseconds since 1970
 ObjectFacts = tuple[int, int, int, int, int, int, int, int, int]
+_NOT_YET: tuple[int, ObjectFacts] = (-1, (0, 0, 0, 0, 0, 0, 0, 0, 0))
 
 
-def open_regular_entry(
-    directory: int, name: bytes, proc_self_fd: int, least_size: int, most_size: int, newer_than: int
-) -> tuple[int, ObjectFacts]:
-    """Open `name` in the held `directory` for reading and say what it is, in the order of a stat record.
+def open_regular_entries(
+    directory: int,
+    names: Sequence[bytes],
+    proc_self_fd: int,
+    least_size: int,
+    most_size: int,
+    newer_than: int,
+) -> list[tuple[int, ObjectFacts] | OSError]:
+    """Open names in the held `directory` for reading and say what they are, in the order of a stat record.
 
-    As `open_regular_beneath`, in one call, for who has many of them to open. -1 in place of a descriptor:
-    it is no regular file, or has not from `least_size` to `most_size` bytes, or was not modified later
-    than `newer_than`. The caller owns the descriptor.
-
-    Raises:
-        SyscallError: as `open_path_beneath` and `reopen_for_reading`.
-
+    As `open_regular_beneath`, for who has many of them to open: each is held by O_PATH, then each is looked
+    at and reopened, so that those that were held stand in a row and are closed by one call. -1 in place of
+    a descriptor: it is no regular file, or has not from `least_size` to `most_size` bytes, or was not
+    modified later than `newer_than`. An error in its place is one of `open_path_beneath` and
+    `reopen_for_reading`. The caller owns the descriptors.
     """
     # Written out as well.
-    held: int = -1 if 0 in name else _openat2_at_once(_OPENAT2, directory, name, _WITHIN, _SIZE)
-    if held < 0:
-        held = open_path_beneath(directory, name)  # for its retries and its error
+    found: list[tuple[int, ObjectFacts] | OSError] = []
+    held: list[int] = []
+    opened = -1
+    unpack = _STATX_RECORD.unpack_from
     try:
-        if _statx_at_once(held, _NO_PATH, _AT_EMPTY_PATH, _STATX_BASIC_STATS, _STATX_ROOM) != 0:
-            os.fstat(held)  # for its error
-            raise SyscallError(errno.EIO, "statx", descriptor=held)
-        links, uid, gid, mode, inode, size, c_seconds, c_rest, m_seconds, m_rest, major, minor = (
-            _STATX_RECORD.unpack_from(_statx_room)
-        )
-        modified = m_seconds * 1_000_000_000 + m_rest
-        changed = c_seconds * 1_000_000_000 + c_rest
-        facts = (os.makedev(major, minor), inode, mode, links, uid, gid, size, modified, changed)
-        if mode & _KIND != _REGULAR or not least_size <= size <= most_size or modified <= newer_than:
-            return -1, facts
-        opened = os.open(str(held), _READ_AT_ONCE, dir_fd=proc_self_fd)
-    except OSError as error:
-        raise renamed(error, "openat", directory=proc_self_fd, path=held, flags=_READ_WORDS) from None
-    finally:
-        os.close(held)
-    try:
-        os.set_blocking(opened, True)
+        for name in names:
+            descriptor = -1 if 0 in name else _openat2_at_once(_OPENAT2, directory, name, _WITHIN, _SIZE)
+            if descriptor < 0:
+                try:
+                    descriptor = open_path_beneath(directory, name)  # for its retries and its error
+                except OSError as error:
+                    found.append(error)
+                    continue
+            held.append(descriptor)
+            found.append(_NOT_YET)
+        waiting = iter(held)
+        for place, result in enumerate(found):
+            if result is not _NOT_YET:
+                continue
+            descriptor = next(waiting)
+            try:
+                if _statx_at_once(descriptor, _NO_PATH, _AT_EMPTY_PATH, _STATX_BASIC_STATS, _STATX_ROOM) != 0:
+                    os.fstat(descriptor)  # for its error
+                    raise SyscallError(errno.EIO, "statx", descriptor=descriptor)
+                links, uid, gid, mode, inode, size, c_seconds, c_rest, m_seconds, m_rest, major, minor = (
+                    unpack(_statx_room)
+                )
+                modified = m_seconds * 1_000_000_000 + m_rest
+                changed = c_seconds * 1_000_000_000 + c_rest
+                facts = (os.makedev(major, minor), inode, mode, links, uid, gid, size, modified, changed)
+                if mode & _KIND == _REGULAR and least_size <= size <= most_size and modified > newer_than:
+                    opened = _openat_at_once(proc_self_fd, b"%d" % descriptor, _READ_FLAGS)
+                    if opened < 0:
+                        opened = reopen_for_reading(proc_self_fd, descriptor)  # for its error
+                    os.set_blocking(opened, True)
+                found[place] = opened, facts
+                opened = -1
+            except OSError as error:
+                found[place] = error
+                if opened >= 0:
+                    os.close(opened)
+                    opened = -1
     except BaseException:
-        os.close(opened)
+        owned = [result[0] for result in found if isinstance(result, tuple)]
+        close_all([descriptor for descriptor in (opened, *owned) if descriptor >= 0])
         raise
-    return opened, facts
+    finally:
+        close_all(held)
+    return found
 
 
 def reopen_for_reading(proc_self_fd: int, descriptor: int) -> int:
@@ -308,7 +341,7 @@ class DirectoryEntry(NamedTuple):
 
 _DIRECTORY_CHUNK = 32768
 _LONGEST_DIRENT = 280  # 19 bytes and a name of 255 with its NUL, rounded up
-_DIRENT = struct.Struct("=QqHB")
+_DIRENT = struct.Struct("=8xqHB")
 _DIRENT_NAME = 19
 _chunk_room = ctypes.create_string_buffer(_DIRECTORY_CHUNK)
 _CHUNK_SIZE = ctypes.c_size_t(_DIRECTORY_CHUNK)
@@ -348,18 +381,19 @@ def read_directory_chunk(descriptor: int) -> bytes:
     return ctypes.string_at(_chunk_room, size)
 
 
-def parse_directory_chunk(chunk: bytes, at: int, most: int) -> tuple[list[tuple[bytes, int, int]], int]:
-    """Return up to `most` entries that stand in a chunk from byte `at` on, and where the next one begins.
+def parse_directory_chunk(chunk: bytes, at: int, size: int) -> tuple[list[tuple[bytes, int, int]], int]:
+    """Return the entries that begin in `size` bytes of a chunk from `at` on, and where the next one begins.
 
     The members are those of `DirectoryEntry`, which would cost more to make; `.` and `..` are left out.
     """
     entries: list[tuple[bytes, int, int]] = []
-    size, unpack = len(chunk), _DIRENT.unpack_from
-    while at < size and len(entries) < most:
-        _, position, length, kind = unpack(chunk, at)
-        name = chunk[at + _DIRENT_NAME : chunk.index(0, at + _DIRENT_NAME)]
+    end, unpack, find, append = min(len(chunk), at + size), _DIRENT.unpack_from, chunk.index, entries.append
+    while at < end:
+        position, length, kind = unpack(chunk, at)
+        start = at + _DIRENT_NAME
+        name = chunk[start : find(0, start)]
         if name not in _DOTS:
-            entries.append((name, kind, position))
+            append((name, kind, position))
         at += length
     return entries, at
 
