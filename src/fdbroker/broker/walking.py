@@ -676,17 +676,15 @@ class Walk:
             place += 1
             if not remainders or any(remainder.matches(name) for remainder in remainders):
                 wanted.append(name)
-        found = open_regular_entries(
+        opened, found = open_regular_entries(
             visit.descriptor, wanted, self._proc_self_fd, least_size, most_size, newer_than
         )
         # Before anything that may raise: the step owns them.
-        descriptors += [result[0] for result in found if isinstance(result, tuple) and result[0] >= 0]
-        for name, result in zip(wanted, found, strict=True):
-            if not isinstance(result, tuple):
-                step.leave_out_failed(result)
-                continue
-            opened, facts = result
-            if opened >= 0:
+        descriptors += [descriptor for descriptor in opened if descriptor >= 0]
+        for name, descriptor, facts in zip(wanted, opened, found, strict=True):
+            if isinstance(facts, OSError):
+                step.leave_out_failed(facts)
+            elif descriptor >= 0:
                 path = relative_prefix + name
                 names.append(pack(len(path), _REGULAR, WALK_ENTRY_HAS_DESCRIPTOR, *facts) + path)
                 paths.append(prefix + name)

@@ -170,7 +170,6 @@ _STATX_RECORD = struct.Struct("=16xIIIH2xQQ48xqI4xqI12xII")
 _STATX_BASIC_STATS = ctypes.c_uint.from_param(0x7FF)
 # device, inode, mode, links, uid, gid, size, mtime, ctime: both in nanoseconds since 1970
 ObjectFacts = tuple[int, int, int, int, int, int, int, int, int]
-_NOT_YET: tuple[int, ObjectFacts] = (-1, (0, 0, 0, 0, 0, 0, 0, 0, 0))
 
 
 def open_regular_entries(
@@ -180,20 +179,21 @@ def open_regular_entries(
     least_size: int,
     most_size: int,
     newer_than: int,
-) -> list[tuple[int, ObjectFacts] | OSError]:
-    """Open names in the held `directory` for reading and say what they are, in the order of a stat record.
+) -> tuple[list[int], list[ObjectFacts | OSError]]:
+    """Open names in the held `directory` for reading; return descriptors and what they are, by name.
 
     As `open_regular_beneath`, for who has many of them to open: each is held by O_PATH, then each is looked
-    at and reopened, so that those that were held stand in a row and are closed by one call. -1 in place of
-    a descriptor: it is no regular file, or has not from `least_size` to `most_size` bytes, or was not
-    modified later than `newer_than`. An error in its place is one of `open_path_beneath` and
-    `reopen_for_reading`. The caller owns the descriptors.
+    at and reopened, so that those that were held stand in a row and are closed by one call. What they are
+    is in the order of a stat record, or an error of `open_path_beneath` or `reopen_for_reading`. -1 in place
+    of a descriptor: an error, no regular file, not from `least_size` to `most_size` bytes, or not modified
+    later than `newer_than`. The caller owns the descriptors.
     """
     # Written out as well.
-    found: list[tuple[int, ObjectFacts] | OSError] = []
+    opened: list[int] = []
+    found: list[ObjectFacts | OSError] = []
     held: list[int] = []
-    opened = -1
-    unpack = _STATX_RECORD.unpack_from
+    failed: dict[int, OSError] = {}
+    unpack, device_of = _STATX_RECORD.unpack_from, os.makedev
     try:
         for name in names:
             descriptor = -1 if 0 in name else _openat2_at_once(_OPENAT2, directory, name, _WITHIN, _SIZE)
@@ -201,15 +201,13 @@ def open_regular_entries(
                 try:
                     descriptor = open_path_beneath(directory, name)  # for its retries and its error
                 except OSError as error:
-                    found.append(error)
-                    continue
+                    failed[len(held)] = error
             held.append(descriptor)
-            found.append(_NOT_YET)
-        waiting = iter(held)
-        for place, result in enumerate(found):
-            if result is not _NOT_YET:
+        for descriptor in held:
+            opened.append(-1)
+            if descriptor < 0:
+                found.append(failed[len(found)])
                 continue
-            descriptor = next(waiting)
             try:
                 if _statx_at_once(descriptor, _NO_PATH, _AT_EMPTY_PATH, _STATX_BASIC_STATS, _STATX_ROOM) != 0:
                     os.fstat(descriptor)  # for its error
@@ -218,27 +216,25 @@ def open_regular_entries(
                     unpack(_statx_room)
                 )
                 modified = m_seconds * 1_000_000_000 + m_rest
-                changed = c_seconds * 1_000_000_000 + c_rest
-                facts = (os.makedev(major, minor), inode, mode, links, uid, gid, size, modified, changed)
                 if mode & _KIND == _REGULAR and least_size <= size <= most_size and modified > newer_than:
-                    opened = _openat_at_once(proc_self_fd, b"%d" % descriptor, _READ_FLAGS)
-                    if opened < 0:
-                        opened = reopen_for_reading(proc_self_fd, descriptor)  # for its error
-                    os.set_blocking(opened, True)
-                found[place] = opened, facts
-                opened = -1
+                    number = _openat_at_once(proc_self_fd, b"%d" % descriptor, _READ_FLAGS)
+                    if number < 0:
+                        number = reopen_for_reading(proc_self_fd, descriptor)  # for its error
+                    opened[-1] = number
+                    os.set_blocking(number, True)
+                changed = c_seconds * 1_000_000_000 + c_rest
+                found.append((device_of(major, minor), inode, mode, links, uid, gid, size, modified, changed))
             except OSError as error:
-                found[place] = error
-                if opened >= 0:
-                    os.close(opened)
-                    opened = -1
+                if opened[-1] >= 0:
+                    os.close(opened[-1])
+                    opened[-1] = -1
+                found.append(error)
     except BaseException:
-        owned = [result[0] for result in found if isinstance(result, tuple)]
-        close_all([descriptor for descriptor in (opened, *owned) if descriptor >= 0])
+        close_all([descriptor for descriptor in opened if descriptor >= 0])
         raise
     finally:
-        close_all(held)
-    return found
+        close_all([descriptor for descriptor in held if descriptor >= 0] if failed else held)
+    return opened, found
 
 
 def reopen_for_reading(proc_self_fd: int, descriptor: int) -> int:
