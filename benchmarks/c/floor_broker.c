@@ -383,9 +383,12 @@ static int serve_open(int client, char *frame, size_t size)
 
 /* ---- a walk ----------------------------------------------------------- */
 
-/* A directory that is read. Its path is the first `length` bytes of the walk's. */
+/* A directory that is read. Its path is the first `length` bytes of the walk's. Between two
+ * frames it is not held: fdbroker does not do so either. */
 struct level {
-	int fd;
+	int fd;    /* O_PATH until it is read, -1 between two frames */
+	int reads;
+	int64_t position; /* behind the last entry that was looked at */
 	size_t length;
 	struct stat facts; /* as it was opened */
 	char *chunk;
@@ -462,6 +465,8 @@ static int send_batch(int client, struct walk_batch *batch, struct level *levels
 		name[levels[n].length] = '\0';
 		look_again(&levels[n], name);
 		levels[n].in_batch = 0;
+		close_checked(levels[n].fd);
+		levels[n].fd = -1;
 	}
 	for (size_t n = 0; n < batch->left_count; n++)
 		look_again(&batch->left[n], batch->left_paths[n]);
@@ -508,32 +513,54 @@ static void add_file(struct walk_batch *batch, int directory, const char *name, 
 	close_checked(held);
 }
 
+static void hold(struct level *level, int directory, const char *name)
+{
+	level->fd = (int)syscall(SYS_openat2, directory, name, &beneath, sizeof(beneath));
+	check(level->fd, "openat2");
+	check(fstat(level->fd, &level->facts), "fstat");
+	level->reads = 0;
+	level->in_batch = 1;
+}
+
 static void enter(struct level *level, int directory, const char *name, size_t length)
 {
-	char number[12];
-	int held = (int)syscall(SYS_openat2, directory, name, &beneath, sizeof(beneath));
-
-	check(held, "openat2");
-	check(fstat(held, &level->facts), "fstat");
-	if (snprintf(number, sizeof(number), "%d", held) < 0)
-		die("snprintf");
-	level->fd = openat(proc_fd, number, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
-	check(level->fd, "openat");
-	close_checked(held);
+	hold(level, directory, name);
 	level->length = length;
 	level->size = level->at = 0;
-	level->in_batch = 1;
+	level->position = 0;
 	if (level->chunk == NULL)
 		level->chunk = malloc(DIRECTORY_CHUNK);
 	if (level->chunk == NULL)
 		die("malloc");
 }
 
+/* Read the next chunk of a directory. */
+static void read_on(struct level *level)
+{
+	char number[12];
+
+	if (!level->reads) {
+		int held = level->fd;
+
+		if (snprintf(number, sizeof(number), "%d", held) < 0)
+			die("snprintf");
+		level->fd = openat(proc_fd, number, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+		check(level->fd, "openat");
+		close_checked(held);
+		level->reads = 1;
+		if (level->position != 0 && lseek(level->fd, level->position, SEEK_SET) < 0)
+			die("lseek");
+	}
+	level->size = syscall(SYS_getdents64, level->fd, level->chunk, (size_t)DIRECTORY_CHUNK);
+	check((int)level->size, "getdents64");
+	level->at = 0;
+}
+
 static int walk_root(int client, uint32_t id)
 {
 	static __thread struct level levels[MAX_DEPTH];
 	struct walk_batch *batch = calloc(1, sizeof(*batch));
-	char path[MAX_PATH_BYTES + 1];
+	char path[MAX_PATH_BYTES + 1], name[MAX_PATH_BYTES + 1];
 	size_t depth = 1;
 	int alive = 1;
 
@@ -547,17 +574,16 @@ static int walk_root(int client, uint32_t id)
 		const struct dirent64 *entry;
 		size_t length, start;
 
-		if (level->at == level->size) {
-			level->size = syscall(SYS_getdents64, level->fd, level->chunk,
-					      (size_t)DIRECTORY_CHUNK);
-			check((int)level->size, "getdents64");
-			level->at = 0;
+		if (level->fd < 0) {
+			memcpy(name, path, level->length);
+			name[level->length] = '\0';
+			hold(level, root_fd, level->length == 0 ? "." : name);
 		}
+		if (level->at == level->size)
+			read_on(level);
 		if (level->size == 0) {
 			close_checked(level->fd);
 			depth--;
-			if (!level->in_batch)
-				continue;
 			batch->left[batch->left_count] = *level;
 			memcpy(batch->left_paths[batch->left_count], path, level->length);
 			batch->left_paths[batch->left_count++][level->length] = '\0';
@@ -567,17 +593,27 @@ static int walk_root(int client, uint32_t id)
 			continue;
 		}
 		entry = (const struct dirent64 *)(level->chunk + level->at);
-		level->at += entry->length;
-		if (strcmp(entry->name, ".") == 0 || strcmp(entry->name, "..") == 0)
+		if (strcmp(entry->name, ".") == 0 || strcmp(entry->name, "..") == 0) {
+			level->at += entry->length;
 			continue;
+		}
 		start = level->length + (level->length > 0);
 		length = start + strlen(entry->name);
+		if (entry->type == 8 &&
+		    (batch->count == WALK_BATCH ||
+		     batch->size + sizeof(struct walk_entry) + length + sizeof(struct walk_end) >
+			     MAX_REPLY)) {
+			/* This entry is looked at again, in the next frame. */
+			alive = send_batch(client, batch, levels, depth, path, id, 0);
+			continue;
+		}
+		level->at += entry->length;
+		level->position = entry->next;
 		if (length > MAX_PATH_BYTES)
 			continue;
 		if (start > 0)
 			path[start - 1] = '/';
 		memcpy(path + start, entry->name, length - start + 1);
-		level->in_batch = 1;
 		if (entry->type == 4 && depth < MAX_DEPTH) {
 			enter(&levels[depth], level->fd, entry->name, length);
 			batch->end.directories++;
@@ -586,19 +622,13 @@ static int walk_root(int client, uint32_t id)
 		}
 		if (entry->type != 8)
 			continue;
-		if (batch->count == WALK_BATCH ||
-		    batch->size + sizeof(struct walk_entry) + length + sizeof(struct walk_end) >
-			    MAX_REPLY) {
-			alive = send_batch(client, batch, levels, depth, path, id, 0);
-			level->in_batch = 1;
-		}
-		if (alive)
-			add_file(batch, level->fd, entry->name, path, length);
+		add_file(batch, level->fd, entry->name, path, length);
 	}
 	if (alive)
 		alive = send_batch(client, batch, levels, depth, path, id, 1);
 	for (size_t n = 0; n < depth && !alive; n++)
-		close_checked(levels[n].fd);
+		if (levels[n].fd >= 0)
+			close_checked(levels[n].fd);
 	for (size_t n = 0; n < MAX_DEPTH; n++) {
 		free(levels[n].chunk);
 		levels[n].chunk = NULL;
@@ -710,7 +740,7 @@ static void enter_seccomp(void)
 	static const uint32_t allowed[] = {
 		/* the work */
 		__NR_openat2, __NR_openat, __NR_newfstatat, __NR_fstat, __NR_fcntl, __NR_close,
-		__NR_getdents64,
+		__NR_getdents64, __NR_lseek,
 		__NR_recvfrom, __NR_sendmsg, __NR_accept4, __NR_setsockopt,
 		/* threads and memory: what the C library calls for them */
 		__NR_clone, __NR_clone3, __NR_set_robust_list, __NR_rseq, __NR_rt_sigaction,

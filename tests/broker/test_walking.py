@@ -751,8 +751,10 @@ def test_a_directory_that_is_away_and_holds_secrets_for_a_moment_gives_none(
             (tmp_path / f"kept-{name}").rename(away / name)
         away.rename(tree / "d")
 
-    looked = at_the(call, files.open_regular_entry, go_away_with_a_secret)
-    monkeypatch.setattr(walking, "open_regular_entry", looked)
+    # Between two names of one directory.
+    monkeypatch.setattr(
+        files, "_openat2_at_once", at_the(call, files._openat2_at_once, go_away_with_a_secret)
+    )
     checked = walking.Walk._is_as_it_was
 
     def check(walk: Walk, step: walking._Step) -> bool:
@@ -777,11 +779,11 @@ def test_a_directory_that_is_exchanged_within_a_step_is_walked_as_what_is_there_
         for name in "abcdef":
             (directory / name).write_bytes(str(owner).encode())
             os.chown(directory / name, owner, owner)
-    name = "file_stat" if with_conditions else "open_regular_entry"
-    swap = at_the(4, getattr(walking, name), lambda: exchange(bytes(tree / "d"), bytes(secrets)))
-    monkeypatch.setattr(walking, name, swap)
-    owned = {"where": owned_by(OWNER_UID)} if with_conditions else {}
-    with ground(tree, rule("start", paths=["**"], **{"except": ["d/*"]}), rule("some", **owned)) as here:
+    of, name = (walking, "file_stat") if with_conditions else (files, "_openat2_at_once")
+    swap = at_the(4, getattr(of, name), lambda: exchange(bytes(tree / "d"), bytes(secrets)))
+    monkeypatch.setattr(of, name, swap)
+    start, owned = rule("start", **{"except": ["d/*"]}), rule("owned", where=owned_by(OWNER_UID))
+    with ground(tree, *([start, owned] if with_conditions else [])) as here:
         found = here.find(descriptors=True)
     if with_conditions:
         assert found.contents == {}
@@ -890,8 +892,13 @@ def test_whichever_system_call_fails_the_walk_ends_and_tells(
 
         return stand_in
 
-    for name in ("open_path_beneath", "open_regular_entry", "reopen_for_reading", "read_directory_chunk"):
+    for name in ("open_path_beneath", "reopen_for_reading", "read_directory_chunk"):
         monkeypatch.setattr(walking, name, failing(getattr(walking, name)))
+    # Files that nothing is asked of: whichever of the calls fails, by its own error or by the next attempt's.
+    monkeypatch.setattr(files, "_openat2_at_once", lambda *arguments: -1)
+    monkeypatch.setattr(files, "_openat_at_once", lambda *arguments: -1)
+    for name in ("open_path_beneath", "reopen_for_reading"):
+        monkeypatch.setattr(files, name, failing(getattr(files, name)))
     call = 1
     told = COMPLETE
     with ground(bush, rule("asks", where=where)) as here:

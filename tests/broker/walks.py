@@ -129,7 +129,7 @@ def finish(walk: Walk, room: int = 64) -> Found:
 @contextlib.contextmanager
 def ground(tree: Path, *rules: dict[str, Any], **changes: object) -> Iterator[Ground]:
     """Give a policy for `tree` as its first root, everybody allowed everything by default."""
-    made = Ground(policy(tree, *rules, **({"read_only_view": "off"} | changes)))
+    made = Ground(policy(tree, *rules) | {"read_only_view": "off"} | changes)
     try:
         yield made
     finally:

@@ -64,6 +64,28 @@ def test_remembered_decision_is_that_of_the_whole(case: Case) -> None:
         assert same(view.decide(path.encode()), view.decide_whole(path.encode())), path
 
 
+@given(cases(copies=True))
+def test_what_is_said_of_most_names_in_a_directory_is_said_of_each_of_them(case: Case) -> None:
+    view = view_of(*case[:3])
+    for path in case.paths:
+        directory, _, name = path.encode().rpartition(b"/")
+        most = view.decide_most_in(directory)
+        if most is None or name in most.exceptions or len(name) > most.longest_name:
+            continue
+        assert same(most.decision, view.decide_whole(path.encode())), path
+
+
+def test_most_names_are_as_one_where_rules_name_some_and_none_by_patterns() -> None:
+    rules = [rule("all"), rule("keys", paths=["*/.ssh/**"], effect="deny"), rule("logs", paths=["var/*.log"])]
+    view = view_of(policy("/a", *rules))
+    most = view.decide_most_in(b"/a/home")
+    assert most is not None
+    assert most.decision.plain
+    assert set(most.exceptions) >= {b".ssh", b"", b".", b".."}
+    assert view.decide_most_in(b"/a/var") is None
+    assert view.decide_most_in(b"/") is view.decide_most_in(b"/a/") is view.decide_most_in(b"a") is None
+
+
 @thoroughly
 @given(cases(copies=True), objects)
 def test_decision_is_that_of_the_plain_evaluator(case: Case, found: list[Facts]) -> None:

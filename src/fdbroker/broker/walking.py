@@ -26,29 +26,27 @@ from fdbroker.broker.opening import Outcome, failure, file_stat, name_is_lost, o
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.files import (
     open_path_beneath,
-    open_regular_entry,
+    open_regular_entries,
     parse_directory_chunk,
     read_directory_chunk,
     reopen_for_reading,
 )
 from fdbroker.policy.decide import decide_object
 from fdbroker.policy.globs import compile_glob
-from fdbroker.policy.paths import problem_with_path
+from fdbroker.policy.paths import MAX_NAME_BYTES, problem_with_path
 from fdbroker.wire.format import (
     HEADER,
     MAX_PATHS,
     MAX_REPLY,
     RESULT,
-    STAT,
     WALK_END,
-    WALK_ENTRY,
+    WALK_ENTRY_AND_STAT,
     WALK_ENTRY_HAS_DESCRIPTOR,
     Incomplete,
     Reason,
     WalkKind,
 )
 from fdbroker.wire.messages import GIVEN, Result, WalkEnd, refused
-from fdbroker.wire.replies import encode_walk_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,9 +64,10 @@ MOST_ENTRIES = 1024  # that one step looks at, so that the loop gets to others
 MOST_DIRECTORIES = 64  # that one step opens, and so holds
 _SECONDS = 0.01  # after which a step opens no other directory: deep ones take their time
 _LEVELS_READ_AHEAD = 8  # the innermost ones; the others read their directory again from where they were
-_SEGMENT = 64  # entries of a chunk that are parsed at once
+_SEGMENT = 4096  # bytes of a chunk that are parsed at once
 _BYTES = MAX_REPLY - HEADER.size - RESULT.size - WALK_END.size
-_ENTRY_HEAD = WALK_ENTRY.size + STAT.size
+_ENTRY_HEAD = WALK_ENTRY_AND_STAT.size
+_PACK_ENTRY = WALK_ENTRY_AND_STAT.pack
 
 # What readdir's d_type says, and what st_mode does in its upper four bits.
 _REGULAR, _DIRECTORY, _SYMLINK = stat.S_IFREG >> 12, stat.S_IFDIR >> 12, stat.S_IFLNK >> 12
@@ -170,14 +169,23 @@ class _Level:
         ) = state  # type: ignore[assignment]
 
 
+class _PlainNames(NamedTuple):
+    """In a directory: regular files of all names but `exceptions` are opened, and nothing else is asked."""
+
+    exceptions: frozenset[bytes]
+    record: str
+
+
 class _Visit:
     """A directory that a step has open. `touched`: what must be as it was when it was opened."""
 
-    __slots__ = ("descriptor", "path", "reads", "remainders", "root", "touched")
+    __slots__ = ("asked_for_plain", "descriptor", "path", "plain", "reads", "remainders", "root", "touched")
 
     def __init__(
         self, descriptor: int, facts: os.stat_result, path: bytes, root: HeldRoot, remainders: list[Remainder]
     ) -> None:
+        self.plain: _PlainNames | None = None
+        self.asked_for_plain = False
         self.descriptor = descriptor  # O_PATH until it is read
         self.reads = False
         self.path = path
@@ -537,7 +545,7 @@ class Walk:
                     # It goes on where the other one was, or it might never end.
                     step.leave_out(Incomplete.CHANGED)
                     level.identity = _identity(facts)
-                visit = step.visits[level] = _Visit(held, facts, path, root, self._remainders(level))
+                visit = self._add_visit(step, level, held, facts, path)
                 held = -1
                 return visit
             step.leave_out(objection)
@@ -548,6 +556,32 @@ class Walk:
                 os.close(held)
         return None
 
+    def _add_visit(self, step: _Step, level: _Level, held: int, facts: os.stat_result, path: bytes) -> _Visit:
+        """Add an open directory to the step, which owns `held` from now on."""
+        root = self._roots[level.root]
+        remainders = [glob.remainder(states) for glob, states in zip(self._globs, level.globs, strict=True)]
+        if any(remainder.anything for remainder in remainders):
+            remainders = []
+        visit = step.visits[level] = _Visit(held, facts, path, root, remainders)
+        return visit
+
+    def _plain_names(self, level: _Level, visit: _Visit, step: _Step) -> _PlainNames | None:
+        """Return for which names in a directory `_take_plain_files` is right, None if for none."""
+        if not self._opens or step.careful or visit.root.cross_mounts:
+            return None
+        named, opened = (self.view.actions[action].decide_most_in(visit.path) for action in ("walk", "open"))
+        if (
+            named is None
+            or opened is None
+            or not (named.decision.plain and opened.decision.plain)
+            or named.decision.root.number != level.root  # type: ignore[union-attr]  # allowed has a root
+            or named.longest_name < MAX_NAME_BYTES
+        ):
+            return None
+        rule = opened.decision.rule
+        exceptions = frozenset((*named.exceptions, *opened.exceptions))
+        return _PlainNames(exceptions, self._records.get(rule) or self._record(rule))
+
     def _objection_to_directory(
         self, decision: NameDecision, root: HeldRoot, held: int, facts: os.stat_result
     ) -> Incomplete | None:
@@ -556,14 +590,9 @@ class Walk:
             return Incomplete.CROSSES_MOUNT
         if not stat.S_ISDIR(facts.st_mode):
             return Incomplete.CHANGED
-        if not decide_object(decision, facts, *self._uids).allowed:
-            return Incomplete.REFUSED
-        return None
-
-    def _remainders(self, level: _Level) -> list[Remainder]:
-        """Return what the filter asks of names in a directory; nothing where every name will do."""
-        remainders = [glob.remainder(states) for glob, states in zip(self._globs, level.globs, strict=True)]
-        return [] if any(remainder.anything for remainder in remainders) else remainders
+        if decision.plain or decide_object(decision, facts, *self._uids).allowed:
+            return None
+        return Incomplete.REFUSED
 
     def _fill(self, level: _Level, visit: _Visit, step: _Step) -> bool:
         """See that there are parsed entries; return False at the end of the directory."""
@@ -595,55 +624,79 @@ class Walk:
 
     def _look(self, level: _Level, visit: _Visit, step: _Step) -> bool:
         """Look at parsed entries until a directory is entered; return False when the step is full."""
-        skip, hints, remainders, room = self._skip, self._hints, visit.remainders, step.room
-        names, paths, records, descriptors = step.entries, step.paths, step.records, step.descriptors
-        least_size, most_size, newer_than = self._filter[1:4]
-        number, proc_self_fd = level.root, self._proc_self_fd
-        walk, may_open = self.view.actions["walk"].decide, self.view.actions["open"].decide
-        at_once = self._opens and not step.careful and not visit.root.cross_mounts
-        prefix = self._path + b"/"
+        skip, hints, remainders = self._skip, self._hints, visit.remainders
+        names, room, prefix = step.entries, step.room, self._path + b"/"
         end = min(len(level.entries), level.next + step.budget)
-        for name, hint, position in level.entries[level.next : end]:
+        while level.next < end:
+            name, hint, position = level.entries[level.next]
+            if hint == _REGULAR and _REGULAR in hints:
+                if not visit.asked_for_plain:
+                    visit.asked_for_plain = True
+                    visit.plain = self._plain_names(level, visit, step)
+                if visit.plain is not None and self._take_plain_files(level, visit.plain, visit, step, end):
+                    continue
             path = prefix + name
-            size = _ENTRY_HEAD + len(path) - skip
-            if len(names) == room or step.size + size > _BYTES:
+            if len(names) == room or step.size + _ENTRY_HEAD + len(path) - skip > _BYTES:
                 return False
             level.next += 1
             level.position = position
             step.budget -= 1
             if hint not in hints or (
                 remainders
-                and hint not in (_DIRECTORY, _UNKNOWN)
+                and hint not in {_DIRECTORY, _UNKNOWN}
                 and not any(remainder.matches(name) for remainder in remainders)
             ):
                 continue
-            # What is done all day, written out: a file of which nothing is asked but its name.
-            if at_once and hint == _REGULAR:
-                decision = walk(path)
-                if decision.plain and decision.root.number == number:  # type: ignore[union-attr]
-                    decision = may_open(path)
-                    if decision.plain:
-                        try:
-                            opened, facts = open_regular_entry(
-                                visit.descriptor, name, proc_self_fd, least_size, most_size, newer_than
-                            )
-                        except OSError as error:
-                            step.leave_out_failed(error)
-                            continue
-                        if opened >= 0:
-                            descriptors.append(opened)
-                            names.append(
-                                encode_walk_name(path[skip:], _REGULAR, WALK_ENTRY_HAS_DESCRIPTOR, facts)
-                            )
-                            paths.append(path)
-                            records.append(self._records.get(decision.rule) or self._record(decision.rule))
-                            step.size += size
-                            continue
-                        if stat.S_ISREG(facts[2]):
-                            continue
             self._meet(level, visit, name, path, step)
             if self._levels[-1] is not level:
                 return True
+        return True
+
+    def _take_plain_files(
+        self, level: _Level, plain: _PlainNames, visit: _Visit, step: _Step, end: int
+    ) -> bool:
+        """Open the regular files that come next and are plain; return False if there is no such, or no room.
+
+        What a walk does all day, written out.
+        """
+        exceptions, record = plain
+        _, least_size, most_size, newer_than, _ = self._filter
+        remainders = visit.remainders
+        prefix = self._path + b"/"
+        relative_prefix = prefix[self._skip :]
+        names, paths, descriptors, pack = step.entries, step.paths, step.descriptors, _PACK_ENTRY
+        longest = _ENTRY_HEAD + len(relative_prefix) + MAX_NAME_BYTES
+        room = min(step.room - len(names), (_BYTES - step.size) // longest)
+        first = place = level.next
+        before = len(names)
+        wanted = []
+        for name, hint, _ in level.entries[first : min(end, first + min(room, BATCH))]:
+            if hint != _REGULAR or name in exceptions:
+                break
+            place += 1
+            if not remainders or any(remainder.matches(name) for remainder in remainders):
+                wanted.append(name)
+        opened, found = open_regular_entries(
+            visit.descriptor, wanted, self._proc_self_fd, least_size, most_size, newer_than
+        )
+        # Before anything that may raise: the step owns them.
+        descriptors += [descriptor for descriptor in opened if descriptor >= 0]
+        for name, descriptor, facts in zip(wanted, opened, found, strict=True):
+            if isinstance(facts, OSError):
+                step.leave_out_failed(facts)
+            elif descriptor >= 0:
+                path = relative_prefix + name
+                names.append(pack(len(path), _REGULAR, WALK_ENTRY_HAS_DESCRIPTOR, *facts) + path)
+                paths.append(prefix + name)
+            elif not stat.S_ISREG(facts[2]):
+                step.leave_out(Incomplete.CHANGED)  # the directory said otherwise a moment ago
+        step.records += [record] * (len(names) - before)
+        step.size += sum(map(len, names[before:]))
+        step.budget -= place - first
+        if place == first:
+            return False
+        level.next = place
+        level.position = level.entries[place - 1][2]
         return True
 
     def _meet(self, level: _Level, visit: _Visit, name: bytes, path: bytes, step: _Step) -> None:
@@ -676,7 +729,7 @@ class Walk:
                 self._give(step, path, file_stat(facts), rule)
             below = self._descend(level, name, path, number, facts)
             if not step.has_visited_enough():
-                step.visits[below] = _Visit(held, facts, path, root, self._remainders(below))
+                self._add_visit(step, below, held, facts, path)
                 held = -1
         except OSError as error:
             step.leave_out_failed(error)
@@ -743,7 +796,8 @@ class Walk:
         if opened is not None:
             step.descriptors.append(opened)
             flags = WALK_ENTRY_HAS_DESCRIPTOR
-        entry = encode_walk_name(path[self._skip :], facts[2] >> 12, flags, facts)
+        relative = path[self._skip :]
+        entry = _PACK_ENTRY(len(relative), facts[2] >> 12, flags, *facts) + relative
         step.entries.append(entry)
         step.paths.append(path)
         step.records.append(self._records.get(rule) or self._record(rule))

@@ -12,10 +12,14 @@ import ctypes
 import errno
 import os
 import struct
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.errors import SyscallError, renamed
 from fdbroker.kernel.libc import LIBC, SYS_GETDENTS64, SYS_OPENAT2
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # From linux/openat2.h, Linux 5.6.
 RESOLVE_NO_XDEV = 0x01
@@ -159,6 +163,8 @@ def open_regular_beneath(directory: int, path: bytes, proc_self_fd: int) -> int 
     return opened
 
 
+_openat_at_once = _AT_ONCE.openat
+_READ_FLAGS = ctypes.c_int.from_param(_READ_AT_ONCE)
 # struct statx: what the stat record has, in the kernel's order; statx(2).
 _STATX_RECORD = struct.Struct("=16xIIIH2xQQ48xqI4xqI12xII")
 _STATX_BASIC_STATS = ctypes.c_uint.from_param(0x7FF)
@@ -166,46 +172,69 @@ _STATX_BASIC_STATS = ctypes.c_uint.from_param(0x7FF)
 ObjectFacts = tuple[int, int, int, int, int, int, int, int, int]
 
 
-def open_regular_entry(
-    directory: int, name: bytes, proc_self_fd: int, least_size: int, most_size: int, newer_than: int
-) -> tuple[int, ObjectFacts]:
-    """Open `name` in the held `directory` for reading and say what it is, in the order of a stat record.
+def open_regular_entries(
+    directory: int,
+    names: Sequence[bytes],
+    proc_self_fd: int,
+    least_size: int,
+    most_size: int,
+    newer_than: int,
+) -> tuple[list[int], list[ObjectFacts | OSError]]:
+    """Open names in the held `directory` for reading; return descriptors and what they are, by name.
 
-    As `open_regular_beneath`, in one call, for who has many of them to open. -1 in place of a descriptor:
-    it is no regular file, or has not from `least_size` to `most_size` bytes, or was not modified later
-    than `newer_than`. The caller owns the descriptor.
-
-    Raises:
-        SyscallError: as `open_path_beneath` and `reopen_for_reading`.
-
+    As `open_regular_beneath`, for who has many of them to open: each is held by O_PATH, then each is looked
+    at and reopened, so that those that were held stand in a row and are closed by one call. What they are
+    is in the order of a stat record, or an error of `open_path_beneath` or `reopen_for_reading`. -1 in place
+    of a descriptor: an error, no regular file, not from `least_size` to `most_size` bytes, or not modified
+    later than `newer_than`. The caller owns the descriptors.
     """
     # Written out as well.
-    held: int = -1 if 0 in name else _openat2_at_once(_OPENAT2, directory, name, _WITHIN, _SIZE)
-    if held < 0:
-        held = open_path_beneath(directory, name)  # for its retries and its error
+    opened: list[int] = []
+    found: list[ObjectFacts | OSError] = []
+    held: list[int] = []
+    failed: dict[int, OSError] = {}
+    unpack, device_of = _STATX_RECORD.unpack_from, os.makedev
     try:
-        if _statx_at_once(held, _NO_PATH, _AT_EMPTY_PATH, _STATX_BASIC_STATS, _STATX_ROOM) != 0:
-            os.fstat(held)  # for its error
-            raise SyscallError(errno.EIO, "statx", descriptor=held)
-        links, uid, gid, mode, inode, size, c_seconds, c_rest, m_seconds, m_rest, major, minor = (
-            _STATX_RECORD.unpack_from(_statx_room)
-        )
-        modified = m_seconds * 1_000_000_000 + m_rest
-        changed = c_seconds * 1_000_000_000 + c_rest
-        facts = (os.makedev(major, minor), inode, mode, links, uid, gid, size, modified, changed)
-        if mode & _KIND != _REGULAR or not least_size <= size <= most_size or modified <= newer_than:
-            return -1, facts
-        opened = os.open(str(held), _READ_AT_ONCE, dir_fd=proc_self_fd)
-    except OSError as error:
-        raise renamed(error, "openat", directory=proc_self_fd, path=held, flags=_READ_WORDS) from None
-    finally:
-        os.close(held)
-    try:
-        os.set_blocking(opened, True)
+        for name in names:
+            descriptor = -1 if 0 in name else _openat2_at_once(_OPENAT2, directory, name, _WITHIN, _SIZE)
+            if descriptor < 0:
+                try:
+                    descriptor = open_path_beneath(directory, name)  # for its retries and its error
+                except OSError as error:
+                    failed[len(held)] = error
+            held.append(descriptor)
+        for descriptor in held:
+            opened.append(-1)
+            if descriptor < 0:
+                found.append(failed[len(found)])
+                continue
+            try:
+                if _statx_at_once(descriptor, _NO_PATH, _AT_EMPTY_PATH, _STATX_BASIC_STATS, _STATX_ROOM) != 0:
+                    os.fstat(descriptor)  # for its error
+                    raise SyscallError(errno.EIO, "statx", descriptor=descriptor)
+                links, uid, gid, mode, inode, size, c_seconds, c_rest, m_seconds, m_rest, major, minor = (
+                    unpack(_statx_room)
+                )
+                modified = m_seconds * 1_000_000_000 + m_rest
+                if mode & _KIND == _REGULAR and least_size <= size <= most_size and modified > newer_than:
+                    number = _openat_at_once(proc_self_fd, b"%d" % descriptor, _READ_FLAGS)
+                    if number < 0:
+                        number = reopen_for_reading(proc_self_fd, descriptor)  # for its error
+                    opened[-1] = number
+                    os.set_blocking(number, True)
+                changed = c_seconds * 1_000_000_000 + c_rest
+                found.append((device_of(major, minor), inode, mode, links, uid, gid, size, modified, changed))
+            except OSError as error:
+                if opened[-1] >= 0:
+                    os.close(opened[-1])
+                    opened[-1] = -1
+                found.append(error)
     except BaseException:
-        os.close(opened)
+        close_all([descriptor for descriptor in opened if descriptor >= 0])
         raise
-    return opened, facts
+    finally:
+        close_all([descriptor for descriptor in held if descriptor >= 0] if failed else held)
+    return opened, found
 
 
 def reopen_for_reading(proc_self_fd: int, descriptor: int) -> int:
@@ -308,7 +337,7 @@ class DirectoryEntry(NamedTuple):
 
 _DIRECTORY_CHUNK = 32768
 _LONGEST_DIRENT = 280  # 19 bytes and a name of 255 with its NUL, rounded up
-_DIRENT = struct.Struct("=QqHB")
+_DIRENT = struct.Struct("=8xqHB")
 _DIRENT_NAME = 19
 _chunk_room = ctypes.create_string_buffer(_DIRECTORY_CHUNK)
 _CHUNK_SIZE = ctypes.c_size_t(_DIRECTORY_CHUNK)
@@ -348,18 +377,19 @@ def read_directory_chunk(descriptor: int) -> bytes:
     return ctypes.string_at(_chunk_room, size)
 
 
-def parse_directory_chunk(chunk: bytes, at: int, most: int) -> tuple[list[tuple[bytes, int, int]], int]:
-    """Return up to `most` entries that stand in a chunk from byte `at` on, and where the next one begins.
+def parse_directory_chunk(chunk: bytes, at: int, size: int) -> tuple[list[tuple[bytes, int, int]], int]:
+    """Return the entries that begin in `size` bytes of a chunk from `at` on, and where the next one begins.
 
     The members are those of `DirectoryEntry`, which would cost more to make; `.` and `..` are left out.
     """
     entries: list[tuple[bytes, int, int]] = []
-    size, unpack = len(chunk), _DIRENT.unpack_from
-    while at < size and len(entries) < most:
-        _, position, length, kind = unpack(chunk, at)
-        name = chunk[at + _DIRENT_NAME : chunk.index(0, at + _DIRENT_NAME)]
+    end, unpack, find, append = min(len(chunk), at + size), _DIRENT.unpack_from, chunk.index, entries.append
+    while at < end:
+        position, length, kind = unpack(chunk, at)
+        start = at + _DIRENT_NAME
+        name = chunk[start : find(0, start)]
         if name not in _DOTS:
-            entries.append((name, kind, position))
+            append((name, kind, position))
         at += length
     return entries, at
 

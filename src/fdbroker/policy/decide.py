@@ -27,7 +27,7 @@ from fdbroker.policy.rules import ACTIONS, ClientFacts, FileFacts, Root, Rule, R
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from fdbroker.policy.globs import Glob
 
@@ -124,6 +124,14 @@ class _RuleRemainder(NamedTuple):
         return self.include.matches(name) and not self.exclude.matches(name)
 
 
+class MostNames(NamedTuple):
+    """One decision for all names in a directory but `exceptions`, up to so many bytes long."""
+
+    decision: NameDecision
+    exceptions: Collection[bytes]
+    longest_name: int
+
+
 class _Directory:
     """The rules as they stand for the names in one directory.
 
@@ -188,6 +196,20 @@ class ActionView:
         if len(name) > rules.longest_name:
             return self.decide_whole(path)
         return rules.named.get(name, rules.others) or rules.by_name(name)
+
+    def decide_most_in(self, directory: bytes) -> MostNames | None:
+        """Return what `decide` says of most names in a directory, for who has all of them to decide on.
+
+        None: the rules tell names apart by patterns, or it is no path of a directory.
+        """
+        rules = self._directories.get(directory)
+        if rules is None:
+            if directory in _NOT_DIRECTORIES or problem_with_path(directory) is not None:
+                return None
+            rules = self._read_directory(directory)
+        if rules.others is None:
+            return None
+        return MostNames(rules.others, rules.named.keys(), rules.longest_name)
 
     def decide_whole(self, path: bytes) -> NameDecision:
         """Decide on `path` from the rules, whole; what `decide` must agree with."""

@@ -31,6 +31,7 @@ PIECE = struct.Struct("<I")  # of a policy: where it begins in a request, what i
 CLIENT = struct.Struct("<I")  # the number of a client that a service acts for
 WALK = struct.Struct("<IHHQQq")  # credit, kinds, options, least and most size, newer than
 WALK_ENTRY = struct.Struct("<HBB")  # length of the path, d_type, flags
+WALK_ENTRY_AND_STAT = struct.Struct(WALK_ENTRY.format + STAT.format.removeprefix("<"))
 WALK_END = struct.Struct("<QQQI")  # entries, descriptors, directories, what is missing
 ACCEPTED = struct.Struct("<IIIIHH")  # number, pid, uid, gid, identity level, reserved
 LENGTH = struct.Struct("<I")  # of a frame, before it on a stream

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING
 
 from fdbroker.wire.format import (
@@ -18,7 +17,7 @@ from fdbroker.wire.format import (
     REPLY,
     STAT,
     WALK_END,
-    WALK_ENTRY,
+    WALK_ENTRY_AND_STAT,
     WALK_ENTRY_HAS_DESCRIPTOR,
     WALK_LAST,
     WELCOME,
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 
 _NO_STAT = bytes(STAT.size)
 _GIVEN = GIVEN.encode()
-_WALK_ENTRY_AND_STAT = struct.Struct(WALK_ENTRY.format + STAT.format.removeprefix("<"))
 _OPEN_REPLY = int(Type.OPEN | REPLY)
 
 
@@ -105,14 +103,7 @@ def encode_list_reply(
 def encode_walk_entry(entry: WalkEntry) -> bytes:
     """Return one entry of a walk's frame."""
     flags = WALK_ENTRY_HAS_DESCRIPTOR if entry.descriptor else 0
-    return encode_walk_name(entry.path, entry.kind, flags, entry.stat)
-
-
-def encode_walk_name(
-    path: bytes, kind: int, flags: int, facts: tuple[int, int, int, int, int, int, int, int, int]
-) -> bytes:
-    """Return the same from its parts, for who has thousands; `facts` are those of a FileStat."""
-    return _WALK_ENTRY_AND_STAT.pack(len(path), kind, flags, *facts) + path
+    return WALK_ENTRY_AND_STAT.pack(len(entry.path), entry.kind, flags, *entry.stat) + entry.path
 
 
 def encode_walk_reply(
