@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import signal
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 FILES = 253
 GROUP = 23459
+CLONE_NEWNET = 0x40000000
 
 
 class Served:
@@ -350,6 +352,33 @@ def test_a_sender_that_has_connected_its_socket_is_not_reached(dgram: Served) ->
         assert speaker.is_silent()
     record = dgram.broker.records()[-1]
     assert (record["event"], record["errno"]) == ("undelivered", errno.EPERM)
+
+
+@pytest.mark.root
+def test_what_is_steered_from_another_network_namespace_has_the_id_that_its_sender_chose(
+    dgram: Served,
+) -> None:
+    """The same address may exist in each, and nobody can tell: so the protocol asks for ids hard to guess."""
+
+    def elsewhere() -> None:
+        assert ctypes.CDLL(None).unshare(CLONE_NEWNET) == 0
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.bind(victim.sock.getsockname())
+            sock.sendto(encode_open(99, [dgram.file]), str(dgram.path))
+            there.send(b"sent")
+            there.recv(1)
+
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with dgram.speaker(serve=False) as victim, here, there, in_background(elsewhere) as pid:
+        assert here.recv(100) == b"sent"
+        dgram.broker.serve()
+        here.send(b"x")
+        answer = victim.receive()
+        assert answer is not None
+        answer.descriptors.close()
+        assert answer.reply.id == 99
+        # It is on record as who it was.
+        assert dgram.broker.records()[-1]["pid"] == pid
 
 
 # Who does not receive
