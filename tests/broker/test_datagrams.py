@@ -16,6 +16,7 @@ import pytest
 
 from fdbroker.broker.identity import probe_level
 from fdbroker.kernel import sockets
+from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.kernel.peers import read_ucred
 from fdbroker.wire.client import OpenReply, encode_open, encode_stat, encode_status
 from fdbroker.wire.messages import ErrorReply
@@ -250,7 +251,7 @@ def test_the_answer_is_of_the_broker_and_from_another_address(dgram: Served) -> 
         assert isinstance(address, bytes)
         for _, kind, content in ancillary:
             if kind == socket.SCM_RIGHTS:
-                sockets.Descriptors(sockets._numbers(content)).close()
+                Descriptors(sockets._numbers(content)).close()
 
 
 # Addresses

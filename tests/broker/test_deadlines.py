@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.broker import server
+from fdbroker.broker.connection import State
 from fdbroker.wire.client import encode_hello, encode_open, encode_stat, encode_status, encode_walk
 from fdbroker.wire.format import Kind, Reason, WalkKind
 from fdbroker.wire.messages import ErrorReply, WalkFilter
@@ -180,7 +181,7 @@ def test_while_a_client_is_not_read_from_its_frames_are_not_late(
     speaker.sock.sendall(data * 3 + data[:100])
     stepped.serve()
     [connection] = stepped.broker._connections.values()
-    assert connection.state is server.State.PAUSED
+    assert connection.state is State.PAUSED
     wait(stepped, clock, 3 * WITHIN)
     assert stepped.connections == 1
     for _ in range(3):
