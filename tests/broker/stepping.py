@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from fdbroker.broker.audit import Audit
 from fdbroker.broker.dispatch import Parts
-from fdbroker.broker.generation import Held, key_of, make_generation
+from fdbroker.broker.generation import Held, key_of, make_generation, problem_with
 from fdbroker.broker.identity import probe_level
 from fdbroker.broker.notify import Notifier
 from fdbroker.broker.roots import hold_roots
@@ -19,13 +19,11 @@ from tests.broker.speaking import Speaker, read_audit
 from tests.running_broker import policy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
     from types import TracebackType
     from typing import Self
 
     from fdbroker.broker.opening import Opener
-    from fdbroker.policy.rules import ClientMatch
 
 _S = TypeVar("_S", bound=Speaker)
 
@@ -42,13 +40,9 @@ class SteppedBroker:
         level: int | None = None,
         cgroup_root: str | None = None,
         notifier: Notifier | None = None,
-        services: Mapping[bytes, tuple[ClientMatch, ...]] | None = None,
     ) -> None:
-        """`services`: who may serve the clients of which listener."""
         self.tree = tree
         rule_set = read_policy(compiled or policy(tree))
-        if services is not None:
-            rule_set = rule_set._replace(services=services)
         self.roots = hold_roots(rule_set.roots, read_only_required=False)
         self.proc_self_fd = open_proc_self_fd()
         self.audit_file = audit
@@ -141,11 +135,11 @@ class SteppedBroker:
         self.broker.add_listener(listener, service, service=service)
         return path
 
-    def switch(
-        self, compiled: dict[str, Any], services: Mapping[bytes, tuple[ClientMatch, ...]] | None = None
-    ) -> None:
-        """Serve by another policy from now on; without services, unless they are named."""
-        rule_set = read_policy(compiled)._replace(services=services or {})
+    def switch(self, compiled: dict[str, Any]) -> None:
+        """Serve by another policy from now on."""
+        rule_set = read_policy(compiled)
+        problem = problem_with(rule_set, self._held)
+        assert problem is None, problem
         dispatch = self.broker._dispatch
         dispatch.generation = make_generation(dispatch.generation.number + 1, rule_set, self._held)
         self.broker._switched()

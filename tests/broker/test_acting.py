@@ -16,7 +16,6 @@ import pytest
 from fdbroker.broker import acting
 from fdbroker.broker.identity import probe_level
 from fdbroker.kernel import sockets
-from fdbroker.policy.rules import ClientMatch
 from fdbroker.wire.client import (
     AcceptedReply,
     ListReply,
@@ -49,7 +48,7 @@ from tests.processes import become, wait_until
 from tests.running_broker import CLIENT_UID, OTHER_UID, policy, rule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 pytestmark = pytest.mark.root
 
@@ -57,13 +56,19 @@ LEVEL = probe_level().level
 LEVELS = list(range(LEVEL + 1))
 KINDS = {"stream": socket.SOCK_STREAM, "seqpacket": socket.SOCK_SEQPACKET}
 SERVICE_UID, STRANGER_UID = 23461, 23462
-SERVICES = {
-    b"clamd": (ClientMatch(frozenset({SERVICE_UID}), None, None),),
-    b"index": (ClientMatch(frozenset({SERVICE_UID, STRANGER_UID}), None, None),),
-}
+SERVICES = [
+    {"name": "clamd", "clients": [{"uids": [SERVICE_UID]}]},
+    {"name": "index", "clients": [{"uids": [SERVICE_UID, STRANGER_UID]}]},
+]
+FOR_STRANGERS = [{**service, "clients": [{"uids": [STRANGER_UID]}]} for service in SERVICES]
 
 
-def acting_policy(tree: Path, *more: dict[str, Any], **changes: object) -> dict[str, Any]:
+def acting_policy(
+    tree: Path,
+    *more: dict[str, Any],
+    services: Sequence[dict[str, Any]] = SERVICES,
+    limits: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The service may have `own` for itself, and for CLIENT_UID what that one owns, but nothing `secret`."""
     return policy(
         tree,
@@ -76,7 +81,8 @@ def acting_policy(tree: Path, *more: dict[str, Any], **changes: object) -> dict[
         ),
         rule("secret", effect="deny", paths=["**/secret"]),
         *more,
-        **changes,
+        services=list(services),
+        limits=limits,
     )
 
 
@@ -135,15 +141,19 @@ def make_files(tree: Path) -> None:
 
 
 def acting_broker(
-    directory: Path, *, kind: int = socket.SOCK_STREAM, level: int | None = None, **changes: object
+    directory: Path,
+    *,
+    kind: int = socket.SOCK_STREAM,
+    level: int | None = None,
+    limits: dict[str, Any] | None = None,
 ) -> Iterator[Acting]:
     tree = directory / "tree"
     make_files(tree)
-    compiled = acting_policy(tree, **changes)
+    compiled = acting_policy(tree, limits=limits)
     audit = directory / "audit"
     with (
         no_descriptor_left(),
-        SteppedBroker(tree, compiled, audit=audit, level=level, services=SERVICES) as broker,
+        SteppedBroker(tree, compiled, audit=audit, level=level) as broker,
     ):
         broker.listen(directory)
         for name in ("clamd", "index"):
@@ -715,7 +725,8 @@ def test_service_that_left_its_connection_to_another_process_gets_no_more_client
 
 @pytest.mark.skipif(LEVEL < 2, reason="identity level 2 needs Linux 6.13")
 def test_service_that_changed_its_ids_gets_no_more_clients(made: Acting) -> None:
-    made.broker.switch(acting_policy(made.tree), {b"clamd": (ClientMatch(frozenset({0}), None, None),)})
+    services = [{**SERVICES[0], "clients": [{"uids": [0]}]}, SERVICES[1]]
+    made.broker.switch(acting_policy(made.tree, services=services))
     service = made.serving(uid=None)
     service.do(change_ids, OTHER_UID)
     made.client()
@@ -731,7 +742,7 @@ def test_reload_that_takes_the_right_to_serve_ends_it_and_says_so(made: Acting) 
     service = made.serving()
     before = made.client()
     number = service.do(accepted).number
-    made.broker.switch(acting_policy(made.tree))  # without services
+    made.broker.switch(acting_policy(made.tree, services=FOR_STRANGERS))
     reply = service.do(next_reply)
     assert isinstance(reply, ServeReply)
     assert (reply.id, reply.generation, reason_of(reply.result)) == (5, 2, "denied")
@@ -755,8 +766,7 @@ def test_reload_decides_the_next_request_for_a_client(made: Acting) -> None:
     made.client()
     number = service.do(accepted).number
     assert service.do(open_for, number, file_of(made, "client")) == [("ok", b"client")]
-    made.broker.switch(policy(made.tree, rule("own", clients=[{"uids": [SERVICE_UID]}])))
-    assert service.do(next_reply).id == 5
+    made.broker.switch(policy(made.tree, rule("own", clients=[{"uids": [SERVICE_UID]}]), services=SERVICES))
     assert service.do(ask_all, number, bytes(made.tree / "client")) == ["denied"] * 4
     assert service.do(open_for, None, file_of(made, "client")) == [("ok", b"client")]
 
@@ -795,7 +805,7 @@ def test_service_that_does_not_read_makes_its_listener_wait_and_nobody_else(made
     bystander = made.broker.join()
     service = made.serving()
     client = made.client(None)
-    made.broker.switch(made_policy_with_many(made), SERVICES)
+    made.broker.switch(made_policy_with_many(made))
     for _ in range(400):
         client.do(connect, made.directory / "clamd")
     for _ in range(500):
@@ -1005,8 +1015,7 @@ def test_process_that_got_the_pid_of_a_client_is_not_the_client(made: Acting) ->
 def test_rights_of_the_service_serve_no_request_of_a_client(made: Acting) -> None:
     """What no rule for both allows is refused, though either of them may have it for itself."""
     made.broker.switch(
-        acting_policy(made.tree, rule("client itself", clients=[{"uids": [CLIENT_UID]}], paths=["other/**"])),
-        SERVICES,
+        acting_policy(made.tree, rule("client itself", clients=[{"uids": [CLIENT_UID]}], paths=["other/**"]))
     )
     service = made.serving()
     client = made.client()
