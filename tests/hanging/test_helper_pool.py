@@ -109,7 +109,7 @@ def test_a_job_goes_to_a_helper_and_its_reports_come_back() -> None:
     pool.submit("a", paths=2)
     [begun] = pool.take(Begin)
     pool.report(begun, OPENED, Report(errno=errno.ENOENT))
-    assert pool.answers["a"] == JobAnswer(begun.number, [OPENED, Report(errno=errno.ENOENT)])
+    assert pool.answers["a"] == JobAnswer(begun.number, [OPENED, Report(errno=errno.ENOENT, place=1)])
     deliveries: list[Delivery] = []
     assert pool.pool.deliver(begun.number, deliveries.append, pool.now) == begun.slot
     pool.pool.delivered(begun.slot, begun.number, Delivery(0, 12), pool.now)
@@ -150,13 +150,13 @@ def test_those_who_wait_take_turns_by_uid() -> None:
 
 def test_a_path_that_takes_too_long_is_answered_and_its_helper_replaced() -> None:
     pool = Pool()
-    pool.submit("a", paths=3)
+    pool.submit("a", paths=2)
     [begun] = pool.take(Begin)
-    pool.report(begun, OPENED)
+    pool.report(begun, Report(errno=errno.ENOENT))
     pool.pass_time(STEP_SECONDS - 0.1)
     assert not pool.answers
     pool.pass_time(0.2)
-    assert pool.answers["a"].reports == [Report("timed_out")] * 3
+    assert pool.answers["a"].reports == [Report(errno=errno.ENOENT), Report("timed_out")]
     [replaced] = pool.take(Replace)
     assert replaced.slot == begun.slot
     [given_up] = pool.take(GivenUp)
@@ -168,6 +168,40 @@ def test_a_path_that_takes_too_long_is_answered_and_its_helper_replaced() -> Non
     [again] = pool.take(Begin)
     assert again.slot != begun.slot
     pool.pool.started(replaced.slot, replaced.serial, pool.now)
+
+
+def test_the_other_paths_of_a_request_are_opened_by_another_helper() -> None:
+    pool = Pool()
+    pool.submit("a", paths=4)
+    [first] = pool.take(Begin)
+    pool.report(first, OPENED, Report(errno=errno.ENOENT))  # /2 hangs; what was opened is lost
+    pool.pass_time(STEP_SECONDS)
+    [second] = pool.take(Begin)
+    assert second.slot != first.slot
+    assert [path.path for path in second.paths] == [b"/0", b"/3"]
+    pool.report(second, OPENED, OPENED)
+    answer = pool.answers["a"]
+    assert answer.number == second.number
+    assert [(report.problem, report.errno, report.opened) for report in answer.reports] == [
+        (None, 0, True),
+        (None, errno.ENOENT, False),
+        ("timed_out", 0, False),
+        (None, 0, True),
+    ]
+    assert [report.place for report in answer.reports if report.opened] == [0, 1]
+
+
+def test_a_request_of_which_two_paths_hang_is_given_up() -> None:
+    pool = Pool()
+    pool.submit("a", paths=6)
+    [begun] = pool.take(Begin)
+    pool.report(begun, OPENED)
+    pool.pass_time(STEP_SECONDS)
+    [begun] = pool.take(Begin)
+    pool.report(begun, OPENED, OPENED)
+    pool.pass_time(STEP_SECONDS)
+    assert pool.answers["a"].reports == [Report("timed_out")] * 6
+    assert not pool.take(Begin)
 
 
 def test_paths_that_are_slow_but_not_stuck_end_with_their_job() -> None:

@@ -86,7 +86,7 @@ class Helped:
         """Decide, record and send; by the helper if it has something open that is given."""
         delivering = False
         try:
-            reports = dict(zip(indexes, enumerate(answer.reports), strict=True))
+            reports = dict(zip(indexes, answer.reports, strict=True))
             asker = self._dispatch.asker(connection, request.client)
             if not isinstance(asker, str):
                 asker = connection.peer.present_objection() or asker
@@ -107,7 +107,7 @@ class Helped:
         request: OpenRequest,
         asker: Asker | str,
         number: int,
-        reports: Mapping[int, tuple[int, Report]],
+        reports: Mapping[int, Report],
     ) -> bool:
         """Answer; return whether a helper delivers it."""
         paths = request.paths
@@ -124,7 +124,7 @@ class Helped:
                     outcomes = opener.open_or_copy(asker, paths, descriptors, copies)
                 else:
                     outcomes = opener.open(asker, paths, descriptors)
-                for index, (_, report) in reports.items():
+                for index, report in reports.items():
                     if outcomes[index] is NEEDS_HELPER:
                         outcomes[index] = opener.judge_report(asker, "open", paths[index], report)
             # In the order of the paths: what the helper has open, and what is open here.
@@ -133,8 +133,8 @@ class Helped:
             for index, outcome in enumerate(outcomes):
                 if outcome.result is not GIVEN:
                     continue
-                if index in reports and reports[index][1].opened:
-                    places.append(reports[index][0])
+                if index in reports and reports[index].opened:
+                    places.append(reports[index].place)
                 else:
                     own += 1
                     places.append(-own)
@@ -165,14 +165,14 @@ class Helped:
         connection: Connection,
         request: StatRequest,
         asker: Asker | str,
-        reports: Mapping[int, tuple[int, Report]],
+        reports: Mapping[int, Report],
     ) -> None:
         paths, opener = request.paths, self._dispatch.generation.opener
         if isinstance(asker, str):
             outcomes = [Outcome(refused(Reason.IDENTITY), asker)] * len(paths)
         else:
             outcomes = [opener.stat(asker, path) for path in paths]
-            for index, (_, report) in reports.items():
+            for index, report in reports.items():
                 if outcomes[index] is NEEDS_HELPER:
                     outcomes[index] = opener.judge_report(asker, "stat", paths[index], report)
         allowed = sum(outcome.facts is not None for outcome in outcomes)

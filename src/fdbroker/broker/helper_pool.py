@@ -30,6 +30,7 @@ _MOST_PER_UID = HELPERS // 2  # at a time: one client can't have them all
 STEP_SECONDS = 3.0  # for one path, for delivering, for closing
 JOB_SECONDS = 10.0  # for all paths of a job
 QUEUE_SECONDS = 10.0  # until a helper has time
+_MOST_HUNG = 2  # paths of a job, until the rest of it is given up
 _MOST_WAITING_PER_UID = 64  # jobs
 _MOST_WAITING = 1024
 # Processes that were killed and have not ended.
@@ -78,7 +79,8 @@ class Report(NamedTuple):
     `problem`: `timed_out`, `limit` (too much is asked for), `helper_ended`, or None: then `errno` says
     what the kernel said, and with 0 the rest is there. `opened`: the helper has it open; otherwise it is
     no regular file, of a file system that is not served, or was not to be opened. `lost_its_name`: it was
-    not at its path any more after its links were counted.
+    not at its path any more after its links were counted. `place`: that of the path among those that the
+    helper was given, by which it is delivered.
     """
 
     problem: str | None = None
@@ -87,6 +89,7 @@ class Report(NamedTuple):
     filesystem: FilesystemFacts | None = None
     opened: bool = False
     lost_its_name: bool = False
+    place: int = 0
 
 
 class JobAnswer(NamedTuple):
@@ -110,11 +113,12 @@ class Delivery(NamedTuple):
 
 
 class Begin(NamedTuple):
-    """Send a job to a helper."""
+    """Send paths of a job to a helper."""
 
     slot: int
     number: int
     job: Job
+    paths: Sequence[JobPath]
 
 
 class Release(NamedTuple):
@@ -167,6 +171,22 @@ class _Phase(Enum):
     ENDED = auto()  # by itself; another one is started when there is something to do
 
 
+class _Work:
+    """A job, and what is known of it already from a helper that was given up."""
+
+    def __init__(self, job: Job, until: float) -> None:
+        self.job = job
+        # In the queue until then; once it has begun, the end of all of it.
+        self.until = until
+        self.begun = False
+        self.hung = 0
+        self.settled: dict[int, Report] = {}  # by the index of the path
+
+    def rest(self) -> list[int]:
+        """Return the indexes of the paths of which nothing is known."""
+        return [index for index in range(len(self.job.paths)) if index not in self.settled]
+
+
 class _Slot:
     """One helper."""
 
@@ -174,16 +194,20 @@ class _Slot:
         self.phase = _Phase.IDLE
         self.serial = serial
         self.number = 0
-        self.job: Job | None = None
+        self.work: _Work | None = None
         self.canceled = False
+        self.indexes: list[int] = []  # of the paths that it was given
         self.reports: list[Report] = []
         self.deadline = 0.0
-        self.until = 0.0
         self.delivered: Callable[[Delivery], None] | None = None
 
     @property
     def busy(self) -> bool:
-        return self.job is not None
+        return self.work is not None
+
+    @property
+    def job(self) -> Job | None:
+        return None if self.work is None else self.work.job
 
 
 class HelperPool:
@@ -193,7 +217,7 @@ class HelperPool:
         # Those of the start have the number of their slot as serial.
         self._slots = [_Slot(slot) for slot in range(HELPERS)]
         # uid -> what waits; the uid that is first is next.
-        self._waiting: dict[int, deque[tuple[float, Job]]] = {}
+        self._waiting: dict[int, deque[_Work]] = {}
         self._waiting_count = 0
         self._stuck: dict[int, int] = {}  # serial -> client uid
         self._last_number = 0
@@ -220,26 +244,27 @@ class HelperPool:
         ):
             self._answer_all(job, "limit")
         else:
-            self._waiting.setdefault(job.client_uid, deque()).append((now + QUEUE_SECONDS, job))
+            self._waiting.setdefault(job.client_uid, deque()).append(_Work(job, now + QUEUE_SECONDS))
             self._waiting_count += 1
             self._begin_jobs(now)
 
     def reported(self, slot: int, number: int, index: int, report: Report, now: float) -> None:
         """Note what a helper says of its next path."""
         entry = self._slots[slot]
-        job = entry.job
-        if job is None or entry.phase is not _Phase.OPENING or entry.number != number:
+        work = entry.work
+        if work is None or entry.phase is not _Phase.OPENING or entry.number != number:
             return
         if index != len(entry.reports):
             return  # it is given up in time
-        entry.reports.append(report)
-        if len(entry.reports) < len(job.paths):
-            entry.deadline = min(now + STEP_SECONDS, entry.until)
+        entry.reports.append(report._replace(place=index))
+        if len(entry.reports) < len(entry.indexes):
+            entry.deadline = min(now + STEP_SECONDS, work.until)
             return
         holds = any(report.opened for report in entry.reports)
         self._enter(entry, _Phase.HOLDING if holds else _Phase.CLOSING, now)
         if not entry.canceled:
-            self._effects.append(Answer(job, JobAnswer(number, entry.reports)))
+            work.settled.update(zip(entry.indexes, entry.reports, strict=True))
+            self._answer(work, number)
         elif holds:
             self._release(slot, now)
 
@@ -276,7 +301,7 @@ class HelperPool:
     def cancel(self, owner: object, now: float) -> None:
         """Drop what is for nobody any more."""
         for uid, waiting in list(self._waiting.items()):
-            kept = deque(entry for entry in waiting if entry[1].owner is not owner)
+            kept = deque(work for work in waiting if work.job.owner is not owner)
             self._waiting_count -= len(waiting) - len(kept)
             if kept:
                 self._waiting[uid] = kept
@@ -315,15 +340,15 @@ class HelperPool:
                 self._give_up(slot, "helper_ended", errno.EIO)
             entry.phase = _Phase.ENDED
         for waiting in self._waiting.values():
-            for _, job in waiting:
-                self._answer_all(job, "helper_ended")
+            for work in waiting:
+                self._answer(work, 0, "helper_ended")
         self._waiting.clear()
         self._waiting_count = 0
 
     def next_deadline(self) -> float | None:
         """Return when `expire` has something to do, None: at no time."""
         times = [entry.deadline for entry in self._slots if entry.busy]
-        times += [waiting[0][0] for waiting in self._waiting.values()]
+        times += [min(work.until for work in waiting) for waiting in self._waiting.values()]
         return min(times, default=None)
 
     def expire(self, now: float) -> None:
@@ -334,15 +359,24 @@ class HelperPool:
             if entry.phase is _Phase.HOLDING:
                 self._release(slot, now)
                 continue
-            assert entry.job is not None  # noqa: S101 - for the type checker: it is busy
-            self._stuck[entry.serial] = entry.job.client_uid
-            self._give_up(slot, "timed_out", errno.ETIMEDOUT)
+            work = entry.work
+            assert work is not None  # noqa: S101 - for the type checker: it is busy
+            self._stuck[entry.serial] = work.job.client_uid
+            again = entry.phase is _Phase.OPENING and not entry.canceled and self._goes_on(entry, work, now)
+            self._give_up(slot, "timed_out", errno.ETIMEDOUT, answers=not again)
             self._replace(slot)
+            if again:
+                self._waiting.setdefault(work.job.client_uid, deque()).appendleft(work)
+                self._waiting_count += 1
         for uid, waiting in list(self._waiting.items()):
-            while waiting and waiting[0][0] <= now:
-                self._answer_all(waiting.popleft()[1], "timed_out")
-                self._waiting_count -= 1
-            if not waiting:
+            kept = deque(work for work in waiting if work.until > now)
+            for work in waiting:
+                if work.until <= now:
+                    self._answer(work, 0, "timed_out")
+            self._waiting_count -= len(waiting) - len(kept)
+            if kept:
+                self._waiting[uid] = kept
+            else:
                 del self._waiting[uid]
         self._begin_jobs(now)
 
@@ -358,11 +392,11 @@ class HelperPool:
                     self._replace(slot)
                 return
             waiting = self._waiting.pop(uid)
-            _, job = waiting.popleft()
+            work = waiting.popleft()
             self._waiting_count -= 1
             if waiting:
                 self._waiting[uid] = waiting  # behind all others
-            self._begin(slot, job, now)
+            self._begin(slot, work, now)
         if self._find(_Phase.IDLE) is not None and any(self._may_begin(uid) for uid in self._waiting):
             self._begin_jobs(now)
 
@@ -375,16 +409,30 @@ class HelperPool:
     def _find(self, phase: _Phase) -> int | None:
         return next((slot for slot, entry in enumerate(self._slots) if entry.phase is phase), None)
 
-    def _begin(self, slot: int, job: Job, now: float) -> None:
+    def _begin(self, slot: int, work: _Work, now: float) -> None:
         entry = self._slots[slot]
         self._last_number += 1
         entry.number = self._last_number
-        entry.job = job
+        entry.work = work
         entry.canceled = False
+        entry.indexes = work.rest()
         entry.reports = []
-        entry.until = now + JOB_SECONDS
+        if not work.begun:
+            work.begun = True
+            work.until = now + JOB_SECONDS
         self._enter(entry, _Phase.OPENING, now)
-        self._effects.append(Begin(slot, entry.number, job))
+        paths = [work.job.paths[index] for index in entry.indexes]
+        self._effects.append(Begin(slot, entry.number, work.job, paths))
+
+    @staticmethod
+    def _goes_on(entry: _Slot, work: _Work, now: float) -> bool:
+        """Note which path hangs; return whether another helper is to go on with the others."""
+        work.hung += 1
+        for index, report in zip(entry.indexes, entry.reports, strict=False):
+            if not report.opened:  # what it had opened is gone with it
+                work.settled[index] = report
+        work.settled[entry.indexes[len(entry.reports)]] = Report("timed_out")
+        return work.hung < _MOST_HUNG and now < work.until and bool(work.rest())
 
     @staticmethod
     def _enter(entry: _Slot, phase: _Phase, now: float) -> None:
@@ -403,18 +451,21 @@ class HelperPool:
         entry.phase = _Phase.STARTING
         self._effects.append(Replace(slot, entry.serial))
 
-    def _give_up(self, slot: int, problem: str, number: int) -> None:
+    def _give_up(self, slot: int, problem: str, number: int, *, answers: bool = True) -> None:
         """Answer for a helper of which nothing more is expected."""
         entry = self._slots[slot]
-        job, at = entry.job, len(entry.reports)
-        opens = job is not None and entry.phase is _Phase.OPENING
-        uid, path = (job.client_uid, job.paths[at].path if opens else None) if job else (None, None)
+        work = entry.work
+        uid = path = None
+        if work is not None:
+            uid = work.job.client_uid
+            if entry.phase is _Phase.OPENING:
+                path = work.job.paths[entry.indexes[len(entry.reports)]].path
         self._effects.append(GivenUp(slot, problem, uid, path))
-        if job is not None and opens and not entry.canceled:
-            # What it had opened is gone with it.
-            reports = [Report(problem) if report.opened else report for report in entry.reports]
-            reports += [Report(problem)] * (len(job.paths) - at)
-            self._effects.append(Answer(job, JobAnswer(entry.number, reports)))
+        if work is not None and entry.phase is _Phase.OPENING and not entry.canceled and answers:
+            for index, report in zip(entry.indexes, entry.reports, strict=False):
+                if not report.opened:
+                    work.settled[index] = report
+            self._answer(work, 0, problem)
         elif entry.phase is _Phase.DELIVERING:
             self._end_delivery(entry, Delivery(number, None))
         self._forget_job(entry, entry.phase)
@@ -426,9 +477,15 @@ class HelperPool:
 
     @staticmethod
     def _forget_job(entry: _Slot, phase: _Phase) -> None:
-        entry.job = None
+        entry.work = None
         entry.reports = []
         entry.phase = phase
+
+    def _answer(self, work: _Work, number: int, problem: str | None = None) -> None:
+        """Answer a job; `problem` is what there is to say of paths of which nothing is known."""
+        rest = Report(problem)
+        reports = [work.settled.get(index, rest) for index in range(len(work.job.paths))]
+        self._effects.append(Answer(work.job, JobAnswer(number, reports)))
 
     def _answer_all(self, job: Job, problem: str) -> None:
         self._effects.append(Answer(job, JobAnswer(0, [Report(problem)] * len(job.paths))))

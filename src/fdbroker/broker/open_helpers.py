@@ -206,8 +206,8 @@ class OpenHelpers:
 
     def _do(self, effect: Effect) -> None:
         if isinstance(effect, Begin):
-            job = effect.job
-            self._send(effect.slot, messages.encode_job(effect.number, job.paths, opens=job.opens))
+            message = messages.encode_job(effect.number, effect.paths, opens=effect.job.opens)
+            self._send(effect.slot, message)
         elif isinstance(effect, Release):
             self._send(effect.slot, messages.encode_release(effect.number))
         elif isinstance(effect, Replace):
