@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import signal
 import time
+from math import inf
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ class Watchdog:
         self._set_timer = set_timer
         self._clock = clock
         self._armed = False
-        self._arm_again = 0.0
+        # When to set the timer; while it is off: at once. This is asked in each round.
+        self._arm_again = self._at_once = 0.0 if seconds is not None else inf
         self._quiet = False  # nothing happened in the last wait
 
     @staticmethod
@@ -64,23 +66,20 @@ class Watchdog:
 
     def ping(self) -> None:
         """Tell that the loop goes round: after each wait, and in the middle of long rounds."""
-        if self._seconds is None:
-            return
         now = self._clock()
-        if now >= self._arm_again or not self._armed:
-            self._set_timer(self._seconds)
-            self._armed = True
-            self._arm_again = now + _AGAIN
+        if now >= self._arm_again:
+            self._arm(now)
 
     def before_waiting(self, timeout: float) -> float:
         """Return for how many seconds to wait (-1: for ever), of the `timeout` that is wanted."""
         if not self._armed or 0 <= timeout <= _SHORT_WAIT:
             return timeout
         if self._quiet:
-            self._set_timer(0)
-            self._armed = False
+            self.stop()
             return timeout
-        self.ping()
+        now = self._clock()
+        if now >= self._arm_again:
+            self._arm(now)
         return _SHORT_WAIT
 
     def after_waiting(self, events: int) -> None:
@@ -88,10 +87,19 @@ class Watchdog:
         self._quiet = not events
         # One that waited for long, and for nothing, waits on.
         if events or self._armed:
-            self.ping()
+            now = self._clock()
+            if now >= self._arm_again:
+                self._arm(now)
 
     def stop(self) -> None:
-        """Disarm it: the loop has ended."""
+        """Disarm it."""
         if self._armed:
             self._set_timer(0)
             self._armed = False
+            self._arm_again = self._at_once
+
+    def _arm(self, now: float) -> None:
+        if self._seconds is not None:
+            self._set_timer(self._seconds)
+            self._armed = True
+            self._arm_again = now + _AGAIN
