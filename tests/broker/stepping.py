@@ -13,6 +13,7 @@ from fdbroker.broker.identity import probe_level
 from fdbroker.broker.notify import Notifier
 from fdbroker.broker.roots import hold_roots
 from fdbroker.broker.server import Broker
+from fdbroker.broker.watchdog import Watchdog
 from fdbroker.kernel.files import open_proc_self_fd
 from fdbroker.policy.rules import read_policy
 from tests.broker.speaking import Speaker, read_audit
@@ -68,6 +69,7 @@ class SteppedBroker:
                 probe_level().level if level is None else level,
                 {},
                 "of the tests",
+                Watchdog(None),
             )
         )
         self._speakers: list[Speaker] = []

@@ -312,6 +312,7 @@ DEADLY = [
     call("mmap", "0", "4096", "5", "0x22", "-1", "0"),  # PROT_READ | PROT_EXEC
     call("mprotect", "0", "4096", "4"),  # PROT_EXEC
     call("setsockopt", "0", "0", "1", "0", "0"),  # IPPROTO_IP
+    call("setitimer", "1", "0", "0"),  # ITIMER_VIRTUAL
     call("personality", "0xffffffff"),
 ]
 

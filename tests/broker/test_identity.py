@@ -16,7 +16,7 @@ import pytest
 
 from fdbroker.broker import identity
 from fdbroker.broker.identity import ControlGroups, IdentityError, PeerAtConnect, probe_level
-from fdbroker.kernel import dumpable, peers, process
+from fdbroker.kernel import children, dumpable, peers
 from fdbroker.kernel.namespaces import unshare
 from fdbroker.policy.rules import ClientFacts
 from fdbroker.wire.client import StatReply, encode_hello, encode_list, encode_open, encode_stat, encode_status
@@ -553,7 +553,7 @@ def test_client_outside_the_brokers_pid_namespace_is_nobody(reachable: Path, lev
         if os.fork():
             os.wait()
             return
-        process.set_parent_death_signal(signal.SIGKILL)
+        children.set_parent_death_signal(signal.SIGKILL)
         with SteppedBroker(tree, audit=reachable / "audit", level=level) as broker:
             broker.listen(reachable)
             theirs.send(b"listening")

@@ -64,6 +64,7 @@ def handover_document(**changes: object) -> dict[str, Any]:
         "version": "1.2",
         "launcher_fingerprint": "0a-0b",
         "seccomp": "0600",
+        "helper_seccomp": ["0600", "0600"],
     } | changes
 
 
@@ -110,6 +111,8 @@ def test_handover_that_is_none_does_not_start(text: bytes) -> None:
         {"listeners": [[5, "broker.seqpacket"]]},
         {"listeners": 5},
         {"seccomp": "xyz"},
+        {"helper_seccomp": ["xyz", ""]},
+        {"helper_seccomp": [""]},
         {"seccomp": 5},
         {"control": "7"},
         {"held": 7},

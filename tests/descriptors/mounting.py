@@ -16,6 +16,7 @@ MS_RDONLY = 1
 MS_REMOUNT = 32
 MS_BIND = 4096
 _MS_SHARED = 1 << 20
+_MNT_FORCE = 1
 _MNT_DETACH = 2
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -28,9 +29,12 @@ def mount(source: bytes, target: bytes, kind: bytes | None = None, flags: int = 
         raise OSError(number, os.strerror(number), target)
 
 
-def unmount(target: bytes) -> None:
-    """Take the mount at `target` and those below it out of the tree, in use or not: umount2(MNT_DETACH)."""
-    if _LIBC.umount2(target, _MNT_DETACH) != 0:
+def unmount(target: bytes, *, force: bool = False) -> None:
+    """Take the mount at `target` and those below it out of the tree, in use or not: umount2(MNT_DETACH).
+
+    `force`: end the connection of a FUSE or network file system instead (MNT_FORCE); in use it stays mounted.
+    """
+    if _LIBC.umount2(target, _MNT_FORCE if force else _MNT_DETACH) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), target)
 

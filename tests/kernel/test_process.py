@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fdbroker.kernel import capabilities, dumpable, process
+from fdbroker.kernel import capabilities, children, dumpable, process
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.libc import SYS_PRCTL, syscall
 from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH, read_process_state
@@ -54,7 +54,7 @@ def test_the_end_of_the_parent_ends_the_child() -> None:
     if middle == 0:
         os.close(alive)
         if os.fork() == 0:
-            process.set_parent_death_signal(signal.SIGKILL)
+            children.set_parent_death_signal(signal.SIGKILL)
             os.write(tell, b"x")
             while True:
                 signal.pause()
@@ -71,7 +71,7 @@ def test_a_change_of_ids_clears_the_parent_death_signal_as_documented(in_child: 
     def child() -> list[int]:
         seen = []
         room = ctypes.c_int()
-        process.set_parent_death_signal(signal.SIGTERM)
+        children.set_parent_death_signal(signal.SIGTERM)
         for _ in range(2):
             syscall("prctl", SYS_PRCTL, PR_GET_PDEATHSIG, ctypes.byref(room), 0, 0, 0)
             seen.append(room.value)
@@ -84,7 +84,7 @@ def test_a_change_of_ids_clears_the_parent_death_signal_as_documented(in_child: 
 
 def test_an_unknown_signal_is_an_error_that_names_the_call() -> None:
     with pytest.raises(SyscallError, match=r"prctl\(option='PR_SET_PDEATHSIG', signal=4711\): EINVAL"):
-        process.set_parent_death_signal(4711)
+        children.set_parent_death_signal(4711)
 
 
 def test_keepcaps_is_as_set(in_child: Children) -> None:

@@ -134,3 +134,12 @@ def now_text() -> str:
     if seconds != _second[0]:
         _second = seconds, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
     return f"{_second[1]}.{nanoseconds // 1000:06d}Z"
+
+
+def failure_text(error: BaseException) -> str:
+    """Return what was raised and where, for a report of a bug."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    where = "" if at is None else f" at {os.path.basename(at.tb_frame.f_code.co_filename)}:{at.tb_lineno}"
+    return f"{error!r}{where}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.connection import Connection
-from fdbroker.broker.opening import Outcome, Page
+from fdbroker.broker.opening import NEEDS_HELPER, Outcome, Page
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.wire.format import ERRNO_OF, MAX_COPY, MAX_FRAME, MAX_PATHS, VERSION, Kind, Reason
 from fdbroker.wire.messages import (
@@ -41,7 +41,9 @@ if TYPE_CHECKING:
     from fdbroker.broker.audit import Audit
     from fdbroker.broker.connection import Client
     from fdbroker.broker.generation import Generation, Held
+    from fdbroker.broker.helped import Helped
     from fdbroker.broker.notify import Notifier
+    from fdbroker.broker.watchdog import Watchdog
     from fdbroker.policy.decide import View
 
 Answer = tuple[bytes, list[int]]  # a frame, and the descriptors that go with it: the receiver's to close
@@ -72,6 +74,7 @@ class Parts(NamedTuple):
     identity_level: int
     layers: dict[str, object]
     version: str
+    watchdog: Watchdog
 
 
 class Dispatch:
@@ -80,6 +83,7 @@ class Dispatch:
     def __init__(self, parts: Parts, totals: Callable[[], Mapping[str, int]]) -> None:
         """`totals` counts what the loop counts, for the status."""
         self.generation = parts.generation
+        self.helped: Helped | None = None  # where some root is served by helpers
         self._allowed = self._denied = 0
         self._audit = parts.audit
         self._layers = parts.layers
@@ -118,7 +122,7 @@ class Dispatch:
         )
         return encode_welcome(welcome), []
 
-    def _open(self, connection: Connection, request: Request, objection: str | None) -> Answer:
+    def _open(self, connection: Client, request: Request, objection: str | None) -> Answer | None:
         assert isinstance(request, OpenRequest)  # noqa: S101 - for the type checker; the table says it
         request_id, paths, client, copy = request
         generation = self.generation
@@ -129,11 +133,14 @@ class Dispatch:
             if isinstance(asker, str):
                 outcomes = [Outcome(refused(Reason.IDENTITY), asker)] * len(paths)
             elif not connection.flight.room_for(connection, len(paths)):
-                outcomes = [_TOO_MANY_IN_FLIGHT] * len(paths)
+                outcomes = [TOO_MANY_IN_FLIGHT] * len(paths)
             elif copy:
                 outcomes = generation.opener.open_or_copy(asker, paths, descriptors, copies)
             else:
                 outcomes = generation.opener.open(asker, paths, descriptors)
+            if self._is_for_helpers(connection, request, asker, outcomes):
+                close_all(descriptors)
+                return None
             allowed = len(descriptors) + len(copies)
             records = [outcome.record for outcome in outcomes]
             if not self.record(
@@ -141,7 +148,7 @@ class Dispatch:
             ):
                 close_all(descriptors)
                 copies.clear()
-                outcomes = [_NOT_RECORDED] * len(paths)
+                outcomes = [NOT_RECORDED] * len(paths)
             if len(descriptors) == len(paths):  # as it mostly is: all were given
                 return encode_open_given(request_id, generation.number, len(paths)), descriptors
             results = [outcome.result for outcome in outcomes]
@@ -150,7 +157,22 @@ class Dispatch:
             close_all(descriptors)
             raise
 
-    def _stat(self, connection: Connection, request: Request, objection: str | None) -> Answer:
+    def _is_for_helpers(
+        self,
+        client: Client,
+        request: OpenRequest | StatRequest,
+        asker: Asker | str,
+        outcomes: Sequence[Outcome],
+    ) -> bool:
+        """Return whether a request is answered later, by what helpers find."""
+        if self.helped is None or isinstance(asker, str) or NEEDS_HELPER not in outcomes:
+            return False
+        if not isinstance(client, Connection):
+            return False
+        self.helped.begin(client, request, asker, outcomes)
+        return True
+
+    def _stat(self, connection: Client, request: Request, objection: str | None) -> Answer | None:
         assert isinstance(request, StatRequest)  # noqa: S101 - for the type checker; the table says it
         paths = request.paths
         asker = self.asker(connection, request.client) if objection is None else objection
@@ -159,12 +181,14 @@ class Dispatch:
         else:
             opener = self.generation.opener
             outcomes = [opener.stat(asker, path) for path in paths]
+        if self._is_for_helpers(connection, request, asker, outcomes):
+            return None
         allowed = sum(outcome.facts is not None for outcome in outcomes)
         records = [outcome.record for outcome in outcomes]
         if not self.record(
             asker, connection, "stat", request.id, paths, records, number=request.client, allowed=allowed
         ):
-            outcomes = [_NOT_RECORDED] * len(paths)
+            outcomes = [NOT_RECORDED] * len(paths)
         results = [(outcome.result, outcome.facts) for outcome in outcomes]
         return encode_stat_reply(request.id, self.generation.number, results), []
 
@@ -188,7 +212,7 @@ class Dispatch:
             number=request.client,
             allowed=allowed,
         ):
-            page = Page(_NOT_RECORDED)
+            page = Page(NOT_RECORDED)
         number = self.generation.number
         reply = encode_list_reply(
             request.id, number, page.outcome.result, page.entries, page.cookie, last=page.last
@@ -295,5 +319,5 @@ class Dispatch:
         return self.error(request_id, Kind.REFUSED, Reason.IDENTITY, text), []
 
 
-_NOT_RECORDED = Outcome(refused(Reason.AUDIT), "audit")
-_TOO_MANY_IN_FLIGHT = Outcome(refused(Reason.LIMIT), "in_flight")
+NOT_RECORDED = Outcome(refused(Reason.AUDIT), "audit")
+TOO_MANY_IN_FLIGHT = Outcome(refused(Reason.LIMIT), "in_flight")

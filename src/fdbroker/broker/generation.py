@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker.broker.audit import now_text
 from fdbroker.broker.identity import ControlGroups
 from fdbroker.broker.opening import Opener
+from fdbroker.broker.watchdog import nothing
 from fdbroker.policy.decide import Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from fdbroker.broker.roots import HeldRoot
     from fdbroker.policy.rules import Root, RuleSet, Settings
@@ -27,7 +28,8 @@ class Held(NamedTuple):
 
     `roots` by `key_of`; `cgroup_root` None: control groups can't be looked at. `launcher_fingerprint` is
     of the launcher's part of the policy, for those who ask whether a file still says the same; None: there
-    was none. `services`: the names of the listeners whose clients are handed to services.
+    was none. `services`: the names of the listeners whose clients are handed to services. `ping` tells the
+    loop's watchdog, in the middle of a long request, that it goes on.
     """
 
     roots: Mapping[tuple[str, bytes, bool, bool], HeldRoot]
@@ -36,6 +38,7 @@ class Held(NamedTuple):
     read_only_view: bool
     launcher_fingerprint: str | None = None
     services: frozenset[bytes] = frozenset()
+    ping: Callable[[], None] = nothing
 
 
 class Generation(NamedTuple):
@@ -91,7 +94,7 @@ def make_generation(number: int, rule_set: RuleSet, held: Held) -> Generation:
         number,
         Policy(rule_set),
         rule_set.settings,
-        Opener(roots, held.proc_self_fd),
+        Opener(roots, held.proc_self_fd, held.ping),
         ControlGroups(held.cgroup_root, rule_set.cgroups),
         now_text(),
     )

@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fdbroker.broker.audit import Audit, member_text
 from fdbroker.broker.dispatch import Parts
 from fdbroker.broker.generation import Held, key_of, make_generation
+from fdbroker.broker.helper_process import Filters
 from fdbroker.broker.identity import IdentityError, probe_level
 from fdbroker.broker.notify import Notifier
+from fdbroker.broker.open_helpers import OpenHelpers
 from fdbroker.broker.roots import RootError, hold_roots
 from fdbroker.broker.server import Broker, settle_memory
+from fdbroker.broker.watchdog import Watchdog
 from fdbroker.kernel import dumpable, landlock, seccomp
 from fdbroker.kernel.files import open_path_beneath, open_proc_self_fd
 from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH, parse_process_state, read_process_state
@@ -69,6 +72,7 @@ class Handover(NamedTuple):
     version: str
     launcher_fingerprint: str | None
     seccomp: bytes
+    helper_seccomp: Filters
 
 
 def read_handover(descriptor: int) -> Handover:
@@ -101,6 +105,7 @@ def read_handover(descriptor: int) -> Handover:
             version=str(document["version"]),
             launcher_fingerprint=document["launcher_fingerprint"],
             seccomp=bytes.fromhex(document["seccomp"]),
+            helper_seccomp=Filters(*(bytes.fromhex(text) for text in document["helper_seccomp"])),
         )
     except PolicyError as error:
         raise StartError(f"the compiled policy can't be used: {error}") from error
@@ -216,6 +221,8 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     dumpable.set_dumpable(False)
     roots = hold_roots(policy.roots, read_only_required=settings.read_only_view_required)
+    Watchdog.prepare()
+    watchdog = Watchdog()
     held = Held(
         {key_of(root): kept for root, kept in zip(policy.roots, roots, strict=True)},
         open_proc_self_fd(),
@@ -223,12 +230,13 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
         settings.read_only_view_required,
         handover.launcher_fingerprint,
         frozenset(policy.services),
+        watchdog.ping,
     )
     audit = Audit(handover.audit, deny_on_failure=settings.deny_when_audit_fails)
     notifier = Notifier(handover.notify, handover.watchdog_usec)
     layers: dict[str, object] = {}
     generation = make_generation(1, policy, held)
-    broker = Broker(Parts(generation, held, audit, notifier, level, layers, handover.version))
+    broker = Broker(Parts(generation, held, audit, notifier, level, layers, handover.version, watchdog))
     for number, name, service in handover.listeners:
         broker.add_listener(socket.socket(fileno=number), name, service=service)
     if handover.control is not None:
@@ -247,6 +255,10 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
         os.close(descriptor)
     if report.missing:
         sys.stderr.write(f"fdbroker: Landlock of this kernel (ABI {report.abi}) lacks: {report.missing}\n")
+    helped = [root for root in roots if root.helpers]
+    if helped:
+        # The last moment at which there can be a fork: in the domain, and before the filter.
+        broker.use_helpers(OpenHelpers.start(helped, handover.helper_seccomp, audit.event))
     seccomp.install(handover.seccomp)
     after = parse_process_state(os.pread(status, 16384, 0))
     os.close(status)

@@ -13,6 +13,8 @@ import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.broker.audit import decision_members
+from fdbroker.broker.roots import HELPED_FILESYSTEMS
+from fdbroker.broker.watchdog import nothing
 from fdbroker.kernel.files import (
     DirectoryEntry,
     has_lost_its_name,
@@ -28,9 +30,10 @@ from fdbroker.wire.messages import GIVEN, FileStat, ListEntry, Result, broken, c
 from fdbroker.wire.replies import encode_list_entry
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fdbroker.broker.dispatch import Asker
+    from fdbroker.broker.helper_pool import ObjectFacts, Report
     from fdbroker.broker.roots import HeldRoot
     from fdbroker.policy.rules import Rule
 
@@ -64,10 +67,15 @@ _OF_OBJECT = {
     "is_directory": refused(Reason.NOT_REGULAR, errno.EISDIR),
     "lost_its_name": _DENIED,
     "moved": refused(Reason.BUSY),
+    # Helpers open and describe single files: to list means to look at many.
+    "not_listed": refused(Reason.FILESYSTEM),
+    # Who answers for the file system says what the number of links is, and when a name goes.
+    "links_unknown": refused(Reason.FILESYSTEM),
 }
 # Failures of the broker as a whole. They say nothing of the object.
 _OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _PAGE = 256
+_AT_A_TIME = 64  # paths; as many as a batch has by default
 _LIST_TRIES = 4
 _MAX_GIVEN = 4096  # rules of old policies must not pile up
 _LIST_HEAD = 12 + 8 + 8  # header, result, cookie
@@ -92,6 +100,16 @@ class Outcome:
         self.record = decision_members(reason, None if rule is None else rule.name)
 
 
+# Never opened in the loop. Where nobody waits for a helper, as with a datagram, this is the answer.
+NEEDS_HELPER = Outcome(broken(errno.EIO), "helpers_missing")
+# Problems with helpers. They say nothing certain of the object, so they are told whoever asks.
+_OF_HELPERS = {
+    "timed_out": refused(Reason.TIMED_OUT),
+    "limit": refused(Reason.LIMIT),
+    "helper_ended": broken(errno.EIO),
+}
+
+
 class Page(NamedTuple):
     """One page of a directory, its entries encoded."""
 
@@ -113,8 +131,12 @@ class _Listing(NamedTuple):
 class Opener:
     """Opens below held roots; knows no client but by the decisions it is given."""
 
-    def __init__(self, roots: Sequence[HeldRoot], proc_self_fd: int) -> None:
+    def __init__(
+        self, roots: Sequence[HeldRoot], proc_self_fd: int, ping: Callable[[], None] = nothing
+    ) -> None:
         self.roots = tuple(roots)
+        # Each look-up may have to wait for a disk: many of them are a long time, and no reason to be ended.
+        self._ping = ping
         self._proc_self_fd = proc_self_fd
         # What is given by one rule is one outcome: made once, not per file.
         self._given: dict[Rule | None, Outcome] = {}
@@ -125,6 +147,8 @@ class Opener:
         Appends a descriptor to `descriptors` for each path that is given, in
         order; the caller owns them, also when this raises.
         """
+        if len(paths) > _AT_A_TIME:
+            return self._open_many(asker, paths, descriptors)
         outcomes = []
         decide, roots, given = asker.view.actions["open"].decide, self.roots, self._given
         proc_self_fd = self._proc_self_fd
@@ -137,8 +161,8 @@ class Opener:
                 root = roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
                 opened = None
                 if decision.plain:
-                    directory, skip, cross_mounts, _, _ = root
-                    if not cross_mounts:
+                    directory, skip, cross_mounts, _, helpers = root
+                    if not (cross_mounts or helpers):
                         opened = open_regular_beneath(directory, path[skip:] or b".", proc_self_fd)
                 if opened is None:
                     outcomes.append(self._open_judged(decision, root, path, asker, descriptors))
@@ -147,6 +171,13 @@ class Opener:
                     outcomes.append(given.get(decision.rule) or self._give(decision.rule))
             except OSError as error:
                 outcomes.append(failure(decision, error))
+        return outcomes
+
+    def _open_many(self, asker: Asker, paths: Sequence[bytes], descriptors: list[int]) -> list[Outcome]:
+        outcomes = []
+        for at in range(0, len(paths), _AT_A_TIME):
+            outcomes += self.open(asker, paths[at : at + _AT_A_TIME], descriptors)
+            self._ping()
         return outcomes
 
     def open_or_copy(
@@ -160,6 +191,7 @@ class Opener:
         may_copy, may_open = (asker.view.actions[action].decide for action in ("copy", "open"))
         outcomes = []
         for path in paths:
+            self._ping()
             decision = may_copy(path)
             if not decision.allowed:
                 outcomes += self.open(asker, [path], descriptors)
@@ -172,6 +204,8 @@ class Opener:
                 # Where no descriptor may be had either, it is what kept the copy.
                 if opened.result is GIVEN or outcome.reason not in {"too_large", "reply_full"}:
                     outcome = opened
+            elif outcome is NEEDS_HELPER:  # helpers give descriptors, and here only copies may be had
+                outcome = refusal(may_open(path))
             outcomes.append(outcome)
         return outcomes
 
@@ -182,6 +216,8 @@ class Opener:
         held = opened = -1
         try:
             root = self.roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
+            if root.helpers:
+                return NEEDS_HELPER
             held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
             before = os.fstat(held)
             objection, rule = self._judge_file(decision, root, path, held, before, asker)
@@ -209,6 +245,8 @@ class Opener:
         self, decision: NameDecision, root: HeldRoot, path: bytes, asker: Asker, descriptors: list[int]
     ) -> Outcome:
         """Open a path about whose object something is to be asked, or to be said."""
+        if root.helpers:
+            return NEEDS_HELPER
         held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
         try:
             objection, rule = self._judge_file(decision, root, path, held, os.fstat(held), asker)
@@ -247,12 +285,15 @@ class Opener:
 
     def stat(self, asker: Asker, path: bytes) -> Outcome:
         """Describe what is there, of whatever kind, as `asker` may know it."""
+        self._ping()
         decision = asker.view.actions["stat"].decide(path)
         if not decision.allowed:
             return refusal(decision)
         held = -1
         try:
             root = self.roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
+            if root.helpers:
+                return NEEDS_HELPER
             held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
             return self._judge(decision, root, path, held, asker)
         except OSError as error:
@@ -285,6 +326,8 @@ class Opener:
         held = opened = again = -1
         try:
             root = self.roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
+            if root.helpers:
+                return Page(object_refusal(decision, "not_listed"))
             below = path[root.skip :] or b"."
             held = open_path_beneath(root.descriptor, below, root.cross_mounts)
             outcome = self._judge(decision, root, path, held, asker)
@@ -330,6 +373,7 @@ class Opener:
         encoded: list[bytes] = []
         size = _LIST_HEAD
         for entry in names:
+            self._ping()
             shown = self._entry(asked, held, entry)
             if shown is not None:
                 data = encode_list_entry(shown)
@@ -397,6 +441,39 @@ class Opener:
             return object_refusal(decision, "lost_its_name")
         return Outcome(GIVEN, "ok", rule, file_stat(facts))
 
+    def judge_report(self, asker: Asker, action: str, path: bytes, report: Report) -> Outcome:
+        """Decide on an object that a helper has looked at, for `action`: `open` or `stat`.
+
+        For `open` the outcome is `ok` only where the helper has it open.
+        """
+        decision = asker.view.actions[action].decide(path)
+        if not decision.allowed:
+            return refusal(decision)
+        if report.problem is not None:
+            return _helper_failed(decision, report.problem)
+        facts, filesystem = report.facts, report.filesystem
+        if facts is None or filesystem is None:
+            return failure(decision, OSError(report.errno, os.strerror(report.errno)))
+        opens, regular = action == "open", stat.S_ISREG(facts.st_mode)
+        root = self.roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
+        objection = root.objection_to(filesystem)
+        if objection is not None and (opens or objection != "mount_not_read_only"):
+            return object_refusal(decision, objection)
+        if opens and not regular:
+            return object_refusal(decision, _kind_refused(facts.st_mode))
+        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid)
+        if not allowed:
+            return Outcome(_DENIED, reason, rule)
+        if decision.asks_links and regular:
+            # Another machine, or a program, says how many there are, and may take names away unseen.
+            if filesystem.type in HELPED_FILESYSTEMS:
+                return object_refusal(decision, "links_unknown")
+            if report.lost_its_name:
+                return object_refusal(decision, "lost_its_name")
+        if opens and not report.opened:
+            return _helper_failed(decision, "helper_ended")
+        return Outcome(GIVEN, "ok", rule) if opens else Outcome(GIVEN, "ok", rule, file_stat(facts))
+
 
 def name_is_lost(root: HeldRoot, path: bytes, held: int, proc_self_fd: int) -> bool:
     """Return whether `path` is no name any more of the object whose links were counted before.
@@ -444,13 +521,17 @@ def _versions(facts: os.stat_result) -> tuple[int, int, int]:
     return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
+def _helper_failed(decision: NameDecision, problem: str) -> Outcome:
+    return Outcome(_OF_HELPERS[problem], problem, decision.rule or decision.allows[0])
+
+
 def _kind_refused(mode: int) -> str:
     if stat.S_ISDIR(mode):
         return "is_directory"
     return "symlink" if stat.S_ISLNK(mode) else "not_regular"
 
 
-def file_stat(facts: os.stat_result) -> FileStat:
+def file_stat(facts: os.stat_result | ObjectFacts) -> FileStat:
     """Return the stat record."""
     return FileStat(
         device=facts.st_dev,

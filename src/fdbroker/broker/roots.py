@@ -13,10 +13,9 @@ if TYPE_CHECKING:
     from fdbroker.policy.rules import Root
 
 # linux/magic.h. A type that is not listed is not served: files of kernel file
-# systems look regular, and reading one can do anything. Network file systems
-# and FUSE are left out, since opening a file there may wait for somebody else;
-# vfat, exfat, ntfs and jfs, since they take several spellings for one name, and
-# a deny rule knows one.
+# systems look regular, and reading one can do anything. Missing are vfat, exfat,
+# ntfs and jfs, since they take several spellings for one name, and a deny rule
+# knows one.
 SERVED_FILESYSTEMS = {
     0xEF53: "ext2/ext3/ext4",
     0x58465342: "xfs",
@@ -32,6 +31,17 @@ SERVED_FILESYSTEMS = {
     0x15013346: "udf",
     0x52654973: "reiserfs",
     0x858458F6: "ramfs",
+}
+
+# Opening, looking at or closing a file there may wait for somebody else, so they are served by helpers alone.
+HELPED_FILESYSTEMS = {
+    0x65735546: "fuse",
+    0x6969: "nfs",
+    0xFF534D42: "cifs",
+    0xFE534D42: "smb2",
+    0x517B: "smb",
+    0x0187: "autofs",
+    0x01021997: "9p",
 }
 
 
@@ -58,10 +68,18 @@ class HeldRoot(NamedTuple):
             return None
         return objection_to_filesystem(filesystem_of(held), read_only_required=self.read_only_required)
 
+    def objection_to(self, facts: FilesystemFacts) -> str | None:
+        """Return why an object that a helper found is not to be served, or None. Pure."""
+        return objection_to_filesystem(
+            facts, read_only_required=self.read_only_required, helpers=self.helpers
+        )
 
-def objection_to_filesystem(facts: FilesystemFacts, *, read_only_required: bool) -> str | None:
-    """Return `filesystem`, `mount_not_read_only` or None. Pure."""
-    if facts.type not in SERVED_FILESYSTEMS:
+
+def objection_to_filesystem(
+    facts: FilesystemFacts, *, read_only_required: bool, helpers: bool = False
+) -> str | None:
+    """Return `filesystem`, `mount_not_read_only` or None. Pure. `helpers`: they open there."""
+    if facts.type not in SERVED_FILESYSTEMS and not (helpers and facts.type in HELPED_FILESYSTEMS):
         return "filesystem"
     if read_only_required and not facts.read_only:
         return "mount_not_read_only"
@@ -82,13 +100,16 @@ def hold_roots(roots: Sequence[Root], *, read_only_required: bool) -> list[HeldR
         for root in roots:
             descriptor = _open_root(root)
             held.append(HeldRoot(descriptor, root.skip, root.cross_mounts, read_only_required, root.helpers))
+            if root.helpers:
+                continue  # even fstatfs(2) asks the server; helpers look, at each file
             facts = filesystem_of(descriptor)
             objection = objection_to_filesystem(facts, read_only_required=read_only_required)
             where = f"root {root.name!r} ({os.fsdecode(root.path)})"
             if objection == "filesystem":
                 raise RootError(
                     f"{where} is on a file system of type {facts.type:#x}, which is not served:"
-                    " choose a directory on a local disk or tmpfs"
+                    " choose a directory on a local disk or tmpfs, or say 'opens: helpers' of it if others"
+                    " answer for it (FUSE, NFS, CIFS, 9p)"
                 )
             if objection is not None:
                 raise RootError(

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 from fdbroker.broker.accepting import Acceptor, Listener
 from fdbroker.broker.acting import Services
-from fdbroker.broker.audit import member_text
+from fdbroker.broker.audit import failure_text, member_text
 from fdbroker.broker.connection import Connection, State, Unsent
 from fdbroker.broker.control import Control
 from fdbroker.broker.datagrams import Datagrams
 from fdbroker.broker.dispatch import Dispatch, Parts, Table
+from fdbroker.broker.helped import Helped, Loop
 from fdbroker.broker.identity import PeerAtConnect
 from fdbroker.broker.in_flight import InFlight
 from fdbroker.broker.walks import Walks, can_go_on
@@ -36,6 +37,8 @@ from fdbroker.wire.stream import framed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from fdbroker.broker.open_helpers import OpenHelpers
 
 SEND_BUFFER = 32768  # the kernel doubles it; no cost was seen, and less is in flight
 _REST = 0.1  # seconds
@@ -64,6 +67,9 @@ class Broker:
         self._walks = Walks(self._dispatch, parts)
         self._control = Control(self._dispatch, parts, self._facts, self._switched)
         self._notifier = parts.notifier
+        self._watchdog = parts.watchdog
+        self._helpers: OpenHelpers | None = None
+        self._helper_descriptors: frozenset[int] = frozenset()
         self._audit = parts.audit
         self._level = parts.identity_level
         self._epoll = select.epoll()
@@ -128,6 +134,20 @@ class Broker:
         answers = self._control.table if control else self._dispatch.table
         self._acceptor.add(Listener(listener, name, answers))
 
+    def use_helpers(self, helpers: OpenHelpers) -> None:
+        """Have what may hang opened by others; owned from now on."""
+        self._helpers = helpers
+        self._helper_descriptors = frozenset(helpers.descriptors())
+        for descriptor in self._helper_descriptors:
+            self._epoll.register(descriptor, _READY)
+        loop = Loop(self._send, self._read_on, self._hang_up, self._fail)
+        self._dispatch.helped = Helped(helpers, self._dispatch, self._audit, loop)
+
+    def _on_helper(self, descriptor: int) -> None:
+        assert self._helpers is not None  # noqa: S101 - for the type checker: it is one of its descriptors
+        self._helpers.on_ready(descriptor)
+        self._helper_descriptors = frozenset(self._helpers.descriptors())
+
     def adopt(self, sock: socket.socket, name: str, answers: Table | None = None) -> Connection:
         """Serve a connection that exists already; owned from now on. `answers`: what can be asked there.
 
@@ -174,9 +194,15 @@ class Broker:
         """Serve until `stop`, or until nobody is left to be served and nobody can come."""
         while not self._stopping and (self._acceptor.listeners or self._connections):
             self.step(self._notifier.before_waiting())
+        self._watchdog.stop()
 
     def step(self, timeout: float) -> None:
         """Serve one round of what is ready within `timeout` seconds (-1: wait)."""
+        until = None if self._helpers is None else self._helpers.next_deadline()
+        if until is not None:
+            left = max(0.0, until - time.monotonic())
+            if not 0 <= timeout <= left:
+                timeout = left
         if self._busy or self._loading:
             timeout = 0
         elif self._deadlines or self._resting or self._acceptor.resting:
@@ -184,10 +210,11 @@ class Broker:
             if not 0 <= timeout < least:
                 timeout = least
         # Room for all of them, or it would not show who else wants something; and for no more, which costs.
-        most = len(self._connections) + len(self._acceptor.listeners) + 1
-        ready = self._epoll.poll(timeout, most)
+        most = len(self._connections) + len(self._acceptor.listeners) + 1 + len(self._helper_descriptors)
+        ready = self._epoll.poll(self._watchdog.before_waiting(timeout), most)
+        self._watchdog.after_waiting(len(ready))
         waiting = self._busy or self._deadlines or self._loading or self._resting or self._acceptor.resting
-        if len(ready) == 1 and not waiting:
+        if len(ready) == 1 and until is None and not waiting:
             # One client wants one thing, as it mostly is.
             descriptor, events = ready[0]
             connection = self._connections.get(descriptor)
@@ -205,6 +232,8 @@ class Broker:
             self._look_at_deadlines()
         if self._loading:
             self._load_on(self._loading[0])
+        if until is not None and self._helpers is not None:
+            self._helpers.expire(time.monotonic())
 
     def _serve_all(self, ready: Iterable[tuple[int, int]]) -> None:
         """Serve one message for each uid, and what else happened."""
@@ -223,6 +252,8 @@ class Broker:
                     self._serve_message(connection)
             elif descriptor in self._acceptor.listeners:
                 self._on_listener(self._acceptor.listeners[descriptor])
+            elif descriptor in self._helper_descriptors:
+                self._on_helper(descriptor)
             elif descriptor == self._wake_read:
                 os.read(self._wake_read, 64)
         if len(served) == 1:
@@ -264,6 +295,7 @@ class Broker:
     def _goes_on(self) -> bool:
         """Say, in the middle of a round, which may be long, that the loop lives; return whether to go on."""
         self._notifier.ping()
+        self._watchdog.ping()
         return not self._stopping
 
     def close(self) -> None:
@@ -271,6 +303,8 @@ class Broker:
         for connection in list(self._connections.values()):
             self._drop(connection)
         self._acceptor.close()
+        if self._helpers is not None:
+            self._helpers.close()
         if self._datagrams is not None:
             self._datagrams.close()
         self._epoll.close()
@@ -404,6 +438,9 @@ class Broker:
         self._wait_for(connection, State.CLOSING)
 
     def _end_what_goes_on(self, connection: Connection) -> None:
+        if connection.awaited and self._helpers is not None:
+            self._helpers.cancel(connection)
+            connection.awaited = 0
         self._busy.pop(connection, None)
         self._deadlines.pop(connection, None)
         served = bool(connection.serving or connection.clients)
@@ -578,7 +615,8 @@ class Broker:
         if connection.loading is not None:
             self._loading.append(connection)
             self._wait_for(connection, State.LOADING)
-        elif connection.awaited >= _MOST_AWAITED:
+        elif connection.awaited and (connection.stream is not None or connection.awaited >= _MOST_AWAITED):
+            # A reply on a stream may be sent by a helper, and nothing may come in between.
             self._wait_for(connection, State.WAITING)
         else:
             self._see_what_waits(connection)
@@ -617,7 +655,7 @@ class Broker:
 
     def _fail(self, connection: Connection, request_id: int, error: Exception) -> None:
         """Record and say that something is wrong with us, and end the connection."""
-        members = member_text(request=request_id, reason=_describe(error))
+        members = member_text(request=request_id, reason=failure_text(error))
         self._audit.event("failed", f"{connection.record},{members}")
         text = "the broker failed on this request; its audit says where"
         self._send_error(connection, request_id, Kind.BROKEN, Reason.BROKEN, text)
@@ -709,12 +747,3 @@ def _objection_to_flags(flags: int) -> str:
     if flags & sockets.CONTROL_TRUNCATED:
         return "descriptors were sent to the broker, which takes none"
     return f"a message is longer than {MAX_FRAME} bytes"
-
-
-def _describe(error: Exception) -> str:
-    """Return what was raised and where, for a report of a bug."""
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    where = "" if at is None else f" at {os.path.basename(at.tb_frame.f_code.co_filename)}:{at.tb_lineno}"
-    return f"{error!r}{where}"

@@ -23,7 +23,9 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.broker.opening import Outcome, failure, file_stat, name_is_lost, object_refusal, refusal
+from fdbroker.broker.watchdog import nothing
 from fdbroker.kernel.descriptors import close_all
+from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.files import (
     open_path_beneath,
     open_regular_entries,
@@ -49,7 +51,7 @@ from fdbroker.wire.format import (
 from fdbroker.wire.messages import GIVEN, Result, WalkEnd, refused
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from fdbroker.broker.dispatch import Asker
     from fdbroker.broker.roots import HeldRoot
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from fdbroker.wire.messages import WalkRequest
 
 BATCH = 64  # entries where the client leaves it to us: there a file costs least
+_AT_A_TIME = 32  # entries, of which each may wait for a disk, until the watchdog is told that it goes on
 MOST_ENTRIES = 1024  # that one step looks at, so that the loop gets to others
 MOST_DIRECTORIES = 64  # that one step opens, and so holds
 _SECONDS = 0.01  # after which a step opens no other directory: deep ones take their time
@@ -267,8 +270,10 @@ class Walk:
         view: View,
         client_uid: int,
         proc_self_fd: int,
+        ping: Callable[[], None] = nothing,
     ) -> None:
         self.view = view
+        self._ping = ping
         self.entries = self.descriptors = self.directories = 0
         self.left_out: dict[Incomplete, int] = {}
         self._request = request
@@ -641,6 +646,8 @@ class Walk:
             level.next += 1
             level.position = position
             step.budget -= 1
+            if not step.budget % _AT_A_TIME:
+                self._ping()
             if hint not in hints or (
                 remainders
                 and hint not in {_DIRECTORY, _UNKNOWN}
@@ -822,6 +829,8 @@ class Walk:
 
 
 def _open_whole(root: HeldRoot, path: bytes) -> int:
+    if root.helpers:  # what is below may never be answered, so it is not walked
+        raise SyscallError(errno.EXDEV, "openat2", path=path)
     return open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
 
 

@@ -62,6 +62,7 @@ class Walks:
         self._dispatch = dispatch
         self._audit = parts.audit
         self._proc_self_fd = parts.held.proc_self_fd
+        self._ping = parts.watchdog.ping
         dispatch.table |= {WalkRequest: self._begin, MoreRequest: self._more, CancelRequest: self._cancel}
 
     def next_frame(self, connection: Connection) -> tuple[bytes, list[int], int] | None:
@@ -122,7 +123,7 @@ class Walks:
         if len(connection.walks) >= MOST_WALKS:
             return self._refuse(connection, request, Reason.LIMIT, "walks"), []
         roots = self._dispatch.generation.opener.roots
-        walk = Walk(request, roots, asker.view, asker.uid, self._proc_self_fd)
+        walk = Walk(request, roots, asker.view, asker.uid, self._proc_self_fd, self._ping)
         connection.walks[request.id] = ActiveWalk(request, walk)
         return None
 

@@ -13,7 +13,6 @@ from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.libc import SYS_CLOSE_RANGE, SYS_PRCTL, syscall
 
 # linux/prctl.h
-_PR_SET_PDEATHSIG = 1
 _PR_SET_KEEPCAPS = 8
 _PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
@@ -50,16 +49,6 @@ def set_no_new_privs() -> None:
     PR_SET_NO_NEW_PRIVS, Linux 3.5. It can't be taken back. Landlock and seccomp ask for it.
     """
     _prctl("PR_SET_NO_NEW_PRIVS", _PR_SET_NO_NEW_PRIVS, 1)
-
-
-def set_parent_death_signal(signal_number: int) -> None:
-    """Get this signal when the *thread* that forked this process ends; 0 for none.
-
-    PR_SET_PDEATHSIG. Hazards: any change of ids clears it, so set it again
-    after that; and a parent that ended before this call sends nothing, so look
-    at the parent after it.
-    """
-    _prctl("PR_SET_PDEATHSIG", _PR_SET_PDEATHSIG, signal_number, signal=signal_number)
 
 
 def set_keepcaps(keep: bool) -> None:  # noqa: FBT001 - the value is the whole call

@@ -16,7 +16,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.kernel import process
+from fdbroker.kernel import children, process
 from fdbroker.launcher.errors import EXIT_NOT_STARTED, LaunchError
 from fdbroker.launcher.until_ready import INTERRUPTING, READY
 
@@ -96,7 +96,7 @@ def _stay_beside(child: int, caller: int) -> None:
     """
     status = EXIT_NOT_STARTED
     try:
-        process.set_parent_death_signal(signal.SIGKILL)  # without a caller there is nothing to stay for
+        children.set_parent_death_signal(signal.SIGKILL)  # without a caller there is nothing to stay for
         if os.getppid() != caller:
             return  # by os._exit below
         process.close_range(0)  # or the caller would wait for the ends of pipes that are here

@@ -21,6 +21,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import signal
 import socket
 from typing import TYPE_CHECKING
 
@@ -128,6 +129,8 @@ def broker_filter(machine: str | None = None, *, default_action: int = KILL_PROC
     allowed["ioctl"] = [either(one_int_of(1, _IOCTL), masked(1, _ANY_SIZE, _PIDFD_GET_INFO))]
     # Of the socket itself: credentials, buffers, errors. No protocol has a say here.
     allowed["getsockopt"] = allowed["setsockopt"] = [equal_int(1, socket.SOL_SOCKET)]
+    # The loop's watchdog.
+    allowed["setitimer"] = [equal_int(0, signal.ITIMER_REAL)]
     # No code but what is mapped now.
     allowed["mmap"] = allowed["mprotect"] = [without_bits(2, mmap.PROT_EXEC)]
     return assemble(allowed, machine=machine, otherwise=default_action)

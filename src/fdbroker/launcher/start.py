@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from fdbroker.kernel import capabilities, process
 from fdbroker.launcher.broker_seccomp import broker_filter
 from fdbroker.launcher.errors import LaunchError
+from fdbroker.launcher.helper_seccomp import helper_filter, starter_filter
 from fdbroker.launcher.inherited import close_terminals_to_reading
 from fdbroker.launcher.mounts import check_read_only_view, enter_read_only_view, read_mounts
 from fdbroker.launcher.privileges import become_broker
@@ -109,6 +110,7 @@ def start_broker(start: Start) -> NoReturn:
         "version": version,
         "launcher_fingerprint": start.launcher_fingerprint,
         "seccomp": broker_filter().hex(),
+        "helper_seccomp": [starter_filter().hex(), helper_filter().hex()],
     }
     with open(handover, "wb", closefd=False) as file:
         file.write(json.dumps(document).encode())

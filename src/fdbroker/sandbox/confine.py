@@ -19,7 +19,7 @@ import tempfile
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.kernel import capabilities, dumpable, landlock, namespaces, process, seccomp
+from fdbroker.kernel import capabilities, children, dumpable, landlock, namespaces, process, seccomp
 from fdbroker.kernel.capabilities import Capabilities
 from fdbroker.sandbox.report import STRICT, Layer, LayerReport, LayerState
 
@@ -150,7 +150,7 @@ def _change_ids(context: _Context) -> tuple[bool, str]:
 
 
 def _die_with_parent(context: _Context) -> tuple[bool, str]:
-    process.set_parent_death_signal(signal.SIGKILL)
+    children.set_parent_death_signal(signal.SIGKILL)
     # Whoever died before that call sends nothing. Seen from a user namespace the pid stays the same.
     if os.getppid() != context.parent:
         os._exit(1)

@@ -1,0 +1,208 @@
+"""Requests with paths that helpers open: begun, waited for, and decided when the helpers have answered.
+
+The loop goes on meanwhile. What the helpers say is judged by the policy of the
+moment at which they say it, as if the request had come then; what other paths
+the request has is opened then. What is given is sent by the helper that has it
+open, after it was recorded.
+"""
+
+from __future__ import annotations
+
+import errno
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.broker.audit import member_text
+from fdbroker.broker.connection import State
+from fdbroker.broker.dispatch import NOT_RECORDED, TOO_MANY_IN_FLIGHT
+from fdbroker.broker.helper_pool import Job, JobPath
+from fdbroker.broker.opening import NEEDS_HELPER, Outcome
+from fdbroker.kernel.descriptors import close_all
+from fdbroker.wire.format import Kind, Reason
+from fdbroker.wire.messages import GIVEN, OpenRequest, refused
+from fdbroker.wire.replies import encode_open_reply, encode_stat_reply
+from fdbroker.wire.stream import framed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from fdbroker.broker.audit import Audit
+    from fdbroker.broker.connection import Connection
+    from fdbroker.broker.dispatch import Asker, Dispatch
+    from fdbroker.broker.helper_pool import Delivery, JobAnswer, Report
+    from fdbroker.broker.open_helpers import OpenHelpers
+    from fdbroker.wire.messages import StatRequest
+
+
+class Loop(NamedTuple):
+    """What the loop does for a request that was answered later."""
+
+    send: Callable[[Connection, bytes, list[int], int], None]
+    read_on: Callable[[Connection], None]
+    hang_up: Callable[[Connection], None]
+    fail: Callable[[Connection, int, Exception], None]
+
+
+class Helped:
+    """Answers requests by what helpers say. Owns nothing."""
+
+    def __init__(self, helpers: OpenHelpers, dispatch: Dispatch, audit: Audit, loop: Loop) -> None:
+        self._helpers = helpers
+        self._dispatch = dispatch
+        self._audit = audit
+        self._loop = loop
+
+    def begin(
+        self,
+        connection: Connection,
+        request: OpenRequest | StatRequest,
+        asker: Asker,
+        outcomes: Sequence[Outcome],
+    ) -> None:
+        """Have those paths looked at whose outcome is NEEDS_HELPER; answer the request later."""
+        opens = isinstance(request, OpenRequest)
+        decide = asker.view.actions["open" if opens else "stat"].decide
+        roots = self._dispatch.generation.opener.roots
+        indexes, paths = [], []
+        for index, path in enumerate(request.paths):
+            if outcomes[index] is NEEDS_HELPER:
+                decision = decide(path)
+                root = roots[decision.root.number]  # type: ignore[union-attr]  # it was allowed
+                indexes.append(index)
+                paths.append(JobPath(root.descriptor, path, decision.asks_links))
+        connection.awaited += 1
+        done = partial(self._answer, connection, request, indexes)
+        # One client of a service must not take up what the service may have for all of them.
+        uid = asker.uid if asker.on_behalf_of_uid is None else asker.on_behalf_of_uid
+        self._helpers.submit(Job(paths, opens, uid, connection, done))
+
+    def _answer(
+        self,
+        connection: Connection,
+        request: OpenRequest | StatRequest,
+        indexes: Sequence[int],
+        answer: JobAnswer,
+    ) -> None:
+        """Decide, record and send; by the helper if it has something open that is given."""
+        delivering = False
+        try:
+            reports = dict(zip(indexes, answer.reports, strict=True))
+            asker = self._dispatch.asker(connection, request.client)
+            if not isinstance(asker, str):
+                asker = connection.peer.present_objection() or asker
+            if isinstance(request, OpenRequest):
+                delivering = self._answer_open(connection, request, asker, answer.number, reports)
+            else:
+                self._answer_stat(connection, request, asker, reports)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is a denial, and the others are served
+            self._loop.fail(connection, request.id, error)
+        finally:
+            if not delivering:
+                self._helpers.release(answer.number)
+                self._end(connection)
+
+    def _answer_open(
+        self,
+        connection: Connection,
+        request: OpenRequest,
+        asker: Asker | str,
+        number: int,
+        reports: Mapping[int, Report],
+    ) -> bool:
+        """Answer; return whether a helper delivers it."""
+        paths = request.paths
+        opener, generation = self._dispatch.generation.opener, self._dispatch.generation.number
+        descriptors: list[int] = []
+        copies: list[bytes] = []
+        try:
+            if isinstance(asker, str):
+                outcomes = [Outcome(refused(Reason.IDENTITY), asker)] * len(paths)
+            elif not connection.flight.room_for(connection, len(paths)):
+                outcomes = [TOO_MANY_IN_FLIGHT] * len(paths)
+            else:
+                if request.copy:
+                    outcomes = opener.open_or_copy(asker, paths, descriptors, copies)
+                else:
+                    outcomes = opener.open(asker, paths, descriptors)
+                for index, report in reports.items():
+                    if outcomes[index] is NEEDS_HELPER:
+                        outcomes[index] = opener.judge_report(asker, "open", paths[index], report)
+            # In the order of the paths: what the helper has open, and what is open here.
+            places: list[int] = []
+            own = 0
+            for index, outcome in enumerate(outcomes):
+                if outcome.result is not GIVEN:
+                    continue
+                if index in reports and reports[index].opened:
+                    places.append(reports[index].place)
+                else:
+                    own += 1
+                    places.append(-own)
+            records = [outcome.record for outcome in outcomes]
+            allowed = len(places) + len(copies)
+            if not self._dispatch.record(
+                asker, connection, "open", request.id, paths, records, number=request.client, allowed=allowed
+            ):
+                close_all(descriptors)
+                copies.clear()
+                own, places, outcomes = 0, [], [NOT_RECORDED] * len(paths)
+            results = [outcome.result for outcome in outcomes]
+            frame = encode_open_reply(request.id, generation, results, copies)
+            if own == len(places):
+                sent, descriptors = descriptors, []
+                self._loop.send(connection, frame, sent, request.id)
+                return False
+            if connection.stream is not None:
+                frame = framed(frame)
+            done = partial(self._delivered, connection, request.id, len(places))
+            self._helpers.deliver(number, connection.sock, frame, places, descriptors, done)
+            return True
+        finally:
+            close_all(descriptors)
+
+    def _answer_stat(
+        self,
+        connection: Connection,
+        request: StatRequest,
+        asker: Asker | str,
+        reports: Mapping[int, Report],
+    ) -> None:
+        paths, opener = request.paths, self._dispatch.generation.opener
+        if isinstance(asker, str):
+            outcomes = [Outcome(refused(Reason.IDENTITY), asker)] * len(paths)
+        else:
+            outcomes = [opener.stat(asker, path) for path in paths]
+            for index, report in reports.items():
+                if outcomes[index] is NEEDS_HELPER:
+                    outcomes[index] = opener.judge_report(asker, "stat", paths[index], report)
+        allowed = sum(outcome.facts is not None for outcome in outcomes)
+        records = [outcome.record for outcome in outcomes]
+        if not self._dispatch.record(
+            asker, connection, "stat", request.id, paths, records, number=request.client, allowed=allowed
+        ):
+            outcomes = [NOT_RECORDED] * len(paths)
+        results = [(outcome.result, outcome.facts) for outcome in outcomes]
+        frame = encode_stat_reply(request.id, self._dispatch.generation.number, results)
+        self._loop.send(connection, frame, [], request.id)
+
+    def _delivered(self, connection: Connection, request_id: int, count: int, delivery: Delivery) -> None:
+        """Count what is under way, or take it back in the audit."""
+        if not delivery.errno:
+            connection.flight.add(connection, count)
+        else:
+            members = member_text(request=request_id, errno=delivery.errno)
+            self._audit.event("undelivered", f"{connection.record},{members}")
+            if delivery.sent == 0 and delivery.errno in {errno.ETIMEDOUT, errno.ETOOMANYREFS}:
+                text = "the descriptors could not be sent in time; receive what was sent, then ask again"
+                reason = Reason.TIMED_OUT if delivery.errno == errno.ETIMEDOUT else Reason.LIMIT
+                frame = self._dispatch.error(request_id, Kind.REFUSED, reason, text)
+                self._loop.send(connection, frame, [], request_id)
+            else:
+                self._loop.hang_up(connection)
+        self._end(connection)
+
+    def _end(self, connection: Connection) -> None:
+        if connection.awaited:  # it is not, if the connection has ended
+            connection.awaited -= 1
+        if connection.state is State.WAITING:
+            self._loop.read_on(connection)

@@ -1,0 +1,105 @@
+"""The loop's own watchdog: a loop that is stuck is ended by the kernel.
+
+A loop that waits in a system call for ever runs no Python, so no handler of
+ours could do anything. Instead setitimer(2) is armed while the loop works, and
+SIGALRM keeps its default action: it ends the process, also where it waits for
+a fanotify listener or a server (such waits are killable). The service manager
+starts the next one, with the sockets that it kept. systemd's watchdog, to which
+notify.py talks, is another one, for what is outside of it.
+
+It costs no system call per round: the timer is set anew twice a second at
+most. While the loop waits for events it is armed only for the first second;
+then it is disarmed, and an idle broker is neither woken nor ended.
+
+Hazard: a broker that was kept from running for that long (stopped, frozen,
+traced) in the middle of a request looks the same, and is ended.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from math import inf
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+STUCK_SECONDS = 3.0
+_AGAIN = 0.5  # so a loop that gets stuck is ended after 2.5 to 3 seconds
+_SHORT_WAIT = 1.0
+
+
+def nothing() -> None:
+    """Stand for `Watchdog.ping` where there is no watchdog."""
+
+
+def _set_timer(seconds: float) -> None:
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+class Watchdog:
+    """Ends this process when the loop does not go round for `seconds`; None: never.
+
+    `set_timer` and `clock` are for tests.
+    """
+
+    def __init__(
+        self,
+        seconds: float | None = STUCK_SECONDS,
+        set_timer: Callable[[float], None] = _set_timer,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._seconds = seconds
+        self._set_timer = set_timer
+        self._clock = clock
+        self._armed = False
+        # When to set the timer; while it is off: at once. This is asked in each round.
+        self._arm_again = self._at_once = 0.0 if seconds is not None else inf
+        self._quiet = False  # nothing happened in the last wait
+
+    @staticmethod
+    def prepare() -> None:
+        """Make sure that SIGALRM ends this process: whoever started it may have had it ignored or blocked."""
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+
+    def ping(self) -> None:
+        """Tell that the loop goes round: after each wait, and in the middle of long rounds."""
+        now = self._clock()
+        if now >= self._arm_again:
+            self._arm(now)
+
+    def before_waiting(self, timeout: float) -> float:
+        """Return for how many seconds to wait (-1: for ever), of the `timeout` that is wanted."""
+        if not self._armed or 0 <= timeout <= _SHORT_WAIT:
+            return timeout
+        if self._quiet:
+            self.stop()
+            return timeout
+        now = self._clock()
+        if now >= self._arm_again:
+            self._arm(now)
+        return _SHORT_WAIT
+
+    def after_waiting(self, events: int) -> None:
+        """Tell how many events there were. For each wait that `before_waiting` gave a time for."""
+        self._quiet = not events
+        # One that waited for long, and for nothing, waits on.
+        if events or self._armed:
+            now = self._clock()
+            if now >= self._arm_again:
+                self._arm(now)
+
+    def stop(self) -> None:
+        """Disarm it."""
+        if self._armed:
+            self._set_timer(0)
+            self._armed = False
+            self._arm_again = self._at_once
+
+    def _arm(self, now: float) -> None:
+        if self._seconds is not None:
+            self._set_timer(self._seconds)
+            self._armed = True
+            self._arm_again = now + _AGAIN

@@ -1,0 +1,183 @@
+"""What the loop does with what helpers say: a broker in the process of the test, with real helpers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fdbroker.broker.open_helpers import OpenHelpers
+from fdbroker.kernel import sockets
+from fdbroker.wire.client import OpenReply, decode_reply, encode_hello, encode_open, encode_stat
+from fdbroker.wire.format import MAX_FRAME, Reason, Status
+from fdbroker.wire.stream import FrameBuffer, framed
+from tests.broker.conftest import fill, no_descriptor_left
+from tests.broker.stepping import SteppedBroker
+from tests.running_broker import policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+class Helped(SteppedBroker):
+    """A stepped broker whose tree is served by helpers; not confined."""
+
+    def __init__(self, tree: Path, audit: Path) -> None:
+        root = {"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "helpers"}
+        super().__init__(tree, policy(tree, roots=[root]), audit=audit)
+        self.helpers = OpenHelpers.start(self.roots, None, self.audit.event)
+        self.broker.use_helpers(self.helpers)
+
+    def serve(self) -> None:
+        """Serve until nothing is under way."""
+        super().serve()
+        while self.helpers.next_deadline() is not None:
+            self.broker.step(0.5)
+        super().serve()
+
+    def serve_until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            self.broker.step(0.5)
+
+
+@pytest.fixture
+def helped(tmp_path: Path) -> Iterator[Helped]:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    fill(tree)
+    with no_descriptor_left(), Helped(tree, tmp_path / "audit") as broker:
+        yield broker
+
+
+class Stream:
+    """A client on a stream that is served by the steps of the test."""
+
+    def __init__(self, broker: Helped) -> None:
+        ours, self.sock = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._buffer = FrameBuffer()
+        broker.broker.adopt(ours, "stream")
+        self.sock.send(framed(encode_hello(1)))
+        broker.serve()
+        self.receive()
+
+    def receive(self) -> tuple[bytes, list[bytes]]:
+        """Return the next frame and what the descriptors give that came with it."""
+        contents = []
+        while (frame := self._buffer.next_frame()) is None:
+            received = sockets.receive(self.sock, MAX_FRAME)
+            assert received.data
+            self._buffer.add(received.data)
+            with received.descriptors as descriptors:
+                contents += [os.pread(number, 100, 0) for number in descriptors.numbers()]
+        return frame, contents
+
+
+def test_a_reply_on_a_stream_comes_whole_with_its_descriptors(helped: Helped) -> None:
+    stream = Stream(helped)
+    with stream.sock:
+        path, inner = bytes(helped.tree / "file"), bytes(helped.tree / "directory" / "inner")
+        # All at once: they are answered one after the other, and nothing comes in between.
+        for number in range(3):
+            stream.sock.send(framed(encode_open(20 + number, [path, b"/nowhere", inner])))
+        helped.serve()
+        for number in range(3):
+            frame, contents = stream.receive()
+            reply = decode_reply(frame)
+            assert isinstance(reply, OpenReply)
+            assert reply.id == 20 + number
+            assert [result.status for result in reply.results] == [
+                Status.GIVEN,
+                Status.REFUSED,
+                Status.GIVEN,
+            ]
+            assert contents == [b"content", b"inner"]
+
+
+def test_a_stream_that_does_not_receive_is_hung_up_in_time(helped: Helped) -> None:
+    stream = Stream(helped)
+    with stream.sock:
+        path = bytes(helped.tree / "file")
+        began = time.monotonic()
+        for number in range(2000):
+            stream.sock.settimeout(0)
+            with contextlib.suppress(BlockingIOError):
+                stream.sock.send(framed(encode_open(number, [path] * 50)))
+            helped.broker.step(0)
+            if not helped.connections or "undelivered" in helped.events():
+                break
+        helped.serve()
+        assert time.monotonic() - began < 20
+
+
+def test_what_is_given_is_under_way_until_it_is_received(helped: Helped) -> None:
+    speaker = helped.join()
+    path = bytes(helped.tree / "file")
+    speaker.send(encode_open(7, [path] * 5))
+    assert helped.in_flight == 5
+    answer = speaker.receive()
+    assert answer is not None
+    answer.descriptors.close()
+    assert speaker.status()["in_flight"] == 0
+
+
+def test_replies_are_recorded_before_they_are_sent_or_give_nothing(helped: Helped) -> None:
+    speaker = helped.join()
+    path = bytes(helped.tree / "file")
+    assert helped.audit_descriptor is not None
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writing, bytes(4096))
+    os.dup2(writing, helped.audit_descriptor)
+    [opened] = speaker.open(path)
+    assert opened.reason == "audit"
+    [(result, facts)] = speaker.stat(path).results
+    assert (result.reason, facts) == (Reason.AUDIT, None)
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_client_that_leaves_before_the_answer_gets_nothing_and_leaves_nothing(helped: Helped) -> None:
+    for _ in range(5):
+        speaker = helped.join()
+        speaker.sock.send(encode_open(7, [bytes(helped.tree / "file")] * 20))
+        helped.broker.step(0)
+        speaker.sock.close()
+    helped.serve()
+    assert helped.connections == 0
+    assert helped.in_flight == 0
+
+
+def test_many_requests_of_one_client_are_answered_each(helped: Helped) -> None:
+    speaker = helped.join()
+    for number in range(30):
+        speaker.sock.send(encode_stat(number, [bytes(helped.tree / "file")]))
+    seen: set[int] = set()
+    poll = select.poll()
+    poll.register(speaker.sock, select.POLLIN)
+    while len(seen) < 30:
+        helped.broker.step(0.2)
+        while poll.poll(0):
+            answer = speaker.receive()
+            assert answer is not None
+            seen.add(answer.reply.id)
+
+
+def test_fifos_links_and_directories_are_looked_at_and_never_opened(helped: Helped) -> None:
+    speaker = helped.join()
+    names = ("fifo", "link", "directory", "missing", "empty")
+    answers = speaker.open(*(bytes(helped.tree / name) for name in names))
+    assert [answer.reason for answer in answers] == [
+        "not_regular",
+        "symlink",
+        "not_regular",
+        "not_found",
+        "ok",
+    ]
