@@ -10,7 +10,7 @@ import socket
 import traceback
 from typing import TYPE_CHECKING, Any
 
-from fdbroker.kernel import process
+from fdbroker.kernel import children
 from tests.processes import ChildError, become
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _obey(descriptor: int, uid: int | None, groups: tuple[int, ...]) -> None:
     os.dup2(descriptor, 3)
     os.closerange(4, 65536)
     commands = socket.socket(fileno=3)
-    process.set_parent_death_signal(signal.SIGKILL)
+    children.set_parent_death_signal(signal.SIGKILL)
     if uid is not None:
         become(uid, groups=groups)
     memory: dict[str, Any] = {}

@@ -135,7 +135,7 @@ def test_broker_as_root_is_not_started(reachable: Path, served: Path, user: str)
         ({"rules": [rule("x", paths=["/abs"])]}, "rules[0].paths[0]: the glob starts with '/'"),
         ({"version": 2}, "policy.version is not 1"),
         ({"surprise": 1}, "unknown keys: surprise"),
-        ({"limits": {}}, "limits has missing or unknown keys"),
+        ({"limits": {"connections": 1}}, "limits has missing or unknown keys"),
     ],
 )
 def test_compiled_policy_that_is_none_stops_the_start_and_names_the_place(
