@@ -527,6 +527,7 @@ def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, prob
         (SMALLEST + "listeners: {clamd: {service: {user: clamva}}}", "4:37: listeners: clamd: service: user: there is no user 'clamva' on this system; did you mean 'clamav'?"),
         (SMALLEST + "listeners: {Clamd: {service: {user: clamav}}}", "4:13: listeners: name of a service 'Clamd' is not allowed; use a-z, 0-9, '_' and '-', beginning with a letter or digit, and no word of systemd's"),
         (SMALLEST + "listeners: {connection: {service: {user: clamav}}}", "4:13: listeners: name of a service 'connection' is not allowed: it is what systemd calls a socket without a name; use a-z, 0-9, '_' and '-', beginning with a letter or digit, and no word of systemd's"),
+        (SMALLEST + f"listeners: {{{'x' * 65}: {{service: {{user: clamav}}}}}}", f"4:13: listeners: name of a service '{'x' * 65}' is not allowed: it is longer than 64 bytes; use a-z, 0-9, '_' and '-', beginning with a letter or digit, and no word of systemd's"),
         (SMALLEST + "listeners: {stream: {service: {user: clamav}}}", "4:22: listeners: stream: its clients are the broker's own, so no service takes them; remove 'service', or give the service's listener a name of its own"),
         (SMALLEST + "listeners: {x: {service: {user: app}}, y: {service: {user: app}, path: /run/fdbroker/x}}", "4:12: listeners: x and y have the path '/run/fdbroker/x'; give each a path of its own"),
         (SMALLEST + "listeners: {contrl: {}}", "4:13: listeners: unknown key 'contrl'; did you mean 'control'?"),

@@ -24,6 +24,7 @@ from fdbroker.config.reader import Reader
 from fdbroker.config.scalars import ScalarError, parse_mode, parse_path
 from fdbroker.config.schema import NAME_PATTERN, Listener, ServiceListener
 from fdbroker.config.yaml_tree import Entry, Mapping, Node, Text
+from fdbroker.wire.format import MAX_LISTENER_NAME
 
 _NAME = re.compile(NAME_PATTERN)
 _ALWAYS_MADE = frozenset({"seqpacket", "control"})
@@ -98,8 +99,9 @@ class DaemonReader:
             reason = f"listeners: unknown key {quoted(name)}"
             self._reader.add(entry.key.mark, reason, f"did you mean {quoted(meant)}?")
             return False
-        if not _NAME.fullmatch(name) or name in NAMES_OF_SYSTEMD:
+        if not _NAME.fullmatch(name) or name in NAMES_OF_SYSTEMD or len(name) > MAX_LISTENER_NAME:
             why = ": it is what systemd calls a socket without a name" if name in NAMES_OF_SYSTEMD else ""
+            why = f": it is longer than {MAX_LISTENER_NAME} bytes" if len(name) > MAX_LISTENER_NAME else why
             cure = "use a-z, 0-9, '_' and '-', beginning with a letter or digit, and no word of systemd's"
             self._reader.add(
                 entry.key.mark, f"listeners: name of a service {quoted(name)} is not allowed{why}", cure
