@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.broker.opening import Opener
+from fdbroker.broker.walking import Walk
 from fdbroker.broker.watchdog import STUCK_SECONDS, Watchdog
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.wire.client import encode_open
 from fdbroker.wire.format import MAX_PATHS
+from fdbroker.wire.messages import WalkFilter, WalkRequest
 from tests.broker.speaking import Speaker
 from tests.broker.stepping import SteppedBroker
 from tests.hanging.fanotify import held_opens
@@ -181,3 +183,31 @@ def test_a_long_request_tells_the_watchdog_that_it_goes_on(tmp_path: Path) -> No
         opener.stat(asker, path)
         assert len(pings) == 5
         speaker.close()
+
+
+def test_a_long_walk_tells_the_watchdog_that_it_goes_on(tmp_path: Path) -> None:
+    for number in range(600):
+        (tmp_path / f"{number}.txt").write_bytes(b"content")
+    pings: list[int] = []
+    with SteppedBroker(tmp_path) as broker:
+        broker.join()
+        connection = next(iter(broker.broker._connections.values()))
+        asker = broker.broker._dispatch.own_asker(connection)
+        request = WalkRequest(
+            5, bytes(tmp_path), b"", WalkFilter(), descriptors=True, credit=1, most=MAX_PATHS
+        )
+
+        def ping() -> None:
+            pings.append(1)
+
+        walk = Walk(request, broker.roots, asker.view, asker.uid, broker.proc_self_fd, ping)
+        given = 0
+        while True:
+            before = len(pings)
+            batch = walk.step(MAX_PATHS)
+            given += len(batch.descriptors)
+            close_all(batch.descriptors)
+            assert (len(pings) - before) * 64 >= len(batch.entries)
+            if batch.end is not None:
+                break
+    assert given == 600
