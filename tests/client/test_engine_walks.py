@@ -200,7 +200,7 @@ def test_an_abandoned_walk_is_cancelled_once_and_what_comes_is_closed() -> None:
     engine.abandon(FIRST)
     engine.abandon(FIRST)
     assert [decode_request(frame) for frame in engine.afterthoughts()] == [CancelRequest(FIRST)]
-    assert engine.afterthoughts() == []
+    assert not engine.afterthoughts()
     assert engine.more(FIRST, 1) is None
     for frame in (walk_frame(2, 2), walk_frame(1, 1, (3, 3))):
         owned = some_descriptors(2 if frame == walk_frame(2, 2) else 1)
@@ -214,7 +214,7 @@ def test_a_walk_that_ended_before_it_was_abandoned_is_not_cancelled() -> None:
     engine = asked(WalkTree(b"/d", WalkFilter()))
     engine.abandon(FIRST)
     engine.receive(walk_frame(0, 0, (0, 0)), no_descriptors())
-    assert engine.afterthoughts() == []
+    assert not engine.afterthoughts()
 
 
 @pytest.mark.parametrize(
@@ -365,7 +365,7 @@ def test_after_the_end_there_are_no_afterthoughts() -> None:
     engine = serving()
     engine.release_later(5)
     engine.close()
-    assert engine.afterthoughts() == []
+    assert not engine.afterthoughts()
 
 
 @pytest.mark.parametrize("descriptors", [0, 2])

@@ -61,7 +61,7 @@ from fdbroker.wire.format import (
 from fdbroker.wire.messages import GIVEN, ErrorReply, MalformedError, WalkFilter, Welcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import NoReturn
 
     from fdbroker.kernel.descriptors import Descriptors
@@ -364,11 +364,13 @@ class Engine:
         """Have `afterthoughts` release a client. May be called as `abandon`."""
         self._to_release.append(client)
 
-    def afterthoughts(self) -> list[bytes]:
+    def afterthoughts(self) -> Sequence[bytes]:
         """Return frames that are to be sent, of walks and clients that nobody wants any more.
 
         Mostly none; to be asked whenever something is sent or was received.
         """
+        if not self._to_cancel and not self._to_release:
+            return ()
         frames: list[bytes] = []
         if self._state is not State.READY:
             return frames

@@ -168,16 +168,17 @@ class Link:
             UnavailableError: the socket can't be used.
 
         """
-        for frame in self._engine.afterthoughts():
-            self._queue(frame)
+        for afterthought in self._engine.afterthoughts():
+            self._queue(afterthought)
         unsent = self._unsent
         while unsent:
+            frame = unsent[0]
             try:
-                if self._frames is None:
-                    sockets.send(self._sock, unsent[0], wait=False)  # type: ignore[arg-type]
-                    sent = len(unsent[0])
-                else:
-                    sent = self._sock.send(unsent[0], _SEND_AT_ONCE)
+                if self._frames is None and isinstance(frame, bytes):
+                    sockets.send(self._sock, frame, wait=False)
+                    unsent.popleft()
+                    continue
+                sent = self._sock.send(frame, _SEND_AT_ONCE)
             except BlockingIOError:
                 return False
             except OSError as error:
@@ -185,8 +186,8 @@ class Link:
                     raise ConnectionLost(str(error)) from error
                 # Not as it is: a PermissionError of a socket must not be taken for one of a file.
                 raise unavailable(None, error) from error
-            if sent < len(unsent[0]):
-                unsent[0] = memoryview(unsent[0])[sent:]
+            if sent < len(frame):
+                unsent[0] = memoryview(frame)[sent:]
             else:
                 unsent.popleft()
         return True

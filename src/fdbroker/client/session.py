@@ -256,7 +256,8 @@ class Session:
                         self._count_loss(call, "the connection was given up meanwhile")
                     if call.bound is not None and call.bound is not connection:
                         raise disconnected("the connection has ended on which this was handed over")
-                    connection = self._connected(deadline)
+                    if connection is None:
+                        connection = self._connected(deadline)
                     call.renew()
                     connection.send(call, deadline)
             except ConnectionLost as lost:
