@@ -113,3 +113,8 @@ def test_who_is_denied_is_told_the_command_that_works_for_him(
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     assert broker.see_why(b"/a b", socket_path, action) == said
+
+
+def test_an_obstacle_that_is_a_question_is_one_sentence_and_its_cure_another() -> None:
+    assert str(broker.Obstacle("is it stuck?", "Look.")) == "is it stuck? Look."
+    assert str(broker.Obstacle("it is stuck", "Look.")) == "it is stuck. Look."

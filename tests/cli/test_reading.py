@@ -257,10 +257,9 @@ def test_socket_that_nobody_listens_on_is_told(tmp_path: Path) -> None:
 
 
 def test_socket_of_another_kind_is_told(tmp_path: Path) -> None:
-    where = str(tmp_path / "stream")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(where)
-        listener.listen()
+    where = str(tmp_path / "datagrams")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(where)
         result = run_here("cat", "--socket", where, "/x")
     assert result.returncode == 2
     assert "another type" in result.stderr

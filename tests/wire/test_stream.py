@@ -28,6 +28,23 @@ def taken(buffer: FrameBuffer) -> list[bytes]:
     return found
 
 
+@given(st.lists(st.integers(0, MAX_FRAME + 2) | st.integers(8, 16)), st.data())
+def test_there_is_a_frame_if_it_can_be_taken_or_is_malformed(lengths: list[int], data: st.DataObject) -> None:
+    stream = b"".join(LENGTH.pack(length) + bytes(length) for length in lengths[:3])
+    buffer = FrameBuffer()
+    buffer.add(stream[: data.draw(st.integers(0, len(stream)))])
+    while True:
+        expected = buffer.has_frame
+        try:
+            frame = buffer.next_frame()
+        except MalformedError:
+            assert expected
+            return
+        assert expected is (frame is not None)
+        if frame is None:
+            return
+
+
 @given(frames, st.data())
 def test_any_split_of_any_sequence_of_frames_gives_the_same_frames(
     sent: list[bytes], data: st.DataObject

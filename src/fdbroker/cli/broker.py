@@ -215,7 +215,7 @@ class Obstacle(NamedTuple):
 
     def __str__(self) -> str:
         """Return both as sentences."""
-        return f"{self.found}. {self.cure}"
+        return f"{self.found}{'' if self.found.endswith('?') else '.'} {self.cure}"
 
 
 def obstacle(socket_path: str, error: client.BrokerError, option: str = "--socket") -> Obstacle:

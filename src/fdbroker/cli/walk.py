@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _LETTERS = {"f": WalkKind.REGULAR, "d": WalkKind.DIRECTORY, "l": WalkKind.SYMLINK, "o": WalkKind.OTHER}
 _SECOND = 1_000_000_000  # nanoseconds
+_READ_SIZE = 1 << 16  # bytes
 # What the end of a walk says is missing: as JSON, and for people.
 MISSING = {
     Incomplete.REFUSED: ("refused", "the policy does not let you see or enter something"),
@@ -298,7 +299,7 @@ class _Walk:
     def _hash(self, entry: WalkedFile) -> str | None:
         if entry.is_open:
             try:
-                return hashlib.file_digest(entry.file, "sha256").hexdigest()
+                return _sha256(entry.descriptor)
             except OSError as error:
                 why = printable(error.strerror or str(error))
         else:
@@ -306,6 +307,14 @@ class _Walk:
         complain_printable(f"{printable(os.fsencode(entry.path))}: can't be read: {why}")
         self._status = _EXIT_NOT_GIVEN
         return None
+
+
+def _sha256(descriptor: int) -> str:
+    """Return the sum of a file. Without a file object and its buffer, which cost as much as a small file."""
+    digest = hashlib.sha256()
+    while data := os.read(descriptor, _READ_SIZE):
+        digest.update(data)
+    return digest.hexdigest()
 
 
 def _json_line(entry: WalkedFile, digest: str | None) -> None:
