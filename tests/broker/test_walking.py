@@ -453,8 +453,8 @@ def test_a_root_within_a_root_is_walked_by_its_own_rules(tmp_path: Path) -> None
     (tmp_path / "inner" / "file").write_bytes(b"inner")
     (tmp_path / "file").write_bytes(b"outer")
     roots = [
-        {"name": "tree", "path": str(tmp_path), "cross_mounts": False},
-        {"name": "inner", "path": str(tmp_path / "inner"), "cross_mounts": False},
+        {"name": "tree", "path": str(tmp_path), "cross_mounts": False, "opens": "loop"},
+        {"name": "inner", "path": str(tmp_path / "inner"), "cross_mounts": False, "opens": "loop"},
     ]
     with ground(tmp_path, rule("outer"), roots=roots) as here:
         found = here.find(ALL)
@@ -478,7 +478,7 @@ def test_another_mount_is_not_entered_and_the_end_says_so(tree: Path) -> None:
 
 
 def crossing(tree: Path) -> dict[str, Any]:
-    return {"roots": [{"name": "tree", "path": str(tree), "cross_mounts": True}]}
+    return {"roots": [{"name": "tree", "path": str(tree), "cross_mounts": True, "opens": "loop"}]}
 
 
 @pytest.mark.root
