@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_LARGEST = 1 << 20
-
 
 def main(arguments: list[str]) -> int:
     """Walk and hash; return the exit status."""
@@ -59,7 +57,8 @@ def _hash_all(broker: socket.socket, start: bytes, write: Callable[[bytes], obje
         for _, _, data in ancillary:
             descriptors.frombytes(data)
         for entry, descriptor in zip(reply.entries, descriptors, strict=True):
-            digest = hashlib.sha256(os.read(descriptor, _LARGEST)).hexdigest()
+            # As much as there is: room for more is made and given back each time.
+            digest = hashlib.sha256(os.read(descriptor, entry.stat.size)).hexdigest()
             os.close(descriptor)
             write(b"%s  %s/%s\n" % (digest.encode(), start, entry.path))
         came += len(descriptors)

@@ -180,3 +180,53 @@ def test_tree_that_never_rests_is_given_up(
         files.open_regular_beneath(directory, b"file", proc)
     assert caught.value.errno == errno.EAGAIN
     assert calls < 20
+
+
+def test_files_that_are_opened_in_a_row_come_with_what_they_are_and_each_with_its_own_failure(
+    directory: int, proc: int, tmp_path: Path
+) -> None:
+    (tmp_path / "small").write_bytes(b"1")
+    (tmp_path / "large").write_bytes(b"12345")
+    (tmp_path / "sub").mkdir()
+    before = count_open()
+    names = [b"small", b"missing", b"large", b"sub", b"nul\0"]
+    opened, found = files.open_regular_entries(directory, names, proc, 0, 4, -1)
+    try:
+        assert [descriptor >= 0 for descriptor in opened] == [True, False, False, False, False]
+        assert os.read(opened[0], 10) == b"1"
+        assert os.get_blocking(opened[0])
+        numbers = [result.errno if isinstance(result, OSError) else None for result in found]
+        assert numbers == [None, errno.ENOENT, None, None, errno.EINVAL]
+        facts = (tmp_path / "large").stat()
+        assert found[2] == (
+            facts.st_dev,
+            facts.st_ino,
+            facts.st_mode,
+            facts.st_nlink,
+            facts.st_uid,
+            facts.st_gid,
+            facts.st_size,
+            facts.st_mtime_ns,
+            facts.st_ctime_ns,
+        )
+        assert count_open() == before + 1
+    finally:
+        os.close(opened[0])
+
+
+def test_a_chunk_of_a_directory_is_parsed_in_parts_as_it_is_at_once(tmp_path: Path) -> None:
+    for number in range(50):
+        (tmp_path / f"{number:02}{'x' * number}").touch()
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        chunk = files.read_directory_chunk(descriptor)
+        assert files.read_directory_chunk(descriptor) == b""
+    finally:
+        os.close(descriptor)
+    whole, end = files.parse_directory_chunk(chunk, 0, len(chunk))
+    parts, at = [], 0
+    while at < len(chunk):
+        entries, at = files.parse_directory_chunk(chunk, at, 100)
+        parts += entries
+    assert (parts, at) == (whole, end)
+    assert sorted(os.fsdecode(name) for name, _, _ in whole) == sorted(os.listdir(tmp_path))
