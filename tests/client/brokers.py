@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fdbroker.client import Client
 from fdbroker.kernel import sockets
 from fdbroker.wire.format import MAX_FRAME
-from fdbroker.wire.messages import GIVEN, Hello, Welcome
+from fdbroker.wire.messages import GIVEN, Hello, OpenRequest, Welcome
 from fdbroker.wire.replies import encode_open_reply, encode_welcome
 from fdbroker.wire.requests import decode_request
 
@@ -110,3 +110,33 @@ class ThreadedBroker:
                 except BaseException as error:  # noqa: BLE001 - raised in the test
                     self._failures.append(error)
                 self._open.remove(sock)
+
+
+def answer_one(sock: socket.socket) -> None:
+    """Greet and answer one open; then go."""
+    hello = hear(sock)
+    assert isinstance(hello, Hello)
+    say(sock, welcome(hello.id))
+    request = hear(sock)
+    assert isinstance(request, OpenRequest)
+    say(sock, given(request.id, [GIVEN] * len(request.paths)), len(request.paths))
+
+
+def answer_all(sock: socket.socket) -> None:
+    hello = hear(sock)
+    assert isinstance(hello, Hello)
+    say(sock, welcome(hello.id, max_paths=4))
+    while request := hear(sock):
+        assert isinstance(request, OpenRequest)
+        say(sock, given(request.id, [GIVEN] * len(request.paths)), len(request.paths))
+
+
+def die_with_the_request(sock: socket.socket) -> None:
+    hello = hear(sock)
+    assert isinstance(hello, Hello)
+    say(sock, welcome(hello.id))
+    hear(sock)
+
+
+def die_at_once(_sock: socket.socket) -> None:
+    return

@@ -48,6 +48,17 @@ from fdbroker.wire.messages import (
 from fdbroker.wire.replies import encode_welcome
 from fdbroker.wire.stream import framed
 from tests.client import facade
+from tests.client.brokers import (
+    ThreadedBroker,
+    answer_all,
+    answer_one,
+    die_at_once,
+    die_with_the_request,
+    given,
+    hear,
+    say,
+    welcome,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -778,3 +789,134 @@ def test_the_hello_tells_who_sends_it_to_a_broker_that_begins_afterwards(kind: K
         ours.send(framed(welcome) if kind.socket == socket.SOCK_STREAM else welcome)
         with greeting.result(timeout=60):
             assert not same.getsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED)
+
+
+# Brokers that go away, or come back as others
+
+
+@pytest.fixture(params=[name for name in KINDS if name.endswith("seqpacket")])
+def connecting(request: pytest.FixtureRequest) -> Callable[..., Whatever]:
+    """Give what connects either client to a hand-made broker, which talks on SOCK_SEQPACKET alone."""
+    return KINDS[request.param].connect
+
+
+def test_a_request_is_repeated_on_a_new_connection(
+    connecting: Callable[..., Whatever], tmp_path: Path
+) -> None:
+    path = tmp_path / "broker"
+    with (
+        ThreadedBroker(str(path), die_with_the_request, die_at_once, answer_all) as broker,
+        connecting(path) as client,
+    ):
+        os.close(client.open_descriptor("/a"))
+        assert broker.connections == 3
+        assert client.welcome.max_paths == 4
+
+
+def test_a_request_that_kills_the_broker_is_not_repeated_for_ever(
+    connecting: Callable[..., Whatever], tmp_path: Path
+) -> None:
+    path = tmp_path / "broker"
+    with ThreadedBroker(str(path), die_with_the_request) as broker, connecting(path) as client:
+        with pytest.raises(DisconnectedError, match="4 connections"):
+            client.open("/a")
+        assert broker.connections == 4
+
+
+def test_a_batch_under_way_is_repeated(connecting: Callable[..., Whatever], tmp_path: Path) -> None:
+    path = tmp_path / "broker"
+    with (
+        ThreadedBroker(str(path), answer_one, answer_one, answer_all) as broker,
+        connecting(path) as client,
+        client.open_many([f"/{number}" for number in range(8)], batch=2) as many_results,
+    ):
+        for number, result in enumerate(many_results):
+            with result:
+                assert (result.path, result.error) == (f"/{number}", None)
+        assert broker.connections == 3
+
+
+def test_a_batch_that_a_restarted_broker_has_no_room_for_is_an_error(
+    connecting: Callable[..., Whatever], tmp_path: Path
+) -> None:
+    path = tmp_path / "broker"
+    with (
+        ThreadedBroker(str(path), die_with_the_request, answer_all),
+        connecting(path) as client,
+        client.open_many(["/a"] * 5) as results,
+        pytest.raises(DisconnectedError, match="5 paths"),
+    ):
+        next(results)
+
+
+def test_a_broker_that_closes_before_its_welcome_is_a_reset(
+    connecting: Callable[..., Whatever], tmp_path: Path
+) -> None:
+    path = tmp_path / "broker"
+    with (
+        ThreadedBroker(str(path), die_at_once),
+        pytest.raises(DisconnectedError, match="before its welcome"),
+    ):
+        connecting(path)
+
+
+def test_a_client_is_usable_after_a_timeout(connecting: Callable[..., Whatever], tmp_path: Path) -> None:
+    path = tmp_path / "broker"
+
+    def say_nothing(sock: socket.socket) -> None:
+        hello = hear(sock)
+        assert hello is not None
+        say(sock, welcome(hello.id))
+        while hear(sock) is not None:
+            pass  # until the client gives up
+
+    with (
+        ThreadedBroker(str(path), say_nothing, answer_all) as broker,
+        connecting(path, timeout=0.3) as client,
+    ):
+        with pytest.raises(BrokerTimeoutError):
+            client.open("/a")
+        os.close(client.open_descriptor("/a"))
+        assert broker.connections == 2
+
+
+def test_a_broker_that_comes_back_and_says_nothing_is_a_timeout(
+    connecting: Callable[..., Whatever], tmp_path: Path
+) -> None:
+    path = tmp_path / "broker"
+
+    def hear_and_say_nothing(sock: socket.socket) -> None:
+        while hear(sock) is not None:
+            pass
+
+    with (
+        ThreadedBroker(str(path), answer_one, hear_and_say_nothing),
+        connecting(path, timeout=0.2) as client,
+    ):
+        os.close(client.open_descriptor("/a"))
+        with pytest.raises(BrokerTimeoutError):
+            client.open("/a")
+
+
+def test_a_protocol_error_ends_the_connection_and_the_next_request_opens_another(
+    connecting: Callable[..., Whatever], tmp_path: Path
+) -> None:
+    path = tmp_path / "broker"
+
+    def answer_wrongly(sock: socket.socket) -> None:
+        hello = hear(sock)
+        assert hello is not None
+        say(sock, welcome(hello.id))
+        request = hear(sock)
+        assert request is not None
+        say(sock, given(request.id), 3)
+        assert hear(sock) is None
+
+    with (
+        ThreadedBroker(str(path), answer_wrongly, answer_all) as broker,
+        connecting(path) as client,
+    ):
+        with pytest.raises(ProtocolError):
+            client.open("/a")
+        os.close(client.open_descriptor("/a"))
+        assert broker.connections == 2

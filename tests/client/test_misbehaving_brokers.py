@@ -40,7 +40,11 @@ from tests.client.brokers import (
     SECOND,
     THIRD,
     ThreadedBroker,
+    answer_all,
+    answer_one,
     broker_saying,
+    die_at_once,
+    die_with_the_request,
     given,
     hear,
     say,
@@ -415,36 +419,6 @@ def test_a_broker_that_never_accepts_is_a_timeout(tmp_path: Path) -> None:
         with pytest.raises(BrokerTimeoutError, match="did not accept") as caught:
             connect(path, timeout=0.02)
         assert caught.value.filename == os.fsencode(path)
-
-
-def answer_one(sock: socket.socket) -> None:
-    """Greet and answer one open; then go."""
-    hello = hear(sock)
-    assert isinstance(hello, Hello)
-    say(sock, welcome(hello.id))
-    request = hear(sock)
-    assert isinstance(request, OpenRequest)
-    say(sock, given(request.id, [GIVEN] * len(request.paths)), len(request.paths))
-
-
-def answer_all(sock: socket.socket) -> None:
-    hello = hear(sock)
-    assert isinstance(hello, Hello)
-    say(sock, welcome(hello.id, max_paths=4))
-    while request := hear(sock):
-        assert isinstance(request, OpenRequest)
-        say(sock, given(request.id, [GIVEN] * len(request.paths)), len(request.paths))
-
-
-def die_with_the_request(sock: socket.socket) -> None:
-    hello = hear(sock)
-    assert isinstance(hello, Hello)
-    say(sock, welcome(hello.id))
-    hear(sock)
-
-
-def die_at_once(_sock: socket.socket) -> None:
-    return
 
 
 def test_a_request_is_repeated_on_a_new_connection(tmp_path: Path) -> None:
