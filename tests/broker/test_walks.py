@@ -13,7 +13,7 @@ import pytest
 from fdbroker.broker.identity import probe_level
 from fdbroker.kernel import sockets
 from fdbroker.wire.client import encode_cancel, encode_more, encode_open, encode_walk
-from fdbroker.wire.format import Incomplete, Kind, WalkKind
+from fdbroker.wire.format import MAX_PATHS, Incomplete, Kind, WalkKind
 from fdbroker.wire.messages import WalkFilter
 from tests.broker.conftest import no_descriptor_left
 from tests.broker.puppets import Puppet
@@ -509,35 +509,35 @@ def test_walk_without_credit_does_not_keep_the_policy_of_before(walked: SteppedB
 @pytest.mark.parametrize("level", LEVELS)
 def test_walker_that_changes_its_ids_in_the_middle_gets_no_more(reachable: Path, level: int) -> None:
     """Each frame is decided for who the client is then, as far as the kernel tells."""
-    tree = make_tree(reachable / "tree", FILES, BATCH)
-    # A frame more has its place when the one before was read.
+    tree = make_tree(reachable / "tree", 3 * MAX_PATHS, 3 * MAX_PATHS)
+    # A full frame more has its place when the one before was read.
     compiled = policy(tree, limits={"connections_per_uid": 64, "in_flight_per_connection": 253})
     with SteppedBroker(tree, compiled, audit=reachable / "audit", level=level) as broker:
         path = broker.listen(reachable)
         with Puppet(broker.serve) as walker:
-            walker.do(begin_walk, path, bytes(tree), 100)
+            walker.do(begin_walk, path, bytes(tree), 100, MAX_PATHS)
             walker.do(change_ids, CLIENT_UID)
             first = walker.do(next_frame)
             second = walker.do(next_frame)
             if level >= 2:
                 walker.do(ask_for_more)
                 broker.serve()
-    assert (first.reason, len(first.entries), first.end) == ("ok", BATCH, None)
+    assert (first.reason, len(first.entries), first.end) == ("ok", MAX_PATHS, None)
     if level >= 2:
         assert (second.reason, second.entries) == ("identity", [])
-        assert second.end[:2] == (BATCH, BATCH)
+        assert second.end[:2] == (MAX_PATHS, MAX_PATHS)
         assert second.end.incomplete == Incomplete.REFUSED
         assert broker.reasons()[-1] == "identity_changed_since_connect"
-        assert ended(broker)[-1]["entries"] == BATCH
+        assert ended(broker)[-1]["entries"] == MAX_PATHS
         [refused] = [record for record in broker.records() if record["event"] == "more_refused"]
         assert (refused["request"], refused["reason"]) == (20, "sent_with_other_ids")
     else:
         assert second.reason == "ok"  # that ids of now are not those of connect, level 2 alone can tell
 
 
-def begin_walk(memory: dict[str, Any], path: Path, start: bytes, credit: int) -> None:
+def begin_walk(memory: dict[str, Any], path: Path, start: bytes, credit: int, most: int = 0) -> None:
     memory["speaker"] = Speaker.connect(path)
-    memory["speaker"].begin_walk(start, credit=credit)
+    memory["speaker"].begin_walk(start, credit=credit, most=most)
     select.select([memory["speaker"].sock], [], [])
 
 

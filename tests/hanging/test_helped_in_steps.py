@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fdbroker.broker.helped import Helped as HelpedRequests
 from fdbroker.broker.open_helpers import OpenHelpers
 from fdbroker.kernel import sockets
 from fdbroker.wire.client import OpenReply, decode_reply, encode_hello, encode_open, encode_stat
@@ -32,7 +33,7 @@ class Helped(SteppedBroker):
         root = {"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "helpers"}
         super().__init__(tree, policy(tree, roots=[root]), audit=audit)
         self.helpers = OpenHelpers.start(self.roots, None, self.audit.event)
-        self.broker.use_helpers(self.helpers)
+        self.broker.use_helpers(self.helpers, HelpedRequests)
 
     def serve(self) -> None:
         """Serve until nothing is under way."""

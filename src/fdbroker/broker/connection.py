@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,7 @@ class Client:
         "peer",
         "record",
         "sock",
+        "under_way",
         "unsent",
     )
 
@@ -70,6 +72,8 @@ class Client:
         self.flight = flight
         # Descriptors sent and, for all the kernel has told us, not yet received.
         self.in_flight = 0
+        # The same, message by message, the oldest first: the least that the kernel counts for it, how many.
+        self.under_way: deque[tuple[int, int]] = deque()
         # Replies for which there was no room, the oldest first.
         self.unsent: list[Unsent] = []
         # The part of the policy that is about this client, and the generation it was made of.

@@ -94,7 +94,7 @@ class Datagrams:
             self._audit.event("undelivered", f"{record},{members}")
         else:
             if descriptors:
-                self._flight.add(client, len(descriptors))
+                self._flight.add(client, len(descriptors), len(frame))
         finally:
             close_all(descriptors)
 

@@ -52,6 +52,15 @@ Answer = tuple[bytes, list[int]]  # a frame, and the descriptors that go with it
 Table = dict[type[Request], "Callable[[Any, Request, str | None], Answer | None]"]
 
 
+class Loop(NamedTuple):
+    """What the loop does for a request that is answered later."""
+
+    send: Callable[[Connection, bytes, list[int], int], None]
+    read_on: Callable[[Connection], None]
+    hang_up: Callable[[Connection], None]
+    fail: Callable[[Connection, int, Exception], None]
+
+
 class Asker(NamedTuple):
     """For whom a request is decided: what the policy says about them, and how the audit names them.
 

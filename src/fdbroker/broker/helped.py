@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.connection import State
@@ -24,23 +24,14 @@ from fdbroker.wire.replies import encode_open_reply, encode_stat_reply
 from fdbroker.wire.stream import framed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from fdbroker.broker.audit import Audit
     from fdbroker.broker.connection import Connection
-    from fdbroker.broker.dispatch import Asker, Dispatch
+    from fdbroker.broker.dispatch import Asker, Dispatch, Loop
     from fdbroker.broker.helper_pool import Delivery, JobAnswer, Report
     from fdbroker.broker.open_helpers import OpenHelpers
     from fdbroker.wire.messages import StatRequest
-
-
-class Loop(NamedTuple):
-    """What the loop does for a request that was answered later."""
-
-    send: Callable[[Connection, bytes, list[int], int], None]
-    read_on: Callable[[Connection], None]
-    hang_up: Callable[[Connection], None]
-    fail: Callable[[Connection, int, Exception], None]
 
 
 class Helped:
@@ -188,7 +179,7 @@ class Helped:
     def _delivered(self, connection: Connection, request_id: int, count: int, delivery: Delivery) -> None:
         """Count what is under way, or take it back in the audit."""
         if not delivery.errno:
-            connection.flight.add(connection, count)
+            connection.flight.add(connection, count, delivery.sent or 0)
         else:
             members = member_text(request=request_id, errno=delivery.errno)
             self._audit.event("undelivered", f"{connection.record},{members}")

@@ -4,7 +4,10 @@ The kernel bounds them per *sending user*, over all its sockets, by
 RLIMIT_NOFILE: past it every sendmsg(2) of the broker is ETOOMANYREFS, whoever
 it is for. So they are counted per connection, per client uid and in all, and
 one uid never gets more than its share. A count goes back when SIOCOUTQ says
-that everything was received; the client's word is not asked.
+that it was received; the client's word is not asked. SIOCOUTQ counts whole
+buffers, which are larger than what was sent in them by a few hundred bytes at
+least; a queue is received from its beginning; so what can still be in it is
+the end of what was sent that is no larger than SIOCOUTQ says, and no more.
 
 Hazard: what lies unread in a client's queue stays in flight after the broker
 closes its own end. A connection that is to be closed is therefore kept until
@@ -21,6 +24,10 @@ if TYPE_CHECKING:
     from fdbroker.broker.connection import Client
 
 
+# Of the kernel for each message: struct sk_buff and skb_shared_info have more (SKB_TRUESIZE).
+_OVERHEAD = 256
+
+
 class InFlight:
     """The count per uid and in all; the count of a client is its own `in_flight`."""
 
@@ -32,9 +39,10 @@ class InFlight:
         # Those that have something in flight.
         self._clients: dict[Client, None] = {}
 
-    def add(self, client: Client, count: int) -> None:
-        """Count descriptors that were sent, or wait to be."""
+    def add(self, client: Client, count: int, size: int) -> None:
+        """Count descriptors that were sent, or wait to be, with the first of `size` bytes."""
         client.in_flight += count
+        client.under_way.append((size + _OVERHEAD, count))
         self.total += count
         uid = client.peer.uid
         self._of_uid[uid] = self._of_uid.get(uid, 0) + count
@@ -42,24 +50,46 @@ class InFlight:
 
     def forget(self, client: Client) -> None:
         """Take back all that a client has in flight: it was received, or its queue is gone."""
-        count, client.in_flight = client.in_flight, 0
+        client.under_way.clear()
+        self._take_back(client, client.in_flight)
+
+    def _take_back(self, client: Client, count: int) -> None:
         if not count:
             return
+        client.in_flight -= count
         self.total -= count
         uid = client.peer.uid
         self._of_uid[uid] -= count
         if not self._of_uid[uid]:
             del self._of_uid[uid]
-        del self._clients[client]
+        if not client.in_flight:
+            del self._clients[client]
 
     def settle(self, client: Client) -> bool:
-        """Ask the kernel whether all was received; if so, forget it. Return whether it was."""
+        """Ask the kernel what was received, and forget that. Return whether it was all."""
         if any(reply.descriptors for reply in client.unsent):
             return False  # nor was it sent
-        if client.in_flight and bytes_not_received(client.sock) > DRAINED:
-            return False
+        if client.in_flight:
+            left = bytes_not_received(client.sock)
+            if left > DRAINED:
+                self._forget_received(client, left)
+                return False
         self.forget(client)
         return True
+
+    def _forget_received(self, client: Client, left: int) -> None:
+        """Forget all but the end of what was sent that can be in `left` bytes of the queue."""
+        under_way = client.under_way
+        kept = 0
+        for size, _ in reversed(under_way):
+            left -= size
+            if left < 0:
+                break
+            kept += 1
+        received = 0
+        while len(under_way) > kept:
+            received += under_way.popleft()[1]
+        self._take_back(client, received)
 
     def room_for(self, client: Client, count: int) -> bool:
         """Return whether `count` more may go to this client. Asks the kernel only when it is tight."""

@@ -20,10 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fdbroker.broker.audit import Audit, member_text
 from fdbroker.broker.dispatch import Parts
 from fdbroker.broker.generation import Held, key_of, make_generation
-from fdbroker.broker.helper_process import Filters
 from fdbroker.broker.identity import IdentityError, probe_level
 from fdbroker.broker.notify import Notifier
-from fdbroker.broker.open_helpers import OpenHelpers
 from fdbroker.broker.roots import RootError, hold_roots
 from fdbroker.broker.server import Broker, settle_memory
 from fdbroker.broker.watchdog import Watchdog
@@ -33,7 +31,9 @@ from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH, parse_process_sta
 from fdbroker.policy.rules import PolicyError, RuleSet, read_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from fdbroker.broker.roots import HeldRoot
 
 EXIT_STOPPED = 0
 EXIT_NOT_STARTED = 2
@@ -72,7 +72,7 @@ class Handover(NamedTuple):
     version: str
     launcher_fingerprint: str | None
     seccomp: bytes
-    helper_seccomp: Filters
+    helper_seccomp: tuple[bytes, bytes]
 
 
 def read_handover(descriptor: int) -> Handover:
@@ -105,7 +105,7 @@ def read_handover(descriptor: int) -> Handover:
             version=str(document["version"]),
             launcher_fingerprint=document["launcher_fingerprint"],
             seccomp=bytes.fromhex(document["seccomp"]),
-            helper_seccomp=Filters(*(bytes.fromhex(text) for text in document["helper_seccomp"])),
+            helper_seccomp=_pair(document["helper_seccomp"]),
         )
     except PolicyError as error:
         raise StartError(f"the compiled policy can't be used: {error}") from error
@@ -113,6 +113,13 @@ def read_handover(descriptor: int) -> Handover:
         raise StartError(
             f"the handover can't be read: {error!r}; start the broker by its launcher"
         ) from error
+
+
+def _pair(programs: object) -> tuple[bytes, bytes]:
+    if not isinstance(programs, list):
+        raise TypeError(f"{programs!r} is no pair")
+    starter, helper = programs
+    return bytes.fromhex(starter), bytes.fromhex(helper)
 
 
 def _optional(value: object) -> int | None:
@@ -197,6 +204,21 @@ def _list_only(cgroup_root: str | None, policy: RuleSet) -> list[int]:
     return [os.open(cgroup_root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
 
 
+def _helper_start() -> Callable[[Broker, Sequence[HeldRoot], tuple[bytes, bytes], Audit], None]:
+    """Return what starts the helpers: a fifth of the code, loaded where a root needs it.
+
+    Call it before Landlock, which lets nothing be imported.
+    """
+    from fdbroker.broker.helped import Helped  # noqa: PLC0415
+    from fdbroker.broker.helper_process import Filters  # noqa: PLC0415
+    from fdbroker.broker.open_helpers import OpenHelpers  # noqa: PLC0415
+
+    def start(broker: Broker, roots: Sequence[HeldRoot], programs: tuple[bytes, bytes], audit: Audit) -> None:
+        broker.use_helpers(OpenHelpers.start(roots, Filters(*programs), audit.event), Helped)
+
+    return start
+
+
 def build(handover: Handover) -> tuple[Broker, Audit]:
     """Open what has to be open, restrict this process for good, and return the broker.
 
@@ -218,6 +240,7 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
             f"the broker may have {most} descriptors open (RLIMIT_NOFILE) and needs {_LEAST_DESCRIPTORS};"
             " raise it (ulimit -n, or LimitNOFILE= of systemd)"
         )
+    start_helpers = _helper_start() if any(root.helpers for root in policy.roots) else None
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     dumpable.set_dumpable(False)
     roots = hold_roots(policy.roots, read_only_required=settings.read_only_view_required)
@@ -255,10 +278,9 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
         os.close(descriptor)
     if report.missing:
         sys.stderr.write(f"fdbroker: Landlock of this kernel (ABI {report.abi}) lacks: {report.missing}\n")
-    helped = [root for root in roots if root.helpers]
-    if helped:
+    if start_helpers is not None:
         # The last moment at which there can be a fork: in the domain, and before the filter.
-        broker.use_helpers(OpenHelpers.start(helped, handover.helper_seccomp, audit.event))
+        start_helpers(broker, [root for root in roots if root.helpers], handover.helper_seccomp, audit)
     seccomp.install(handover.seccomp)
     after = parse_process_state(os.pread(status, 16384, 0))
     os.close(status)

@@ -23,8 +23,7 @@ from fdbroker.broker.audit import failure_text, member_text
 from fdbroker.broker.connection import Connection, State, Unsent
 from fdbroker.broker.control import Control
 from fdbroker.broker.datagrams import Datagrams
-from fdbroker.broker.dispatch import Dispatch, Parts, Table
-from fdbroker.broker.helped import Helped, Loop
+from fdbroker.broker.dispatch import Dispatch, Loop, Parts, Table
 from fdbroker.broker.identity import PeerAtConnect
 from fdbroker.broker.in_flight import InFlight
 from fdbroker.broker.walks import Walks, can_go_on
@@ -38,6 +37,7 @@ from fdbroker.wire.stream import framed
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from fdbroker.broker.helped import Helped
     from fdbroker.broker.open_helpers import OpenHelpers
 
 SEND_BUFFER = 32768  # the kernel doubles it; no cost was seen, and less is in flight
@@ -134,14 +134,14 @@ class Broker:
         answers = self._control.table if control else self._dispatch.table
         self._acceptor.add(Listener(listener, name, answers))
 
-    def use_helpers(self, helpers: OpenHelpers) -> None:
-        """Have what may hang opened by others; owned from now on."""
+    def use_helpers(self, helpers: OpenHelpers, helped: type[Helped]) -> None:
+        """Have what may hang opened by others; owned from now on. `helped` answers by what they say."""
         self._helpers = helpers
         self._helper_descriptors = frozenset(helpers.descriptors())
         for descriptor in self._helper_descriptors:
             self._epoll.register(descriptor, _READY)
         loop = Loop(self._send, self._read_on, self._hang_up, self._fail)
-        self._dispatch.helped = Helped(helpers, self._dispatch, self._audit, loop)
+        self._dispatch.helped = helped(helpers, self._dispatch, self._audit, loop)
 
     def _on_helper(self, descriptor: int) -> None:
         assert self._helpers is not None  # noqa: S101 - for the type checker: it is one of its descriptors
@@ -275,7 +275,11 @@ class Broker:
             del self._busy[connection]
             if connection.state is not _READING:
                 continue
-            if connection.stream is not None and connection.stream.has_frame and self._has_room(connection):
+            if (
+                connection.stream is not None
+                and connection.stream.has_frame
+                and self._has_room(connection, MAX_PATHS)
+            ):
                 self._serve_stream(connection, receive=False)
             if connection.state is _READING and can_go_on(connection) and not self._walk_on(connection):
                 self._resting.append(connection)
@@ -507,11 +511,15 @@ class Broker:
                 self._drop(connection)
             else:
                 self._read_on(connection)
+        elif connection.state is State.PAUSED:
+            most = self._dispatch.generation.settings.in_flight_per_connection
+            if connection.in_flight + MAX_PATHS <= most:
+                self._read_on(connection)
 
     # Messages
 
     def _serve_message(self, connection: Connection) -> None:
-        if not self._has_room(connection):
+        if not self._has_room(connection, MAX_PATHS):
             return
         if connection.stream is not None:
             self._serve_stream(connection, receive=True)
@@ -531,10 +539,10 @@ class Broker:
             return
         self._answer(connection, data, credentials)
 
-    def _has_room(self, connection: Connection) -> bool:
-        """Return whether a full reply has its place, as it must before its request is read; if not, wait."""
-        most = self._dispatch.generation.settings.in_flight_per_connection
-        if connection.in_flight + MAX_PATHS <= most or self._flight.settle(connection):
+    def _has_room(self, connection: Connection, count: int) -> bool:
+        """Return whether a reply of `count` descriptors has its place, before it is made; if not, wait."""
+        most = self._dispatch.generation.settings.in_flight_per_connection - count
+        if connection.in_flight <= most or self._flight.settle(connection) or connection.in_flight <= most:
             return True
         self._wait_for(connection, State.PAUSED)
         return False
@@ -623,9 +631,10 @@ class Broker:
 
     def _walk_on(self, connection: Connection) -> bool:
         """Send the next frame of a walk, if its descriptors have a place. False: it is to wait a moment."""
-        if not self._has_room(connection):
+        most = self._walks.most_in_next_frame(connection)
+        if not self._has_room(connection, most):
             return True
-        if not self._flight.room_for(connection, MAX_PATHS):
+        if not self._flight.room_for(connection, most):
             return False
         try:
             answered = self._walks.next_frame(connection)
@@ -677,7 +686,7 @@ class Broker:
             self._not_sent(connection, Unsent(data, descriptors, request_id), error)
             return
         if descriptors:
-            self._flight.add(connection, len(descriptors))
+            self._flight.add(connection, len(descriptors), sent)
             close_all(descriptors)
         if sent < len(data):
             self._keep_unsent(connection, Unsent(data[sent:], [], request_id, begun=True))
@@ -687,7 +696,7 @@ class Broker:
         connection.unsent.append(reply)
         if reply.descriptors:
             # They are open here, which costs us as much as if they were on their way.
-            self._flight.add(connection, len(reply.descriptors))
+            self._flight.add(connection, len(reply.descriptors), len(reply.data))
         if connection.state is not State.SENDING:
             self._wait_for(connection, State.SENDING)
 

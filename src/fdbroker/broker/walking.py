@@ -686,9 +686,9 @@ class Walk:
         opened, found = open_regular_entries(
             visit.descriptor, wanted, self._proc_self_fd, least_size, most_size, newer_than
         )
-        self._ping()
         # Before anything that may raise: the step owns them.
         descriptors += [descriptor for descriptor in opened if descriptor >= 0]
+        self._ping()
         for name, descriptor, facts in zip(wanted, opened, found, strict=True):
             if isinstance(facts, OSError):
                 step.leave_out_failed(facts)

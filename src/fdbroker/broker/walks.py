@@ -7,6 +7,7 @@ it was, and what is given is on record before it is sent.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from fdbroker.broker.audit import member_text
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 MOST_WALKS = 4  # of one connection
 _BATCH = 64  # where a file costs least
 _MOST_CREDIT = 1 << 31
+_SIGN_OF_LIFE = 2.0  # seconds after which a frame without entries says that the walk goes on
 # What is missing then, whatever the walk has met.
 _LEFT_OUT = {
     Reason.IDENTITY: Incomplete.REFUSED,
@@ -44,15 +46,16 @@ _LEFT_OUT = {
 class ActiveWalk:
     """A walk of one connection, what it has sent and what it may still send."""
 
-    __slots__ = ("credit", "descriptors", "entries", "most", "request", "walk")
+    __slots__ = ("credit", "descriptors", "entries", "most", "request", "sent", "walk")
 
     def __init__(self, request: WalkRequest, walk: Walk) -> None:
         self.request = request
         self.walk = walk
         self.credit = request.credit
         self.most = request.most or _BATCH
-        # What was sent so far.
+        # What was sent so far, and when the last frame was.
         self.entries = self.descriptors = 0
+        self.sent = time.monotonic()
 
 
 class Walks:
@@ -64,6 +67,18 @@ class Walks:
         self._proc_self_fd = parts.held.proc_self_fd
         self._ping = parts.watchdog.ping
         dispatch.table |= {WalkRequest: self._begin, MoreRequest: self._more, CancelRequest: self._cancel}
+
+    @staticmethod
+    def most_in_next_frame(connection: Connection) -> int:
+        """Return how many descriptors the next frame may have."""
+        return next(
+            (
+                walk.most if walk.request.descriptors else 0
+                for walk in connection.walks.values()
+                if walk.credit
+            ),
+            0,
+        )
 
     def next_frame(self, connection: Connection) -> tuple[bytes, list[int], int] | None:
         """Go on with the walk that may; the caller saw `can_go_on`. None: it found nothing to name yet.
@@ -91,8 +106,10 @@ class Walks:
             if recorded:
                 active.entries += len(batch.entries)
                 active.descriptors += len(batch.descriptors)
-                if batch.end is None and not batch.entries:
+                now = time.monotonic()
+                if batch.end is None and not batch.entries and now < active.sent + _SIGN_OF_LIFE:
                     return None
+                active.sent = now
                 active.credit -= 1
                 if batch.end is not None:
                     del connection.walks[request_id]

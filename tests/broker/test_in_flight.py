@@ -1,0 +1,138 @@
+"""What is under way, by the kernel's word: never less than there is, whatever was sent and received."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fdbroker.broker.in_flight import InFlight
+from fdbroker.kernel import sockets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KINDS = {"seqpacket": socket.SOCK_SEQPACKET, "stream": socket.SOCK_STREAM}
+
+
+class _Client(SimpleNamespace):
+    """What is asked of a client; a key, as that is."""
+
+    def __hash__(self) -> int:  # type: ignore[override] # a namespace has none
+        return id(self)
+
+
+class Pair:
+    """A client, its end of the connection, and the count of what the broker sends it."""
+
+    def __init__(self, kind: int) -> None:
+        self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, kind)
+        self.kind = kind
+        self.flight = InFlight(10_000, 10_000)
+        self.client: Any = _Client(
+            sock=self.ours, peer=SimpleNamespace(uid=1), in_flight=0, under_way=deque(), unsent=[]
+        )
+        self.sent: list[tuple[int, int]] = []  # sizes and descriptors of what was not received
+
+    def close(self) -> None:
+        self.ours.close()
+        self.theirs.close()
+
+    def send(self, size: int, count: int) -> bool:
+        """Send a message if there is room for it; return whether there was."""
+        here = os.open("/", os.O_PATH | os.O_CLOEXEC)
+        try:
+            sent = sockets.send_part(self.ours, bytes(size), [here] * count, wait=False)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(here)
+        assert sent == size or self.kind == socket.SOCK_STREAM
+        self.flight.add(self.client, count, sent)
+        self.sent.append((sent, count))
+        return True
+
+    def receive(self) -> None:
+        """Receive the oldest message whole."""
+        size, count = self.sent.pop(0)
+        left, came = size, 0
+        while left:
+            received = sockets.receive(self.theirs, left)
+            came += len(received.descriptors)
+            received.descriptors.close()
+            left -= len(received.data)
+        assert came == count
+
+    @property
+    def under_way(self) -> int:
+        """How many descriptors the client has not received."""
+        return sum(count for _, count in self.sent)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> int:
+    """Return a kind of socket."""
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def pair(kind: int) -> Iterator[Pair]:
+    """Give a client that has received all."""
+    made = Pair(kind)
+    yield made
+    made.close()
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.integers(1, 30_000), st.integers(1, 60)), st.none(), st.just("settle"), st.just("plain")
+    ),
+    max_size=30,
+)
+
+
+@given(steps=STEPS)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_count_is_never_less_than_what_the_client_has_not_received(
+    kind: int, steps: list[tuple[int, int] | str | None]
+) -> None:
+    pair = Pair(kind)
+    try:
+        for step in steps:
+            if step is None:
+                if pair.sent:
+                    pair.receive()
+            elif step == "settle":
+                assert pair.flight.settle(pair.client) == (pair.client.in_flight == 0)
+            elif isinstance(step, str):
+                # A reply without descriptors, of which nothing is counted.
+                if sockets.send_part(pair.ours, b"plain", wait=False):
+                    pair.sent.append((5, 0))
+            else:
+                pair.send(*step)
+            assert pair.flight.total == pair.client.in_flight >= pair.under_way
+        while pair.sent:
+            pair.receive()
+        assert pair.flight.settle(pair.client)
+        assert pair.flight.total == 0
+    finally:
+        pair.close()
+
+
+def test_what_was_received_is_forgotten_while_the_rest_is_under_way(pair: Pair) -> None:
+    for _ in range(6):
+        assert pair.send(6000, 64)
+    for received in range(1, 6):
+        pair.receive()
+        assert not pair.flight.settle(pair.client)
+        # At most one message more than there is: the kernel's buffers are larger than what is in them.
+        assert (6 - received) * 64 <= pair.client.in_flight <= (7 - received) * 64
+    pair.receive()
+    assert pair.flight.settle(pair.client)
+    assert pair.client.in_flight == 0
