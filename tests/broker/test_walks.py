@@ -443,6 +443,10 @@ def test_client_that_goes_in_the_middle_leaves_nothing_behind(walked: SteppedBro
         assert walked.connections == 0
         assert walked.in_flight == 0
         assert descriptors_of() == before
+    # What they were sent is on record, whether they read it or not, and so is where they ended.
+    assert len(ended(walked)) >= 4 * 8  # in the first rounds not all began
+    named = len(given(walked)) - sum(1 for path in given(walked) if path == bytes(walked.tree))
+    assert sum(int(str(record["entries"])) for record in ended(walked)) == named
 
 
 def test_four_walks_of_one_uid_keep_nobody_waiting(tmp_path: Path) -> None:

@@ -128,6 +128,9 @@ class Services:
         peer = None
         try:
             peer = PeerAtConnect(sock, self._level)
+            if peer.has_other_real_ids:
+                # A set-user-ID program that was made to connect: what is said there may be anybody's.
+                raise IdentityError("connected_with_other_ids")
             most = self._dispatch.generation.settings.connections_per_uid
             if self._clients_of.get(peer.uid, 0) >= most:
                 raise IdentityError("connections_per_uid")

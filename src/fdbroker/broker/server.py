@@ -443,6 +443,8 @@ class Broker:
             connection.awaited = 0
         self._busy.pop(connection, None)
         self._deadlines.pop(connection, None)
+        if connection.walks:
+            self._walks.end_all(connection)
         served = bool(connection.serving or connection.clients)
         if connection.serving:
             self._services.forget(connection)

@@ -113,6 +113,16 @@ class Walks:
             if not isinstance(asker, str):  # which ends the walk as soon as it would go on
                 active.walk.decide_by(asker, self._dispatch.generation.opener.roots)
 
+    def end_all(self, connection: Connection) -> None:
+        """End the walks of a connection that ends, and record what they sent."""
+        for active in connection.walks.values():
+            self._note_end(
+                self._dispatch.who(connection, active.request.client),
+                active,
+                active.walk.stop(Incomplete.CANCELLED),
+            )
+        connection.walks.clear()
+
     def _begin(self, connection: Connection, request: Request, objection: str | None) -> Answer | None:
         assert isinstance(request, WalkRequest)  # noqa: S101 - for the type checker; the table says it
         if request.id in connection.walks:
