@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from fdbroker.broker import acting
+from fdbroker.broker.connection import State
 from fdbroker.broker.identity import probe_level
 from fdbroker.kernel import sockets
 from fdbroker.wire.client import (
@@ -985,6 +986,49 @@ def frame_of(sock: socket.socket) -> tuple[bytes, list[int]]:
     """Receive one frame of a stream, and the descriptors that came with its first byte."""
     length, descriptors, _, _ = socket.recv_fds(sock, 4, 1)
     return sock.recv(int.from_bytes(length, "little"), socket.MSG_WAITALL), descriptors
+
+
+def test_nothing_is_sent_to_a_service_on_a_stream_while_a_helper_may_send_there(made: Acting) -> None:
+    """Neither a client nor the end of serving: it would be in the middle of the helper's frame."""
+    sock = made.directory / "stream"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(sock))
+    sock.chmod(0o666)
+    listener.listen()
+    made.broker.broker.add_listener(listener, "stream")
+    service = made.puppet(SERVICE_UID)
+    service.do(begin_on_stream, sock)
+    [connection] = made.broker.broker._connections.values()
+    connection.awaited = 1
+    made.broker.broker._wait_for(connection, State.WAITING)
+    client = made.client()
+    made.broker.switch(acting_policy(made.tree, services=FOR_STRANGERS))
+    made.broker.serve()
+    assert not service.do(has_something)
+    assert turns_of(made.broker) == 0
+    connection.awaited = 0
+    made.broker.broker._read_on(connection)
+    reply = decode_reply(service.do(frame_on_stream))
+    assert isinstance(reply, ServeReply)
+    assert reason_of(reply.result) == "denied"
+    # Who waited is handed over to whoever may serve now.
+    assert made.serving(b"clamd", STRANGER_UID).do(accepted).pid == client.pid
+
+
+def begin_on_stream(memory: Memory, listener: Path) -> None:
+    memory["stream"] = sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(20)
+    sock.connect(str(listener))
+    sock.sendall(framed(encode_hello(1)) + framed(encode_serve(5, b"clamd")))
+    frame_of(sock), frame_of(sock)
+
+
+def has_something(memory: Memory) -> bool:
+    return bool(select.select([memory["stream"]], [], [], 0)[0])
+
+
+def frame_on_stream(memory: Memory) -> bytes:
+    return frame_of(memory["stream"])[0]
 
 
 def test_nothing_stays_open_of_clients_that_come_and_go(made: Acting) -> None:

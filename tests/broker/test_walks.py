@@ -12,7 +12,7 @@ import pytest
 
 from fdbroker.broker.identity import probe_level
 from fdbroker.kernel import sockets
-from fdbroker.wire.client import encode_cancel, encode_more, encode_open, encode_walk
+from fdbroker.wire.client import encode_cancel, encode_more, encode_open, encode_stat, encode_walk
 from fdbroker.wire.format import Incomplete, Kind, WalkKind
 from fdbroker.wire.messages import WalkFilter
 from tests.broker.conftest import no_descriptor_left
@@ -426,7 +426,9 @@ def test_walk_that_rests_gets_its_turn_although_another_asks_all_the_time(
         assert len(other.arrived()) == 2
         for _ in range(20):
             # Nothing but its message is ready in this round.
-            assert busy.stat(b"/nowhere")
+            busy.sock.send(encode_stat(8, [b"/nowhere"]))
+            broker.broker.step(0)
+            assert len(busy.arrived()) == 1
         assert sum(len(read_walked(answer).entries) for answer in speaker.arrived()) > 0
 
 

@@ -337,8 +337,7 @@ class Broker:
                 client.asker = None
             if connection.walks:
                 self._walks.decide_anew(connection)
-        for connection, frame in self._services.end_where_denied():
-            self._send(connection, frame, [], 0)
+        self._tell_who_may_not_serve()
         settle_memory()
         self.say_status()
 
@@ -398,6 +397,10 @@ class Broker:
         for listener in self._acceptor.listeners.values():
             if listener.service is not None:
                 self._acceptor.want(listener, wanted=self._services.can_take(listener.service))
+
+    def _tell_who_may_not_serve(self) -> None:
+        for connection, frame in self._services.end_where_denied():
+            self._send(connection, frame, [], 0)
 
     # Connections go
 
@@ -492,6 +495,8 @@ class Broker:
         self._wait_for(connection, _READING)
         self._see_what_waits(connection)
         if connection.serving:
+            if self._services.someone_is_untold:
+                self._tell_who_may_not_serve()
             self._see_who_serves()
 
     def _on_other_event(self, connection: Connection, events: int) -> None:
@@ -654,6 +659,7 @@ class Broker:
             connection.loading = None
             self._wait_for(connection, State.READING)
             self._send(connection, *answered, loading.request_id)
+            self._see_what_waits(connection)
 
     def _fail(self, connection: Connection, request_id: int, error: Exception) -> None:
         """Record and say that something is wrong with us, and end the connection."""
