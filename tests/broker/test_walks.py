@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+from fdbroker.broker import walks
 from fdbroker.broker.identity import probe_level
 from fdbroker.kernel import sockets
 from fdbroker.wire.client import encode_cancel, encode_more, encode_open, encode_stat, encode_walk
@@ -311,6 +312,40 @@ def test_fifth_walk_is_refused_and_the_four_go_on(walked: SteppedBroker) -> None
         assert sorted(whole) == sorted(names_in(walked.tree))
     # Now there is room again.
     assert len(walk(walked, speaker).entries) == FILES
+
+
+@pytest.mark.parametrize("limit", ["MOST_WALKS_OF_UID", "MOST_WALKS_IN_ALL"])
+def test_walks_are_limited_over_all_connections_and_each_end_makes_room(
+    walked: SteppedBroker, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(walks, limit, 3)
+    one, other = walked.join(), walked.join()
+    walked_of = walked.broker._walks
+
+    def is_refused() -> bool:
+        other.begin_walk(bytes(walked.tree), credit=0, request_id=99)
+        frames = frames_now(walked, other, 2)
+        if frames:
+            assert [frame.reason for frame in frames] == ["limit"]
+            return True
+        other.send(encode_cancel(99))
+        assert len(frames_now(walked, other, 2)) == 1
+        return False
+
+    for request_id in (1, 2, 3):
+        assert not is_refused()
+        one.begin_walk(bytes(walked.tree), credit=0, request_id=request_id)
+    assert is_refused()
+    # By its end, by being cancelled, refused or forgotten.
+    one.send(encode_more(1, 100))
+    frames_now(walked, one)
+    assert not is_refused()
+    one.send(encode_cancel(2))
+    one.begin_walk(b"/nowhere", credit=1, request_id=4)
+    frames_now(walked, one)
+    assert walked_of._count == 1
+    one.close()
+    assert (walked_of._count, walked_of._walks_of) == (0, {})
 
 
 def rest_of_rest(broker: SteppedBroker, speaker: Speaker, request_id: int, first: Walked) -> list[bytes]:
