@@ -154,13 +154,14 @@ def running_broker(
     pass_fds: Sequence[int] = (),
     stdout: int = subprocess.DEVNULL,
     stop: bool = True,
+    own_socket: bool = True,
 ) -> Iterator[RunningBroker]:
     """Run a broker with its socket and audit in `directory`; stop it at the end and check how it ended.
 
     `compiled` is a compiled policy, or the text of a policy.yaml. `audit` is
     another file than the usual one, `-` for the descriptor `stdout`, or `none`.
     `prefix` goes before the command (`taskset`, `strace`). With `stop` False it
-    is killed, and may have died.
+    is killed, and may have died. `own_socket` False: the policy's listeners are made, and it names the same.
     """
     socket, errors = directory / "broker.seqpacket", directory / "errors"
     records = directory / "audit.jsonl" if audit is None else Path(audit)
@@ -172,7 +173,7 @@ def running_broker(
             [
                 *prefix,
                 *launcher_command(policy_file, *options),
-                f"--socket={socket}",
+                *([f"--socket={socket}"] if own_socket else []),
                 "--socket-mode=666",
                 f"--audit={records}",
                 f"--ready-fd={write_end}",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from fdbroker.broker import acting
+from fdbroker.broker.connection import State
 from fdbroker.broker.identity import probe_level
 from fdbroker.kernel import sockets
 from fdbroker.wire.client import (
@@ -23,6 +24,8 @@ from fdbroker.wire.client import (
     ReleaseReply,
     ServeReply,
     StatReply,
+    decode_reply,
+    encode_hello,
     encode_list,
     encode_more,
     encode_open,
@@ -33,6 +36,7 @@ from fdbroker.wire.client import (
 )
 from fdbroker.wire.format import Reason, Status
 from fdbroker.wire.messages import ErrorReply
+from fdbroker.wire.stream import framed
 from tests.broker.conftest import no_descriptor_left
 from tests.broker.puppets import Puppet
 from tests.broker.speaking import (
@@ -44,6 +48,7 @@ from tests.broker.speaking import (
     read_walked,
 )
 from tests.broker.stepping import SteppedBroker
+from tests.broker.test_loop import few_left
 from tests.processes import become, wait_until
 from tests.running_broker import CLIENT_UID, OTHER_UID, policy, rule
 
@@ -504,6 +509,24 @@ def test_client_that_executes_a_set_user_id_program_is_nobody_any_more(made: Act
     assert service.do(ask_all, number, bytes(made.tree / "other")) == REFUSED
 
 
+@pytest.mark.skipif(LEVEL < 2, reason="identity level 2 needs Linux 6.13")
+@pytest.mark.parametrize("change", ["before it connects", "before it is accepted"])
+def test_set_user_id_program_is_not_taken_for_its_owner(made: Acting, change: str) -> None:
+    """Who runs it may have made it connect, and what it says there may be theirs."""
+    client = made.puppet(None)
+    if change == "before it connects":
+        client.do(change_effective_uid, CLIENT_UID)
+    client.do(connect, made.directory / "clamd")
+    if change == "before it is accepted":
+        client.do(change_effective_uid, CLIENT_UID)
+    service = made.serving()
+    assert client.do(hear) == b""
+    assert service.do(frames_there) == 0
+    [record] = [record for record in made.broker.records() if record["event"] == "client_refused"]
+    reasons = {"before it connects": "connected_with_other_ids"}
+    assert record["reason"] == reasons.get(change, "identity_changed_since_connect")
+
+
 def execute(_memory: Memory, *arguments: str) -> None:
     os.execv(arguments[0], arguments)  # noqa: S606 - the test's own copy
 
@@ -914,6 +937,98 @@ def test_client_is_refused_when_it_can_not_be_recorded(made: Acting, monkeypatch
         assert client.do(hear) == b""
     assert service.do(frames_there) == 0
     made.broker.audit.sequence = made.broker.records()[-1]["seq"] + 1
+
+
+def test_client_is_closed_when_descriptors_run_out_and_the_next_one_is_served(made: Acting) -> None:
+    service = made.serving()
+    client = made.puppet(CLIENT_UID)
+    client.begin(connect, made.directory / "clamd")
+    with few_left(0):
+        made.broker.broker.step(10)
+        assert turns_of(made.broker) == 0
+    client.result()
+    assert made.broker.records()[-1]["reason"] == "descriptors"
+    assert client.do(hear) == b""
+    assert made.client().pid == service.do(accepted).pid
+
+
+def test_service_on_a_stream_gets_its_clients_and_answers_with_their_files(made: Acting) -> None:
+    sock = made.directory / "stream"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(sock))
+    sock.chmod(0o666)
+    listener.listen()
+    made.broker.broker.add_listener(listener, "stream")
+    service, client = made.puppet(SERVICE_UID), made.client()
+    got = service.do(serve_on_stream, sock, file_of(made, "client"))
+    assert got == (client.pid, CLIENT_UID, b"client")
+
+
+def serve_on_stream(_memory: Memory, listener: Path, path: bytes) -> tuple[int, int, bytes]:
+    """Greet, serve, take one client and open a file for it, all by hand."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(20)
+        sock.connect(str(listener))
+        sock.sendall(framed(encode_hello(1)) + framed(encode_serve(5, b"clamd")))
+        frame_of(sock), frame_of(sock)
+        accepted_frame, [client] = frame_of(sock)
+        os.close(client)
+        reply = decode_reply(accepted_frame)
+        assert isinstance(reply, AcceptedReply)
+        sock.sendall(framed(encode_open(7, [path], reply.client.number)))
+        _, [file] = frame_of(sock)
+        content = os.read(file, 100)
+        os.close(file)
+        return reply.client.pid, reply.client.uid, content
+
+
+def frame_of(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """Receive one frame of a stream, and the descriptors that came with its first byte."""
+    length, descriptors, _, _ = socket.recv_fds(sock, 4, 1)
+    return sock.recv(int.from_bytes(length, "little"), socket.MSG_WAITALL), descriptors
+
+
+def test_nothing_is_sent_to_a_service_on_a_stream_while_a_helper_may_send_there(made: Acting) -> None:
+    """Neither a client nor the end of serving: it would be in the middle of the helper's frame."""
+    sock = made.directory / "stream"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(sock))
+    sock.chmod(0o666)
+    listener.listen()
+    made.broker.broker.add_listener(listener, "stream")
+    service = made.puppet(SERVICE_UID)
+    service.do(begin_on_stream, sock)
+    [connection] = made.broker.broker._connections.values()
+    connection.awaited = 1
+    made.broker.broker._wait_for(connection, State.WAITING)
+    client = made.client()
+    made.broker.switch(acting_policy(made.tree, services=FOR_STRANGERS))
+    made.broker.serve()
+    assert not service.do(has_something)
+    assert turns_of(made.broker) == 0
+    connection.awaited = 0
+    made.broker.broker._read_on(connection)
+    reply = decode_reply(service.do(frame_on_stream))
+    assert isinstance(reply, ServeReply)
+    assert reason_of(reply.result) == "denied"
+    # Who waited is handed over to whoever may serve now.
+    assert made.serving(b"clamd", STRANGER_UID).do(accepted).pid == client.pid
+
+
+def begin_on_stream(memory: Memory, listener: Path) -> None:
+    memory["stream"] = sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(20)
+    sock.connect(str(listener))
+    sock.sendall(framed(encode_hello(1)) + framed(encode_serve(5, b"clamd")))
+    frame_of(sock), frame_of(sock)
+
+
+def has_something(memory: Memory) -> bool:
+    return bool(select.select([memory["stream"]], [], [], 0)[0])
+
+
+def frame_on_stream(memory: Memory) -> bytes:
+    return frame_of(memory["stream"])[0]
 
 
 def test_nothing_stays_open_of_clients_that_come_and_go(made: Acting) -> None:

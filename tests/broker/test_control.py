@@ -20,6 +20,7 @@ from fdbroker.policy.decide import ActionView, Policy
 from fdbroker.policy.rules import RuleSet
 from fdbroker.wire.client import (
     ReloadReply,
+    decode_reply,
     encode_explain,
     encode_hello,
     encode_list,
@@ -30,6 +31,7 @@ from fdbroker.wire.client import (
 )
 from fdbroker.wire.format import ACTIONS, MAX_FRAME, Kind, Reason, Type
 from fdbroker.wire.messages import ErrorReply
+from fdbroker.wire.stream import FrameBuffer, framed
 from tests.broker.speaking import Speaker, check_audit, frame, path_of
 from tests.broker.stepping import SteppedBroker
 from tests.processes import in_child
@@ -884,3 +886,21 @@ def test_failure_of_ours_while_a_policy_is_read_ends_that_connection_alone(
     [record] = [record for record in stepped.records() if record["event"] == "failed"]
     assert "MemoryError" in record["reason"]
     assert stepped.call(stepped.tree.parent / "control").reload(policy(stepped.tree)).generation == 2
+
+
+@root
+def test_request_behind_a_reload_on_a_stream_is_answered_without_another(stepped: SteppedBroker) -> None:
+    """It was received together with the reload, so nothing comes that would wake the loop up for it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with theirs:
+        stepped.broker.adopt(ours, "control", stepped.broker._control.table)
+        document = json.dumps(policy(stepped.tree)).encode()
+        requests = encode_hello(1), encode_reload(2, 0, document, more=False), encode_status(3)
+        theirs.sendall(b"".join(framed(request) for request in requests))
+        stepped.serve()
+        frames = FrameBuffer()
+        frames.add(theirs.recv(MAX_FRAME, socket.MSG_DONTWAIT))
+        replies = []
+        while (reply := frames.next_frame()) is not None:
+            replies.append(decode_reply(reply).id)
+        assert replies == [1, 2, 3]

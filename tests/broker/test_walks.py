@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+from fdbroker.broker import walks
 from fdbroker.broker.identity import probe_level
 from fdbroker.kernel import sockets
-from fdbroker.wire.client import encode_cancel, encode_more, encode_open, encode_walk
+from fdbroker.wire.client import encode_cancel, encode_more, encode_open, encode_stat, encode_walk
 from fdbroker.wire.format import MAX_PATHS, Incomplete, Kind, WalkKind
 from fdbroker.wire.messages import WalkFilter
 from tests.broker.conftest import no_descriptor_left
@@ -313,6 +314,40 @@ def test_fifth_walk_is_refused_and_the_four_go_on(walked: SteppedBroker) -> None
     assert len(walk(walked, speaker).entries) == FILES
 
 
+@pytest.mark.parametrize("limit", ["MOST_WALKS_OF_UID", "MOST_WALKS_IN_ALL"])
+def test_walks_are_limited_over_all_connections_and_each_end_makes_room(
+    walked: SteppedBroker, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(walks, limit, 3)
+    one, other = walked.join(), walked.join()
+    walked_of = walked.broker._walks
+
+    def is_refused() -> bool:
+        other.begin_walk(bytes(walked.tree), credit=0, request_id=99)
+        frames = frames_now(walked, other, 2)
+        if frames:
+            assert [frame.reason for frame in frames] == ["limit"]
+            return True
+        other.send(encode_cancel(99))
+        assert len(frames_now(walked, other, 2)) == 1
+        return False
+
+    for request_id in (1, 2, 3):
+        assert not is_refused()
+        one.begin_walk(bytes(walked.tree), credit=0, request_id=request_id)
+    assert is_refused()
+    # By its end, by being cancelled, refused or forgotten.
+    one.send(encode_more(1, 100))
+    frames_now(walked, one)
+    assert not is_refused()
+    one.send(encode_cancel(2))
+    one.begin_walk(b"/nowhere", credit=1, request_id=4)
+    frames_now(walked, one)
+    assert walked_of._count == 1
+    one.close()
+    assert (walked_of._count, walked_of._walks_of) == (0, {})
+
+
 def rest_of_rest(broker: SteppedBroker, speaker: Speaker, request_id: int, first: Walked) -> list[bytes]:
     speaker.send(encode_more(request_id, 100))
     frames = [first, *frames_now(broker, speaker)]
@@ -426,7 +461,9 @@ def test_walk_that_rests_gets_its_turn_although_another_asks_all_the_time(
         assert len(other.arrived()) == 2
         for _ in range(20):
             # Nothing but its message is ready in this round.
-            assert busy.stat(b"/nowhere")
+            busy.sock.send(encode_stat(8, [b"/nowhere"]))
+            broker.broker.step(0)
+            assert len(busy.arrived()) == 1
         assert sum(len(read_walked(answer).entries) for answer in speaker.arrived()) > 0
 
 
@@ -443,6 +480,10 @@ def test_client_that_goes_in_the_middle_leaves_nothing_behind(walked: SteppedBro
         assert walked.connections == 0
         assert walked.in_flight == 0
         assert descriptors_of() == before
+    # What they were sent is on record, whether they read it or not, and so is where they ended.
+    assert len(ended(walked)) >= 4 * 8  # in the first rounds not all began
+    named = len(given(walked)) - sum(1 for path in given(walked) if path == bytes(walked.tree))
+    assert sum(int(str(record["entries"])) for record in ended(walked)) == named
 
 
 def test_four_walks_of_one_uid_keep_nobody_waiting(tmp_path: Path) -> None:

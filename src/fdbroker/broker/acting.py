@@ -58,6 +58,7 @@ class Services:
         self._dispatch = dispatch
         self._most = most
         self._clients = 0
+        self.someone_is_untold = False
         self._audit = parts.audit
         self._level = parts.identity_level
         self._last_number = 0
@@ -99,12 +100,18 @@ class Services:
         """End what the policy of now does not let be served; return what is to be said to whom.
 
         Clients that were handed over stay with their service: what it may ask for them is decided by rules.
+        Whoever can't be told now gets no clients, and `someone_is_untold` until this is asked again.
         """
         number = self._dispatch.generation.number
         told = []
+        self.someone_is_untold = False
         for name, servers in self._servers.items():
             for server in list(servers):
-                if not self._may_serve(server, name):
+                if self._may_serve(server, name):
+                    continue
+                if _is_sent_to(server):
+                    self.someone_is_untold = True
+                else:
                     request_id = server.serving[name]
                     self._end_serving(server, name, "no_service")
                     told.append((server, encode_serve_reply(request_id, number, _DENIED)))
@@ -128,6 +135,9 @@ class Services:
         peer = None
         try:
             peer = PeerAtConnect(sock, self._level)
+            if peer.has_other_real_ids:
+                # A set-user-ID program that was made to connect: what is said there may be anybody's.
+                raise IdentityError("connected_with_other_ids")
             most = self._dispatch.generation.settings.connections_per_uid
             if self._clients_of.get(peer.uid, 0) >= most:
                 raise IdentityError("connections_per_uid")
@@ -194,4 +204,9 @@ class Services:
 
 
 def _has_room(server: Connection) -> bool:
-    return not server.unsent and len(server.clients) < MOST_CLIENTS
+    return not server.unsent and not _is_sent_to(server) and len(server.clients) < MOST_CLIENTS
+
+
+def _is_sent_to(server: Connection) -> bool:
+    """Return whether a helper may be sending there: on a stream nothing may come in between."""
+    return server.stream is not None and server.awaited > 0

@@ -35,7 +35,18 @@ class IdentityError(Exception):
 class PeerAtConnect:
     """A peer as it was when it connected. Owns its pidfd, until `close`."""
 
-    __slots__ = ("_info", "_pidfd", "cgroup_id", "credentials", "gid", "groups", "level", "pid", "uid")
+    __slots__ = (
+        "_info",
+        "_pidfd",
+        "cgroup_id",
+        "credentials",
+        "gid",
+        "groups",
+        "has_other_real_ids",
+        "level",
+        "pid",
+        "uid",
+    )
 
     def __init__(self, sock: socket.socket, level: int) -> None:
         """Ask the kernel who connected.
@@ -49,6 +60,9 @@ class PeerAtConnect:
         self._info = b""
         self.cgroup_id = 0
         self.level = level
+        # Whether a set-user-ID program connected: no message of it carries the ids of connect. For those
+        # who get no messages of it; below level 2 nobody knows.
+        self.has_other_real_ids = False
         try:
             self.credentials = peers.peer_credentials(sock)
             self.pid, self.uid, self.gid = peers.read_ucred(self.credentials)
@@ -65,6 +79,7 @@ class PeerAtConnect:
                 now = peers.read_pidfd_info(self._info)
                 if (now.tgid, now.effective_uid, now.effective_gid) != (self.pid, self.uid, self.gid):
                     raise IdentityError("identity_changed_since_connect")
+                self.has_other_real_ids = (now.real_uid, now.real_gid) != (self.uid, self.gid)
                 self.cgroup_id = now.cgroup_id
             if self.pid <= 0 or OVERFLOW_ID in (self.uid, self.gid):
                 raise IdentityError("identity_without_mapping")

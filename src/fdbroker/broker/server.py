@@ -341,8 +341,7 @@ class Broker:
                 client.asker = None
             if connection.walks:
                 self._walks.decide_anew(connection)
-        for connection, frame in self._services.end_where_denied():
-            self._send(connection, frame, [], 0)
+        self._tell_who_may_not_serve()
         settle_memory()
         self.say_status()
 
@@ -403,6 +402,10 @@ class Broker:
             if listener.service is not None:
                 self._acceptor.want(listener, wanted=self._services.can_take(listener.service))
 
+    def _tell_who_may_not_serve(self) -> None:
+        for connection, frame in self._services.end_where_denied():
+            self._send(connection, frame, [], 0)
+
     # Connections go
 
     def _expect(self, connection: Connection) -> None:
@@ -447,6 +450,8 @@ class Broker:
             connection.awaited = 0
         self._busy.pop(connection, None)
         self._deadlines.pop(connection, None)
+        if connection.walks:
+            self._walks.end_all(connection)
         served = bool(connection.serving or connection.clients)
         if connection.serving:
             self._services.forget(connection)
@@ -494,6 +499,8 @@ class Broker:
         self._wait_for(connection, _READING)
         self._see_what_waits(connection)
         if connection.serving:
+            if self._services.someone_is_untold:
+                self._tell_who_may_not_serve()
             self._see_who_serves()
 
     def _on_other_event(self, connection: Connection, events: int) -> None:
@@ -661,6 +668,7 @@ class Broker:
             connection.loading = None
             self._wait_for(connection, State.READING)
             self._send(connection, *answered, loading.request_id)
+            self._see_what_waits(connection)
 
     def _fail(self, connection: Connection, request_id: int, error: Exception) -> None:
         """Record and say that something is wrong with us, and end the connection."""

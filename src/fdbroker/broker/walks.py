@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from fdbroker.broker.dispatch import Answer, Dispatch, Parts
 
 MOST_WALKS = 4  # of one connection
+# A walk that waits for credit keeps its place: up to a megabyte, 2,000 directories deep.
+MOST_WALKS_OF_UID = 32
+MOST_WALKS_IN_ALL = 256
 _BATCH = 64  # where a file costs least
 _MOST_CREDIT = 1 << 31
 _SIGN_OF_LIFE = 2.0  # seconds after which a frame without entries says that the walk goes on
@@ -65,6 +68,8 @@ class Walks:
         self._dispatch = dispatch
         self._audit = parts.audit
         self._proc_self_fd = parts.held.proc_self_fd
+        self._count = 0
+        self._walks_of: dict[int, int] = {}
         self._ping = parts.watchdog.ping
         dispatch.table |= {WalkRequest: self._begin, MoreRequest: self._more, CancelRequest: self._cancel}
 
@@ -112,7 +117,7 @@ class Walks:
                 active.sent = now
                 active.credit -= 1
                 if batch.end is not None:
-                    del connection.walks[request_id]
+                    self._forget(connection, request_id)
                     self._note_end(asker.record, active, batch.end)
                 generation = self._dispatch.generation.number
                 frame = encode_walk_reply(request_id, generation, batch.result, batch.entries, batch.end)
@@ -130,6 +135,21 @@ class Walks:
             if not isinstance(asker, str):  # which ends the walk as soon as it would go on
                 active.walk.decide_by(asker, self._dispatch.generation.opener.roots)
 
+    def end_all(self, connection: Connection) -> None:
+        """End the walks of a connection that ends, and record what they sent."""
+        for request_id, active in list(connection.walks.items()):
+            self._forget(connection, request_id)
+            end = active.walk.stop(Incomplete.CANCELLED)
+            self._note_end(self._dispatch.who(connection, active.request.client), active, end)
+
+    def _forget(self, connection: Connection, request_id: int) -> None:
+        del connection.walks[request_id]
+        uid = connection.peer.uid
+        self._count -= 1
+        self._walks_of[uid] -= 1
+        if not self._walks_of[uid]:
+            del self._walks_of[uid]
+
     def _begin(self, connection: Connection, request: Request, objection: str | None) -> Answer | None:
         assert isinstance(request, WalkRequest)  # noqa: S101 - for the type checker; the table says it
         if request.id in connection.walks:
@@ -137,11 +157,18 @@ class Walks:
         asker = self._dispatch.asker(connection, request.client) if objection is None else objection
         if isinstance(asker, str):
             return self._refuse(connection, request, Reason.IDENTITY, asker), []
-        if len(connection.walks) >= MOST_WALKS:
+        of_uid = self._walks_of.get(connection.peer.uid, 0)
+        if (
+            len(connection.walks) >= MOST_WALKS
+            or of_uid >= MOST_WALKS_OF_UID
+            or self._count >= MOST_WALKS_IN_ALL
+        ):
             return self._refuse(connection, request, Reason.LIMIT, "walks"), []
         roots = self._dispatch.generation.opener.roots
         walk = Walk(request, roots, asker.view, asker.uid, self._proc_self_fd, self._ping)
         connection.walks[request.id] = ActiveWalk(request, walk)
+        self._count += 1
+        self._walks_of[connection.peer.uid] = of_uid + 1
         return None
 
     def _more(self, connection: Connection, request: Request, objection: str | None) -> None:
@@ -157,9 +184,10 @@ class Walks:
         if objection is not None:
             self._note_objection(connection, "cancel", request.id, objection)
             return None
-        active = connection.walks.pop(request.id, None)
+        active = connection.walks.get(request.id)
         if active is None:
             return None
+        self._forget(connection, request.id)
         end = active.walk.cancel()
         self._note_end(self._dispatch.who(connection, active.request.client), active, end)
         return encode_walk_reply(request.id, self._dispatch.generation.number, GIVEN, (), end), []
@@ -174,7 +202,7 @@ class Walks:
     ) -> tuple[bytes, list[int], int]:
         """End a walk that may not go on; the last frame counts what was sent, which is what was recorded."""
         request = active.request
-        del connection.walks[request.id]
+        self._forget(connection, request.id)
         why_missing = _LEFT_OUT[reason]
         walked = active.walk.stop(why_missing)
         incomplete = walked.incomplete | why_missing
