@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test races lint format bench constraints clean
+.PHONY: help setup demo test races soak lint format bench constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ test: $(VENV)/.ready ## run all tests with branch coverage (as root: none is ski
 
 races: $(VENV)/.ready ## run the race tests for long
 	@FDBROKER_RACES=long $(BIN)/python -m pytest -q -o faulthandler_timeout=0 tests/races $(ARGS)
+
+soak: $(VENV)/.ready ## a million opens by every transport, and bystanders of floods (as root); COUNT= for another number
+	@FDBROKER_SOAK=$(or $(COUNT),1000000) $(BIN)/python -m pytest -q -o faulthandler_timeout=0 tests/soak $(ARGS)
 
 lint: $(VENV)/.ready ## style, format, types and who imports whom
 	@failed=; \
