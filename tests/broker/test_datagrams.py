@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import traceback
 from typing import TYPE_CHECKING
 
@@ -186,6 +187,21 @@ def test_what_was_decided_for_one_process_of_a_user_is_not_for_another(reachable
             assert as_uid(dgram, CLIENT_UID) == ["denied"]
             assert as_uid(dgram, CLIENT_UID, gid=GROUP) == ["ok"]
             here.send(b"x")
+
+
+def test_a_datagram_is_of_the_process_that_wrote_it_whoever_holds_the_socket(dgram: Served) -> None:
+    """What the protocol warns of; on a connection the sender must be who connected."""
+    asked = dgram.path.with_name("asked")
+    asked.write_bytes(request(dgram))
+    with dgram.speaker(serve=False) as holder:
+        holder.sock.connect(str(dgram.path))
+        # It writes what it reads to its standard output, and goes on reading.
+        command = ["cat", str(asked), "-"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=holder.sock.fileno()) as writer:
+            dgram.broker.broker.step(30)
+            # Connected, its holder would not be reached.
+            record = dgram.broker.records()[0]
+            assert (record["pid"], record["decision"]) == (writer.pid, "allow")
 
 
 @pytest.mark.root
