@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test races lint format bench constraints clean
+.PHONY: help setup demo test races soak fuzz lint format bench constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt scripts/setup
 
 $(VENV)/.ready-bench: $(VENV)/.ready
 	@scripts/setup $(EXTRAS),bench
+	@touch $@
+
+$(VENV)/.ready-fuzz: $(VENV)/.ready
+	@scripts/setup $(EXTRAS),fuzz
 	@touch $@
 
 # What the demonstration needs is a part of what the tests need, and is there much sooner.
@@ -40,6 +44,12 @@ test: $(VENV)/.ready ## run all tests with branch coverage (as root: none is ski
 
 races: $(VENV)/.ready ## run the race tests for long
 	@FDBROKER_RACES=long $(BIN)/python -m pytest -q -o faulthandler_timeout=0 tests/races $(ARGS)
+
+soak: $(VENV)/.ready ## a million opens by every transport, and bystanders of floods (as root); COUNT= for another number
+	@FDBROKER_SOAK=$(or $(COUNT),1000000) $(BIN)/python -m pytest -q -o faulthandler_timeout=0 tests/soak $(ARGS)
+
+fuzz: $(VENV)/.ready-fuzz ## send it any bytes, guided by coverage, for DURATION= seconds (as root or not)
+	@$(BIN)/python -m tests.fuzz.run $(or $(DURATION),60)
 
 lint: $(VENV)/.ready ## style, format, types and who imports whom
 	@failed=; \
@@ -57,7 +67,7 @@ bench: $(VENV)/.ready-bench ## run the benchmarks
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
 constraints: ## resolve all dependencies anew and write constraints.txt
-	@scripts/setup --constraints $(EXTRAS),bench
+	@scripts/setup --constraints $(EXTRAS),bench,fuzz
 
 clean: ## remove all that was made
 	@rm -rf build dist .hypothesis

@@ -87,8 +87,10 @@ class Speaker:
         return speaker
 
     def reach(self, path: Path) -> None:
-        """Connect to a listener."""
+        """Connect to a listener, waiting while others are before us: with a timeout that is an error."""
+        self.sock.settimeout(None)
         self.sock.connect(str(path))
+        self.sock.settimeout(SECONDS)
 
     def __enter__(self) -> Self:
         return self
@@ -323,6 +325,13 @@ class DatagramSpeaker(Speaker):
         sockets.ask_for_credentials(sock)
         if not sock.getsockname():
             sock.bind("")
+
+    @classmethod
+    def to(cls, path: Path, *, broker_uid: int) -> Self:
+        """Return a client of a broker that runs by itself."""
+        speaker = cls(socket.socket(socket.AF_UNIX, cls.kind), broker_uid=broker_uid)
+        speaker.reach(path)
+        return speaker
 
     def reach(self, path: Path) -> None:
         """Note where requests go to: whoever connects here could not be answered."""

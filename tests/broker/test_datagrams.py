@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import traceback
 from typing import TYPE_CHECKING
 
@@ -61,9 +62,7 @@ class Served:
             self.broker.serve()
             if speaker.is_silent():
                 return []
-            answer = speaker.receive()
-            assert answer is not None
-            return [entry.reason for entry in read_opened(answer)]
+            return received(speaker)
 
     def last(self) -> tuple[str, str]:
         """Return the event and reason of the last record."""
@@ -90,6 +89,13 @@ def dgram(reachable: Path) -> Iterator[Served]:
 
 def request(dgram: Served, count: int = 1) -> bytes:
     return encode_open(7, [dgram.file] * count)
+
+
+def received(speaker: DatagramSpeaker) -> list[str]:
+    """Receive the answer to a request to open, and return its reasons."""
+    answer = speaker.receive()
+    assert answer is not None
+    return [entry.reason for entry in read_opened(answer)]
 
 
 def as_uid(dgram: Served, uid: int, *, gid: int | None = None, groups: tuple[int, ...] = ()) -> list[str]:
@@ -159,6 +165,43 @@ def test_of_groups_the_primary_one_counts_and_no_other(reachable: Path) -> None:
     with served(reachable, group) as dgram:
         assert as_uid(dgram, CLIENT_UID, gid=GROUP) == ["ok"]
         assert as_uid(dgram, CLIENT_UID, groups=(GROUP,)) == ["denied"]
+
+
+@pytest.mark.root
+def test_what_was_decided_for_one_process_of_a_user_is_not_for_another(reachable: Path) -> None:
+    """While one has not received its answer its user is remembered, and nothing of what it may."""
+
+    def first() -> None:
+        become(CLIENT_UID, GROUP)
+        with dgram.speaker(serve=False) as speaker:
+            speaker.send(request(dgram))
+            there.send(b"sent")
+            there.recv(1)
+            assert received(speaker) == ["ok"]
+
+    with served(reachable, rule("group", clients=[{"gids": [GROUP]}])) as dgram:
+        here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with here, there, in_background(first):
+            assert here.recv(10) == b"sent"
+            dgram.broker.serve()
+            assert as_uid(dgram, CLIENT_UID) == ["denied"]
+            assert as_uid(dgram, CLIENT_UID, gid=GROUP) == ["ok"]
+            here.send(b"x")
+
+
+def test_a_datagram_is_of_the_process_that_wrote_it_whoever_holds_the_socket(dgram: Served) -> None:
+    """What the protocol warns of; on a connection the sender must be who connected."""
+    asked = dgram.path.with_name("asked")
+    asked.write_bytes(request(dgram))
+    with dgram.speaker(serve=False) as holder:
+        holder.sock.connect(str(dgram.path))
+        # It writes what it reads to its standard output, and goes on reading.
+        command = ["cat", str(asked), "-"]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=holder.sock.fileno()) as writer:
+            dgram.broker.broker.step(30)
+            # Connected, its holder would not be reached.
+            record = dgram.broker.records()[0]
+            assert (record["pid"], record["decision"]) == (writer.pid, "allow")
 
 
 @pytest.mark.root
@@ -432,6 +475,10 @@ def test_a_uid_that_never_receives_loses_its_own_answers_and_others_get_theirs(
 def test_more_uids_than_there_are_sockets_for_answers_are_served_one_after_the_other(dgram: Served) -> None:
     for number in range(40):
         assert as_uid(dgram, CLIENT_UID + number) == ["ok"]
+        datagrams = dgram.broker.broker._datagrams
+        assert datagrams is not None
+        own = [*datagrams._free, *(client.sock for client in datagrams._clients.values())]
+        assert len({sock.fileno() for sock in own}) == len(own) == 16
 
 
 @pytest.mark.root

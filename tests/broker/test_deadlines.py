@@ -195,6 +195,33 @@ def test_while_a_client_is_not_read_from_its_frames_are_not_late(
     assert len(read_opened(answer)) == 253
 
 
+def test_while_a_walk_waits_for_its_client_the_rest_of_a_frame_is_not_late(
+    stepped: SteppedBroker, clock: Clock
+) -> None:
+    speaker = stepped.join(StreamSpeaker)
+    walk = encode_walk(5, bytes(stepped.tree), WalkFilter(WalkKind.REGULAR), credit=9, most=1)
+    status = framed(encode_status(1))
+    speaker.sock.send(framed(walk))
+    stepped.broker.step(0)
+    with failing_sends(*[NO_ROOM] * 100):
+        speaker.sock.send(status[:10])
+        stepped.broker.step(0)
+        [connection] = stepped.broker._connections.values()
+        assert connection.state is State.SENDING
+        # It was begun while the client could be late.
+        stepped.broker._expect(connection)
+        wait(stepped, clock, 2 * WITHIN)
+        assert stepped.connections == 1
+    speaker.send_raw(status[10:])
+    ids = []
+    while 1 not in ids:
+        answer = speaker.receive()
+        assert answer is not None
+        ids.append(answer.reply.id)
+        stepped.serve()
+    assert 5 in ids
+
+
 def test_the_rest_of_a_frame_behind_one_whose_walk_goes_on_is_waited_for(
     stepped: SteppedBroker, clock: Clock
 ) -> None:

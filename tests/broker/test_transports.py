@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from fdbroker.wire.client import (
+    OpenReply,
     encode_cancel,
     encode_hello,
     encode_list,
@@ -31,12 +32,13 @@ from tests.broker.speaking import (
     frame,
     read_opened,
 )
+from tests.broker.stepping import SteppedBroker
 from tests.broker.test_loop import BAD_HELLOS, MALFORMED, kernel_refuses_rights
+from tests.running_broker import policy, rule
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.broker.stepping import SteppedBroker
 
 FILES = 253
 
@@ -122,6 +124,19 @@ def test_given_descriptors_are_open_file_descriptions_of_their_own(
         assert os.get_blocking(first)
 
 
+def test_copies_come_inline(tree: Path, tmp_path: Path, way: Way) -> None:
+    compiled = policy(tree, rule("all", deliver=["copy"]))
+    (tree / "large").write_bytes(bytes(20_000))
+    with SteppedBroker(tree, compiled, audit=tmp_path / "audit") as broker:
+        speaker = way.come(broker, tmp_path)
+        asked = [bytes(tree / name) for name in ("file", "large", "empty")]
+        answer = speaker.ask(encode_open(7, asked, copy=True))
+        assert not answer.descriptors
+        assert answer.raw.endswith(b"content")
+        assert isinstance(answer.reply, OpenReply)
+        assert [result.status.name for result in answer.reply.results] == ["COPIED", "REFUSED", "COPIED"]
+
+
 def test_files_are_described(stepped: SteppedBroker, speaker: Speaker) -> None:
     paths = [bytes(stepped.tree / "file"), bytes(stepped.tree / "link"), b"/etc"]
     (file, facts), (link, link_facts), (outside, nothing) = speaker.stat(*paths).results
@@ -150,6 +165,7 @@ def requests(tree: Path) -> list[bytes]:
         encode_open(0, paths),
         encode_open(0xFFFFFFFF, [bytes(tree / "file")] * FILES),
         encode_open(3, [b"/etc/shadow"]),
+        encode_open(4, paths, copy=True),
         encode_stat(5, paths),
         encode_stat(5, [bytes(tree / "file")] * FILES),
         encode_list(6, bytes(tree)),
@@ -177,7 +193,7 @@ def test_answers_and_audit_are_the_same_on_all_of_them(stepped: SteppedBroker, t
             answer.descriptors.close()
         seen[name] = [answer.raw for answer in answers], counts, told(stepped.records()[already:])
     expected = seen.pop("seqpacket")
-    assert sum(expected[1]) == FILES + 1
+    assert sum(expected[1]) == FILES + 2
     for name, found in seen.items():
         assert found == expected, name
     check_audit(stepped.records())

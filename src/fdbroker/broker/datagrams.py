@@ -16,7 +16,7 @@ import re
 import socket
 from typing import TYPE_CHECKING
 
-from fdbroker.broker.audit import member_text
+from fdbroker.broker.audit import failure_text, member_text
 from fdbroker.broker.connection import Client
 from fdbroker.broker.identity import IdentityError, PeerOfMessage
 from fdbroker.kernel import sockets
@@ -120,7 +120,7 @@ class Datagrams:
             frame = self._dispatch.error(error.request_id, Kind.MALFORMED, Reason.MALFORMED, text)
             return frame, [], error.request_id
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a denial, and the others are served
-            members = member_text(request=request_id, reason=repr(error))
+            members = member_text(request=request_id, reason=failure_text(error))
             self._audit.event("failed", f"{client.record},{members}")
             text = "the broker failed on this request; its audit says where"
             return self._dispatch.error(request_id, Kind.BROKEN, Reason.BROKEN, text), [], request_id
