@@ -57,8 +57,9 @@ def check_hung_up(stepped: SteppedBroker, speaker: Speaker, what: str) -> None:
     assert (answer.reply.kind, answer.reply.reason, answer.reply.id) == (Kind.REFUSED, Reason.LIMIT, 0)
     assert answer.reply.text == f"{what} must come within 10 s"
     assert speaker.is_closed()
-    record = stepped.records()[-1]
-    assert (record["event"], record["reason"]) == ("too_slow", f"{what} did not come in time")
+    # Behind it there may be the end of a walk.
+    [record] = [record for record in stepped.records()[-2:] if record["event"] == "too_slow"]
+    assert record["reason"] == f"{what} did not come in time"
     assert stepped.broker._deadlines == {}
 
 
@@ -282,7 +283,7 @@ def test_a_client_that_asks_without_pause_does_not_keep_a_walk_of_another_from_g
     walker.sock.send(
         encode_walk(5, bytes(stepped.tree), WalkFilter(WalkKind.REGULAR), credit=9, descriptors=True)
     )
-    most, flight._most_per_uid = flight._most_per_uid, 100
+    most, flight._most_per_uid = flight._most_per_uid, 50
     stepped.serve()
     assert stepped.broker._resting
     flight._most_per_uid = most
