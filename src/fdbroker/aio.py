@@ -42,6 +42,7 @@ from fdbroker.client.answers import (
 from fdbroker.client.blocking import DEFAULT_SOCKET, DEFAULT_TIMEOUT
 from fdbroker.client.engine import (
     DEFAULT_BATCH,
+    DEFAULT_WALK_BATCH,
     AskStatus,
     ListPage,
     OpenPaths,
@@ -209,7 +210,7 @@ class _Requests:
         most_size: int | None = None,
         newer_than: int | None = None,
         descriptors: bool = True,
-        batch: int = DEFAULT_BATCH,
+        batch: int = DEFAULT_WALK_BATCH,
         ahead: int = 2,
     ) -> Walk:
         """Go through everything below a directory. As `fdbroker.Client.walk`, by `async for`.

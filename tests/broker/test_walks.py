@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from fdbroker.wire.messages import WalkEnd
 
 LEVELS = list(range(probe_level().level + 1))
-BATCH = 64  # what the broker chooses
+BATCH = 128  # what the broker chooses
 FILES = 5 * BATCH
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """Return a tree of 5 directories of 64 files, each with its own name as contents."""
+    """Return a tree of 5 directories of 128 files, each with its own name as contents."""
     return make_tree(tmp_path / "tree", FILES, BATCH)
 
 
@@ -169,7 +169,7 @@ def test_walk_without_descriptors_names_what_its_filter_asks_for(walked: Stepped
     whole = walk(walked, walked.join(), asked=asked, descriptors=False)
     assert sorted(whole.entries) == [(f"d{number}".encode(), None) for number in range(5)]
     assert walk(walked, walked.join(), asked=WalkFilter(globs=(b"d1/*",)), descriptors=False).end[:2] == (
-        64,
+        BATCH,
         0,
     )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.opening import Outcome
-from fdbroker.broker.walking import Walk
+from fdbroker.broker.walking import BATCH, Walk
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.wire.format import Incomplete, Reason
 from fdbroker.wire.messages import (
@@ -35,7 +35,6 @@ MOST_WALKS = 4  # of one connection
 # A walk that waits for credit keeps its place: up to a megabyte, 2,000 directories deep.
 MOST_WALKS_OF_UID = 32
 MOST_WALKS_IN_ALL = 256
-_BATCH = 64  # where a file costs least
 _MOST_CREDIT = 1 << 31
 _SIGN_OF_LIFE = 2.0  # seconds after which a frame without entries says that the walk goes on
 # What is missing then, whatever the walk has met.
@@ -55,7 +54,7 @@ class ActiveWalk:
         self.request = request
         self.walk = walk
         self.credit = request.credit
-        self.most = request.most or _BATCH
+        self.most = request.most or BATCH
         # What was sent so far, and when the last frame was.
         self.entries = self.descriptors = 0
         self.sent = time.monotonic()

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     StrOrBytesPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 DEFAULT_BATCH = 64  # where a file costs least
+DEFAULT_WALK_BATCH = 128  # the same for a walk, whose frames cost more
 MOST_MORE = 0xFFFF  # frames that one request for more of a walk can ask for
 ROOM = MAX_FRAME + 1  # for a frame; one byte more than any, so that a longer one shows
 

@@ -17,7 +17,7 @@ from fdbroker.client.answers import (
     page_of,
     stat_of,
 )
-from fdbroker.client.engine import DEFAULT_BATCH, ListPage, OpenPaths, StatPaths, sendable
+from fdbroker.client.engine import DEFAULT_BATCH, DEFAULT_WALK_BATCH, ListPage, OpenPaths, StatPaths, sendable
 from fdbroker.client.errors import ReadOnlyError
 from fdbroker.client.results import Results, file_from
 from fdbroker.client.sealed import SEAL_LIMIT, seal
@@ -188,7 +188,7 @@ class FileRequests:
         most_size: int | None = None,
         newer_than: int | None = None,
         descriptors: bool = True,
-        batch: int = DEFAULT_BATCH,
+        batch: int = DEFAULT_WALK_BATCH,
         ahead: int = 2,
     ) -> Walk:
         """Go through everything below a directory, as the broker meets it, and open its regular files.
