@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import array
 import contextlib
+import ctypes
 import os
 import select
+import signal
 import socket
 import sys
 import time
@@ -36,6 +38,7 @@ pytestmark = pytest.mark.root
 SECONDS = 60.0 if os.environ.get("FDBROKER_SOAK") else 1.5
 WITHIN = 0.5  # of 99 of 100 answers to a bystander, by design
 FILES = 253
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def stalled_readers(served: Everywhere) -> None:
@@ -146,6 +149,8 @@ def under(attacks: list[Attack], served: Everywhere) -> Iterator[None]:
                 os.close(2)
                 os.open(os.devnull, os.O_WRONLY)  # how they end is nobody's concern
                 become(uid)
+                # If the tests are killed this ends, too. Behind the change of ids, which would take it back.
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 while True:
                     with contextlib.suppress(OSError, AssertionError):
                         attack(served)
