@@ -138,7 +138,9 @@ class Dispatch:
         descriptors: list[int] = []
         copies: list[bytes] = []
         try:
-            asker = self.asker(connection, client) if objection is None else objection
+            asker: Asker | str | None = connection.asker if objection is None else objection
+            if asker is None or client is not None or connection.asker_generation != generation.number:
+                asker = objection or self.asker(connection, client)
             if isinstance(asker, str):
                 outcomes = [Outcome(refused(Reason.IDENTITY), asker)] * len(paths)
             elif not connection.flight.room_for(connection, len(paths)):
@@ -147,11 +149,11 @@ class Dispatch:
                 outcomes = generation.opener.open_or_copy(asker, paths, descriptors, copies)
             else:
                 outcomes = generation.opener.open(asker, paths, descriptors)
-            if self._is_for_helpers(connection, request, asker, outcomes):
+            if self.helped is not None and self._is_for_helpers(connection, request, asker, outcomes):
                 close_all(descriptors)
                 return None
             allowed = len(descriptors) + len(copies)
-            records = [outcome.record for outcome in outcomes]
+            records = [outcome.record for outcome in outcomes] if self._audit.on else ()
             if not self.record(
                 asker, connection, "open", request_id, paths, records, number=client, allowed=allowed
             ):

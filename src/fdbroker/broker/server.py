@@ -199,21 +199,15 @@ class Broker:
     def step(self, timeout: float) -> None:
         """Serve one round of what is ready within `timeout` seconds (-1: wait)."""
         until = None if self._helpers is None else self._helpers.next_deadline()
-        if until is not None:
-            left = max(0.0, until - time.monotonic())
-            if not 0 <= timeout <= left:
-                timeout = left
-        if self._busy or self._loading:
-            timeout = 0
-        elif self._deadlines or self._resting or self._acceptor.resting:
-            least = _REST if self._resting or self._acceptor.resting else _LOOK_AT_DEADLINES
-            if not 0 <= timeout < least:
-                timeout = least
+        waiting = self._busy or self._deadlines or self._loading or self._resting or self._acceptor.resting
+        if waiting or until is not None:
+            timeout = self._shorter(timeout, until)
         # Room for all of them, or it would not show who else wants something; and for no more, which costs.
-        most = len(self._connections) + len(self._acceptor.listeners) + 1 + len(self._helper_descriptors)
+        most = len(self._connections) + len(self._acceptor.listeners) + 1
+        if self._helpers is not None:
+            most += len(self._helper_descriptors)
         ready = self._epoll.poll(self._watchdog.before_waiting(timeout), most)
         self._watchdog.after_waiting(len(ready))
-        waiting = self._busy or self._deadlines or self._loading or self._resting or self._acceptor.resting
         if len(ready) == 1 and until is None and not waiting:
             # One client wants one thing, as it mostly is.
             descriptor, events = ready[0]
@@ -234,6 +228,20 @@ class Broker:
             self._load_on(self._loading[0])
         if until is not None and self._helpers is not None:
             self._helpers.expire(time.monotonic())
+
+    def _shorter(self, timeout: float, until: float | None) -> float:
+        """Return for how many seconds to wait at most, of a `timeout` (-1: for ever), since others wait."""
+        if until is not None:
+            left = max(0.0, until - time.monotonic())
+            if not 0 <= timeout <= left:
+                timeout = left
+        if self._busy or self._loading:
+            return 0
+        if self._deadlines or self._resting or self._acceptor.resting:
+            least = _REST if self._resting or self._acceptor.resting else _LOOK_AT_DEADLINES
+            if not 0 <= timeout < least:
+                timeout = least
+        return timeout
 
     def _serve_all(self, ready: Iterable[tuple[int, int]]) -> None:
         """Serve one message for each uid, and what else happened."""
@@ -526,7 +534,9 @@ class Broker:
     # Messages
 
     def _serve_message(self, connection: Connection) -> None:
-        if not self._has_room(connection, MAX_PATHS):
+        # The first look of `_has_room`, without a call of it: in each request.
+        most = self._dispatch.generation.settings.in_flight_per_connection
+        if connection.in_flight + MAX_PATHS > most and not self._has_room(connection, MAX_PATHS):
             return
         if connection.stream is not None:
             self._serve_stream(connection, receive=True)
