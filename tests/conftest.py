@@ -12,6 +12,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 from tests.for_other_users import ForOtherUsers, for_other_users
+from tests.uids import with_uids_of_first_block
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,6 +41,14 @@ def others() -> Iterator[ForOtherUsers]:
     """Return an interpreter and the sources for processes of other uids."""
     with for_other_users() as made:
         yield made
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name a case alike in each process, though the uid in it is one of the process's own."""
+    if not isinstance(val, int | str):
+        return None
+    named = with_uids_of_first_block(str(val))
+    return None if named == str(val) else named
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
