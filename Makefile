@@ -4,8 +4,8 @@ PYTHON ?= /usr/bin/python3
 EXTRAS := daemon,cli,yara,dev
 VENV := build/venv
 BIN := $(VENV)/bin
-# For pytest or the benchmarks: make test ARGS='-k policy -x'. When nothing is given, two processes run all tests and coverage
-# is measured.
+# For pytest or the benchmarks: make test ARGS='-k policy -x'. When nothing is given, two processes run all tests, and
+# coverage is measured.
 ARGS ?=
 
 # The environment must not lead the interpreter elsewhere.

@@ -1,4 +1,4 @@
-"""The user ids of this process of the tests, which no other process of the tests on this machine has meanwhile.
+"""The user ids of this process of the tests, which no other process of tests on this machine has meanwhile.
 
 The kernel counts the descriptors under way and the processes of a uid, whoever
 they belong to: two brokers of one uid would take room from each other. So each
