@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from coverage import Coverage
 from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.database import DirectoryBasedExampleDatabase
@@ -16,7 +17,7 @@ from tests.for_other_users import ForOtherUsers, for_other_users
 from tests.uids import with_uids_of_first_block
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
 HYPOTHESIS_HOME = Path(__file__).resolve().parent.parent / "build" / "hypothesis"
 
@@ -42,6 +43,21 @@ def others() -> Iterator[ForOtherUsers]:
     """Return an interpreter and the sources for processes of other uids."""
     with for_other_users() as made:
         yield made
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Measure no coverage where it is marked so: `no_cover` of pytest-cov does not do it in a worker of xdist."""
+    stopped = []
+    if item.get_closest_marker("unmeasured"):
+        while measuring := Coverage.current():  # a worker has two, and stopping one resumes the other
+            measuring.stop()
+            stopped.append(measuring)
+    try:
+        yield
+    finally:
+        for measuring in reversed(stopped):
+            measuring.start()
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
