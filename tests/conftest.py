@@ -47,7 +47,10 @@ def others() -> Iterator[ForOtherUsers]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """Measure no coverage where it is marked so: `no_cover` of pytest-cov does not do it in a worker of xdist."""
+    """Measure no coverage where it is marked so.
+
+    `no_cover` of pytest-cov does not do that in the workers of xdist.
+    """
     stopped = []
     if item.get_closest_marker("unmeasured"):
         while measuring := Coverage.current():  # a worker has two, and stopping one resumes the other
