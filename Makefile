@@ -4,7 +4,8 @@ PYTHON ?= /usr/bin/python3
 EXTRAS := daemon,cli,yara,dev
 VENV := build/venv
 BIN := $(VENV)/bin
-# For pytest or the benchmarks: make test ARGS='-k policy -x'. Coverage is measured when nothing is given.
+# For pytest or the benchmarks: make test ARGS='-k policy -x'. When nothing is given, two processes run all tests, and
+# coverage is measured.
 ARGS ?=
 
 # The environment must not lead the interpreter elsewhere.
@@ -40,7 +41,7 @@ demo: $(VENV)/.ready-demo ## show it: a broker, files of three users, a scanner 
 	@$(PYTHON) -I scripts/demo.py
 
 test: $(VENV)/.ready ## run all tests with branch coverage (as root: none is skipped)
-	@$(BIN)/python -m pytest -q $(or $(ARGS),--cov --cov-report=html)
+	@$(BIN)/python -m pytest -q $(or $(ARGS),--numprocesses=2 --dist=loadfile --cov --cov-report=html)
 
 races: $(VENV)/.ready ## run the race tests for long
 	@FDBROKER_RACES=long $(BIN)/python -m pytest -q -o faulthandler_timeout=0 tests/races $(ARGS)

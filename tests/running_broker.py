@@ -13,13 +13,15 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.uids import FIRST_UID
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-BROKER_UID = 23457
-CLIENT_UID = 23456
-OTHER_UID = 23458
-OWNER_UID = 12345
+CLIENT_UID = FIRST_UID + 56
+BROKER_UID = FIRST_UID + 57
+OTHER_UID = FIRST_UID + 58
+OWNER_UID = FIRST_UID + 64
 _SOURCES = Path(__file__).resolve().parent.parent / "src"
 
 ALL_ACTIONS = ["open", "stat", "list", "walk"]

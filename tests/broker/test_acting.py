@@ -51,6 +51,7 @@ from tests.broker.stepping import SteppedBroker
 from tests.broker.test_loop import few_left
 from tests.processes import become, wait_until
 from tests.running_broker import CLIENT_UID, OTHER_UID, policy, rule
+from tests.uids import FIRST_UID
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +61,7 @@ pytestmark = pytest.mark.root
 LEVEL = probe_level().level
 LEVELS = list(range(LEVEL + 1))
 KINDS = {"stream": socket.SOCK_STREAM, "seqpacket": socket.SOCK_SEQPACKET}
-SERVICE_UID, STRANGER_UID = 23461, 23462
+SERVICE_UID, STRANGER_UID = FIRST_UID + 62, FIRST_UID + 63
 SERVICES = [
     {"name": "clamd", "clients": [{"uids": [SERVICE_UID]}]},
     {"name": "index", "clients": [{"uids": [SERVICE_UID, STRANGER_UID]}]},

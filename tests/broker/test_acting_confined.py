@@ -20,6 +20,7 @@ from tests.broker.test_acting import (
     serve,
 )
 from tests.running_broker import CLIENT_UID, RunningBroker, reachable_directory, running_broker
+from tests.uids import FIRST_UID
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
-SERVICE_UID = 23461
+SERVICE_UID = FIRST_UID + 62
 POLICY = """
 version: 1
 roots:

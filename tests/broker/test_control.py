@@ -791,9 +791,10 @@ def test_a_hundred_reloads_leave_one_policy_in_memory(
     stepped: SteppedBroker, control: Speaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where idle clients asked by an old one, and never ask again."""
-    # What is frozen is not listed. (So each reload goes through all that the tests have loaded, and a hundred
-    # will do; there are more of a broker that runs by itself, in test_reload.py.)
+    # What is frozen is not listed: neither the first policy nor what other tests have left.
+    gc.freeze()
     monkeypatch.setattr(gc, "freeze", lambda: None)
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)
     idle = []
     for number in range(100):
         assert control.reload(files_of(stepped.tree, "file", f"f{number}")).generation == 2 + number

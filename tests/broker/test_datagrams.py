@@ -26,13 +26,14 @@ from tests.broker.speaking import DatagramSpeaker, check_audit, descriptors_of, 
 from tests.broker.stepping import SteppedBroker
 from tests.processes import become, in_child
 from tests.running_broker import CLIENT_UID, OTHER_UID, policy, rule
+from tests.uids import FIRST_UID
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
 FILES = 253
-GROUP = 23459
+GROUP = FIRST_UID + 59
 CLONE_NEWNET = 0x40000000
 
 

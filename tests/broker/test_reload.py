@@ -349,7 +349,7 @@ def test_whoever_hands_over_a_policy_and_dies_leaves_the_broker_as_it_was(
             assert os.read(ours, 5) == b"there"
         os.close(ours)
         os.close(theirs)
-    wait_until(lambda: running.descriptors() == before, "the connections gone")
+    wait_until(lambda: running.descriptors().items() <= before.items(), "the connections gone")
     with Speaker.connect(running.control) as control:
         assert control.status()["generation"] == 1
         assert control.reload(text).generation == 2

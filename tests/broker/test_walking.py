@@ -146,6 +146,7 @@ def test_a_symbolic_link_is_named_and_never_followed(tmp_path: Path) -> None:
         assert here.find().paths == []
 
 
+@pytest.mark.unmeasured
 def test_the_root_of_all_can_be_walked(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     document = policy("/", rule("some", paths=["**"], root="tree"))
@@ -525,6 +526,7 @@ def large(tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
+@pytest.mark.unmeasured
 @pytest.mark.root
 @pytest.mark.parametrize("make", [os.mkdir, os.mknod])
 def test_a_directory_of_100_000_entries_is_walked_in_bounded_steps_and_memory(
@@ -550,6 +552,7 @@ def test_a_directory_of_100_000_entries_is_walked_in_bounded_steps_and_memory(
         assert last not in [entry.path for entry in reply.entries]
 
 
+@pytest.mark.unmeasured
 @pytest.mark.root
 def test_a_step_looks_at_so_many_entries_and_no_more(large: Path) -> None:
     for number in range(10 * MOST_ENTRIES):
@@ -587,6 +590,7 @@ def test_40_levels_of_200_byte_names_are_walked_as_far_as_paths_reach(tmp_path: 
     assert found.end.incomplete == Incomplete.TOO_LONG
 
 
+@pytest.mark.unmeasured
 @pytest.mark.root
 def test_depth_costs_little_memory_and_no_recursion(large: Path) -> None:
     deep = 1500  # more than Python calls deep

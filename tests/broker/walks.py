@@ -16,7 +16,7 @@ from fdbroker.wire.client import WalkReply, decode_reply
 from fdbroker.wire.format import MAX_REPLY
 from fdbroker.wire.messages import GIVEN, WalkFilter, WalkRequest
 from fdbroker.wire.replies import encode_walk_reply
-from tests.running_broker import policy
+from tests.running_broker import CLIENT_UID, policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fdbroker.policy.decide import View
     from fdbroker.wire.messages import Result, WalkEnd, WalkEntry
 
-UID = 23456
+UID = CLIENT_UID
 EVERYTHING = WalkFilter()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -314,11 +315,12 @@ class Following:
 
     def texts(self) -> list[tuple[bytes, bool]]:
         found = []
-        for line in self._lines:
-            if line is not None:
-                found.append((line.text, line.whole))
-            elif self._ended:
-                break
+        with contextlib.closing(self._lines) as lines:
+            for line in lines:
+                if line is not None:
+                    found.append((line.text, line.whole))
+                elif self._ended:
+                    break
         return found
 
 
@@ -369,11 +371,11 @@ def test_line_that_was_torn_by_a_rotation_is_given_as_such(tmp_path: Path) -> No
 def test_numbers_of_lines_are_those_of_their_file(tmp_path: Path) -> None:
     path = tmp_path / "audit"
     append(path, b"a\nb\n")
-    lines: Iterator[Line | None] = follow_lines(str(path), pause=lambda: None)
-    assert [next(lines), next(lines), next(lines)] == [Line(1, b"a"), Line(2, b"b"), None]
-    path.rename(tmp_path / "old")
-    append(path, b"c\n")
-    assert next(line for line in lines if line is not None) == Line(1, b"c")
+    with contextlib.closing(follow_lines(str(path), pause=lambda: None)) as lines:
+        assert [next(lines), next(lines), next(lines)] == [Line(1, b"a"), Line(2, b"b"), None]
+        path.rename(tmp_path / "old")
+        append(path, b"c\n")
+        assert next(line for line in lines if line is not None) == Line(1, b"c")
 
 
 def test_interrupt_is_the_way_to_end_it_and_what_was_wrong_is_in_the_status(

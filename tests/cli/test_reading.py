@@ -275,7 +275,7 @@ def test_user_who_may_not_connect_is_told_the_group_that_may(broker: str, others
         os.chown(broker, 0, 0)
         os.chmod(broker, 0o666)
     assert result.returncode == 2
-    assert "members of the group daemon may. As root: usermod -aG daemon 23456" in result.stderr
+    assert f"members of the group daemon may. As root: usermod -aG daemon {CLIENT_UID}" in result.stderr
 
 
 @pytest.mark.root

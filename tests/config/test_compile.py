@@ -606,6 +606,7 @@ def test_long_values_are_cut_in_messages() -> None:
     assert len(problem) < 200
 
 
+@pytest.mark.unmeasured
 def test_a_policy_of_ten_thousand_rules_is_compiled_in_reasonable_time() -> None:
     rules = "".join(f"- {{name: r{n}, deny: open, in: home, paths: u{n}/x/**}}\n" for n in range(10_000))
     text = SMALLEST.replace("[]", "\n" + rules)

@@ -63,6 +63,7 @@ def reached() -> set[tuple[str, str, bool]]:
     return set()
 
 
+@pytest.mark.unmeasured
 def test_verdict_is_that_of_the_policy_and_the_details_amount_to_it(
     reached: set[tuple[str, str, bool]],
 ) -> None:

@@ -185,6 +185,7 @@ def test_an_alias_bomb_is_refused_before_it_grows() -> None:
     assert all(len(line) < 200 for line in found)
 
 
+@pytest.mark.unmeasured
 def test_a_file_of_a_mebibyte_is_read_and_one_byte_more_is_not() -> None:
     text = b"a: b\n" + b"#" * (MAX_BYTES - 5)
     assert problems_of(text) == []
@@ -193,6 +194,7 @@ def test_a_file_of_a_mebibyte_is_read_and_one_byte_more_is_not() -> None:
     ]
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(
     "piece", ["[", "{", "- ", "? ", ": ", "a: ", "&a ", "!!", "'", '"', "*a ", "\x85", "|\n", "a\n"]
 )

@@ -165,12 +165,13 @@ def descriptors_of(pid: int, directory: Path) -> list[str]:
 
 def _unix_sockets() -> dict[str, str]:
     """Return what /proc/net/unix says of each socket, by the text of its link."""
+    # Those of others as well, of which one that is being made or closed has no kind.
     kinds = {"0001": "stream", "0002": "dgram", "0005": "seqpacket"}
     found = {}
     for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
         _, _, _, flags, kind, _, inode, *path = line.split()
         listening = "listening " if flags == "00010000" else ""
         found[f"socket:[{inode}]"] = (
-            f"{listening}{kinds[kind]} {os.path.basename(path[0]) if path else ''}".strip()
+            f"{listening}{kinds.get(kind, kind)} {os.path.basename(path[0]) if path else ''}".strip()
         )
     return found

@@ -17,7 +17,7 @@ from fdbroker.launcher.errors import LaunchError
 from fdbroker.launcher.unit_options import check_user_namespace
 from tests.for_other_users import for_other_users
 from tests.launcher.starting import lay_out, run, started
-from tests.running_broker import BROKER_UID, OTHER_UID, policy, reachable_directory
+from tests.running_broker import BROKER_UID, CLIENT_UID, OTHER_UID, policy, reachable_directory
 
 if TYPE_CHECKING:
     import subprocess
@@ -378,7 +378,7 @@ def test_who_is_neither_root_nor_a_service_is_told_so(directory: Path) -> None:
         done = run(
             directory / "policy.json",
             "--audit=none",
-            prefix=["setpriv", "--reuid=23456", "--clear-groups"],
+            prefix=["setpriv", f"--reuid={CLIENT_UID}", "--clear-groups"],
             python=place.python,
             env={"PYTHONPATH": str(place.directory)},
         )

@@ -141,11 +141,10 @@ def test_options_are_stronger_than_the_policy(directory: Path) -> None:
         facts = (directory / "run/requests").stat()
         assert (stat.S_IMODE(facts.st_mode), facts.st_gid) == (0o600, 9)
         assert sorted(os.listdir(directory / "run")) == ["other", "requests"]
-    with started(
-        directory / "policy.yaml", "--audit=none", "--control=none", "--pidfile=/run/fdbroker-test.pid"
-    ):
+    pidfile = f"/run/fdbroker-test-{os.getpid()}.pid"
+    with started(directory / "policy.yaml", "--audit=none", "--control=none", f"--pidfile={pidfile}"):
         assert sorted(os.listdir(directory / "run")) == ["other", "requests"]  # other: of the first
-    os.unlink("/run/fdbroker-test.pid")
+    os.unlink(pidfile)
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "symbolic link", "named pipe"])

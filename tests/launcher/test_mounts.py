@@ -12,6 +12,7 @@ from fdbroker.kernel.errors import SyscallError
 from fdbroker.launcher import mounts
 from fdbroker.launcher.mounts import Mount, ReadOnlyViewError, not_read_only, parse_mounts
 from fdbroker.launcher.start import find_cgroup2
+from tests.running_broker import BROKER_UID
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,13 +90,13 @@ def test_a_descriptor_from_the_view_is_no_way_to_write_even_for_the_owner(
 ) -> None:
     path = tmp_path / "file"
     path.write_text("x")
-    os.chown(path, 23457, 23457)
+    os.chown(path, BROKER_UID, BROKER_UID)
 
     def child() -> dict[str, int]:
         mounts.enter_read_only_view()
         proc = files.open_proc_self_fd()
         descriptor = os.open(path, os.O_RDONLY)
-        process.change_ids(23457, 23457)
+        process.change_ids(BROKER_UID, BROKER_UID)
         name = f"/proc/self/fd/{descriptor}"
         return {
             "reopen for writing": error_of(os.open, name, os.O_RDWR),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import fdbroker
+from fdbroker.launcher.until_ready import READY, Made, start_watcher
 from tests.launcher.starting import command, run, started
 from tests.processes import wait_until, whose_command_line_names
 from tests.running_broker import launcher_environment, policy
@@ -72,6 +75,20 @@ def test_a_caller_whose_reader_of_ready_has_gone_leaves_the_daemon_its_sockets(d
     assert (done.returncode, done.stderr) == (0, "")
     assert content(directory) == b"content"
     stop(directory)
+
+
+def test_who_waits_for_ready_is_told_when_the_broker_has_closed_its_end() -> None:
+    """So what it finds open then is what the broker keeps."""
+    nothing: Any = SimpleNamespace(descriptors=list, remove=lambda: None)
+    told, ready = os.pipe()
+    watcher = start_watcher(Made(nothing, None), ready)
+    os.close(ready)
+    os.write(watcher.word, READY)
+    assert not select.select([told], [], [], 0.1)[0]
+    os.close(watcher.word)
+    assert os.read(told, 99) == READY
+    for descriptor in (told, watcher.done):
+        os.close(descriptor)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

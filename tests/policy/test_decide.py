@@ -166,6 +166,7 @@ def how_it_was_answered(view: ActionView, path: str) -> str:
     )
 
 
+@pytest.mark.unmeasured
 def test_every_outcome_has_its_share_of_the_cases() -> None:
     counted: Counter[str] = Counter()
 

@@ -225,6 +225,7 @@ def test_glob_that_says_nothing_clear_is_refused_with_the_reason(pattern: bytes,
         compile_glob(pattern)
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(
     ("pattern", "path"),
     [

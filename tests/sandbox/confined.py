@@ -12,6 +12,7 @@ from fdbroker.kernel.libc import MACHINE
 from fdbroker.sandbox.confine import Confinement
 from fdbroker.sandbox.process import start_confined
 from fdbroker.sandbox.worker_seccomp import worker_filter
+from tests.uids import FIRST_UID
 
 if TYPE_CHECKING:
     import socket
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-WORKER_UID = 23461
+WORKER_UID = FIRST_UID + 61
 IDS = (WORKER_UID, WORKER_UID)
 
 EPERM = 1

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.root
 
 SECONDS = 60.0 if os.environ.get("FDBROKER_SOAK") else 1.5
 WITHIN = 0.5  # of 99 of 100 answers to a bystander, by design
+LEAST = 30  # answers, however long they take where others have the CPUs
 FILES = 253
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -163,9 +164,9 @@ def waits(served: Everywhere) -> list[float]:
     """Be served for a while: on a connection that stays, and on new ones; return how long each took."""
     file = bytes(served.tree / "file")
     end = time.monotonic() + SECONDS
-    taken = []
+    taken: list[float] = []
     with served.call(Speaker) as staying, served.call(StreamSpeaker) as stream:
-        while time.monotonic() < end:
+        while time.monotonic() < end or len(taken) < LEAST:
             for speaker in (staying, stream):
                 before = time.monotonic()
                 assert speaker.open_one(file).content == b"content"
@@ -195,7 +196,6 @@ def test_a_bystander_of_another_user_is_served_soon(
                     f" half within {taken[len(taken) // 2] * 1000:.1f} ms,"
                     f" 99 of 100 within {p99 * 1000:.1f} ms, the last within {taken[-1] * 1000:.1f} ms\n"
                 )
-        assert len(taken) >= 10
         assert p99 < WITHIN
         # They are gone, and the broker is as it was.
         wait_until(lambda: served.broker.descriptors() == idle, "everything closed")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterator, Mapping
     from typing import BinaryIO
 
     from fdbroker.policy.globs import Glob
@@ -34,7 +34,7 @@ def read_lines(file: BinaryIO) -> Iterator[Line]:
 
 def follow_lines(
     path: str, *, pause: Callable[[], None] = lambda: time.sleep(_PAUSE)
-) -> Iterator[Line | None]:
+) -> Generator[Line | None]:
     """Yield lines as they are written, for ever, whatever becomes of the file, like `tail -F`.
 
     A file that is renamed is read to its end before the one that took its
@@ -56,7 +56,7 @@ def follow_lines(
             yield from _follow_one(path, file, pause)
 
 
-def _follow_one(path: str, file: BinaryIO, pause: Callable[[], None]) -> Iterator[Line | None]:
+def _follow_one(path: str, file: BinaryIO, pause: Callable[[], None]) -> Generator[Line | None]:
     """Yield the lines of one file until another one has its name."""
     number, partial, ended = 0, b"", False
     while True:

@@ -86,6 +86,7 @@ def _watch(made: Made, ready: int | None, word: int, done_end: int) -> None:
             return
         _keep_only([word, done_end, *made.descriptors(), *([] if ready is None else [ready])])
         if os.read(word, len(READY)) == READY:
+            os.read(word, 1)  # until the broker has closed it: who is told finds it as it stays
             tell(ready)
         else:
             made.remove()
