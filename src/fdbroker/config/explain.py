@@ -73,6 +73,8 @@ _SENTENCES = {
     "is_directory": "rule {rule} is about it, but it is a directory, and the broker opens regular files only",
     "not_regular": "rule {rule} is about it, but it is no regular file, and the broker opens nothing else",
     "filesystem": "rule {rule} is about it, but it is on a file system that the broker never serves",
+    "not_listed": "rule {rule} is about it, but its root says 'opens: helpers', and nothing there is listed"
+    " or walked",
     "empty": "the path is empty",
     "nul": "the path has a NUL byte",
     "relative": "the path is not absolute",
@@ -280,6 +282,8 @@ def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
     except OSError as error:
         return Seen(note=f"{os.fsdecode(root.path)}: {error.strerror}")
     try:
+        if held_root.helpers and action in {"list", "walk"}:
+            return Seen(reason="not_listed")
         held = open_path_beneath(held_root.descriptor, path[root.skip :] or b".", root.cross_mounts)
         facts = os.fstat(held)
         objection = held_root.objection(held)
