@@ -366,7 +366,7 @@ def _report(
 
 
 def _client_check(rule: Rule, client: ClientFacts) -> RuleCheck:
-    holds = any(entry.matches(client) for entry in rule.clients)
+    holds = any(entry.matches(client, in_doubt=rule.deny) for entry in rule.clients)
     wanted = _clients_text(rule.clients)
     if ClientMatch(None, None, None) in rule.clients:
         return RuleCheck("client", holds, wanted)
@@ -382,7 +382,7 @@ def _on_behalf_of_checks(rule: Rule, acted_for: ClientFacts | None) -> list[Rule
     if not rule.on_behalf_of:
         text = "does not say for whom the client may act, so it allows what the client asks for itself alone"
         return [] if rule.deny else [RuleCheck("on_behalf_of", holds=False, text=text)]
-    holds = any(entry.matches(acted_for) for entry in rule.on_behalf_of)
+    holds = any(entry.matches(acted_for, in_doubt=rule.deny) for entry in rule.on_behalf_of)
     return [RuleCheck("on_behalf_of", holds, f"{wanted}; it acts for {client_text(acted_for)}")]
 
 
