@@ -169,6 +169,17 @@ def test_of_groups_the_primary_one_counts_and_no_other(reachable: Path) -> None:
 
 
 @pytest.mark.root
+def test_a_rule_that_denies_a_group_holds_since_the_sender_may_be_in_it(reachable: Path) -> None:
+    """Or its members would ask by datagram for what they are denied on a connection."""
+    of_others = rule("others", effect="deny", clients=[{"uids": [OTHER_UID], "gids": [GROUP]}])
+    with served(reachable, rule("all"), of_others) as dgram:
+        assert as_uid(dgram, OTHER_UID, groups=(GROUP,)) == ["denied"]
+        assert as_uid(dgram, OTHER_UID) == ["denied"]
+        assert as_uid(dgram, CLIENT_UID) == ["ok"]
+        assert [record["reason"] for record in dgram.broker.records()] == ["deny_rule", "deny_rule", "ok"]
+
+
+@pytest.mark.root
 def test_what_was_decided_for_one_process_of_a_user_is_not_for_another(reachable: Path) -> None:
     """While one has not received its answer its user is remembered, and nothing of what it may."""
 

@@ -131,6 +131,20 @@ def test_what_is_asked_for_is_picked(file: str, options: tuple[str, ...], number
     ]
 
 
+def test_what_was_refused_before_any_decision_is_shown_as_denied(tmp_path: Path) -> None:
+    path = tmp_path / "audit"
+    refusals = [
+        record(0, event="open_refused", decision=None, reason="sent_by_another_process"),
+        record(1, event="datagram_refused", decision=None, reason="address_has_a_path"),
+        record(2, event="client_refused", decision=None, reason="peer_has_exited"),
+        record(3, event="serve", decision=None, reason="no_service"),
+    ]
+    others = [record(4, event="serve", decision=None, reason="ok"), record(5, event="stopped", decision=None)]
+    path.write_text(text_of(*refusals, *others))
+    result = run_here("audit", "--json", "--denied", str(path))
+    assert [json.loads(line) for line in result.stdout.splitlines()] == refusals
+
+
 def test_gap_in_the_numbers_is_told_and_another_run_is_none(tmp_path: Path) -> None:
     path = tmp_path / "audit"
     other = {"run": "b" * 16}

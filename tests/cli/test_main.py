@@ -17,6 +17,7 @@ from fdbroker.cli import streams
 from fdbroker.cli.broker import DENIED
 from fdbroker.cli.main import main
 from fdbroker.cli.output import OutputError, ReaderGoneError
+from fdbroker.cli.paths import absolute
 from fdbroker.cli.scan_output import JsonOutput, Totals
 from fdbroker.client import Client, connect
 from fdbroker.sandbox.confine import ConfinementError
@@ -324,3 +325,15 @@ def test_error_in_the_stream_is_told_as_such(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "stdout", Full())
     with pytest.raises(OutputError, match="No space left"):
         JsonOutput().totals(Totals())
+
+
+def test_a_relative_path_without_a_working_directory_is_wrong_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(click.UsageError, match=r"^a\\x0a is relative, and the working directory can't be"):
+        absolute("a\n")
+    assert absolute("/a/../b") == b"/b"

@@ -174,7 +174,7 @@ def test_path_is_made_absolute_and_one_outside_the_roots_is_denied(file: str) ->
         (("--unit", "a.service", "--cgroup", "/x", "/usr"), "not both"),
         (("--unit", "a", "/usr"), "--unit"),
         (("--cgroup", "x", "/usr"), "/user.slice"),
-        (("--action", "walk", "/usr"), "--action"),
+        (("--action", "read", "/usr"), "--action"),
         (("",), "a path is empty"),
         ((), "PATH"),
     ],

@@ -9,7 +9,13 @@ import pickle
 import pytest
 
 from fdbroker.client import errors
-from fdbroker.client.errors import BrokerError, error_of_reply, error_of_result
+from fdbroker.client.errors import (
+    BrokerError,
+    error_of_reply,
+    error_of_result,
+    error_of_serving,
+    error_of_walk,
+)
 from fdbroker.wire.format import ERRNO_OF, Kind, Reason
 from fdbroker.wire.messages import ErrorReply, broken, refused
 
@@ -46,6 +52,27 @@ def test_each_reason_has_a_class_and_a_text_of_its_own(reason: Reason) -> None:
     assert "/some/path" in str(error)
     texts = [error_of_result(refused(one), b"/some/path", 7).strerror for one in EXPECTED]
     assert texts.count(error.strerror) == 1
+
+
+def test_what_is_said_of_a_listener_is_not_about_a_file() -> None:
+    denied = error_of_serving(refused(Reason.DENIED), b"clamd", 7)
+    assert isinstance(denied, PermissionError)
+    assert (denied.reason, denied.filename) == (Reason.DENIED, b"clamd")
+    assert "listeners: {NAME: {service: ...}}" in str(denied)
+    assert "serves the listener already" in str(error_of_serving(refused(Reason.BUSY), b"clamd", 7))
+    # The others mean the same of both.
+    audit = error_of_serving(refused(Reason.AUDIT), b"clamd", 7)
+    assert audit.strerror == error_of_result(refused(Reason.AUDIT), b"clamd", 7).strerror
+
+
+def test_a_walk_with_globs_that_is_invalid_may_be_so_for_a_glob() -> None:
+    invalid = refused(Reason.PATH_INVALID)
+    with_globs = error_of_walk(invalid, b"/srv", 7, has_globs=True)
+    assert isinstance(with_globs, errors.PathInvalidError)
+    assert "a glob is none" in str(with_globs)
+    assert "glob" not in str(error_of_walk(invalid, b"/srv", 7, has_globs=False))
+    denied = error_of_walk(refused(Reason.DENIED), b"/srv", 7, has_globs=True)
+    assert denied.strerror == error_of_result(refused(Reason.DENIED), b"/srv", 7).strerror
 
 
 def test_all_reasons_are_covered() -> None:

@@ -262,6 +262,9 @@ def tree(tmp_path: Path) -> Path:
         ("link", "open", "symlink"),
         ("link", "stat", None),
         ("linked/x", "open", "symlink"),
+        ("file", "walk", None),
+        ("directory", "walk", None),
+        ("link", "walk", None),
         ("fifo", "open", "not_regular"),
         ("file/x", "open", "not_directory"),
         ("absent", "open", "not_found"),
@@ -335,6 +338,21 @@ def test_what_may_not_be_looked_at_is_said_and_not_guessed() -> None:
         assert decision == ALLOW
         assert "whether it is there was not seen: Permission denied" in sentence
         assert look({"size": {"max": 1}})[0] == ALLOW
+
+
+@pytest.mark.parametrize(
+    ("action", "reason"), [("open", "ok"), ("stat", "ok"), ("list", "not_listed"), ("walk", "not_listed")]
+)
+def test_what_helpers_serve_is_said_to_be_neither_listed_nor_walked(
+    tree: Path, action: str, reason: str
+) -> None:
+    rules = read_policy(
+        policy(tree, roots=[{"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "helpers"}])
+    )
+    path = bytes(tree / ("file" if reason == "ok" else "directory"))
+    explanation = explain(rules, ASKER, action, path, look_as_broker)
+    assert explanation.verdict == (ALLOW if reason == "ok" else DENY, reason, "all")
+    assert ("'opens: helpers'" in explanation.sentence) is (reason != "ok")
 
 
 def test_root_that_is_not_there_is_said() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fdbroker.broker.helper_pool import HELPERS
-from fdbroker.wire.client import encode_open, encode_stat
+from fdbroker.wire.client import WalkReply, encode_open, encode_stat
 from fdbroker.wire.format import Status
 from tests.broker.speaking import Speaker, read_opened
 from tests.hanging.fanotify import held_opens
@@ -304,8 +304,14 @@ def test_what_helpers_serve_is_neither_listed_nor_walked(place: Place) -> None:
     with place.broker() as broker, Speaker.connect(broker.socket) as speaker:
         page = speaker.page(bytes(place.far))
         assert page.result.reason.name == "FILESYSTEM"
+        speaker.begin_walk(bytes(place.far), credit=1)
+        answer = speaker.receive()
+        assert answer is not None
+        walked = answer.reply
+        assert isinstance(walked, WalkReply)
+        assert walked.result.reason.name == "FILESYSTEM"
         assert place.server.asked(Operation.OPENDIR, "") == 0
-        assert [record["reason"] for record in broker.decisions()] == ["not_listed"]
+        assert [record["reason"] for record in broker.decisions()] == ["not_listed"] * 2
 
 
 def test_a_client_that_leaves_is_waited_for_by_nobody(place: Place) -> None:

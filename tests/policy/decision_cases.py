@@ -154,6 +154,7 @@ clients = st.builds(
     st.sampled_from([UID, OTHER, 7]),
     st.sampled_from([frozenset(gids) for gids in subsets([GID, 101, 7])]),
     st.sampled_from([frozenset(cgroups) for cgroups in subsets(["/here", "/there"])]),
+    st.sampled_from([True] * 7 + [False]),
 )
 KINDS = [
     FILE,

@@ -98,22 +98,24 @@ def below(root: str, path: str) -> tuple[str, ...] | None:
 
 def is_for(rule: dict[str, Any], asker: Asker) -> bool:
     """Say whether a rule is about who asks, and about whom it asks for."""
-    if not is_one_of(rule["clients"], asker.client):
+    deny = bool(rule["effect"] == "deny")
+    if not is_one_of(rule["clients"], asker.client, or_may_be=deny):
         return False
     if asker.on_behalf_of is not None and rule["on_behalf_of"]:
-        return is_one_of(rule["on_behalf_of"], asker.on_behalf_of)
+        return is_one_of(rule["on_behalf_of"], asker.on_behalf_of, or_may_be=deny)
     if asker.on_behalf_of is not None:
-        return bool(rule["effect"] == "deny")
+        return deny
     return not rule["on_behalf_of"]
 
 
-def is_one_of(entries: list[dict[str, Any]], client: ClientFacts) -> bool:
-    """Say whether some entry is about a client."""
+def is_one_of(entries: list[dict[str, Any]], client: ClientFacts, *, or_may_be: bool = False) -> bool:
+    """Say whether some entry is about a client, or may be, as far as its groups are known."""
+    any_group = or_may_be and not client.groups_known
     return any(
         "any" in entry
         or (
             ("uids" not in entry or client.uid in entry["uids"])
-            and ("gids" not in entry or any(gid in client.gids for gid in entry["gids"]))
+            and ("gids" not in entry or any_group or any(gid in client.gids for gid in entry["gids"]))
             and ("cgroups" not in entry or any(group in client.cgroups for group in entry["cgroups"]))
         )
         for entry in entries

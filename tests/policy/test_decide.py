@@ -343,6 +343,35 @@ def test_client_is_meant_when_all_of_any_entry_holds(entries: list[dict[str, Any
     assert view.decide(b"/r/a/b").allowed is meant
 
 
+@pytest.mark.parametrize(("entries", "meant"), CLIENT_ENTRIES)
+@pytest.mark.parametrize("acted_for", [False, True])
+def test_where_groups_are_not_known_no_rule_allows_by_them_and_each_denies(
+    entries: list[dict[str, Any]],
+    meant: bool,  # noqa: FBT001
+    acted_for: bool,  # noqa: FBT001
+) -> None:
+    """Of the same client: what is allowed is no more than if they were known, and what is denied no less."""
+    unknown = CLIENT._replace(gids=frozenset(), groups_known=False)
+    about = {"clients": [{"any": True}], "on_behalf_of": entries} if acted_for else {"clients": entries}
+
+    def allowed(effect: str, client: ClientFacts) -> bool:
+        rules = [rule("all", on_behalf_of=[{"any": True}] if acted_for else [])] if effect == "deny" else []
+        rule_set = read_policy(policy("/r", *rules, rule("one", effect=effect, **about)))
+        view = Policy(rule_set).view(client, client if acted_for else None)
+        return view.actions["open"].decide(b"/r/a").allowed
+
+    in_doubt = any(
+        CLIENT.uid in entry.get("uids", [CLIENT.uid]) and "/here" in entry.get("cgroups", ["/here"])
+        for entry in entries
+    )
+    by_group = all("gids" in entry or entry.get("uids") == [OTHER] for entry in entries)
+    assert allowed("allow", unknown) <= meant
+    assert allowed("deny", unknown) <= (not meant)
+    assert allowed("deny", unknown) is not in_doubt
+    if by_group:
+        assert not allowed("allow", unknown)
+
+
 # Condition, an object that meets it, objects that do not, and what is said of those.
 CONDITIONS: list[tuple[dict[str, Any], list[Facts], list[Facts], str]] = [
     (

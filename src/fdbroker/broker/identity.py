@@ -136,7 +136,8 @@ class PeerAtConnect:
 class PeerOfMessage:
     """The sender of a datagram, as it was when it sent it; nothing is kept open.
 
-    Its supplementary groups are not known, so rules for groups see its primary one alone.
+    Its supplementary groups are not known: rules that allow groups see its primary
+    one alone, and rules that deny groups hold, since it may be in any.
     """
 
     __slots__ = ("cgroup_id", "gid", "level", "pid", "uid")
@@ -171,7 +172,7 @@ class PeerOfMessage:
     def facts(self, cgroups: ControlGroups) -> ClientFacts:
         """Return what rules may ask."""
         named = cgroups.containing(self.cgroup_id) if self.cgroup_id else frozenset()
-        return ClientFacts(uid=self.uid, gids=frozenset({self.gid}), cgroups=named)
+        return ClientFacts(self.uid, frozenset({self.gid}), named, groups_known=False)
 
 
 Peer = PeerAtConnect | PeerOfMessage

@@ -67,7 +67,7 @@ _OF_OBJECT = {
     "is_directory": refused(Reason.NOT_REGULAR, errno.EISDIR),
     "lost_its_name": _DENIED,
     "moved": refused(Reason.BUSY),
-    # Helpers open and describe single files: to list means to look at many.
+    # Helpers open and describe single files: to list or to walk means to look at many.
     "not_listed": refused(Reason.FILESYSTEM),
     # Who answers for the file system says what the number of links is, and when a name goes.
     "links_unknown": refused(Reason.FILESYSTEM),

@@ -373,6 +373,8 @@ class Walk:
         try:
             number = decision.root.number  # type: ignore[union-attr]  # allowed has a root
             root = self._roots[number]
+            if root.helpers:
+                return object_refusal(decision, "not_listed")
             held = _open_whole(root, path)
             facts = os.fstat(held)
             objection = root.objection(held)

@@ -42,7 +42,7 @@ _TOLD = frozenset(
 @click.command("audit", short_help="Read the record of every decision.")
 @click.argument("file", default=DEFAULT_FILE, type=click.UNPROCESSED)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what is written, also after a rotation.")
-@click.option("--denied", is_flag=True, help="Only what was denied.")
+@click.option("--denied", is_flag=True, help="Only what was denied or refused.")
 @click.option(
     "--path",
     "pattern",

@@ -122,7 +122,10 @@ def path_of(record: Mapping[str, object]) -> bytes | None:
 
 
 class Filter(NamedTuple):
-    """Which records are wanted. None and False: not asked."""
+    """Which records are wanted. None and False: not asked.
+
+    `denied`: decisions that deny, and what was refused before there was one.
+    """
 
     denied: bool = False
     uid: int | None = None
@@ -130,7 +133,7 @@ class Filter(NamedTuple):
 
     def wants(self, record: Mapping[str, object]) -> bool:
         """Return whether all that is asked holds."""
-        if self.denied and record.get("decision") != "deny":
+        if self.denied and not _is_denial(record):
             return False
         if self.uid is not None and record.get("uid") != self.uid:
             return False
@@ -138,6 +141,14 @@ class Filter(NamedTuple):
             return True
         path = path_of(record)
         return path is not None and self.glob.matches(path.lstrip(b"/").split(b"/"))
+
+
+def _is_denial(record: Mapping[str, object]) -> bool:
+    event = str(record.get("event"))
+    if event == "serve":
+        return record.get("reason") != "ok"
+    # open_refused (the sender is not who connected), client_refused, datagram_refused and so on
+    return record.get("decision") == "deny" or event.endswith("_refused")
 
 
 @dataclass

@@ -142,10 +142,10 @@ def _config(*arguments: str) -> int:
 )
 @click.option(
     "--action",
-    type=click.Choice(["open", "stat", "list"]),
+    type=click.Choice(["open", "stat", "list", "walk"]),
     default="open",
     show_default=True,
-    help="Reading it, asking for size, owner and so on, or listing the directory.",
+    help="Reading it, asking for size, owner and so on, listing the directory, or being met by a walk.",
 )
 @click.option(
     "--unit", metavar="NAME", help="Explain for a process of this systemd unit, for rules about units."

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from fdbroker.client.engine import Limits
-from fdbroker.client.errors import error_of_reply, error_of_result, protocol_error
+from fdbroker.client.errors import error_of_reply, error_of_result, error_of_serving, protocol_error
 from fdbroker.client.results import DescribedFile, OpenedFile, ReadFile
 from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.wire.client import ListReply, OpenReply, ReleaseReply, ServeReply, StatReply, StatusReply
@@ -133,7 +133,7 @@ def check_served(answer: Answer, listener: bytes) -> None:
         raise error_of_reply(reply, listener)
     assert isinstance(reply, ServeReply | ReleaseReply)  # noqa: S101 - the engine matched it
     if reply.result is not GIVEN:
-        raise error_of_result(reply.result, listener, answer.id)
+        raise error_of_serving(reply.result, listener, answer.id)
 
 
 def opened(asked: Batch, answer: Answer | None) -> Generator[OpenedFile, None, None]:

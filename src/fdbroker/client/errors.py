@@ -188,18 +188,19 @@ _TEXTS: dict[Reason, str] = {
     Reason.PATH_INVALID: "not a path that the broker takes: it must be absolute and in normal form, without"
     " '.', '..', '//' or a '/' at its end",
     Reason.NOT_FOUND: "the policy allows it, but there is no such file",
-    Reason.NOT_DIRECTORY: "a component of the path, or what was to be listed, is not a directory",
+    Reason.NOT_DIRECTORY: "a component of the path, or what was to be listed or walked, is not a directory",
     Reason.NOT_REGULAR: "not a regular file, and the broker hands out nothing else",
     Reason.SYMLINK: "a component is a symbolic link; ask for the path that it leads to",
     Reason.CROSSES_MOUNT: "on another mount than the root that the policy names; it needs a root of its own,"
     " or 'cross_mounts' in the broker's policy",
     Reason.MOUNT_NOT_READ_ONLY: "its mount is writable in the broker's view; restart the broker, so that the"
     " mount becomes part of its read-only view",
-    Reason.FILESYSTEM: "on a file system that the broker never serves",
+    Reason.FILESYSTEM: "on a file system that the broker never serves, or does not list and walk ('opens:"
+    " helpers' in its policy)",
     Reason.BUSY: "somebody holds a lease on the file, or it was moved while it was looked up; try again",
     Reason.IDENTITY: "the broker does not take the sender for who connected; connect anew",
-    Reason.LIMIT: "a limit of the broker is reached (connections, or descriptors under way); receive or close"
-    " some, then try again",
+    Reason.LIMIT: "a limit of the broker is reached (connections, walks, descriptors under way, files that others"
+    " keep waiting); receive or close some, then try again",
     Reason.AUDIT: "the broker could not record its decision, so it gave nothing; its operator has to look at"
     " the audit's disk or journal",
     Reason.BROKEN: "the broker failed; its operator has to look at its log",
@@ -210,6 +211,15 @@ _TEXTS: dict[Reason, str] = {
     Reason.TIMED_OUT: "its file system, or who watches it, did not answer the broker in time; try again, or"
     " have its operator look at the mount",
 }
+# Of a listener there is another thing to say than of a file.
+_TEXTS_OF_LISTENERS: dict[Reason, str] = {
+    Reason.DENIED: "the broker's policy has no listener of this name whose clients this process may have"
+    " ('listeners: {NAME: {service: ...}}')",
+    Reason.BUSY: "this connection serves the listener already",
+}
+_BAD_GLOB = (
+    "a glob is none of the policy's (relative, '**' a whole component, no '//'), or the start is no path"
+)
 
 
 def error_of_result(result: Result, path: bytes, request_id: int) -> BrokerError:
@@ -217,15 +227,36 @@ def error_of_result(result: Result, path: bytes, request_id: int) -> BrokerError
     return _error(result.reason, result.errno, path, request_id)
 
 
+def error_of_serving(result: Result, listener: bytes, request_id: int) -> BrokerError:
+    """Return the exception for a listener that may not be served, or not again."""
+    text = _TEXTS_OF_LISTENERS.get(result.reason)
+    return _error(result.reason, result.errno, listener, request_id, text=text)
+
+
+def error_of_walk(result: Result, start: bytes, request_id: int, *, has_globs: bool) -> BrokerError:
+    """Return the exception for a walk that was refused; an invalid path may be one of its globs."""
+    of_glob = has_globs and result.reason is Reason.PATH_INVALID
+    return _error(result.reason, result.errno, start, request_id, text=_BAD_GLOB if of_glob else None)
+
+
 def error_of_reply(reply: ErrorReply, path: bytes | None = None) -> BrokerError:
     """Return the exception for an error frame; what the broker says of it comes last."""
     return _error(reply.reason, reply.errno, path, reply.id, reply.text)
 
 
-def _error(reason: Reason, number: int, path: bytes | None, request_id: int, said: str = "") -> BrokerError:
+def _error(
+    reason: Reason,
+    number: int,
+    path: bytes | None,
+    request_id: int,
+    said: str = "",
+    text: str | None = None,
+) -> BrokerError:
     # A reason without a class (0, which says nothing) is no verdict about the file.
     kind = _CLASSES.get(reason, BrokenError)
     number = number or ERRNO_OF[reason] or errno.EIO
+    if text is not None:
+        return kind(number, text, path, reason, request_id)
     text = _TEXTS.get(reason, "the broker gave no reason")
     if reason is Reason.NOT_REGULAR and number == errno.EISDIR:
         kind, text = DirectoryError, "a directory, and the broker hands out regular files only"

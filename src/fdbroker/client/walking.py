@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING
 
 from fdbroker.client.engine import WalkTree, sendable
-from fdbroker.client.errors import BrokerError, WalkInterrupted, error_of_reply, error_of_result
+from fdbroker.client.errors import BrokerError, WalkInterrupted, error_of_reply, error_of_walk
 from fdbroker.client.link import Call
 from fdbroker.client.results import WalkedFile
 from fdbroker.wire.client import WalkReply
@@ -157,7 +157,9 @@ class WalkCall(Call):
             raise self._refused(error_of_reply(reply, self.start))
         assert isinstance(reply, WalkReply)  # noqa: S101 - for the type checker; the engine matched it
         if reply.result is not GIVEN:
-            raise self._refused(error_of_result(reply.result, self.start, answer.id))
+            assert isinstance(self.question, WalkTree)  # noqa: S101 - for the type checker
+            has_globs = bool(self.question.filter.globs)
+            raise self._refused(error_of_walk(reply.result, self.start, answer.id, has_globs=has_globs))
         take = answer.descriptors.take
         for entry in reply.entries:
             name = entry.path

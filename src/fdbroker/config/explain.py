@@ -73,6 +73,8 @@ _SENTENCES = {
     "is_directory": "rule {rule} is about it, but it is a directory, and the broker opens regular files only",
     "not_regular": "rule {rule} is about it, but it is no regular file, and the broker opens nothing else",
     "filesystem": "rule {rule} is about it, but it is on a file system that the broker never serves",
+    "not_listed": "rule {rule} is about it, but its root says 'opens: helpers', and nothing there is listed"
+    " or walked",
     "empty": "the path is empty",
     "nul": "the path has a NUL byte",
     "relative": "the path is not absolute",
@@ -280,6 +282,8 @@ def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
     except OSError as error:
         return Seen(note=f"{os.fsdecode(root.path)}: {error.strerror}")
     try:
+        if held_root.helpers and action in {"list", "walk"}:
+            return Seen(reason="not_listed")
         held = open_path_beneath(held_root.descriptor, path[root.skip :] or b".", root.cross_mounts)
         facts = os.fstat(held)
         objection = held_root.objection(held)
@@ -362,7 +366,7 @@ def _report(
 
 
 def _client_check(rule: Rule, client: ClientFacts) -> RuleCheck:
-    holds = any(entry.matches(client) for entry in rule.clients)
+    holds = any(entry.matches(client, in_doubt=rule.deny) for entry in rule.clients)
     wanted = _clients_text(rule.clients)
     if ClientMatch(None, None, None) in rule.clients:
         return RuleCheck("client", holds, wanted)
@@ -378,7 +382,7 @@ def _on_behalf_of_checks(rule: Rule, acted_for: ClientFacts | None) -> list[Rule
     if not rule.on_behalf_of:
         text = "does not say for whom the client may act, so it allows what the client asks for itself alone"
         return [] if rule.deny else [RuleCheck("on_behalf_of", holds=False, text=text)]
-    holds = any(entry.matches(acted_for) for entry in rule.on_behalf_of)
+    holds = any(entry.matches(acted_for, in_doubt=rule.deny) for entry in rule.on_behalf_of)
     return [RuleCheck("on_behalf_of", holds, f"{wanted}; it acts for {client_text(acted_for)}")]
 
 

@@ -74,12 +74,14 @@ class ClientFacts(NamedTuple):
     """What the kernel said of a client, as far as rules ask for it.
 
     `cgroups` holds those control groups *named by the policy* that the client
-    is in or below of; who makes this value resolves them.
+    is in or below of; who makes this value resolves them. `groups_known` False:
+    it may have other groups than `gids`, and the kernel does not say which.
     """
 
     uid: int
     gids: frozenset[int]
     cgroups: frozenset[str] = frozenset()
+    groups_known: bool = True
 
 
 class Root(NamedTuple):
@@ -103,11 +105,15 @@ class ClientMatch(NamedTuple):
     gids: frozenset[int] | None
     cgroups: frozenset[str] | None
 
-    def matches(self, client: ClientFacts) -> bool:
-        """Return whether `client` is meant by this entry."""
+    def matches(self, client: ClientFacts, *, in_doubt: bool = False) -> bool:
+        """Return whether `client` is meant by this entry. `in_doubt`: also where only its groups could tell."""
         return (
             (self.uids is None or client.uid in self.uids)
-            and (self.gids is None or not self.gids.isdisjoint(client.gids))
+            and (
+                self.gids is None
+                or not self.gids.isdisjoint(client.gids)
+                or (in_doubt and not client.groups_known)
+            )
             and (self.cgroups is None or not self.cgroups.isdisjoint(client.cgroups))
         )
 
@@ -229,15 +235,16 @@ class Rule:
         """Return whether this rule is about `client` at all: for itself, or as it acts for another.
 
         What a service may do for itself it may not do for others: an allow
-        rule says for whom. A deny rule that does not say so holds in any case.
+        rule says for whom. A deny rule that does not say so holds in any case;
+        and of whom the groups are not known, one about groups holds.
         """
-        if not any(entry.matches(client) for entry in self.clients):
+        if not any(entry.matches(client, in_doubt=self.deny) for entry in self.clients):
             return False
         if on_behalf_of is None:
             return not self.on_behalf_of
         if not self.on_behalf_of:
             return self.deny
-        return any(entry.matches(on_behalf_of) for entry in self.on_behalf_of)
+        return any(entry.matches(on_behalf_of, in_doubt=self.deny) for entry in self.on_behalf_of)
 
 
 class Admins(NamedTuple):
