@@ -464,6 +464,24 @@ def test_a_root_within_a_root_is_walked_by_its_own_rules(tmp_path: Path) -> None
         assert found.contents == {b"file": b"outer", b"inner/file": b"inner"}
 
 
+@pytest.mark.root
+def test_a_root_within_a_root_is_entered_as_it_was_opened_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    roots = [
+        {"name": "tree", "path": str(tmp_path), "cross_mounts": False, "opens": "loop"},
+        {"name": "inner", "path": str(tmp_path / "inner"), "cross_mounts": False, "opens": "loop"},
+    ]
+    with mounted("tmpfs", tmp_path / "inner") as held:
+        (held / "file").write_bytes(b"held")
+        with ground(tmp_path, rule("outer"), rule("inner", root="inner"), roots=roots) as here:
+            assert here.find(descriptors=True).contents == {b"inner/file": b"held"}
+            with mounted("tmpfs", tmp_path / "inner") as later:
+                (later / "file").write_bytes(b"later")
+                found = here.find(descriptors=True)
+            assert found.contents == {b"inner/file": b"held"}
+            assert found.end.incomplete == COMPLETE
+
+
 # other mounts
 
 
@@ -767,6 +785,38 @@ def test_a_directory_that_is_away_and_holds_secrets_for_a_moment_gives_none(
         contents: dict[bytes, bytes] = {}
         take(walk.step(64), contents)
     assert contents == {b"d/" + name.encode(): b"good" for name in "abcdef"}
+
+
+def test_a_step_that_is_made_again_resolves_each_entry_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree, away = tmp_path / "tree", tmp_path / "away"
+    (tree / "d").mkdir(parents=True)
+    (tree / "d" / "name").write_bytes(b"good")
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    made_again = False
+
+    def look_again(_walk: Walk, _step: walking._Step) -> bool:
+        nonlocal made_again
+        made_again = True
+        return False
+
+    def read(directory: int) -> bytes:
+        # What is read then holds elsewhere: nothing looks at the directory once more behind this step.
+        chunk = files.read_directory_chunk(directory)
+        if made_again and b"name" in chunk:
+            (tree / "d").rename(away)
+            (away / "name").unlink()
+            os.link(secret, away / "name")
+        return chunk
+
+    monkeypatch.setattr(walking.Walk, "_is_as_it_was", look_again)
+    monkeypatch.setattr(walking, "read_directory_chunk", read)
+    with ground(tree) as here:
+        found = here.find(descriptors=True)
+    assert away.is_dir()
+    assert (found.contents, found.end.incomplete) == ({}, Incomplete.CHANGED)
 
 
 @pytest.mark.parametrize("with_conditions", [False, True])
