@@ -586,10 +586,11 @@ def test_a_step_looks_at_so_many_entries_and_no_more(large: Path) -> None:
 
 
 def test_40_levels_of_200_byte_names_are_walked_as_far_as_paths_reach(tmp_path: Path) -> None:
-    name = b"n" * 200
+    name, long_name = b"n" * 200, b"l" * 200
     here_fd = os.open(tmp_path, os.O_RDONLY)
     for _ in range(40):
-        os.close(os.open(b"file", os.O_CREAT | os.O_WRONLY, dir_fd=here_fd))
+        for file in (b"file", long_name):
+            os.close(os.open(file, os.O_CREAT | os.O_WRONLY, dir_fd=here_fd))
         os.mkdir(name, dir_fd=here_fd)
         below = os.open(name, os.O_RDONLY, dir_fd=here_fd)
         os.close(here_fd)
@@ -600,7 +601,7 @@ def test_40_levels_of_200_byte_names_are_walked_as_far_as_paths_reach(tmp_path: 
         walk = here.walk(ALL, descriptors=True)
         found = finish(walk)
     assert sorted(found.paths) == sorted(
-        b"/".join([name] * deep + [last]) for deep in range(levels) for last in (b"file", name)
+        b"/".join([name] * deep + [last]) for deep in range(levels) for last in (b"file", name, long_name)
     ) + ([b"/".join([name] * levels + [b"file"])] if (4095 - len(bytes(tmp_path))) % 201 >= 5 else [])
     assert found.end.incomplete == Incomplete.TOO_LONG
 
