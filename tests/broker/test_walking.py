@@ -421,6 +421,19 @@ def test_a_file_that_may_be_named_but_not_opened_is_left_out_of_a_walk_that_open
     assert found.end.incomplete == Incomplete.REFUSED
 
 
+@pytest.mark.parametrize("action", ["walk", "open"])
+def test_a_file_that_a_rule_denies_by_name_is_left_out_of_those_that_are_opened_in_a_row(
+    tmp_path: Path, action: str
+) -> None:
+    for name in "abcdef":
+        (tmp_path / name).write_text(name)
+    denied = rule("denied", effect="deny", actions=[action], paths=["c"])
+    with ground(tmp_path, rule("all"), denied) as here:
+        found = here.find(descriptors=True)
+    assert found.contents == {name.encode(): name.encode() for name in "abdef"}
+    assert found.end.incomplete == Incomplete.REFUSED
+
+
 def test_the_audit_is_told_of_the_start_first_and_then_of_each_entry_and_its_rule(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with ground(tmp_path, rule("walkers", actions=["walk"]), rule("openers", actions=["open"])) as here:
