@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "policy": {"policy"},
     "broker": {"broker", "policy", "wire", "kernel"},
     "client": {"client", "wire", "kernel"},
+    "aio": {"aio", "client", "wire"},
 }
 TRUSTED = ["kernel", "wire", "policy", "broker"]
 

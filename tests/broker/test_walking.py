@@ -422,6 +422,19 @@ def test_a_file_that_may_be_named_but_not_opened_is_left_out_of_a_walk_that_open
     assert found.end.incomplete == Incomplete.REFUSED
 
 
+@pytest.mark.parametrize("action", ["walk", "open"])
+def test_a_file_that_a_rule_denies_by_name_is_left_out_of_those_that_are_opened_in_a_row(
+    tmp_path: Path, action: str
+) -> None:
+    for name in "abcdef":
+        (tmp_path / name).write_text(name)
+    denied = rule("denied", effect="deny", actions=[action], paths=["c"])
+    with ground(tmp_path, rule("all"), denied) as here:
+        found = here.find(descriptors=True)
+    assert found.contents == {name.encode(): name.encode() for name in "abdef"}
+    assert found.end.incomplete == Incomplete.REFUSED
+
+
 def test_the_audit_is_told_of_the_start_first_and_then_of_each_entry_and_its_rule(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with ground(tmp_path, rule("walkers", actions=["walk"]), rule("openers", actions=["open"])) as here:
@@ -463,6 +476,24 @@ def test_a_root_within_a_root_is_walked_by_its_own_rules(tmp_path: Path) -> None
     with ground(tmp_path, rule("outer"), rule("inner", root="inner"), roots=roots) as here:
         found = here.find(ALL, descriptors=True)
         assert found.contents == {b"file": b"outer", b"inner/file": b"inner"}
+
+
+@pytest.mark.root
+def test_a_root_within_a_root_is_entered_as_it_was_opened_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    roots = [
+        {"name": "tree", "path": str(tmp_path), "cross_mounts": False, "opens": "loop"},
+        {"name": "inner", "path": str(tmp_path / "inner"), "cross_mounts": False, "opens": "loop"},
+    ]
+    with mounted("tmpfs", tmp_path / "inner") as held:
+        (held / "file").write_bytes(b"held")
+        with ground(tmp_path, rule("outer"), rule("inner", root="inner"), roots=roots) as here:
+            assert here.find(descriptors=True).contents == {b"inner/file": b"held"}
+            with mounted("tmpfs", tmp_path / "inner") as later:
+                (later / "file").write_bytes(b"later")
+                found = here.find(descriptors=True)
+            assert found.contents == {b"inner/file": b"held"}
+            assert found.end.incomplete == COMPLETE
 
 
 # other mounts
@@ -571,10 +602,11 @@ def test_a_step_looks_at_so_many_entries_and_no_more(large: Path) -> None:
 
 
 def test_40_levels_of_200_byte_names_are_walked_as_far_as_paths_reach(tmp_path: Path) -> None:
-    name = b"n" * 200
+    name, long_name = b"n" * 200, b"l" * 200
     here_fd = os.open(tmp_path, os.O_RDONLY)
     for _ in range(40):
-        os.close(os.open(b"file", os.O_CREAT | os.O_WRONLY, dir_fd=here_fd))
+        for file in (b"file", long_name):
+            os.close(os.open(file, os.O_CREAT | os.O_WRONLY, dir_fd=here_fd))
         os.mkdir(name, dir_fd=here_fd)
         below = os.open(name, os.O_RDONLY, dir_fd=here_fd)
         os.close(here_fd)
@@ -585,7 +617,7 @@ def test_40_levels_of_200_byte_names_are_walked_as_far_as_paths_reach(tmp_path: 
         walk = here.walk(ALL, descriptors=True)
         found = finish(walk)
     assert sorted(found.paths) == sorted(
-        b"/".join([name] * deep + [last]) for deep in range(levels) for last in (b"file", name)
+        b"/".join([name] * deep + [last]) for deep in range(levels) for last in (b"file", name, long_name)
     ) + ([b"/".join([name] * levels + [b"file"])] if (4095 - len(bytes(tmp_path))) % 201 >= 5 else [])
     assert found.end.incomplete == Incomplete.TOO_LONG
 
@@ -771,6 +803,38 @@ def test_a_directory_that_is_away_and_holds_secrets_for_a_moment_gives_none(
         contents: dict[bytes, bytes] = {}
         take(walk.step(64), contents)
     assert contents == {b"d/" + name.encode(): b"good" for name in "abcdef"}
+
+
+def test_a_step_that_is_made_again_resolves_each_entry_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree, away = tmp_path / "tree", tmp_path / "away"
+    (tree / "d").mkdir(parents=True)
+    (tree / "d" / "name").write_bytes(b"good")
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    made_again = False
+
+    def look_again(_walk: Walk, _step: walking._Step) -> bool:
+        nonlocal made_again
+        made_again = True
+        return False
+
+    def read(directory: int) -> bytes:
+        # What is read then holds elsewhere: nothing looks at the directory once more behind this step.
+        chunk = files.read_directory_chunk(directory)
+        if made_again and b"name" in chunk:
+            (tree / "d").rename(away)
+            (away / "name").unlink()
+            os.link(secret, away / "name")
+        return chunk
+
+    monkeypatch.setattr(walking.Walk, "_is_as_it_was", look_again)
+    monkeypatch.setattr(walking, "read_directory_chunk", read)
+    with ground(tree) as here:
+        found = here.find(descriptors=True)
+    assert away.is_dir()
+    assert (found.contents, found.end.incomplete) == ({}, Incomplete.CHANGED)
 
 
 @pytest.mark.parametrize("with_conditions", [False, True])

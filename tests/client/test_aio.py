@@ -396,23 +396,25 @@ def test_a_timeout_gives_up_a_connection_on_which_nothing_comes_and_no_other() -
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             say(ours, welcome())
-            async with await aio.Client.from_socket(theirs, timeout=0.05) as client:
+            async with await aio.Client.from_socket(theirs, timeout=0.2) as client:
                 # The broker answers others meanwhile: it is one file that hangs.
                 before = descriptors()
                 task = asyncio.create_task(client.open_descriptor("/hangs"))
-                await asyncio.sleep(0.02)
-                for number in range(4):
+                await asyncio.sleep(0)
+                answered = 0
+                while not task.done():
                     status = asyncio.create_task(client.status())
                     await asyncio.sleep(0.01)
-                    say(ours, encode_status_reply(SECOND + number, 7, b"{}"))
+                    say(ours, encode_status_reply(SECOND + answered, 7, b"{}"))
                     assert await status == {}
+                    answered += 1
                 with pytest.raises(BrokerTimeoutError):
                     await task
                 # Its late answer is closed.
                 say(ours, given(FIRST), 1)
                 status = asyncio.create_task(client.status())
                 await asyncio.sleep(0)
-                say(ours, encode_status_reply(SECOND + 4, 7, b"{}"))
+                say(ours, encode_status_reply(SECOND + answered, 7, b"{}"))
                 assert await status == {}
                 assert descriptors() == before
                 # Now it is silent.

@@ -18,6 +18,7 @@ from fdbroker.wire.format import Status
 from tests.broker.speaking import Speaker, read_opened
 from tests.hanging.fanotify import held_opens
 from tests.hanging.fuse import FuseServer, Operation, abort, fuse_mounted
+from tests.processes import wait_until
 from tests.running_broker import CLIENT_UID, RunningBroker, policy, reachable_directory, rule, running_broker
 
 if TYPE_CHECKING:
@@ -75,8 +76,7 @@ def place() -> Iterator[Place]:
 def processes_of(broker: RunningBroker) -> tuple[int, list[int]]:
     """Return the starter and the helpers, of which it may not have forked all when the broker is ready."""
     [starter] = children_of(broker.pid)
-    while len(children_of(starter)) < HELPERS:
-        time.sleep(0.01)
+    wait_until(lambda: len(children_of(starter)) == HELPERS, "all helpers")
     return starter, children_of(starter)
 
 

@@ -1,0 +1,152 @@
+"""Acting for others, for asyncio: the clients of a listener, and requests on their behalf."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING
+
+from fdbroker.aio.files import FileRequests
+from fdbroker.client.serving import accepted_by
+
+if TYPE_CHECKING:
+    import socket
+    from types import TracebackType
+    from typing import Self
+
+    from fdbroker.aio.session import Session
+    from fdbroker.client.link import Link
+    from fdbroker.client.serving import ServeCall
+    from fdbroker.wire.messages import AcceptedClient
+
+
+class Service:
+    """The clients of a listener, as they connect; made by `Client.serve`. As `fdbroker.client.Service`."""
+
+    def __init__(self, session: Session, call: ServeCall, listener: str) -> None:
+        self._session = session
+        self._call = call
+        self._listener = listener
+        self._came = asyncio.Event()
+        self._closed = False
+        call.wake = self._came.set
+
+    def __repr__(self) -> str:
+        """Return which listener it serves."""
+        return f"<fdbroker.aio.Service of {self._listener!r}{' (closed)' if self._closed else ''}>"
+
+    async def __aenter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def __del__(self) -> None:
+        """Let clients that come be released."""
+        self._call.abandon()
+
+    def __aiter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    async def __anext__(self) -> ServedClient:
+        """Wait for the next client and return it; ends when the service is closed. Raises as `accept`."""
+        if not self._closed:
+            try:
+                return await self.accept()
+            except ValueError:
+                if not self._closed:  # by another task, while this one waited
+                    raise
+        raise StopAsyncIteration
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    async def accept(self) -> ServedClient:
+        """Wait for a client and return it; the caller should close it. May be cancelled: no client is lost.
+
+        Raises:
+            DeniedError: a reload of the policy took the right to serve away. Clients that came are served on.
+            DisconnectedError: the connection to the broker was lost, and with it the service.
+            BrokerError: the broker did not keep to the protocol, or ended the connection with a reason.
+            ValueError: the service, or its client, is closed.
+
+        """
+        while not self._call.answers:
+            if self._closed:
+                raise ValueError(f"the service of {self._listener!r} is closed")
+            self._session.check_bound(self._call)
+            self._came.clear()
+            await self._came.wait()
+        facts, sock = accepted_by(self._call, os.fsencode(self._listener))
+        sock.settimeout(0)
+        return ServedClient(self._session, self._call.bound, facts, sock)
+
+    def close(self) -> None:
+        """Serve nobody else; clients that still come are released at once. May be called again."""
+        self._closed = True
+        self._call.abandon()
+        self._session.send_afterthoughts()
+        self._came.set()
+
+
+class ServedClient(FileRequests):
+    """A client of a service, and requests on its behalf. As `fdbroker.client.ServedClient`.
+
+    `socket` does not block: for `loop.sock_recv`, or `asyncio.open_unix_connection(sock=...)`.
+    """
+
+    def __init__(
+        self, session: Session, link: Link | None, facts: AcceptedClient, sock: socket.socket
+    ) -> None:
+        self._asks = session
+        self._bound = link
+        self._acting_for = facts.number
+        self._closed = False
+        self.socket = sock
+        self.number = facts.number
+        self.pid = facts.pid
+        self.uid = facts.uid
+        self.gid = facts.gid
+        self.identity_level = facts.identity_level
+
+    def __repr__(self) -> str:
+        """Return who it is."""
+        closed = " (closed)" if self._closed else ""
+        return f"<fdbroker.aio.ServedClient {self.number}: uid {self.uid}, pid {self.pid}{closed}>"
+
+    async def __aenter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def __del__(self) -> None:
+        """Have it released with the next request; the socket closes itself."""
+        if not self._closed and self._bound is not None:
+            self._bound.release_later(self.number)
+
+    def close(self) -> None:
+        """Act for it no more, and close its socket. May be called again."""
+        if not self._closed:
+            self._closed = True
+            self.socket.close()
+            if self._bound is not None:
+                self._bound.release_later(self.number)
+            self._asks.send_afterthoughts()
+
+    @property
+    def _session(self) -> Session:
+        if self._closed:
+            raise ValueError(f"client {self.number} is closed")
+        return self._asks
