@@ -199,8 +199,8 @@ _TEXTS: dict[Reason, str] = {
     " helpers' in its policy)",
     Reason.BUSY: "somebody holds a lease on the file, or it was moved while it was looked up; try again",
     Reason.IDENTITY: "the broker does not take the sender for who connected; connect anew",
-    Reason.LIMIT: "a limit of the broker is reached (connections, walks, descriptors under way, files that others"
-    " keep waiting); receive or close some, then try again",
+    Reason.LIMIT: "a limit of the broker is reached (connections, walks, descriptors under way, files that"
+    " others keep waiting); receive or close some, then try again",
     Reason.AUDIT: "the broker could not record its decision, so it gave nothing; its operator has to look at"
     " the audit's disk or journal",
     Reason.BROKEN: "the broker failed; its operator has to look at its log",

@@ -106,7 +106,7 @@ class ClientMatch(NamedTuple):
     cgroups: frozenset[str] | None
 
     def matches(self, client: ClientFacts, *, in_doubt: bool = False) -> bool:
-        """Return whether `client` is meant by this entry. `in_doubt`: also where only its groups could tell."""
+        """Return whether `client` is meant by this entry; `in_doubt`: also where only groups could tell."""
         return (
             (self.uids is None or client.uid in self.uids)
             and (
