@@ -311,8 +311,8 @@ def copying_timed_out(path: bytes | None, copied: int, size: int) -> FileTimeout
 
 def timed_out(seconds: float, what: str) -> BrokerTimeoutError:
     """Return the exception for an answer that did not come in time."""
-    text = f"{what} within {seconds:g} s; is the broker overloaded, or its file system stuck?"
-    return BrokerTimeoutError(errno.ETIMEDOUT, text)
+    causes = "is the broker overloaded, its file system stuck, or the socket that of a service?"
+    return BrokerTimeoutError(errno.ETIMEDOUT, f"{what} within {seconds:g} s; {causes}")
 
 
 def disconnected(why: str) -> DisconnectedError:

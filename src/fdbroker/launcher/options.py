@@ -159,18 +159,21 @@ def _add_sockets(parser: argparse.ArgumentParser) -> None:
         "--socket-group",
         metavar="GROUP",
         type=_group,
-        help="group of the sockets for requests (default: what the policy says; root's for --socket)",
+        help="group of the sockets for requests (default: what the policy says; root's for --socket,"
+        " --stream, --dgram)",
     )
     parser.add_argument(
         "--socket-mode",
         metavar="MODE",
         type=_mode,
-        help="mode of the sockets for requests, in octal (default: what the policy says; 660 for --socket)",
+        help="mode of the sockets for requests, in octal (default: what the policy says; 660 for --socket,"
+        " --stream, --dgram)",
     )
     parser.add_argument(
         "--control",
         metavar="PATH",
-        help="make the control socket here, or none (default: what the policy says; none with --socket)",
+        help="make the control socket here, or none (default: what the policy says; none with --socket,"
+        " --stream, --dgram)",
     )
     parser.add_argument(
         "--inherited",
