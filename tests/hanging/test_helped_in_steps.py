@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -30,7 +32,6 @@ from tests.running_broker import policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 
 class Helped(SteppedBroker):
@@ -52,6 +53,22 @@ class Helped(SteppedBroker):
     def serve_until(self, done: Callable[[], bool]) -> None:
         while not done():
             self.broker.step(0.5)
+
+    @contextlib.contextmanager
+    def helpers_hang(self) -> Iterator[None]:
+        """Keep those helpers that there are now from doing anything."""
+        starter = self.helpers._starter.pid  # noqa: SLF001 - nobody else needs to know
+        children = Path(f"/proc/{starter}/task/{starter}/children").read_text().split()
+        pidfds = [os.pidfd_open(int(child)) for child in children]
+        try:
+            for pidfd in pidfds:
+                signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+            yield
+        finally:
+            for pidfd in pidfds:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+                os.close(pidfd)
 
 
 @pytest.fixture
@@ -199,3 +216,20 @@ def test_fifos_links_and_directories_are_looked_at_and_never_opened(helped: Help
         "not_found",
         "ok",
     ]
+
+
+@pytest.mark.parametrize("encode", [encode_open, encode_stat])
+def test_a_connection_may_end_by_the_first_of_several_answers_that_come_at_once(
+    helped: Helped, encode: Callable[[int, list[bytes]], bytes]
+) -> None:
+    speaker = helped.join()
+    with helped.helpers_hang():
+        for number in (20, 21):
+            speaker.sock.send(encode(number, [bytes(helped.tree / "file")]))
+        # Nothing can be sent there, of which the broker hears when it sends.
+        speaker.sock.shutdown(socket.SHUT_RD)
+        helped.serve_until(lambda: not helped.connections)
+    helped.serve()
+    assert helped.in_flight == 0
+    assert "failed" not in helped.events()
+    assert helped.join().open_one(bytes(helped.tree / "file")).content == b"content"
