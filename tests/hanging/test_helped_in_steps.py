@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -27,20 +27,22 @@ from fdbroker.wire.client import (
 from fdbroker.wire.format import MAX_FRAME, Reason, Status
 from fdbroker.wire.stream import FrameBuffer, framed
 from tests.broker.conftest import fill, no_descriptor_left
+from tests.broker.speaking import read_opened
 from tests.broker.stepping import SteppedBroker
-from tests.running_broker import policy
+from tests.running_broker import policy, rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
 class Helped(SteppedBroker):
-    """A stepped broker whose tree is served by helpers; not confined."""
+    """A stepped broker whose tree is served by helpers, or some roots of another policy; not confined."""
 
-    def __init__(self, tree: Path, audit: Path) -> None:
+    def __init__(self, tree: Path, audit: Path, compiled: dict[str, Any] | None = None) -> None:
         root = {"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "helpers"}
-        super().__init__(tree, policy(tree, roots=[root]), audit=audit)
-        self.helpers = OpenHelpers.start(self.roots, None, self.audit.event)
+        super().__init__(tree, compiled or policy(tree, roots=[root]), audit=audit)
+        served = [root for root in self.roots if root.helpers]
+        self.helpers = OpenHelpers.start(served, None, self.audit.event)
         self.broker.use_helpers(self.helpers, HelpedRequests)
 
     def serve(self) -> None:
@@ -228,8 +230,42 @@ def test_a_connection_may_end_by_the_first_of_several_answers_that_come_at_once(
             speaker.sock.send(encode(number, [bytes(helped.tree / "file")]))
         # Nothing can be sent there, of which the broker hears when it sends.
         speaker.sock.shutdown(socket.SHUT_RD)
-        helped.serve_until(lambda: not helped.connections)
+        for _ in range(4):
+            helped.broker.step(0)
+        helped.helpers.expire(time.monotonic() + 60)
+        assert not helped.connections
     helped.serve()
     assert helped.in_flight == 0
     assert "failed" not in helped.events()
     assert helped.join().open_one(bytes(helped.tree / "file")).content == b"content"
+
+
+def test_a_policy_by_which_the_loop_opens_what_a_helper_was_asked_for_gives_what_it_opened(
+    tmp_path: Path,
+) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    fill(tree)
+    outer, inner = (
+        {"name": name, "path": str(path), "cross_mounts": False, "opens": opens}
+        for name, path, opens in (("tree", tree, "loop"), ("inner", tree / "directory", "helpers"))
+    )
+    rules = [rule("all"), rule("inner", root="inner")]
+    with no_descriptor_left(), Helped(tree, tmp_path / "audit", policy(tree, *rules, roots=[outer, inner])) as helped:
+        speaker = helped.join()
+        paths = [bytes(tree / "directory" / "inner"), bytes(tree / "file")]
+        with helped.helpers_hang():
+            speaker.sock.send(encode_open(7, paths))
+            helped.broker.step(0)
+            helped.switch(policy(tree, roots=[outer]))
+        helped.serve()
+        answer = speaker.receive()
+        assert answer is not None
+        assert [opened.content for opened in read_opened(answer)] == [b"inner", b"content"]
+
+
+def test_a_file_of_the_year_2264_is_described(helped: Helped) -> None:
+    os.utime(helped.tree / "file", ns=(0, 9_300_000_000 * 1_000_000_000))
+    [(_, facts)] = helped.join().stat(bytes(helped.tree / "file")).results
+    assert facts is not None
+    assert facts.mtime_ns == (1 << 63) - 1

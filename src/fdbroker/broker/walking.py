@@ -65,7 +65,9 @@ BATCH = 128  # entries where the client leaves it to us: more of them cost a fil
 _AT_A_TIME = 32  # entries, of which each may wait for a disk, until the watchdog is told that it goes on
 MOST_ENTRIES = 1024  # that one step looks at, so that the loop gets to others
 MOST_DIRECTORIES = 64  # that one step opens, and so holds
-_SECONDS = 0.01  # after which a step opens no other directory: deep ones take their time
+# After which a step opens no other directory, as deep ones take their time; or, in one, tries no other name
+# with the client's globs: 16 of them may take some milliseconds for one name.
+_SECONDS = 0.01
 _LEVELS_READ_AHEAD = 8  # the innermost ones; the others read their directory again from where they were
 _SEGMENT = 4096  # bytes of a chunk that are parsed at once
 _BYTES = MAX_REPLY - HEADER.size - RESULT.size - WALK_END.size
@@ -634,13 +636,18 @@ class Walk:
         skip, hints, remainders = self._skip, self._hints, visit.remainders
         names, room, prefix = step.entries, step.room, self._path + b"/"
         end = min(len(level.entries), level.next + step.budget)
+        until = time.monotonic() + _SECONDS
         while level.next < end:
+            if remainders and time.monotonic() >= until:
+                return False
             name, hint, position = level.entries[level.next]
             if hint == _REGULAR and _REGULAR in hints:
                 if not visit.asked_for_plain:
                     visit.asked_for_plain = True
                     visit.plain = self._plain_names(level, visit, step)
-                if visit.plain is not None and self._take_plain_files(level, visit.plain, visit, step, end):
+                if visit.plain is not None and self._take_plain_files(
+                    level, visit.plain, visit, step, end, until
+                ):
                     continue
             path = prefix + name
             if len(names) == room or step.size + _ENTRY_HEAD + len(path) - skip > _BYTES:
@@ -662,7 +669,7 @@ class Walk:
         return True
 
     def _take_plain_files(
-        self, level: _Level, plain: _PlainNames, visit: _Visit, step: _Step, end: int
+        self, level: _Level, plain: _PlainNames, visit: _Visit, step: _Step, end: int, until: float
     ) -> bool:
         """Open the regular files that come next and are plain; return False if there is no such, or no room.
 
@@ -680,7 +687,7 @@ class Walk:
         before = len(names)
         wanted = []
         for name, hint, _ in level.entries[first : min(end, first + min(room, BATCH))]:
-            if hint != _REGULAR or name in exceptions:
+            if hint != _REGULAR or name in exceptions or (remainders and time.monotonic() >= until):
                 break
             place += 1
             if not remainders or any(remainder.matches(name) for remainder in remainders):
