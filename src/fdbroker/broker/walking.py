@@ -326,6 +326,8 @@ class Walk:
             return Batch(GIVEN, [], [], [], [], self._end)
         try:
             if self._start is None:
+                if not self._compile_globs():
+                    return Batch(GIVEN, [], [], [], [], None)
                 self._start = self._begin()
                 if self._start.result is not GIVEN:
                     return self._refuse(self._start)
@@ -361,15 +363,27 @@ class Walk:
 
     # the start
 
+    def _compile_globs(self) -> bool:
+        """Compile the filter's globs, for a while; return whether `_begin` may be called."""
+        if not self.view.actions["walk"].decide(self._request.path).allowed:
+            return True
+        until = time.monotonic() + _SECONDS
+        for pattern in self._filter.globs[len(self._globs) :]:
+            if time.monotonic() >= until:
+                return False
+            try:
+                self._globs += (compile_glob(pattern),)
+            except ValueError:
+                break
+        return True
+
     def _begin(self) -> Outcome:
         """Decide on the start and go there."""
         path = self._request.path
         decision = self.view.actions["walk"].decide(path)
         if not decision.allowed:
             return refusal(decision)
-        try:
-            self._globs = tuple(compile_glob(pattern) for pattern in self._filter.globs)
-        except ValueError:
+        if len(self._globs) < len(self._filter.globs):  # the next one is none
             return Outcome(refused(Reason.PATH_INVALID), "glob", decision.rule)
         held = -1
         try:
