@@ -637,7 +637,9 @@ def test_globs_are_compiled_in_as_many_steps_as_they_take_time(
 
 
 @pytest.mark.parametrize("descriptors", [True, False])
-def test_a_step_takes_no_longer_where_the_clients_globs_are_slow(tmp_path: Path, *, descriptors: bool) -> None:
+def test_a_step_takes_no_longer_where_the_clients_globs_are_slow(
+    tmp_path: Path, *, descriptors: bool
+) -> None:
     for number in range(256):
         (tmp_path / f"{'a' * 250}{number:05}").touch()
     # Some 0.2 ms each for one name: at each of its bytes some hundred others are looked at.

@@ -59,7 +59,7 @@ class Helped(SteppedBroker):
     @contextlib.contextmanager
     def helpers_hang(self) -> Iterator[None]:
         """Keep those helpers that there are now from doing anything."""
-        starter = self.helpers._starter.pid  # noqa: SLF001 - nobody else needs to know
+        starter = self.helpers._starter.pid
         children = Path(f"/proc/{starter}/task/{starter}/children").read_text().split()
         pidfds = [os.pidfd_open(int(child)) for child in children]
         try:
@@ -251,7 +251,10 @@ def test_a_policy_by_which_the_loop_opens_what_a_helper_was_asked_for_gives_what
         for name, path, opens in (("tree", tree, "loop"), ("inner", tree / "directory", "helpers"))
     )
     rules = [rule("all"), rule("inner", root="inner")]
-    with no_descriptor_left(), Helped(tree, tmp_path / "audit", policy(tree, *rules, roots=[outer, inner])) as helped:
+    with (
+        no_descriptor_left(),
+        Helped(tree, tmp_path / "audit", policy(tree, *rules, roots=[outer, inner])) as helped,
+    ):
         speaker = helped.join()
         paths = [bytes(tree / "directory" / "inner"), bytes(tree / "file")]
         with helped.helpers_hang():

@@ -42,8 +42,8 @@ class InFlight:
     def add(self, client: Client, count: int, size: int | None) -> None:
         """Count descriptors that were sent, or wait to be, with the first of `size` bytes.
 
-        None: others that are counted before may be received after these, as where a helper sent them
-        before we hear of it, or where several receive. They are forgotten with all before them, or at the end.
+        None: others that are counted before may be received after these, as where a helper sent these
+        before we hear of it, or where several receive.
         """
         client.in_flight += count
         # Without bytes of its own it is thought to be in whatever is left.
