@@ -781,6 +781,20 @@ def test_reload_that_takes_the_right_to_serve_ends_it_and_says_so(made: Acting) 
     assert service.do(serve, b"clamd") == "denied"
 
 
+def test_service_of_two_listeners_that_takes_no_answer_to_either_is_dropped_once(made: Acting) -> None:
+    service = made.service()
+    for listener in (b"clamd", b"index"):
+        assert service.do(serve, listener) == "ok"
+    service.do(take_no_answers)
+    made.broker.switch(policy(made.tree, services=FOR_STRANGERS))
+    assert made.broker.connections == 0
+    assert made.broker.events().count("undelivered") == 2
+
+
+def take_no_answers(memory: Memory) -> None:
+    memory["speaker"].sock.shutdown(socket.SHUT_RD)
+
+
 def next_reply(memory: Memory) -> Any:  # noqa: ANN401 - whatever came
     return memory["speaker"].receive().reply
 

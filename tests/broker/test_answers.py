@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 UID = os.getuid()
 ELSEWHERE = UID + 1  # somebody who is not us
+TOO_LATE = 9_300_000_000 * 1_000_000_000  # nanoseconds since 1970, more than 63 bits
 
 
 def reason_in_audit(broker: SteppedBroker) -> str:
@@ -377,6 +378,19 @@ def test_stat_describes_every_kind_of_object_and_links_themselves(stepped: Stepp
             there.st_dev, there.st_ino, there.st_mode, there.st_nlink, there.st_uid, there.st_gid,
             there.st_size, there.st_mtime_ns, there.st_ctime_ns,
         )  # fmt: skip
+
+
+def test_a_file_of_the_year_2264_is_described_and_listed_with_the_last_time_there_is(
+    stepped: SteppedBroker,
+) -> None:
+    # Its owner may say so, and is not to end the connections of those who look at it.
+    for name in ("file", "."):
+        os.utime(stepped.tree / name, ns=(0, TOO_LATE))
+    speaker = stepped.join()
+    [(_, facts)] = speaker.stat(bytes(stepped.tree / "file")).results
+    assert facts is not None
+    assert facts.mtime_ns == (1 << 63) - 1
+    assert b"file" in speaker.list_all(bytes(stepped.tree))
 
 
 def test_stat_of_nothing_and_of_what_is_denied(tree: Path, tmp_path: Path) -> None:

@@ -484,6 +484,18 @@ def test_a_uid_that_never_receives_loses_its_own_answers_and_others_get_theirs(
 
 
 @pytest.mark.root
+def test_what_one_process_receives_says_nothing_of_what_waits_for_another_of_its_uid(dgram: Served) -> None:
+    with dgram.speaker() as deaf, dgram.speaker() as other:
+        deaf.send(request(dgram, FILES))
+        # Sent after what waits, and received before it; as long, with one descriptor.
+        other.send(encode_open(7, [dgram.file] + [b"/nowhere"] * (FILES - 1)))
+        assert received(other)[0] == "ok"
+        flight = dgram.broker.broker._flight
+        for client in tuple(flight._clients):  # as where it is tight
+            flight.settle(client)
+        assert flight.total >= FILES
+
+
 def test_more_uids_than_there_are_sockets_for_answers_are_served_one_after_the_other(dgram: Served) -> None:
     for number in range(40):
         assert as_uid(dgram, CLIENT_UID + number) == ["ok"]

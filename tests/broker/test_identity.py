@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import traceback
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -453,6 +454,20 @@ def test_facts_for_rules_are_ids_and_groups_without_the_overflow_group(
 
 
 @pytest.mark.root
+def test_many_groups_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "peer_groups", lambda _sock: tuple(range(100_000, 165_536)))
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    tracemalloc.start()
+    try:
+        with one, other:
+            peer = PeerAtConnect(one, 0)
+        taken, _ = tracemalloc.get_traced_memory()
+        assert taken < 300_000
+        assert {100_000, 165_535, peer.gid} <= peer.groups
+    finally:
+        tracemalloc.stop()
+
+
 def test_supplementary_groups_are_those_of_connect(reached: SteppedBroker) -> None:
     def client() -> None:
         become(CLIENT_UID, groups=tuple(range(40000, 40300)))

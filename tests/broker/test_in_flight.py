@@ -136,3 +136,20 @@ def test_what_was_received_is_forgotten_while_the_rest_is_under_way(pair: Pair) 
     pair.receive()
     assert pair.flight.settle(pair.client)
     assert pair.client.in_flight == 0
+
+
+def test_what_may_be_received_in_another_order_is_forgotten_at_the_end_alone(pair: Pair) -> None:
+    # As where a helper has sent the first, and is heard of behind the second.
+    here = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        sockets.send(pair.ours, bytes(20), [here])
+        pair.send(2000, 253)
+        pair.flight.add(pair.client, 1, None)
+    finally:
+        os.close(here)
+    sockets.receive(pair.theirs, 20).descriptors.close()
+    assert not pair.flight.settle(pair.client)
+    assert pair.client.in_flight >= 253
+    pair.receive()
+    assert pair.flight.settle(pair.client)
+    assert pair.flight.total == 0

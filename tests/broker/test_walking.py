@@ -9,6 +9,7 @@ import resource
 import signal
 import stat
 import tempfile
+import time
 import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from fdbroker.broker.walking import Walk
     from fdbroker.policy.decide import NameDecision, ObjectDecision
+    from fdbroker.policy.globs import Glob
 
 ALL_KINDS = WalkKind.REGULAR | WalkKind.DIRECTORY | WalkKind.SYMLINK | WalkKind.OTHER
 ALL = WalkFilter(kinds=ALL_KINDS)
@@ -134,6 +136,16 @@ def test_descriptors_are_the_same_where_something_is_asked_of_the_files(
         bytes(path.relative_to(bush)): path.read_bytes() for path in bush.rglob("*") if path.is_file()
     }
     assert found.end.incomplete == COMPLETE
+
+
+@pytest.mark.parametrize("where", [{}, {"size": {"min": 0, "max": 100}}], ids=["plain", "judged"])
+def test_a_file_of_the_year_2264_is_walked_as_others_are(tmp_path: Path, where: dict[str, Any]) -> None:
+    (tmp_path / "late").write_bytes(b"late")
+    os.utime(tmp_path / "late", ns=(0, 9_300_000_000 * 1_000_000_000))
+    with ground(tmp_path, rule("all", where=where)) as made:
+        found = made.find(ALL, descriptors=True)
+    assert found.contents == {b"late": b"late"}
+    assert found.entries[0].stat.mtime_ns == (1 << 63) - 1
 
 
 def test_a_symbolic_link_is_named_and_never_followed(tmp_path: Path) -> None:
@@ -599,6 +611,51 @@ def test_a_step_looks_at_so_many_entries_and_no_more(large: Path) -> None:
         while walk.step(64).end is None:
             steps += 1
         assert 10 <= steps <= 12
+
+
+def test_globs_are_compiled_in_as_many_steps_as_they_take_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    now = 0.0
+
+    def compile_slowly(pattern: bytes) -> Glob:
+        nonlocal now
+        now += 0.006
+        return compile_glob(pattern)
+
+    monkeypatch.setattr(walking, "compile_glob", compile_slowly)
+    with ground(tmp_path) as made, monkeypatch.context() as patched:
+        patched.setattr(time, "monotonic", lambda: now)
+        walk = made.walk(WalkFilter(globs=(b"1", b"2", b"3", b"4", b"file")))
+        for compiled in (2, 4):
+            batch = walk.step(64)
+            assert not batch.paths
+            assert batch.end is None
+            assert now == pytest.approx(0.006 * compiled)
+        assert finish(walk).paths == [b"file"]
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
+def test_a_step_takes_no_longer_where_the_clients_globs_are_slow(
+    tmp_path: Path, *, descriptors: bool
+) -> None:
+    for number in range(256):
+        (tmp_path / f"{'a' * 250}{number:05}").touch()
+    # Some 0.2 ms each for one name: at each of its bytes some hundred others are looked at.
+    slow = tuple(b"*" + b"[!-~]" * 120 + b"%d" % number + b"x" for number in range(16))
+    with ground(tmp_path) as made:
+        walk = made.walk(WalkFilter(globs=slow), descriptors=descriptors)
+        longest, steps = 0.0, 0
+        while True:
+            began = time.thread_time()
+            batch = walk.step(64)
+            longest = max(longest, time.thread_time() - began)
+            steps += 1
+            if take(batch).end is not None:
+                break
+    assert steps > 8
+    assert longest < 0.1
 
 
 def test_40_levels_of_200_byte_names_are_walked_as_far_as_paths_reach(tmp_path: Path) -> None:

@@ -118,6 +118,19 @@ def test_a_change_within_the_tick_of_the_last_one_is_seen(file: int) -> None:
             deque(steps, maxlen=0)
 
 
+def test_a_file_that_never_rests_is_not_waited_for(file: int) -> None:
+    steps = seal_in_steps(file, SEAL_LIMIT, None, b"/f")
+
+    def change_between_steps() -> None:
+        for _ in range(1000):  # each time a tick that is not over
+            ahead = time.clock_gettime_ns(time.CLOCK_REALTIME) + 10_000_000
+            os.utime(file, ns=(ahead, ahead))
+            next(steps)
+
+    with pytest.raises(ChangedError):
+        change_between_steps()
+
+
 def test_a_time_in_the_future_is_not_waited_for(file: int) -> None:
     later = time.time() + 3600
     os.utime(file, (later, later))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,21 +27,22 @@ from fdbroker.wire.client import (
 from fdbroker.wire.format import MAX_FRAME, Reason, Status
 from fdbroker.wire.stream import FrameBuffer, framed
 from tests.broker.conftest import fill, no_descriptor_left
+from tests.broker.speaking import read_opened
 from tests.broker.stepping import SteppedBroker
-from tests.running_broker import policy
+from tests.running_broker import policy, rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 
 class Helped(SteppedBroker):
-    """A stepped broker whose tree is served by helpers; not confined."""
+    """A stepped broker whose tree is served by helpers, or some roots of another policy; not confined."""
 
-    def __init__(self, tree: Path, audit: Path) -> None:
+    def __init__(self, tree: Path, audit: Path, compiled: dict[str, Any] | None = None) -> None:
         root = {"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "helpers"}
-        super().__init__(tree, policy(tree, roots=[root]), audit=audit)
-        self.helpers = OpenHelpers.start(self.roots, None, self.audit.event)
+        super().__init__(tree, compiled or policy(tree, roots=[root]), audit=audit)
+        served = [root for root in self.roots if root.helpers]
+        self.helpers = OpenHelpers.start(served, None, self.audit.event)
         self.broker.use_helpers(self.helpers, HelpedRequests)
 
     def serve(self) -> None:
@@ -52,6 +55,22 @@ class Helped(SteppedBroker):
     def serve_until(self, done: Callable[[], bool]) -> None:
         while not done():
             self.broker.step(0.5)
+
+    @contextlib.contextmanager
+    def helpers_hang(self) -> Iterator[None]:
+        """Keep those helpers that there are now from doing anything."""
+        starter = self.helpers._starter.pid
+        children = Path(f"/proc/{starter}/task/{starter}/children").read_text().split()
+        pidfds = [os.pidfd_open(int(child)) for child in children]
+        try:
+            for pidfd in pidfds:
+                signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+            yield
+        finally:
+            for pidfd in pidfds:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+                os.close(pidfd)
 
 
 @pytest.fixture
@@ -199,3 +218,57 @@ def test_fifos_links_and_directories_are_looked_at_and_never_opened(helped: Help
         "not_found",
         "ok",
     ]
+
+
+@pytest.mark.parametrize("encode", [encode_open, encode_stat])
+def test_a_connection_may_end_by_the_first_of_several_answers_that_come_at_once(
+    helped: Helped, encode: Callable[[int, list[bytes]], bytes]
+) -> None:
+    speaker = helped.join()
+    with helped.helpers_hang():
+        for number in (20, 21):
+            speaker.sock.send(encode(number, [bytes(helped.tree / "file")]))
+        # Nothing can be sent there, of which the broker hears when it sends.
+        speaker.sock.shutdown(socket.SHUT_RD)
+        for _ in range(4):
+            helped.broker.step(0)
+        helped.helpers.expire(time.monotonic() + 60)
+        assert not helped.connections
+    helped.serve()
+    assert helped.in_flight == 0
+    assert "failed" not in helped.events()
+    assert helped.join().open_one(bytes(helped.tree / "file")).content == b"content"
+
+
+def test_a_policy_by_which_the_loop_opens_what_a_helper_was_asked_for_gives_what_it_opened(
+    tmp_path: Path,
+) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    fill(tree)
+    outer, inner = (
+        {"name": name, "path": str(path), "cross_mounts": False, "opens": opens}
+        for name, path, opens in (("tree", tree, "loop"), ("inner", tree / "directory", "helpers"))
+    )
+    rules = [rule("all"), rule("inner", root="inner")]
+    with (
+        no_descriptor_left(),
+        Helped(tree, tmp_path / "audit", policy(tree, *rules, roots=[outer, inner])) as helped,
+    ):
+        speaker = helped.join()
+        paths = [bytes(tree / "directory" / "inner"), bytes(tree / "file")]
+        with helped.helpers_hang():
+            speaker.sock.send(encode_open(7, paths))
+            helped.broker.step(0)
+            helped.switch(policy(tree, roots=[outer]))
+        helped.serve()
+        answer = speaker.receive()
+        assert answer is not None
+        assert [opened.content for opened in read_opened(answer)] == [b"inner", b"content"]
+
+
+def test_a_file_of_the_year_2264_is_described(helped: Helped) -> None:
+    os.utime(helped.tree / "file", ns=(0, 9_300_000_000 * 1_000_000_000))
+    [(_, facts)] = helped.join().stat(bytes(helped.tree / "file")).results
+    assert facts is not None
+    assert facts.mtime_ns == (1 << 63) - 1

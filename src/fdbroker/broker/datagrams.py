@@ -94,7 +94,8 @@ class Datagrams:
             self._audit.event("undelivered", f"{record},{members}")
         else:
             if descriptors:
-                self._flight.add(client, len(descriptors), len(frame))
+                # Each process of that uid receives its own, in whatever order.
+                self._flight.add(client, len(descriptors), None)
         finally:
             close_all(descriptors)
 

@@ -115,16 +115,17 @@ class Helped:
                     outcomes = opener.open_or_copy(asker, paths, descriptors, copies)
                 else:
                     outcomes = opener.open(asker, paths, descriptors)
+                # By the policy of now another root may serve a path, and then it was opened here.
+                reports = {index: reports[index] for index in reports if outcomes[index] is NEEDS_HELPER}
                 for index, report in reports.items():
-                    if outcomes[index] is NEEDS_HELPER:
-                        outcomes[index] = opener.judge_report(asker, "open", paths[index], report)
+                    outcomes[index] = opener.judge_report(asker, "open", paths[index], report)
             # In the order of the paths: what the helper has open, and what is open here.
             places: list[int] = []
             own = 0
             for index, outcome in enumerate(outcomes):
                 if outcome.result is not GIVEN:
                     continue
-                if index in reports and reports[index].opened:
+                if index in reports:  # where it is given, the helper has it open
                     places.append(reports[index].place)
                 else:
                     own += 1
@@ -179,7 +180,7 @@ class Helped:
     def _delivered(self, connection: Connection, request_id: int, count: int, delivery: Delivery) -> None:
         """Count what is under way, or take it back in the audit."""
         if not delivery.errno:
-            connection.flight.add(connection, count, delivery.sent or 0)
+            connection.flight.add(connection, count, None)  # other replies may have been sent since
         else:
             members = member_text(request=request_id, errno=delivery.errno)
             self._audit.event("undelivered", f"{connection.record},{members}")

@@ -143,10 +143,11 @@ class Answer(NamedTuple):
 
 
 class Delivered(NamedTuple):
-    """Call `done`."""
+    """Call `done`. `owner`: the job's; None: of that job nothing is known any more."""
 
     done: Callable[[Delivery], None]
     delivery: Delivery
+    owner: object
 
 
 class GivenUp(NamedTuple):
@@ -275,7 +276,7 @@ class HelperPool:
                 self._enter(entry, _Phase.DELIVERING, now)
                 entry.delivered = done
                 return slot
-        self._effects.append(Delivered(done, Delivery(errno.ETIMEDOUT, 0)))
+        self._effects.append(Delivered(done, Delivery(errno.ETIMEDOUT, 0), None))
         return None
 
     def release(self, number: int, now: float) -> None:
@@ -473,7 +474,7 @@ class HelperPool:
     def _end_delivery(self, entry: _Slot, delivery: Delivery) -> None:
         done, entry.delivered = entry.delivered, None
         if done is not None:
-            self._effects.append(Delivered(done, delivery))
+            self._effects.append(Delivered(done, delivery, None if entry.job is None else entry.job.owner))
 
     @staticmethod
     def _forget_job(entry: _Slot, phase: _Phase) -> None:

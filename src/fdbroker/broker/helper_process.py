@@ -30,7 +30,13 @@ from fdbroker.broker.helper_pool import STEP_SECONDS, ObjectFacts, Report
 from fdbroker.broker.opening import name_is_lost
 from fdbroker.kernel import children, seccomp, sockets
 from fdbroker.kernel.descriptors import close_all
-from fdbroker.kernel.files import filesystem_of, open_path_beneath, open_proc_self_fd, reopen_for_reading
+from fdbroker.kernel.files import (
+    filesystem_of,
+    nanoseconds_in_64_bits,
+    open_path_beneath,
+    open_proc_self_fd,
+    reopen_for_reading,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -256,8 +262,8 @@ class Helper:
                 found.st_uid,
                 found.st_gid,
                 found.st_size,
-                found.st_mtime_ns,
-                found.st_ctime_ns,
+                nanoseconds_in_64_bits(found.st_mtime_ns),
+                nanoseconds_in_64_bits(found.st_ctime_ns),
             ),
             filesystem=filesystem,
             opened=opens,

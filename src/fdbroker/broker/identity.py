@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel import peers
@@ -36,12 +37,12 @@ class PeerAtConnect:
     """A peer as it was when it connected. Owns its pidfd, until `close`."""
 
     __slots__ = (
+        "_groups",
         "_info",
         "_pidfd",
         "cgroup_id",
         "credentials",
         "gid",
-        "groups",
         "has_other_real_ids",
         "level",
         "pid",
@@ -66,7 +67,9 @@ class PeerAtConnect:
         try:
             self.credentials = peers.peer_credentials(sock)
             self.pid, self.uid, self.gid = peers.read_ucred(self.credentials)
-            self.groups = frozenset(peers.peer_groups(sock)) | {self.gid}
+            # A process may have 65,536 (an owner of subordinate ids makes one): as a set of numbers they
+            # would be 6 MB for each of its connections.
+            self._groups = array("I", peers.peer_groups(sock))
             if level >= 1:
                 pidfd = peers.peer_pidfd(sock)
                 if pidfd is None:
@@ -123,6 +126,11 @@ class PeerAtConnect:
         except OSError as error:
             return _reason_of(error)
         return None
+
+    @property
+    def groups(self) -> frozenset[int]:
+        """All groups that it was in: a set made for who asks."""
+        return frozenset(self._groups) | {self.gid}
 
     def facts(self, cgroups: ControlGroups) -> ClientFacts:
         """Return what rules may ask. The overflow group is nobody's."""

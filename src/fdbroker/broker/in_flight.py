@@ -39,10 +39,15 @@ class InFlight:
         # Those that have something in flight.
         self._clients: dict[Client, None] = {}
 
-    def add(self, client: Client, count: int, size: int) -> None:
-        """Count descriptors that were sent, or wait to be, with the first of `size` bytes."""
+    def add(self, client: Client, count: int, size: int | None) -> None:
+        """Count descriptors that were sent, or wait to be, with the first of `size` bytes.
+
+        None: others that are counted before may be received after these, as where a helper sent these
+        before we hear of it, or where several receive.
+        """
         client.in_flight += count
-        client.under_way.append((size + _OVERHEAD, count))
+        # Without bytes of its own it is thought to be in whatever is left.
+        client.under_way.append((0 if size is None else size + _OVERHEAD, count))
         self.total += count
         uid = client.peer.uid
         self._of_uid[uid] = self._of_uid.get(uid, 0) + count

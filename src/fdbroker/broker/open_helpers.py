@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Self
 
 from fdbroker.broker import helper_messages as messages
@@ -55,6 +56,7 @@ class OpenHelpers:
         self._record = record
         self._pool = HelperPool()
         self._performing = False
+        self._effects: deque[Effect] = deque()
         for sock in (control, *ends):
             sock.setblocking(False)  # noqa: FBT003 - the name says what is false
             sockets.refuse_descriptors(sock)
@@ -149,6 +151,9 @@ class OpenHelpers:
     def cancel(self, owner: object) -> None:
         """Drop the jobs of an owner that is gone; nothing of it is called any more."""
         self._pool.cancel(owner, time.monotonic())
+        # It may have ended by one of several answers, with the others on their way.
+        self._effects += self._pool.take_effects()
+        self._effects = deque(effect for effect in self._effects if not _is_told(effect, owner))
         self._perform()
 
     def close(self) -> None:
@@ -198,9 +203,10 @@ class OpenHelpers:
             return
         self._performing = True
         try:
-            while effects := self._pool.take_effects():
-                for effect in effects:
-                    self._do(effect)
+            self._effects += self._pool.take_effects()
+            while self._effects:
+                self._do(self._effects.popleft())
+                self._effects += self._pool.take_effects()
         finally:
             self._performing = False
 
@@ -227,3 +233,10 @@ class OpenHelpers:
         """Send to a helper. One that is gone, or does not take it, is given up in time."""
         with contextlib.suppress(OSError):
             sockets.send(self._ends[slot], message, wait=False)
+
+
+def _is_told(effect: Effect, owner: object) -> bool:
+    """Return whether something is called for `owner`."""
+    if isinstance(effect, Answer):
+        return effect.job.owner is owner
+    return isinstance(effect, Delivered) and effect.owner is owner

@@ -18,6 +18,7 @@ from fdbroker.broker.watchdog import nothing
 from fdbroker.kernel.files import (
     DirectoryEntry,
     has_lost_its_name,
+    nanoseconds_in_64_bits,
     open_path_beneath,
     open_regular_beneath,
     read_directory,
@@ -347,12 +348,12 @@ class Opener:
             # Where the whole chunk was used, a look behind it saves the client a page without entries.
             last = not chunk or (cookie == chunk[-1].next and not read_directory(opened))
             again = open_path_beneath(root.descriptor, below, root.cross_mounts)
-            now = os.fstat(again)
-            if not os.path.samestat(now, os.fstat(held)):
+            now = file_stat(os.fstat(again))
+            if (now.device, now.inode) != (outcome.facts.device, outcome.facts.inode):
                 return Page(object_refusal(decision, "moved"))
             # Times of Linux 6.13 tell any two changes apart if somebody looked in between, and we did; older
             # ones know ticks of the clock.
-            if (now.st_mtime_ns, now.st_ctime_ns) != (outcome.facts.mtime_ns, outcome.facts.ctime_ns):
+            if (now.mtime_ns, now.ctime_ns) != (outcome.facts.mtime_ns, outcome.facts.ctime_ns):
                 return None
             # Behind the last page there is nothing, and the position would tell of names that were left out.
             return Page(outcome, entries, 0 if last else cookie, last=last)
@@ -541,6 +542,6 @@ def file_stat(facts: os.stat_result | ObjectFacts) -> FileStat:
         uid=facts.st_uid,
         gid=facts.st_gid,
         size=facts.st_size,
-        mtime_ns=facts.st_mtime_ns,
-        ctime_ns=facts.st_ctime_ns,
+        mtime_ns=nanoseconds_in_64_bits(facts.st_mtime_ns),
+        ctime_ns=nanoseconds_in_64_bits(facts.st_ctime_ns),
     )

@@ -443,6 +443,8 @@ class Broker:
 
     def _hang_up(self, connection: Connection) -> None:
         """End a connection from our side, but keep counting what lies in the client's queue."""
+        if connection.state is State.CLOSED:  # by the first of two things that were to be sent there
+            return
         self._discard_unsent(connection)
         if self._flight.settle(connection):
             self._drop(connection)

@@ -65,7 +65,9 @@ BATCH = 128  # entries where the client leaves it to us: more of them cost a fil
 _AT_A_TIME = 32  # entries, of which each may wait for a disk, until the watchdog is told that it goes on
 MOST_ENTRIES = 1024  # that one step looks at, so that the loop gets to others
 MOST_DIRECTORIES = 64  # that one step opens, and so holds
-_SECONDS = 0.01  # after which a step opens no other directory: deep ones take their time
+# After which a step opens no other directory, as deep ones take their time; or, in one, tries no other name
+# with the client's globs: 16 of them may take some milliseconds for one name.
+_SECONDS = 0.01
 _LEVELS_READ_AHEAD = 8  # the innermost ones; the others read their directory again from where they were
 _SEGMENT = 4096  # bytes of a chunk that are parsed at once
 _BYTES = MAX_REPLY - HEADER.size - RESULT.size - WALK_END.size
@@ -324,6 +326,8 @@ class Walk:
             return Batch(GIVEN, [], [], [], [], self._end)
         try:
             if self._start is None:
+                if not self._compile_globs():
+                    return Batch(GIVEN, [], [], [], [], None)
                 self._start = self._begin()
                 if self._start.result is not GIVEN:
                     return self._refuse(self._start)
@@ -359,15 +363,27 @@ class Walk:
 
     # the start
 
+    def _compile_globs(self) -> bool:
+        """Compile the filter's globs, for a while; return whether `_begin` may be called."""
+        if not self.view.actions["walk"].decide(self._request.path).allowed:
+            return True
+        until = time.monotonic() + _SECONDS
+        for pattern in self._filter.globs[len(self._globs) :]:
+            if time.monotonic() >= until:
+                return False
+            try:
+                self._globs += (compile_glob(pattern),)
+            except ValueError:
+                break
+        return True
+
     def _begin(self) -> Outcome:
         """Decide on the start and go there."""
         path = self._request.path
         decision = self.view.actions["walk"].decide(path)
         if not decision.allowed:
             return refusal(decision)
-        try:
-            self._globs = tuple(compile_glob(pattern) for pattern in self._filter.globs)
-        except ValueError:
+        if len(self._globs) < len(self._filter.globs):  # the next one is none
             return Outcome(refused(Reason.PATH_INVALID), "glob", decision.rule)
         held = -1
         try:
@@ -634,13 +650,18 @@ class Walk:
         skip, hints, remainders = self._skip, self._hints, visit.remainders
         names, room, prefix = step.entries, step.room, self._path + b"/"
         end = min(len(level.entries), level.next + step.budget)
+        until = time.monotonic() + _SECONDS
         while level.next < end:
+            if remainders and time.monotonic() >= until:
+                return False
             name, hint, position = level.entries[level.next]
             if hint == _REGULAR and _REGULAR in hints:
                 if not visit.asked_for_plain:
                     visit.asked_for_plain = True
                     visit.plain = self._plain_names(level, visit, step)
-                if visit.plain is not None and self._take_plain_files(level, visit.plain, visit, step, end):
+                if visit.plain is not None and self._take_plain_files(
+                    level, visit.plain, visit, step, end, until
+                ):
                     continue
             path = prefix + name
             if len(names) == room or step.size + _ENTRY_HEAD + len(path) - skip > _BYTES:
@@ -662,7 +683,7 @@ class Walk:
         return True
 
     def _take_plain_files(
-        self, level: _Level, plain: _PlainNames, visit: _Visit, step: _Step, end: int
+        self, level: _Level, plain: _PlainNames, visit: _Visit, step: _Step, end: int, until: float
     ) -> bool:
         """Open the regular files that come next and are plain; return False if there is no such, or no room.
 
@@ -680,7 +701,7 @@ class Walk:
         before = len(names)
         wanted = []
         for name, hint, _ in level.entries[first : min(end, first + min(room, BATCH))]:
-            if hint != _REGULAR or name in exceptions:
+            if hint != _REGULAR or name in exceptions or (remainders and time.monotonic() >= until):
                 break
             place += 1
             if not remainders or any(remainder.matches(name) for remainder in remainders):

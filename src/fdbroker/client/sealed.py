@@ -72,7 +72,8 @@ def seal_in_steps(
     before = os.fstat(descriptor)
     while _just_changed(before):
         yield _LONGEST_TICK / 10
-        before = os.fstat(descriptor)
+        if _state(os.fstat(descriptor)) != _state(before):
+            raise changed(path)  # as it may go on to, for ever
     if not stat.S_ISREG(before.st_mode):
         raise ValueError(f"descriptor {descriptor} is no regular file, so no copy can be made of it")
     if before.st_size > max_size:

@@ -168,8 +168,21 @@ _READ_FLAGS = ctypes.c_int.from_param(_READ_AT_ONCE)
 # struct statx: what the stat record has, in the kernel's order; statx(2).
 _STATX_RECORD = struct.Struct("=16xIIIH2xQQ48xqI4xqI12xII")
 _STATX_BASIC_STATS = ctypes.c_uint.from_param(0x7FF)
-# device, inode, mode, links, uid, gid, size, mtime, ctime: both in nanoseconds since 1970
+# device, inode, mode, links, uid, gid, size, mtime, ctime: both in nanoseconds since 1970, in 64 bits
 ObjectFacts = tuple[int, int, int, int, int, int, int, int, int]
+
+
+_LEAST_TIME, _MOST_TIME = -(1 << 63), (1 << 63) - 1
+
+
+def nanoseconds_in_64_bits(nanoseconds: int) -> int:
+    """Return a time of a file, or the nearest that 64 bits hold: those of the years 1677 to 2262.
+
+    utimensat(2) takes any, also from an owner without privilege; tmpfs keeps any, ext4 up to 2446.
+    """
+    if _LEAST_TIME <= nanoseconds <= _MOST_TIME:
+        return nanoseconds
+    return max(_LEAST_TIME, min(nanoseconds, _MOST_TIME))
 
 
 def open_regular_entries(
@@ -215,14 +228,14 @@ def open_regular_entries(
                 links, uid, gid, mode, inode, size, c_seconds, c_rest, m_seconds, m_rest, major, minor = (
                     unpack(_statx_room)
                 )
-                modified = m_seconds * 1_000_000_000 + m_rest
+                modified = nanoseconds_in_64_bits(m_seconds * 1_000_000_000 + m_rest)
                 if mode & _KIND == _REGULAR and least_size <= size <= most_size and modified > newer_than:
                     number = _openat_at_once(proc_self_fd, b"%d" % descriptor, _READ_FLAGS)
                     if number < 0:
                         number = reopen_for_reading(proc_self_fd, descriptor)  # for its error
                     opened[-1] = number
                     os.set_blocking(number, True)
-                changed = c_seconds * 1_000_000_000 + c_rest
+                changed = nanoseconds_in_64_bits(c_seconds * 1_000_000_000 + c_rest)
                 found.append((device_of(major, minor), inode, mode, links, uid, gid, size, modified, changed))
             except OSError as error:
                 if opened[-1] >= 0:
