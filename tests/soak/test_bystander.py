@@ -37,8 +37,11 @@ pytestmark = pytest.mark.root
 
 SECONDS = 60.0 if os.environ.get("FDBROKER_SOAK") else 1.5
 WITHIN = 0.5  # of 99 of 100 answers to a bystander, by design
-LEAST = 30  # answers, however long they take where others have the CPUs
+LEAST = (
+    200  # answers, however long they take where others have the CPUs: of fewer, the 99th of 100 is the last
+)
 FILES = 253
+ATTACKERS_UID = CLIENT_UID + 10  # of the first
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -144,9 +147,7 @@ def under(attacks: list[Attack], served: Everywhere) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for number, attack in enumerate(attacks):
 
-            def do(
-                attack: Callable[[Everywhere], None] = attack, uid: int = CLIENT_UID + 10 + number
-            ) -> None:
+            def do(attack: Callable[[Everywhere], None] = attack, uid: int = ATTACKERS_UID + number) -> None:
                 os.close(2)
                 os.open(os.devnull, os.O_WRONLY)  # how they end is nobody's concern
                 become(uid)
@@ -158,6 +159,14 @@ def under(attacks: list[Attack], served: Everywhere) -> Iterator[None]:
 
             stack.enter_context(background(do))
         yield
+
+
+def is_attacked(served: Everywhere, idle: dict[int, str]) -> bool:
+    """Return whether somebody has come: by a connection, or on record."""
+    return (
+        served.broker.descriptors() != idle
+        or b'"uid":%d,' % ATTACKERS_UID in served.broker.audit.read_bytes()
+    )
 
 
 def waits(served: Everywhere) -> list[float]:
@@ -187,6 +196,7 @@ def test_a_bystander_of_another_user_is_served_soon(
     with served_everywhere(reachable, {"message_within": 1.0}) as served:
         idle = served.broker.descriptors()
         with under(attacks, served):
+            wait_until(lambda: is_attacked(served, idle), "something of the attack at the broker")
             taken = sorted(in_child(lambda: waits(served), uid=OTHER_UID))
         p99 = taken[len(taken) * 99 // 100]
         if SECONDS > 10:
