@@ -135,7 +135,11 @@ def test_nothing_is_answered_on_a_stream_while_a_helper_may_send_there(helped: H
         assert [decode_reply(stream.receive()[0]).id for _ in range(2)] == [20, 21]
 
 
-def test_a_helper_gives_up_a_stream_that_does_not_receive(helped: Helped) -> None:
+def test_a_helper_gives_up_a_stream_that_does_not_receive(
+    helped: Helped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Else it is not asked to send at all; see below.
+    monkeypatch.setattr("fdbroker.broker.helped._is_full", lambda _connection: False)
     stream = Stream(helped)
     with stream.sock:
         stream.sock.settimeout(0)
@@ -272,3 +276,20 @@ def test_a_file_of_the_year_2264_is_described(helped: Helped) -> None:
     [(_, facts)] = helped.join().stat(bytes(helped.tree / "file")).results
     assert facts is not None
     assert facts.mtime_ns == (1 << 63) - 1
+
+
+def test_no_helper_waits_for_a_client_whose_queue_is_half_full(helped: Helped) -> None:
+    """A helper that waited for room, a second and a half at most, would be missing to everybody else."""
+    path = bytes(helped.tree / "file")
+    with helped.join() as lazy:
+        for number in range(3):
+            lazy.sock.send(encode_stat(30 + number, [path] * 253))
+            helped.serve()
+        lazy.sock.send(encode_open(40, [path]))
+        helped.serve()
+        answers = [lazy.receive() for _ in range(4)]
+        [refused] = [answer for answer in answers if answer is not None and answer.reply.id == 40]
+        assert isinstance(refused.reply, OpenReply)
+        assert [result.reason for result in refused.reply.results] == [Reason.LIMIT]
+        assert helped.reasons()[-1] == "in_flight"
+        assert lazy.open_one(path).content == b"content"  # it has received all

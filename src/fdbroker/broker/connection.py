@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from fdbroker.broker.walks import ActiveWalk
 
 
+SEND_BUFFER = 32768  # the kernel doubles it; no cost was seen, and less is in flight
+
+
 class State(Enum):
     """What the loop waits for on a connection."""
 

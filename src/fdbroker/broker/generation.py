@@ -95,6 +95,6 @@ def make_generation(number: int, rule_set: RuleSet, held: Held) -> Generation:
         Policy(rule_set),
         rule_set.settings,
         Opener(roots, held.proc_self_fd, held.ping),
-        ControlGroups(held.cgroup_root, rule_set.cgroups),
+        ControlGroups(held.cgroup_root, rule_set.cgroups, held.ping),
         now_text(),
     )

@@ -13,11 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fdbroker.broker.audit import member_text
-from fdbroker.broker.connection import State
+from fdbroker.broker.connection import SEND_BUFFER, State
 from fdbroker.broker.dispatch import NOT_RECORDED, TOO_MANY_IN_FLIGHT
 from fdbroker.broker.helper_pool import Job, JobPath
 from fdbroker.broker.opening import NEEDS_HELPER, Outcome
 from fdbroker.kernel.descriptors import close_all
+from fdbroker.kernel.sockets import bytes_not_received
 from fdbroker.wire.format import Kind, Reason
 from fdbroker.wire.messages import GIVEN, OpenRequest, refused
 from fdbroker.wire.replies import encode_open_reply, encode_stat_reply
@@ -108,7 +109,7 @@ class Helped:
         try:
             if isinstance(asker, str):
                 outcomes = [Outcome(refused(Reason.IDENTITY), asker)] * len(paths)
-            elif not connection.flight.room_for(connection, len(paths)):
+            elif not connection.flight.room_for(connection, len(paths)) or _is_full(connection):
                 outcomes = [TOO_MANY_IN_FLIGHT] * len(paths)
             else:
                 if request.copy:
@@ -198,3 +199,11 @@ class Helped:
             connection.awaited -= 1
         if connection.state is State.WAITING:
             self._loop.read_on(connection)
+
+
+def _is_full(connection: Connection) -> bool:
+    """Return whether a helper might have to wait for this client, which would keep it from others.
+
+    Half of what the queue may hold is room for any reply.
+    """
+    return bool(connection.unsent) or bytes_not_received(connection.sock) > SEND_BUFFER

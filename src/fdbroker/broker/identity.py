@@ -19,11 +19,12 @@ import socket
 from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
+from fdbroker.broker.watchdog import nothing
 from fdbroker.kernel import peers
 from fdbroker.policy.rules import ClientFacts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 _MAX_KNOWN_GROUPS = 4096
 OVERFLOW_ID = 65534  # what an id without a mapping looks like; never anybody
@@ -202,7 +203,11 @@ class ControlGroups:
     read. Ids are not used twice while the system runs.
     """
 
-    def __init__(self, mount_point: str | None, named: Iterable[str]) -> None:
+    def __init__(
+        self, mount_point: str | None, named: Iterable[str], ping: Callable[[], None] = nothing
+    ) -> None:
+        """`ping`: what tells the watchdog that a long look goes on."""
+        self._ping = ping
         self._mount_point = mount_point
         self._named = tuple(sorted(named))
         self._known: dict[int, frozenset[str]] = {}
@@ -224,6 +229,7 @@ class ControlGroups:
         waiting = [directory]
         while waiting:
             here = waiting.pop()
+            self._ping()
             try:
                 if os.stat(here, follow_symlinks=False).st_ino == cgroup_id:
                     return True

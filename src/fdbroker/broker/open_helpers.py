@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import socket
+import struct
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Self
@@ -185,7 +186,8 @@ class OpenHelpers:
             self._pool.ended(slot, serial, time.monotonic())
 
     def _take_from_helper(self, slot: int) -> None:
-        with contextlib.suppress(OSError):  # its end is told by the starter
+        # Its end is told by the starter; what says nonsense is given up in time.
+        with contextlib.suppress(OSError, ValueError, struct.error):
             data, _, _ = sockets.receive_data(self._ends[slot], messages.LONGEST_FROM_HELPER)
             if not data:
                 return

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from fdbroker.broker.accepting import Acceptor, Listener
 from fdbroker.broker.acting import Services
 from fdbroker.broker.audit import failure_text, member_text
-from fdbroker.broker.connection import Connection, State, Unsent
+from fdbroker.broker.connection import SEND_BUFFER, Connection, State, Unsent
 from fdbroker.broker.control import Control
 from fdbroker.broker.datagrams import Datagrams
 from fdbroker.broker.dispatch import Dispatch, Loop, Parts, Table
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from fdbroker.broker.helped import Helped
     from fdbroker.broker.open_helpers import OpenHelpers
 
-SEND_BUFFER = 32768  # the kernel doubles it; no cost was seen, and less is in flight
 _REST = 0.1  # seconds
 _LOOK_AT_DEADLINES = 1.0  # seconds: how late a client may be noticed to be late
 _MOST_AWAITED = 16  # answers of others that one connection may wait for
