@@ -188,6 +188,8 @@ class Opener:
 
         Appends each copy to `copies`, in order; no more than a reply has room for.
         """
+        if not asker.view.delivers_copies:
+            return self.open(asker, paths, descriptors)
         room = MAX_REPLY - HEADER.size - RESULT.size * len(paths)
         may_copy, may_open = (asker.view.actions[action].decide for action in ("copy", "open"))
         outcomes = []

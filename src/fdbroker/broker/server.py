@@ -22,13 +22,13 @@ from fdbroker.broker.acting import Services
 from fdbroker.broker.audit import failure_text, member_text
 from fdbroker.broker.connection import SEND_BUFFER, Connection, State, Unsent
 from fdbroker.broker.control import Control
-from fdbroker.broker.datagrams import Datagrams
 from fdbroker.broker.dispatch import Dispatch, Loop, Parts, Table
 from fdbroker.broker.identity import PeerAtConnect
 from fdbroker.broker.in_flight import InFlight
 from fdbroker.broker.walks import Walks, can_go_on
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import close_all
+from fdbroker.kernel.libc import release_free_memory
 from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Kind, Reason
 from fdbroker.wire.messages import Hello, MalformedError, ReleaseRequest, ServeRequest
 from fdbroker.wire.requests import decode_request
@@ -37,6 +37,7 @@ from fdbroker.wire.stream import framed
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from fdbroker.broker.datagrams import Datagrams
     from fdbroker.broker.helped import Helped
     from fdbroker.broker.open_helpers import OpenHelpers
 
@@ -127,6 +128,9 @@ class Broker:
         if listener.type == socket.SOCK_DGRAM:
             sockets.ask_for_pidfds(listener)
             if self._datagrams is None:
+                # Loaded where it is used; nothing can be loaded later.
+                from fdbroker.broker.datagrams import Datagrams  # noqa: PLC0415
+
                 self._datagrams = Datagrams(self._dispatch, self._audit, self._level, self._flight)
             self._acceptor.add(Listener(listener, name))
             return
@@ -769,6 +773,7 @@ def settle_memory() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+    release_free_memory()
 
 
 def _objection_to_flags(flags: int) -> str:

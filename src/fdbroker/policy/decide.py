@@ -280,16 +280,18 @@ class View:
     """The part of one policy that is about one client: an `ActionView` per action.
 
     Besides those that a policy names there is `copy`: opening, to hand out the
-    contents and no descriptor, by the rules about `open`.
+    contents and no descriptor, by the rules about `open`. `delivers_copies`:
+    whether any of these allows something.
     """
 
-    __slots__ = ("actions",)
+    __slots__ = ("actions", "delivers_copies")
 
     def __init__(self, policy: RuleSet, rules: Sequence[Rule]) -> None:
         self.actions = {
             action: ActionView(policy, [rule for rule in rules if _is_about(rule, action)])
             for action in (*ACTIONS, "copy")
         }
+        self.delivers_copies = any(not rule.deny and _is_about(rule, "copy") for rule in rules)
 
 
 class Policy:
