@@ -119,7 +119,6 @@ SHARES = (
             "ok by name",
             "ok by object",
             "deny_rule by name",
-            "deny_rule by object",
             "no_rule",
             "turns on actions",
             "turns on clients",
@@ -134,7 +133,7 @@ SHARES = (
         ],
         5,
     )
-    | dict.fromkeys([f"where_{condition}" for condition in decision_model.CONDITIONS], 3)
+    | dict.fromkeys(["deny_rule by object", f"where_{condition}" for condition in decision_model.CONDITIONS], 3)
     | dict.fromkeys(
         [
             "outside_roots",

@@ -28,7 +28,7 @@ from fdbroker.broker.in_flight import InFlight
 from fdbroker.broker.walks import Walks, can_go_on
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import close_all
-from fdbroker.kernel.libc import release_free_memory
+from fdbroker.kernel.memory import release_free_memory
 from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Kind, Reason
 from fdbroker.wire.messages import Hello, MalformedError, ReleaseRequest, ServeRequest
 from fdbroker.wire.requests import decode_request
