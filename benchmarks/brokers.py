@@ -35,8 +35,10 @@ class Broker(NamedTuple):
     pid: int
 
 
-def make_policy(root: Path) -> dict[str, object]:
+def make_policy(root: Path, *, copies: bool = False) -> dict[str, object]:
     """Return a compiled policy of ten rules, as docs/compiled-policy.md describes it.
+
+    `copies`: the client may also have contents in place of descriptors.
 
     It is meant to be like a real one: two denials that concern everybody and so
     are looked at for each path, seven rules for others, and the one that lets
@@ -48,6 +50,8 @@ def make_policy(root: Path) -> dict[str, object]:
     ]
     others = [_rule(f"reader-{n}", "allow", {"uids": [40000 + n]}, [f"user{n}*/**"]) for n in range(7)]
     client = _rule("benchmark", "allow", {"uids": [CLIENT_UID]}, ["**"])
+    if copies:
+        client["deliver"] = ["descriptor", "copy"]
     return {
         "version": 1,
         "roots": [{"name": "tree", "path": str(root), "cross_mounts": False, "opens": "loop"}],

@@ -1,6 +1,8 @@
 """A client in Python: read files of 4 KiB, by oslo.privsep or by fdbroker's library.
 
-    python -m benchmarks.python_client {privsep|fdbroker} SOCKET LIST BATCH OPENS CPU UID
+    python -m benchmarks.python_client {privsep|fdbroker|copies} SOCKET LIST BATCH OPENS CPU UID
+
+`copies`: by fdbroker, which sends the contents in its replies.
 
 Both sides do the same: each file's content ends up as one `bytes` in a process
 of UID that could not have opened the file. Started as root, since oslo.privsep forks its
@@ -42,19 +44,19 @@ def privsep_reader(uid: int) -> Iterator[Reader]:
     # Neither end formats a record for nobody.
     logging.disable(logging.CRITICAL)
     privsep_calls.start()
-    _become(uid)
+    become(uid)
     read_file = privsep_calls.read_file
     # The daemon ends with its channel, and that with this process.
     yield lambda paths: sum(len(read_file(path)) for path in paths)
 
 
 @contextmanager
-def fdbroker_reader(uid: int, socket: Path, batch: int) -> Iterator[Reader]:
+def fdbroker_reader(uid: int, socket: Path, batch: int, *, copies: bool) -> Iterator[Reader]:
     """Become `uid`, connect, give what reads paths by the client library."""
     from fdbroker.client import connect  # noqa: PLC0415 - the other side does not have it in memory
 
     # After all imports: the checkout may be out of reach for `uid`.
-    _become(uid)
+    become(uid)
     with connect(socket) as client:
 
         def read_one_by_one(paths: list[bytes]) -> int:
@@ -68,7 +70,11 @@ def fdbroker_reader(uid: int, socket: Path, batch: int) -> Iterator[Reader]:
                         size += len(os.read(opened.descriptor, EXACT_SIZE))
             return size
 
-        yield read_one_by_one if batch == 1 else read_many
+        def read_copies(paths: list[bytes]) -> int:
+            with client.read_many(paths, batch) as results:
+                return sum(len(result.content) for result in results)
+
+        yield read_copies if copies else read_one_by_one if batch == 1 else read_many
 
 
 def main(arguments: list[str]) -> int:
@@ -78,8 +84,11 @@ def main(arguments: list[str]) -> int:
     # Before anything is forked or connected.
     os.sched_setaffinity(0, {int(cpu)})
     paths = list(itertools.islice(itertools.cycle(read_list(Path(paths_name))), opens))
-    privsep = kind == "privsep"
-    with privsep_reader(int(uid)) if privsep else fdbroker_reader(int(uid), Path(socket), int(batch)) as read:
+    with (
+        privsep_reader(int(uid))
+        if kind == "privsep"
+        else fdbroker_reader(int(uid), Path(socket), int(batch), copies=kind == "copies")
+    ) as read:
         read(paths[:WARM_UP])
         began = time.perf_counter()
         size = read(paths)
@@ -91,7 +100,8 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _become(uid: int) -> None:
+def become(uid: int) -> None:
+    """Be `uid`, without groups, for good."""
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)

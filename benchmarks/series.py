@@ -26,6 +26,8 @@ _BATCH64_OPENS = 32_000
 _CLIENTS_OPENS = 64_000
 _PYTHON_OPENS = 3_200
 _PYTHON_BATCH64_OPENS = 16_000
+_TRANSFERS = 1_000
+_COPIES = 7  # files of 4 KiB that a reply has room for
 
 
 class Variant(Protocol):
@@ -73,7 +75,7 @@ class Opens:
 class Reads:
     """The client in Python that opens and reads: microseconds a file, all on one CPU."""
 
-    by: Literal["privsep", "fdbroker"]
+    by: Literal["privsep", "fdbroker", "copies"]
     batch: int
     opens: int
     unit: str = "us/file"
@@ -81,13 +83,34 @@ class Reads:
     def measure(self, stage: Stage) -> float:
         """Return the microseconds that a file took."""
         socket = "-"
-        if self.by == "fdbroker":
-            broker = stage.broker("fdbroker")
+        if self.by != "privsep":
+            # For the comparison of both kinds one broker delivers both.
+            broker = stage.broker("fdbroker-copies" if self.batch == _COPIES else "fdbroker")
             pin(broker.pid, stage.one_cpu)
             socket = str(broker.socket)
         command = [stage.python, "-m", "benchmarks.python_client", self.by, socket]
         command += [str(stage.tree.exact), str(self.batch), str(stage.opens(self.opens))]
         command += [str(stage.one_cpu[0]), str(CLIENT_UID)]
+        return measure(command, stage.environment).microseconds
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """Large files that are read whole: microseconds a file, all on one CPU."""
+
+    by: Literal["fdbroker", "tcp"]
+    files: int
+    unit: str = "us/file"
+
+    def measure(self, stage: Stage) -> float:
+        """Return the microseconds that a file took."""
+        socket = "-"
+        if self.by == "fdbroker":
+            broker = stage.broker("fdbroker-large")
+            pin(broker.pid, stage.one_cpu)
+            socket = str(broker.socket)
+        command = [stage.python, "-m", "benchmarks.transfer_client", self.by, socket, str(stage.large[1])]
+        command += [str(stage.opens(self.files)), str(stage.one_cpu[0]), str(CLIENT_UID)]
         return measure(command, stage.environment).microseconds
 
 
@@ -189,6 +212,10 @@ VARIANTS: dict[str, Variant] = {
     "privsep_read": Reads("privsep", 1, _PYTHON_OPENS),
     "fdbroker_read_1": Reads("fdbroker", 1, _PYTHON_OPENS),
     "fdbroker_read_64": Reads("fdbroker", 64, _PYTHON_BATCH64_OPENS),
+    "fdbroker_read_7": Reads("fdbroker", _COPIES, _PYTHON_BATCH64_OPENS),
+    "fdbroker_copy_7": Reads("copies", _COPIES, _PYTHON_BATCH64_OPENS),
+    "tcp_stream": Transfers("tcp", _TRANSFERS),
+    "fdbroker_stream": Transfers("fdbroker", _TRANSFERS),
     "floor_walk": Walks("floor-walk"),
     "fdbroker_walk": Walks("fdbroker-walk"),
     "fdbroker_hashes": Hashes("fdbroker"),
@@ -207,6 +234,8 @@ SERIES = (
     Series("convoy_64_over_4", "fdbroker_clients64", "fdbroker_clients4", "lower", 1.2),
     Series("privsep_batch1", "privsep_read", "fdbroker_read_1", "higher", 1.5),
     Series("privsep_batch64", "privsep_read", "fdbroker_read_64", "higher", 6.0),
+    Series("copy_4k", "fdbroker_copy_7", "fdbroker_read_7", "lower", 1.6),
+    Series("unix_vs_tcp", "tcp_stream", "fdbroker_stream", "higher", 1.0),
     Series("walk_pass", "fdbroker_walk", "floor_walk", "lower", 2.1),
     Series("walk_sha256_vs_sha256sum", "fdbroker_hashes", "sha256sum_hashes", "lower", 0.5),
     Series("walk_sha256_vs_openssl", "fdbroker_hashes", "openssl_hashes", "lower", 0.9),

@@ -20,7 +20,7 @@ from benchmarks.brokers import (
 )
 from benchmarks.errors import BenchmarkError
 from benchmarks.native import Request, client_command, is_refused, measure, walk_command
-from benchmarks.tree import make_walked_tree
+from benchmarks.tree import make_large_files, make_walked_tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
     from benchmarks.tree import Tree, WalkedTree
 
-BrokerName = Literal["floor", "fdbroker", "fdbroker-audit", "floor-walk", "fdbroker-walk"]
+BrokerName = Literal[
+    "floor", "fdbroker", "fdbroker-audit", "floor-walk", "fdbroker-walk", "fdbroker-large", "fdbroker-copies"
+]
 _CHECK_BATCH = 64
 
 
@@ -75,6 +77,11 @@ class Stage:
         """The tree that is walked, made when it is first asked for."""
         return make_walked_tree(self.directory)
 
+    @cached_property
+    def large(self) -> tuple[Path, Path]:
+        """The directory of the large files and the list of them, made when they are first asked for."""
+        return make_large_files(self.directory)
+
     def opens(self, wanted: int) -> int:
         """Return how many opens to make where `wanted` is right for a full run."""
         return max(int(wanted * self.scale), 256)
@@ -97,15 +104,20 @@ class Stage:
         with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.directory) as sockets:
             socket_dir = Path(sockets)
             socket_dir.chmod(0o755)
-            root = self.walked.root if name in {"floor-walk", "fdbroker-walk"} else self.tree.root
+            root = self._root_of(name)
             if name in {"floor", "floor-walk"}:
                 with start_floor(self.floor_program, socket_dir, root) as broker:
                     yield broker
             else:
-                policy = make_policy(root)
+                policy = make_policy(root, copies=name == "fdbroker-copies")
                 audit = self.audit_file if name == "fdbroker-audit" else None
                 with start_fdbroker(policy, socket_dir, audit) as broker:
                     yield broker
+
+    def _root_of(self, name: BrokerName) -> Path:
+        if name == "fdbroker-large":
+            return self.large[0]
+        return self.walked.root if name in {"floor-walk", "fdbroker-walk"} else self.tree.root
 
     def _check(self, name: BrokerName, broker: Broker) -> None:
         """See that a broker gives the right files, and fdbroker those of its policy only.
@@ -114,6 +126,8 @@ class Stage:
         """
         if name in {"floor-walk", "fdbroker-walk"}:
             self._check_walk(name, broker)
+            return
+        if name == "fdbroker-large":  # its clients look at what they get
             return
         every = Request(broker.socket, self.tree.everything, _CHECK_BATCH, self.tree.files, read=True)
         found = measure(client_command(self.client_program, CLIENT_UID, every))

@@ -17,6 +17,8 @@ FILES_PER_DIRECTORY = 50
 # Their mean is 4 KiB; every fifth file, and one more, has exactly that size.
 SIZES = (1024, 2048, 4096, 4096, 9216)
 EXACT_SIZE = 4096
+LARGE_SIZE = 1 << 20
+_LARGE_FILES = 16
 OWNER = 23455
 _NUMBER = struct.Struct("<Q")
 # For walks: from 1 to 16 KiB, 4.3 KiB on average.
@@ -105,6 +107,17 @@ def make_walked_tree(directory: Path) -> WalkedTree:
             hashes.add(b"%s  %s" % (hashlib.sha256(data).hexdigest().encode(), os.fsencode(path)))
         os.chown(folder, OWNER, OWNER)
     return WalkedTree(root, len(hashes), checksum, frozenset(hashes))
+
+
+def make_large_files(directory: Path) -> tuple[Path, Path]:
+    """Create some files of 1 MiB in `directory`; return where they are, and the list of their paths."""
+    root = directory / "large"
+    root.mkdir(mode=0o700)
+    paths = [root / f"film-{number:02}" for number in range(_LARGE_FILES)]
+    for number, path in enumerate(paths, 1):
+        _write(path, bytes([number]) * LARGE_SIZE)
+    os.chown(root, OWNER, OWNER)
+    return root, _write_list(directory / "large-files", paths)
 
 
 def read_list(path: Path) -> list[bytes]:

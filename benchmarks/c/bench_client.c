@@ -339,7 +339,7 @@ static size_t walk_below(struct connection *connection, const char *start)
 	} control;
 	static char frame[MAX_FRAME];
 	struct walk request = {
-		.header = {.type = TYPE_WALK, .count = 64, .id = connection->id},
+		.header = {.type = TYPE_WALK, .count = 0, .id = connection->id},
 		.credit = UINT32_MAX,
 		.kinds = 1,
 		.options = 1,

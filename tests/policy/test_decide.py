@@ -133,7 +133,9 @@ SHARES = (
         ],
         5,
     )
-    | dict.fromkeys(["deny_rule by object", f"where_{condition}" for condition in decision_model.CONDITIONS], 3)
+    | dict.fromkeys(
+        ["deny_rule by object", *(f"where_{condition}" for condition in decision_model.CONDITIONS)], 3
+    )
     | dict.fromkeys(
         [
             "outside_roots",

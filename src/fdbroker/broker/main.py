@@ -312,12 +312,12 @@ def run(handover_descriptor: int) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup(1) has it
             signal.signal(number, lambda _number, _frame: broker.stop())
+    settle_memory()
     if handover.ready is not None:
         with contextlib.suppress(BrokenPipeError):  # whoever waited has gone
             os.write(handover.ready, b"ready\n")
         os.close(handover.ready)
     broker.say_status(READY="1")
-    settle_memory()
     try:
         broker.serve()
     except Exception as error:

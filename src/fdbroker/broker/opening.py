@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker.broker.audit import decision_members
 from fdbroker.broker.roots import HELPED_FILESYSTEMS
 from fdbroker.broker.watchdog import nothing
+from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.files import (
     DirectoryEntry,
     has_lost_its_name,
     nanoseconds_in_64_bits,
     open_path_beneath,
     open_regular_beneath,
+    open_regular_entries,
     read_directory,
     reopen_for_reading,
     wait_for_changes_of_names,
 )
 from fdbroker.policy.decide import NameDecision, decide_object
-from fdbroker.wire.format import HEADER, MAX_COPY, MAX_REPLY, RESULT, Reason, Status
+from fdbroker.wire.format import ANY_TIME, HEADER, MAX_COPY, MAX_REPLY, RESULT, Reason, Status
 from fdbroker.wire.messages import GIVEN, FileStat, ListEntry, Result, broken, copied, refused
 from fdbroker.wire.replies import encode_list_entry
 
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fdbroker.broker.dispatch import Asker
-    from fdbroker.broker.helper_pool import ObjectFacts, Report
+    from fdbroker.broker.helper_pool import ObjectFacts as ReportedFacts
+    from fdbroker.broker.helper_pool import Report
     from fdbroker.broker.roots import HeldRoot
+    from fdbroker.kernel.files import ObjectFacts
     from fdbroker.policy.rules import Rule
 
 _DENIED = refused(Reason.DENIED)
@@ -78,6 +82,7 @@ _OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _PAGE = 256
 _AT_A_TIME = 64  # paths; as many as a batch has by default
 _LIST_TRIES = 4
+_MOST_AT_ONCE = 64  # files that are opened to be copied; of empty ones, more have room in a reply
 _MAX_GIVEN = 4096  # rules of old policies must not pile up
 _LIST_HEAD = 12 + 8 + 8  # header, result, cookie
 
@@ -141,6 +146,7 @@ class Opener:
         self._proc_self_fd = proc_self_fd
         # What is given by one rule is one outcome: made once, not per file.
         self._given: dict[Rule | None, Outcome] = {}
+        self._copies: dict[tuple[Rule | None, int], Outcome] = {}
 
     def open(self, asker: Asker, paths: Sequence[bytes], descriptors: list[int]) -> list[Outcome]:
         """Open regular files for reading, as `asker` may; one outcome per path.
@@ -192,33 +198,118 @@ class Opener:
             return self.open(asker, paths, descriptors)
         room = MAX_REPLY - HEADER.size - RESULT.size * len(paths)
         may_copy, may_open = (asker.view.actions[action].decide for action in ("copy", "open"))
+        decisions = [may_copy(path) for path in paths]
+        plain = self._open_plain(decisions, paths)
         outcomes = []
-        for path in paths:
-            self._ping()
-            decision = may_copy(path)
-            if not decision.allowed:
-                outcomes += self.open(asker, [path], descriptors)
-                continue
-            outcome = self._copy(decision, asker, path, room, copies)
-            if outcome.result.status is Status.COPIED:
-                room -= outcome.result.length
-            elif outcome.reason != "changed" and may_open(path).allowed:
-                (opened,) = self.open(asker, [path], descriptors)
-                # Where no descriptor may be had either, it is what kept the copy.
-                if opened.result is GIVEN or outcome.reason not in {"too_large", "reply_full"}:
-                    outcome = opened
-            elif outcome is NEEDS_HELPER:  # helpers give descriptors, and here only copies may be had
-                outcome = refusal(may_open(path))
-            outcomes.append(outcome)
+        try:
+            for index, (path, decision) in enumerate(zip(paths, decisions, strict=True)):
+                self._ping()
+                if not decision.allowed:
+                    outcomes += self.open(asker, [path], descriptors)
+                    continue
+                root = self.roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
+                if index in plain:
+                    outcome = self._copy_plain(decision, *plain.pop(index), room, copies)
+                else:
+                    outcome = self._copy(decision, root, asker, path, room, copies)
+                if outcome.result.status is Status.COPIED:
+                    room -= outcome.result.length
+                elif outcome.reason != "changed" and may_open(path).allowed:
+                    (opened,) = self.open(asker, [path], descriptors)
+                    # Where no descriptor may be had either, it is what kept the copy.
+                    if opened.result is GIVEN or outcome.reason not in {"too_large", "reply_full"}:
+                        outcome = opened
+                elif outcome is NEEDS_HELPER:  # helpers give descriptors, and here only copies may be had
+                    outcome = refusal(may_open(path))
+                outcomes.append(outcome)
+        finally:
+            close_all([opened for opened, _ in plain.values() if opened >= 0])
         return outcomes
 
+    def _open_plain(
+        self, decisions: Sequence[NameDecision], paths: Sequence[bytes]
+    ) -> dict[int, tuple[int, ObjectFacts | OSError]]:
+        """Open what may be copied and has nothing asked but its name, by its place in `paths`.
+
+        As many as a reply may have room for, at once. The caller owns the descriptors.
+        """
+        places: dict[int, list[int]] = {}
+        for place, decision in enumerate(decisions[:_MOST_AT_ONCE]):
+            if decision.plain:
+                places.setdefault(decision.root.number, []).append(place)  # type: ignore[union-attr]
+        plain: dict[int, tuple[int, ObjectFacts | OSError]] = {}
+        for number, chosen in places.items():
+            root = self.roots[number]
+            if root.cross_mounts or root.helpers:
+                continue
+            names = [paths[place][root.skip :] or b"." for place in chosen]
+            plain.update(
+                zip(
+                    chosen,
+                    zip(
+                        *open_regular_entries(
+                            root.descriptor, names, self._proc_self_fd, 0, MAX_COPY, ANY_TIME
+                        ),
+                        strict=True,
+                    ),
+                    strict=True,
+                )
+            )
+        return plain
+
+    def _copy_plain(
+        self,
+        decision: NameDecision,
+        opened: int,
+        facts: ObjectFacts | OSError,
+        room: int,
+        copies: list[bytes],
+    ) -> Outcome:
+        """Do as `_copy` with what `_open_plain` opened; the descriptor is closed."""
+        if isinstance(facts, OSError):
+            return failure(decision, facts)
+        if opened < 0:
+            mode, size = facts[2], facts[6]
+            if not stat.S_ISREG(mode):
+                return object_refusal(decision, _kind_refused(mode))
+            return _no_room_for(size, room, decision.rule)
+        try:
+            if facts[6] > room:
+                return _no_room_for(facts[6], room, decision.rule)
+            data = os.pread(opened, facts[6] + 1, 0)
+            after = os.fstat(opened)
+            same = (after.st_size, after.st_mtime_ns, after.st_ctime_ns) == facts[6:]
+            # (Times beyond 64 bits are not what a record has of them.)
+            if len(data) != facts[6] or not (same or file_stat(after)[6:] == facts[6:]):
+                return Outcome(refused(Reason.BUSY), "changed", decision.rule)
+            copies.append(data)
+            return self._copied(len(data), decision.rule)
+        except OSError as error:
+            return failure(decision, error)
+        finally:
+            os.close(opened)
+
+    def _copied(self, length: int, rule: Rule | None) -> Outcome:
+        """Return the outcome for a copy; made once for each length."""
+        outcome = self._copies.get((rule, length))
+        if outcome is None:
+            if len(self._copies) >= _MAX_GIVEN:
+                self._copies.clear()
+            outcome = self._copies[rule, length] = Outcome(copied(length), "ok", rule)
+        return outcome
+
     def _copy(
-        self, decision: NameDecision, asker: Asker, path: bytes, room: int, copies: list[bytes]
+        self,
+        decision: NameDecision,
+        root: HeldRoot,
+        asker: Asker,
+        path: bytes,
+        room: int,
+        copies: list[bytes],
     ) -> Outcome:
         """Read a small file whole, as it was at one moment; append it to `copies`."""
         held = opened = -1
         try:
-            root = self.roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
             if root.helpers:
                 return NEEDS_HELPER
             held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
@@ -226,17 +317,15 @@ class Opener:
             objection, rule = self._judge_file(decision, root, path, held, before, asker)
             if objection is not None:
                 return objection
-            if before.st_size > MAX_COPY:
-                return Outcome(refused(Reason.TOO_LARGE), "too_large", rule)
-            if before.st_size > room:
-                return Outcome(refused(Reason.LIMIT), "reply_full", rule)
+            if before.st_size > min(room, MAX_COPY):
+                return _no_room_for(before.st_size, room, rule)
             opened = reopen_for_reading(self._proc_self_fd, held)
-            data = os.pread(opened, MAX_COPY + 1, 0)
+            data = os.pread(opened, before.st_size + 1, 0)
             after = os.fstat(opened)
             if len(data) != before.st_size or _versions(before) != _versions(after):
                 return Outcome(refused(Reason.BUSY), "changed", rule)
             copies.append(data)
-            return Outcome(copied(len(data)), "ok", rule)
+            return self._copied(len(data), rule)
         except OSError as error:
             return failure(decision, error)
         finally:
@@ -519,6 +608,14 @@ def failure(decision: NameDecision, error: OSError) -> Outcome:
     return Outcome(result if decision.plain else _DENIED, reason, rule)
 
 
+def _no_room_for(size: int, room: int, rule: Rule | None) -> Outcome:
+    """Return why a file is not copied that has more than `room` bytes, or than any copy."""
+    if size > MAX_COPY:
+        return Outcome(refused(Reason.TOO_LARGE), "too_large", rule)
+    assert size > room  # noqa: S101 - or it would have been copied
+    return Outcome(refused(Reason.LIMIT), "reply_full", rule)
+
+
 def _versions(facts: os.stat_result) -> tuple[int, int, int]:
     """Return what changes when the contents do."""
     return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
@@ -534,7 +631,7 @@ def _kind_refused(mode: int) -> str:
     return "symlink" if stat.S_ISLNK(mode) else "not_regular"
 
 
-def file_stat(facts: os.stat_result | ObjectFacts) -> FileStat:
+def file_stat(facts: os.stat_result | ReportedFacts) -> FileStat:
     """Return the stat record."""
     return FileStat(
         device=facts.st_dev,
