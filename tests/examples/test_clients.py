@@ -55,6 +55,9 @@ def place(others: ForOtherUsers) -> Iterator[Place]:
             ["cc", "-Wall", "-Wextra", "-Werror", "-O2", "-o", program, EXAMPLES / "client.c"], check=True
         )
         script = shutil.copy(EXAMPLES / "client.py", directory)
+        # Whatever umask the checkout was made with.
+        os.chmod(script, 0o644)
+        os.chmod(program, 0o755)
         allowed = rule("all", **{"except": ["secret"]})
         stream = directory / "broker.stream"
         with running_broker(directory, policy(directory / "tree", allowed), f"--stream={stream}") as broker:

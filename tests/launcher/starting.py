@@ -150,8 +150,12 @@ def descriptors_of(pid: int, directory: Path) -> list[str]:
     sockets = _unix_sockets()
     found = []
     for number in sorted(map(int, os.listdir(f"/proc/{pid}/fd"))):
-        what = os.readlink(f"/proc/{pid}/fd/{number}")
-        flags = re.search(r"^flags:\s+(\d+)", Path(f"/proc/{pid}/fdinfo/{number}").read_text(), re.MULTILINE)
+        try:
+            what = os.readlink(f"/proc/{pid}/fd/{number}")
+            facts = Path(f"/proc/{pid}/fdinfo/{number}").read_text()
+        except FileNotFoundError:
+            continue  # it was closed meanwhile
+        flags = re.search(r"^flags:\s+(\d+)", facts, re.MULTILINE)
         assert flags is not None
         mode = int(flags[1], 8)
         access = "path" if mode & os.O_PATH else ("read", "write", "both")[mode & os.O_ACCMODE]
