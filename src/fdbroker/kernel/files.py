@@ -207,6 +207,8 @@ def open_regular_entries(
     held: list[int] = []
     failed: dict[int, OSError] = {}
     unpack, device_of = _STATX_RECORD.unpack_from, os.makedev
+    least, most = _LEAST_TIME, _MOST_TIME
+    numbers, device = (-1, -1), 0
     try:
         for name in names:
             descriptor = -1 if 0 in name else _openat2_at_once(_OPENAT2, directory, name, _WITHIN, _SIZE)
@@ -228,15 +230,19 @@ def open_regular_entries(
                 links, uid, gid, mode, inode, size, c_seconds, c_rest, m_seconds, m_rest, major, minor = (
                     unpack(_statx_room)
                 )
-                modified = nanoseconds_in_64_bits(m_seconds * 1_000_000_000 + m_rest)
+                modified = m_seconds * 1_000_000_000 + m_rest
+                changed = c_seconds * 1_000_000_000 + c_rest
+                if not least <= modified <= most or not least <= changed <= most:
+                    modified, changed = nanoseconds_in_64_bits(modified), nanoseconds_in_64_bits(changed)
+                if (major, minor) != numbers:  # files of a directory are mostly on one device
+                    numbers, device = (major, minor), device_of(major, minor)
                 if mode & _KIND == _REGULAR and least_size <= size <= most_size and modified > newer_than:
                     number = _openat_at_once(proc_self_fd, b"%d" % descriptor, _READ_FLAGS)
                     if number < 0:
                         number = reopen_for_reading(proc_self_fd, descriptor)  # for its error
                     opened[-1] = number
                     os.set_blocking(number, True)
-                changed = nanoseconds_in_64_bits(c_seconds * 1_000_000_000 + c_rest)
-                found.append((device_of(major, minor), inode, mode, links, uid, gid, size, modified, changed))
+                found.append((device, inode, mode, links, uid, gid, size, modified, changed))
             except OSError as error:
                 if opened[-1] >= 0:
                     os.close(opened[-1])
