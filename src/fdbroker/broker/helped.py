@@ -180,11 +180,12 @@ class Helped:
 
     def _delivered(self, connection: Connection, request_id: int, count: int, delivery: Delivery) -> None:
         """Count what is under way, or take it back in the audit."""
-        if not delivery.errno:
+        if delivery.sent != 0:  # whole, in part, or nobody knows: they go with the first byte
             connection.flight.add(connection, count, None)  # other replies may have been sent since
-        else:
+        if delivery.errno:
             members = member_text(request=request_id, errno=delivery.errno)
-            self._audit.event("undelivered", f"{connection.record},{members}")
+            event = "partly_delivered" if delivery.sent else "undelivered"
+            self._audit.event(event, f"{connection.record},{members}")
             if delivery.sent == 0 and delivery.errno in {errno.ETIMEDOUT, errno.ETOOMANYREFS}:
                 text = "the descriptors could not be sent in time; receive what was sent, then ask again"
                 reason = Reason.TIMED_OUT if delivery.errno == errno.ETIMEDOUT else Reason.LIMIT
