@@ -8,6 +8,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from fdbroker.aio.session import Session
 from fdbroker.aio.walk import Walk
 from fdbroker.client.answers import (
     Contents,
@@ -27,6 +28,7 @@ from fdbroker.client.engine import (
     StatPaths,
     sendable,
 )
+from fdbroker.client.requester import Requester
 from fdbroker.client.results import file_from
 from fdbroker.client.sealed import SEAL_LIMIT, seal_in_steps
 from fdbroker.client.walking import WalkCall, walk_filter
@@ -38,9 +40,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from fdbroker.aio.session import Session
     from fdbroker.client.engine import Answer, Batch, StrOrBytesPath
-    from fdbroker.client.link import Link
     from fdbroker.client.results import DescribedFile, OpenedFile, ReadFile
     from fdbroker.wire.messages import FileStat, ListEntry
 
@@ -85,16 +85,8 @@ class Results(Generic[_Result]):
         await self._steps.aclose()
 
 
-class FileRequests:
+class FileRequests(Requester[Session]):
     """Requests about files. Base of `Client` and `ServedClient`; see `fdbroker.client.files`."""
-
-    _acting_for: int | None = None
-    _bound: Link | None = None
-
-    @property
-    def _session(self) -> Session:
-        """Who asks. Raises ValueError if that is over."""
-        raise NotImplementedError
 
     async def open(
         self, path: StrOrBytesPath, *, sealed: bool = False, max_size: int = SEAL_LIMIT
@@ -200,15 +192,6 @@ class FileRequests:
             for entry in reply.entries:
                 yield entry
             cookie, last = reply.cookie, reply.last
-
-    def _open_paths(self, asked: Batch) -> OpenPaths:
-        return OpenPaths(asked.paths, self._acting_for)
-
-    def _read_paths(self, asked: Batch) -> OpenPaths:
-        return OpenPaths(asked.paths, self._acting_for, copy=True)
-
-    def _stat_paths(self, asked: Batch) -> StatPaths:
-        return StatPaths(asked.paths, self._acting_for)
 
     async def _read_all_of(self, asked: Batch, answer: Answer | None) -> Generator[ReadFile, None, None]:
         contents = Contents(asked)

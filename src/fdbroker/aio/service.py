@@ -7,17 +7,15 @@ import os
 from typing import TYPE_CHECKING
 
 from fdbroker.aio.files import FileRequests
+from fdbroker.aio.session import Session
+from fdbroker.client.requester import HandedOver
 from fdbroker.client.serving import accepted_by
 
 if TYPE_CHECKING:
-    import socket
     from types import TracebackType
     from typing import Self
 
-    from fdbroker.aio.session import Session
-    from fdbroker.client.link import Link
     from fdbroker.client.serving import ServeCall
-    from fdbroker.wire.messages import AcceptedClient
 
 
 class Service:
@@ -96,30 +94,13 @@ class Service:
         self._came.set()
 
 
-class ServedClient(FileRequests):
+class ServedClient(HandedOver[Session], FileRequests):
     """A client of a service, and requests on its behalf. As `fdbroker.client.ServedClient`.
 
     `socket` does not block: for `loop.sock_recv`, or `asyncio.open_unix_connection(sock=...)`.
     """
 
-    def __init__(
-        self, session: Session, link: Link | None, facts: AcceptedClient, sock: socket.socket
-    ) -> None:
-        self._asks = session
-        self._bound = link
-        self._acting_for = facts.number
-        self._closed = False
-        self.socket = sock
-        self.number = facts.number
-        self.pid = facts.pid
-        self.uid = facts.uid
-        self.gid = facts.gid
-        self.identity_level = facts.identity_level
-
-    def __repr__(self) -> str:
-        """Return who it is."""
-        closed = " (closed)" if self._closed else ""
-        return f"<fdbroker.aio.ServedClient {self.number}: uid {self.uid}, pid {self.pid}{closed}>"
+    _shown_as = "fdbroker.aio.ServedClient"
 
     async def __aenter__(self) -> Self:
         """Return itself."""
@@ -130,23 +111,3 @@ class ServedClient(FileRequests):
     ) -> None:
         """Close it."""
         self.close()
-
-    def __del__(self) -> None:
-        """Have it released with the next request; the socket closes itself."""
-        if not self._closed and self._bound is not None:
-            self._bound.release_later(self.number)
-
-    def close(self) -> None:
-        """Act for it no more, and close its socket. May be called again."""
-        if not self._closed:
-            self._closed = True
-            self.socket.close()
-            if self._bound is not None:
-                self._bound.release_later(self.number)
-            self._asks.send_afterthoughts()
-
-    @property
-    def _session(self) -> Session:
-        if self._closed:
-            raise ValueError(f"client {self.number} is closed")
-        return self._asks

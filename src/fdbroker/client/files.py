@@ -19,8 +19,10 @@ from fdbroker.client.answers import (
 )
 from fdbroker.client.engine import DEFAULT_BATCH, DEFAULT_WALK_BATCH, ListPage, OpenPaths, StatPaths, sendable
 from fdbroker.client.errors import ReadOnlyError
+from fdbroker.client.requester import Requester
 from fdbroker.client.results import Results, file_from
 from fdbroker.client.sealed import SEAL_LIMIT, seal
+from fdbroker.client.session import Session
 from fdbroker.client.walk import Walk
 from fdbroker.client.walking import WalkCall, walk_filter
 from fdbroker.wire.format import MAX_PATHS, WalkKind
@@ -30,9 +32,7 @@ if TYPE_CHECKING:
     from io import BufferedReader
 
     from fdbroker.client.engine import Answer, Batch, StrOrBytesPath
-    from fdbroker.client.link import Link
     from fdbroker.client.results import DescribedFile, OpenedFile, ReadFile
-    from fdbroker.client.session import Session
     from fdbroker.wire.client import ListReply
     from fdbroker.wire.messages import FileStat, ListEntry
 
@@ -47,20 +47,8 @@ def check_flags(path: StrOrBytesPath, flags: int) -> None:
         raise ReadOnlyError(errno.EACCES, text, os.fsencode(path))
 
 
-class FileRequests:
-    """Requests about files. Base of `Client` and `ServedClient`.
-
-    `_acting_for` is the number of the client that they are for, which is good
-    on the connection `_bound` alone.
-    """
-
-    _acting_for: int | None = None
-    _bound: Link | None = None
-
-    @property
-    def _session(self) -> Session:
-        """Who asks. Raises ValueError if that is over."""
-        raise NotImplementedError
+class FileRequests(Requester[Session]):
+    """Requests about files. Base of `Client` and `ServedClient`."""
 
     def open(
         self, path: StrOrBytesPath, *, sealed: bool = False, max_size: int = SEAL_LIMIT
@@ -262,15 +250,6 @@ class FileRequests:
     def _page(self, path: bytes, cookie: int, most: int) -> ListReply:
         question = ListPage(path, cookie, most, self._acting_for)
         return page_of(self._session.ask(question, self._bound), path)
-
-    def _open_paths(self, asked: Batch) -> OpenPaths:
-        return OpenPaths(asked.paths, self._acting_for)
-
-    def _read_paths(self, asked: Batch) -> OpenPaths:
-        return OpenPaths(asked.paths, self._acting_for, copy=True)
-
-    def _stat_paths(self, asked: Batch) -> StatPaths:
-        return StatPaths(asked.paths, self._acting_for)
 
     def _read_all_of(self, asked: Batch, answer: Answer | None) -> Generator[ReadFile, None, None]:
         with Contents(asked) as contents:

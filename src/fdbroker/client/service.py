@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING
 from fdbroker.client.errors import BrokerError, disconnected
 from fdbroker.client.files import FileRequests
 from fdbroker.client.link import Deadline
+from fdbroker.client.requester import HandedOver
 from fdbroker.client.serving import accepted_by
+from fdbroker.client.session import Session
 
 if TYPE_CHECKING:
-    import socket
     from types import TracebackType
     from typing import Self
 
-    from fdbroker.client.link import Link
     from fdbroker.client.serving import ServeCall
-    from fdbroker.client.session import Session
-    from fdbroker.wire.messages import AcceptedClient
 
 
 class _Bell:
@@ -179,7 +177,7 @@ class Service:
         self._bell.close()
 
 
-class ServedClient(FileRequests):
+class ServedClient(HandedOver[Session], FileRequests):
     """A client of a service: its socket, who it is by the kernel's word, and requests on its behalf.
 
     What is asked here the policy allows only where both the service and this
@@ -195,24 +193,7 @@ class ServedClient(FileRequests):
 
     """
 
-    def __init__(
-        self, session: Session, link: Link | None, facts: AcceptedClient, sock: socket.socket
-    ) -> None:
-        self._of = session
-        self._bound = link
-        self._acting_for = facts.number
-        self._closed = False
-        self.socket = sock
-        self.number = facts.number
-        self.pid = facts.pid
-        self.uid = facts.uid
-        self.gid = facts.gid
-        self.identity_level = facts.identity_level
-
-    def __repr__(self) -> str:
-        """Return who it is."""
-        closed = " (closed)" if self._closed else ""
-        return f"<fdbroker.ServedClient {self.number}: uid {self.uid}, pid {self.pid}{closed}>"
+    _shown_as = "fdbroker.ServedClient"
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -223,23 +204,3 @@ class ServedClient(FileRequests):
     ) -> None:
         """Close it."""
         self.close()
-
-    def __del__(self) -> None:
-        """Have it released with the next request; the socket closes itself."""
-        if not self._closed and self._bound is not None:
-            self._bound.release_later(self.number)
-
-    def close(self) -> None:
-        """Act for it no more, and close its socket. May be called again."""
-        if not self._closed:
-            self._closed = True
-            self.socket.close()
-            if self._bound is not None:
-                self._bound.release_later(self.number)
-            self._of.send_afterthoughts()
-
-    @property
-    def _session(self) -> Session:
-        if self._closed:
-            raise ValueError(f"client {self.number} is closed")
-        return self._of
