@@ -75,23 +75,17 @@ class Walks:
     @staticmethod
     def most_in_next_frame(connection: Connection) -> int:
         """Return how many descriptors the next frame may have."""
-        return next(
-            (
-                walk.most if walk.request.descriptors else 0
-                for walk in connection.walks.values()
-                if walk.credit
-            ),
-            0,
-        )
+        walk = _whose_turn(connection)
+        return 0 if walk is None or not walk.request.descriptors else walk.most
 
     def next_frame(self, connection: Connection) -> tuple[bytes, list[int], int] | None:
         """Go on with the walk that may; the caller saw `can_go_on`. None: it found nothing to name yet.
 
         The number is the request's. The descriptors are the caller's.
         """
-        request_id, active = next(
-            (request_id, active) for request_id, active in connection.walks.items() if active.credit
-        )
+        active = _whose_turn(connection)
+        assert active is not None  # noqa: S101 - for the type checker; the caller looked
+        request_id = active.request.id
         # The next one gets its turn before this one gets another.
         connection.walks[request_id] = connection.walks.pop(request_id)
         asker = self._dispatch.asker(connection, active.request.client)
@@ -243,4 +237,9 @@ class Walks:
 
 def can_go_on(connection: Connection) -> bool:
     """Return whether some walk of this connection has credit."""
-    return any(walk.credit for walk in connection.walks.values())
+    return _whose_turn(connection) is not None
+
+
+def _whose_turn(connection: Connection) -> ActiveWalk | None:
+    """Return the first walk that has credit."""
+    return next((walk for walk in connection.walks.values() if walk.credit), None)

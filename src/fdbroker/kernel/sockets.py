@@ -150,16 +150,24 @@ def send(sock: socket.socket, data: bytes, descriptors: Sequence[int] = (), *, w
         raise SyscallError(errno.EMSGSIZE, "sendmsg", length=len(data), sent=sent)
 
 
-def send_part(sock: socket.socket, data: bytes, descriptors: Sequence[int] = (), *, wait: bool = True) -> int:
+def send_part(
+    sock: socket.socket,
+    data: bytes,
+    descriptors: Sequence[int] = (),
+    *,
+    wait: bool = True,
+    address: bytes | None = None,
+) -> int:
     """Send as much as there is room for, as `send`; return how much that was, at least 1 byte.
 
-    The descriptors go with the first byte, so they are sent when this returns.
+    The descriptors go with the first byte, so they are sent when this returns. `address` is for
+    `send_datagram`.
     """
     if len(descriptors) > SCM_MAX_FD:
         raise ValueError(f"a message carries at most {SCM_MAX_FD} descriptors, not {len(descriptors)}")
     ancillary = [(_SOL_SOCKET, _SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
     try:
-        return sock.sendmsg([data], ancillary, _SEND_WAITING if wait else _SEND_AT_ONCE)
+        return sock.sendmsg([data], ancillary, _SEND_WAITING if wait else _SEND_AT_ONCE, address)
     except BlockingIOError:
         raise
     except OSError as error:
@@ -217,13 +225,7 @@ def send_datagram(sock: socket.socket, data: bytes, descriptors: Sequence[int], 
         BlockingIOError: the receiver's queue is full, or our own buffer.
 
     """
-    ancillary = [(_SOL_SOCKET, _SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-    try:
-        sock.sendmsg([data], ancillary, _SEND_AT_ONCE, address)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        raise renamed(error, "sendmsg", descriptor=sock.fileno(), address=address) from None
+    send_part(sock, data, descriptors, wait=False, address=address)
 
 
 def ask_for_pidfds(sock: socket.socket) -> bool:

@@ -37,11 +37,10 @@ class FrameBuffer:
     @property
     def has_frame(self) -> bool:
         """Whether `next_frame` has something to return, or to raise."""
-        size = len(self._data)
-        if size < LENGTH.size:
-            return False
-        (length,) = LENGTH.unpack_from(self._data)
-        return size >= LENGTH.size + length or not HEADER.size <= length <= MAX_FRAME
+        try:
+            return self._end_of_frame() is not None
+        except MalformedError:
+            return True
 
     def next_frame(self) -> bytes | None:
         """Return the next frame that is there whole, else None.
@@ -50,15 +49,19 @@ class FrameBuffer:
             MalformedError: what is there is no beginning of a frame.
 
         """
-        data = self._data
-        if len(data) < LENGTH.size:
+        end = self._end_of_frame()
+        if end is None:
             return None
-        (length,) = LENGTH.unpack_from(data)
+        frame = bytes(self._data[LENGTH.size : end])
+        del self._data[:end]
+        return frame
+
+    def _end_of_frame(self) -> int | None:
+        """Return how many bytes the next frame has with its length, None if it is not there whole."""
+        if len(self._data) < LENGTH.size:
+            return None
+        (length,) = LENGTH.unpack_from(self._data)
         if not HEADER.size <= length <= MAX_FRAME:
             raise MalformedError(f"a frame of {length} bytes: it has {HEADER.size} to {MAX_FRAME}")
-        end = LENGTH.size + length
-        if len(data) < end:
-            return None
-        frame = bytes(data[LENGTH.size : end])
-        del data[:end]
-        return frame
+        end: int = LENGTH.size + length
+        return end if len(self._data) >= end else None
