@@ -297,7 +297,7 @@ def test_a_status_can_be_refused() -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOBUFS, errno.EACCES, errno.EPERM])
-@pytest.mark.parametrize("call", ["send", "receive"])
+@pytest.mark.parametrize("call", ["send_at_once", "receive"])
 def test_a_socket_that_fails_is_not_taken_for_a_file_that_is_refused(
     monkeypatch: pytest.MonkeyPatch, number: int, call: str
 ) -> None:
@@ -317,18 +317,18 @@ def test_a_socket_that_fails_is_not_taken_for_a_file_that_is_refused(
 def test_a_failure_to_send_the_next_batch_comes_after_what_was_received(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    send = sockets.send
+    send = sockets.send_at_once
 
-    def fail_at_b(sock: socket.socket, data: bytes, *, wait: bool) -> None:
+    def fail_at_b(sock: socket.socket, data: bytes) -> int:
         if b"/b" in data:
             raise OSError(errno.ENOBUFS, "no buffer")
-        send(sock, data, wait=wait)
+        return send(sock, data)
 
     with (
         broker_saying((given(FIRST), 1)) as (client, _),
         client.open_many(["/a", "/b"], batch=1) as many,
     ):
-        monkeypatch.setattr(sockets, "send", fail_at_b)
+        monkeypatch.setattr(sockets, "send_at_once", fail_at_b)
         with next(many) as result:
             assert result.error is None
         with pytest.raises(UnavailableError):

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import select
 import socket
+import time
 from typing import TYPE_CHECKING
 
 from fdbroker.client.engine import State
 from fdbroker.client.errors import timed_out
 from fdbroker.client.link import TIMEVAL, ConnectionLost, Link, telling_the_sender
+from fdbroker.kernel import sockets
 
 if TYPE_CHECKING:
     from fdbroker.client.link import Call, Deadline
@@ -70,6 +72,35 @@ class Connection(Link):
         """
         self.queue_call(call)
         self.send_queued(deadline)
+
+    def exchange(self, call: Call, began: float, timeout: float | None) -> bool:
+        """Send the question of `call`, or queue it, and receive its answer if that comes next.
+
+        As it mostly does; return whether it did. Otherwise `send_queued` and `wait` go on with it.
+
+        Raises:
+            TooLargeError: as `send`. ConnectionLost, BrokerError: as `wait`.
+
+        """
+        if (
+            self._calls
+            or self._unsent
+            or self._frames is not None
+            or self._engine.has_afterthoughts
+            or (timeout is not None and time.monotonic() - began + self._patience > timeout)
+        ):
+            self.queue_call(call)
+            return False
+        request_id, frame = self._engine.request(call.question)
+        call.id = request_id
+        call.link = self
+        self._calls[request_id] = call
+        try:
+            sockets.send_at_once(self._sock, frame)
+        except OSError:
+            self._queue(frame)  # to meet that error again, where it is told
+            return False
+        return self.receive() and bool(call.answers)
 
     def send_queued(self, deadline: Deadline) -> None:
         """Send what waits to be sent. Raises as `send`."""

@@ -323,8 +323,21 @@ class Engine:
             ValueError: it can't be expressed (no path, a NUL).
 
         """
-        request_id = self._next_id()
-        frame = self._encode(request_id, question)
+        if self._outstanding or self._services or self._last_id == _LAST_ID:
+            request_id = self._next_id()
+        else:
+            request_id = self._last_id = self._last_id + 1
+        if type(question) is OpenPaths:
+            frame = encode_open(request_id, question.paths, question.client, copy=question.copy)
+            paths = len(question.paths)
+        else:
+            frame = self._encode(request_id, question)
+            paths = len(question.paths) if type(question) is StatPaths else 0
+        if paths > self._limits.max_paths or len(frame) > self._limits.max_frame:
+            raise TooLargeError(
+                f"a request of {paths} paths and {len(frame)} bytes, the broker takes"
+                f" {self._limits.max_paths} and {self._limits.max_frame}"
+            )
         if self._state is not State.READY:  # which it stays; looking up members of an Enum is slow
             self._happens(Happening.REQUEST)
         self._outstanding[request_id] = question
@@ -365,6 +378,11 @@ class Engine:
         """Have `afterthoughts` release a client. May be called as `abandon`."""
         self._to_release.append(client)
 
+    @property
+    def has_afterthoughts(self) -> bool:
+        """Whether `afterthoughts` may have something to say."""
+        return bool(self._to_cancel or self._to_release)
+
     def afterthoughts(self) -> Sequence[bytes]:
         """Return frames that are to be sent, of walks and clients that nobody wants any more.
 
@@ -403,7 +421,27 @@ class Engine:
         """
         answer = None
         try:
-            answer = self._receive(data, descriptors, truncated=truncated)
+            if truncated:
+                self._fail(f"a reply of more than {ROOM} bytes")
+            try:
+                reply = decode_reply(data)
+            except MalformedError as error:
+                self._fail(str(error), error.request_id)
+            if type(reply) is OpenReply:
+                question = self._outstanding.get(reply.id)
+                if (
+                    type(question) is OpenPaths
+                    and len(question.paths) == len(reply.results) == len(descriptors)
+                    and not reply.copies
+                    and reply.results.count(GIVEN) == len(descriptors)
+                    and reply.id not in self._abandoned
+                    and self._state is State.READY
+                ):
+                    # As it mostly is, with nothing in it that `_receive` could object to.
+                    del self._outstanding[reply.id]
+                    answer = Answer(reply.id, reply, descriptors)
+                    return answer
+            answer = self._receive(reply, descriptors)
         finally:
             if answer is None:
                 descriptors.close()
@@ -424,13 +462,7 @@ class Engine:
             # No request names it from now on, so that the broker may do with the number what it likes.
             self._clients.discard(question.client)
 
-    def _receive(self, data: bytes, descriptors: Descriptors, *, truncated: bool) -> Answer | None:
-        if truncated:
-            self._fail(f"a reply of more than {ROOM} bytes")
-        try:
-            reply = decode_reply(data)
-        except MalformedError as error:
-            self._fail(str(error), error.request_id)
+    def _receive(self, reply: Reply, descriptors: Descriptors) -> Answer | None:
         if isinstance(reply, ErrorReply) and (
             reply.id == 0 or reply.kind is Kind.MALFORMED or self._state is not State.READY
         ):
@@ -570,9 +602,7 @@ class Engine:
         return given
 
     def _encode(self, request_id: int, question: Question) -> bytes:
-        if isinstance(question, OpenPaths):
-            frame = encode_open(request_id, question.paths, question.client, copy=question.copy)
-        elif isinstance(question, StatPaths):
+        if isinstance(question, StatPaths):
             frame = encode_stat(request_id, question.paths, question.client)
         elif isinstance(question, ListPage):
             frame = encode_list(request_id, question.path, question.cookie, question.most, question.client)
@@ -588,12 +618,6 @@ class Engine:
             frame = encode_reload(request_id, question.offset, question.piece, more=question.more)
         else:
             frame = encode_status(request_id)
-        paths = len(question.paths) if isinstance(question, _ASKS_PATHS) else 0
-        if paths > self._limits.max_paths or len(frame) > self._limits.max_frame:
-            raise TooLargeError(
-                f"a request of {paths} paths and {len(frame)} bytes, the broker takes"
-                f" {self._limits.max_paths} and {self._limits.max_frame}"
-            )
         return frame
 
     def _next_id(self) -> int:

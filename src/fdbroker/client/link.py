@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 TIMEVAL = struct.Struct("@ll")
 KINDS = (socket.SOCK_SEQPACKET, socket.SOCK_STREAM)  # in the order in which they are tried
-_SEND_AT_ONCE = int(socket.MSG_NOSIGNAL) | int(socket.MSG_DONTWAIT)
 # ENOTCONN: a connect(2) that a signal interrupted.
 _LOST = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 _LONGEST_TIMEOUT = 86400 * 20  # seconds; poll(2) counts milliseconds in 31 bits
@@ -174,11 +173,8 @@ class Link:
         while unsent:
             frame = unsent[0]
             try:
-                if self._frames is None and isinstance(frame, bytes):
-                    sockets.send(self._sock, frame, wait=False)
-                    unsent.popleft()
-                    continue
-                sent = self._sock.send(frame, _SEND_AT_ONCE)
+                # A SEQPACKET socket takes a frame whole or not at all (unix(7)).
+                sent = sockets.send_at_once(self._sock, frame)
             except BlockingIOError:
                 return False
             except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import threading
 import time
@@ -75,13 +76,21 @@ class Session:
             ValueError: the client is closed.
 
         """
-        return self.ask_by(Call(question, bound))
+        call = Call(question, bound)
+        began = self._take_turn()
+        try:
+            return self._collect(call, began)
+        except BaseException:
+            call.abandon()
+            raise
+        finally:
+            self._lock.release()
 
     def ask_by(self, call: Call) -> Answer:
         """Return the first answer to a call. Raises as `ask`."""
-        deadline = self._take_turn()
+        began = self._take_turn()
         try:
-            return self._collect(call, deadline)
+            return self._collect(call, began)
         except BaseException:
             call.abandon()
             raise
@@ -133,9 +142,9 @@ class Session:
                 return None
             call = Call(ask(asked), bound) if asked.paths else None
             if call is not None:
-                deadline = self._take_turn()
+                began = self._take_turn()
                 try:
-                    self._send_ahead(call, deadline)
+                    self._send_ahead(call, self._deadline(began))
                 finally:
                     self._lock.release()
             calls.append((asked, call))
@@ -144,9 +153,9 @@ class Session:
         return None
 
     def _finish(self, call: Call) -> Answer:
-        deadline = self._take_turn()
+        began = self._take_turn()
         try:
-            return self._collect(call, deadline)
+            return self._collect(call, began)
         finally:
             self._lock.release()
 
@@ -163,19 +172,19 @@ class Session:
             BrokerError: as `ask`.
 
         """
-        deadline = self._take_turn()
+        began = self._take_turn()
         try:
             connection = self._connection
             if consumed and connection is not None and call.link is connection:
                 try:
                     connection.queue_more(call, consumed)
-                    connection.send_queued(deadline)
+                    connection.send_queued(self._deadline(began))
                 except ConnectionLost:
                     self._drop()
                 except BrokerError:
                     self._drop()
                     raise
-            return self._collect(call, deadline)
+            return self._collect(call, began)
         finally:
             self._lock.release()
 
@@ -218,15 +227,21 @@ class Session:
 
     # Connections: all of this with the lock held
 
-    def _take_turn(self) -> Deadline:
-        """Take the lock, which the caller releases, and return the deadline of what it does."""
-        deadline = Deadline.after(self.timeout)
-        if not self._lock.acquire(timeout=-1 if self.timeout is None else self.timeout):
-            raise timed_out(deadline.seconds, "another thread's request was not answered")
+    def _take_turn(self) -> float:
+        """Take the lock, which the caller releases; return when its time began (monotonic clock)."""
+        began = time.monotonic()
+        timeout = self.timeout
+        if not self._lock.acquire(timeout=-1 if timeout is None else timeout):
+            raise timed_out(self._deadline(began).seconds, "another thread's request was not answered")
         if self.closed:
             self._lock.release()
             raise ValueError("the client is closed")
-        return deadline
+        return began
+
+    def _deadline(self, began: float) -> Deadline:
+        """Return until when something may take that began then."""
+        timeout = self.timeout
+        return Deadline(None, math.inf) if timeout is None else Deadline(began + timeout, timeout)
 
     def _send_ahead(self, call: Call, deadline: Deadline) -> None:
         """Send if there is a connection; `_collect` does what is left to do."""
@@ -244,22 +259,24 @@ class Session:
             self._drop()
             raise
 
-    def _collect(self, call: Call, deadline: Deadline) -> Answer:
+    def _collect(self, call: Call, began: float) -> Answer:
         """Return the next answer, after sending the question (again) as needed."""
         while not call.answers:
             try:
                 connection = self._connection
                 if connection is not None and call.link is connection:
-                    connection.wait(deadline)
+                    connection.wait(self._deadline(began))
                 else:
                     if call.link is not None:
                         self._count_loss(call, "the connection was given up meanwhile")
                     if call.bound is not None and call.bound is not connection:
                         raise disconnected("the connection has ended on which this was handed over")
                     if connection is None:
-                        connection = self._connected(deadline)
+                        connection = self._connected(self._deadline(began))
                     call.renew()
-                    connection.send(call, deadline)
+                    if connection.exchange(call, began, self.timeout):
+                        break
+                    connection.send_queued(self._deadline(began))
             except ConnectionLost as lost:
                 self._drop()
                 self._count_loss(call, str(lost), lost)

@@ -89,7 +89,11 @@ def receive(sock: socket.socket, size: int) -> Received:
         if level != _SOL_SOCKET:
             continue
         if kind == _SCM_RIGHTS:
-            descriptors = Descriptors([*descriptors.take_all(), *_numbers(content)])
+            numbers = _numbers(content)
+            if descriptors is _NONE:
+                descriptors = Descriptors(numbers)
+            else:
+                descriptors = Descriptors([*descriptors.take_all(), *numbers])
         elif kind == _SCM_CREDENTIALS:
             credentials = content
     if flags & CONTROL_TRUNCATED:
@@ -126,9 +130,7 @@ def receive_data(sock: socket.socket, size: int) -> tuple[bytes, bytes | None, i
 
 def _numbers(content: bytes) -> array.array[int]:
     """Return the descriptors of an SCM_RIGHTS message."""
-    numbers = array.array("i")
-    numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
-    return numbers
+    return array.array("i", content[: len(content) // _NUMBER * _NUMBER])
 
 
 def send(sock: socket.socket, data: bytes, descriptors: Sequence[int] = (), *, wait: bool = True) -> None:
@@ -148,6 +150,17 @@ def send(sock: socket.socket, data: bytes, descriptors: Sequence[int] = (), *, w
     sent = send_part(sock, data, descriptors, wait=wait)
     if sent != len(data):
         raise SyscallError(errno.EMSGSIZE, "sendmsg", length=len(data), sent=sent)
+
+
+def send_at_once(sock: socket.socket, data: bytes | memoryview) -> int:
+    """Send as much as there is room for, without descriptors; return how much that was. Never raises SIGPIPE.
+
+    Raises:
+        BlockingIOError: there is no room.
+        OSError: from send(2), as it is: EPIPE, ECONNRESET, EMSGSIZE.
+
+    """
+    return sock.send(data, _SEND_AT_ONCE)
 
 
 def send_part(

@@ -69,6 +69,8 @@ from fdbroker.wire.messages import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+# As plain numbers: packing a member of an Enum is slow.
+_OPEN, _STAT, _OPEN_REPLY = int(Type.OPEN), int(Type.STAT), Type.OPEN | REPLY
 _NO_STAT = bytes(STAT.size)
 _GIVEN = GIVEN.encode()
 _NOT_NAMES = frozenset({b"", b".", b".."})
@@ -197,12 +199,17 @@ def encode_open(
 
     `client` here and below: the number of the client that is acted for.
     """
-    return _encode_paths(Type.OPEN, WANTS_COPY if copy else 0, request_id, paths, client)
+    if len(paths) == 1 and client is None:
+        # Most requests are one.
+        path = paths[0]
+        if 0 not in path and len(path) <= MAX_FRAME - HEADER.size:
+            return HEADER.pack(_OPEN, WANTS_COPY if copy else 0, 1, request_id, 0) + path
+    return _encode_paths(_OPEN, WANTS_COPY if copy else 0, request_id, paths, client)
 
 
 def encode_stat(request_id: int, paths: Sequence[bytes], client: int | None = None) -> bytes:
     """Return a stat request; ValueError: not 1 to 253 paths, a NUL, or too long together."""
-    return _encode_paths(Type.STAT, 0, request_id, paths, client)
+    return _encode_paths(_STAT, 0, request_id, paths, client)
 
 
 def encode_list(
@@ -344,7 +351,7 @@ def encode_reload(request_id: int, offset: int, piece: bytes, *, more: bool) -> 
 
 
 def _encode_paths(
-    kind: Type, flags: int, request_id: int, paths: Sequence[bytes], client: int | None
+    kind: int, flags: int, request_id: int, paths: Sequence[bytes], client: int | None
 ) -> bytes:
     if not 1 <= len(paths) <= MAX_PATHS:
         raise ValueError(f"a request has 1 to {MAX_PATHS} paths, not {len(paths)}")
@@ -371,6 +378,9 @@ def decode_reply(frame: bytes) -> Reply:
     if len(frame) < HEADER.size:
         raise MalformedError(f"a frame of {len(frame)} bytes is shorter than its header ({HEADER.size})")
     kind, flags, count, request_id, generation = HEADER.unpack_from(frame)
+    if kind == _OPEN_REPLY and not flags and frame[HEADER.size :] == _GIVEN * count:
+        # Most replies are one by which everything is given.
+        return OpenReply(request_id, generation, [GIVEN] * count)
     decode = _DECODERS.get(kind)
     if decode is None:
         raise MalformedError(f"unknown reply type {kind:#04x}", request_id)
@@ -432,8 +442,6 @@ def _decode_welcome(frame: bytes, _flags: int, count: int, request_id: int, gene
 def _decode_open(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> OpenReply:
     size = RESULT.size
     body = frame[HEADER.size :]
-    if body == _GIVEN * count:
-        return OpenReply(request_id, generation, [GIVEN] * count)
     if len(body) < count * size:
         raise MalformedError("an open reply that ends within its results", request_id)
     results = [_decode_result(body, at) for at in range(0, count * size, size)]
