@@ -46,6 +46,8 @@ def _hash_all(broker: socket.socket, start: bytes, write: Callable[[bytes], obje
     broker.send(encode_hello(1))
     broker.recv(MAX_FRAME)
     broker.send(encode_walk(2, start, WalkFilter(), credit=0xFFFFFFFF))
+    room_of_file = bytearray(1 << 16)
+    content = memoryview(room_of_file)
     came = 0
     while True:
         frame, ancillary, flags, _ = broker.recvmsg(MAX_FRAME, room, socket.MSG_CMSG_CLOEXEC)
@@ -57,10 +59,12 @@ def _hash_all(broker: socket.socket, start: bytes, write: Callable[[bytes], obje
         for _, _, data in ancillary:
             descriptors.frombytes(data)
         for entry, descriptor in zip(reply.entries, descriptors, strict=True):
-            # As much as there is: room for more is made and given back each time.
-            digest = hashlib.sha256(os.read(descriptor, entry.stat.size)).hexdigest()
+            digest = hashlib.sha256()
+            while (size := os.readv(descriptor, [room_of_file])) == len(content):
+                digest.update(content)
+            digest.update(content[:size])
             os.close(descriptor)
-            write(b"%s  %s/%s\n" % (digest.encode(), start, entry.path))
+            write(b"%s  %s/%s\n" % (digest.hexdigest().encode(), start, entry.path))
         came += len(descriptors)
         if reply.end is not None:
             right = reply.end.descriptors == came and reply.end.incomplete == Incomplete(0)

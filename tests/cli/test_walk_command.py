@@ -250,7 +250,7 @@ class _Walk:
 
 def entry(descriptor: int = -1) -> WalkedFile:
     facts = FileStat(1, 2, 0o100600, 1, 0, 0, 3, 0, 0)
-    given = WalkEntry(b"x", 8, facts, descriptor=descriptor >= 0)
+    given = WalkEntry(b"x", 8, facts.encode(), descriptor=descriptor >= 0)
     return WalkedFile(b"/data/x", b"x", given, descriptor)
 
 

@@ -89,7 +89,7 @@ def walk_frame(
 ) -> bytes:
     """Return a frame of a walk: so many entries, so many of them opened; `end`: the counts of the whole."""
     made = [
-        encode_walk_entry(WalkEntry(b"d/%d" % number, 8, SOME_STAT, number < opened))
+        encode_walk_entry(WalkEntry(b"d/%d" % number, 8, SOME_STAT.encode(), number < opened))
         for number in range(entries)
     ]
     last = None if end is None else WalkEnd(*end, 1, Incomplete(0))

@@ -14,6 +14,7 @@ import pytest
 
 from fdbroker.kernel import files
 from fdbroker.kernel.errors import SyscallError
+from fdbroker.wire.messages import FileStat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -197,21 +198,44 @@ def test_files_that_are_opened_in_a_row_come_with_what_they_are_and_each_with_it
         assert os.get_blocking(opened[0])
         numbers = [result.errno if isinstance(result, OSError) else None for result in found]
         assert numbers == [None, errno.ENOENT, None, None, errno.EINVAL]
-        facts = (tmp_path / "large").stat()
-        assert found[2] == (
-            facts.st_dev,
-            facts.st_ino,
-            facts.st_mode,
-            facts.st_nlink,
-            facts.st_uid,
-            facts.st_gid,
-            facts.st_size,
-            facts.st_mtime_ns,
-            facts.st_ctime_ns,
-        )
+        assert isinstance(found[2], bytes)
+        assert_describes(found[2], (tmp_path / "large").stat())
         assert count_open() == before + 1
     finally:
         os.close(opened[0])
+
+
+def assert_describes(record: bytes, facts: os.stat_result) -> None:
+    said = FileStat.decode(record)
+    for name, value in said._asdict().items():
+        assert value == getattr(
+            facts, {"links": "st_nlink", "device": "st_dev", "inode": "st_ino"}.get(name, f"st_{name}")
+        )
+
+
+@pytest.mark.parametrize("name", ["file", "sub", "link", "fifo", "late"])
+def test_a_stat_record_says_what_fstat_does(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "sub":
+        path.mkdir()
+    elif name == "link":
+        path.symlink_to("nowhere")
+    elif name == "fifo":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(b"12345")
+    if name == "late":
+        os.utime(path, ns=(0, 9_300_000_000 * 1_000_000_000))  # of the year 2264
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        assert_describes(files.stat_record(descriptor), os.fstat(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def test_a_stat_record_of_nothing_is_the_error_of_fstat() -> None:
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        files.stat_record(-1)
 
 
 def test_a_chunk_of_a_directory_is_parsed_in_parts_as_it_is_at_once(tmp_path: Path) -> None:

@@ -198,14 +198,15 @@ not_given = st.builds(
 )
 results = st.just(GIVEN) | not_given
 copies = st.binary(max_size=40) | st.integers(0, MAX_COPY).map(bytes)
-stats = st.builds(FileStat, u64, u64, u32, u32, u32, u32, u64, i64, i64)
+times = st.builds(lambda seconds, rest: seconds * 10**9 + rest, i64, st.integers(0, 10**9 - 1))
+stats = st.builds(FileStat, u64, u64, u16, u32, u32, u32, u64, times, times)
 described = st.tuples(st.just(GIVEN), stats) | st.tuples(not_given, st.none())
 entries = st.builds(ListEntry, names, st.integers(0, 255), st.none() | stats)
 walked = st.builds(
     WalkEntry,
     st.lists(names, min_size=1, max_size=4).map(b"/".join),
     st.integers(0, 255),
-    stats,
+    stats.map(FileStat.encode),
     st.booleans(),
 )
 ends = st.builds(WalkEnd, u64, u64, u64, st.integers(0, sum(Incomplete)).map(Incomplete))
@@ -301,7 +302,7 @@ def _entry(entry: dict[str, Any]) -> ListEntry | WalkEntry:
     if "name" in entry:
         return ListEntry(entry["name"].encode("latin-1"), entry["kind"], _stat(entry["stat"]))
     facts = FileStat(**entry["stat"])
-    return WalkEntry(entry["path"].encode("latin-1"), entry["kind"], facts, entry["descriptor"])
+    return WalkEntry(entry["path"].encode("latin-1"), entry["kind"], facts.encode(), entry["descriptor"])
 
 
 def _result(value: str | dict[str, int]) -> Result:

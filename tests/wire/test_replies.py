@@ -56,8 +56,8 @@ from tests.wire.frames import REPLY_TYPES, encode_reply, replies_of_all_kinds
 STAT_RECORD = FileStat(1, 2, 0o100644, 1, 0, 0, 3, -1, 2**63 - 1)
 DENIED = refused(Reason.DENIED)
 MET = [
-    WalkEntry(b"a/b", 8, STAT_RECORD, descriptor=True),
-    WalkEntry(b"c" * 255, 4, STAT_RECORD, descriptor=False),
+    WalkEntry(b"a/b", 8, STAT_RECORD.encode(), descriptor=True),
+    WalkEntry(b"c" * 255, 4, STAT_RECORD.encode(), descriptor=False),
 ]
 EXAMPLES: list[Reply] = [
     Welcome(1, 7, 1, 2, 0, 253, 65536, 256, 0),
@@ -195,7 +195,7 @@ def test_an_impossible_result_is_malformed(result: bytes) -> None:
 
 
 def test_a_stat_record_that_comes_with_a_refusal_is_malformed() -> None:
-    body = DENIED.encode() + STAT.pack(*STAT_RECORD)
+    body = DENIED.encode() + STAT_RECORD.encode()
     with pytest.raises(MalformedError):
         decode_reply(HEADER.pack(Type.STAT | REPLY, 0, 1, 8, 0) + body)
 
@@ -209,9 +209,7 @@ def test_a_name_that_is_none_is_malformed(name: bytes) -> None:
 
 @pytest.mark.parametrize(("flags", "reserved", "record"), [(2, 0, False), (0, 1, False), (0, 0, True)])
 def test_bits_of_an_entry_that_mean_nothing_are_malformed(flags: int, reserved: int, *, record: bool) -> None:
-    entry = (
-        ENTRY.pack(1, 8, flags, reserved) + (STAT.pack(*STAT_RECORD) if record else bytes(STAT.size)) + b"a"
-    )
+    entry = ENTRY.pack(1, 8, flags, reserved) + (STAT_RECORD.encode() if record else bytes(STAT.size)) + b"a"
     body = GIVEN.encode() + bytes(8) + entry
     with pytest.raises(MalformedError):
         decode_reply(HEADER.pack(Type.LIST | REPLY, 1, 1, 8, 0) + body)
@@ -295,20 +293,20 @@ def test_only_the_contents_of_a_file_can_be_a_copy() -> None:
     "path", [b"", b"/", b"/a", b"a/", b"a//b", b".", b"..", b"a/..", b"../a", b"a/./b", b"a\0b", b"\0"]
 )
 def test_a_path_of_a_walk_that_may_lead_elsewhere_is_malformed(path: bytes) -> None:
-    reply = WalkReply(9, 7, GIVEN, [WalkEntry(path, 8, STAT_RECORD, descriptor=False)], None)
+    reply = WalkReply(9, 7, GIVEN, [WalkEntry(path, 8, STAT_RECORD.encode(), descriptor=False)], None)
     with pytest.raises(MalformedError, match="impossible path"):
         decode_reply(encode_reply(reply))
 
 
 def test_a_path_of_a_walk_may_have_any_other_bytes() -> None:
     path = b"...\xff/.a\n/b "
-    reply = WalkReply(9, 7, GIVEN, [WalkEntry(path, 8, STAT_RECORD, descriptor=True)], None)
+    reply = WalkReply(9, 7, GIVEN, [WalkEntry(path, 8, STAT_RECORD.encode(), descriptor=True)], None)
     assert decode_reply(encode_reply(reply)) == reply
 
 
 @pytest.mark.parametrize("flags", [2, 3, 0x80])
 def test_flags_of_a_walked_entry_that_mean_nothing_are_malformed(flags: int) -> None:
-    entry = WALK_ENTRY.pack(1, 8, flags) + STAT.pack(*STAT_RECORD) + b"a"
+    entry = WALK_ENTRY.pack(1, 8, flags) + STAT_RECORD.encode() + b"a"
     with pytest.raises(MalformedError, match="flags"):
         decode_reply(HEADER.pack(Type.WALK | REPLY, 0, 1, 8, 0) + GIVEN.encode() + entry)
 

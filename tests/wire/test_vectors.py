@@ -92,6 +92,7 @@ def test_a_malformed_vector_is_so_for_the_reason_it_names() -> None:
         "a copy that ends early": "instead of",
         "a copy of a stat record": "copy where none can be",
         "a walk with the path '../a'": "impossible path",
+        "a list with the name '..'": "impossible name",
     }
     for vector in BAD:
         if vector.why in told:

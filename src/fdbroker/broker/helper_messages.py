@@ -32,7 +32,8 @@ LONGEST_FROM_HELPER = 256
 _HEAD = struct.Struct("=BxHQ")  # type, count, number of the job
 _PATH = struct.Struct("=iHB")  # the root's descriptor, length, whether to check the name
 _TOLD = struct.Struct("=BBHiIQ")  # type, flags, index, errno, bytes sent, number of the job
-_FACTS = struct.Struct("=QQIQIIqqqQQ")
+_FACTS = struct.Struct("=QQIQIIqqIqIQQ")  # mtime and ctime in seconds and nanoseconds
+_SECOND = 1_000_000_000
 _OPENED, _LOST = 1, 2
 
 _SLOT = struct.Struct("=BBxxI")  # what, slot, serial
@@ -117,7 +118,8 @@ def encode_report(number: int, index: int, report: Report) -> bytes:
     head = _TOLD.pack(REPORT, flags, index, report.errno, 0, number)
     if report.facts is None or report.filesystem is None:
         return head
-    return head + _FACTS.pack(*report.facts, *report.filesystem)
+    times = (*divmod(report.facts.st_mtime_ns, _SECOND), *divmod(report.facts.st_ctime_ns, _SECOND))
+    return head + _FACTS.pack(*report.facts[:7], *times, *report.filesystem)
 
 
 def encode_delivered(number: int, error: int, sent: int) -> bytes:
@@ -141,7 +143,8 @@ def decode_told(data: bytes) -> Told:
     facts = filesystem = None
     if len(data) > _TOLD.size:
         values = _FACTS.unpack_from(data, _TOLD.size)
-        facts, filesystem = ObjectFacts(*values[:9]), FilesystemFacts(*values[9:])
+        times = (values[7] * _SECOND + values[8], values[9] * _SECOND + values[10])
+        facts, filesystem = ObjectFacts(*(values[:7] + times)), FilesystemFacts(*values[11:])
     if what not in {REPORT, DELIVERED, FREE} or (what == REPORT and not error and facts is None):
         raise ValueError(f"a helper told {data[: _TOLD.size]!r}")
     report = Report(

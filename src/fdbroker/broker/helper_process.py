@@ -32,7 +32,6 @@ from fdbroker.kernel import children, seccomp, sockets
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.files import (
     filesystem_of,
-    nanoseconds_in_64_bits,
     open_path_beneath,
     open_proc_self_fd,
     reopen_for_reading,
@@ -262,8 +261,8 @@ class Helper:
                 found.st_uid,
                 found.st_gid,
                 found.st_size,
-                nanoseconds_in_64_bits(found.st_mtime_ns),
-                nanoseconds_in_64_bits(found.st_ctime_ns),
+                found.st_mtime_ns,
+                found.st_ctime_ns,
             ),
             filesystem=filesystem,
             opened=opens,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.broker.audit import decision_members
@@ -17,14 +18,15 @@ from fdbroker.broker.roots import HELPED_FILESYSTEMS
 from fdbroker.broker.watchdog import nothing
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.files import (
+    UNTOUCHED,
     DirectoryEntry,
     has_lost_its_name,
-    nanoseconds_in_64_bits,
     open_path_beneath,
     open_regular_beneath,
     open_regular_entries,
     read_directory,
     reopen_for_reading,
+    stat_record,
     wait_for_changes_of_names,
 )
 from fdbroker.policy.decide import NameDecision, decide_object
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     from fdbroker.broker.helper_pool import ObjectFacts as ReportedFacts
     from fdbroker.broker.helper_pool import Report
     from fdbroker.broker.roots import HeldRoot
-    from fdbroker.kernel.files import ObjectFacts
     from fdbroker.policy.rules import Rule
 
 _DENIED = refused(Reason.DENIED)
@@ -79,6 +80,7 @@ _OF_OBJECT = {
 }
 # Failures of the broker as a whole. They say nothing of the object.
 _OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_MODE_AND_SIZE = struct.Struct("=12xH10xQ")  # of a stat record
 _PAGE = 256
 _AT_A_TIME = 64  # paths; as many as a batch has by default
 _LIST_TRIES = 4
@@ -228,7 +230,7 @@ class Opener:
 
     def _open_plain(
         self, decisions: Sequence[NameDecision], paths: Sequence[bytes]
-    ) -> dict[int, tuple[int, ObjectFacts | OSError]]:
+    ) -> dict[int, tuple[int, bytes | OSError]]:
         """Open what may be copied and has nothing asked but its name, by its place in `paths`.
 
         As many as a reply may have room for, at once. The caller owns the descriptors.
@@ -237,7 +239,7 @@ class Opener:
         for place, decision in enumerate(decisions[:_MOST_AT_ONCE]):
             if decision.plain:
                 places.setdefault(decision.root.number, []).append(place)  # type: ignore[union-attr]
-        plain: dict[int, tuple[int, ObjectFacts | OSError]] = {}
+        plain: dict[int, tuple[int, bytes | OSError]] = {}
         for number, chosen in places.items():
             root = self.roots[number]
             if root.cross_mounts or root.helpers:
@@ -261,26 +263,23 @@ class Opener:
         self,
         decision: NameDecision,
         opened: int,
-        facts: ObjectFacts | OSError,
+        record: bytes | OSError,
         room: int,
         copies: list[bytes],
     ) -> Outcome:
         """Do as `_copy` with what `_open_plain` opened; the descriptor is closed."""
-        if isinstance(facts, OSError):
-            return failure(decision, facts)
+        if isinstance(record, OSError):
+            return failure(decision, record)
+        mode, size = _MODE_AND_SIZE.unpack_from(record)
         if opened < 0:
-            mode, size = facts[2], facts[6]
             if not stat.S_ISREG(mode):
                 return object_refusal(decision, _kind_refused(mode))
             return _no_room_for(size, room, decision.rule)
         try:
-            if facts[6] > room:
-                return _no_room_for(facts[6], room, decision.rule)
-            data = os.pread(opened, facts[6] + 1, 0)
-            after = os.fstat(opened)
-            same = (after.st_size, after.st_mtime_ns, after.st_ctime_ns) == facts[6:]
-            # (Times beyond 64 bits are not what a record has of them.)
-            if len(data) != facts[6] or not (same or file_stat(after)[6:] == facts[6:]):
+            if size > room:
+                return _no_room_for(size, room, decision.rule)
+            data = os.pread(opened, size + 1, 0)
+            if len(data) != size or stat_record(opened)[UNTOUCHED] != record[UNTOUCHED]:
                 return Outcome(refused(Reason.BUSY), "changed", decision.rule)
             copies.append(data)
             return self._copied(len(data), decision.rule)
@@ -641,6 +640,6 @@ def file_stat(facts: os.stat_result | ReportedFacts) -> FileStat:
         uid=facts.st_uid,
         gid=facts.st_gid,
         size=facts.st_size,
-        mtime_ns=nanoseconds_in_64_bits(facts.st_mtime_ns),
-        ctime_ns=nanoseconds_in_64_bits(facts.st_ctime_ns),
+        mtime_ns=facts.st_mtime_ns,
+        ctime_ns=facts.st_ctime_ns,
     )

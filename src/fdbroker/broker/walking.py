@@ -41,21 +41,21 @@ from fdbroker.wire.format import (
     MAX_PATHS,
     MAX_REPLY,
     RESULT,
+    STAT,
     WALK_END,
-    WALK_ENTRY_AND_STAT,
+    WALK_ENTRY,
     WALK_ENTRY_HAS_DESCRIPTOR,
     Incomplete,
     Reason,
     WalkKind,
 )
-from fdbroker.wire.messages import GIVEN, Result, WalkEnd, refused
+from fdbroker.wire.messages import GIVEN, FileStat, Result, WalkEnd, refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fdbroker.broker.dispatch import Asker
     from fdbroker.broker.roots import HeldRoot
-    from fdbroker.kernel.files import ObjectFacts
     from fdbroker.policy.decide import NameDecision, View
     from fdbroker.policy.globs import Glob, Remainder
     from fdbroker.policy.rules import Rule
@@ -71,8 +71,8 @@ _SECONDS = 0.01
 _LEVELS_READ_AHEAD = 8  # the innermost ones; the others read their directory again from where they were
 _SEGMENT = 4096  # bytes of a chunk that are parsed at once
 _BYTES = MAX_REPLY - HEADER.size - RESULT.size - WALK_END.size
-_ENTRY_HEAD = WALK_ENTRY_AND_STAT.size
-_PACK_ENTRY = WALK_ENTRY_AND_STAT.pack
+_ENTRY_HEAD = WALK_ENTRY.size + STAT.size
+_PACK_ENTRY = WALK_ENTRY.pack
 
 # What readdir's d_type says, and what st_mode does in its upper four bits.
 _REGULAR, _DIRECTORY, _SYMLINK = stat.S_IFREG >> 12, stat.S_IFDIR >> 12, stat.S_IFLNK >> 12
@@ -117,8 +117,8 @@ class _Level:
     """A directory between the start and where the walk is: what is left of it.
 
     Its path is the first `length` bytes of the walk's. Those `entries` from
-    `next` on were parsed, its `chunk` was from byte `at` on not; what comes behind
-    the last entry that was looked at is at `position`.
+    `next` on were parsed, its `chunk`, which came by `read_by`, was from byte `at` on
+    not; what comes behind the last entry that was looked at is at `position`.
     """
 
     __slots__ = (
@@ -131,6 +131,7 @@ class _Level:
         "length",
         "next",
         "position",
+        "read_by",
         "root",
     )
 
@@ -148,6 +149,7 @@ class _Level:
         self.entries = _NO_ENTRIES
         self.next = self.at = 0
         self.chunk = b""
+        self.read_by: _Visit | None = None
 
     def state(self) -> tuple[object, ...]:
         """Return all that steps change."""
@@ -621,7 +623,6 @@ class Walk:
         """See that there are parsed entries; return False at the end of the directory."""
         if level.next < len(level.entries):
             return True
-        moved = False
         try:
             while True:
                 level.entries, level.at = parse_directory_chunk(level.chunk, level.at, _SEGMENT)
@@ -635,9 +636,11 @@ class Walk:
                 if not level.is_read:
                     level.is_read = True
                     step.directories += 1
-                if level.position and not moved:
+                # Where the chunk came by this descriptor, it stands behind it. (Setting that again would make
+                # some file systems sort the whole directory again.)
+                if level.position and level.read_by is not visit:
                     os.lseek(visit.descriptor, level.position, os.SEEK_SET)
-                moved = True
+                level.read_by = visit
                 level.chunk, level.at = read_directory_chunk(visit.descriptor), 0
                 if not level.chunk:
                     return False
@@ -689,7 +692,7 @@ class Walk:
 
         What a walk does all day, written out.
         """
-        exceptions, record = plain
+        exceptions, rule_record = plain
         _, least_size, most_size, newer_than, _ = self._filter
         remainders = visit.remainders
         prefix = self._path + b"/"
@@ -709,19 +712,28 @@ class Walk:
         opened, found = open_regular_entries(
             visit.descriptor, wanted, self._proc_self_fd, least_size, most_size, newer_than
         )
-        # Before anything that may raise: the step owns them.
-        descriptors += [descriptor for descriptor in opened if descriptor >= 0]
+        if -1 not in opened:
+            # As it mostly is: all are what they seemed to be. The step owns them, before anything may raise.
+            descriptors += opened
+            base = len(relative_prefix)
+            names += [
+                pack(base + len(name), _REGULAR, WALK_ENTRY_HAS_DESCRIPTOR) + record + relative_prefix + name  # type: ignore[operator]
+                for name, record in zip(wanted, found, strict=True)
+            ]
+            paths += [prefix + name for name in wanted]
+        else:
+            descriptors += [descriptor for descriptor in opened if descriptor >= 0]
+            for name, descriptor, record in zip(wanted, opened, found, strict=True):
+                if isinstance(record, OSError):
+                    step.leave_out_failed(record)
+                elif descriptor >= 0:
+                    path = relative_prefix + name
+                    names.append(pack(len(path), _REGULAR, WALK_ENTRY_HAS_DESCRIPTOR) + record + path)
+                    paths.append(prefix + name)
+                elif not stat.S_ISREG(FileStat.decode(record).mode):
+                    step.leave_out(Incomplete.CHANGED)  # the directory said otherwise a moment ago
         self._ping()
-        for name, descriptor, facts in zip(wanted, opened, found, strict=True):
-            if isinstance(facts, OSError):
-                step.leave_out_failed(facts)
-            elif descriptor >= 0:
-                path = relative_prefix + name
-                names.append(pack(len(path), _REGULAR, WALK_ENTRY_HAS_DESCRIPTOR, *facts) + path)
-                paths.append(prefix + name)
-            elif not stat.S_ISREG(facts[2]):
-                step.leave_out(Incomplete.CHANGED)  # the directory said otherwise a moment ago
-        step.records += [record] * (len(names) - before)
+        step.records += [rule_record] * (len(names) - before)
         step.size += sum(map(len, names[before:]))
         step.budget -= place - first
         if place == first:
@@ -820,7 +832,7 @@ class Walk:
         return any(level.identity == identity for level in self._levels)
 
     def _give(
-        self, step: _Step, path: bytes, facts: ObjectFacts, rule: Rule | None, opened: int | None = None
+        self, step: _Step, path: bytes, facts: FileStat, rule: Rule | None, opened: int | None = None
     ) -> None:
         """Add an entry to the step, which owns `opened` from now on."""
         flags = 0
@@ -828,7 +840,7 @@ class Walk:
             step.descriptors.append(opened)
             flags = WALK_ENTRY_HAS_DESCRIPTOR
         relative = path[self._skip :]
-        entry = _PACK_ENTRY(len(relative), facts[2] >> 12, flags, *facts) + relative
+        entry = _PACK_ENTRY(len(relative), facts.mode >> 12, flags) + facts.encode() + relative
         step.entries.append(entry)
         step.paths.append(path)
         step.records.append(self._records.get(rule) or self._record(rule))

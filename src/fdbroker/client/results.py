@@ -6,6 +6,8 @@ import io
 import os
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from fdbroker.wire.messages import FileStat
+
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
     from types import TracebackType
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
     from fdbroker.client.engine import StrOrBytesPath
     from fdbroker.client.errors import BrokerError
-    from fdbroker.wire.messages import FileStat, WalkEntry
+    from fdbroker.wire.messages import WalkEntry
 
 _Result = TypeVar("_Result")
 
@@ -143,7 +145,7 @@ class WalkedFile(OpenedFile):
     Otherwise as `OpenedFile`; what came without its descriptor raises ValueError where one is wanted.
     """
 
-    __slots__ = ("is_open", "kind", "relative", "stat")
+    __slots__ = ("_record", "is_open", "kind", "relative")
 
     def __init__(
         self, path: str | bytes, relative: str | bytes, entry: WalkEntry, descriptor: int = -1
@@ -153,9 +155,14 @@ class WalkedFile(OpenedFile):
         self.relative = relative
         # d_type of readdir(3): 4 directory, 8 regular, 10 symbolic link, ...
         self.kind = entry.kind
-        self.stat = entry.stat
+        self._record = entry.record
         # Whether it came with its descriptor.
         self.is_open = descriptor >= 0
+
+    @property
+    def stat(self) -> FileStat:
+        """What it is, as of when it was met."""
+        return FileStat.decode(self._record)
 
     def __repr__(self) -> str:
         """Return the path and what became of it."""

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 def close_all(descriptors: list[int]) -> None:
     """Close every descriptor and empty the list. An error of close(2) changes nothing: the number is free."""
     # Numbers stand in a row, mostly, and close_range(2) takes a whole one.
+    if descriptors:
+        least, most = min(descriptors), max(descriptors)
+        if most - least + 1 == len(descriptors):
+            descriptors.clear()
+            os.closerange(least, most + 1)
+            return
     descriptors.sort()
     while descriptors:
         most = least = descriptors.pop()

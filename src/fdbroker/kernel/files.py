@@ -164,25 +164,17 @@ def open_regular_beneath(directory: int, path: bytes, proc_self_fd: int) -> int 
 
 
 _openat_at_once = _AT_ONCE.openat
+# Names in /proc/self/fd, made once for those that are used all day.
+_NAMES = [b"%d" % number for number in range(1024)]
 _READ_FLAGS = ctypes.c_int.from_param(_READ_AT_ONCE)
-# struct statx: what the stat record has, in the kernel's order; statx(2).
-_STATX_RECORD = struct.Struct("=16xIIIH2xQQ48xqI4xqI12xII")
 _STATX_BASIC_STATS = ctypes.c_uint.from_param(0x7FF)
-# device, inode, mode, links, uid, gid, size, mtime, ctime: both in nanoseconds since 1970, in 64 bits
-ObjectFacts = tuple[int, int, int, int, int, int, int, int, int]
+# What is looked at of it: mode, size, and mtime in seconds and nanoseconds.
+_STATX_KEY = struct.Struct("=28xH10xQ64xqI")
+_SECOND = 1_000_000_000
 
 
-_LEAST_TIME, _MOST_TIME = -(1 << 63), (1 << 63) - 1
-
-
-def nanoseconds_in_64_bits(nanoseconds: int) -> int:
-    """Return a time of a file, or the nearest that 64 bits hold: those of the years 1677 to 2262.
-
-    utimensat(2) takes any, also from an owner without privilege; tmpfs keeps any, ext4 up to 2446.
-    """
-    if _LEAST_TIME <= nanoseconds <= _MOST_TIME:
-        return nanoseconds
-    return max(_LEAST_TIME, min(nanoseconds, _MOST_TIME))
+# The same room, to cut bytes out of.
+_statx_bytes = (ctypes.c_char * ctypes.sizeof(_Statx)).from_buffer(_statx_room)
 
 
 def open_regular_entries(
@@ -192,23 +184,22 @@ def open_regular_entries(
     least_size: int,
     most_size: int,
     newer_than: int,
-) -> tuple[list[int], list[ObjectFacts | OSError]]:
+) -> tuple[list[int], list[bytes | OSError]]:
     """Open names in the held `directory` for reading; return descriptors and what they are, by name.
 
     As `open_regular_beneath`, for who has many of them to open: each is held by O_PATH, then each is looked
     at and reopened, so that those that were held stand in a row and are closed by one call. What they are
-    is in the order of a stat record, or an error of `open_path_beneath` or `reopen_for_reading`. -1 in place
+    is as `stat_record` says it, or an error of `open_path_beneath` or `reopen_for_reading`. -1 in place
     of a descriptor: an error, no regular file, not from `least_size` to `most_size` bytes, or not modified
-    later than `newer_than`. The caller owns the descriptors.
+    later than `newer_than`, in nanoseconds since 1970. The caller owns the descriptors.
     """
     # Written out as well.
     opened: list[int] = []
-    found: list[ObjectFacts | OSError] = []
+    found: list[bytes | OSError] = []
     held: list[int] = []
     failed: dict[int, OSError] = {}
-    unpack, device_of = _STATX_RECORD.unpack_from, os.makedev
-    least, most = _LEAST_TIME, _MOST_TIME
-    numbers, device = (-1, -1), 0
+    unpack, set_blocking, known = _STATX_KEY.unpack_from, os.set_blocking, len(_NAMES)
+    oldest = divmod(newer_than, _SECOND)
     try:
         for name in names:
             descriptor = -1 if 0 in name else _openat2_at_once(_OPENAT2, directory, name, _WITHIN, _SIZE)
@@ -219,34 +210,26 @@ def open_regular_entries(
                     failed[len(held)] = error
             held.append(descriptor)
         for descriptor in held:
-            opened.append(-1)
-            if descriptor < 0:
-                found.append(failed[len(found)])
-                continue
+            number = -1
             try:
+                if descriptor < 0:
+                    raise failed[len(opened)]
                 if _statx_at_once(descriptor, _NO_PATH, _AT_EMPTY_PATH, _STATX_BASIC_STATS, _STATX_ROOM) != 0:
                     os.fstat(descriptor)  # for its error
                     raise SyscallError(errno.EIO, "statx", descriptor=descriptor)
-                links, uid, gid, mode, inode, size, c_seconds, c_rest, m_seconds, m_rest, major, minor = (
-                    unpack(_statx_room)
-                )
-                modified = m_seconds * 1_000_000_000 + m_rest
-                changed = c_seconds * 1_000_000_000 + c_rest
-                if not least <= modified <= most or not least <= changed <= most:
-                    modified, changed = nanoseconds_in_64_bits(modified), nanoseconds_in_64_bits(changed)
-                if (major, minor) != numbers:  # files of a directory are mostly on one device
-                    numbers, device = (major, minor), device_of(major, minor)
-                if mode & _KIND == _REGULAR and least_size <= size <= most_size and modified > newer_than:
-                    number = _openat_at_once(proc_self_fd, b"%d" % descriptor, _READ_FLAGS)
+                mode, size, seconds, rest = unpack(_statx_room)
+                if mode & _KIND == _REGULAR and least_size <= size <= most_size and (seconds, rest) > oldest:
+                    path = _NAMES[descriptor] if descriptor < known else b"%d" % descriptor
+                    number = _openat_at_once(proc_self_fd, path, _READ_FLAGS)
                     if number < 0:
                         number = reopen_for_reading(proc_self_fd, descriptor)  # for its error
-                    opened[-1] = number
-                    os.set_blocking(number, True)
-                found.append((device, inode, mode, links, uid, gid, size, modified, changed))
+                    set_blocking(number, True)
+                opened.append(number)
+                found.append(_statx_bytes[16:48] + _statx_bytes[96:144])  # type: ignore[arg-type] # ctypes slices them to bytes
             except OSError as error:
-                if opened[-1] >= 0:
-                    os.close(opened[-1])
-                    opened[-1] = -1
+                if number >= 0:
+                    os.close(number)
+                opened.append(-1)
                 found.append(error)
     except BaseException:
         close_all([descriptor for descriptor in opened if descriptor >= 0])
@@ -254,6 +237,26 @@ def open_regular_entries(
     finally:
         close_all([descriptor for descriptor in held if descriptor >= 0] if failed else held)
     return opened, found
+
+
+def stat_record(descriptor: int) -> bytes:
+    """Return what is behind a descriptor, O_PATH or not, as the messages have it: 80 bytes.
+
+    They are the kernel's, in its order: of struct statx bytes 16 to 47 (links, uid, gid, mode, inode, size)
+    and 96 to 143 (ctime, mtime, two numbers of devices). statx(2), Linux 4.11. Two records of a file
+    that was not touched in between are equal in `UNTOUCHED`.
+
+    Raises:
+        OSError: as `os.fstat`.
+
+    """
+    if _statx_at_once(descriptor, _NO_PATH, _AT_EMPTY_PATH, _STATX_BASIC_STATS, _STATX_ROOM) != 0:
+        os.fstat(descriptor)  # for its error
+        raise SyscallError(errno.EIO, "statx", descriptor=descriptor)
+    return _statx_bytes[16:48] + _statx_bytes[96:144]  # type: ignore[return-value] # as above
+
+
+UNTOUCHED = slice(24, 64)  # size, ctime and mtime in a record
 
 
 def reopen_for_reading(proc_self_fd: int, descriptor: int) -> int:
@@ -407,10 +410,11 @@ def parse_directory_chunk(chunk: bytes, at: int, size: int) -> tuple[list[tuple[
         position, length, kind = unpack(chunk, at)
         start = at + _DIRENT_NAME
         name = chunk[start : find(0, start)]
-        if name not in _DOTS:
+        if (kind != _DT_DIR and kind) or name not in _DOTS:
             append((name, kind, position))
         at += length
     return entries, at
 
 
 _DOTS = frozenset({b".", b".."})
+_DT_DIR = 4  # readdir(3); a file system that knows no types says 0

@@ -620,8 +620,8 @@ class FakeBroker:
                 if is_open:
                     descriptors.add(_memory_file(path, found.content))
                 kind = _FILE if found.names is None else _DIRECTORY
-                facts = _describe(prefix + path, found)
-                entries.append(encode_walk_entry(WalkEntry(path, kind, facts, is_open)))
+                record = _describe(prefix + path, found).encode()
+                entries.append(encode_walk_entry(WalkEntry(path, kind, record, is_open)))
             walk.entries += len(entries)
             walk.descriptors += len(descriptors)
             end = walk.end() if last else None

@@ -421,7 +421,10 @@ def _decode_own_result(frame: bytes, at: int) -> Result:
 
 def _decode_stat_record(frame: bytes, at: int, *, filled: bool) -> FileStat | None:
     if filled:
-        return FileStat(*STAT.unpack_from(frame, at))
+        facts = FileStat.decode(frame, at)
+        if not frame.startswith(facts.encode(), at):
+            raise ValueError("a stat record with reserved bytes that are not 0, or more than a second")
+        return facts
     if not frame.startswith(_NO_STAT, at):
         raise ValueError("a stat record where none is given")
     return None
@@ -506,14 +509,14 @@ def _decode_walk(frame: bytes, flags: int, count: int, request_id: int, generati
         if entry_flags & ~WALK_ENTRY_HAS_DESCRIPTOR:
             raise MalformedError("an entry with unknown flags", request_id)
         at += WALK_ENTRY.size
-        facts = FileStat(*STAT.unpack_from(frame, at))
+        record = frame[at : at + STAT.size]
         at += STAT.size
         path = frame[at : at + length]
         at += length
         # A caller will join it to a path: it must not lead anywhere else.
         if len(path) != length or b"\0" in path or not _NOT_NAMES.isdisjoint(path.split(b"/")):
             raise MalformedError("a frame of a walk with an impossible path", request_id)
-        entries.append(WalkEntry(path, kind, facts, bool(entry_flags)))
+        entries.append(WalkEntry(path, kind, record, bool(entry_flags)))
     if at != end_at:
         raise MalformedError("a frame of a walk with bytes behind its entries", request_id)
     end = None

@@ -23,7 +23,9 @@ HEADER = struct.Struct("<BBHII")  # type, flags, count, id, generation
 HELLO = struct.Struct("<8sHHI")  # magic, lowest version, highest version, features
 WELCOME = struct.Struct("<HHIHHIII")
 RESULT = struct.Struct("<BBHI")  # status, reason, errno, length
-STAT = struct.Struct("<QQIIIIQqq")
+# In the order of the kernel's struct statx, whose bytes 16 to 47 and 96 to 143 it is: links, uid, gid, mode,
+# inode, size; ctime and mtime in seconds and nanoseconds; the major and minor number of the device.
+STAT = struct.Struct("<IIIH2xQQqI4xqI12xII")
 COOKIE = struct.Struct("<Q")
 ENTRY = struct.Struct("<BBBB")  # length of the name, d_type, flags, reserved
 ERROR = struct.Struct("<BBH")  # reason, reserved, errno
@@ -31,7 +33,6 @@ PIECE = struct.Struct("<I")  # of a policy: where it begins in a request, what i
 CLIENT = struct.Struct("<I")  # the number of a client that a service acts for
 WALK = struct.Struct("<IHHQQq")  # credit, kinds, options, least and most size, newer than
 WALK_ENTRY = struct.Struct("<HBB")  # length of the path, d_type, flags
-WALK_ENTRY_AND_STAT = struct.Struct(WALK_ENTRY.format + STAT.format.removeprefix("<"))
 WALK_END = struct.Struct("<QQQI")  # entries, descriptors, directories, what is missing
 ACCEPTED = struct.Struct("<IIIIHH")  # number, pid, uid, gid, identity level, reserved
 LENGTH = struct.Struct("<I")  # of a frame, before it on a stream

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 from fdbroker.wire.format import (
@@ -9,12 +10,15 @@ from fdbroker.wire.format import (
     ERRNO_OF,
     NO_SIZE_LIMIT,
     RESULT,
+    STAT,
     Incomplete,
     Kind,
     Reason,
     Status,
     WalkKind,
 )
+
+_SECOND = 1_000_000_000  # nanoseconds
 
 
 class MalformedError(ValueError):
@@ -205,6 +209,23 @@ class FileStat(NamedTuple):
     mtime_ns: int
     ctime_ns: int
 
+    def encode(self) -> bytes:
+        """Return it as it is sent."""
+        device, inode, mode, links, uid, gid, size, modified, changed = self
+        return STAT.pack(
+            *(links, uid, gid, mode, inode, size),
+            *(*divmod(changed, _SECOND), *divmod(modified, _SECOND)),
+            *(os.major(device), os.minor(device)),
+        )
+
+    @classmethod
+    def decode(cls, frame: bytes, at: int = 0) -> FileStat:
+        """Return the record that begins there; struct.error: it is cut off."""
+        record = STAT.unpack_from(frame, at)
+        links, uid, gid, mode, inode, size, c_seconds, c_rest, m_seconds, m_rest, major, minor = record
+        changed, modified = c_seconds * _SECOND + c_rest, m_seconds * _SECOND + m_rest
+        return cls(os.makedev(major, minor), inode, mode, links, uid, gid, size, modified, changed)
+
 
 class ListEntry(NamedTuple):
     """A name in a directory. `kind` is readdir's d_type; `stat` None where it is not allowed."""
@@ -215,12 +236,20 @@ class ListEntry(NamedTuple):
 
 
 class WalkEntry(NamedTuple):
-    """A name that a walk met. `path` is relative to its start, `kind` readdir's d_type."""
+    """A name that a walk met. `path` is relative to its start, `kind` readdir's d_type.
+
+    `record` is its stat record as it is sent, of which most who walk want little.
+    """
 
     path: bytes
     kind: int
-    stat: FileStat
+    record: bytes
     descriptor: bool
+
+    @property
+    def stat(self) -> FileStat:
+        """What the record says."""
+        return FileStat.decode(self.record)
 
 
 class WalkEnd(NamedTuple):

@@ -17,7 +17,7 @@ from fdbroker.wire.format import (
     REPLY,
     STAT,
     WALK_END,
-    WALK_ENTRY_AND_STAT,
+    WALK_ENTRY,
     WALK_ENTRY_HAS_DESCRIPTOR,
     WALK_LAST,
     WELCOME,
@@ -78,9 +78,7 @@ def encode_stat_reply(
     request_id: int, generation: int, results: Sequence[tuple[Result, FileStat | None]]
 ) -> bytes:
     """Return the frame."""
-    entries = [
-        result.encode() + (_NO_STAT if facts is None else STAT.pack(*facts)) for result, facts in results
-    ]
+    entries = [result.encode() + (_NO_STAT if facts is None else facts.encode()) for result, facts in results]
     return HEADER.pack(Type.STAT | REPLY, 0, len(entries), request_id, generation) + b"".join(entries)
 
 
@@ -88,7 +86,7 @@ def encode_list_entry(entry: ListEntry) -> bytes:
     """Return one entry of a list reply."""
     if entry.stat is None:
         return ENTRY.pack(len(entry.name), entry.kind, 0, 0) + _NO_STAT + entry.name
-    return ENTRY.pack(len(entry.name), entry.kind, ENTRY_HAS_STAT, 0) + STAT.pack(*entry.stat) + entry.name
+    return ENTRY.pack(len(entry.name), entry.kind, ENTRY_HAS_STAT, 0) + entry.stat.encode() + entry.name
 
 
 def encode_list_reply(
@@ -103,7 +101,7 @@ def encode_list_reply(
 def encode_walk_entry(entry: WalkEntry) -> bytes:
     """Return one entry of a walk's frame."""
     flags = WALK_ENTRY_HAS_DESCRIPTOR if entry.descriptor else 0
-    return WALK_ENTRY_AND_STAT.pack(len(entry.path), entry.kind, flags, *entry.stat) + entry.path
+    return WALK_ENTRY.pack(len(entry.path), entry.kind, flags) + entry.record + entry.path
 
 
 def encode_walk_reply(
