@@ -283,7 +283,7 @@ def test_no_helper_waits_for_a_client_whose_queue_is_half_full(helped: Helped) -
     path = bytes(helped.tree / "file")
     with helped.join() as lazy:
         for number in range(3):
-            lazy.sock.send(encode_stat(30 + number, [path] * 253))
+            lazy.sock.send(encode_stat(30 + number, [path] * 184))
             helped.serve()
         lazy.sock.send(encode_open(40, [path]))
         helped.serve()
