@@ -145,6 +145,13 @@ class ReloadRequest(NamedTuple):
     more: bool
 
 
+class ReopenRequest(NamedTuple):
+    """Another file for the audit: announced, or, `comes`, beside this frame."""
+
+    id: int
+    comes: bool
+
+
 Request = (
     Hello
     | OpenRequest
@@ -158,6 +165,7 @@ Request = (
     | ReleaseRequest
     | ExplainRequest
     | ReloadRequest
+    | ReopenRequest
 )
 
 
