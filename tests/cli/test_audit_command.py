@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fdbroker.cli import audit
-from fdbroker.cli.audit_file import Filter, Line, follow_lines, path_of
+from fdbroker.cli.audit_file import follow_lines
+from fdbroker.cli.audit_records import Filter, Line, path_of
 from fdbroker.policy.globs import compile_glob
 from tests.cli.commands import command, environment, run_as, run_here, run_on_terminal
 from tests.running_broker import CLIENT_UID, policy

@@ -117,7 +117,7 @@ class Audit:
         """
         old, first = self._descriptor, self.sequence
         self._descriptor = descriptor
-        begun = member_text(boot=self.boot, pid=os.getpid())
+        begun = member_text(boot=self.boot, broker_pid=os.getpid())
         if not self._write(first, self._event("reopened", f"{members},{begun}")):
             self._descriptor = old
             os.close(descriptor)

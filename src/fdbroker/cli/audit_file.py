@@ -1,35 +1,71 @@
-"""Reading the broker's audit: lines of a file, also while it grows, and what is missing between them."""
+"""The broker's audit in files: rotated ones with the one in use, compressed or not, also while it grows."""
 
 from __future__ import annotations
 
-import json
+import gzip
 import os
+import re
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+import zlib
+from typing import TYPE_CHECKING
+
+from fdbroker.cli.audit_records import Line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterator
     from typing import BinaryIO
-
-    from fdbroker.policy.globs import Glob
 
 _PAUSE = 0.2  # seconds
 _CHUNK = 1 << 16  # bytes
+_GZIP = b"\x1f\x8b"
+# What logrotate adds to a name: a number, or with dateext a date (and with dateformat a time).
+_ROTATED = re.compile(r"\.(?P<number>\d{1,9})(\.gz)?|-(?P<date>[0-9][0-9T_-]*)(\.gz)?")
 
 
-class Line(NamedTuple):
-    """One line with its number. `whole` False: the file ends before the line does."""
+def read_lines(file: BinaryIO, source: str = "") -> Iterator[Line]:
+    """Yield the lines that are there.
 
-    number: int
-    text: bytes
-    whole: bool = True
+    Raises:
+        OSError: it can't be read, or is compressed and damaged (gzip.BadGzipFile).
+
+    """
+    try:
+        for number, text in enumerate(file, 1):
+            yield Line(number, text.rstrip(b"\n"), text.endswith(b"\n"), source)
+    except (EOFError, zlib.error) as error:
+        raise gzip.BadGzipFile(f"what is compressed in it is damaged: {error}") from error
 
 
-def read_lines(file: BinaryIO) -> Iterator[Line]:
-    """Yield the lines that are there."""
-    for number, text in enumerate(file, 1):
-        yield Line(number, text.rstrip(b"\n"), text.endswith(b"\n"))
+def open_lines(path: str) -> BinaryIO:
+    """Return a file to read lines from, the caller's; what is in it decides whether it is compressed (gzip)."""
+    file = open(path, "rb")  # noqa: SIM115 - the caller's
+    try:
+        if file.peek(2)[:2] == _GZIP:
+            return gzip.GzipFile(path, fileobj=file)  # type: ignore[return-value]  # it reads like one
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def with_rotated(path: str) -> list[str]:
+    """Return the files that `path` was rotated to, the oldest first, and `path` itself.
+
+    Names as logrotate makes them: with a number, of which the highest is the oldest, or a date.
+    """
+    directory, name = os.path.split(path)
+    numbered: list[tuple[int, str]] = []
+    dated: list[str] = []
+    for entry in os.listdir(directory or "."):
+        found = _ROTATED.fullmatch(entry.removeprefix(name)) if entry.startswith(name) else None
+        if found is None:
+            continue
+        if found["number"] is not None:
+            numbered.append((-int(found["number"]), entry))
+        else:
+            dated.append(entry)
+    older = [entry for _, entry in sorted(numbered)] + sorted(dated)
+    return [*(os.path.join(directory, entry) for entry in older), path]
 
 
 def follow_lines(
@@ -86,82 +122,3 @@ def _follow_one(path: str, file: BinaryIO, pause: Callable[[], None]) -> Generat
         ended = not os.path.samestat(here, there)
         if not ended:
             pause()
-
-
-class NotARecordError(Exception):
-    """The line is no record; the text says why."""
-
-
-def read_record(line: Line) -> Mapping[str, object]:
-    """Return a line as the record that it is.
-
-    Raises:
-        NotARecordError: it is none.
-
-    """
-    if not line.whole:
-        raise NotARecordError("the file ends in the middle of a record")
-    try:
-        record = json.loads(line.text)
-    except (ValueError, RecursionError) as error:
-        raise NotARecordError(f"not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
-        raise NotARecordError("JSON, but no record of the audit")
-    return record
-
-
-def path_of(record: Mapping[str, object]) -> bytes | None:
-    """Return the exact bytes of the path in a record (its beginning, if it has `path_length`), or None."""
-    exact, path = record.get("path_hex"), record.get("path")
-    if isinstance(exact, str):
-        try:
-            return bytes.fromhex(exact)
-        except ValueError:
-            return None
-    return path.encode(errors="replace") if isinstance(path, str) else None
-
-
-class Filter(NamedTuple):
-    """Which records are wanted. None and False: not asked.
-
-    `denied`: decisions that deny, and what was refused before there was one.
-    """
-
-    denied: bool = False
-    uid: int | None = None
-    glob: Glob | None = None
-
-    def wants(self, record: Mapping[str, object]) -> bool:
-        """Return whether all that is asked holds."""
-        if self.denied and not _is_denial(record):
-            return False
-        if self.uid is not None and record.get("uid") != self.uid:
-            return False
-        if self.glob is None:
-            return True
-        path = path_of(record)
-        return path is not None and self.glob.matches(path.lstrip(b"/").split(b"/"))
-
-
-def _is_denial(record: Mapping[str, object]) -> bool:
-    event = str(record.get("event"))
-    if event == "serve":
-        return record.get("reason") != "ok"
-    # open_refused (the sender is not who connected), client_refused, datagram_refused and so on
-    return record.get("decision") == "deny" or event.endswith("_refused")
-
-
-@dataclass
-class Gaps:
-    """Sees which records are missing, by their numbers; those before the first one are not looked for."""
-
-    _last: dict[str, int] = field(default_factory=dict)
-
-    def before(self, record: Mapping[str, object]) -> tuple[int, int] | None:
-        """Return the first and last number that are missing right before a record, or None."""
-        run, number = record.get("run"), record.get("seq")
-        if not isinstance(run, str) or not isinstance(number, int):
-            return None
-        last = self._last.get(run)
-        self._last[run] = number
-        return None if last is None or number <= last + 1 else (last + 1, number - 1)
