@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fdbroker.cli import broker
-from fdbroker.cli.audit_file import follow_lines, open_lines, read_lines, with_rotated
+from fdbroker.cli.audit_file import follow_lines, lines_of, read_lines, with_rotated
 from fdbroker.cli.audit_records import Filter, Gaps, NotARecordError, moment, path_of, read_record
 from fdbroker.cli.control import connected
 from fdbroker.cli.failure import Failure
@@ -117,8 +117,8 @@ class _Source:
                     yield from read_lines(sys.stdin.buffer, "-")
                     continue
                 _warn_of_others(file)
-                with open_lines(file) as opened:
-                    yield from read_lines(opened, printable(file))
+                with lines_of(file) as lines:
+                    yield from lines
 
     def follow(self) -> Iterator[Line | None]:
         """Yield what is there now, None, and then for ever what comes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 import re
@@ -10,9 +11,10 @@ import zlib
 from typing import TYPE_CHECKING
 
 from fdbroker.cli.audit_records import Line
+from fdbroker.config.names import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from typing import BinaryIO
 
 _PAUSE = 0.2  # seconds
@@ -22,7 +24,7 @@ _GZIP = b"\x1f\x8b"
 _ROTATED = re.compile(r"\.(?P<number>\d{1,9})(\.gz)?|-(?P<date>[0-9][0-9T_-]*)(\.gz)?")
 
 
-def read_lines(file: BinaryIO, source: str = "") -> Iterator[Line]:
+def read_lines(file: Iterable[bytes], source: str = "") -> Iterator[Line]:
     """Yield the lines that are there.
 
     Raises:
@@ -36,16 +38,15 @@ def read_lines(file: BinaryIO, source: str = "") -> Iterator[Line]:
         raise gzip.BadGzipFile(f"what is compressed in it is damaged: {error}") from error
 
 
-def open_lines(path: str) -> BinaryIO:
-    """Return a file to read lines from, the caller's; what is in it decides whether it is compressed (gzip)."""
-    file = open(path, "rb")  # noqa: SIM115 - the caller's
-    try:
-        if file.peek(2)[:2] == _GZIP:
-            return gzip.GzipFile(path, fileobj=file)  # type: ignore[return-value]  # it reads like one
-    except BaseException:
-        file.close()
-        raise
-    return file
+@contextlib.contextmanager
+def lines_of(path: str) -> Iterator[Iterator[Line]]:
+    """Give the lines of a file; what is in it decides whether it is compressed (gzip). Raises as `read_lines`."""
+    with open(path, "rb") as file:
+        if file.peek(2)[:2] != _GZIP:
+            yield read_lines(file, printable(path))
+            return
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            yield read_lines(unpacked, printable(path))
 
 
 def with_rotated(path: str) -> list[str]:
