@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 RUN, OTHER = "a33c4ee4498e32b1", "b" * 16
 
 
-def record(number: int, event: str = "open", run: str = RUN, **members: object) -> dict[str, Any]:
+def record(number: int, event: str = "open", run: str = RUN, **members: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
     time = f"2026-11-23T21:56:43.{number % 1000:03d}Z"
     return {"run": run, "seq": number, "time": time, "event": event} | members
 
@@ -64,7 +64,7 @@ def test_records_that_are_missing_are_found() -> None:
 
 
 def test_records_that_the_broker_could_not_write_are_told_apart() -> None:
-    failed = record(6, "audit_failed", **{"from": 2, "to": 4, "given": 0})
+    failed = record(6, "audit_failed") | {"from": 2, "to": 4, "given": 0}
     assert found(started(), record(1), record(5), failed) == [("missing", "3", 2, 4, True)]
     # More is missing than it says.
     failed["from"] = 3
@@ -124,7 +124,7 @@ def test_a_line_that_no_broker_writes_is_damage(damaged: bytes) -> None:
 
 
 def test_a_line_that_a_failed_write_cut_is_told_by_the_broker() -> None:
-    failed = record(3, "audit_failed", **{"from": 1, "to": 1, "given": 0})
+    failed = record(3, "audit_failed") | {"from": 1, "to": 1, "given": 0}
     whole = json.dumps(record(1), separators=(",", ":")).encode()
     for length in range(1, len(whole)):
         findings, _ = verify(started(), whole[:length], record(2), failed)
@@ -234,7 +234,7 @@ def test_a_rotated_file_that_is_missing_is_found(rotated: str) -> None:
 
 
 def test_what_the_broker_tells_itself_is_another_exit_status(tmp_path: Path) -> None:
-    failed = record(3, "audit_failed", **{"from": 1, "to": 1, "given": 0})
+    failed = record(3, "audit_failed") | {"from": 1, "to": 1, "given": 0}
     (tmp_path / "audit").write_bytes(
         b"".join(line + b"\n" for line in lines_of([started(), record(2), failed]))
     )

@@ -275,7 +275,7 @@ def verify(
     journal: bool,
     as_json: bool,
 ) -> int:
-    """Find what is wrong with an audit: records that are missing, damaged, out of order or there twice, boots mixed.
+    """Find what is wrong with an audit: records that are missing, damaged, out of order, twice; mixed boots.
 
     FILE as in reading; give all files of an audit in the order in which they were
     written, or the one in use with --rotated.

@@ -40,7 +40,7 @@ def read_lines(file: Iterable[bytes], source: str = "") -> Iterator[Line]:
 
 @contextlib.contextmanager
 def lines_of(path: str) -> Iterator[Iterator[Line]]:
-    """Give the lines of a file; what is in it decides whether it is compressed (gzip). Raises as `read_lines`."""
+    """Give the lines of a file, compressed (gzip) or not, as its first bytes say. Raises as `read_lines`."""
     with open(path, "rb") as file:
         if file.peek(2)[:2] != _GZIP:
             yield read_lines(file, printable(path))

@@ -65,8 +65,8 @@ def path_of(record: Mapping[str, object]) -> bytes | None:
 def moment(text: str) -> str:
     """Return a moment as records have it, to compare their times with: UTC, to the millisecond.
 
-    `10m`, `2h`, `3d`, `1w`: so long ago. Otherwise a date, with or without a time of day, in UTC unless it says
-    another zone (`2026-11-24 09:30+01:00`).
+    `10m`, `2h`, `3d`, `1w`: so long ago. Otherwise a date, with or without a time of day, in UTC unless it
+    says another zone (`2026-11-24 09:30+01:00`).
 
     Raises:
         ValueError: neither.

@@ -1,7 +1,7 @@
 """What the records of the audit say, member by member, and the JSON Schema of it.
 
-docs/audit.md tells the same in words, and a test compares. Every record that the broker writes in the tests is
-validated.
+docs/audit.md tells the same in words, and a test compares. Every record that the broker
+writes in the tests is validated.
 """
 
 from __future__ import annotations

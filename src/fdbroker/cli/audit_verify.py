@@ -1,7 +1,8 @@
-"""What is wrong with an audit: records that are missing, damaged, out of order or twice, and boots that are mixed.
+"""What is wrong with an audit: records that are missing, damaged, out of order or twice, mixed boots.
 
-Each broker that starts has a `run` of its own and numbers its records from 0. What a number is missing for may be
-told by the broker itself: an `audit_failed` record names the numbers of writes that failed.
+Each broker that starts has a `run` of its own and numbers its records from 0. Why one is
+missing may be told by the broker itself: an `audit_failed` record names the numbers of
+writes that failed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _RUN = re.compile("[0-9a-f]{16}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 _NUMBERED = re.compile(rb'\{"run":"([0-9a-f]{16})","seq":(\d{1,18}),')
 _NOT_PLAIN = re.compile(rb"[^ -~]")
+_SHOWN = 60  # bytes of a line that is none
 # What every record begins with.
 _MEMBERS = ["run", "seq", "time", "event"]
 
@@ -174,12 +176,12 @@ class Verifier:
                     why = ": they could not be written, as audit_failed says" if told else ""
                     text = f"{what} of run {name} {are} missing{why}"
                     found.append(Finding("missing", place, text, name, low, high, told))
-        for place, text, why in self._torn:
-            name, number, told = self._of_whom(text)
-            shown = f"{why} ({printable(text[:60])}{'...' if len(text) > 60 else ''})"  # noqa: PLR2004 - a line's width
+        for place, line, why in self._torn:
+            whose, number, told = self._of_whom(line)
+            shown = f"{why} ({printable(line[:_SHOWN])}{'...' if len(line) > _SHOWN else ''})"
             if told:
                 shown = f"{why}: it was cut short, as audit_failed says"
-            found.append(Finding("damaged", place, shown, name, number, number, told))
+            found.append(Finding("damaged", place, shown, whose, number, number, told))
         return found
 
     def _of_whom(self, text: bytes) -> tuple[str | None, int | None, bool]:

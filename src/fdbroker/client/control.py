@@ -1,4 +1,4 @@
-"""The control socket: ask for the whole status or for an explanation, hand over another policy, bring another file for the audit.
+"""The control socket: ask for status or explanations, hand over a policy, or a file for the audit.
 
     with fdbroker.client.control.connect() as control:
         print(control.explain("open", "/srv/file"))
@@ -159,7 +159,7 @@ class Control:
                 file of root's, with one name, that nobody else can write.
 
         Raises:
-            DeniedError: this process is not root's, or the file is not as it has to be; `strerror` says which.
+            DeniedError: this process is not root's, or the file is not as it has to be: `strerror` says it.
             BrokenError: the audit does not go to a file, or the new one can't be written to.
             BrokerError: the connection failed: the last records of both files tell which one is in use.
 
