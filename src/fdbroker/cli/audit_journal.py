@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fdbroker.cli.audit_records import Line
+
 # mypy takes the folder of that name for it.
 from systemd import journal  # type: ignore[attr-defined]
-
-from fdbroker.cli.audit_records import Line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
