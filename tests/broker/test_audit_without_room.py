@@ -1,4 +1,4 @@
-"""A broker whose audit has no room: a full file system, a reader that is stuck. It denies, goes on, and tells."""
+"""A broker whose audit has no room (a full file system, a reader that is stuck): it denies, goes on, tells."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.cli.commands import run_here
 from tests.running_broker import policy, reachable_directory, running_broker, with_control
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.running_broker import RunningBroker
@@ -62,7 +62,7 @@ def verified(*data: bytes, directory: Path) -> tuple[int, list[dict[str, Any]]]:
 
 
 def denied_until_there_is_room(
-    running: RunningBroker, file: Path, make_room: Any, *, largest: int = 1
+    running: RunningBroker, file: Path, make_room: Callable[[], object], *, largest: int = 1
 ) -> tuple[int, int]:
     """Ask until the audit is full, make room, ask again; return how often it was given and denied."""
     given = denied = 0
@@ -176,13 +176,18 @@ def test_a_failure_under_allow_is_told_as_given_also_if_a_reload_denies_since(tm
     from fdbroker.broker.audit import Audit, decision_members  # noqa: PLC0415 - of this test alone
 
     written: list[bytes] = []
+
+    def write(_descriptor: int, data: bytes) -> int:
+        written.append(data)
+        return len(data)
+
     with pytest.MonkeyPatch.context() as patch:
         audit = Audit(5, deny_on_failure=False)
         patch.setattr(os, "write", lambda _descriptor, _data: 0)
         assert audit.decisions('"uid":1', "open", [b"/a"], [decision_members("ok", "r")])
         audit.deny_on_failure = True
         assert not audit.decisions('"uid":1', "open", [b"/a"], [decision_members("ok", "r")])
-        patch.setattr(os, "write", lambda _descriptor, data: written.append(data) or len(data))
+        patch.setattr(os, "write", write)
         assert audit.event("stopped")
     [told] = [record for record in read_audit(b"".join(written)) if record["event"] == "audit_failed"]
     assert (told["from"], told["given"]) == (0, 1)

@@ -1,4 +1,4 @@
-"""Random byte names through a broker and its audit and back: all equal (100,000 in the long run), and none forges anything."""
+"""Random byte names through a broker and its audit and back: all equal, and none forges anything."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 COUNT = 100_000 if os.environ.get("FDBROKER_HOSTILE") else 10_000
 BATCH = 250
-# What would end a line, a string or a record, colour a terminal, turn a text round or hide it; half characters.
+# What would end a line, a string or a record, colour a terminal, turn a text round, hide it; half characters.
 FORGING = [
     b'"', b"\\", b"\n", b"\r", b"\t", b"\x1b[2J", b"\x1b]0;x\x07", b"\x7f", b"\x9b31m", b"\b", b"\v", b"\f",
     b'","decision":"allow","reason":"ok","rule":"all"}\n{"run":"', b'\\"', b"\\u0022", b"\\x0a", b"}{", b"'",
-    "\u202e".encode(), "\u2066".encode(), "\u200b".encode(), "\u2028".encode(), "\u0085".encode(), "\ufeff".encode(),
-    "\U0001f600".encode(), "\ufffd".encode(), b"\xff", b"\xed\xa0\x80", b"\xed\xb2\x80", b"\xc0\xaf", b"\xe2\x80",
+    *(character.encode() for character in "\u202e\u2066\u200b\u2028\u0085\ufeff\U0001f600\ufffd"),
+    b"\xff", b"\xed\xa0\x80", b"\xed\xb2\x80", b"\xc0\xaf", b"\xe2\x80",
     b"\xf4\x90\x80\x80", b"%s", b"$(id)", b"<script>", b"a", "ä".encode(), b" ", b".", b"-",
 ]  # fmt: skip
 

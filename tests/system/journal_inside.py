@@ -74,11 +74,11 @@ def _follow(shared: Path) -> list[Any]:
         )
     try:
 
-        def ask() -> None:
+        def ask() -> bool:
             with Speaker.connect(shared / "requests") as speaker:
-                speaker.open_one(bytes(shared / "tree/file"))
+                return speaker.open_one(bytes(shared / "tree/file")).reason == "ok"
 
-        wait_until(lambda: (ask(), output.stat().st_size)[1], "a record that is followed")
+        wait_until(lambda: ask() and output.stat().st_size, "a record that is followed")
     finally:
         process.kill()
         process.wait()

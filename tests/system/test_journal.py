@@ -1,4 +1,4 @@
-"""The audit in a real journal: `fdbroker audit --journal` reads it, and nobody else can write records of it."""
+"""The audit in a real journal: `fdbroker audit --journal` reads it, and nobody else writes records of it."""
 
 from __future__ import annotations
 

@@ -59,7 +59,12 @@ def command() -> None:
     Without a command it is read: fdbroker audit --denied is fdbroker audit read --denied.
 
     docs/audit.md says what the records are. All options of reading: fdbroker audit read --help.
-    """
+
+    \b
+    Examples:  fdbroker audit --denied -n 20
+               fdbroker audit --follow --uid scanner
+               fdbroker audit verify --rotated
+    """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
 
 
 def _sources(function: Callable[..., int]) -> Callable[..., int]:

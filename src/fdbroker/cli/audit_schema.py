@@ -28,8 +28,7 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "event": _TEXT | {"description": "what happened, which says what other members there are"},
     "socket": _TEXT | {"description": "name of the socket that it came by"},
     "connection": _COUNT | {"description": "number of the connection in this run, from 1"},
-    "pid": _COUNT
-    | {"description": "process that connected, or sent the datagram; of started and reopened: the broker"},
+    "pid": _COUNT | {"description": "process that connected, or sent the datagram; of started: the broker"},
     "uid": {"oneOf": [_ID, {"type": "null"}], "description": "its user; of started: the broker's"},
     "gid": _ID | {"description": "its primary group"},
     "identity": {"enum": [0, 1, 2], "description": "level of what the kernel tells of it"},
