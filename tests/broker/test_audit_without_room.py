@@ -1,4 +1,4 @@
-"""A broker whose audit has no room (a full file system, a reader that is stuck): it denies, goes on, tells."""
+"""A broker whose audit has no room (a full file system, a reader that is stuck): it denies, and goes on."""
 
 from __future__ import annotations
 

@@ -106,7 +106,8 @@ def test_a_reopen_of_the_file_in_use_changes_nothing(running: RunningBroker, rea
         assert reopen(running).returncode == 0
         ask(running, reachable / "tree/file")
     check_audit(records_of(running.audit))
-    assert sorted(running.descriptors().values()) == sorted(before.values())
+    same = sorted(before.values())
+    wait_until(lambda: sorted(running.descriptors().values()) == same, "the end of the connections")
 
 
 def rotate_by_hand(running: RunningBroker, number: int) -> None:

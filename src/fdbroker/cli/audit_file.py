@@ -74,8 +74,8 @@ def follow_lines(
 ) -> Generator[Line | None]:
     """Yield lines as they are written, for ever, whatever becomes of the file, like `tail -F`.
 
-    A file that is renamed is read to its end before the one that took its
-    name; one that is cut to nothing is read from its beginning; one that is
+    A file that is renamed is read on until there is something in the one that took
+    its name; one that is cut to nothing is read from its beginning; one that is
     not there is waited for. None stands where nothing more is there now.
 
     Raises:
@@ -105,7 +105,7 @@ def _follow_one(path: str, file: BinaryIO, pause: Callable[[], None]) -> Generat
                 yield Line(number, text)
             continue
         if ended:
-            # It was renamed, and nothing was written to it since that was seen.
+            # It was renamed, the new one is written to, and this one has been read to its end since.
             if partial:
                 yield Line(number + 1, partial, whole=False)
             return
@@ -120,6 +120,7 @@ def _follow_one(path: str, file: BinaryIO, pause: Callable[[], None]) -> Generat
         except FileNotFoundError:
             pause()  # between renaming the old one and making the new one
             continue
-        ended = not os.path.samestat(here, there)
+        # While the new one is empty, the broker may still write to this one: it is made before it is used.
+        ended = not os.path.samestat(here, there) and there.st_size > 0
         if not ended:
             pause()
