@@ -460,3 +460,32 @@ def test_a_file_that_ends_in_the_middle_of_a_record_gets_the_end_of_its_line(rea
         file.write_bytes(before)
         os.close(open_audit_file(str(file)))
         assert file.read_bytes() == after
+
+
+def test_root_that_is_gone_after_the_announcement_leaves_all_as_it_was(
+    root_speaker: tuple[SteppedBroker, Speaker],
+) -> None:
+    broker, speaker = root_speaker
+    bring(broker, speaker, comes=False)
+    speaker.close()
+    assert broker.connections == 0
+    assert broker.events() == []
+
+
+def test_a_file_from_another_process_than_the_one_that_announced_it_is_refused(
+    root_speaker: tuple[SteppedBroker, Speaker], reachable: Path
+) -> None:
+    broker, speaker = root_speaker
+    new = open_audit_file(str(reachable / "new"))
+    before = len(os.listdir("/proc/self/fd"))
+    bring(broker, speaker, comes=False)
+    in_child(lambda: sockets.send(speaker.sock, encode_reopen(2, comes=True), [new]))
+    broker.serve()
+    answer = speaker.receive()
+    assert answer is not None
+    assert isinstance(answer.reply, ErrorReply)
+    assert (answer.reply.kind, answer.reply.reason) == (Kind.REFUSED, Reason.IDENTITY)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert (reachable / "new").read_bytes() == b""
+    os.close(new)
+    assert broker.events() == ["reopen_refused"]
