@@ -75,24 +75,22 @@ class Audit:
         """
         if self._descriptor is None:
             return True
-        prefix, number, time = self._prefix, self.sequence, now_text()
+        first = self.sequence
         if len(paths) == 1:
             # As below, without what serves many: it is in the time of each request for one file.
-            self.sequence = number + 1
+            self.sequence = first + 1
             (path,), (record,) = paths, records
             text = (
-                f'{prefix}{number},"time":"{time}","event":"{action}",{requester},{quoted_path(path)}{extra}'
-                f",{record}}}\n"
+                f'{self._prefix}{first},"time":"{now_text()}","event":"{action}",{requester},'
+                f"{quoted_path(path)}{extra},{record}}}\n"
             )
-            return self._write(number, text) or not self.deny_on_failure
-        first, lines = number, []
-        for path, record in zip(paths, records, strict=True):
-            lines.append(
-                f'{prefix}{number},"time":"{time}","event":"{action}",{requester},{quoted_path(path)}{extra}'
-                f",{record}}}\n"
-            )
-            number += 1
-        self.sequence = number
+            return self._write(first, text) or not self.deny_on_failure
+        self.sequence = behind = first + len(paths)
+        prefix, middle = self._prefix, f',"time":"{now_text()}","event":"{action}",{requester},'
+        lines = [
+            f"{prefix}{number}{middle}{quoted_path(path)}{extra},{record}}}\n"
+            for number, path, record in zip(range(first, behind), paths, records, strict=True)
+        ]
         return self._write(first, "".join(lines)) or not self.deny_on_failure
 
     def event(self, name: str, members: str = "") -> bool:
