@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.audit_records import check_lines
 from tests.uids import FIRST_UID
 
 if TYPE_CHECKING:
@@ -203,3 +204,5 @@ def running_broker(
             process.kill()
             process.wait()
         socket.unlink(missing_ok=True)
+    if records.is_file():
+        check_lines(records.read_bytes().splitlines())

@@ -16,6 +16,7 @@ from fdbroker.broker.server import Broker
 from fdbroker.broker.watchdog import Watchdog
 from fdbroker.kernel.files import open_proc_self_fd
 from fdbroker.policy.rules import read_policy
+from tests.audit_records import check_lines
 from tests.broker.speaking import Speaker, read_audit
 from tests.running_broker import policy
 
@@ -92,6 +93,8 @@ class SteppedBroker:
         os.close(self.proc_self_fd)
         if self.audit_descriptor is not None:
             os.close(self.audit_descriptor)
+        if self.audit_file is not None and self.audit_file.is_file():
+            check_lines(self.audit_file.read_bytes().splitlines())
 
     def serve(self) -> None:
         """Serve until nothing is left to do."""

@@ -824,7 +824,7 @@ def test_clients_of_one_uid_are_limited_over_all_services(reachable: Path) -> No
         assert client.do(hear) == b""  # closed
         record = made.broker.records()[-1]
         assert (record["event"], record["reason"]) == ("client_refused", "connections_per_uid")
-        assert (record["uid"], record["socket"]) == (CLIENT_UID, "index")
+        assert (record["uid"], record["listener"]) == (CLIENT_UID, "index")
         got = [clamd.do(accepted) for _ in range(3)]
         assert other.pid in {client.pid for client in got}
         assert index.do(frames_there) == 1

@@ -10,7 +10,6 @@ import re
 import resource
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fdbroker.broker import audit
 from fdbroker.broker.audit import Audit, decision_members, member_text, quoted_path
 from tests.broker.conftest import fill
 from tests.broker.speaking import Speaker, check_audit, path_of, read_audit
@@ -129,21 +129,21 @@ def test_records_of_one_request_are_one_write_and_are_numbered_through(
     records = [json.loads(line) for line in record.text().splitlines()]
     check_audit(records)
     assert [entry["event"] for entry in records] == ["open", "open", "some", "none", "open"]
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", records[0]["time"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", records[0]["time"])
     assert re.fullmatch("[0-9a-f]{16}", records[0]["run"])
 
 
 def test_times_are_those_of_the_clock(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     moments = [0, 999_999_999, 1_000_000_000, 1_700_000_000_123_456_789, 999]
     for moment in moments:
-        monkeypatch.setattr(time, "time_ns", lambda moment=moment: moment)
+        monkeypatch.setattr(audit, "time_ns", lambda moment=moment: moment)
         record.audit.event("tick")
     assert [entry["time"] for entry in read_audit(record.text())] == [
-        "1970-01-01T00:00:00.000000Z",
-        "1970-01-01T00:00:00.999999Z",
-        "1970-01-01T00:00:01.000000Z",
-        "2023-11-14T22:13:20.123456Z",
-        "1970-01-01T00:00:00.000000Z",
+        "1970-01-01T00:00:00.000Z",
+        "1970-01-01T00:00:00.999Z",
+        "1970-01-01T00:00:01.000Z",
+        "2023-11-14T22:13:20.123Z",
+        "1970-01-01T00:00:00.000Z",
     ]
 
 
@@ -152,11 +152,11 @@ def test_two_runs_can_be_told_apart() -> None:
 
 
 def test_without_a_descriptor_nothing_is_recorded_and_nothing_denied() -> None:
-    audit = Audit(None, deny_on_failure=True)
-    assert audit.decisions("", "open", [b"/a"], [""])
-    assert audit.event("started")
-    assert not audit.on
-    assert audit.failures == 0
+    nowhere = Audit(None, deny_on_failure=True)
+    assert nowhere.decisions("", "open", [b"/a"], [""])
+    assert nowhere.event("started")
+    assert not nowhere.on
+    assert nowhere.failures == 0
 
 
 @pytest.mark.parametrize("deny", [True, False])

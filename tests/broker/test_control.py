@@ -95,7 +95,7 @@ def test_no_type_of_request_is_for_both_sockets_but_hello_and_status(
     assert {kind.__name__ for kind in tables[0].keys() & tables[1].keys()} == {"Hello", "StatusRequest"}
     assert {kind.__name__ for kind in tables[0].keys() ^ tables[1].keys()} == {
         "OpenRequest", "StatRequest", "ListRequest", "ExplainRequest", "ReloadRequest", "WalkRequest",
-        "MoreRequest", "CancelRequest", "ServeRequest", "ReleaseRequest",
+        "MoreRequest", "CancelRequest", "ServeRequest", "ReleaseRequest", "ReopenRequest",
     }  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fdbroker.cli import audit
-from fdbroker.cli.audit_file import Filter, Line, follow_lines, path_of
+from fdbroker.cli.audit_file import follow_lines
+from fdbroker.cli.audit_records import Filter, Line, path_of
 from fdbroker.policy.globs import compile_glob
 from tests.cli.commands import command, environment, run_as, run_here, run_on_terminal
 from tests.running_broker import CLIENT_UID, policy
@@ -369,6 +370,21 @@ def test_file_is_followed_through_growth_rotation_and_truncation(tmp_path: Path)
         (b"second", True),
         (b"cut", True),
     ]
+
+
+def test_renamed_file_is_read_on_until_there_is_something_in_the_new_one(tmp_path: Path) -> None:
+    """As `fdbroker audit reopen` makes the new file a moment before the broker goes there."""
+    path, old = tmp_path / "audit", tmp_path / "audit.1"
+    append(path, b"one\n")
+
+    def rotate() -> None:
+        path.rename(old)
+        path.touch()
+
+    following = Following(
+        path, rotate, lambda: None, lambda: append(old, b"two\n"), lambda: append(path, b"three\n")
+    )
+    assert following.texts() == [(b"one", True), (b"two", True), (b"three", True)]
 
 
 def test_line_that_was_torn_by_a_rotation_is_given_as_such(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fdbroker.wire.client import (
     OpenReply,
     ReleaseReply,
     ReloadReply,
+    ReopenReply,
     Reply,
     ServeReply,
     StatReply,
@@ -53,6 +54,7 @@ from fdbroker.wire.messages import (
     OpenRequest,
     ReleaseRequest,
     ReloadRequest,
+    ReopenRequest,
     Request,
     Result,
     ServeRequest,
@@ -108,6 +110,8 @@ def encode_request(message: Request) -> bytes:
             return client.encode_explain(message.id, message.action, message.path)
         case ReloadRequest():
             return client.encode_reload(message.id, message.offset, message.piece, more=message.more)
+        case ReopenRequest():
+            return client.encode_reopen(message.id, comes=message.comes)
 
 
 def encode_reply(message: Reply) -> bytes:
@@ -140,6 +144,8 @@ def encode_reply(message: Reply) -> bytes:
             return replies.encode_reload_reply(
                 message.id, message.generation, message.received, more=message.more
             )
+        case ReopenReply():
+            return replies.encode_reopen_reply(message.id, message.generation, taken=message.taken)
         case ErrorReply():
             return replies.encode_error(message)
 
@@ -191,6 +197,7 @@ requests_of_all_kinds: st.SearchStrategy[Request] = st.one_of(
         st.binary(min_size=1, max_size=200),
         st.booleans(),
     ),
+    st.builds(ReopenRequest, u32, st.booleans()),
 )
 
 not_given = st.builds(
@@ -239,6 +246,7 @@ replies_of_all_kinds: st.SearchStrategy[Reply] = st.one_of(
     st.builds(StatusReply, u32, u32, st.binary(max_size=200)),
     st.builds(ExplainReply, u32, u32, st.binary(max_size=200)),
     st.builds(ReloadReply, u32, u32, u32, st.booleans()),
+    st.builds(ReopenReply, u32, u32, st.booleans()),
     st.builds(ErrorReply, u32, u32, st.sampled_from(list(Kind)), st.sampled_from(list(Reason)), u16, texts),
 )
 

@@ -13,6 +13,7 @@ from fdbroker.wire.client import (
     OpenReply,
     ReleaseReply,
     ReloadReply,
+    ReopenReply,
     Reply,
     ServeReply,
     StatReply,
@@ -75,6 +76,7 @@ EXAMPLES: list[Reply] = [
     ServeReply(10, 7, GIVEN),
     AcceptedReply(10, 7, AcceptedClient(1, 4321, 1000, 100, 2)),
     ReleaseReply(11, 7, refused(Reason.NOT_FOUND)),
+    ReopenReply(12, 7, taken=True),
 ]
 # Text without a length of its own: its end is the frame's end.
 OF_ANY_LENGTH = (StatusReply, ErrorReply, ExplainReply)
@@ -158,6 +160,7 @@ def test_flags_of_a_reply_are_those_of_its_type(reply: Reply) -> None:
     allowed = {
         ListReply: {0, 1},
         ReloadReply: {0, 1},
+        ReopenReply: {0, 1},
         ErrorReply: {1, 2, 3},
         # Another layout for the last frame, so none can be taken for the other.
         WalkReply: {frame[1]},

@@ -50,6 +50,7 @@ from fdbroker.wire.messages import (
     OpenRequest,
     ReleaseRequest,
     ReloadRequest,
+    ReopenRequest,
     Request,
     ServeRequest,
     StatRequest,
@@ -74,6 +75,7 @@ EXAMPLES: list[Request] = [
     StatusRequest(5),
     ExplainRequest(6, "walk", b"/a"),
     ReloadRequest(7, 12, b"piece", more=True),
+    ReopenRequest(13, comes=True),
     A_WALK,
     MoreRequest(9, 2),
     CancelRequest(10),
@@ -97,7 +99,7 @@ OF_ANY_LENGTH = (
     ServeRequest,
 )
 # What the first flags of a type mean; all others must be 0.
-FLAGS = {OpenRequest: 2, StatRequest: 1, ListRequest: 1, WalkRequest: 1, ReloadRequest: 1}
+FLAGS = {OpenRequest: 2, StatRequest: 1, ListRequest: 1, WalkRequest: 1, ReloadRequest: 1, ReopenRequest: 1}
 
 
 @given(requests_of_all_kinds)

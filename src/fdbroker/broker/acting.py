@@ -144,7 +144,7 @@ class Services:
             if number > _LAST_NUMBER:
                 raise IdentityError("numbers_used_up")
             client = ServedClient(number, peer, self._released)
-            members = f"{member_text(socket=os.fsdecode(name))},{server.record},{client.record}"
+            members = f"{member_text(listener=os.fsdecode(name))},{server.record},{client.record}"
             if not self._audit.event("client_accepted", members) and self._audit.deny_on_failure:
                 raise IdentityError("audit")
         except (IdentityError, OSError) as error:
@@ -152,7 +152,7 @@ class Services:
             if peer is not None:
                 peer.close()
             uid = None if peer is None else peer.uid
-            members = member_text(socket=os.fsdecode(name), uid=uid, reason=str(error))
+            members = member_text(listener=os.fsdecode(name), uid=uid, reason=str(error))
             self._audit.event("client_refused", members)
             return None
         self._clients += 1

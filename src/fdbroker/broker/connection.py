@@ -32,6 +32,7 @@ class State(Enum):
     CLOSING = "the same, and then the end"
     LOADING = "the policy that it handed over to be read"
     WAITING = "answers that others are to give"
+    TAKING = "the file that was announced for the audit"
     CLOSED = "nothing"
 
 

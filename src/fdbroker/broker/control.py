@@ -13,18 +13,34 @@ import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.broker.audit import member_text, quoted_path
+from fdbroker.broker.audit import member_text, objection_to_file, quoted_path
+from fdbroker.broker.connection import State
 from fdbroker.broker.generation import make_generation, problem_with
+from fdbroker.kernel import sockets
 from fdbroker.policy.rules import PolicyError, read_policy_in_steps
 from fdbroker.wire.format import Kind, Reason
-from fdbroker.wire.messages import ExplainRequest, Hello, ReloadRequest, Request, StatusRequest
-from fdbroker.wire.replies import encode_explain_reply, encode_reload_reply, encode_status_reply
+from fdbroker.wire.messages import (
+    ExplainRequest,
+    Hello,
+    MalformedError,
+    ReloadRequest,
+    ReopenRequest,
+    Request,
+    StatusRequest,
+)
+from fdbroker.wire.replies import (
+    encode_explain_reply,
+    encode_reload_reply,
+    encode_reopen_reply,
+    encode_status_reply,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping
 
     from fdbroker.broker.connection import Connection
     from fdbroker.broker.dispatch import Answer, Dispatch, Parts, Table
+    from fdbroker.kernel.descriptors import Descriptors
     from fdbroker.policy.rules import Rule, RuleSet
 
 # Of lists in an answer, so that it fits into one frame; JSON text.
@@ -60,11 +76,14 @@ class Control:
         self._version = parts.version
         self._facts = facts
         self._switched = switched
+        # What came beside the message that is being answered, where its connection may send that.
+        self.file: Descriptors | None = None
         self.table: Table = {
             Hello: dispatch.table[Hello],
             StatusRequest: self._status,
             ExplainRequest: self._explain,
             ReloadRequest: self._reload,
+            ReopenRequest: self._reopen,
         }
 
     def _status(self, connection: Connection, request: Request, objection: str | None) -> Answer:
@@ -200,6 +219,44 @@ class Control:
         self._audit.deny_on_failure = new.settings.deny_when_audit_fails
         self._switched()
         return encode_reload_reply(request_id, new.number, received, more=False), []
+
+    def _reopen(self, connection: Connection, request: Request, objection: str | None) -> Answer:
+        """Let root alone bring another file for the audit: first announced, then with the next message."""
+        assert isinstance(request, ReopenRequest)  # noqa: S101 - for the type checker; the table says it
+        if objection is not None:
+            return self._dispatch.refuse(connection, "reopen", request.id, objection)
+        if connection.peer.uid != 0:
+            return self._refuse_reopen(connection, request.id, Reason.DENIED, "only root may do it")
+        if request.comes:
+            return self._take_file(connection, request.id)
+        why = self._audit.objection_to_reopening()
+        if why is not None:
+            return self._refuse_reopen(connection, request.id, Reason.AUDIT, why)
+        if connection.stream is not None:
+            # Where one message ends and the next begins is not the kernel's word there.
+            raise MalformedError("a file for the audit can't come by a stream", request.id)
+        sockets.refuse_descriptors(connection.sock, refuse=False)
+        connection.state = State.TAKING
+        return encode_reopen_reply(request.id, self._dispatch.generation.number, taken=False), []
+
+    def _take_file(self, connection: Connection, request_id: int) -> Answer:
+        if self.file is None or len(self.file) != 1:
+            text = "a file for the audit comes alone, with the message behind the one that announces it"
+            raise MalformedError(text, request_id)
+        why = objection_to_file(self.file.numbers()[0])
+        if why is not None:
+            return self._refuse_reopen(connection, request_id, Reason.DENIED, f"the new file {why}")
+        number = self._dispatch.generation.number
+        members = f"{connection.record},{member_text(request=request_id, generation=number)}"
+        if not self._audit.go_on_in(self.file.take(), members):
+            text = "the new file can't be written to, so the audit goes on in the old one: free its disk"
+            return self._refuse_reopen(connection, request_id, Reason.AUDIT, text)
+        return encode_reopen_reply(request_id, number, taken=True), []
+
+    def _refuse_reopen(self, connection: Connection, request_id: int, reason: Reason, text: str) -> Answer:
+        members = member_text(request=request_id, reason=text)
+        self._audit.event("reopen_refused", f"{connection.record},{members}")
+        return self._dispatch.error(request_id, Kind.REFUSED, reason, text), []
 
     def _no_policy(self, connection: Connection, request_id: int, error: Exception) -> Answer:
         text = f"this is no compiled policy: {str(error)[:_MAX_OBJECTION]}; compile it anew"

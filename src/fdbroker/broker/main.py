@@ -255,7 +255,7 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
         frozenset(policy.services),
         watchdog.ping,
     )
-    audit = Audit(handover.audit, deny_on_failure=settings.deny_when_audit_fails)
+    audit = Audit(handover.audit, deny_on_failure=settings.deny_when_audit_fails, boot=handover.boot_id)
     notifier = Notifier(handover.notify, handover.watchdog_usec)
     layers: dict[str, object] = {}
     generation = make_generation(1, policy, held)
@@ -289,9 +289,7 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
     layers.update(landlock=report.abi, landlock_lacks=list(report.missing), seccomp=True)
     started = audit.event(
         "started",
-        member_text(
-            boot=handover.boot_id, pid=os.getpid(), uid=handover.uid, identity=level, landlock=report.abi
-        ),
+        member_text(boot=audit.boot, pid=os.getpid(), uid=handover.uid, identity=level, landlock=report.abi),
     )
     if not started and settings.deny_when_audit_fails:
         raise StartError("the audit can't be written; free its disk or choose another place")

@@ -56,6 +56,7 @@ _INTEREST = {
     State.CLOSING: _RECEIVES,
     State.LOADING: 0,  # that it hangs up is told all the same
     State.WAITING: 0,
+    State.TAKING: select.EPOLLIN,
 }
 
 
@@ -526,6 +527,8 @@ class Broker:
             self._send_what_waits(connection)
         elif connection.state is State.READING:
             self._serve_message(connection)
+        elif connection.state is State.TAKING:
+            self._take_file(connection)
         elif self._flight.settle(connection):
             if connection.state is State.CLOSING:
                 self._drop(connection)
@@ -560,6 +563,25 @@ class Broker:
             self._malformed_by(connection, MalformedError(_objection_to_flags(flags)))
             return
         self._answer(connection, data, credentials)
+
+    def _take_file(self, connection: Connection) -> None:
+        """Receive the one message that may bring a descriptor: root announced it."""
+        try:
+            received = sockets.receive(connection.sock, MAX_FRAME + 1)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._receive_failed(connection, error)
+            return
+        with received.descriptors as descriptors:
+            if not received.data and not len(descriptors):
+                self._hang_up(connection)
+                return
+            connection.state = _READING
+            sockets.refuse_descriptors(connection.sock)
+            self._control.file = descriptors
+            self._answer(connection, received.data, received.credentials)
+            self._control.file = None
 
     def _has_room(self, connection: Connection, count: int) -> bool:
         """Return whether a reply of `count` descriptors has its place, before it is made; if not, wait."""

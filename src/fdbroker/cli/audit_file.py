@@ -1,35 +1,72 @@
-"""Reading the broker's audit: lines of a file, also while it grows, and what is missing between them."""
+"""The broker's audit in files: rotated ones with the one in use, compressed or not, also while it grows."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import gzip
 import os
+import re
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+import zlib
+from typing import TYPE_CHECKING
+
+from fdbroker.cli.audit_records import Line
+from fdbroker.config.names import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from typing import BinaryIO
-
-    from fdbroker.policy.globs import Glob
 
 _PAUSE = 0.2  # seconds
 _CHUNK = 1 << 16  # bytes
+_GZIP = b"\x1f\x8b"
+# What logrotate adds to a name: a number, or with dateext a date (and with dateformat a time).
+_ROTATED = re.compile(r"\.(?P<number>\d{1,9})(\.gz)?|-(?P<date>[0-9][0-9T_-]*)(\.gz)?")
 
 
-class Line(NamedTuple):
-    """One line with its number. `whole` False: the file ends before the line does."""
+def read_lines(file: Iterable[bytes], source: str = "") -> Iterator[Line]:
+    """Yield the lines that are there.
 
-    number: int
-    text: bytes
-    whole: bool = True
+    Raises:
+        OSError: it can't be read, or is compressed and damaged (gzip.BadGzipFile).
+
+    """
+    try:
+        for number, text in enumerate(file, 1):
+            yield Line(number, text.rstrip(b"\n"), text.endswith(b"\n"), source)
+    except (EOFError, zlib.error) as error:
+        raise gzip.BadGzipFile(f"what is compressed in it is damaged: {error}") from error
 
 
-def read_lines(file: BinaryIO) -> Iterator[Line]:
-    """Yield the lines that are there."""
-    for number, text in enumerate(file, 1):
-        yield Line(number, text.rstrip(b"\n"), text.endswith(b"\n"))
+@contextlib.contextmanager
+def lines_of(path: str) -> Iterator[Iterator[Line]]:
+    """Give the lines of a file, compressed (gzip) or not, as its first bytes say. Raises as `read_lines`."""
+    with open(path, "rb") as file:
+        if file.peek(2)[:2] != _GZIP:
+            yield read_lines(file, printable(path))
+            return
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            yield read_lines(unpacked, printable(path))
+
+
+def with_rotated(path: str) -> list[str]:
+    """Return the files that `path` was rotated to, the oldest first, and `path` itself.
+
+    Names as logrotate makes them: with a number, of which the highest is the oldest, or a date.
+    """
+    directory, name = os.path.split(path)
+    numbered: list[tuple[int, str]] = []
+    dated: list[str] = []
+    for entry in os.listdir(directory or "."):
+        found = _ROTATED.fullmatch(entry.removeprefix(name)) if entry.startswith(name) else None
+        if found is None:
+            continue
+        if found["number"] is not None:
+            numbered.append((-int(found["number"]), entry))
+        else:
+            dated.append(entry)
+    older = [entry for _, entry in sorted(numbered)] + sorted(dated)
+    return [*(os.path.join(directory, entry) for entry in older), path]
 
 
 def follow_lines(
@@ -37,8 +74,8 @@ def follow_lines(
 ) -> Generator[Line | None]:
     """Yield lines as they are written, for ever, whatever becomes of the file, like `tail -F`.
 
-    A file that is renamed is read to its end before the one that took its
-    name; one that is cut to nothing is read from its beginning; one that is
+    A file that is renamed is read on until there is something in the one that took
+    its name; one that is cut to nothing is read from its beginning; one that is
     not there is waited for. None stands where nothing more is there now.
 
     Raises:
@@ -68,7 +105,7 @@ def _follow_one(path: str, file: BinaryIO, pause: Callable[[], None]) -> Generat
                 yield Line(number, text)
             continue
         if ended:
-            # It was renamed, and nothing was written to it since that was seen.
+            # It was renamed, the new one is written to, and this one has been read to its end since.
             if partial:
                 yield Line(number + 1, partial, whole=False)
             return
@@ -83,85 +120,7 @@ def _follow_one(path: str, file: BinaryIO, pause: Callable[[], None]) -> Generat
         except FileNotFoundError:
             pause()  # between renaming the old one and making the new one
             continue
-        ended = not os.path.samestat(here, there)
+        # While the new one is empty, the broker may still write to this one: it is made before it is used.
+        ended = not os.path.samestat(here, there) and there.st_size > 0
         if not ended:
             pause()
-
-
-class NotARecordError(Exception):
-    """The line is no record; the text says why."""
-
-
-def read_record(line: Line) -> Mapping[str, object]:
-    """Return a line as the record that it is.
-
-    Raises:
-        NotARecordError: it is none.
-
-    """
-    if not line.whole:
-        raise NotARecordError("the file ends in the middle of a record")
-    try:
-        record = json.loads(line.text)
-    except (ValueError, RecursionError) as error:
-        raise NotARecordError(f"not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
-        raise NotARecordError("JSON, but no record of the audit")
-    return record
-
-
-def path_of(record: Mapping[str, object]) -> bytes | None:
-    """Return the exact bytes of the path in a record (its beginning, if it has `path_length`), or None."""
-    exact, path = record.get("path_hex"), record.get("path")
-    if isinstance(exact, str):
-        try:
-            return bytes.fromhex(exact)
-        except ValueError:
-            return None
-    return path.encode(errors="replace") if isinstance(path, str) else None
-
-
-class Filter(NamedTuple):
-    """Which records are wanted. None and False: not asked.
-
-    `denied`: decisions that deny, and what was refused before there was one.
-    """
-
-    denied: bool = False
-    uid: int | None = None
-    glob: Glob | None = None
-
-    def wants(self, record: Mapping[str, object]) -> bool:
-        """Return whether all that is asked holds."""
-        if self.denied and not _is_denial(record):
-            return False
-        if self.uid is not None and record.get("uid") != self.uid:
-            return False
-        if self.glob is None:
-            return True
-        path = path_of(record)
-        return path is not None and self.glob.matches(path.lstrip(b"/").split(b"/"))
-
-
-def _is_denial(record: Mapping[str, object]) -> bool:
-    event = str(record.get("event"))
-    if event == "serve":
-        return record.get("reason") != "ok"
-    # open_refused (the sender is not who connected), client_refused, datagram_refused and so on
-    return record.get("decision") == "deny" or event.endswith("_refused")
-
-
-@dataclass
-class Gaps:
-    """Sees which records are missing, by their numbers; those before the first one are not looked for."""
-
-    _last: dict[str, int] = field(default_factory=dict)
-
-    def before(self, record: Mapping[str, object]) -> tuple[int, int] | None:
-        """Return the first and last number that are missing right before a record, or None."""
-        run, number = record.get("run"), record.get("seq")
-        if not isinstance(run, str) or not isinstance(number, int):
-            return None
-        last = self._last.get(run)
-        self._last[run] = number
-        return None if last is None or number <= last + 1 else (last + 1, number - 1)

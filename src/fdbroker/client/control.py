@@ -1,4 +1,4 @@
-"""The control socket: ask for the whole status or for an explanation, hand over another policy.
+"""The control socket: ask for status or explanations, hand over a policy, or a file for the audit.
 
     with fdbroker.client.control.connect() as control:
         print(control.explain("open", "/srv/file"))
@@ -15,10 +15,16 @@ import os
 from typing import TYPE_CHECKING
 
 from fdbroker.client.connection import Connection
-from fdbroker.client.engine import AskStatus, AskWhy, HandOver, sendable
-from fdbroker.client.errors import ReloadRefusedError, disconnected, error_of_reply, protocol_error
+from fdbroker.client.engine import AskStatus, AskWhy, BringFile, HandOver, sendable
+from fdbroker.client.errors import (
+    ReloadRefusedError,
+    disconnected,
+    error_in_its_words,
+    error_of_reply,
+    protocol_error,
+)
 from fdbroker.client.link import Call, ConnectionLost, Deadline, connect_socket
-from fdbroker.wire.client import ExplainReply, ReloadReply, StatusReply, for_broker
+from fdbroker.wire.client import ExplainReply, ReloadReply, ReopenReply, StatusReply, for_broker
 from fdbroker.wire.format import ACTIONS, HEADER, MAX_POLICY, PIECE, Reason
 from fdbroker.wire.messages import ErrorReply
 
@@ -145,10 +151,36 @@ class Control:
                 return reply.generation
         raise AssertionError("the last piece has no more to follow")
 
-    def _ask(self, question: Question, deadline: Deadline) -> Reply:
+    def reopen_audit(self, descriptor: int) -> None:
+        """Have the audit go on in an open file: once this returns, nothing more is written to the one before.
+
+        Args:
+            descriptor: the file, open for appending and nothing else; it stays the caller's. It is a regular
+                file of root's, with one name, that nobody else can write.
+
+        Raises:
+            DeniedError: this process is not root's, or the file is not as it has to be: `strerror` says it.
+            BrokenError: the audit does not go to a file, or the new one can't be written to.
+            BrokerError: the connection failed: the last records of both files tell which one is in use.
+
+        """
+        deadline = Deadline.after(self._timeout)
+        reply = self._ask(BringFile(comes=False), deadline)
+        if isinstance(reply, ReopenReply) and not reply.taken:
+            reply = self._ask(BringFile(comes=True), deadline, descriptor)
+            if isinstance(reply, ReopenReply) and reply.taken:
+                return
+        if isinstance(reply, ErrorReply):
+            raise error_in_its_words(reply)
+        raise _unexpected(reply)
+
+    def _ask(self, question: Question, deadline: Deadline, descriptor: int | None = None) -> Reply:
         call = Call(question)
         try:
-            self._connection.send(call, deadline)
+            if descriptor is None:
+                self._connection.send(call, deadline)
+            else:
+                self._connection.send_at_once(call, descriptor)
             while not call.answers:
                 self._connection.wait(deadline)
         except ConnectionLost as lost:

@@ -31,6 +31,7 @@ from fdbroker.wire.client import (
     OpenReply,
     ReleaseReply,
     ReloadReply,
+    ReopenReply,
     ServeReply,
     StatReply,
     StatusReply,
@@ -44,6 +45,7 @@ from fdbroker.wire.client import (
     encode_open,
     encode_release,
     encode_reload,
+    encode_reopen,
     encode_serve,
     encode_stat,
     encode_status,
@@ -187,6 +189,12 @@ class HandOver(NamedTuple):
     more: bool
 
 
+class BringFile(NamedTuple):
+    """A file for the audit, which comes next, or, `comes`, beside this. On a control socket."""
+
+    comes: bool
+
+
 # As tuples: building a union for each question costs more than asking it.
 _ASKS_PATHS = (OpenPaths, StatPaths)
 _ANSWERS_PATHS = (OpenReply, StatReply)
@@ -207,6 +215,7 @@ Question = (
     | ReleaseClient
     | AskWhy
     | HandOver
+    | BringFile
 )
 
 
@@ -242,6 +251,7 @@ _REPLY_TO: dict[type, type] = {
     ReleaseClient: ReleaseReply,
     AskWhy: ExplainReply,
     HandOver: ReloadReply,
+    BringFile: ReopenReply,
 }
 
 
@@ -616,6 +626,8 @@ class Engine:
             frame = encode_explain(request_id, question.action, question.path)
         elif isinstance(question, HandOver):
             frame = encode_reload(request_id, question.offset, question.piece, more=question.more)
+        elif isinstance(question, BringFile):
+            frame = encode_reopen(request_id, comes=question.comes)
         else:
             frame = encode_status(request_id)
         return frame

@@ -244,6 +244,11 @@ def error_of_reply(reply: ErrorReply, path: bytes | None = None) -> BrokerError:
     return _error(reply.reason, reply.errno, path, reply.id, reply.text)
 
 
+def error_in_its_words(reply: ErrorReply) -> BrokerError:
+    """Return the exception for an error frame whose own sentence says what is wrong, and the cure."""
+    return _error(reply.reason, reply.errno, None, reply.id, text=reply.text)
+
+
 def _error(
     reason: Reason,
     number: int,

@@ -139,10 +139,30 @@ class Link:
             ValueError: it can't be expressed.
 
         """
+        self._queue(self._frame_of(call))
+
+    def send_at_once(self, call: Call, descriptor: int) -> None:
+        """Send the question of `call` and a copy of a descriptor beside it, where nothing waits to be sent.
+
+        Raises:
+            ConnectionLost: the broker closed the connection.
+            UnavailableError: the socket can't be used, or does not take descriptors.
+
+        """
+        frame = self._frame_of(call)
+        try:
+            sockets.send(self._sock, frame, [descriptor])
+        except OSError as error:
+            if error.errno in _LOST:
+                raise ConnectionLost(str(error)) from error
+            raise unavailable(None, error) from error
+
+    def _frame_of(self, call: Call) -> bytes:
+        """Return what asks the question of `call`, whose answers are its from now on."""
         call.id, frame = self._engine.request(call.question)
         call.link = self
         self._calls[call.id] = call
-        self._queue(frame)
+        return frame
 
     def queue_more(self, call: Call, frames: int) -> None:
         """Have so many frames more of a walk asked for, unless it has ended."""

@@ -255,14 +255,14 @@ def ask_for_pidfds(sock: socket.socket) -> bool:
     return True
 
 
-def refuse_descriptors(sock: socket.socket) -> bool:
-    """Let the kernel refuse SCM_RIGHTS sent to this socket (SO_PASSRIGHTS=0, Linux 6.16).
+def refuse_descriptors(sock: socket.socket, *, refuse: bool = True) -> bool:
+    """Let the kernel refuse SCM_RIGHTS sent to this socket (SO_PASSRIGHTS=0, Linux 6.16), or not any more.
 
     On a listener it holds for what connects from now on, also before accept().
     Return whether the kernel has it; without it, what arrives must be closed.
     """
     try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, int(not refuse))
     except OSError as error:
         if error.errno == errno.ENOPROTOOPT:
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import stat
 
+from fdbroker.broker.audit import objection_to_file
 from fdbroker.kernel import process
 from fdbroker.launcher.directories import open_directory_of_root
 from fdbroker.launcher.errors import LaunchError
@@ -36,6 +38,18 @@ def open_audit(where: str, uid: int, gid: int) -> int | None:
     if where == STANDARD_OUTPUT:
         _prepare_standard_output(uid, gid)
         return 1
+    return open_audit_file(where)
+
+
+def open_audit_file(where: str) -> int:
+    """Return a descriptor, the caller's, to append records to a file, which is made if it is missing.
+
+    What is there ends with a whole line: a record that was cut, as a crash may leave one, is ended.
+
+    Raises:
+        LaunchError: as above.
+
+    """
     try:
         # /var/log itself is a group's to write on some systems (syslog's on Ubuntu).
         directory = open_directory_of_root(os.path.dirname(where), group_above=True)
@@ -52,16 +66,32 @@ def open_audit(where: str, uid: int, gid: int) -> int | None:
         raise LaunchError(f"audit {where} can't be opened: {error.strerror}; {cure}") from error
     finally:
         os.close(directory)
-    facts = os.fstat(descriptor)
-    if not stat.S_ISREG(facts.st_mode):
+    try:
+        objection = objection_to_file(descriptor)
+        if objection is not None:
+            cure = "; use - for standard output" if not stat.S_ISREG(os.fstat(descriptor).st_mode) else ""
+            raise LaunchError(f"audit {where} {objection}{cure}")
+        _end_the_last_line(descriptor)
+    except BaseException:
         os.close(descriptor)
-        raise LaunchError(f"audit {where} is not a regular file; use - for standard output")
-    if facts.st_uid != 0 or facts.st_nlink != 1 or facts.st_mode & 0o022:
-        os.close(descriptor)
-        raise LaunchError(
-            f"audit {where} must belong to root, have one name and be writable by nobody else: move it away"
-        )
+        raise
     return descriptor
+
+
+def _end_the_last_line(descriptor: int) -> None:
+    """See that the next record begins on a line of its own, in a regular file that is open for appending.
+
+    What can't be read or written is left: the first record shows whether there is room.
+    """
+    with contextlib.suppress(OSError):
+        size = os.fstat(descriptor).st_size
+        reading = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            whole = not size or os.pread(reading, 1, size - 1) == b"\n"
+        finally:
+            os.close(reading)
+        if not whole:
+            os.write(descriptor, b"\n")
 
 
 def _prepare_standard_output(uid: int, gid: int) -> None:
@@ -82,6 +112,8 @@ def _prepare_standard_output(uid: int, gid: int) -> None:
             os.set_blocking(1, False)
             with socket.socket(fileno=os.dup(1)) as sock:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
+        elif stat.S_ISREG(mode):
+            _end_the_last_line(1)
     except OSError as error:
         raise LaunchError(
             f"the audit can't go to standard output: {error.strerror or error}; raise fs.pipe-max-size to"

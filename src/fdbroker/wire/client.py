@@ -17,6 +17,7 @@ from fdbroker.wire.format import (
     ENTRY,
     ENTRY_HAS_STAT,
     ERROR,
+    FILE_COMES,
     FOR_CLIENT,
     HEADER,
     HELLO,
@@ -171,6 +172,14 @@ class ReloadReply(NamedTuple):
     more: bool
 
 
+class ReopenReply(NamedTuple):
+    """`taken`: the audit goes to the file that was sent; else it is waited for."""
+
+    id: int
+    generation: int
+    taken: bool
+
+
 Reply = (
     Welcome
     | OpenReply
@@ -183,6 +192,7 @@ Reply = (
     | ReleaseReply
     | ExplainReply
     | ReloadReply
+    | ReopenReply
     | ErrorReply
 )
 
@@ -348,6 +358,11 @@ def encode_reload(request_id: int, offset: int, piece: bytes, *, more: bool) -> 
     if len(frame) > MAX_FRAME:
         raise ValueError(f"a piece of {len(piece)} bytes is too long for a frame")
     return frame
+
+
+def encode_reopen(request_id: int, *, comes: bool) -> bytes:
+    """Return a request that announces a file for the audit, or, `comes`, has it beside it."""
+    return HEADER.pack(Type.REOPEN, FILE_COMES if comes else 0, 0, request_id, 0)
 
 
 def _encode_paths(
@@ -575,6 +590,13 @@ def _decode_reload(frame: bytes, flags: int, count: int, request_id: int, genera
     return ReloadReply(request_id, generation, received, more=bool(flags & MORE_FOLLOWS))
 
 
+def _decode_reopen(frame: bytes, flags: int, count: int, request_id: int, generation: int) -> ReopenReply:
+    _expect(frame, HEADER.size, "a reply about the audit's file", request_id)
+    if count:
+        raise MalformedError("a reply about the audit's file whose count is not 0", request_id)
+    return ReopenReply(request_id, generation, taken=bool(flags & FILE_COMES))
+
+
 def _decode_error(frame: bytes, flags: int, count: int, request_id: int, generation: int) -> ErrorReply:
     if len(frame) < HEADER.size + ERROR.size:
         raise MalformedError("an error frame without its reason", request_id)
@@ -589,6 +611,7 @@ _FLAGS = {
     Type.LIST | REPLY: LIST_LAST_PAGE,
     Type.WALK | REPLY: WALK_LAST,
     Type.RELOAD | REPLY: MORE_FOLLOWS,
+    Type.REOPEN | REPLY: FILE_COMES,
     Type.ERROR: Kind.REFUSED | Kind.MALFORMED | Kind.BROKEN,
 }
 _DECODERS: dict[int, Callable[[bytes, int, int, int, int], Reply]] = {
@@ -603,5 +626,6 @@ _DECODERS: dict[int, Callable[[bytes, int, int, int, int], Reply]] = {
     Type.RELEASE | REPLY: _decode_release,
     Type.EXPLAIN | REPLY: _decode_explain,
     Type.RELOAD | REPLY: _decode_reload,
+    Type.REOPEN | REPLY: _decode_reopen,
     Type.ERROR: _decode_error,
 }

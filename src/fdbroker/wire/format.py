@@ -40,6 +40,7 @@ LENGTH = struct.Struct("<I")  # of a frame, before it on a stream
 LIST_LAST_PAGE = 1
 ENTRY_HAS_STAT = 1
 MORE_FOLLOWS = 1
+FILE_COMES = 1  # with this frame; without it: one is announced
 FOR_CLIENT = 1  # a service asks on behalf of one of its clients
 WANTS_COPY = 2  # the contents will do as well as a descriptor
 WALK_LAST = 1
@@ -66,6 +67,7 @@ class Type(IntEnum):
     ACCEPTED = 0x10
     EXPLAIN = 0x41
     RELOAD = 0x42
+    REOPEN = 0x43
     ERROR = 0xFF
 
 

@@ -149,6 +149,13 @@ class ReloadRequest(NamedTuple):
     more: bool
 
 
+class ReopenRequest(NamedTuple):
+    """Another file for the audit: announced, or, `comes`, beside this frame."""
+
+    id: int
+    comes: bool
+
+
 Request = (
     Hello
     | OpenRequest
@@ -162,6 +169,7 @@ Request = (
     | ReleaseRequest
     | ExplainRequest
     | ReloadRequest
+    | ReopenRequest
 )
 
 

@@ -10,6 +10,7 @@ from fdbroker.wire.format import (
     ENTRY,
     ENTRY_HAS_STAT,
     ERROR,
+    FILE_COMES,
     HEADER,
     LIST_LAST_PAGE,
     MORE_FOLLOWS,
@@ -148,6 +149,11 @@ def encode_reload_reply(request_id: int, generation: int, received: int, *, more
     """Return the frame."""
     flags = MORE_FOLLOWS if more else 0
     return HEADER.pack(Type.RELOAD | REPLY, flags, 0, request_id, generation) + PIECE.pack(received)
+
+
+def encode_reopen_reply(request_id: int, generation: int, *, taken: bool) -> bytes:
+    """Return the frame. `taken`: the file is the audit's now; else it is waited for."""
+    return HEADER.pack(Type.REOPEN | REPLY, FILE_COMES if taken else 0, 0, request_id, generation)
 
 
 def encode_error(reply: ErrorReply) -> bytes:

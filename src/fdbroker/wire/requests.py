@@ -13,6 +13,7 @@ from fdbroker.wire.format import (
     ACTIONS,
     CLIENT,
     COOKIE,
+    FILE_COMES,
     FOR_CLIENT,
     HEADER,
     HELLO,
@@ -42,6 +43,7 @@ from fdbroker.wire.messages import (
     OpenRequest,
     ReleaseRequest,
     ReloadRequest,
+    ReopenRequest,
     Request,
     ServeRequest,
     StatRequest,
@@ -207,6 +209,12 @@ def _decode_reload(frame: bytes, flags: int, count: int, request_id: int) -> Rel
     return ReloadRequest(request_id, offset, piece, more=bool(flags & MORE_FOLLOWS))
 
 
+def _decode_reopen(frame: bytes, flags: int, count: int, request_id: int) -> ReopenRequest:
+    if count or len(frame) != HEADER.size:
+        raise MalformedError("a file for the audit with a body", request_id)
+    return ReopenRequest(request_id, comes=bool(flags & FILE_COMES))
+
+
 # What can be asked, with the flags it may have. What is not in this table does not exist.
 _DECODERS: dict[int, tuple[Callable[[bytes, int, int, int], Request], int]] = {
     Type.HELLO: (_decode_hello, 0),
@@ -221,5 +229,6 @@ _DECODERS: dict[int, tuple[Callable[[bytes, int, int, int], Request], int]] = {
     Type.RELEASE: (_decode_release, 0),
     Type.EXPLAIN: (_decode_explain, 0),
     Type.RELOAD: (_decode_reload, MORE_FOLLOWS),
+    Type.REOPEN: (_decode_reopen, FILE_COMES),
 }
 _UNKNOWN = (None, 0)

@@ -1,0 +1,55 @@
+"""Every audit that a broker writes in the tests is what docs/audit.md and the schema say."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from jsonschema import Draft202012Validator
+
+from fdbroker.cli.audit_schema import schema
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_MOST_OF_ONE_SHAPE = 20
+_seen: dict[object, int] = {}
+
+
+@cache
+def _validators() -> dict[str, Draft202012Validator]:
+    """Return one for each event: an error of one variant says more than that none of thirty fits."""
+    made = {}
+    for variant in schema(closed=True)["oneOf"]:
+        Draft202012Validator.check_schema(variant)
+        made[variant["title"]] = Draft202012Validator(variant)
+    return made
+
+
+def check_lines(lines: Iterable[bytes]) -> None:
+    """Check each record; lines that are none are left out, since tests cut some.
+
+    Of records that have the same members of the same types, some are checked in full.
+    """
+    for line in lines:
+        try:
+            pairs = json.loads(line, object_pairs_hook=list)
+        except ValueError:
+            continue
+        if not isinstance(pairs, list) or not pairs or not isinstance(pairs[0], tuple):
+            continue
+        record = dict(pairs)
+        assert len(record) == len(pairs), f"a member twice: {line!r}"
+        shape = (record.get("event"), tuple((name, type(value)) for name, value in pairs))
+        _seen[shape] = _seen.get(shape, 0) + 1
+        if _seen[shape] <= _MOST_OF_ONE_SHAPE:
+            check_record(record)
+
+
+def check_record(record: dict[str, Any]) -> None:
+    """Check one record."""
+    validator = _validators().get(record["event"])
+    assert validator is not None, f"an event that the schema does not have: {record}"
+    errors = [error.message for error in validator.iter_errors(record)]
+    assert not errors, (record, errors)
