@@ -41,8 +41,11 @@ class Clock:
         self.calls += 1
         self.goes_off = self.now + seconds if seconds else None
 
+    def nanoseconds(self) -> int:
+        return round(self.now * 1e9)
+
     def watchdog(self) -> Watchdog:
-        return Watchdog(STUCK_SECONDS, self.set_timer, lambda: self.now)
+        return Watchdog(STUCK_SECONDS, self.set_timer, self.nanoseconds)
 
 
 def test_a_loop_that_is_stuck_after_any_round_is_ended_within_three_seconds() -> None:
@@ -107,7 +110,7 @@ def test_the_timer_is_never_left_to_go_off_in_a_wait() -> None:
 
 def test_none_of_it_happens_where_it_is_off() -> None:
     clock = Clock()
-    watchdog = Watchdog(None, clock.set_timer, lambda: clock.now)
+    watchdog = Watchdog(None, clock.set_timer, clock.nanoseconds)
     assert watchdog.before_waiting(-1) == -1
     watchdog.after_waiting(1)
     watchdog.ping()

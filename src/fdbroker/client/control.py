@@ -86,7 +86,36 @@ class Control:
             BrokerError: it did not answer, or not by the protocol.
 
         """
-        reply = self._ask(AskStatus(), Deadline.after(self._timeout))
+        return self._ask_status(AskStatus(), Deadline.after(self._timeout))
+
+    def rows(self, part: str) -> list[dict[str, object]]:
+        """Return a list that the status has no room for: to root and `admins` alone.
+
+        Args:
+            part: `decisions` (how often which rule decided what, and why), `clients` (what each uid did) or
+                `connections` (those that ask most often). docs/cli.md has their members.
+
+        Raises:
+            ValueError: no such part.
+            DeniedError: this process may not see it.
+            BrokerError: the broker did not answer, or not by the protocol.
+
+        """
+        deadline = Deadline.after(self._timeout)
+        found: list[dict[str, object]] = []
+        following: object = 0
+        while following is not None:
+            document = self._ask_status(AskStatus(part, len(found)), deadline)
+            rows, following = document.get("rows"), document.get("next")
+            if not isinstance(rows, list) or following not in {None, len(found) + len(rows)} or not rows:
+                if rows == [] and following is None:
+                    break
+                raise protocol_error(f"rows of {part} that do not follow each other", 0)
+            found += rows
+        return found
+
+    def _ask_status(self, question: AskStatus, deadline: Deadline) -> dict[str, object]:
+        reply = self._ask(question, deadline)
         if isinstance(reply, StatusReply):
             return _object(reply.document, reply.id)
         raise _unexpected(reply)

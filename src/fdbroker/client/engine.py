@@ -169,7 +169,10 @@ class ReleaseClient(NamedTuple):
 
 
 class AskStatus(NamedTuple):
-    """How does the broker see this connection?"""
+    """How does the broker see this connection? On a control socket: the rows of a part from one on."""
+
+    part: str | None = None
+    row: int = 0
 
 
 class AskWhy(NamedTuple):
@@ -617,7 +620,7 @@ class Engine:
         elif isinstance(question, HandOver):
             frame = encode_reload(request_id, question.offset, question.piece, more=question.more)
         else:
-            frame = encode_status(request_id)
+            frame = encode_status(request_id, question.part, question.row)
         return frame
 
     def _next_id(self) -> int:
