@@ -80,6 +80,8 @@ class Decisions:
 
     def __init__(self) -> None:
         self.by_name: dict[tuple[str, str, str | None], int] = {}
+        # The same without names: of these nothing is ever given up.
+        self.allowed = self.denied = 0
 
     def count(self, client: Client, action: str, outcomes: Sequence[Outcome]) -> None:
         """Count what was decided for a client.
@@ -108,8 +110,10 @@ class Decisions:
         self.by_name[key] = self.by_name.get(key, 0) + times
         if outcome.reason == "ok":
             client.given += times
+            self.allowed += times
         else:
             client.refused += times
+            self.denied += times
 
     def rows(self) -> list[dict[str, object]]:
         """Return them for the status."""

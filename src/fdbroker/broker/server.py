@@ -399,7 +399,7 @@ class Broker:
                 "requests": one.requests,
                 "allowed": one.given,
                 "denied": one.refused,
-                "in_flight": one.in_flight,
+                "in_flight": one.count_in_flight(),
                 "walks": len(one.walks),
                 "unsent_replies": len(one.unsent),
             }
