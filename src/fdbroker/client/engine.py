@@ -620,6 +620,8 @@ class Engine:
         elif isinstance(question, HandOver):
             frame = encode_reload(request_id, question.offset, question.piece, more=question.more)
         else:
+            # Paths to open are encoded where they are asked for.
+            assert isinstance(question, AskStatus)  # noqa: S101 - for the type checker
             frame = encode_status(request_id, question.part, question.row)
         return frame
 
