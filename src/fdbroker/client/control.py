@@ -19,7 +19,7 @@ from fdbroker.client.engine import AskStatus, AskWhy, HandOver, sendable
 from fdbroker.client.errors import ReloadRefusedError, disconnected, error_of_reply, protocol_error
 from fdbroker.client.link import Call, ConnectionLost, Deadline, connect_socket
 from fdbroker.wire.client import ExplainReply, ReloadReply, StatusReply, for_broker
-from fdbroker.wire.format import ACTIONS, HEADER, MAX_POLICY, PIECE, Reason
+from fdbroker.wire.format import ACTIONS, HEADER, MAX_POLICY, PIECE, STATUS_PARTS, Reason
 from fdbroker.wire.messages import ErrorReply
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Control:
 
         Args:
             part: `decisions` (how often which rule decided what, and why), `clients` (what each uid did) or
-                `connections` (those that ask most often). docs/cli.md has their members.
+                `connections` (those that ask most often). docs/metrics.md has their members.
 
         Raises:
             ValueError: no such part.
@@ -101,18 +101,20 @@ class Control:
             BrokerError: the broker did not answer, or not by the protocol.
 
         """
+        if part not in STATUS_PARTS.values():
+            raise ValueError(f"{part!r} is no part: choose {', '.join(STATUS_PARTS.values())}")
         deadline = Deadline.after(self._timeout)
         found: list[dict[str, object]] = []
-        following: object = 0
-        while following is not None:
+        while True:
             document = self._ask_status(AskStatus(part, len(found)), deadline)
             rows, following = document.get("rows"), document.get("next")
-            if not isinstance(rows, list) or following not in {None, len(found) + len(rows)} or not rows:
-                if rows == [] and following is None:
-                    break
-                raise protocol_error(f"rows of {part} that do not follow each other", 0)
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise protocol_error(f"no rows of {part}", 0)
             found += rows
-        return found
+            if following is None:
+                return found
+            if not rows or following != len(found):
+                raise protocol_error(f"rows of {part} that do not follow each other", 0)
 
     def _ask_status(self, question: AskStatus, deadline: Deadline) -> dict[str, object]:
         reply = self._ask(question, deadline)
