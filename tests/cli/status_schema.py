@@ -99,6 +99,7 @@ WHOLE: dict[str, dict[str, Any]] = {
     "clients_served": INTEGER,
     "unsent_replies": INTEGER,
     "helpers_stuck": INTEGER,
+    "limits_hit": _array(_object(limit=STRING, rule=_or_null(STRING), count=INTEGER)),
     **LISTS,
 }
 CONNECTIONS: dict[str, Any] = _array(
@@ -118,4 +119,7 @@ CONNECTIONS: dict[str, Any] = _array(
 
 def schema_of(members: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return a whole schema."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_object(**members)}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **_object(**members)} | {
+        # Where no limit can be counted, none is.
+        "required": [name for name in members if name != "limits_hit"]
+    }
