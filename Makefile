@@ -1,7 +1,7 @@
 # Everything is made below build/. `make help` lists the targets.
 
 PYTHON ?= /usr/bin/python3
-EXTRAS := daemon,cli,yara,dev
+EXTRAS := daemon,cli,metrics,yara,dev
 VENV := build/venv
 BIN := $(VENV)/bin
 # For pytest or the benchmarks: make test ARGS='-k policy -x'. When nothing is given, two processes run all tests, and

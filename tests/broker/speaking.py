@@ -218,6 +218,19 @@ class Speaker:
         document: dict[str, Any] = json.loads(reply.document)
         return document
 
+    def rows(self, part: str) -> list[dict[str, Any]]:
+        """Return all rows of a part of the status; on a control socket."""
+        rows: list[dict[str, Any]] = []
+        while True:
+            reply = self.ask(encode_status(13, part, len(rows))).reply
+            assert isinstance(reply, StatusReply), reply
+            document = json.loads(reply.document)
+            assert document["rows"] or not rows
+            rows += document["rows"]
+            if document["next"] is None:
+                return rows
+            assert document["next"] == len(rows)
+
     def explain(self, action: str, path: bytes) -> dict[str, Any]:
         """Return what the name of a path decides; on a control socket."""
         reply = self.ask(encode_explain(11, action, path)).reply

@@ -172,7 +172,7 @@ def acting_broker(
                 with puppet:
                     pass
             wait_until(lambda: no_connection_left(broker), "an end of all connections")
-            assert broker.broker._services._clients == 0
+            assert broker.broker._services.count == 0
             assert not broker.broker._services._clients_of
             check_audit(broker.records())
 

@@ -141,7 +141,8 @@ MALFORMED = {
     "list of too many": (frame(4, count=1025, body=bytes(8) + b"/a"), "at most 1024 entries"),
     "list with NUL": (frame(4, body=bytes(8) + b"/a\0b"), "NUL"),
     "status with a body": (frame(5, body=b"x"), "with a body"),
-    "status with a count": (frame(5, count=1), "with a body"),
+    "part of status without row": (frame(5, count=1), "its row is missing"),
+    "status with an unknown part": (frame(5, count=9, body=bytes(4)), "9 is no part of the status"),
     "too long": (frame(2, count=1, body=b"/" * (MAX_FRAME - 11)), "longer than 65536"),
     "much too long": (frame(2, count=1, body=b"/" * 150_000), "longer than 65536"),
 }

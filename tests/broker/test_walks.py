@@ -343,9 +343,9 @@ def test_walks_are_limited_over_all_connections_and_each_end_makes_room(
     one.send(encode_cancel(2))
     one.begin_walk(b"/nowhere", credit=1, request_id=4)
     frames_now(walked, one)
-    assert walked_of._count == 1
+    assert walked_of.count == 1
     one.close()
-    assert (walked_of._count, walked_of._walks_of) == (0, {})
+    assert (walked_of.count, walked_of._walks_of) == (0, {})
 
 
 def rest_of_rest(broker: SteppedBroker, speaker: Speaker, request_id: int, first: Walked) -> list[bytes]:

@@ -117,7 +117,7 @@ def finish(walk: Walk, room: int = 64) -> Found:
     result: Result = GIVEN
     while True:
         batch = walk.step(room)
-        records += zip(batch.paths, batch.records, strict=True)
+        records += zip(batch.paths, (outcome.record for outcome in batch.outcomes), strict=True)
         reply = take(batch, contents)
         assert len(reply.entries) <= room
         entries += reply.entries

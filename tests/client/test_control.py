@@ -92,6 +92,42 @@ def test_status_is_what_the_broker_says(tmp_path: Path) -> None:
     assert [type(one) for one in asked] == [StatusRequest] * 2
 
 
+def test_rows_are_asked_for_until_there_are_no_more(tmp_path: Path) -> None:
+    def answer(request: Any) -> bytes:  # noqa: ANN401 - whatever was asked
+        rows = [{"number": number} for number in range(request.row, min(request.row + 3, 7))]
+        following = request.row + len(rows)
+        document = {"rows": rows, "next": following if following < 7 else None}
+        return encode_status_reply(request.id, 7, json.dumps(document).encode())
+
+    with talking_to(tmp_path, answer) as (made, asked):
+        assert made.rows("decisions") == [{"number": number} for number in range(7)]
+        with pytest.raises(ValueError, match="'rules' is no part: choose decisions, clients, connections"):
+            made.rows("rules")
+    assert [(one.part, one.row) for one in asked if isinstance(one, StatusRequest)] == [
+        ("decisions", 0),
+        ("decisions", 3),
+        ("decisions", 6),
+    ]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {},
+        {"rows": {}},
+        {"rows": [1]},
+        {"rows": [], "next": 0},
+        {"rows": [{}], "next": 0},
+        {"rows": [{}], "next": []},
+    ],
+    ids=str,
+)
+def test_rows_that_lead_nowhere_are_an_error_of_the_protocol(tmp_path: Path, document: object) -> None:
+    answer = talking_to(tmp_path, lambda r: encode_status_reply(r.id, 7, json.dumps(document).encode()))
+    with answer as (made, _), pytest.raises(ProtocolError):
+        made.rows("clients")
+
+
 def test_explanation_is_asked_for_by_action_and_bytes(tmp_path: Path) -> None:
     with talking_to(tmp_path, lambda r: encode_explain_reply(r.id, 7, b'{"allowed": true}')) as (made, asked):
         assert made.explain("list", "/caf\udce9") == {"allowed": True}
@@ -262,6 +298,9 @@ def test_others_see_themselves_and_change_nothing(running: RunningBroker) -> Non
                 said = str(error)
             else:
                 said = "not refused"
+            for part in ("decisions", "clients", "connections"):
+                with pytest.raises(DeniedError, match="to root and the policy's admins"):
+                    made.rows(part)
             return "pid" in made.status(), made.explain("open", tree / "file")["allowed"], said
 
     whole, allowed, said = in_child(client, uid=CLIENT_UID)

@@ -126,6 +126,30 @@ def test_a_reply_on_a_stream_comes_whole_with_its_descriptors(helped: Helped) ->
             assert contents == [b"content", b"inner"]
 
 
+def test_requests_that_helpers_answer_are_timed_to_their_reply(helped: Helped) -> None:
+    speaker, path = helped.join(), bytes(helped.tree / "file")
+    began = time.monotonic_ns()
+    speaker.open(path, path)
+    speaker.stat(path)
+    took = time.monotonic_ns() - began
+    found: dict[Any, Any] = {row["type"]: row for row in helped.broker._counts.requests()}
+    for kind in ("open", "stat"):
+        assert (found[kind]["requests"], found[kind]["timed"]) == (1, 1)
+        assert 0 < found[kind]["nanoseconds"] < took
+    assert helped.broker._facts()["helpers_stuck"] == 0
+
+
+def test_a_request_whose_client_has_gone_before_its_answer_is_counted_untimed(helped: Helped) -> None:
+    with helped.helpers_hang():
+        speaker = helped.join()
+        speaker.sock.send(encode_open(7, [bytes(helped.tree / "file")]))
+        helped.broker.step(5)
+        speaker.discard()
+        helped.serve_until(lambda: not helped.connections)
+    [row] = [row for row in helped.broker._counts.requests() if row["type"] == "open"]
+    assert (row["requests"], row["timed"]) == (1, 0)
+
+
 def test_nothing_is_answered_on_a_stream_while_a_helper_may_send_there(helped: Helped) -> None:
     stream = Stream(helped)
     with stream.sock:

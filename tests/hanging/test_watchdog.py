@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -41,8 +42,11 @@ class Clock:
         self.calls += 1
         self.goes_off = self.now + seconds if seconds else None
 
+    def nanoseconds(self) -> int:
+        return round(self.now * 1e9)
+
     def watchdog(self) -> Watchdog:
-        return Watchdog(STUCK_SECONDS, self.set_timer, lambda: self.now)
+        return Watchdog(STUCK_SECONDS, self.set_timer, self.nanoseconds)
 
 
 def test_a_loop_that_is_stuck_after_any_round_is_ended_within_three_seconds() -> None:
@@ -105,9 +109,34 @@ def test_the_timer_is_never_left_to_go_off_in_a_wait() -> None:
         clock.now += number % 5 / 10
 
 
+def test_what_is_to_be_done_often_is_done_twice_a_second_whether_it_is_on_or_off() -> None:
+    clock = Clock()
+
+    def note(times: list[float]) -> None:
+        times.append(clock.now)
+
+    for watchdog in (clock.watchdog(), Watchdog(None, clock.set_timer, clock.nanoseconds)):
+        times: list[float] = []
+        watchdog.often = partial(note, times)
+        for _ in range(10_000):  # in one second
+            watchdog.before_waiting(-1)
+            clock.now += 0.0001
+            watchdog.after_waiting(1)
+        assert 2 <= len(times) <= 3
+
+
+def test_the_time_that_was_looked_at_last_is_known_to_others() -> None:
+    clock = Clock()
+    watchdog = clock.watchdog()
+    for look in (partial(watchdog.after_waiting, 1), watchdog.ping):
+        clock.now += 7.5
+        look()
+        assert watchdog.now == clock.nanoseconds()
+
+
 def test_none_of_it_happens_where_it_is_off() -> None:
     clock = Clock()
-    watchdog = Watchdog(None, clock.set_timer, lambda: clock.now)
+    watchdog = Watchdog(None, clock.set_timer, clock.nanoseconds)
     assert watchdog.before_waiting(-1) == -1
     watchdog.after_waiting(1)
     watchdog.ping()

@@ -33,6 +33,7 @@ from fdbroker.wire.format import (
     MAX_POLICY,
     MAX_WALK_GLOBS,
     REPLY,
+    STATUS_PARTS,
     Incomplete,
     Kind,
     Reason,
@@ -105,7 +106,7 @@ def encode_request(message: Request) -> bytes:
         case ReleaseRequest():
             return client.encode_release(message.id, message.client)
         case StatusRequest():
-            return client.encode_status(message.id)
+            return client.encode_status(message.id, message.part, message.row)
         case ExplainRequest():
             return client.encode_explain(message.id, message.action, message.path)
         case ReloadRequest():
@@ -188,7 +189,8 @@ requests_of_all_kinds: st.SearchStrategy[Request] = st.one_of(
     st.builds(CancelRequest, u32),
     st.builds(ServeRequest, u32, st.binary(min_size=1, max_size=MAX_LISTENER_NAME)),
     st.builds(ReleaseRequest, u32, u32),
-    st.builds(StatusRequest, u32),
+    u32.map(StatusRequest),
+    st.builds(StatusRequest, u32, st.sampled_from(list(STATUS_PARTS.values())), u32),
     st.builds(ExplainRequest, u32, st.sampled_from(list(ACTIONS.values())), paths),
     st.builds(
         ReloadRequest,

@@ -73,6 +73,7 @@ EXAMPLES: list[Request] = [
     StatRequest(3, [b"/a"]),
     ListRequest(4, b"/dir", 77, 10),
     StatusRequest(5),
+    StatusRequest(5, "clients", 7),
     ExplainRequest(6, "walk", b"/a"),
     ReloadRequest(7, 12, b"piece", more=True),
     ReopenRequest(13, comes=True),
@@ -435,6 +436,14 @@ def test_a_hello_is_strict_about_its_magic_and_its_versions() -> None:
 
 def test_a_status_request_has_no_body_and_no_count() -> None:
     assert decode_request(encode_status(7)) == StatusRequest(7)
+
+
+@pytest.mark.parametrize("number", [4, 0xFFFF])
+def test_what_is_no_part_of_the_status_is_not_told(number: int) -> None:
+    with pytest.raises(MalformedError, match=f"{number} is no part of the status"):
+        decode_request(HEADER.pack(Type.STATUS, 0, number, 7, 0) + b"\0\0\0\0")
+    with pytest.raises(ValueError, match="'rules' is none of decisions, clients, connections"):
+        encode_status(1, "rules")
     with pytest.raises(MalformedError):
         decode_request(HEADER.pack(Type.STATUS, 0, 1, 7, 0))
 

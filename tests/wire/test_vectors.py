@@ -106,7 +106,7 @@ def test_the_frame_on_a_stream_is_the_one_without_it_and_its_length() -> None:
     text = PROTOCOL.read_text()
     [content] = re.findall(r"^```stream\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     sent = bytes.fromhex(re.sub(r"#.*", "", content))
-    [status] = [vector.frame for vector in GOOD if isinstance(vector.message, StatusRequest)]
+    [status] = [vector.frame for vector in GOOD if vector.message == StatusRequest(6)]
     assert framed(status) == sent
     buffer = FrameBuffer()
     buffer.add(sent)

@@ -57,7 +57,7 @@ class Services:
         """`most` clients in all: of each a pidfd is kept."""
         self._dispatch = dispatch
         self._most = most
-        self._clients = 0
+        self.count = 0
         self.someone_is_untold = False
         self._audit = parts.audit
         self._level = parts.identity_level
@@ -78,7 +78,7 @@ class Services:
 
     def can_take(self, name: bytes) -> bool:
         """Return whether somebody is there to take the next client of a listener."""
-        return self._clients < self._most and any(map(_has_room, self._servers[name]))
+        return self.count < self._most and any(map(_has_room, self._servers[name]))
 
     def server_for(self, name: bytes) -> Connection | None:
         """Return the connection that takes the next client of a listener; None: nobody can just now.
@@ -86,7 +86,7 @@ class Services:
         A service that is not who connected any more gets no client: whoever holds its connection now,
         as a process that it had started may, could ask nothing for them.
         """
-        if self._clients >= self._most:
+        if self.count >= self._most:
             return None
         able = sorted(filter(_has_room, self._servers[name]), key=lambda server: len(server.clients))
         for server in able:
@@ -155,7 +155,7 @@ class Services:
             members = member_text(listener=os.fsdecode(name), uid=uid, reason=str(error))
             self._audit.event("client_refused", members)
             return None
-        self._clients += 1
+        self.count += 1
         self._clients_of[peer.uid] = self._clients_of.get(peer.uid, 0) + 1
         server.clients[number] = client
         facts = AcceptedClient(number, peer.pid, peer.uid, peer.gid, peer.level)
@@ -164,7 +164,7 @@ class Services:
 
     def _released(self, client: ServedClient) -> None:
         uid = client.peer.uid
-        self._clients -= 1
+        self.count -= 1
         self._clients_of[uid] -= 1
         if not self._clients_of[uid]:
             del self._clients_of[uid]

@@ -57,6 +57,7 @@ class Audit:
         self.boot = boot
         self.deny_on_failure = deny_on_failure
         self.failures = 0
+        self.events: dict[str, int] = {}  # how many of each, recorded or not
         self._descriptor = descriptor
         self.sequence = 0  # of the next record
         self.on = descriptor is not None
@@ -95,6 +96,7 @@ class Audit:
 
     def event(self, name: str, members: str = "") -> bool:
         """Record something that is not a decision on a path. Return whether it was written."""
+        self.events[name] = self.events.get(name, 0) + 1
         if self._descriptor is None:
             return True
         first = self.sequence

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
     from fdbroker.broker.acting import ServedClient
     from fdbroker.broker.control import Loading
+    from fdbroker.broker.counting import Durations
     from fdbroker.broker.dispatch import Asker, Table
     from fdbroker.broker.identity import Peer, PeerAtConnect
     from fdbroker.broker.in_flight import InFlight
+    from fdbroker.broker.opening import Outcome
     from fdbroker.broker.walks import ActiveWalk
 
 
@@ -57,21 +59,36 @@ class Client:
     __slots__ = (
         "asker",
         "asker_generation",
+        "durations",
         "flight",
+        "given",
+        "given_last",
         "in_flight",
         "peer",
         "record",
+        "refused",
+        "requests",
         "sock",
+        "times",
         "under_way",
         "unsent",
     )
 
-    def __init__(self, sock: socket.socket, peer: Peer, record: str, flight: InFlight) -> None:
+    def __init__(
+        self, sock: socket.socket, peer: Peer, record: str, flight: InFlight, durations: Durations
+    ) -> None:
         # Where replies go.
         self.sock = sock
         self.peer = peer
         # Who asks, as every audit record says it.
         self.record = record
+        # How long its requests took is counted with those of others that come the same way.
+        self.durations = durations
+        # How often it asked, and how many paths it was given and refused.
+        self.requests = self.given = self.refused = 0
+        # What it was given last, and how often since anything else: these are not counted elsewhere yet.
+        self.given_last: Outcome | None = None
+        self.times = 0
         # The count that its descriptors under way are part of.
         self.flight = flight
         # Descriptors sent and, for all the kernel has told us, not yet received.
@@ -96,15 +113,18 @@ class Connection(Client):
     __slots__ = (
         "answers",
         "awaited",
+        "began",
         "clients",
         "credentials",
         "for_control",
         "greeted",
         "loading",
+        "number",
         "pieces",
         "serving",
         "state",
         "stream",
+        "transport",
         "walks",
     )
 
@@ -117,10 +137,14 @@ class Connection(Client):
         record: str,
         answers: Table,
         flight: InFlight,
+        durations: Durations,
         *,
         stream: bool,
     ) -> None:
-        super().__init__(sock, peer, record, flight)
+        super().__init__(sock, peer, record, flight, durations)
+        # Its number in the audit, and when it began: monotonic nanoseconds.
+        self.number = self.began = 0
+        self.transport = ""
         # What can be asked here, and how it is answered.
         self.answers = answers
         self.greeted = False

@@ -36,7 +36,7 @@ from fdbroker.wire.replies import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Mapping
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 
     from fdbroker.broker.connection import Connection
     from fdbroker.broker.dispatch import Answer, Dispatch, Parts, Table
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 # Of lists in an answer, so that it fits into one frame; JSON text.
 _MAX_LISTED = 8192
+_MAX_ROWS = 24576  # the same, where there is nothing else
 # Of a path, in the record: anybody may ask, and nothing is given, so a request is not to fill the disk.
 _MAX_EXPLAINED_BYTES = 256
 _MAX_OBJECTION = 1000  # characters of what is wrong with a policy
@@ -67,14 +68,19 @@ class Control:
         dispatch: Dispatch,
         parts: Parts,
         facts: Callable[[], Mapping[str, object]],
+        rows: Callable[[str], Sequence[object]],
         switched: Callable[[], None],
     ) -> None:
-        """`facts` is what the loop knows, for the status; `switched` is called when the policy is another."""
+        """`facts` is what the loop knows, for the status, and `rows` the lists that are asked for apart.
+
+        `switched` is called when the policy is another.
+        """
         self._dispatch = dispatch
         self._audit = parts.audit
         self._held = parts.held
         self._version = parts.version
         self._facts = facts
+        self._rows = rows
         self._switched = switched
         # What came beside the message that is being answered, where its connection may send that.
         self.file: Descriptors | None = None
@@ -87,12 +93,25 @@ class Control:
         }
 
     def _status(self, connection: Connection, request: Request, objection: str | None) -> Answer:
+        assert isinstance(request, StatusRequest)  # noqa: S101 - for the type checker; the table says it
         if objection is not None:
             return self._dispatch.refuse(connection, "status", request.id, objection)
         generation = self._dispatch.generation
-        document = self._dispatch.status_of(connection)
-        if generation.settings.admins.include(connection.peer.facts(generation.cgroups)):
-            document |= self._whole_status()
+        is_admin = generation.settings.admins.include(connection.peer.facts(generation.cgroups))
+        if request.part is not None and not is_admin:
+            return self._dispatch.refuse_part(request)
+        if request.part is not None:
+            rows = self._rows(request.part)
+            listed = _as_many_as_fit(rows[request.row :], _MAX_ROWS)
+            following = request.row + len(listed)
+            document: dict[str, object] = {
+                "rows": listed,
+                "next": following if following < len(rows) else None,
+            }
+        else:
+            document = self._dispatch.status_of(connection)
+            if is_admin:
+                document |= self._whole_status()
         return encode_status_reply(request.id, generation.number, json.dumps(document).encode()), []
 
     def _whole_status(self) -> dict[str, object]:
@@ -125,6 +144,9 @@ class Control:
             "audit_on_failure": "deny" if settings.deny_when_audit_fails else "allow",
             "audit_sequence": self._audit.sequence,
             "audit_failures": self._audit.failures,
+            "events": dict(self._audit.events),
+            "started": self._dispatch.counts.began,
+            "requests": self._dispatch.counts.requests(),
             **self._facts(),
         }
 
@@ -292,12 +314,12 @@ def _names(rules: Iterable[Rule]) -> list[str]:
     return [rule.name for rule in rules]
 
 
-def _as_many_as_fit(values: Iterable[object]) -> list[object]:
+def _as_many_as_fit(values: Iterable[object], most: int = _MAX_LISTED) -> list[object]:
     """Return the first of `values`, as many as an answer has room for."""
     listed, size = [], 0
     for value in values:
-        size += len(json.dumps(value))
-        if size > _MAX_LISTED:
+        size += len(json.dumps(value)) + 2
+        if size > most:
             break
         listed.append(value)
     return listed

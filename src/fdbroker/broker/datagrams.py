@@ -14,7 +14,8 @@ from __future__ import annotations
 import os
 import re
 import socket
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.broker.audit import failure_text, member_text
 from fdbroker.broker.connection import Client
@@ -27,13 +28,25 @@ from fdbroker.wire.messages import ListRequest, MalformedError, OpenRequest, Sta
 from fdbroker.wire.requests import decode_request
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from fdbroker.broker.audit import Audit
     from fdbroker.broker.dispatch import Dispatch
     from fdbroker.broker.in_flight import InFlight
+    from fdbroker.wire.messages import Request
 
 _SENDERS = 16  # uids that can have something under way at a time
 _AUTOBOUND = re.compile(rb"\0[0-9a-f]{5}")
 _CAN_BE_ASKED = (OpenRequest, StatRequest, ListRequest)
+
+
+class _Answered(NamedTuple):
+    """A reply, its descriptors, and what it is an answer to; `kind` None: to nothing that can be asked."""
+
+    frame: bytes
+    descriptors: list[int]
+    request_id: int
+    kind: type[Request] | None = None
 
 
 class Datagrams:
@@ -61,8 +74,13 @@ class Datagrams:
         for sender in self._free:
             sender.close()
 
+    def clients(self) -> Iterable[Client]:
+        """Return those that have something under way, or had just now."""
+        return self._clients.values()
+
     def serve(self, listener: socket.socket, name: str) -> None:
         """Receive one datagram and answer it."""
+        began = time.monotonic_ns()
         try:
             data, credentials, pidfd, address, flags = sockets.receive_datagram(listener, MAX_FRAME + 1)
         except BlockingIOError:
@@ -86,13 +104,17 @@ class Datagrams:
         if client is None:
             return self._refuse(record, "replies_not_received")
         too_long = bool(flags & sockets.DATA_TRUNCATED)
-        frame, descriptors, request_id = self._answer(client, data, too_long=too_long)
+        answered = self._answer(client, data, too_long=too_long)
+        descriptors = answered.descriptors
         try:
-            sockets.send_datagram(client.sock, frame, descriptors, address)
+            sockets.send_datagram(client.sock, answered.frame, descriptors, address)
         except OSError as error:
-            members = member_text(request=request_id, errno=error.errno)
+            members = member_text(request=answered.request_id, errno=error.errno)
             self._audit.event("undelivered", f"{record},{members}")
         else:
+            if answered.kind is not None:
+                client.requests += 1
+                client.durations[answered.kind].append(time.monotonic_ns() - began)
             if descriptors:
                 # Each process of that uid receives its own, in whatever order.
                 self._flight.add(client, len(descriptors), None)
@@ -102,8 +124,7 @@ class Datagrams:
     def _refuse(self, record: str, reason: str) -> None:
         self._audit.event("datagram_refused", f"{record},{member_text(reason=reason)}")
 
-    def _answer(self, client: Client, data: bytes, *, too_long: bool) -> tuple[bytes, list[int], int]:
-        """Return the reply, its descriptors, and the request's id."""
+    def _answer(self, client: Client, data: bytes, *, too_long: bool) -> _Answered:
         request_id = 0
         try:
             if too_long:
@@ -119,13 +140,14 @@ class Datagrams:
             self._audit.event("malformed", f"{client.record},{members}")
             text = str(error)
             frame = self._dispatch.error(error.request_id, Kind.MALFORMED, Reason.MALFORMED, text)
-            return frame, [], error.request_id
+            return _Answered(frame, [], error.request_id)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a denial, and the others are served
             members = member_text(request=request_id, reason=failure_text(error))
             self._audit.event("failed", f"{client.record},{members}")
             text = "the broker failed on this request; its audit says where"
-            return self._dispatch.error(request_id, Kind.BROKEN, Reason.BROKEN, text), [], request_id
-        return *answered, request_id
+            frame = self._dispatch.error(request_id, Kind.BROKEN, Reason.BROKEN, text)
+            return _Answered(frame, [], request_id)
+        return _Answered(*answered, request_id, type(request))
 
     def _client(self, peer: PeerOfMessage, record: str) -> Client | None:
         """Return who asks, with a socket for the reply; None: its uid, or all, must receive first."""
@@ -135,11 +157,14 @@ class Datagrams:
             if sockets.bytes_not_received(client.sock) <= sockets.DRAINED and self._flight.settle(client):
                 self._free.append(client.sock)
                 del self._clients[uid]
+                self._dispatch.counts.leave(client)
         before = self._clients.get(peer.uid)
         if before is None:
             if not self._free:
                 return None
-            self._clients[peer.uid] = Client(self._free.pop(), peer, record, self._flight)
+            self._clients[peer.uid] = Client(
+                self._free.pop(), peer, record, self._flight, self._dispatch.counts.durations["datagram"]
+            )
         elif before.in_flight + MAX_PATHS > most:
             return None
         client = self._clients[peer.uid]

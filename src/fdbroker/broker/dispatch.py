@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.connection import Connection
+from fdbroker.broker.counting import Counts
 from fdbroker.broker.opening import NEEDS_HELPER, Outcome, Page
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.wire.format import ERRNO_OF, MAX_COPY, MAX_FRAME, MAX_PATHS, VERSION, Kind, Reason
@@ -93,7 +94,7 @@ class Dispatch:
         """`totals` counts what the loop counts, for the status."""
         self.generation = parts.generation
         self.helped: Helped | None = None  # where some root is served by helpers
-        self._allowed = self._denied = 0
+        self.counts = Counts()
         self._audit = parts.audit
         self._layers = parts.layers
         self._totals = totals
@@ -152,16 +153,14 @@ class Dispatch:
             if self.helped is not None and self._is_for_helpers(connection, request, asker, outcomes):
                 close_all(descriptors)
                 return None
-            allowed = len(descriptors) + len(copies)
-            records = [outcome.record for outcome in outcomes] if self._audit.on else ()
-            if not self.record(
-                asker, connection, "open", request_id, paths, records, number=client, allowed=allowed
-            ):
+            if not self.record(asker, connection, "open", request_id, paths, outcomes, number=client):
                 close_all(descriptors)
                 copies.clear()
                 outcomes = [NOT_RECORDED] * len(paths)
             if len(descriptors) == len(paths):  # as it mostly is: all were given
                 return encode_open_given(request_id, generation.number, len(paths)), descriptors
+            if copies:
+                self.counts.copied += sum(map(len, copies))
             results = [outcome.result for outcome in outcomes]
             return encode_open_reply(request_id, generation.number, results, copies), descriptors
         except BaseException:
@@ -194,11 +193,7 @@ class Dispatch:
             outcomes = [opener.stat(asker, path) for path in paths]
         if self._is_for_helpers(connection, request, asker, outcomes):
             return None
-        allowed = sum(outcome.facts is not None for outcome in outcomes)
-        records = [outcome.record for outcome in outcomes]
-        if not self.record(
-            asker, connection, "stat", request.id, paths, records, number=request.client, allowed=allowed
-        ):
+        if not self.record(asker, connection, "stat", request.id, paths, outcomes, number=request.client):
             outcomes = [NOT_RECORDED] * len(paths)
         results = [(outcome.result, outcome.facts) for outcome in outcomes]
         return encode_stat_reply(request.id, self.generation.number, results), []
@@ -211,17 +206,15 @@ class Dispatch:
         else:
             page = self.generation.opener.list(asker, request.path, request.cookie, request.most)
         outcome, shown = page.outcome, f',"entries":{len(page.entries)}'
-        allowed = int(outcome.reason == "ok")
         if not self.record(
             asker,
             connection,
             "list",
             request.id,
             [request.path],
-            [outcome.record],
+            [outcome],
             shown,
             number=request.client,
-            allowed=allowed,
         ):
             page = Page(NOT_RECORDED)
         number = self.generation.number
@@ -231,12 +224,20 @@ class Dispatch:
         return reply, []
 
     def _status(self, connection: Connection, request: Request, objection: str | None) -> Answer:
+        assert isinstance(request, StatusRequest)  # noqa: S101 - for the type checker; the table says it
         if objection is not None:
             return self.refuse(connection, "status", request.id, objection)
+        if request.part is not None:
+            return self.refuse_part(request)
         document = self.status_of(connection)
         if connection.peer.uid == 0:
             document["totals"] = self.totals()
         return encode_status_reply(request.id, self.generation.number, json.dumps(document).encode()), []
+
+    def refuse_part(self, request: StatusRequest) -> Answer:
+        """Return what is said to whoever may not see a part of the status, or not here."""
+        text = f"{request.part} are shown on the control socket, to root and the policy's admins"
+        return self.error(request.id, Kind.REFUSED, Reason.DENIED, text), []
 
     def status_of(self, connection: Connection) -> dict[str, object]:
         """Return how the broker sees a connection, which whoever made it may know."""
@@ -254,8 +255,14 @@ class Dispatch:
 
     def totals(self) -> dict[str, int]:
         """Return what was counted since the start."""
-        counts = {"allowed": self._allowed, "denied": self._denied, "audit_failures": self._audit.failures}
-        return {**self._totals(), **counts}
+        counted = self._totals()  # which settles what is counted with clients
+        return {
+            **counted,
+            "allowed": self.counts.decisions.allowed,
+            "denied": self.counts.decisions.denied,
+            "bytes_copied": self.counts.copied,
+            "audit_failures": self._audit.failures,
+        }
 
     def own_asker(self, client: Client) -> Asker:
         """Return for whom a request of `client` for itself is decided: never by an earlier policy."""
@@ -301,26 +308,30 @@ class Dispatch:
         action: str,
         request_id: int,
         paths: Sequence[bytes],
-        records: Sequence[str],
+        outcomes: Sequence[Outcome],
         extra: str = "",
         *,
         number: int | None = None,
-        allowed: int,
     ) -> bool:
-        """Record what was decided for `paths`, `allowed` of which are given. Return whether to go on with it.
+        """Record and count what was decided for `paths`.
 
-        `records`: for each of them the members that say it, as `Outcome.record`. `number`: of the client
-        that the request was for, which is to be told also where that was refused.
+        `outcomes`: one for each of them. `number`: of the client that the request was for, which is to be
+        told also where that was refused. Return whether to go on with it.
         """
-        recorded = True
         if self._audit.on:
             who = self.who(client, number) if isinstance(asker, str) else asker.record
             requester = f'{who},"request":{request_id},"generation":{self.generation.number}'
-            recorded = self._audit.decisions(requester, action, paths, records, extra)
-        given = allowed if recorded else 0
-        self._allowed += given
-        self._denied += len(paths) - given
-        return recorded
+            records = [outcome.record for outcome in outcomes]
+            if not self._audit.decisions(requester, action, paths, records, extra):
+                self.counts.decisions.count(client, action, [NOT_RECORDED] * len(paths))
+                return False
+        asked = len(paths)
+        first = outcomes[0]
+        if first is client.given_last and (asked == 1 or outcomes.count(first) == asked):
+            client.times += asked
+        else:
+            self.counts.decisions.count(client, action, outcomes)
+        return True
 
     def refuse(self, connection: Connection, what: str, request_id: int, objection: str) -> Answer:
         """Record and say that the sender of a message is not who connected."""

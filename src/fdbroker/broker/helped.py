@@ -9,6 +9,7 @@ open, after it was recorded.
 from __future__ import annotations
 
 import errno
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,7 @@ class Helped:
                 indexes.append(index)
                 paths.append(JobPath(root.descriptor, path, decision.asks_links))
         connection.awaited += 1
-        done = partial(self._answer, connection, request, indexes)
+        done = partial(self._answer, connection, request, indexes, time.monotonic_ns())
         # One client of a service must not take up what the service may have for all of them.
         uid = asker.uid if asker.on_behalf_of_uid is None else asker.on_behalf_of_uid
         self._helpers.submit(Job(paths, opens, uid, connection, done))
@@ -73,6 +74,7 @@ class Helped:
         connection: Connection,
         request: OpenRequest | StatRequest,
         indexes: Sequence[int],
+        began: int,
         answer: JobAnswer,
     ) -> None:
         """Decide, record and send; by the helper if it has something open that is given."""
@@ -83,7 +85,7 @@ class Helped:
             if not isinstance(asker, str):
                 asker = connection.peer.present_objection() or asker
             if isinstance(request, OpenRequest):
-                delivering = self._answer_open(connection, request, asker, answer.number, reports)
+                delivering = self._answer_open(connection, request, asker, answer.number, reports, began)
             else:
                 self._answer_stat(connection, request, asker, reports)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a denial, and the others are served
@@ -91,7 +93,7 @@ class Helped:
         finally:
             if not delivering:
                 self._helpers.release(answer.number)
-                self._end(connection)
+                self._end(connection, request, began)
 
     def _answer_open(
         self,
@@ -100,6 +102,7 @@ class Helped:
         asker: Asker | str,
         number: int,
         reports: Mapping[int, Report],
+        began: int,
     ) -> bool:
         """Answer; return whether a helper delivers it."""
         paths = request.paths
@@ -131,14 +134,13 @@ class Helped:
                 else:
                     own += 1
                     places.append(-own)
-            records = [outcome.record for outcome in outcomes]
-            allowed = len(places) + len(copies)
             if not self._dispatch.record(
-                asker, connection, "open", request.id, paths, records, number=request.client, allowed=allowed
+                asker, connection, "open", request.id, paths, outcomes, number=request.client
             ):
                 close_all(descriptors)
                 copies.clear()
                 own, places, outcomes = 0, [], [NOT_RECORDED] * len(paths)
+            self._dispatch.counts.copied += sum(map(len, copies))
             results = [outcome.result for outcome in outcomes]
             frame = encode_open_reply(request.id, generation, results, copies)
             if own == len(places):
@@ -147,7 +149,7 @@ class Helped:
                 return False
             if connection.stream is not None:
                 frame = framed(frame)
-            done = partial(self._delivered, connection, request.id, len(places))
+            done = partial(self._delivered, connection, request, len(places), began)
             self._helpers.deliver(number, connection.sock, frame, places, descriptors, done)
             return True
         finally:
@@ -168,34 +170,37 @@ class Helped:
             for index, report in reports.items():
                 if outcomes[index] is NEEDS_HELPER:
                     outcomes[index] = opener.judge_report(asker, "stat", paths[index], report)
-        allowed = sum(outcome.facts is not None for outcome in outcomes)
-        records = [outcome.record for outcome in outcomes]
         if not self._dispatch.record(
-            asker, connection, "stat", request.id, paths, records, number=request.client, allowed=allowed
+            asker, connection, "stat", request.id, paths, outcomes, number=request.client
         ):
             outcomes = [NOT_RECORDED] * len(paths)
         results = [(outcome.result, outcome.facts) for outcome in outcomes]
         frame = encode_stat_reply(request.id, self._dispatch.generation.number, results)
         self._loop.send(connection, frame, [], request.id)
 
-    def _delivered(self, connection: Connection, request_id: int, count: int, delivery: Delivery) -> None:
+    def _delivered(
+        self, connection: Connection, request: OpenRequest, count: int, began: int, delivery: Delivery
+    ) -> None:
         """Count what is under way, or take it back in the audit."""
         if delivery.sent != 0:  # whole, in part, or nobody knows: they go with the first byte
             connection.flight.add(connection, count, None)  # other replies may have been sent since
         if delivery.errno:
-            members = member_text(request=request_id, errno=delivery.errno)
+            members = member_text(request=request.id, errno=delivery.errno)
             event = "partly_delivered" if delivery.sent else "undelivered"
             self._audit.event(event, f"{connection.record},{members}")
             if delivery.sent == 0 and delivery.errno in {errno.ETIMEDOUT, errno.ETOOMANYREFS}:
                 text = "the descriptors could not be sent in time; receive what was sent, then ask again"
                 reason = Reason.TIMED_OUT if delivery.errno == errno.ETIMEDOUT else Reason.LIMIT
-                frame = self._dispatch.error(request_id, Kind.REFUSED, reason, text)
-                self._loop.send(connection, frame, [], request_id)
+                frame = self._dispatch.error(request.id, Kind.REFUSED, reason, text)
+                self._loop.send(connection, frame, [], request.id)
             else:
                 self._loop.hang_up(connection)
-        self._end(connection)
+        self._end(connection, request, began)
 
-    def _end(self, connection: Connection) -> None:
+    def _end(self, connection: Connection, request: OpenRequest | StatRequest, began: int) -> None:
+        # It was counted when it came; only now it is known how long it took.
+        connection.durations.count_untimed(type(request), -1)
+        connection.durations[type(request)].append(time.monotonic_ns() - began)
         if connection.awaited:  # it is not, if the connection has ended
             connection.awaited -= 1
         if connection.state is State.WAITING:

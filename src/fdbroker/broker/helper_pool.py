@@ -231,6 +231,11 @@ class HelperPool:
         effects, self._effects = self._effects, []
         return effects
 
+    @property
+    def stuck(self) -> int:
+        """How many were given up and have not ended."""
+        return len(self._stuck)
+
     def submit(self, job: Job, now: float) -> None:
         """Have a job done, now or later."""
         waiting = self._waiting.get(job.client_uid, ())

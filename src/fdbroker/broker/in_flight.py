@@ -33,6 +33,8 @@ class InFlight:
 
     def __init__(self, most: int, most_per_uid: int) -> None:
         self.total = 0
+        # How many are not under way any more.
+        self.taken_back = 0
         self._most = most
         self._most_per_uid = most_per_uid
         self._of_uid: dict[int, int] = {}
@@ -63,6 +65,7 @@ class InFlight:
             return
         client.in_flight -= count
         self.total -= count
+        self.taken_back += count
         uid = client.peer.uid
         self._of_uid[uid] -= count
         if not self._of_uid[uid]:

@@ -94,6 +94,11 @@ class OpenHelpers:
         """Return what to watch for reading."""
         return [self._control.fileno(), *self._slots] if self._control.fileno() >= 0 else []
 
+    @property
+    def stuck(self) -> int:
+        """How many were killed and have not ended."""
+        return self._pool.stuck
+
     def submit(self, job: Job) -> None:
         """Have paths looked at or opened; `job.done` is called later, or at once where it is refused."""
         self._pool.submit(job, time.monotonic())

@@ -15,6 +15,7 @@ import resource
 import select
 import socket
 import time
+from time import monotonic_ns
 from typing import TYPE_CHECKING
 
 from fdbroker.broker.accepting import Acceptor, Listener
@@ -35,14 +36,16 @@ from fdbroker.wire.requests import decode_request
 from fdbroker.wire.stream import framed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from fdbroker.broker.connection import Client
     from fdbroker.broker.datagrams import Datagrams
     from fdbroker.broker.helped import Helped
     from fdbroker.broker.open_helpers import OpenHelpers
 
 _REST = 0.1  # seconds
 _LOOK_AT_DEADLINES = 1.0  # seconds: how late a client may be noticed to be late
+_MOST_SHOWN = 256  # connections, to those who look at all
 _MOST_AWAITED = 16  # answers of others that one connection may wait for
 _READY = select.EPOLLIN
 _READING = State.READING  # to look up a member of an Enum costs as much as a small system call
@@ -66,9 +69,11 @@ class Broker:
     def __init__(self, parts: Parts) -> None:
         self._dispatch = Dispatch(parts, self._totals)
         self._walks = Walks(self._dispatch, parts)
-        self._control = Control(self._dispatch, parts, self._facts, self._switched)
+        self._control = Control(self._dispatch, parts, self._facts, self._rows, self._switched)
         self._notifier = parts.notifier
         self._watchdog = parts.watchdog
+        self._counts = self._dispatch.counts
+        self._watchdog.often = self._counts.settle_durations
         self._helpers: OpenHelpers | None = None
         self._helper_descriptors: frozenset[int] = frozenset()
         self._audit = parts.audit
@@ -79,6 +84,7 @@ class Broker:
         # Those on control sockets, of root and others.
         self._for_control = 0
         self._accepted = self._malformed = 0
+        self._never_sent_descriptors = 0
         # Connections that have something to do without an event: a frame of a stream that is there
         # already, a walk that may go on.
         self._busy: dict[Connection, None] = {}
@@ -181,8 +187,13 @@ class Broker:
         )
         stream = sock.type == socket.SOCK_STREAM
         answers = answers or self._dispatch.table
-        connection = Connection(sock, peer, record, answers, self._flight, stream=stream)
-        connection.for_control = answers is self._control.table
+        for_control = answers is self._control.table
+        transport = "control" if for_control else "stream" if stream else "seqpacket"
+        durations = self._counts.durations[transport]
+        connection = Connection(sock, peer, record, answers, self._flight, durations, stream=stream)
+        connection.number, connection.began = self._accepted, monotonic_ns()
+        connection.transport = transport
+        connection.for_control = for_control
         self._for_control += connection.for_control
         self._connections[sock.fileno()] = connection
         self._connections_of[peer.uid] = self._connections_of.get(peer.uid, 0) + 1
@@ -326,8 +337,20 @@ class Broker:
         self._epoll.close()
         close_all([self._wake_read, self._wake_write])
 
+    def _clients(self) -> Iterator[Client]:
+        """Return all clients of now, those that sent datagrams as well."""
+        yield from self._connections.values()
+        if self._datagrams is not None:
+            yield from self._datagrams.clients()
+
+    def _settle_decisions(self) -> None:
+        for client in self._clients():
+            self._counts.decisions.settle(client)
+
     def _totals(self) -> Mapping[str, int]:
+        self._settle_decisions()
         return {
+            "descriptors_sent": self._flight.total + self._flight.taken_back - self._not_sent(),
             "accepted": self._accepted,
             "connections": len(self._connections),
             "in_flight": self._flight.total,
@@ -343,10 +366,51 @@ class Broker:
                 for listener in self._acceptor.listeners.values()
             ],
             "connections_most": self._acceptor.max_connections,
+            "walks": self._walks.count,
+            "unsent_replies": sum(len(connection.unsent) for connection in self._connections.values()),
+            "clients_served": self._services.count,
+            "helpers_stuck": 0 if self._helpers is None else self._helpers.stuck,
         }
+
+    def _not_sent(self) -> int:
+        """Return how many descriptors were counted as under way that wait still, or never were sent."""
+        waiting = sum(
+            len(reply.descriptors) for connection in self._connections.values() for reply in connection.unsent
+        )
+        return self._never_sent_descriptors + waiting
+
+    def _rows(self, part: str) -> Sequence[object]:
+        """Return a list of the whole status that is asked for apart."""
+        self._settle_decisions()
+        if part == "decisions":
+            return self._counts.decisions.rows()
+        if part == "clients":
+            return self._counts.of_uids.rows(self._clients(), self._connections_of)
+        now = monotonic_ns()
+        busiest = sorted(
+            self._connections.values(), key=lambda one: one.requests / (now - one.began + 1), reverse=True
+        )
+        return [
+            {
+                "connection": one.number,
+                "pid": one.peer.pid,
+                "uid": one.peer.uid,
+                "transport": one.transport,
+                "age": (now - one.began) // 1_000_000,
+                "requests": one.requests,
+                "allowed": one.given,
+                "denied": one.refused,
+                "in_flight": one.count_in_flight(),
+                "walks": len(one.walks),
+                "unsent_replies": len(one.unsent),
+            }
+            for one in busiest[:_MOST_SHOWN]
+        ]
 
     def _switched(self) -> None:
         """Forget the policy before: idle clients must not keep it, with all they asked by it."""
+        self._settle_decisions()
+        self._counts.decisions.begin_policy(self._dispatch.generation.policy.rule_set.rules)
         for connection in self._connections.values():
             connection.asker = None
             for client in connection.clients.values():
@@ -476,6 +540,7 @@ class Broker:
     def _discard_unsent(self, connection: Connection) -> None:
         """Let go of replies that wait, and take back in the audit what they would have given."""
         for reply in connection.unsent:
+            self._never_sent_descriptors += len(reply.descriptors)
             self._record_unsent(connection, reply, errno.EPIPE)
         connection.discard_unsent()
 
@@ -490,6 +555,7 @@ class Broker:
         self._end_what_goes_on(connection)
         self._discard_unsent(connection)
         self._flight.forget(connection)
+        self._counts.leave(connection)
         descriptor = connection.sock.fileno()
         self._epoll.unregister(descriptor)
         del self._connections[descriptor]
@@ -640,10 +706,11 @@ class Broker:
         try:
             request = decode_request(data)
             request_id = request.id
-            answer = connection.answers.get(type(request))
+            kind = type(request)
+            answer = connection.answers.get(kind)
             if answer is None:
-                raise MalformedError(f"{type(request).__name__} is not for this socket", request.id)
-            if (type(request) is Hello) is connection.greeted:
+                raise MalformedError(f"{kind.__name__} is not for this socket", request.id)
+            if (kind is Hello) is connection.greeted:
                 text = "a second hello" if connection.greeted else "the first frame is not a hello"
                 raise MalformedError(text, request.id)
             answered = answer(connection, request, connection.peer.objection(credentials))
@@ -654,12 +721,16 @@ class Broker:
             self._fail(connection, request_id, error)
             return
         if answered is None:
+            connection.requests += 1
+            connection.durations.count_untimed(kind)
             self._answer_later(connection)
             return
         if self._deadlines and connection.greeted:
             self._deadlines.pop(connection, None)
         self._send(connection, *answered, request_id)
-        if type(request) is ServeRequest or type(request) is ReleaseRequest:
+        connection.requests += 1
+        connection.durations[kind].append(monotonic_ns() - self._watchdog.now)
+        if kind is ServeRequest or kind is ReleaseRequest:
             self._see_who_serves()
 
     def _answer_later(self, connection: Connection) -> None:
@@ -728,7 +799,7 @@ class Broker:
             self._keep_unsent(connection, Unsent(data, descriptors, request_id))
             return
         except OSError as error:
-            self._not_sent(connection, Unsent(data, descriptors, request_id), error)
+            self._let_go(connection, Unsent(data, descriptors, request_id), error)
             return
         if descriptors:
             self._flight.add(connection, len(descriptors), sent)
@@ -745,7 +816,7 @@ class Broker:
         if connection.state is not State.SENDING:
             self._wait_for(connection, State.SENDING)
 
-    def _not_sent(self, connection: Connection, reply: Unsent, error: OSError) -> None:
+    def _let_go(self, connection: Connection, reply: Unsent, error: OSError) -> None:
         """Let go of a reply that can't be sent at all."""
         close_all(reply.descriptors)
         self._record_unsent(connection, reply, error.errno)
@@ -766,7 +837,8 @@ class Broker:
                 return  # it waits on, and its descriptors are counted already
             except OSError as error:
                 del connection.unsent[0]
-                self._not_sent(connection, reply, error)
+                self._never_sent_descriptors += len(reply.descriptors)
+                self._let_go(connection, reply, error)
                 return
             close_all(reply.descriptors)
             if sent < len(reply.data):

@@ -93,22 +93,22 @@ _OURS = {
 }
 _TOO_LONG = frozenset({"path_too_long", "name_too_long"})
 _NO_ENTRIES: Sequence[tuple[bytes, int, int]] = ()
-_MAX_RECORDS = 4096
+_MAX_GIVEN = 4096
 
 
 class Batch(NamedTuple):
     """What one step found.
 
     `entries` are encoded; `descriptors` are those of the entries that have one, in order, and the
-    caller's from now on. `paths` and `records` are what the audit is to say: absolute paths and members,
-    one for each entry, and before the first of them one for the start. Without entries and without an
-    end there is nothing to send yet.
+    caller's from now on. `paths` and `outcomes` are what the audit is to say: absolute paths and what
+    became of them, one for each entry, and before the first of them one for the start. Without entries and
+    without an end there is nothing to send yet.
     """
 
     result: Result
     entries: list[bytes]
     paths: list[bytes]
-    records: list[str]
+    outcomes: list[Outcome]
     descriptors: list[int]
     end: WalkEnd | None
 
@@ -180,7 +180,7 @@ class _PlainNames(NamedTuple):
     """In a directory: regular files of all names but `exceptions` are opened, and nothing else is asked."""
 
     exceptions: frozenset[bytes]
-    record: str
+    given: Outcome
 
 
 class _Visit:
@@ -212,9 +212,9 @@ class _Step:
         "entries",
         "left_out",
         "levels",
+        "outcomes",
         "path",
         "paths",
-        "records",
         "room",
         "size",
         "states",
@@ -231,7 +231,7 @@ class _Step:
         self.directories = 0
         self.entries: list[bytes] = []
         self.paths: list[bytes] = []
-        self.records: list[str] = []
+        self.outcomes: list[Outcome] = []
         self.descriptors: list[int] = []
         self.left_out: dict[Incomplete, int] = {}
         self.visits: dict[_Level, _Visit] = {}
@@ -296,7 +296,7 @@ class Walk:
         self._sought = request.behind.split(b"/") if request.behind else []
         self._start: Outcome | None = None  # None until it was looked at; for the audit
         self._start_is_told = False
-        self._records: dict[Rule | None, str] = {}
+        self._given: dict[Rule | None, Outcome] = {}
         self._end: WalkEnd | None = None
         kinds = request.filter.kinds
         hints = {kind for kind in range(16) if _KIND_OF.get(kind, WalkKind.OTHER) & kinds}
@@ -485,7 +485,7 @@ class Walk:
             self.left_out[why] = self.left_out.get(why, 0) + count
         if not self._levels:
             self._finish()
-        return self._batch(step.entries, step.paths, step.records, step.descriptors)
+        return self._batch(step.entries, step.paths, step.outcomes, step.descriptors)
 
     def _make(self, step: _Step) -> bool:
         """Make a step; return False, with all that it opened closed, if it has to be made carefully."""
@@ -500,18 +500,18 @@ class Walk:
         return done
 
     def _batch(
-        self, entries: list[bytes], paths: list[bytes], records: list[str], descriptors: list[int]
+        self, entries: list[bytes], paths: list[bytes], outcomes: list[Outcome], descriptors: list[int]
     ) -> Batch:
         if not self._start_is_told and self._start is not None:
             self._start_is_told = True
-            paths, records = [self._request.path, *paths], [self._start.record, *records]
-        return Batch(GIVEN, entries, paths, records, descriptors, self._end)
+            paths, outcomes = [self._request.path, *paths], [self._start, *outcomes]
+        return Batch(GIVEN, entries, paths, outcomes, descriptors, self._end)
 
     def _refuse(self, outcome: Outcome) -> Batch:
         """End a walk that gave nothing yet."""
         self.directories = 0
         self._finish()
-        return Batch(outcome.result, [], [self._request.path], [outcome.record], [], self._end)
+        return Batch(outcome.result, [], [self._request.path], [outcome], [], self._end)
 
     def _is_as_it_was(self, step: _Step) -> bool:
         """Return whether each directory of the step is still where it was, and was not touched.
@@ -605,7 +605,7 @@ class Walk:
             return None
         rule = opened.decision.rule
         exceptions = frozenset((*named.exceptions, *opened.exceptions))
-        return _PlainNames(exceptions, self._records.get(rule) or self._record(rule))
+        return _PlainNames(exceptions, self._given.get(rule) or self._given_by(rule))
 
     def _objection_to_directory(
         self, decision: NameDecision, root: HeldRoot, held: int, facts: os.stat_result
@@ -692,7 +692,7 @@ class Walk:
 
         What a walk does all day, written out.
         """
-        exceptions, rule_record = plain
+        exceptions, given = plain
         _, least_size, most_size, newer_than, _ = self._filter
         remainders = visit.remainders
         prefix = self._path + b"/"
@@ -733,7 +733,7 @@ class Walk:
                 elif not stat.S_ISREG(FileStat.decode(record).mode):
                     step.leave_out(Incomplete.CHANGED)  # the directory said otherwise a moment ago
         self._ping()
-        step.records += [rule_record] * (len(names) - before)
+        step.outcomes += [given] * (len(names) - before)
         step.size += sum(map(len, names[before:]))
         step.budget -= place - first
         if place == first:
@@ -843,15 +843,15 @@ class Walk:
         entry = _PACK_ENTRY(len(relative), facts.mode >> 12, flags) + facts.encode() + relative
         step.entries.append(entry)
         step.paths.append(path)
-        step.records.append(self._records.get(rule) or self._record(rule))
+        step.outcomes.append(self._given.get(rule) or self._given_by(rule))
         step.size += len(entry)
 
-    def _record(self, rule: Rule | None) -> str:
-        """Return what the audit says of what a rule gives; made once for each rule."""
-        if len(self._records) >= _MAX_RECORDS:
-            self._records.clear()
-        record = self._records[rule] = Outcome(GIVEN, "ok", rule).record
-        return record
+    def _given_by(self, rule: Rule | None) -> Outcome:
+        """Return the outcome for what a rule gives; made once for each rule."""
+        if len(self._given) >= _MAX_GIVEN:
+            self._given.clear()
+        given = self._given[rule] = Outcome(GIVEN, "ok", rule)
+        return given
 
     def _descend(self, level: _Level, name: bytes, path: bytes, number: int, facts: os.stat_result) -> _Level:
         """Go into the directory `name` of the innermost level."""

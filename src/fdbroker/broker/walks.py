@@ -67,7 +67,7 @@ class Walks:
         self._dispatch = dispatch
         self._audit = parts.audit
         self._proc_self_fd = parts.held.proc_self_fd
-        self._count = 0
+        self.count = 0
         self._walks_of: dict[int, int] = {}
         self._ping = parts.watchdog.ping
         dispatch.table |= {WalkRequest: self._begin, MoreRequest: self._more, CancelRequest: self._cancel}
@@ -97,9 +97,8 @@ class Walks:
         active.walk.decide_by(asker, self._dispatch.generation.opener.roots)
         batch = active.walk.step(active.most)
         try:
-            allowed = len(batch.paths) if batch.result is GIVEN else 0
             recorded = not batch.paths or self._dispatch.record(
-                asker, connection, "walk", request_id, batch.paths, batch.records, allowed=allowed
+                asker, connection, "walk", request_id, batch.paths, batch.outcomes
             )
             if recorded:
                 active.entries += len(batch.entries)
@@ -138,7 +137,7 @@ class Walks:
     def _forget(self, connection: Connection, request_id: int) -> None:
         del connection.walks[request_id]
         uid = connection.peer.uid
-        self._count -= 1
+        self.count -= 1
         self._walks_of[uid] -= 1
         if not self._walks_of[uid]:
             del self._walks_of[uid]
@@ -154,13 +153,13 @@ class Walks:
         if (
             len(connection.walks) >= MOST_WALKS
             or of_uid >= MOST_WALKS_OF_UID
-            or self._count >= MOST_WALKS_IN_ALL
+            or self.count >= MOST_WALKS_IN_ALL
         ):
             return self._refuse(connection, request, Reason.LIMIT, "walks"), []
         roots = self._dispatch.generation.opener.roots
         walk = Walk(request, roots, asker.view, asker.uid, self._proc_self_fd, self._ping)
         connection.walks[request.id] = ActiveWalk(request, walk)
-        self._count += 1
+        self.count += 1
         self._walks_of[connection.peer.uid] = of_uid + 1
         return None
 
@@ -213,9 +212,9 @@ class Walks:
         end: WalkEnd | None = None,
     ) -> bytes:
         """Record and return the last frame of a walk that may not begin, or not go on behind `end`."""
-        records = [Outcome(refused(reason), why).record]
+        outcomes = [Outcome(refused(reason), why)]
         self._dispatch.record(
-            why, connection, "walk", request.id, [request.path], records, number=request.client, allowed=0
+            why, connection, "walk", request.id, [request.path], outcomes, number=request.client
         )
         number = self._dispatch.generation.number
         end = end or WalkEnd(0, 0, 0, _LEFT_OUT[reason])

@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import signal
 import time
-from math import inf
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 STUCK_SECONDS = 3.0
-_AGAIN = 0.5  # so a loop that gets stuck is ended after 2.5 to 3 seconds
+_AGAIN = 500_000_000  # nanoseconds; so a loop that gets stuck is ended after 2.5 to 3 seconds
 _SHORT_WAIT = 1.0
 
 
@@ -41,22 +40,27 @@ def _set_timer(seconds: float) -> None:
 class Watchdog:
     """Ends this process when the loop does not go round for `seconds`; None: never.
 
-    `set_timer` and `clock` are for tests.
+    `set_timer` (seconds) and `clock` (nanoseconds) are for tests.
     """
 
     def __init__(
         self,
         seconds: float | None = STUCK_SECONDS,
         set_timer: Callable[[float], None] = _set_timer,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._seconds = seconds
         self._set_timer = set_timer
         self._clock = clock
         self._armed = False
         # When to set the timer; while it is off: at once. This is asked in each round.
-        self._arm_again = self._at_once = 0.0 if seconds is not None else inf
+        self._arm_again = 0
+        # Called then, too: twice a second while the loop works, for what is not to be done in each round.
+        self.often = nothing
         self._quiet = False  # nothing happened in the last wait
+        # When the clock was last looked at after a wait or by `ping`, in nanoseconds: from then on the loop
+        # has been at what it is at.
+        self.now = 0
 
     @staticmethod
     def prepare() -> None:
@@ -66,7 +70,7 @@ class Watchdog:
 
     def ping(self) -> None:
         """Tell that the loop goes round: after each wait, and in the middle of long rounds."""
-        now = self._clock()
+        self.now = now = self._clock()
         if now >= self._arm_again:
             self._arm(now)
 
@@ -87,7 +91,7 @@ class Watchdog:
         self._quiet = not events
         # One that waited for long, and for nothing, waits on.
         if events or self._armed:
-            now = self._clock()
+            self.now = now = self._clock()
             if now >= self._arm_again:
                 self._arm(now)
 
@@ -96,10 +100,11 @@ class Watchdog:
         if self._armed:
             self._set_timer(0)
             self._armed = False
-            self._arm_again = self._at_once
+            self._arm_again = 0
 
-    def _arm(self, now: float) -> None:
+    def _arm(self, now: int) -> None:
         if self._seconds is not None:
             self._set_timer(self._seconds)
             self._armed = True
-            self._arm_again = now + _AGAIN
+        self._arm_again = now + _AGAIN
+        self.often()

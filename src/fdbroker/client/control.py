@@ -25,7 +25,7 @@ from fdbroker.client.errors import (
 )
 from fdbroker.client.link import Call, ConnectionLost, Deadline, connect_socket
 from fdbroker.wire.client import ExplainReply, ReloadReply, ReopenReply, StatusReply, for_broker
-from fdbroker.wire.format import ACTIONS, HEADER, MAX_POLICY, PIECE, Reason
+from fdbroker.wire.format import ACTIONS, HEADER, MAX_POLICY, PIECE, STATUS_PARTS, Reason
 from fdbroker.wire.messages import ErrorReply
 
 if TYPE_CHECKING:
@@ -92,7 +92,38 @@ class Control:
             BrokerError: it did not answer, or not by the protocol.
 
         """
-        reply = self._ask(AskStatus(), Deadline.after(self._timeout))
+        return self._ask_status(AskStatus(), Deadline.after(self._timeout))
+
+    def rows(self, part: str) -> list[dict[str, object]]:
+        """Return a list that the status has no room for: to root and `admins` alone.
+
+        Args:
+            part: `decisions` (how often which rule decided what, and why), `clients` (what each uid did) or
+                `connections` (those that ask most often). docs/metrics.md has their members.
+
+        Raises:
+            ValueError: no such part.
+            DeniedError: this process may not see it.
+            BrokerError: the broker did not answer, or not by the protocol.
+
+        """
+        if part not in STATUS_PARTS.values():
+            raise ValueError(f"{part!r} is no part: choose {', '.join(STATUS_PARTS.values())}")
+        deadline = Deadline.after(self._timeout)
+        found: list[dict[str, object]] = []
+        while True:
+            document = self._ask_status(AskStatus(part, len(found)), deadline)
+            rows, following = document.get("rows"), document.get("next")
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise protocol_error(f"no rows of {part}", 0)
+            found += rows
+            if following is None:
+                return found
+            if not rows or following != len(found):
+                raise protocol_error(f"rows of {part} that do not follow each other", 0)
+
+    def _ask_status(self, question: AskStatus, deadline: Deadline) -> dict[str, object]:
+        reply = self._ask(question, deadline)
         if isinstance(reply, StatusReply):
             return _object(reply.document, reply.id)
         raise _unexpected(reply)

@@ -171,7 +171,10 @@ class ReleaseClient(NamedTuple):
 
 
 class AskStatus(NamedTuple):
-    """How does the broker see this connection?"""
+    """How does the broker see this connection? On a control socket: the rows of a part from one on."""
+
+    part: str | None = None
+    row: int = 0
 
 
 class AskWhy(NamedTuple):
@@ -629,7 +632,9 @@ class Engine:
         elif isinstance(question, BringFile):
             frame = encode_reopen(request_id, comes=question.comes)
         else:
-            frame = encode_status(request_id)
+            # Paths to open are encoded where they are asked for.
+            assert isinstance(question, AskStatus)  # noqa: S101 - for the type checker
+            frame = encode_status(request_id, question.part, question.row)
         return frame
 
     def _next_id(self) -> int:

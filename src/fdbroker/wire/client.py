@@ -36,7 +36,9 @@ from fdbroker.wire.format import (
     PIECE,
     REPLY,
     RESULT,
+    ROW,
     STAT,
+    STATUS_PARTS,
     VERSION,
     WALK,
     WALK_DESCRIPTORS,
@@ -326,9 +328,14 @@ def encode_release(request_id: int, client: int) -> bytes:
     return HEADER.pack(Type.RELEASE, 0, 0, request_id, 0) + _number_of(client)
 
 
-def encode_status(request_id: int) -> bytes:
-    """Return a status request."""
-    return HEADER.pack(Type.STATUS, 0, 0, request_id, 0)
+def encode_status(request_id: int, part: str | None = None, row: int = 0) -> bytes:
+    """Return a request for the status, or for a part of it from a row on; ValueError: no such part."""
+    if part is None:
+        return HEADER.pack(Type.STATUS, 0, 0, request_id, 0)
+    number = next((number for number, name in STATUS_PARTS.items() if name == part), None)
+    if number is None:
+        raise ValueError(f"{part!r} is none of {', '.join(STATUS_PARTS.values())}")
+    return HEADER.pack(Type.STATUS, 0, number, request_id, 0) + ROW.pack(row)
 
 
 def encode_explain(request_id: int, action: str, path: bytes) -> bytes:

@@ -30,6 +30,7 @@ COOKIE = struct.Struct("<Q")
 ENTRY = struct.Struct("<BBBB")  # length of the name, d_type, flags, reserved
 ERROR = struct.Struct("<BBH")  # reason, reserved, errno
 PIECE = struct.Struct("<I")  # of a policy: where it begins in a request, what is there in a reply
+ROW = struct.Struct("<I")  # of a part of the status: from which row on
 CLIENT = struct.Struct("<I")  # the number of a client that a service acts for
 WALK = struct.Struct("<IHHQQq")  # credit, kinds, options, least and most size, newer than
 WALK_ENTRY = struct.Struct("<HBB")  # length of the path, d_type, flags
@@ -48,6 +49,7 @@ WALK_ENTRY_HAS_DESCRIPTOR = 1
 WALK_DESCRIPTORS = 1  # option of a walk: regular files are to be opened
 NO_SIZE_LIMIT = (1 << 64) - 1
 ANY_TIME = -(1 << 63)
+STATUS_PARTS = {1: "decisions", 2: "clients", 3: "connections"}  # lists, to be asked for row by row
 ACTIONS = {1: "open", 2: "stat", 3: "list", 4: "walk"}  # what can be explained
 
 

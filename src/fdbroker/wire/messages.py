@@ -127,9 +127,11 @@ class ReleaseRequest(NamedTuple):
 
 
 class StatusRequest(NamedTuple):
-    """How does the broker see this connection?"""
+    """How does the broker see this connection? Or: the rows of `part` from number `row` on."""
 
     id: int
+    part: str | None = None
+    row: int = 0
 
 
 class ExplainRequest(NamedTuple):

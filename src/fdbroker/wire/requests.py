@@ -27,6 +27,8 @@ from fdbroker.wire.format import (
     MAX_WALK_GLOBS,
     MORE_FOLLOWS,
     PIECE,
+    ROW,
+    STATUS_PARTS,
     WALK,
     WALK_DESCRIPTORS,
     WANTS_COPY,
@@ -184,9 +186,14 @@ def _decode_release(frame: bytes, _flags: int, count: int, request_id: int) -> R
 
 
 def _decode_status(frame: bytes, _flags: int, count: int, request_id: int) -> StatusRequest:
-    if count or len(frame) != HEADER.size:
-        raise MalformedError("a status request with a body", request_id)
-    return StatusRequest(request_id)
+    if not count:
+        if len(frame) != HEADER.size:
+            raise MalformedError("a status request with a body", request_id)
+        return StatusRequest(request_id)
+    part = STATUS_PARTS.get(count)
+    if part is None or len(frame) != HEADER.size + ROW.size:
+        raise MalformedError(f"{count} is no part of the status, or its row is missing", request_id)
+    return StatusRequest(request_id, part, *ROW.unpack_from(frame, _BODY))
 
 
 def _decode_explain(frame: bytes, _flags: int, count: int, request_id: int) -> ExplainRequest:
