@@ -90,6 +90,7 @@ class Datagrams:
         try:
             sockets.send_datagram(client.sock, frame, descriptors, address)
         except OSError as error:
+            client.shares = ()
             members = member_text(request=request_id, errno=error.errno)
             self._audit.event("undelivered", f"{record},{members}")
         else:
