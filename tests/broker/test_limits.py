@@ -139,7 +139,7 @@ def test_requests_above_their_rate_are_refused_whole_and_are_answered_again_in_t
         clock.now += 0.04
         assert reasons_of(speaker, broker) == ["ok"]
         assert hits(broker) == {("requests_per_second", None): 6}
-        refused = [record for record in broker.records() if record["event"] == "limited"]
+        refused = [record for record in broker.records() if record["event"] == "request_refused"]
         assert [record["action"] for record in refused] == ["open", "stat", "status", "list", "walk", "open"]
         assert refused[0]["paths"] == 5
         assert {(record["reason"], record["limit"]) for record in refused} == {("requests_per_second", 10)}
@@ -572,7 +572,7 @@ def test_requests_for_a_client_are_those_of_the_client(acting: Acting) -> None:
     assert [ask(other) for _ in range(3)] == [True, True, False]
     # A number that is nobody's is the service's own request, and so is what it asks for itself.
     assert [ask(None), ask(12345), ask(None), ask(12345)] == [True, True, False, False]
-    refused = [record for record in acting.broker.records() if record["event"] == "limited"]
+    refused = [record for record in acting.broker.records() if record["event"] == "request_refused"]
     assert [record.get("for_uid") for record in refused[:3]] == [CLIENT_UID, CLIENT_UID, OTHER_UID]
 
 
@@ -607,8 +607,8 @@ def test_a_connection_on_which_nothing_happens_is_closed_and_recorded(reachable:
             assert reasons_of(busy, broker) == ["ok"]
         assert broker.connections == 1
         assert idle.is_closed()
-        [record] = [record for record in broker.records() if record["event"] == "idle_closed"]
-        assert (record["connection"], record["idle_timeout"]) == (1, 60)
+        [record] = [record for record in broker.records() if record["event"] == "connection_ended"]
+        assert (record["connection"], record["reason"], record["limit"]) == (1, "idle_timeout", 60)
         assert hits(broker) == {("idle_timeout", None): 1}
 
 

@@ -140,7 +140,7 @@ class Limits:
             limit=reached.value,
             retry_after_ms=reached.retry_after,
         )
-        self._audit.event("limited", f"{self._dispatch.who(client, number)},{members}")
+        self._audit.event("request_refused", f"{self._dispatch.who(client, number)},{members}")
         text = f"uid {uid} may ask {rate.per_second} times a second (requests_per_second)"
         return self._dispatch.error(request_id, Kind.REFUSED, Reason.LIMIT, text, reached), []
 

@@ -479,9 +479,8 @@ class Broker:
             self._next_look_for_idle = now + min(max(idle / 8, _REST), _LOOK_FOR_IDLE)
             for connection in list(self._connections.values()):
                 if connection.last_request + idle <= now and self._is_idle(connection):
-                    self._audit.event(
-                        "idle_closed", f"{connection.record},{member_text(idle_timeout=int(idle))}"
-                    )
+                    members = member_text(reason="idle_timeout", limit=int(idle))
+                    self._audit.event("connection_ended", f"{connection.record},{members}")
                     self._dispatch.limits.hit("idle_timeout")
                     self._hang_up(connection)
         left = max(0.0, self._next_look_for_idle - now)
