@@ -13,7 +13,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-enum { HEADER = 12, RESULT = 8, MAX_FRAME = 65536, MAX_PATHS = 253 };
+enum { HEADER = 12, RESULT = 8, LIMIT = 12, MAX_FRAME = 65536, MAX_PATHS = 253 };
 static int sock, on_stream, files[MAX_PATHS], have;          /* the descriptors that came, in their order */
 static unsigned char frame[4 + MAX_FRAME + 1], *const body = frame + 4; /* on a stream its length comes first */
 
@@ -53,8 +53,9 @@ static void receive_frame(unsigned type, size_t expected)
     size_t size = MAX_FRAME;
     if (on_stream && (receive(frame, 4), size = get(frame, 4)) > MAX_FRAME) errx(2, "a frame of %zu bytes", size);
     size = receive(body, size);
-    if (size > HEADER + 4 && body[0] == 0xFF) errx(2, "%.*s", (int)(size - HEADER - 4), (char *)body + HEADER + 4);
-    if (size != expected || body[0] != type) errx(2, "another reply than was asked for");
+    size_t text = HEADER + 4 + (body[2] ? LIMIT : 0);        /* of an error, behind which limit it is */
+    if (size >= text && body[0] == 0xFF) errx(2, "%.*s", (int)(size - text), (char *)body + text);
+    if (size < expected || body[0] != type) errx(2, "another reply than was asked for");
 }
 
 int main(int argc, char **argv)

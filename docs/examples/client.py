@@ -44,7 +44,8 @@ class Connection:
         frame = self._part(size)
         kind, _, count, _, _ = HEADER.unpack_from(frame)
         if kind == 0xFF:
-            raise ConnectionError(frame[HEADER.size + 4 :].decode())
+            # Behind reason and errno there may be which limit it is, of 12 bytes.
+            raise ConnectionError(frame[HEADER.size + 4 + 12 * count :].decode())
         if kind != wanted:
             raise ConnectionError(f"a reply of type {kind:#x} instead of {wanted:#x}")
         return count, frame[HEADER.size :]
@@ -83,7 +84,8 @@ def main() -> int:
         if len(paths) > connection.max_paths:
             raise ValueError(f"more than {connection.max_paths} paths")
         connection.send(0x02, len(paths), b"\0".join(paths))
-        _, results = connection.receive(0x82)
+        # Behind them may be, for what is above a limit, which limit it is.
+        results = connection.receive(0x82)[1][: RESULT.size * len(paths)]
     except (OSError, ValueError, struct.error) as error:
         complain(path, str(error))
         return 2

@@ -911,7 +911,7 @@ def test_service_without_room_for_descriptors_waits_without_turning(
     service, client = made.serving(), made.client()
     service.do(accepted)
     flight = made.broker.broker._flight
-    monkeypatch.setattr(flight, "_most_per_uid", 0)
+    monkeypatch.setattr(flight, "most_per_uid", 0)
     client.do(connect, made.directory / "clamd")
     made.broker.broker.step(0)
     assert made.broker.broker._acceptor.resting

@@ -283,10 +283,10 @@ def test_a_client_that_asks_without_pause_does_not_keep_a_walk_of_another_from_g
     walker.sock.send(
         encode_walk(5, bytes(stepped.tree), WalkFilter(WalkKind.REGULAR), credit=9, descriptors=True)
     )
-    most, flight._most_per_uid = flight._most_per_uid, 50
+    most, flight.most_per_uid = flight.most_per_uid, 50
     stepped.serve()
     assert stepped.broker._resting
-    flight._most_per_uid = most
+    flight.most_per_uid = most
     for number in range(5):
         busy.sock.send(encode_status(number))
         stepped.broker.step(0)

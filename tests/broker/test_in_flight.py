@@ -36,7 +36,7 @@ class Pair:
         self.kind = kind
         self.flight = InFlight(10_000, 10_000)
         self.client: Any = _Client(
-            sock=self.ours, peer=SimpleNamespace(uid=1), in_flight=0, under_way=deque(), unsent=[]
+            sock=self.ours, peer=SimpleNamespace(uid=1), in_flight=0, under_way=deque(), unsent=[], shares=()
         )
         self.sent: list[tuple[int, int]] = []  # sizes and descriptors of what was not received
 

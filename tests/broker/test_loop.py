@@ -739,7 +739,7 @@ def test_descriptors_in_flight_are_bounded_per_uid_over_all_its_connections(
         assert broker.in_flight <= 512
         assert broker.in_flight == 2 * FILES
         # The others were refused, not kept waiting, since no one knows when their turn comes.
-        assert broker.reasons().count("in_flight") == 4 * 2 * FILES
+        assert broker.reasons().count("in_flight_per_uid") == 4 * 2 * FILES
         answer = speakers[1].receive()
         assert answer is not None
         assert {entry.reason for entry in read_opened(answer)} == {"limit"}
@@ -784,7 +784,7 @@ def test_hanging_up_on_a_client_that_does_not_receive_keeps_counting_what_it_has
             broker.serve()
             assert broker.in_flight <= 512
         assert broker.in_flight == 2 * FILES
-        assert broker.reasons().count("in_flight") == 4 * FILES
+        assert broker.reasons().count("in_flight_per_uid") == 4 * FILES
         # The two that hold something are kept until they have it, the others are gone.
         assert broker.connections == 2
         other = broker.join()
@@ -865,7 +865,7 @@ def test_descriptors_of_replies_that_wait_count_and_are_taken_back_in_the_audit(
     stepped: SteppedBroker, bystander: Speaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is open in the broker: uncounted, a few clients that never read would take all it may have."""
-    share = stepped.broker._flight._most_per_uid
+    share = stepped.broker._flight.most_per_uid
     send = sockets.send_part
 
     def full(sock: socket.socket, data: bytes, descriptors: list[int] = [], *, wait: bool = True) -> int:  # noqa: B006

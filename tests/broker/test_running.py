@@ -490,7 +490,7 @@ def test_client_that_never_receives_and_breaks_the_protocol_can_not_take_the_des
         for _ in range(3):
             assert in_child(other, uid=OTHER_UID) == ["ok"] * FILES
         reasons = [record["reason"] for record in small.decisions() if record["uid"] == CLIENT_UID]
-        assert reasons.count("in_flight") >= 50 * FILES
+        assert reasons.count("in_flight_per_uid") >= 50 * FILES
     wait_until(lambda: totals(small)["connections"] == 1, "the rogue's connections to be gone")
     assert totals(small)["in_flight"] <= FILES
 

@@ -33,10 +33,11 @@ from fdbroker.client import (
     blocking,
 )
 from fdbroker.testing import FakeBroker
-from fdbroker.wire.format import Incomplete, Reason, WalkKind
+from fdbroker.wire.format import Incomplete, Limit, Reason, WalkKind
 from fdbroker.wire.messages import (
     CancelRequest,
     Hello,
+    LimitReached,
     ListRequest,
     MoreRequest,
     OpenRequest,
@@ -776,6 +777,45 @@ def test_four_walks_are_enough(fake: FakeBroker, client: Whatever) -> None:
         next(walks[4])
     for walk in walks:
         walk.close()
+
+
+@pytest.mark.parametrize("wait", [0, 250])
+def test_a_file_above_a_limit_is_an_error_of_its_own_and_the_others_are_given(
+    fake: FakeBroker, client: Whatever, wait: int
+) -> None:
+    fake["/data/limited"] = LimitReached(Limit.RULE_OPENS_PER_SECOND, 20, wait)
+    paths = ["/data/limited", "/data/a", "/data/limited"]
+    for many in client.read_many, client.open_many:
+        first, given, last = list(many(paths))
+        assert given.error is None
+        if many == client.open_many:
+            given.close()
+        for refused in (first, last):
+            assert isinstance(refused.error, LimitError)
+            assert (refused.error.limit, refused.error.value) == ("rule_opens_per_second", 20)
+            assert refused.error.retry_after == (wait / 1000 or None)
+    for ask in client.open, client.read_bytes, client.stat, lambda path: list(client.list(path)):
+        with pytest.raises(LimitError):
+            ask("/data/limited")
+
+
+def test_a_request_above_a_limit_is_refused_whole_and_the_connection_goes_on(
+    fake: FakeBroker, client: Whatever
+) -> None:
+    client.read_bytes("/data/a")
+    for ask in (
+        client.open,
+        client.read_bytes,
+        client.stat,
+        lambda path: list(client.list(path)),
+        lambda path: next(client.walk(path)),
+    ):
+        fake.limit_requests(LimitReached(Limit.REQUESTS_PER_SECOND, 100, 10))
+        with pytest.raises(LimitError) as caught:
+            ask("/data")
+        assert (caught.value.limit, caught.value.value) == ("requests_per_second", 100)
+        assert caught.value.retry_after == pytest.approx(0.01)
+        assert client.read_bytes("/data/a") == FILES["/data/a"]
 
 
 # Who is told

@@ -16,8 +16,8 @@ from fdbroker.client.errors import (
     error_of_serving,
     error_of_walk,
 )
-from fdbroker.wire.format import ERRNO_OF, Kind, Reason
-from fdbroker.wire.messages import ErrorReply, broken, refused
+from fdbroker.wire.format import ERRNO_OF, Kind, Limit, Reason
+from fdbroker.wire.messages import ErrorReply, LimitReached, broken, limited, refused
 
 EXPECTED: dict[Reason, type[OSError]] = {
     Reason.DENIED: PermissionError,
@@ -73,6 +73,35 @@ def test_a_walk_with_globs_that_is_invalid_may_be_so_for_a_glob() -> None:
     assert "glob" not in str(error_of_walk(invalid, b"/srv", 7, has_globs=False))
     denied = error_of_walk(refused(Reason.DENIED), b"/srv", 7, has_globs=True)
     assert denied.strerror == error_of_result(refused(Reason.DENIED), b"/srv", 7).strerror
+
+
+@pytest.mark.parametrize("limit", Limit)
+@pytest.mark.parametrize("retry_after", [0, 250])
+def test_a_limit_is_told_with_its_value_and_when_to_try_again(limit: Limit, retry_after: int) -> None:
+    reached = LimitReached(limit, 1000, retry_after)
+    of_result = error_of_result(limited(reached), b"/some/path", 7)
+    of_frame = error_of_reply(
+        ErrorReply(7, 1, Kind.REFUSED, Reason.LIMIT, errno.EAGAIN, "slower", reached), b"/some/path"
+    )
+    for error in (of_result, of_frame, pickle.loads(pickle.dumps(of_result))):  # noqa: S301 - our own
+        assert isinstance(error, errors.LimitError)
+        assert isinstance(error, BlockingIOError)
+        assert (error.limit, error.value) == (limit.name.lower(), 1000)
+        assert error.retry_after == (0.25 if retry_after else None)
+        assert (error.errno, error.reason, error.filename, error.request_id) == (
+            errno.EAGAIN,
+            Reason.LIMIT,
+            b"/some/path",
+            7,
+        )
+        assert f"{limit.name.lower()} is reached, which is 1000; " in str(error)
+        assert ("try again in 0.25 s" in str(error)) is bool(retry_after)
+
+
+def test_a_limit_that_the_broker_does_not_name_is_an_error_without_it() -> None:
+    error = error_of_result(refused(Reason.LIMIT), b"/some/path", 7)
+    assert isinstance(error, errors.LimitError)
+    assert (error.limit, error.value, error.retry_after) == (None, None, None)
 
 
 def test_all_reasons_are_covered() -> None:

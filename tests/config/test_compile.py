@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdbroker.config import CompiledPolicy, ConfigError, OfflineLookups, compile_policy, dumps
-from fdbroker.policy.rules import read_policy
+from fdbroker.policy.rules import Rate, RuleLimits, read_policy
 from fdbroker.wire.client import for_broker
 from tests.config.fake_lookups import FakeLookups
 
@@ -140,6 +140,33 @@ listeners:
   dgram: {}
   seqpacket: {path: /run/x/requests, group: users, mode: 0660}
 """
+
+
+def test_limits_are_compiled_where_they_are_written_and_a_rate_has_a_burst() -> None:
+    text = allowing("limits: {opens_per_second: 20000, in_flight: 256}") + (
+        "limits: {requests_per_second: 100, opens_per_second: 1000, opens_burst: 64,"
+        " in_flight_per_uid: 1000, idle_timeout: 5min}\n"
+    )
+    policy = compiled(text)
+    assert policy["rules"][0]["limits"] == {
+        "opens_per_second": 20000,
+        "opens_burst": 20000,
+        "in_flight": 256,
+    }
+    assert policy["limits"] == {
+        "connections_per_uid": 64,
+        "in_flight_per_connection": 512,
+        "message_within": 10.0,
+        "requests_per_second": 100,
+        "requests_burst": 100,
+        "opens_per_second": 1000,
+        "opens_burst": 64,
+        "in_flight_per_uid": 1000,
+        "idle_timeout": 300.0,
+    }
+    read = read_policy(for_broker(json.loads(dumps(policy))))
+    assert read.settings[6:] == (1000, Rate("requests", 100, 100), Rate("opens", 1000, 64), 300.0)
+    assert read.rules[0].limits == RuleLimits(Rate("opens: r", 20000, 20000), 256)
 
 
 def test_every_key_is_compiled_as_the_format_says() -> None:
@@ -356,6 +383,8 @@ SIZE = "is not a size; write bytes (4096) or digits with a unit: KiB, MiB, GiB, 
 MODE = 'is not a file mode; write octal digits that begin with 0, as in "0640" or "02000"'
 COUNT = "is not a number; write decimal digits only, as in 512"
 OVERFLOW = "is not allowed: every id that a user namespace does not map shows as 65534"
+RULE_LIMITS = "write some of opens_per_second, opens_burst, in_flight, or leave limits out"
+LIMITS = "connections_per_uid, in_flight_per_connection, message_within, in_flight_per_uid, requests_per_second, requests_burst, opens_per_second, opens_burst, idle_timeout"  # fmt: skip
 UNSUPPORTED = "is not supported by this version; remove it, and see that the policy is right without it"
 
 
@@ -451,11 +480,16 @@ UNSUPPORTED = "is not supported by this version; remove it, and see that the pol
         ("on_behalf_of: {user: clamva}", "4:26: rule 'r': on_behalf_of: user: there is no user 'clamva' on this system; did you mean 'clamav'?"),
         ("on_behalf_of: root", "4:19: rule 'r': on_behalf_of: 'root' is neither any nor a mapping; write any, or {user: root} if that is meant"),
         ("on_behalf_of: []", f"4:19: rule 'r': on_behalf_of: the list is empty; {CLIENT}"),
-        ("limits: {}", f"4:5: rule 'r': key 'limits' {UNSUPPORTED}"),
+        ("limits: {}", f"4:13: rule 'r': limits is empty; {RULE_LIMITS}"),
+        ("limits: 5", f"4:13: rule 'r': limits must be a mapping, not text; {RULE_LIMITS}"),
+        ("limits: {opens_burst: 5}", "4:27: rule 'r': limits: opens_burst says nothing without opens_per_second; write opens_per_second as well, or remove it"),
+        ("limits: {opens_per_second: 0}", "4:32: rule 'r': limits: opens_per_second: 0 is out of range; write a number from 1 to 1000000"),
+        ("limits: {in_flight: 0}", "4:25: rule 'r': limits: in_flight: 0 is out of range; write a number from 1 to 1000000"),
+        ("limits: {requests_per_second: 5}", "4:14: rule 'r': limits: unknown key 'requests_per_second'; did you mean 'opens_per_second'?"),
         ("symlinks: within-root", f"4:5: rule 'r': key 'symlinks' {UNSUPPORTED}"),
         ("excpet: x", "4:5: rule 'r': unknown key 'excpet'; did you mean 'except'?"),
-        ("Paths: x", "4:5: rule 'r': unknown key 'Paths'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver"),
-        ("clients: any", "4:5: rule 'r': unknown key 'clients'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver"),
+        ("Paths: x", "4:5: rule 'r': unknown key 'Paths'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver, limits"),
+        ("clients: any", "4:5: rule 'r': unknown key 'clients'; did you mean 'limits'?"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, problem: str) -> None:
@@ -493,7 +527,11 @@ def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, prob
             (SMALLEST.replace("/home}", f"/home, cross_mounts: {word}}}"), f"2:43: root 'home': cross_mounts: '{word}' is not a boolean here; write true or false; yes, no, on and off are not taken")
             for word in ("yes", "no", "on", "off", "True", "1")
         ],
-        (SMALLEST + "limits: {}", "4:9: limits is empty; write some of connections_per_uid, in_flight_per_connection, message_within, or leave limits out"),
+        (SMALLEST + "limits: {}", f"4:9: limits is empty; write some of {LIMITS}, or leave limits out"),
+        (SMALLEST + "limits: {idle_timeout: 25h}", "4:24: limits: idle_timeout: 25h is out of range; write a duration from 1s to 24h"),
+        (SMALLEST + "limits: {in_flight_per_uid: 252}", "4:29: limits: in_flight_per_uid: 252 is out of range; write a number from 253 to 1000000"),
+        (SMALLEST + "limits: {requests_per_second: 1000001}", "4:31: limits: requests_per_second: 1000001 is out of range; write a number from 1 to 1000000"),
+        (SMALLEST + "limits: {requests_burst: 5}", "4:26: limits: requests_burst says nothing without requests_per_second; write requests_per_second as well, or remove it"),
         (SMALLEST + "limits: {connections_per_uid: 0}", "4:31: limits: connections_per_uid: 0 is out of range; write a number from 1 to 10000"),
         (SMALLEST + "limits: {in_flight_per_connection: 252}", "4:36: limits: in_flight_per_connection: 252 is out of range; write a number from 253 to 8192"),
         (SMALLEST + "limits: {in_flight_per_connection: 8193}", "4:36: limits: in_flight_per_connection: 8193 is out of range; write a number from 253 to 8192"),

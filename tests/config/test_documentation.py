@@ -18,6 +18,7 @@ from fdbroker.config.schema import (
     Policy,
     Root,
     Rule,
+    RuleLimits,
     ServiceListener,
     Where,
     keys_of,
@@ -49,7 +50,20 @@ def test_the_examples_of_errors_are_what_is_printed(number: int) -> None:
 
 @pytest.mark.parametrize(
     "structure",
-    [Admins, Audit, Client, Limits, Listener, Listeners, Policy, Root, Rule, ServiceListener, Where],
+    [
+        Admins,
+        Audit,
+        Client,
+        Limits,
+        Listener,
+        Listeners,
+        Policy,
+        Root,
+        Rule,
+        RuleLimits,
+        ServiceListener,
+        Where,
+    ],
 )
 def test_every_key_is_described(structure: type) -> None:
     described = set(re.findall(r"`(\w+)`", TEXT))

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from fdbroker.wire.format import Reason
-from fdbroker.wire.messages import GIVEN, Hello, OpenRequest, Welcome, refused
+from fdbroker.testing import FakeBroker
+from fdbroker.wire.format import Limit, Reason
+from fdbroker.wire.messages import GIVEN, Hello, LimitReached, OpenRequest, Welcome, refused
 from fdbroker.wire.replies import encode_open_reply, encode_welcome
 from fdbroker.wire.requests import decode_request
 from fdbroker.wire.stream import FrameBuffer, framed
@@ -152,6 +153,28 @@ def test_a_broker_that_hangs_up_is_no_empty_file(place: Place, client: str, tmp_
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     assert b"no answer" in errors
+
+
+@both_over_both
+def test_it_tells_what_is_above_a_limit_and_writes_the_rest(place: Place, client: str) -> None:
+    limit = LimitReached(Limit.OPENS_PER_SECOND, 10, 100)
+    files: dict[bytes, bytes | Reason | LimitReached | OSError] = {
+        place.tree + b"/a": b"content",
+        place.tree + b"/b": limit,
+    }
+    kind = socket.SOCK_STREAM if " -s" in client else socket.SOCK_SEQPACKET
+    with (
+        reachable_directory() as directory,
+        FakeBroker(files, socket_path=directory / "socket", kind=kind) as fake,
+    ):
+        os.chmod(directory / "socket", 0o666)
+        result = run(place, client, b"b", b"a", b"b", socket_path=directory / "socket")
+        assert (result.returncode, result.stdout) == (1, b"content")
+        assert result.stderr.count(b"reason 12: Resource temporarily unavailable") == 2
+        fake.limit_requests(limit)
+        result = run(place, client, b"a", socket_path=directory / "socket")
+        assert (result.returncode, result.stdout) == (2, b"")
+        assert result.stderr.endswith(b": too much at once\n")
 
 
 @both

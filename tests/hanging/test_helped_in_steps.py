@@ -317,3 +317,58 @@ def test_no_helper_waits_for_a_client_whose_queue_is_half_full(helped: Helped) -
         assert [result.reason for result in refused.reply.results] == [Reason.LIMIT]
         assert helped.reasons()[-1] == "in_flight"
         assert lazy.open_one(path).content == b"content"  # it has received all
+
+
+def rates(per_second: int) -> dict[str, int]:
+    return {"opens_per_second": per_second, "opens_burst": per_second}
+
+
+@pytest.mark.parametrize("of_rule", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_limits_hold_for_what_helpers_open_and_each_file_is_counted_once(
+    tmp_path: Path, *, of_rule: bool, mixed: bool
+) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    fill(tree)
+    outer, inner = (
+        {"name": name, "path": str(path), "cross_mounts": False, "opens": opens}
+        for name, path, opens in (("tree", tree, "loop"), ("inner", tree / "directory", "helpers"))
+    )
+    limited = {"limits": rates(10)} if of_rule else {}
+    compiled = policy(
+        tree,
+        rule("all"),
+        rule("inner", root="inner", **limited),
+        roots=[outer, inner],
+        limits={} if of_rule else rates(10),
+    )
+    helped_file, own_file = bytes(tree / "directory" / "inner"), bytes(tree / "file")
+    with no_descriptor_left(), Helped(tree, tmp_path / "audit", compiled) as helped:
+        speaker = helped.join()
+        asked = [helped_file, own_file] if mixed else [helped_file]
+        given = 0
+        for _ in range(6):
+            answer = speaker.ask(encode_open(7, asked * 2))
+            given += [opened.content for opened in read_opened(answer)].count(b"inner")
+        # Of the loop's files none counts for the rule about the others; in all, they do.
+        assert given == (5 if mixed and not of_rule else 10)
+        reason = "rule_opens_per_second" if of_rule else "opens_per_second"
+        assert helped.reasons().count(reason) == (14 if mixed and not of_rule else 2)
+
+
+def test_what_a_rule_gives_by_helpers_is_under_way_until_it_is_received(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    fill(tree)
+    root = {"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "helpers"}
+    compiled = policy(tree, rule("all", limits={"in_flight": 3}), roots=[root])
+    path = bytes(tree / "file")
+    with no_descriptor_left(), Helped(tree, tmp_path / "audit", compiled) as helped:
+        stalled, other = helped.join(), helped.join()
+        stalled.send(encode_open(7, [path] * 2))
+        assert [opened.reason for opened in other.open(path, path)] == ["ok", "limit"]
+        answer = stalled.receive()
+        assert answer is not None
+        answer.descriptors.close()
+        assert [opened.reason for opened in other.open(*[path] * 4)] == ["ok", "ok", "ok", "limit"]

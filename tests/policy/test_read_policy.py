@@ -301,6 +301,27 @@ def root(**changes: object) -> list[dict[str, Any]]:
             )
             for seconds in (0.5, -1.0, 3600.5, float("nan"), float("inf"))
         ],
+        (policy("/r", limits={"requests_per_second": 5}), "limits.requests_burst is not of type int"),
+        (policy("/r", limits={"opens_burst": 5}), "limits.opens_per_second is not of type int"),
+        (
+            policy("/r", limits={"opens_per_second": 0, "opens_burst": 1}),
+            "limits.opens_per_second is 0, less than 1",
+        ),
+        (
+            policy("/r", limits={"opens_per_second": 1, "opens_burst": 1_000_001}),
+            "limits.opens_per_second or limits.opens_burst is more than 1000000",
+        ),
+        (policy("/r", limits={"in_flight_per_uid": 252}), "limits.in_flight_per_uid is 252, less than 253"),
+        (policy("/r", limits={"idle_timeout": 0.5}), "limits.idle_timeout is 0.5, not from 1.0 to 86400.0"),
+        (policy("/r", limits={"idle": 5.0}), "limits has missing or unknown keys: idle"),
+        (broken(rules=[rule("x", limits={})]), "rules[0].limits needs at least one limit"),
+        (broken(rules=[rule("x", limits={"in_flight": 0})]), "rules[0].limits.in_flight is 0, less than 1"),
+        (broken(rules=[rule("x", limits={"opens_burst": 1})]), "rules[0].limits.opens_per_second is not of"),
+        (broken(rules=[rule("x", limits={"requests": 1})]), "rules[0].limits has missing or unknown keys"),
+        (
+            broken(rules=[rule("x", effect="deny", limits={"in_flight": 1})]),
+            "rules[0].limits: a rule that denies gives nothing to be limited",
+        ),
         (policy("/r", limits={"message_within": 10}), "limits.message_within is not of type float"),
         (broken(audit={"on_failure": "ignore"}), "audit.on_failure is 'ignore'"),
         (broken(read_only_view="optional"), "read_only_view is 'optional'"),

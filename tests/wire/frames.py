@@ -36,6 +36,7 @@ from fdbroker.wire.format import (
     STATUS_PARTS,
     Incomplete,
     Kind,
+    Limit,
     Reason,
     Status,
     Type,
@@ -49,6 +50,7 @@ from fdbroker.wire.messages import (
     ExplainRequest,
     FileStat,
     Hello,
+    LimitReached,
     ListEntry,
     ListRequest,
     MoreRequest,
@@ -67,6 +69,7 @@ from fdbroker.wire.messages import (
     WalkRequest,
     Welcome,
     copied,
+    limited,
 )
 
 # A walk's `more` and `cancel` have no reply of their own, and accepted clients come without being asked for.
@@ -203,9 +206,15 @@ requests_of_all_kinds: st.SearchStrategy[Request] = st.one_of(
 )
 
 not_given = st.builds(
-    Result, st.sampled_from([Status.REFUSED, Status.BROKEN]), st.sampled_from(list(Reason)), u16, st.just(0)
+    Result,
+    st.sampled_from([Status.REFUSED, Status.BROKEN]),
+    st.sampled_from(list(Reason)),
+    u16,
+    st.just(0),
+    st.none(),
 )
 results = st.just(GIVEN) | not_given
+limits = st.builds(LimitReached, st.sampled_from(list(Limit)), u32, u32)
 copies = st.binary(max_size=40) | st.integers(0, MAX_COPY).map(bytes)
 times = st.builds(lambda seconds, rest: seconds * 10**9 + rest, i64, st.integers(0, 10**9 - 1))
 stats = st.builds(FileStat, u64, u64, u16, u32, u32, u32, u64, times, times)
@@ -228,7 +237,7 @@ def open_replies(draw: st.DrawFn) -> OpenReply:
     """Return replies with any mixture of descriptors, copies and refusals."""
     given: list[Result] = []
     contents: list[bytes] = []
-    for one in draw(st.lists(results | copies, max_size=MAX_PATHS)):
+    for one in draw(st.lists(results | copies | limits.map(limited), max_size=MAX_PATHS)):
         if isinstance(one, bytes):
             contents.append(one)
         given.append(copied(len(one)) if isinstance(one, bytes) else one)
@@ -249,7 +258,17 @@ replies_of_all_kinds: st.SearchStrategy[Reply] = st.one_of(
     st.builds(ExplainReply, u32, u32, st.binary(max_size=200)),
     st.builds(ReloadReply, u32, u32, u32, st.booleans()),
     st.builds(ReopenReply, u32, u32, st.booleans()),
-    st.builds(ErrorReply, u32, u32, st.sampled_from(list(Kind)), st.sampled_from(list(Reason)), u16, texts),
+    st.builds(
+        ErrorReply,
+        u32,
+        u32,
+        st.sampled_from(list(Kind)),
+        st.sampled_from(list(Reason)),
+        u16,
+        texts,
+        st.none(),
+    ),
+    st.builds(ErrorReply, u32, u32, st.just(Kind.REFUSED), st.just(Reason.LIMIT), u16, texts, limits),
 )
 
 
@@ -303,6 +322,8 @@ def _value(key: str, value: Any) -> Any:  # noqa: ANN401 - JSON, with one case f
         return WalkFilter(**{name: _value(name, each) for name, each in value.items()})
     if key == "end" and value is not None:
         return WalkEnd(**value)
+    if key == "limit":
+        return LimitReached(**value)
     if key == "client" and isinstance(value, dict):
         return AcceptedClient(**value)
     return value
@@ -316,7 +337,9 @@ def _entry(entry: dict[str, Any]) -> ListEntry | WalkEntry:
 
 
 def _result(value: str | dict[str, int]) -> Result:
-    return GIVEN if value == "given" else Result(**value)  # type: ignore[arg-type] # as the document says
+    if value == "given":
+        return GIVEN
+    return Result(**{key: _value(key, one) for key, one in value.items()})  # type: ignore[union-attr]
 
 
 def _stat(value: dict[str, int] | None) -> FileStat | None:

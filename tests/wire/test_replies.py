@@ -33,6 +33,7 @@ from fdbroker.wire.format import (
     WALK_ENTRY,
     Incomplete,
     Kind,
+    Limit,
     Reason,
     Status,
     Type,
@@ -42,6 +43,7 @@ from fdbroker.wire.messages import (
     AcceptedClient,
     ErrorReply,
     FileStat,
+    LimitReached,
     ListEntry,
     MalformedError,
     Result,
@@ -50,6 +52,7 @@ from fdbroker.wire.messages import (
     Welcome,
     broken,
     copied,
+    limited,
     refused,
 )
 from tests.wire.frames import REPLY_TYPES, encode_reply, replies_of_all_kinds
@@ -60,6 +63,7 @@ MET = [
     WalkEntry(b"a/b", 8, STAT_RECORD.encode(), descriptor=True),
     WalkEntry(b"c" * 255, 4, STAT_RECORD.encode(), descriptor=False),
 ]
+REACHED = LimitReached(Limit.OPENS_PER_SECOND, 10, 250)
 EXAMPLES: list[Reply] = [
     Welcome(1, 7, 1, 2, 0, 253, 65536, 256, 0),
     OpenReply(2, 7, [GIVEN, DENIED, broken(5)]),
@@ -77,6 +81,8 @@ EXAMPLES: list[Reply] = [
     AcceptedReply(10, 7, AcceptedClient(1, 4321, 1000, 100, 2)),
     ReleaseReply(11, 7, refused(Reason.NOT_FOUND)),
     ReopenReply(12, 7, taken=True),
+    OpenReply(2, 7, [limited(REACHED), copied(1), limited(REACHED), GIVEN], (b"a",)),
+    ErrorReply(6, 7, Kind.REFUSED, Reason.LIMIT, 11, "", REACHED),
 ]
 # Text without a length of its own: its end is the frame's end.
 OF_ANY_LENGTH = (StatusReply, ErrorReply, ExplainReply)

@@ -18,6 +18,7 @@ from fdbroker.wire.format import (
     MAX_PATHS,
     MAX_REPLY,
     MAX_WALK_GLOBS,
+    Limit,
     Reason,
 )
 from fdbroker.wire.messages import MalformedError, StatusRequest
@@ -123,6 +124,15 @@ def test_the_document_lists_each_reason_with_its_errno() -> None:
         assert name == Reason(reason).name.lower()
         if numbers != ["as it came"]:
             assert ERRNO_OF[Reason(reason)] in {getattr(errno, number) for number in numbers}
+
+
+def test_the_document_lists_each_limit_that_is_told() -> None:
+    text = PROTOCOL.read_text()
+    section = text[text.index("\n## The limit record") : text.index("\n## open (0x02)")]
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", section, re.MULTILINE)
+    assert [(int(code), name) for code, name in rows] == [
+        (limit.value, limit.name.lower()) for limit in Limit
+    ]
 
 
 def test_the_document_has_the_limits() -> None:

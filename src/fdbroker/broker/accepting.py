@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.identity import IdentityError
 from fdbroker.kernel import sockets
-from fdbroker.wire.format import Kind, Reason
+from fdbroker.wire.format import Kind, Limit, Reason
+from fdbroker.wire.messages import LimitReached
 from fdbroker.wire.stream import framed
 
 if TYPE_CHECKING:
@@ -40,10 +41,12 @@ class Listener(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """Why a connection is not served: for its client, and as members of the record."""
+    """Why a connection is not served: for its client, and as members of the record; and by which limit."""
 
     text: str
     members: str
+    limit: str
+    reached: LimitReached | None = None
 
 
 class Acceptor:
@@ -137,13 +140,17 @@ class Acceptor:
                 return None  # however many there are: who administers it must get in
             if for_control > _MOST_FOR_CONTROL:
                 text = "too many ask for status and explanations at once; ask again"
-                return Refusal(text, member_text(uid=uid, reason="control_connections"))
+                members = member_text(uid=uid, reason="control_connections")
+                return Refusal(text, members, "control_connections")
         elif in_all - for_control > self.max_connections:
             members = member_text(uid=uid, reason="connections")
-            return Refusal("the broker has too many connections", members)
+            reached = LimitReached(Limit.CONNECTIONS, self.max_connections, 0)
+            return Refusal("the broker has too many connections", members, "connections", reached)
         if of_uid > most:
             text = f"uid {uid} has {most} connections already, which is the limit (connections_per_uid)"
-            return Refusal(text, member_text(uid=uid, reason="connections_per_uid", limit=most))
+            members = member_text(uid=uid, reason="connections_per_uid", limit=most)
+            reached = LimitReached(Limit.CONNECTIONS_PER_UID, most, 0)
+            return Refusal(text, members, "connections_per_uid", reached)
         return None
 
     def record_refusal(self, name: str, members: str) -> None:

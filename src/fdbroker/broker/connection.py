@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fdbroker.broker.counting import Durations
     from fdbroker.broker.dispatch import Asker, Table
     from fdbroker.broker.identity import Peer, PeerAtConnect
-    from fdbroker.broker.in_flight import InFlight
+    from fdbroker.broker.in_flight import InFlight, Shares
     from fdbroker.broker.opening import Outcome
     from fdbroker.broker.walks import ActiveWalk
 
@@ -64,10 +64,12 @@ class Client:
         "given",
         "given_last",
         "in_flight",
+        "last_request",
         "peer",
         "record",
         "refused",
         "requests",
+        "shares",
         "sock",
         "times",
         "under_way",
@@ -93,8 +95,13 @@ class Client:
         self.flight = flight
         # Descriptors sent and, for all the kernel has told us, not yet received.
         self.in_flight = 0
-        # The same, message by message, the oldest first: the least that the kernel counts for it, how many.
-        self.under_way: deque[tuple[int, int]] = deque()
+        # The same, message by message, the oldest first: the least that the kernel counts for it, how many,
+        # and for which rules.
+        self.under_way: deque[tuple[int, int, Shares]] = deque()
+        # For which rules those of the next reply count.
+        self.shares: Shares = ()
+        # When it last asked for something, in monotonic seconds; noted only where somebody looks at it.
+        self.last_request = 0.0
         # Replies for which there was no room, the oldest first.
         self.unsent: list[Unsent] = []
         # The part of the policy that is about this client, and the generation it was made of.
@@ -119,6 +126,7 @@ class Connection(Client):
         "for_control",
         "greeted",
         "loading",
+        "may_connect_anew",
         "number",
         "pieces",
         "serving",
@@ -150,6 +158,8 @@ class Connection(Client):
         self.greeted = False
         # Whether it came by a control socket.
         self.for_control = False
+        # Whether it came by a listener for requests, so that its client finds the way back.
+        self.may_connect_anew = False
         self.state = State.READING
         # Frames of a stream as far as they are there, and the sender of what waits there.
         self.stream = FrameBuffer() if stream else None

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from fdbroker.broker.connection import Connection
     from fdbroker.broker.dispatch import Answer, Dispatch, Parts, Table
     from fdbroker.kernel.descriptors import Descriptors
-    from fdbroker.policy.rules import Rule, RuleSet
+    from fdbroker.policy.rules import Rule, RuleSet, Settings
 
 # Of lists in an answer, so that it fits into one frame; JSON text.
 _MAX_LISTED = 8192
@@ -136,11 +136,8 @@ class Control:
             "rules": len(rule_set.rules),
             "roots": _as_many_as_fit(roots),
             "roots_in_all": len(roots),
-            "limits": {
-                "connections_per_uid": settings.connections_per_uid,
-                "in_flight_per_connection": settings.in_flight_per_connection,
-                "message_within": settings.message_within,
-            },
+            "limits": _limits(settings),
+            "limits_hit": _as_many_as_fit(self._dispatch.limits.document()),
             "audit_on_failure": "deny" if settings.deny_when_audit_fails else "allow",
             "audit_sequence": self._audit.sequence,
             "audit_failures": self._audit.failures,
@@ -308,6 +305,23 @@ def _parse(text: bytearray) -> object:
         return json.loads(text)
     finally:
         gc.enable()
+
+
+def _limits(settings: Settings) -> dict[str, float]:
+    """Return the limits of every client, by their names in the policy: those that there are."""
+    requests, opens = settings.requests, settings.opens
+    limits = {
+        "connections_per_uid": settings.connections_per_uid,
+        "in_flight_per_connection": settings.in_flight_per_connection,
+        "message_within": settings.message_within,
+        "in_flight_per_uid": settings.in_flight_per_uid,
+        "requests_per_second": None if requests is None else requests.per_second,
+        "requests_burst": None if requests is None else requests.burst,
+        "opens_per_second": None if opens is None else opens.per_second,
+        "opens_burst": None if opens is None else opens.burst,
+        "idle_timeout": settings.idle_timeout,
+    }
+    return {name: value for name, value in limits.items() if value is not None}
 
 
 def _names(rules: Iterable[Rule]) -> list[str]:

@@ -109,6 +109,7 @@ class Datagrams:
         try:
             sockets.send_datagram(client.sock, answered.frame, descriptors, address)
         except OSError as error:
+            client.shares = ()
             members = member_text(request=answered.request_id, errno=error.errno)
             self._audit.event("undelivered", f"{record},{members}")
         else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.connection import Connection
 from fdbroker.broker.counting import Counts
+from fdbroker.broker.limits import Limits
 from fdbroker.broker.opening import NEEDS_HELPER, Outcome, Page
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.wire.format import ERRNO_OF, MAX_COPY, MAX_FRAME, MAX_PATHS, VERSION, Kind, Reason
@@ -39,13 +40,16 @@ from fdbroker.wire.replies import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from fdbroker.broker.acting import ServedClient
     from fdbroker.broker.audit import Audit
     from fdbroker.broker.connection import Client
     from fdbroker.broker.generation import Generation, Held
     from fdbroker.broker.helped import Helped
+    from fdbroker.broker.in_flight import InFlight
     from fdbroker.broker.notify import Notifier
     from fdbroker.broker.watchdog import Watchdog
     from fdbroker.policy.decide import View
+    from fdbroker.wire.messages import LimitReached
 
 Answer = tuple[bytes, list[int]]  # a frame, and the descriptors that go with it: the receiver's to close
 # What can be asked on a connection. The text: why the sender is not who connected, None if it is.
@@ -90,14 +94,16 @@ class Parts(NamedTuple):
 class Dispatch:
     """Answers requests by one policy at a time, which is its `generation`."""
 
-    def __init__(self, parts: Parts, totals: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, parts: Parts, totals: Callable[[], Mapping[str, int]], flight: InFlight) -> None:
         """`totals` counts what the loop counts, for the status."""
         self.generation = parts.generation
         self.helped: Helped | None = None  # where some root is served by helpers
         self.counts = Counts()
+        self.open_limits: Limits | None = None  # where the policy limits what is opened
         self._audit = parts.audit
         self._layers = parts.layers
         self._totals = totals
+        self.limits = Limits(self, parts.audit, flight)
         self.table: Table = {
             Hello: self._hello,
             OpenRequest: self._open,
@@ -106,10 +112,12 @@ class Dispatch:
             StatusRequest: self._status,
         }
 
-    def error(self, request_id: int, kind: Kind, reason: Reason, text: str) -> bytes:
+    def error(
+        self, request_id: int, kind: Kind, reason: Reason, text: str, limit: LimitReached | None = None
+    ) -> bytes:
         """Return an error frame of this generation."""
         number = self.generation.number
-        return encode_error(ErrorReply(request_id, number, kind, reason, ERRNO_OF[reason], text))
+        return encode_error(ErrorReply(request_id, number, kind, reason, ERRNO_OF[reason], text, limit))
 
     def _hello(self, connection: Connection, request: Request, objection: str | None) -> Answer:
         assert isinstance(request, Hello)  # noqa: S101 - for the type checker; the table says it
@@ -135,7 +143,7 @@ class Dispatch:
     def _open(self, connection: Client, request: Request, objection: str | None) -> Answer | None:
         assert isinstance(request, OpenRequest)  # noqa: S101 - for the type checker; the table says it
         request_id, paths, client, copy = request
-        generation = self.generation
+        generation, limits = self.generation, self.open_limits
         descriptors: list[int] = []
         copies: list[bytes] = []
         try:
@@ -145,7 +153,9 @@ class Dispatch:
             if isinstance(asker, str):
                 outcomes = [Outcome(refused(Reason.IDENTITY), asker)] * len(paths)
             elif not connection.flight.room_for(connection, len(paths)):
-                outcomes = [TOO_MANY_IN_FLIGHT] * len(paths)
+                outcomes = [self.too_many_in_flight(connection, len(paths))] * len(paths)
+            elif limits is not None:
+                outcomes = self._open_admitted(limits, asker, request, descriptors, copies)
             elif copy:
                 outcomes = generation.opener.open_or_copy(asker, paths, descriptors, copies)
             else:
@@ -153,8 +163,11 @@ class Dispatch:
             if self.helped is not None and self._is_for_helpers(connection, request, asker, outcomes):
                 close_all(descriptors)
                 return None
+            if limits is not None and not isinstance(asker, str):
+                connection.shares = limits.charge(asker, outcomes, descriptors, copies)
             if not self.record(asker, connection, "open", request_id, paths, outcomes, number=client):
                 close_all(descriptors)
+                connection.shares = ()
                 copies.clear()
                 outcomes = [NOT_RECORDED] * len(paths)
             if len(descriptors) == len(paths):  # as it mostly is: all were given
@@ -166,6 +179,27 @@ class Dispatch:
         except BaseException:
             close_all(descriptors)
             raise
+
+    def _open_admitted(
+        self,
+        limits: Limits,
+        asker: Asker,
+        request: OpenRequest,
+        descriptors: list[int],
+        copies: list[bytes],
+    ) -> list[Outcome]:
+        """Open as many as who asks may open now, the first of them. Appends as `Opener.open` does."""
+        opener, paths = self.generation.opener, request.paths
+        admitted = limits.admit(asker, len(paths))
+        if request.copy:
+            outcomes = opener.open_or_copy(asker, paths[:admitted], descriptors, copies)
+        else:
+            outcomes = opener.open(asker, paths[:admitted], descriptors)
+        return outcomes + limits.refusals(asker, len(paths) - admitted)
+
+    def too_many_in_flight(self, client: Client, count: int) -> Outcome:
+        """Return the outcome for paths whose descriptors would be too many on their way."""
+        return self.limits.too_many_in_flight(client, count) or TOO_MANY_IN_FLIGHT
 
     def _is_for_helpers(
         self,
@@ -281,7 +315,7 @@ class Dispatch:
         if number is None:
             return self.own_asker(client)
         generation = self.generation
-        served = client.clients.get(number) if isinstance(client, Connection) else None
+        served = self.served(client, number)
         if served is None:
             return "no_such_client"
         objection = served.peer.present_objection()
@@ -294,11 +328,16 @@ class Dispatch:
             served.asker_generation = generation.number
         return served.asker
 
+    @staticmethod
+    def served(client: Client, number: int) -> ServedClient | None:
+        """Return that client of a service which has this number, if there is one."""
+        return client.clients.get(number) if isinstance(client, Connection) else None
+
     def who(self, client: Client, number: int | None) -> str:
         """Return how the audit names who asks: `client`, and whom it says to ask for, if it is known here."""
         if number is None:
             return client.record
-        served = client.clients.get(number) if isinstance(client, Connection) else None
+        served = self.served(client, number)
         return f"{client.record},{member_text(for_number=number) if served is None else served.record}"
 
     def record(  # noqa: PLR0913 - what a record says

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fdbroker.broker.connection import Connection
     from fdbroker.broker.dispatch import Asker, Dispatch, Loop
     from fdbroker.broker.helper_pool import Delivery, JobAnswer, Report
+    from fdbroker.broker.in_flight import Shares
     from fdbroker.broker.open_helpers import OpenHelpers
     from fdbroker.wire.messages import StatRequest
 
@@ -64,7 +65,9 @@ class Helped:
                 indexes.append(index)
                 paths.append(JobPath(root.descriptor, path, decision.asks_links))
         connection.awaited += 1
-        done = partial(self._answer, connection, request, indexes, time.monotonic_ns())
+        # What is above a limit now is not opened later either.
+        over = {place: outcome for place, outcome in enumerate(outcomes) if outcome.result.limit is not None}
+        done = partial(self._answer, connection, request, indexes, over, time.monotonic_ns())
         # One client of a service must not take up what the service may have for all of them.
         uid = asker.uid if asker.on_behalf_of_uid is None else asker.on_behalf_of_uid
         self._helpers.submit(Job(paths, opens, uid, connection, done))
@@ -74,6 +77,7 @@ class Helped:
         connection: Connection,
         request: OpenRequest | StatRequest,
         indexes: Sequence[int],
+        over: Mapping[int, Outcome],
         began: int,
         answer: JobAnswer,
     ) -> None:
@@ -85,7 +89,8 @@ class Helped:
             if not isinstance(asker, str):
                 asker = connection.peer.present_objection() or asker
             if isinstance(request, OpenRequest):
-                delivering = self._answer_open(connection, request, asker, answer.number, reports, began)
+                number = answer.number
+                delivering = self._answer_open(connection, request, asker, number, reports, over, began)
             else:
                 self._answer_stat(connection, request, asker, reports)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a denial, and the others are served
@@ -102,27 +107,25 @@ class Helped:
         asker: Asker | str,
         number: int,
         reports: Mapping[int, Report],
+        over: Mapping[int, Outcome],
         began: int,
     ) -> bool:
         """Answer; return whether a helper delivers it."""
-        paths = request.paths
-        opener, generation = self._dispatch.generation.opener, self._dispatch.generation.number
+        paths, generation = request.paths, self._dispatch.generation.number
         descriptors: list[int] = []
         copies: list[bytes] = []
         try:
+            shares: Shares = ()
             if isinstance(asker, str):
                 outcomes = [Outcome(refused(Reason.IDENTITY), asker)] * len(paths)
-            elif not connection.flight.room_for(connection, len(paths)) or _is_full(connection):
+            elif _is_full(connection):
                 outcomes = [TOO_MANY_IN_FLIGHT] * len(paths)
+            elif not connection.flight.room_for(connection, len(paths)):
+                outcomes = [self._dispatch.too_many_in_flight(connection, len(paths))] * len(paths)
             else:
-                if request.copy:
-                    outcomes = opener.open_or_copy(asker, paths, descriptors, copies)
-                else:
-                    outcomes = opener.open(asker, paths, descriptors)
-                # By the policy of now another root may serve a path, and then it was opened here.
-                reports = {index: reports[index] for index in reports if outcomes[index] is NEEDS_HELPER}
-                for index, report in reports.items():
-                    outcomes[index] = opener.judge_report(asker, "open", paths[index], report)
+                outcomes, reports = self._open(request, asker, reports, over, descriptors, copies)
+                if self._dispatch.open_limits is not None:
+                    shares = self._dispatch.open_limits.charge(asker, outcomes, descriptors, copies, reports)
             # In the order of the paths: what the helper has open, and what is open here.
             places: list[int] = []
             own = 0
@@ -139,21 +142,46 @@ class Helped:
             ):
                 close_all(descriptors)
                 copies.clear()
-                own, places, outcomes = 0, [], [NOT_RECORDED] * len(paths)
+                own, places, outcomes, shares = 0, [], [NOT_RECORDED] * len(paths), ()
             self._dispatch.counts.copied += sum(map(len, copies))
             results = [outcome.result for outcome in outcomes]
             frame = encode_open_reply(request.id, generation, results, copies)
             if own == len(places):
                 sent, descriptors = descriptors, []
+                connection.shares = shares
                 self._loop.send(connection, frame, sent, request.id)
                 return False
             if connection.stream is not None:
                 frame = framed(frame)
-            done = partial(self._delivered, connection, request, len(places), began)
+            done = partial(self._delivered, connection, request, len(places), shares, began)
             self._helpers.deliver(number, connection.sock, frame, places, descriptors, done)
             return True
         finally:
             close_all(descriptors)
+
+    def _open(
+        self,
+        request: OpenRequest,
+        asker: Asker,
+        reports: Mapping[int, Report],
+        over: Mapping[int, Outcome],
+        descriptors: list[int],
+        copies: list[bytes],
+    ) -> tuple[list[Outcome], Mapping[int, Report]]:
+        """Open what is opened here, and decide on what the helper has open; return which that is, too."""
+        opener = self._dispatch.generation.opener
+        # Those above a limit are the last ones: what is admitted is the beginning.
+        admitted = request.paths[: len(request.paths) - len(over)]
+        if request.copy:
+            outcomes = opener.open_or_copy(asker, admitted, descriptors, copies)
+        else:
+            outcomes = opener.open(asker, admitted, descriptors)
+        outcomes += over.values()
+        # By the policy of now another root may serve a path, and then it was opened here.
+        reports = {index: reports[index] for index in reports if outcomes[index] is NEEDS_HELPER}
+        for index, report in reports.items():
+            outcomes[index] = opener.judge_report(asker, "open", request.paths[index], report)
+        return outcomes, reports
 
     def _answer_stat(
         self,
@@ -179,10 +207,17 @@ class Helped:
         self._loop.send(connection, frame, [], request.id)
 
     def _delivered(
-        self, connection: Connection, request: OpenRequest, count: int, began: int, delivery: Delivery
+        self,
+        connection: Connection,
+        request: OpenRequest,
+        count: int,
+        shares: Shares,
+        began: int,
+        delivery: Delivery,
     ) -> None:
         """Count what is under way, or take it back in the audit."""
         if delivery.sent != 0:  # whole, in part, or nobody knows: they go with the first byte
+            connection.shares = shares
             connection.flight.add(connection, count, None)  # other replies may have been sent since
         if delivery.errno:
             members = member_text(request=request.id, errno=delivery.errno)

@@ -23,6 +23,9 @@ from fdbroker.kernel.sockets import DRAINED, bytes_not_received
 if TYPE_CHECKING:
     from fdbroker.broker.connection import Client
 
+    # For which rules and uids descriptors count beside all others, and how many.
+    Shares = tuple[tuple[tuple[str, int], int], ...]
+
 
 # Of the kernel for each message: struct sk_buff and skb_shared_info have more (SKB_TRUESIZE).
 _OVERHEAD = 256
@@ -35,9 +38,12 @@ class InFlight:
         self.total = 0
         # How many are not under way any more.
         self.taken_back = 0
+        self.most_per_uid = most_per_uid
         self._most = most
-        self._most_per_uid = most_per_uid
+        self._share = most_per_uid
         self._of_uid: dict[int, int] = {}
+        # By the name of a rule that limits them, and uid.
+        self._of_rule: dict[tuple[str, int], int] = {}
         # Those that have something in flight.
         self._clients: dict[Client, None] = {}
 
@@ -45,11 +51,16 @@ class InFlight:
         """Count descriptors that were sent, or wait to be, with the first of `size` bytes.
 
         None: others that are counted before may be received after these, as where a helper sent these
-        before we hear of it, or where several receive.
+        before we hear of it, or where several receive. They count for the client's `shares`, too.
         """
         client.in_flight += count
+        shares = client.shares
+        if shares:
+            client.shares = ()
+            for key, number in shares:
+                self._of_rule[key] = self._of_rule.get(key, 0) + number
         # Without bytes of its own it is thought to be in whatever is left.
-        client.under_way.append((0 if size is None else size + _OVERHEAD, count))
+        client.under_way.append((0 if size is None else size + _OVERHEAD, count, shares))
         self.total += count
         uid = client.peer.uid
         self._of_uid[uid] = self._of_uid.get(uid, 0) + count
@@ -57,8 +68,30 @@ class InFlight:
 
     def forget(self, client: Client) -> None:
         """Take back all that a client has in flight: it was received, or its queue is gone."""
+        if self._of_rule:
+            for _, _, shares in client.under_way:
+                self._take_back_shares(shares)
         client.under_way.clear()
         self._take_back(client, client.in_flight)
+
+    def limit_uids(self, most: int | None) -> int:
+        """Let a uid have so many, at most its share (None: its share); return how many that is."""
+        self.most_per_uid = self._share if most is None else min(most, self._share)
+        return self.most_per_uid
+
+    def room_of_rule(self, rule: str, uid: int, most: int, wanted: int) -> int:
+        """Return how many of `most` a rule still gives a uid. Asks the kernel if it is less than `wanted`."""
+        key = (rule, uid)
+        if most - self._of_rule.get(key, 0) < wanted:
+            for other in tuple(self._clients):
+                self.settle(other)
+        return most - self._of_rule.get(key, 0)
+
+    def _take_back_shares(self, shares: Shares) -> None:
+        for key, number in shares:
+            self._of_rule[key] -= number
+            if not self._of_rule[key]:
+                del self._of_rule[key]
 
     def _take_back(self, client: Client, count: int) -> None:
         if not count:
@@ -89,21 +122,27 @@ class InFlight:
         """Forget all but the end of what was sent that can be in `left` bytes of the queue."""
         under_way = client.under_way
         kept = 0
-        for size, _ in reversed(under_way):
+        for size, _, _ in reversed(under_way):
             left -= size
             if left < 0:
                 break
             kept += 1
         received = 0
         while len(under_way) > kept:
-            received += under_way.popleft()[1]
+            _, count, shares = under_way.popleft()
+            received += count
+            self._take_back_shares(shares)
         self._take_back(client, received)
 
     def room_for(self, client: Client, count: int) -> bool:
         """Return whether `count` more may go to this client. Asks the kernel only when it is tight."""
         uid, of_uid = client.peer.uid, self._of_uid
-        if self.total + count <= self._most and of_uid.get(uid, 0) + count <= self._most_per_uid:
+        if self.total + count <= self._most and of_uid.get(uid, 0) + count <= self.most_per_uid:
             return True
         for other in tuple(self._clients):
             self.settle(other)
-        return self.total + count <= self._most and of_uid.get(uid, 0) + count <= self._most_per_uid
+        return self.total + count <= self._most and self.has_share(client, count)
+
+    def has_share(self, client: Client, count: int) -> bool:
+        """Return whether `count` more are within what the client's uid may have."""
+        return self._of_uid.get(client.peer.uid, 0) + count <= self.most_per_uid

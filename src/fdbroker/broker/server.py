@@ -30,8 +30,8 @@ from fdbroker.broker.walks import Walks, can_go_on
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.memory import release_free_memory
-from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Kind, Reason
-from fdbroker.wire.messages import Hello, MalformedError, ReleaseRequest, ServeRequest
+from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Kind, Limit, Reason
+from fdbroker.wire.messages import Hello, LimitReached, MalformedError, ReleaseRequest, ServeRequest
 from fdbroker.wire.requests import decode_request
 from fdbroker.wire.stream import framed
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 _REST = 0.1  # seconds
 _LOOK_AT_DEADLINES = 1.0  # seconds: how late a client may be noticed to be late
 _MOST_SHOWN = 256  # connections, to those who look at all
+_LOOK_FOR_IDLE = 30.0  # seconds, at most: how late an idle connection may be closed
 _MOST_AWAITED = 16  # answers of others that one connection may wait for
 _READY = select.EPOLLIN
 _READING = State.READING  # to look up a member of an Enum costs as much as a small system call
@@ -67,7 +68,10 @@ class Broker:
     """Serves listeners and adopted connections until it is stopped. Owns them all."""
 
     def __init__(self, parts: Parts) -> None:
-        self._dispatch = Dispatch(parts, self._totals)
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # A full reply must fit into the share of one uid, or its request could never be answered.
+        self._flight = InFlight(most // 2, max(most // 8, MAX_PATHS))
+        self._dispatch = Dispatch(parts, self._totals, self._flight)
         self._walks = Walks(self._dispatch, parts)
         self._control = Control(self._dispatch, parts, self._facts, self._rows, self._switched)
         self._notifier = parts.notifier
@@ -98,13 +102,16 @@ class Broker:
         self._stopping = False
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._epoll.register(self._wake_read, select.EPOLLIN)
-        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        # A full reply must fit into the share of one uid, or its request could never be answered.
-        self._flight = InFlight(most // 2, max(most // 8, MAX_PATHS))
         self._services = Services(self._dispatch, parts, most // 8)
         # Each connection has a socket and a pidfd, and may hold a reply of 253.
         self._acceptor = Acceptor(self, self._epoll, self._dispatch, self._audit, most // 8)
         self._datagrams: Datagrams | None = None
+        # After how many seconds a connection on which nothing happens is closed, and when to look next.
+        self._idle_timeout: float | None = None
+        self._next_look_for_idle = 0.0
+        self._dispatch.limits.watch(self._dispatch.table)
+        self._dispatch.limits.watch(self._control.table, for_control=True)
+        self._follow_limits()
 
     @property
     def wake_descriptor(self) -> int:
@@ -213,6 +220,8 @@ class Broker:
 
     def step(self, timeout: float) -> None:
         """Serve one round of what is ready within `timeout` seconds (-1: wait)."""
+        if self._idle_timeout is not None:
+            timeout = self._look_for_idle(timeout, self._idle_timeout)
         until = None if self._helpers is None else self._helpers.next_deadline()
         waiting = self._busy or self._deadlines or self._loading or self._resting or self._acceptor.resting
         if waiting or until is not None:
@@ -417,9 +426,20 @@ class Broker:
                 client.asker = None
             if connection.walks:
                 self._walks.decide_anew(connection)
+        self._follow_limits()
         self._tell_who_may_not_serve()
         settle_memory()
         self.say_status()
+
+    def _follow_limits(self) -> None:
+        """Limit by the policy of now."""
+        rule_set = self._dispatch.generation.policy.rule_set
+        self._dispatch.limits.follow(rule_set)
+        before, self._idle_timeout = self._idle_timeout, rule_set.settings.idle_timeout
+        if before is None and self._idle_timeout is not None:
+            # When they last asked was not noted.
+            for connection in self._connections.values():
+                connection.last_request = time.monotonic()
 
     def say_status(self, **more: str) -> None:
         """Tell the service manager what is served, and `more`."""
@@ -454,8 +474,13 @@ class Broker:
         )
         if refusal is not None:
             self._acceptor.record_refusal(name, refusal.members)
-            self._send_error(connection, 0, Kind.REFUSED, Reason.LIMIT, refusal.text)
+            self._dispatch.limits.hit(refusal.limit)
+            self._send_error(connection, 0, Kind.REFUSED, Reason.LIMIT, refusal.text, refusal.reached)
             self._drop(connection)
+            return
+        connection.may_connect_anew = not connection.for_control
+        if self._idle_timeout is not None:
+            connection.last_request = time.monotonic()
 
     def _accept_for_service(self, listener: Listener, service: bytes) -> None:
         server = self._services.server_for(service)
@@ -505,9 +530,38 @@ class Broker:
             what = "the rest of a message" if connection.greeted else "a hello"
             members = member_text(request=0, reason=f"{what} did not come in time")
             self._audit.event("too_slow", f"{connection.record},{members}")
-            text = f"{what} must come within {self._dispatch.generation.settings.message_within:g} s"
-            self._send_error(connection, 0, Kind.REFUSED, Reason.LIMIT, text)
+            seconds = self._dispatch.generation.settings.message_within
+            text = f"{what} must come within {seconds:g} s"
+            reached = LimitReached(Limit.MESSAGE_WITHIN, int(seconds), 0)
+            self._dispatch.limits.hit("message_within")
+            self._send_error(connection, 0, Kind.REFUSED, Reason.LIMIT, text, reached)
             self._hang_up(connection)
+
+    def _look_for_idle(self, timeout: float, idle: float) -> float:
+        """Close what has been idle for so many seconds; return how long to wait for events at most."""
+        now = time.monotonic()
+        if now >= self._next_look_for_idle:
+            self._next_look_for_idle = now + min(max(idle / 8, _REST), _LOOK_FOR_IDLE)
+            for connection in list(self._connections.values()):
+                if connection.last_request + idle <= now and self._is_idle(connection):
+                    members = member_text(reason="idle_timeout", limit=int(idle))
+                    self._audit.event("connection_ended", f"{connection.record},{members}")
+                    self._dispatch.limits.hit("idle_timeout")
+                    self._hang_up(connection)
+        left = max(0.0, self._next_look_for_idle - now)
+        return timeout if 0 <= timeout <= left else left
+
+    def _is_idle(self, connection: Connection) -> bool:
+        """Return whether nothing is under way, and its client can connect anew when it wants something."""
+        return (
+            connection.may_connect_anew
+            and connection.greeted
+            and connection.state is _READING
+            and not (connection.walks or connection.awaited or connection.serving or connection.clients)
+            and connection not in self._busy
+            and connection not in self._deadlines
+            and self._flight.settle(connection)
+        )
 
     def _hang_up(self, connection: Connection) -> None:
         """End a connection from our side, but keep counting what lies in the client's queue."""
@@ -758,7 +812,7 @@ class Broker:
             return True
         if answered is not None:
             self._send(connection, *answered)
-        return True
+        return not self._walks.held_back
 
     def _load_on(self, connection: Connection) -> None:
         """Go on reading the policy that was handed over here, for a moment; answer when it is read."""
@@ -819,6 +873,7 @@ class Broker:
     def _let_go(self, connection: Connection, reply: Unsent, error: OSError) -> None:
         """Let go of a reply that can't be sent at all."""
         close_all(reply.descriptors)
+        connection.shares = ()
         self._record_unsent(connection, reply, error.errno)
         if error.errno != errno.ETOOMANYREFS:
             self._hang_up(connection)
@@ -849,12 +904,18 @@ class Broker:
         self._read_on(connection)
 
     def _send_error(
-        self, connection: Connection, request_id: int, kind: Kind, reason: Reason, text: str
+        self,
+        connection: Connection,
+        request_id: int,
+        kind: Kind,
+        reason: Reason,
+        text: str,
+        limit: LimitReached | None = None,
     ) -> None:
         """Send the last frame of a connection, if there is room for it: one behind the rest of another."""
         if connection.unsent:
             return
-        frame = self._dispatch.error(request_id, kind, reason, text)
+        frame = self._dispatch.error(request_id, kind, reason, text, limit)
         try:
             sockets.send(connection.sock, frame if connection.stream is None else framed(frame), wait=False)
         except OSError:

@@ -20,6 +20,7 @@ import errno
 import os
 import stat
 import time
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.broker.opening import Outcome, failure, file_stat, name_is_lost, object_refusal, refusal
@@ -52,7 +53,7 @@ from fdbroker.wire.format import (
 from fdbroker.wire.messages import GIVEN, FileStat, Result, WalkEnd, refused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from fdbroker.broker.dispatch import Asker
     from fdbroker.broker.roots import HeldRoot
@@ -96,13 +97,17 @@ _NO_ENTRIES: Sequence[tuple[bytes, int, int]] = ()
 _MAX_GIVEN = 4096
 
 
+NONE_OPENED: Mapping[Rule, int] = MappingProxyType({})
+
+
 class Batch(NamedTuple):
     """What one step found.
 
     `entries` are encoded; `descriptors` are those of the entries that have one, in order, and the
     caller's from now on. `paths` and `outcomes` are what the audit is to say: absolute paths and what
     became of them, one for each entry, and before the first of them one for the start. Without entries and
-    without an end there is nothing to send yet.
+    without an end there is nothing to send yet. Where rules are limited, `opened_by` counts what they gave,
+    and `held_back_by` is the one that gave no more.
     """
 
     result: Result
@@ -111,6 +116,8 @@ class Batch(NamedTuple):
     outcomes: list[Outcome]
     descriptors: list[int]
     end: WalkEnd | None
+    opened_by: Mapping[Rule, int] = NONE_OPENED
+    held_back_by: Rule | None = None
 
 
 class _Level:
@@ -210,8 +217,11 @@ class _Step:
         "descriptors",
         "directories",
         "entries",
+        "held_back_by",
         "left_out",
         "levels",
+        "most_of",
+        "opened_by",
         "outcomes",
         "path",
         "paths",
@@ -222,7 +232,19 @@ class _Step:
         "visits",
     )
 
-    def __init__(self, room: int, levels: Sequence[_Level], path: bytes, *, careful: bool) -> None:
+    def __init__(
+        self,
+        room: int,
+        levels: Sequence[_Level],
+        path: bytes,
+        *,
+        careful: bool,
+        most_of: Callable[[Rule], int] | None = None,
+    ) -> None:
+        # How many files a rule may open here, where some rule is limited; how many each of those did.
+        self.most_of = most_of
+        self.opened_by: dict[Rule, int] = {}
+        self.held_back_by: Rule | None = None
         self.room = room
         self.careful = careful
         self.budget = MOST_ENTRIES
@@ -242,6 +264,24 @@ class _Step:
     def has_visited_enough(self) -> bool:
         """Return whether other directories have to wait for the next step."""
         return bool(self.visits) and (len(self.visits) >= MOST_DIRECTORIES or time.monotonic() >= self.until)
+
+    def room_of(self, rule: Rule | None) -> int:
+        """Return how many files more a rule may open here; 0: it holds the step back."""
+        if self.most_of is None or rule is None or rule.limits is None:
+            return self.room
+        room = self.most_of(rule) - self.opened_by.get(rule, 0)
+        if room <= 0:
+            self.held_back_by = rule
+        return max(0, room)
+
+    def is_held_back(self) -> bool:
+        """Return whether what comes next is for a later step, when its rule gives more."""
+        return self.held_back_by is not None
+
+    def count_opened(self, rule: Rule | None, count: int) -> None:
+        """Count what a rule opened here, if it is limited."""
+        if rule is not None and rule.limits is not None:
+            self.opened_by[rule] = self.opened_by.get(rule, 0) + count
 
     def leave_out(self, why: Incomplete) -> None:
         """Count something that is not named."""
@@ -318,8 +358,10 @@ class Walk:
                 return
             level.root = number
 
-    def step(self, room: int) -> Batch:
+    def step(self, room: int, most_of: Callable[[Rule], int] | None = None) -> Batch:
         """Go on for a while and return up to `room` entries, and the end if it was reached.
+
+        `most_of`: how many files each rule may open here; None: as many as there are.
 
         A batch without either says that nothing was found yet. Behind the end there is the end again.
         """
@@ -337,7 +379,7 @@ class Walk:
                 if not self._seek():
                     return self._refuse(Outcome(refused(Reason.NOT_FOUND), "not_found", self._start.rule))
                 return Batch(GIVEN, [], [], [], [], None)
-            return self._go_on(room)
+            return self._go_on(room, most_of)
         except OSError as error:
             self.stop(_OURS.get(error.errno or 0, Incomplete.FAILED))
         except MemoryError:
@@ -470,13 +512,13 @@ class Walk:
 
     # one step
 
-    def _go_on(self, room: int) -> Batch:
-        step = _Step(room, self._levels, self._path, careful=False)
+    def _go_on(self, room: int, most_of: Callable[[Rule], int] | None) -> Batch:
+        step = _Step(room, self._levels, self._path, careful=False, most_of=most_of)
         if not self._make(step):
             self._levels, self._path = step.levels, step.path
             for level, state in step.states.items():
                 level.restore(state)
-            step = _Step(room, self._levels, self._path, careful=True)
+            step = _Step(room, self._levels, self._path, careful=True, most_of=most_of)
             self._make(step)
         self.entries += len(step.entries)
         self.descriptors += len(step.descriptors)
@@ -485,7 +527,10 @@ class Walk:
             self.left_out[why] = self.left_out.get(why, 0) + count
         if not self._levels:
             self._finish()
-        return self._batch(step.entries, step.paths, step.outcomes, step.descriptors)
+        batch = self._batch(step.entries, step.paths, step.outcomes, step.descriptors)
+        if most_of is not None:
+            return batch._replace(opened_by=step.opened_by, held_back_by=step.held_back_by)
+        return batch
 
     def _make(self, step: _Step) -> bool:
         """Make a step; return False, with all that it opened closed, if it has to be made carefully."""
@@ -666,9 +711,12 @@ class Walk:
                     level, visit.plain, visit, step, end, until
                 ):
                     continue
+            if step.is_held_back():
+                return False
             path = prefix + name
             if len(names) == room or step.size + _ENTRY_HEAD + len(path) - skip > _BYTES:
                 return False
+            before = level.position
             level.next += 1
             level.position = position
             step.budget -= 1
@@ -681,6 +729,10 @@ class Walk:
             ):
                 continue
             self._meet(level, visit, name, path, step)
+            if step.is_held_back():  # this one is for a later step
+                level.next -= 1
+                level.position = before
+                return False
             if self._levels[-1] is not level:
                 return True
         return True
@@ -699,7 +751,7 @@ class Walk:
         relative_prefix = prefix[self._skip :]
         names, paths, descriptors, pack = step.entries, step.paths, step.descriptors, _PACK_ENTRY
         longest = _ENTRY_HEAD + len(relative_prefix) + MAX_NAME_BYTES
-        room = min(step.room - len(names), (_BYTES - step.size) // longest)
+        room = min(step.room - len(names), (_BYTES - step.size) // longest, step.room_of(given.rule))
         first = place = level.next
         before = len(names)
         wanted = []
@@ -733,6 +785,7 @@ class Walk:
                 elif not stat.S_ISREG(FileStat.decode(record).mode):
                     step.leave_out(Incomplete.CHANGED)  # the directory said otherwise a moment ago
         self._ping()
+        step.count_opened(given.rule, len(names) - before)
         step.outcomes += [given] * (len(names) - before)
         step.size += sum(map(len, names[before:]))
         step.budget -= place - first
@@ -813,6 +866,10 @@ class Walk:
         if is_regular and asks_links and name_is_lost(root, path, held, self._proc_self_fd):
             step.leave_out(Incomplete.CHANGED)
             return
+        if opens:
+            if not step.room_of(rule):
+                return
+            step.count_opened(rule, 1)
         opened = reopen_for_reading(self._proc_self_fd, held) if opens else None
         self._give(step, path, file_stat(facts), rule, opened)
 

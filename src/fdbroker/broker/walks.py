@@ -8,11 +8,12 @@ it was, and what is given is on record before it is sent.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.opening import Outcome
-from fdbroker.broker.walking import BATCH, Walk
+from fdbroker.broker.walking import BATCH, Batch, Walk
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.wire.format import Incomplete, Reason
 from fdbroker.wire.messages import (
@@ -29,13 +30,15 @@ from fdbroker.wire.replies import encode_walk_reply
 
 if TYPE_CHECKING:
     from fdbroker.broker.connection import Connection
-    from fdbroker.broker.dispatch import Answer, Dispatch, Parts
+    from fdbroker.broker.dispatch import Answer, Asker, Dispatch, Parts
+    from fdbroker.broker.limits import Limits
 
 MOST_WALKS = 4  # of one connection
 # A walk that waits for credit keeps its place: up to a megabyte, 2,000 directories deep.
 MOST_WALKS_OF_UID = 32
 MOST_WALKS_IN_ALL = 256
 _MOST_CREDIT = 1 << 31
+_HELD_BACK = 0.02  # seconds until a walk that a limit holds back is tried again
 _SIGN_OF_LIFE = 2.0  # seconds after which a frame without entries says that the walk goes on
 # What is missing then, whatever the walk has met.
 _LEFT_OUT = {
@@ -48,7 +51,7 @@ _LEFT_OUT = {
 class ActiveWalk:
     """A walk of one connection, what it has sent and what it may still send."""
 
-    __slots__ = ("credit", "descriptors", "entries", "most", "request", "sent", "walk")
+    __slots__ = ("credit", "descriptors", "entries", "most", "not_before", "request", "sent", "walk")
 
     def __init__(self, request: WalkRequest, walk: Walk) -> None:
         self.request = request
@@ -58,12 +61,16 @@ class ActiveWalk:
         # What was sent so far, and when the last frame was.
         self.entries = self.descriptors = 0
         self.sent = time.monotonic()
+        # When it may go on, since a limit holds it back.
+        self.not_before = 0.0
 
 
 class Walks:
     """Begins walks, goes on with them and ends them."""
 
     def __init__(self, dispatch: Dispatch, parts: Parts) -> None:
+        # Whether the walk that had its turn last waits for a limit.
+        self.held_back = False
         self._dispatch = dispatch
         self._audit = parts.audit
         self._proc_self_fd = parts.held.proc_self_fd
@@ -86,8 +93,12 @@ class Walks:
         active = _whose_turn(connection)
         assert active is not None  # noqa: S101 - for the type checker; the caller looked
         request_id = active.request.id
+        limits = self._dispatch.open_limits if active.request.descriptors else None
         # The next one gets its turn before this one gets another.
         connection.walks[request_id] = connection.walks.pop(request_id)
+        self.held_back = limits is not None and time.monotonic() < active.not_before
+        if self.held_back:
+            return None
         asker = self._dispatch.asker(connection, active.request.client)
         if isinstance(asker, str):
             return self._stop(connection, active, Reason.IDENTITY, asker)
@@ -95,7 +106,8 @@ class Walks:
         if objection is not None:
             return self._stop(connection, active, Reason.IDENTITY, objection)
         active.walk.decide_by(asker, self._dispatch.generation.opener.roots)
-        batch = active.walk.step(active.most)
+        most = active.most
+        batch = active.walk.step(most) if limits is None else self._limited_step(active, asker, limits)
         try:
             recorded = not batch.paths or self._dispatch.record(
                 asker, connection, "walk", request_id, batch.paths, batch.outcomes
@@ -103,6 +115,8 @@ class Walks:
             if recorded:
                 active.entries += len(batch.entries)
                 active.descriptors += len(batch.descriptors)
+                if limits is not None:
+                    connection.shares = limits.charge_walk(asker, batch.opened_by, len(batch.descriptors))
                 now = time.monotonic()
                 if batch.end is None and not batch.entries and now < active.sent + _SIGN_OF_LIFE:
                     return None
@@ -119,6 +133,19 @@ class Walks:
             raise
         close_all(batch.descriptors)
         return self._stop(connection, active, Reason.AUDIT, "audit")
+
+    def _limited_step(self, active: ActiveWalk, asker: Asker, limits: Limits) -> Batch:
+        """Go on as far as the limits allow; where they do not, note when to try again."""
+        room = min(active.most, limits.room(asker))
+        batch = Batch(GIVEN, [], [], [], [], None)
+        if room:
+            batch = active.walk.step(room, partial(limits.room_of, asker))
+            if batch.entries or batch.end is not None or batch.held_back_by is None:
+                return batch
+        limits.held_back(batch.held_back_by)
+        active.not_before = time.monotonic() + _HELD_BACK
+        self.held_back = True
+        return batch
 
     def decide_anew(self, connection: Connection) -> None:
         """Let go of the policy before: walks without credit must not keep it."""

@@ -222,7 +222,7 @@ class Contents:
                 self._found[place] = Descriptors([answer.descriptors.take()])
             elif result is not None and result.status is Status.COPIED:
                 self._found[place] = next(waiting)
-            elif result is not None and result.reason is Reason.LIMIT and copies:
+            elif result is not None and result.reason is Reason.LIMIT and result.limit is None and copies:
                 again.append(place)  # there was no room for it beside the others
             else:
                 self._found[place] = error_of(answer, at, self._asked.paths[place])

@@ -12,10 +12,10 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any
 
-from fdbroker.wire.format import ERRNO_OF, Reason
+from fdbroker.wire.format import ERRNO_OF, Limit, Reason
 
 if TYPE_CHECKING:
-    from fdbroker.wire.messages import ErrorReply, Result
+    from fdbroker.wire.messages import ErrorReply, LimitReached, Result
 
 
 class BrokerError(OSError):
@@ -87,7 +87,34 @@ class ChangedError(BrokerError, BlockingIOError):
 
 
 class LimitError(BrokerError, BlockingIOError):
-    """Not now: a limit of connections or of descriptors under way is reached. Try again."""
+    """Not now: a limit of the broker is reached. Try again.
+
+    `limit` is its name in docs/protocol.md and `value` what it is, both None
+    where the broker does not say. `retry_after`: seconds until there is room
+    for one more; None: it is not time that helps, but to receive or to close
+    something, or the broker does not say.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - those of every error, and which limit it is
+        self,
+        number: int,
+        text: str,
+        filename: bytes | None = None,
+        reason: Reason = Reason.NONE,
+        request_id: int = 0,
+        limit: str | None = None,
+        value: int | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(number, text, filename, reason, request_id)
+        self.limit = limit
+        self.value = value
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type[BrokerError], tuple[Any, ...]]:
+        """Say how to make it again, with which limit it is."""
+        kind, arguments = super().__reduce__()
+        return kind, (*arguments, self.limit, self.value, self.retry_after)
 
 
 class FileTooLargeError(BrokerError):
@@ -217,6 +244,18 @@ _TEXTS_OF_LISTENERS: dict[Reason, str] = {
     " ('listeners: {NAME: {service: ...}}')",
     Reason.BUSY: "this connection serves the listener already",
 }
+_RECEIVE = "receive or close some of what was opened, then try again"
+# Of limits that time alone does not help against.
+_CURES_OF_LIMITS: dict[Limit, str] = {
+    Limit.CONNECTIONS: "try again when others have closed theirs",
+    Limit.CONNECTIONS_PER_UID: "close some connections of this user, then try again",
+    Limit.MESSAGE_WITHIN: "connect anew, and send what was begun",
+    Limit.REQUESTS_PER_SECOND: "try again",
+    Limit.OPENS_PER_SECOND: "try again",
+    Limit.IN_FLIGHT_PER_UID: _RECEIVE,
+    Limit.RULE_OPENS_PER_SECOND: "try again",
+    Limit.RULE_IN_FLIGHT: _RECEIVE,
+}
 _BAD_GLOB = (
     "a glob is none of the policy's (relative, '**' a whole component, no '//'), or the start is no path"
 )
@@ -224,6 +263,8 @@ _BAD_GLOB = (
 
 def error_of_result(result: Result, path: bytes, request_id: int) -> BrokerError:
     """Return the exception for a path that was refused or broke."""
+    if result.limit is not None:
+        return _error_of_limit(result.limit, result.errno, path, request_id)
     return _error(result.reason, result.errno, path, request_id)
 
 
@@ -241,12 +282,23 @@ def error_of_walk(result: Result, start: bytes, request_id: int, *, has_globs: b
 
 def error_of_reply(reply: ErrorReply, path: bytes | None = None) -> BrokerError:
     """Return the exception for an error frame; what the broker says of it comes last."""
+    if reply.limit is not None:
+        return _error_of_limit(reply.limit, reply.errno, path, reply.id)
     return _error(reply.reason, reply.errno, path, reply.id, reply.text)
 
 
 def error_in_its_words(reply: ErrorReply) -> BrokerError:
     """Return the exception for an error frame whose own sentence says what is wrong, and the cure."""
     return _error(reply.reason, reply.errno, None, reply.id, text=reply.text)
+
+
+def _error_of_limit(reached: LimitReached, number: int, path: bytes | None, request_id: int) -> LimitError:
+    """Return the exception for a limit of which the broker said which one it is."""
+    name, seconds = reached.limit.name.lower(), reached.retry_after / 1000 or None
+    cure = _CURES_OF_LIMITS[reached.limit] if seconds is None else f"try again in {seconds:g} s"
+    text = f"the broker's limit {name} is reached, which is {reached.value}; {cure}"
+    number = number or ERRNO_OF[Reason.LIMIT]
+    return LimitError(number, text, path, Reason.LIMIT, request_id, name, reached.value, seconds)
 
 
 def _error(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypedDict, get_args
 
 from fdbroker.config.clients import ClientReader
 from fdbroker.config.compiled import CompiledLimits, CompiledPolicy, CompiledRoot, CompiledRule
@@ -21,11 +21,15 @@ from fdbroker.config.reader import Reader
 from fdbroker.config.scalars import parse_boolean, parse_count, parse_duration, parse_path
 from fdbroker.config.schema import (
     CONNECTIONS_PER_UID,
+    IDLE_TIMEOUT,
     IN_FLIGHT_PER_CONNECTION,
+    IN_FLIGHT_PER_UID,
     MESSAGE_WITHIN,
     NAME_PATTERN,
     OPENS_DEFAULT,
+    PER_SECOND,
     READ_ONLY_VIEW_DEFAULT,
+    RULE_IN_FLIGHT,
     Action,
     Admins,
     Audit,
@@ -37,6 +41,7 @@ from fdbroker.config.schema import (
     ReadOnlyView,
     Root,
     Rule,
+    RuleLimits,
     keys_of,
 )
 from fdbroker.config.sources import read_policy_file
@@ -54,18 +59,22 @@ class _Limit(NamedTuple):
     cure: str
 
 
+def _limit_of_count(allowed: range) -> _Limit:
+    return _Limit(parse_count, allowed, f"write a number from {allowed[0]} to {allowed[-1]}")
+
+
+_RATE = _limit_of_count(PER_SECOND)
 _LIMITS = {
-    "connections_per_uid": _Limit(
-        parse_count,
-        CONNECTIONS_PER_UID,
-        f"write a number from {CONNECTIONS_PER_UID[0]} to {CONNECTIONS_PER_UID[-1]}",
-    ),
-    "in_flight_per_connection": _Limit(
-        parse_count,
-        IN_FLIGHT_PER_CONNECTION,
-        f"write a number from {IN_FLIGHT_PER_CONNECTION[0]} to {IN_FLIGHT_PER_CONNECTION[-1]}",
-    ),
+    "connections_per_uid": _limit_of_count(CONNECTIONS_PER_UID),
+    "in_flight_per_connection": _limit_of_count(IN_FLIGHT_PER_CONNECTION),
     "message_within": _Limit(parse_duration, MESSAGE_WITHIN, "write a duration from 1s to 1h"),
+    "in_flight_per_uid": _limit_of_count(IN_FLIGHT_PER_UID),
+    "requests_per_second": _RATE,
+    "requests_burst": _RATE,
+    "opens_per_second": _RATE,
+    "opens_burst": _RATE,
+    "idle_timeout": _Limit(parse_duration, IDLE_TIMEOUT, "write a duration from 1s to 24h"),
+    "in_flight": _limit_of_count(RULE_IN_FLIGHT),  # of a rule
 }
 _ROOTS_CURE = "name at least one, as in 'home: {path: /home}'"
 _RULE_CURE = "write a mapping that begins with '- name: ...'"
@@ -101,6 +110,12 @@ def load_policy_file(path: str, *, dev: bool = False) -> CompiledPolicy:
 
     """
     return compile_policy(read_policy_file(path, dev=dev), path, SystemLookups())
+
+
+class _RuleLimitsIfWanted(TypedDict, total=False):
+    """What a compiled rule has more, if it has limits."""
+
+    limits: dict[str, int]
 
 
 class _Compiler:
@@ -223,6 +238,7 @@ class _Compiler:
         # Who an allow rule is for must be said; a deny rule without it is for everybody.
         found = self._reader.entries(mapping, what, Rule, ["client"] if "allow" in mapping.entries else [])
         effect, actions = self._effect(mapping, what)
+        limits = self._rule_limits(found.get("limits"), mapping, what, actions)
         clients, acted_for = (
             self._clients.clients(found[key], f"{what}: {key}") if key in found else None
             for key in ("client", "on_behalf_of")
@@ -241,6 +257,7 @@ class _Compiler:
                     found.get("where"), f"{what}: where", acts_for="on_behalf_of" in found
                 ),
                 "deliver": self._deliver(mapping, what, actions),
+                **limits,
             }
         )
 
@@ -325,19 +342,55 @@ class _Compiler:
         cure = f"write some of {', '.join(keys_of(Limits))}, or leave limits out"
         mapping = self._reader.mapping(node, "limits", cure)
         found = {} if mapping is None else self._reader.entries(mapping, "limits", Limits)
-        return CompiledLimits(
-            connections_per_uid=self._limit(found, "connections_per_uid"),
-            in_flight_per_connection=self._limit(found, "in_flight_per_connection"),
-            message_within=float(self._limit(found, "message_within")),
+        default = Limits()
+        written = self._written_limits(found, "limits")
+        compiled = CompiledLimits(
+            connections_per_uid=written.pop("connections_per_uid", default.connections_per_uid),
+            in_flight_per_connection=written.pop(
+                "in_flight_per_connection", default.in_flight_per_connection
+            ),
+            message_within=float(written.pop("message_within", parse_duration(default.message_within))),
         )
+        if "idle_timeout" in written:
+            compiled["idle_timeout"] = float(written.pop("idle_timeout"))
+        return {**compiled, **written}  # type: ignore[typeddict-item]  # the other keys, all of them counts
 
-    def _limit(self, found: dict[str, Node], key: str) -> int:
-        parse, allowed, cure = _LIMITS[key]
-        node, what = found.get(key), f"limits: {key}"
-        value = self._reader.parsed(node, what, parse, cure)
-        if isinstance(node, Text) and value is not None and value not in allowed:
-            self._reader.add(node.mark, f"{what}: {node.value} is out of range", cure)
-        return parse(str(getattr(Limits(), key))) if value is None else value
+    def _rule_limits(
+        self, node: Node | None, mapping: Mapping, what: str, actions: list[str]
+    ) -> _RuleLimitsIfWanted:
+        if node is None:
+            return {}
+        what = f"{what}: limits"
+        if "deny" in mapping.entries:
+            cure = "remove 'limits', or put them into the rule that allows"
+            self._reader.add(node.mark, f"{what}: a deny rule gives nothing to be limited", cure)
+        elif actions and "open" not in actions:
+            self._reader.add(node.mark, f"{what}: only opens are limited", "remove 'limits', or allow open")
+        cure = f"write some of {', '.join(keys_of(RuleLimits))}, or leave limits out"
+        limits = self._reader.mapping(node, what, cure)
+        found = {} if limits is None else self._reader.entries(limits, what, RuleLimits)
+        if limits is not None and not limits.entries:
+            self._reader.add(limits.mark, f"{what} is empty", cure)
+        return {"limits": self._written_limits(found, what)}
+
+    def _written_limits(self, found: dict[str, Node], at: str) -> dict[str, int]:
+        """Return the limits that the author wrote; a rate has its burst."""
+        written = {}
+        for key, node in found.items():
+            parse, allowed, cure = _LIMITS[key]
+            value = self._reader.parsed(node, f"{at}: {key}", parse, cure)
+            if isinstance(node, Text) and value is not None and value not in allowed:
+                self._reader.add(node.mark, f"{at}: {key}: {node.value} is out of range", cure)
+            if value is not None:
+                written[key] = value
+        for what in "requests", "opens":
+            rate, burst = f"{what}_per_second", f"{what}_burst"
+            if rate in found:
+                written.setdefault(burst, written.get(rate, 1))
+            elif burst in found:
+                cure = f"write {rate} as well, or remove it"
+                self._reader.add(found[burst].mark, f"{at}: {burst} says nothing without {rate}", cure)
+        return written
 
     def _audit(self, node: Node | None) -> tuple[str, str | None]:
         """Return what becomes of what can't be recorded, and the file, None for standard output."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from binascii import crc32
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from fdbroker.wire.format import MAX_POLICY
 
@@ -72,6 +72,7 @@ CompiledRule = TypedDict(
         "except": list[str],
         "where": CompiledWhere,
         "deliver": list[str],
+        "limits": NotRequired[dict[str, int]],
     },
 )
 
@@ -89,11 +90,20 @@ class CompiledListener(TypedDict):
 
 
 class CompiledLimits(TypedDict):
-    """Limits on every client. `message_within`: seconds."""
+    """Limits on every client, those that the author wrote and those that there are in any case.
+
+    `message_within` and `idle_timeout`: seconds.
+    """
 
     connections_per_uid: int
     in_flight_per_connection: int
     message_within: float
+    in_flight_per_uid: NotRequired[int]
+    requests_per_second: NotRequired[int]
+    requests_burst: NotRequired[int]
+    opens_per_second: NotRequired[int]
+    opens_burst: NotRequired[int]
+    idle_timeout: NotRequired[float]
 
 
 class CompiledService(TypedDict):

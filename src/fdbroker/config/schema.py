@@ -33,6 +33,10 @@ CONNECTIONS_PER_UID = range(1, 10_000 + 1)
 # One full reply has 253 descriptors: with less, a request for it could never be answered.
 IN_FLIGHT_PER_CONNECTION = range(253, 8192 + 1)
 MESSAGE_WITHIN = range(1, 3600 + 1)  # seconds
+IN_FLIGHT_PER_UID = range(253, 1_000_000 + 1)
+PER_SECOND = range(1, 1_000_000 + 1)
+RULE_IN_FLIGHT = range(1, 1_000_000 + 1)
+IDLE_TIMEOUT = range(1, 86400 + 1)  # seconds
 
 _Name: TypeAlias = Annotated[str, Meta(pattern=NAME_PATTERN)]
 _Path: TypeAlias = Annotated[str, Meta(pattern=r"^/")]
@@ -115,6 +119,25 @@ class Where(_Keys):
     links: Annotated[CountRange | UnsetType, Meta(description="Hard links of a regular file.")] = UNSET
 
 
+_Rate: TypeAlias = Annotated[int, Meta(ge=PER_SECOND[0], le=PER_SECOND[-1])]
+
+
+class RuleLimits(_Keys):
+    """What one user may have by a rule."""
+
+    opens_per_second: Annotated[
+        _Rate | UnsetType, Meta(description="Files that the rule gives in a second.")
+    ] = UNSET
+    opens_burst: Annotated[
+        _Rate | UnsetType,
+        Meta(description="Files that it gives at once after a rest; as many as in a second where left out."),
+    ] = UNSET
+    in_flight: Annotated[
+        Annotated[int, Meta(ge=RULE_IN_FLIGHT[0], le=RULE_IN_FLIGHT[-1])] | UnsetType,
+        Meta(description="Descriptors that the rule gave and that were not received yet."),
+    ] = UNSET
+
+
 class Rule(_Keys, kw_only=True):
     """One rule; it has either allow or deny."""
 
@@ -138,6 +161,9 @@ class Rule(_Keys, kw_only=True):
     ] = msgspec.field(name="except", default=UNSET)
     where: Where | UnsetType = UNSET
     deliver: Annotated[_Deliveries | UnsetType, Meta(description="How contents may be handed out.")] = UNSET
+    limits: Annotated[RuleLimits | UnsetType, Meta(description="What one user may have by this rule.")] = (
+        UNSET
+    )
 
 
 class Limits(_Keys):
@@ -159,6 +185,26 @@ class Limits(_Keys):
         _Duration,
         Meta(description="Time for a first message, and for the rest of one that has begun; up to 1h."),
     ] = "10s"
+    in_flight_per_uid: Annotated[
+        Annotated[int, Meta(ge=IN_FLIGHT_PER_UID[0], le=IN_FLIGHT_PER_UID[-1])] | UnsetType,
+        Meta(description="Descriptors sent to all connections of one user and not yet received."),
+    ] = UNSET
+    requests_per_second: Annotated[_Rate | UnsetType, Meta(description="Requests of one user.")] = UNSET
+    requests_burst: Annotated[
+        _Rate | UnsetType,
+        Meta(description="Requests of one user at once; as many as in a second where left out."),
+    ] = UNSET
+    opens_per_second: Annotated[
+        _Rate | UnsetType, Meta(description="Paths that one user asks to be opened.")
+    ] = UNSET
+    opens_burst: Annotated[
+        _Rate | UnsetType,
+        Meta(description="Paths of one user at once; as many as in a second where left out."),
+    ] = UNSET
+    idle_timeout: Annotated[
+        _Duration | UnsetType,
+        Meta(description="Time after which a connection is closed on which nothing happens; up to 24h."),
+    ] = UNSET
 
 
 class Audit(_Keys):
@@ -250,7 +296,7 @@ class Policy(_Keys):
 # Keys of the design that this version does not serve. Refused by name: a
 # condition that is silently ignored is a rule that silently allows more.
 NOT_SUPPORTED = frozenset({"age", "identity", "label", "symlinks"})
-NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"limits", "listeners"}
+NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"listeners"}
 
 
 @functools.cache

@@ -39,6 +39,21 @@ _RULE_KEYS = frozenset(
         "deliver",
     }
 )
+# Without them a rule or a policy has no such limit.
+_RULE_KEYS_IF_WANTED = frozenset({"limits"})
+_LIMITS = frozenset({"connections_per_uid", "in_flight_per_connection", "message_within"})
+_LIMITS_IF_WANTED = frozenset(
+    {
+        "in_flight_per_uid",
+        "requests_per_second",
+        "requests_burst",
+        "opens_per_second",
+        "opens_burst",
+        "idle_timeout",
+    }
+)
+# A rate is a number of nanoseconds for each; a wait for a whole burst is told in 32 bits of milliseconds.
+MAX_RATE = 1_000_000
 _T = TypeVar("_T")
 
 
@@ -184,6 +199,21 @@ class Conditions(NamedTuple):
         return None
 
 
+class Rate(NamedTuple):
+    """So many per second, and after a rest `burst` at once. `of`: what; no other rate calls it so."""
+
+    of: str
+    per_second: int
+    burst: int
+
+
+class RuleLimits(NamedTuple):
+    """What one uid may have by one rule; None: as much as it likes."""
+
+    opens: Rate | None
+    in_flight: int | None
+
+
 class Rule:
     """One rule; immutable. `where` is None when nothing is asked of the object.
 
@@ -198,6 +228,7 @@ class Rule:
         "deny",
         "excepts",
         "index",
+        "limits",
         "name",
         "on_behalf_of",
         "paths",
@@ -207,7 +238,7 @@ class Rule:
 
     def __init__(self, index: int, document: Mapping[str, object], roots: Mapping[str, Root]) -> None:
         at = f"rules[{index}]"
-        _exact_keys(document, at, _RULE_KEYS)
+        _exact_keys(document, at, _RULE_KEYS, _RULE_KEYS_IF_WANTED)
         self.index = index
         self.name = _get(document, "name", str, at)
         effect = _get(document, "effect", str, at)
@@ -225,6 +256,9 @@ class Rule:
         self.excepts = _read_globs(document, "except", at)
         self.where = _read_conditions(_get(document, "where", dict, at), f"{at}.where")
         self.deliver = frozenset(_words(document, "deliver", at, DELIVERIES))
+        self.limits = _read_rule_limits(document, at, self.name) if "limits" in document else None
+        if self.limits is not None and self.deny:
+            raise PolicyError(f"{at}.limits: a rule that denies gives nothing to be limited")
         if not (self.actions and self.clients and self.paths):
             raise PolicyError(f"{at} needs at least one action, one client and one path")
         owner = None if self.where is None else self.where.owner
@@ -262,6 +296,7 @@ class Settings(NamedTuple):
     """What the policy file says beside its rules; counts are per connection or uid.
 
     `message_within`: seconds in which a hello, or the rest of a message that has begun, must come.
+    `requests` and `opens` are rates of one uid; `idle_timeout`: seconds. None: no such limit.
     """
 
     connections_per_uid: int
@@ -270,6 +305,10 @@ class Settings(NamedTuple):
     read_only_view_required: bool
     admins: Admins
     message_within: float
+    in_flight_per_uid: int | None = None
+    requests: Rate | None = None
+    opens: Rate | None = None
+    idle_timeout: float | None = None
 
 
 class RuleSet(NamedTuple):
@@ -322,7 +361,7 @@ def read_policy_in_steps(document: object) -> Generator[None, None, RuleSet]:
         rules.append(Rule(i, entry, roots))
         yield
     limits = _get(document, "limits", dict, "policy")
-    _exact_keys(limits, "limits", {"connections_per_uid", "in_flight_per_connection", "message_within"})
+    _exact_keys(limits, "limits", _LIMITS, _LIMITS_IF_WANTED)
     audit = _get(document, "audit", dict, "policy")
     _exact_keys(audit, "audit", {"on_failure"})
     admins = _get(document, "admins", dict, "policy")
@@ -339,6 +378,14 @@ def read_policy_in_steps(document: object) -> Generator[None, None, RuleSet]:
             gids=frozenset(_list(admins, "gids", int, "admins")),
         ),
         message_within=_seconds(limits, "message_within", "limits", 1.0, 3600.0),
+        in_flight_per_uid=(
+            _count(limits, "in_flight_per_uid", "limits", 253) if "in_flight_per_uid" in limits else None
+        ),
+        requests=_read_rate(limits, "requests", "limits", "requests"),
+        opens=_read_rate(limits, "opens", "limits", "opens"),
+        idle_timeout=(
+            _seconds(limits, "idle_timeout", "limits", 1.0, 86400.0) if "idle_timeout" in limits else None
+        ),
     )
     services = _read_services(document)
     named = [client for rule in rules for client in (*rule.clients, *rule.on_behalf_of)]
@@ -450,6 +497,26 @@ def _read_conditions(document: Mapping[str, object], at: str) -> Conditions | No
     )
 
 
+def _read_rule_limits(document: Mapping[str, object], at: str, name: str) -> RuleLimits:
+    limits, at = _get(document, "limits", dict, at), f"{at}.limits"
+    _exact_keys(limits, at, frozenset(), {"opens_per_second", "opens_burst", "in_flight"})
+    if not limits:
+        raise PolicyError(f"{at} needs at least one limit")
+    # No rate of the whole policy has a colon in its name.
+    opens = _read_rate(limits, "opens", at, f"opens: {name}")
+    return RuleLimits(opens, _count(limits, "in_flight", at, 1) if "in_flight" in limits else None)
+
+
+def _read_rate(document: Mapping[str, object], what: str, at: str, of: str) -> Rate | None:
+    per_second, burst = f"{what}_per_second", f"{what}_burst"
+    if per_second not in document and burst not in document:
+        return None
+    numbers = _count(document, per_second, at, 1), _count(document, burst, at, 1)
+    if max(numbers) > MAX_RATE:
+        raise PolicyError(f"{at}.{per_second} or {at}.{burst} is more than {MAX_RATE}")
+    return Rate(of, *numbers)
+
+
 def _read_bounds(document: Mapping[str, object], key: str, at: str) -> Bounds | None:
     if key not in document:
         return None
@@ -462,9 +529,11 @@ def _read_bounds(document: Mapping[str, object], key: str, at: str) -> Bounds | 
     )
 
 
-def _exact_keys(document: Mapping[str, object], at: str, keys: Collection[str]) -> None:
-    if document.keys() != set(keys):
-        odd = sorted(document.keys() ^ set(keys))
+def _exact_keys(
+    document: Mapping[str, object], at: str, keys: Collection[str], if_wanted: Collection[str] = ()
+) -> None:
+    odd = sorted((document.keys() ^ set(keys)) - (document.keys() & set(if_wanted)))
+    if odd:
         raise PolicyError(f"{at} has missing or unknown keys: {', '.join(map(str, odd))}")
 
 

@@ -42,6 +42,7 @@ from fdbroker.wire.messages import (
     ErrorReply,
     FileStat,
     Hello,
+    LimitReached,
     ListEntry,
     ListRequest,
     MalformedError,
@@ -57,6 +58,7 @@ from fdbroker.wire.messages import (
     Welcome,
     broken,
     copied,
+    limited,
     refused,
 )
 from fdbroker.wire.replies import (
@@ -84,7 +86,7 @@ if TYPE_CHECKING:
     from fdbroker.wire.messages import Request, Result
 
     StrOrBytesPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-    Content = bytes | Reason | OSError
+    Content = bytes | Reason | LimitReached | OSError
 
 GENERATION = 1
 _DEVICE = 1
@@ -114,6 +116,7 @@ class _Object(NamedTuple):
     result: Result
     content: bytes = b""
     names: tuple[bytes, ...] | None = None
+    limit: LimitReached | None = None
 
 
 class _Connection:
@@ -163,9 +166,11 @@ class _Connection:
             if len(first) < len(data):
                 self.sock.sendall(data[len(first) :])
 
-    def refuse(self, request_id: int, kind: Kind, reason: Reason, text: str) -> None:
+    def refuse(
+        self, request_id: int, kind: Kind, reason: Reason, text: str, limit: LimitReached | None = None
+    ) -> None:
         """Send an error."""
-        error = ErrorReply(request_id, GENERATION, kind, reason, ERRNO_OF[reason], text)
+        error = ErrorReply(request_id, GENERATION, kind, reason, ERRNO_OF[reason], text, limit)
         self.send(encode_error(error))
 
 
@@ -194,13 +199,13 @@ class FakeBroker:
             with client.open("/data/a") as file:
                 assert file.read() == b"hello"
 
-    A value is the content of a file; or a `Reason` or an OSError, with which
-    the path is refused (an errno without a reason of its own becomes a failure
-    of the broker). The directories of all paths exist as well. Other paths
+    A value is the content of a file; or a `Reason`, a `LimitReached` or an OSError,
+    with which the path is refused (an errno without a reason of its own becomes a
+    failure of the broker). The directories of all paths exist as well. Other paths
     are refused with `missing`. Each open gives a descriptor of its own, read-only,
     of a memory file; so real programs can be run on it. Whoever will do with
     a copy of the contents gets one, up to `copy_max` bytes. Walks name what is
-    not refused, in the order of the names.
+    not refused, in the order of the names. `limit_requests` refuses whole requests.
 
     Any listener may be served; `hand_over` makes a client of one.
 
@@ -208,7 +213,7 @@ class FakeBroker:
     has every request since the beginning, as values of `fdbroker.wire.messages`.
 
     Args:
-        files: path -> content, `Reason` or OSError.
+        files: path -> content, `Reason`, `LimitReached` or OSError.
         socket_path: listen there, so that clients can `fdbroker.connect(socket_path)`, and connect anew.
         missing: why other paths are refused.
         max_paths: paths that one request may hold, to see that a program's batches are split.
@@ -240,6 +245,7 @@ class FakeBroker:
         self._only_copies = only_copies
         self._kind = kind
         self._last_number = 0
+        self._limit: tuple[LimitReached, int] | None = None
         self._lock = threading.Lock()
         self._somebody_serves = threading.Condition(self._lock)
         self._closed = False
@@ -267,15 +273,17 @@ class FakeBroker:
 
         Raises:
             ValueError: no client could ask for this path.
-            TypeError: the content is neither bytes nor `Reason` nor OSError.
+            TypeError: the content is neither bytes nor one of the reasons to refuse it.
 
         """
         name = os.fsencode(path)
         problem = problem_with_path(name)
         if problem is not None:
             raise ValueError(f"a broker can't be asked for {path!r}: {problem}")
-        if not isinstance(content, bytes | Reason | OSError):
-            raise TypeError(f"{path!r} is served with bytes, a Reason or an OSError, not {content!r}")
+        if not isinstance(content, bytes | Reason | LimitReached | OSError):
+            raise TypeError(
+                f"{path!r} is served with bytes, a Reason, a LimitReached or an OSError, not {content!r}"
+            )
         with self._lock:
             self._files[name] = content
 
@@ -283,6 +291,11 @@ class FakeBroker:
         """Serve it no more. Raises KeyError if it was not served."""
         with self._lock:
             del self._files[os.fsencode(path)]
+
+    def limit_requests(self, limit: LimitReached, count: int = 1) -> None:
+        """Refuse the next `count` requests, since this limit is reached; never hello, more and cancel."""
+        with self._lock:
+            self._limit = limit, count
 
     def connect(self, *, timeout: float | None = 30.0) -> Client:
         """Return a client of this broker; the caller closes it.
@@ -443,9 +456,21 @@ class FakeBroker:
             with self._lock:
                 del self._served[connection]
 
+    def _limit_reached(self, request: Request) -> LimitReached | None:
+        """Return the limit that refuses this request, which counts as one of those."""
+        with self._lock:
+            if self._limit is None or isinstance(request, Hello | MoreRequest | CancelRequest):
+                return None
+            limit, count = self._limit
+            self._limit = (limit, count - 1) if count > 1 else None
+            return limit
+
     def _answer(self, connection: _Connection, request: Request) -> None:
         number = getattr(request, "client", None)
-        if (
+        limit = self._limit_reached(request)
+        if limit is not None:
+            connection.refuse(request.id, Kind.REFUSED, Reason.LIMIT, "too much at once", limit)
+        elif (
             number is not None
             and not isinstance(request, ReleaseRequest)
             and number not in connection.clients
@@ -507,7 +532,9 @@ class FakeBroker:
             for path in request.paths:
                 found = self._find(path)
                 result, content = found.result, found.content
-                if found.names is not None:
+                if found.limit is not None:
+                    result = limited(found.limit)
+                elif found.names is not None:
                     result = refused(Reason.NOT_REGULAR, errno.EISDIR)
                 elif result is GIVEN and request.copy and len(content) <= min(self._copy_max, room):
                     result = copied(len(content))
@@ -664,6 +691,8 @@ class FakeBroker:
             return _Object(GIVEN, content)
         if isinstance(content, Reason):
             return _Object(refused(content))
+        if isinstance(content, LimitReached):
+            return _Object(refused(Reason.LIMIT), limit=content)
         if content is not None:
             number = content.errno or errno.EIO
             reason = _REASON_OF.get(number)

@@ -21,6 +21,7 @@ from fdbroker.wire.format import (
     FOR_CLIENT,
     HEADER,
     HELLO,
+    LIMIT,
     LIST_LAST_PAGE,
     MAGIC,
     MAX_COPY,
@@ -50,6 +51,7 @@ from fdbroker.wire.format import (
     WELCOME,
     Incomplete,
     Kind,
+    Limit,
     Reason,
     Status,
     Type,
@@ -60,6 +62,7 @@ from fdbroker.wire.messages import (
     AcceptedClient,
     ErrorReply,
     FileStat,
+    LimitReached,
     ListEntry,
     MalformedError,
     Result,
@@ -428,17 +431,26 @@ def _decode_result(frame: bytes, at: int) -> Result:
     status, reason, number, length = RESULT.unpack_from(frame, at)
     if status == Status.COPIED and not reason and not number and length <= MAX_COPY:
         return Result(Status.COPIED, Reason.NONE, 0, length)
+    if status == Status.REFUSED and reason == Reason.LIMIT and length == LIMIT.size:
+        return Result(Status.REFUSED, Reason.LIMIT, number, length)  # what it says follows
     if status in {Status.GIVEN, Status.COPIED} or length:
         raise ValueError("a result that is given and has a reason, or one with an impossible length")
     return Result(Status(status), Reason(reason), number)
 
 
 def _decode_own_result(frame: bytes, at: int) -> Result:
-    """Decode a result of something that can't be copied."""
+    """Decode a result of something that can't be copied, and has nothing behind it."""
     result = _decode_result(frame, at)
-    if result.status is Status.COPIED:
-        raise ValueError("a copy where none can be")
+    if result.length or result.status is Status.COPIED:
+        raise ValueError("a copy where none can be, or a limit")
     return result
+
+
+def _decode_limit(frame: bytes, at: int) -> LimitReached:
+    limit, reserved, more_reserved, value, retry_after = LIMIT.unpack_from(frame, at)
+    if reserved or more_reserved:
+        raise ValueError("a limit whose reserved fields are not 0")
+    return LimitReached(Limit(limit), value, retry_after)
 
 
 def _decode_stat_record(frame: bytes, at: int, *, filled: bool) -> FileStat | None:
@@ -476,8 +488,16 @@ def _decode_open(frame: bytes, _flags: int, count: int, request_id: int, generat
         if result.status is Status.COPIED:
             copies.append(body[at : at + result.length])
             at += result.length
-    _expect(body, at, "the body of an open reply", request_id)
+    _expect(body, at + _bytes_of_limits(results), "the body of an open reply", request_id)
+    for index, result in enumerate(results):
+        if result.length and result.status is Status.REFUSED:
+            results[index] = result._replace(limit=_decode_limit(body, at))
+            at += LIMIT.size
     return OpenReply(request_id, generation, results, tuple(copies))
+
+
+def _bytes_of_limits(results: Sequence[Result]) -> int:
+    return sum(result.length for result in results if result.status is Status.REFUSED)
 
 
 def _decode_stat(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> StatReply:
@@ -608,10 +628,20 @@ def _decode_error(frame: bytes, flags: int, count: int, request_id: int, generat
     if len(frame) < HEADER.size + ERROR.size:
         raise MalformedError("an error frame without its reason", request_id)
     reason, reserved, number = ERROR.unpack_from(frame, HEADER.size)
-    if count or reserved:
-        raise MalformedError("an error frame whose reserved fields are not 0", request_id)
-    text = frame[HEADER.size + ERROR.size :].decode()
-    return ErrorReply(request_id, generation, Kind(flags), Reason(reason), number, text)
+    if reserved or count > 1:
+        raise MalformedError(
+            "an error frame with an impossible count, or a reserved field that is not 0", request_id
+        )
+    at = HEADER.size + ERROR.size
+    limit = None
+    if count:
+        if reason != Reason.LIMIT or len(frame) < at + LIMIT.size:
+            raise MalformedError(
+                "an error frame that ends within its limit, or has one and another reason", request_id
+            )
+        limit = _decode_limit(frame, at)
+        at += LIMIT.size
+    return ErrorReply(request_id, generation, Kind(flags), Reason(reason), number, frame[at:].decode(), limit)
 
 
 _FLAGS = {

@@ -29,6 +29,7 @@ STAT = struct.Struct("<IIIH2xQQqI4xqI12xII")
 COOKIE = struct.Struct("<Q")
 ENTRY = struct.Struct("<BBBB")  # length of the name, d_type, flags, reserved
 ERROR = struct.Struct("<BBH")  # reason, reserved, errno
+LIMIT = struct.Struct("<BBHII")  # which, reserved, reserved, its value, milliseconds until it is worth trying
 PIECE = struct.Struct("<I")  # of a policy: where it begins in a request, what is there in a reply
 ROW = struct.Struct("<I")  # of a part of the status: from which row on
 CLIENT = struct.Struct("<I")  # the number of a client that a service acts for
@@ -104,6 +105,19 @@ class Incomplete(IntFlag):
     TOO_LONG = 16  # a path over the limit
     CANCELLED = 32
     LIMIT = 64
+
+
+class Limit(IntEnum):
+    """Which limit was reached. Its name in lower case is that of the policy, and of the audit."""
+
+    CONNECTIONS = 1
+    CONNECTIONS_PER_UID = 2
+    MESSAGE_WITHIN = 3  # seconds
+    REQUESTS_PER_SECOND = 4
+    OPENS_PER_SECOND = 5
+    IN_FLIGHT_PER_UID = 6
+    RULE_OPENS_PER_SECOND = 7
+    RULE_IN_FLIGHT = 8
 
 
 class Kind(IntEnum):

@@ -8,11 +8,13 @@ from typing import NamedTuple
 from fdbroker.wire.format import (
     ANY_TIME,
     ERRNO_OF,
+    LIMIT,
     NO_SIZE_LIMIT,
     RESULT,
     STAT,
     Incomplete,
     Kind,
+    Limit,
     Reason,
     Status,
     WalkKind,
@@ -175,13 +177,32 @@ Request = (
 )
 
 
+class LimitReached(NamedTuple):
+    """Which limit was reached, what it is, and when it is worth trying again.
+
+    `retry_after`: milliseconds; 0: it is not time that helps, but to receive or to close something.
+    """
+
+    limit: Limit
+    value: int
+    retry_after: int
+
+    def encode(self) -> bytes:
+        """Return the 12 bytes."""
+        return LIMIT.pack(self.limit, 0, 0, self.value, self.retry_after)
+
+
 class Result(NamedTuple):
-    """What became of one path. `length`: bytes of its copy, where the status is COPIED."""
+    """What became of one path. `length`: bytes of its own behind all results.
+
+    Those are its copy, where the status is COPIED, or `limit`.
+    """
 
     status: Status
     reason: Reason
     errno: int
     length: int = 0
+    limit: LimitReached | None = None
 
     def encode(self) -> bytes:
         """Return the 8 bytes."""
@@ -194,6 +215,11 @@ GIVEN = Result(Status.GIVEN, Reason.NONE, 0)
 def refused(reason: Reason, number: int | None = None) -> Result:
     """Return the refusal for `reason`, with its usual errno or another."""
     return Result(Status.REFUSED, reason, ERRNO_OF[reason] if number is None else number)
+
+
+def limited(reached: LimitReached) -> Result:
+    """Return the refusal for a limit, with which one it is."""
+    return Result(Status.REFUSED, Reason.LIMIT, ERRNO_OF[Reason.LIMIT], LIMIT.size, reached)
 
 
 def copied(length: int) -> Result:
@@ -296,7 +322,7 @@ class Welcome(NamedTuple):
 
 
 class ErrorReply(NamedTuple):
-    """An answer to a frame that gets none of its own kind."""
+    """An answer to a frame that gets none of its own kind. `limit`: which one was reached, if it says so."""
 
     id: int
     generation: int
@@ -304,3 +330,4 @@ class ErrorReply(NamedTuple):
     reason: Reason
     errno: int
     text: str
+    limit: LimitReached | None = None

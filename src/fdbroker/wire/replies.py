@@ -67,7 +67,8 @@ def encode_open_reply(
     """
     entries = [_GIVEN if result is GIVEN else result.encode() for result in results]
     head = HEADER.pack(_OPEN_REPLY, 0, len(entries), request_id, generation)
-    return head + b"".join(entries) + b"".join(copies)
+    limits = [result.limit.encode() for result in results if result.limit is not None]
+    return head + b"".join(entries) + b"".join(copies) + b"".join(limits)
 
 
 def encode_open_given(request_id: int, generation: int, count: int) -> bytes:
@@ -158,8 +159,10 @@ def encode_reopen_reply(request_id: int, generation: int, *, taken: bool) -> byt
 
 def encode_error(reply: ErrorReply) -> bytes:
     """Return the frame."""
+    limit = b"" if reply.limit is None else reply.limit.encode()
     return (
-        HEADER.pack(Type.ERROR, reply.kind, 0, reply.id, reply.generation)
+        HEADER.pack(Type.ERROR, reply.kind, 1 if limit else 0, reply.id, reply.generation)
         + ERROR.pack(reply.reason, 0, reply.errno)
+        + limit
         + reply.text.encode(errors="backslashreplace")
     )
