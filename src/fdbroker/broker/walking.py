@@ -709,7 +709,7 @@ class Walk:
                     level, visit.plain, visit, step, end, until
                 ):
                     continue
-            if step.is_held_back():
+            if step.held_back_by is not None:
                 return False
             path = prefix + name
             if len(names) == room or step.size + _ENTRY_HEAD + len(path) - skip > _BYTES:
