@@ -727,7 +727,7 @@ class Walk:
             ):
                 continue
             self._meet(level, visit, name, path, step)
-            if step.is_held_back():  # this one is for a later step
+            if step.most_of is not None and step.is_held_back():  # this one is for a later step
                 level.next -= 1
                 level.position = before
                 return False
@@ -855,7 +855,7 @@ class Walk:
         if is_regular and asks_links and name_is_lost(root, path, held, self._proc_self_fd):
             step.leave_out(Incomplete.CHANGED)
             return
-        if opens:
+        if opens and step.most_of is not None:
             if not step.room_of(rule):
                 return
             step.count_opened(rule, 1)
