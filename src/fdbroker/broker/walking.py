@@ -711,7 +711,7 @@ class Walk:
                     level, visit.plain, visit, step, end, until
                 ):
                     continue
-            if step.is_held_back():
+            if step.held_back_by is not None:
                 return False
             path = prefix + name
             if len(names) == room or step.size + _ENTRY_HEAD + len(path) - skip > _BYTES:
@@ -729,7 +729,7 @@ class Walk:
             ):
                 continue
             self._meet(level, visit, name, path, step)
-            if step.is_held_back():  # this one is for a later step
+            if step.most_of is not None and step.is_held_back():  # this one is for a later step
                 level.next -= 1
                 level.position = before
                 return False
@@ -866,7 +866,7 @@ class Walk:
         if is_regular and asks_links and name_is_lost(root, path, held, self._proc_self_fd):
             step.leave_out(Incomplete.CHANGED)
             return
-        if opens:
+        if opens and step.most_of is not None:
             if not step.room_of(rule):
                 return
             step.count_opened(rule, 1)
