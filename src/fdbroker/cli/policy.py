@@ -44,7 +44,7 @@ def command() -> None:
     """
 
 
-@command.command("check", short_help="Report every problem of a policy file.")
+@command.command("check", short_help="Report every problem of a policy file, and what to think over.")
 @click.argument("file", default=DEFAULT_POLICY)
 @_dev_option
 @click.option(
@@ -52,21 +52,34 @@ def command() -> None:
     is_flag=True,
     help="The policy is for another machine: do not look for its directories, users and groups here.",
 )
-def check(file: str, *, dev: bool, offline: bool) -> int:
+@click.option("--strict", is_flag=True, help="Exit with 1 if there are warnings.")
+@click.option("--ignore", multiple=True, metavar="KIND", help="Leave out a kind of warning, as in its brackets.")
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object (see docs/policy-tools.md).")
+def check(file: str, *, dev: bool, offline: bool, strict: bool, ignore: tuple[str, ...], as_json: bool) -> int:
     """Report every problem of a policy file, each with its place and what to do. Changes nothing.
 
-    Without FILE it is /etc/fdbroker/policy.yaml.
+    Without FILE it is /etc/fdbroker/policy.yaml. Of a policy without errors it
+    tells what can't have been meant: rules that never match, what deny rules
+    hide, roots that others write to, and so on (docs/policy-tools.md).
 
     \b
-    Exit status: 0  no problem
-                 2  at least one, or wrong use
+    Exit status: 0  no error
+                 1  with --strict: no error, but at least one warning
+                 2  at least one error, or wrong use
 
     \b
     Examples:  fdbroker policy check
+               fdbroker policy check --strict --ignore anybody
                fdbroker policy check --dev --offline draft.yaml
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
-    flags = [flag for flag, given in (("--dev", dev), ("--offline", offline)) if given]
-    return _config("check", *flags, "--", file)
+    from fdbroker.config.findings import KINDS  # noqa: PLC0415 - another extra
+
+    for kind in ignore:
+        if kind not in KINDS:
+            raise click.UsageError(f"--ignore {kind}: the kinds are {', '.join(KINDS)}")
+    given = (("--dev", dev), ("--offline", offline), ("--strict", strict), ("--json", as_json))
+    flags = [flag for flag, wanted in given if wanted]
+    return _config("check", *flags, *(f"--ignore={kind}" for kind in ignore), "--", file)
 
 
 @command.command("compile", short_help="Write the policy as the broker reads it.")
@@ -112,16 +125,17 @@ def schema() -> int:
 
 def _config(*arguments: str) -> int:
     """Do what `python -m fdbroker.config` does: one command, two doors."""
-    from fdbroker.config import ConfigError  # noqa: PLC0415 - another extra, loaded when it is needed
-    from fdbroker.config.__main__ import UnwrittenError, run  # noqa: PLC0415 - likewise
+    from fdbroker.config.__main__ import UnwrittenError, run  # noqa: PLC0415 - another extra
 
     try:
-        write_text(run(arguments))
-    except (ConfigError, UnwrittenError) as error:
-        # As the compilers of other languages do: the line begins with the file, for editors.
+        result = run(arguments)
+    except UnwrittenError as error:
         write_error(f"{error}\n")
         return EXIT_ERROR
-    return 0
+    # As the compilers of other languages do: the line begins with the file, for editors.
+    write_error(result.told)
+    write_text(result.output)
+    return result.status
 
 
 @command.command("explain", short_help="Say why a user may or may not have a file.")

@@ -112,17 +112,21 @@ class SystemLookups:
 class OfflineLookups:
     """Takes every name and directory as given, to check a policy that is for another machine.
 
-    Never put in force what was compiled with it: -1 stands for every name,
-    which is no process's id and so matches nobody, in deny rules too.
+    Never put in force what was compiled with it: names are numbers below 0,
+    which are no process's ids and so match nobody, in deny rules too.
     """
 
-    def user(self, name: str) -> int | None:  # noqa: ARG002
-        """Return -1."""
-        return -1
+    def __init__(self) -> None:
+        self._uids: dict[str, int] = {}
+        self._gids: dict[str, int] = {}
 
-    def group(self, name: str) -> int | None:  # noqa: ARG002
-        """Return -1."""
-        return -1
+    def user(self, name: str) -> int | None:
+        """Return a number below 0, another one for each name."""
+        return self._uids.setdefault(name, -1 - len(self._uids))
+
+    def group(self, name: str) -> int | None:
+        """Return a number below 0, another one for each name."""
+        return self._gids.setdefault(name, -1 - len(self._gids))
 
     def account(self, name: str) -> tuple[int, int] | None:  # noqa: ARG002
         """Return -1 twice."""
