@@ -1,4 +1,4 @@
-"""Proofs about globs: what is said to be covered is, name for name, and what is said to be apart has no name in common."""
+"""Proofs about globs: what is said to be covered is, path for path, and what is apart has none in common."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ NAMES = [b"a", b"b", b"c", b"ab", b"ba", b"aa", b"-", b"]", b"*", b"\\", b"\xff"
 PATHS = [path for length in range(4) for path in itertools.product(NAMES[:7], repeat=length)]
 PATHS += [(name,) for name in NAMES[7:]]
 
-pieces = st.sampled_from(["a", "b", "*", "?", "[ab]", "[!a]", "[^b]", "[a-c]", "[]a]", "[a-]", "\\*", "\\a", "-"])
+pieces = st.sampled_from(
+    ["a", "b", "*", "?", "[ab]", "[!a]", "[^b]", "[a-c]", "[]a]", "[a-]", "\\*", "\\a", "-"]
+)
 components = st.one_of(
     st.just("**"),
     st.sampled_from(["a", "b", "*", "?", "??", "a*", "*a", "[ab]", "[!a]*", "*a*", "?*", "ab"]),
@@ -29,7 +31,9 @@ def matches(components: Components, path: tuple[bytes, ...]) -> bool:
 
 
 @given(globs, st.sampled_from(PATHS))
-def test_glob_taken_apart_matches_what_the_policys_matcher_matches(glob: str, path: tuple[bytes, ...]) -> None:
+def test_glob_taken_apart_matches_what_the_policys_matcher_matches(
+    glob: str, path: tuple[bytes, ...]
+) -> None:
     expected = compile_glob(glob.encode()).matches(path)
     assert matches(parse(glob.encode()), path) is expected
     assert disjoint(parse(glob.encode()), literal(path)) is not expected

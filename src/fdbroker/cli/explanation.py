@@ -94,20 +94,30 @@ def lines_of(explanation: Explanation, source: str, *, verbose: bool) -> list[st
     ]
     if explanation.seen is not None:
         lines.append(f"object  {_object_line(explanation.seen)}")
-    shown = [rule for rule in explanation.rules if verbose or _is_near(rule, explanation)]
-    for rule in shown:
-        lines += ["", *_rule_lines(rule)]
-    hidden = len(explanation.rules) - len(shown)
-    if hidden:
-        lines += ["", f"{hidden} other rules are not about this at all (-v shows them)."]
-    colour = _COLOURS[explanation.verdict.decision]
-    sentence = explanation.sentence
-    lines += ["", coloured(printable(sentence[:1].upper() + sentence[1:]) + ".", colour)]
+    lines += lines_of_rules(explanation, verbose=verbose)
     if explanation.verdict.decision == "unknown" and os.geteuid() != 0:
         lines.append(
             f"Root can look at it: run this again as root, with --as {printable(user_name(client.uid))}."
         )
     return lines
+
+
+def lines_of_rules(explanation: Explanation, *, verbose: bool, few: int = _FEW) -> list[str]:
+    """Return the rules that come near, or all (`verbose`), and the sentence, each behind an empty line.
+
+    Of a policy with no more rules than `few` all are shown.
+    """
+    lines = []
+    everyone = verbose or len(explanation.rules) <= few
+    shown = [rule for rule in explanation.rules if everyone or _is_near(rule, explanation)]
+    for rule in shown:
+        lines += ["", *_rule_lines(rule)]
+    hidden = len(explanation.rules) - len(shown)
+    if hidden:
+        lines += ["", f"{hidden} other rules are not about this at all (-v shows them)."]
+    sentence = explanation.sentence
+    colour = _COLOURS[explanation.verdict.decision]
+    return [*lines, "", coloured(printable(sentence[:1].upper() + sentence[1:]) + ".", colour)]
 
 
 def _client_line(client: ClientFacts) -> str:
@@ -120,7 +130,7 @@ def _client_line(client: ClientFacts) -> str:
 
 def _is_near(rule: RuleReport, explanation: Explanation) -> bool:
     """Return whether a rule applies, might, or fails in one thing alone."""
-    return len(explanation.rules) <= _FEW or rule.failures <= 1 or rule.name == explanation.verdict.rule
+    return rule.failures <= 1 or rule.name == explanation.verdict.rule
 
 
 def _rule_lines(rule: RuleReport) -> list[str]:

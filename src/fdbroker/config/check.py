@@ -75,7 +75,7 @@ class Checked(NamedTuple):
 
 
 def check(file: str, *, dev: bool = False, offline: bool = False, ignored: Collection[str] = ()) -> Checked:
-    """Check a policy file. `offline`: it is for another machine. `ignored`: kinds of findings to leave out."""
+    """Check a policy file. `offline`: for another machine. `ignored`: kinds of findings to leave out."""
     try:
         text = read_policy_file(file, dev=dev)
         compiled = compile_policy(text, file, OfflineLookups() if offline else SystemLookups())

@@ -1,4 +1,4 @@
-r"""Whether all that one glob matches is matched by others, or nothing is by both: proven from the globs alone.
+r"""Whether all that one glob matches is matched by others, or nothing is by both: proven from them alone.
 
 For who reads a policy before it is in force. An answer is a proof: `covers` is
 False where no proof was found, `disjoint` likewise. That happens where only

@@ -53,7 +53,8 @@ _BY_ERRNO = {
     errno.EXDEV: "crosses_mount",
     errno.ENAMETOOLONG: "path_too_long",
 }
-_SENTENCES = {
+# Why something is denied, as in the audit, in words.
+REASONS = {
     "deny_rule": "rule {rule} denies it, and a deny rule always wins",
     "no_rule": "no rule allows it, and what is not allowed is denied",
     "outside_roots": "it lies in none of the trees that the policy names (roots)",
@@ -164,7 +165,7 @@ class Explanation(NamedTuple):
         if decision == UNKNOWN:
             note = self.seen.note if self.seen else ""
             return f"it depends on the file, which could not be looked at: {note}"
-        text = _SENTENCES.get(reason, f"the broker would answer {reason}")
+        text = REASONS.get(reason, f"the broker would answer {reason}")
         return f"denied: {text.format(rule=rule)}"
 
 
@@ -252,18 +253,48 @@ class Asker(NamedTuple):
         return self.client.uid, None if self.on_behalf_of is None else self.on_behalf_of.uid
 
 
-def explain(rules: RuleSet, asker: Asker, action: str, path: bytes, look: Look) -> Explanation:
-    """Say what becomes of a request and why. `look` says what lies under a path whose name is allowed."""
-    decision = Policy(rules).view(*asker).actions[action].decide(path)
-    seen = None
+class FactNotGivenError(Exception):
+    """A rule asks something of an object that was described, and not this of it; the text is its key."""
+
+
+class Judged(NamedTuple):
+    """What becomes of a request, without the details."""
+
+    name: NameDecision
+    verdict: Verdict
+    seen: Seen | None
+
+
+def judge(policy: Policy, asker: Asker, action: str, path: bytes, look: Look) -> Judged:
+    """Decide on a request as the broker does. `look` says what lies under a path whose name is allowed.
+
+    Raises:
+        FactNotGivenError: `look` gave an object of which something is asked that nobody said.
+
+    """
+    decision = policy.view(*asker).actions[action].decide(path)
     if not decision.allowed or decision.root is None:
         rule = None if decision.rule is None else decision.rule.name
-        verdict = Verdict(DENY, decision.reason, rule)
-    else:
-        seen = look(decision.root, path, action)
-        if seen.writable_mount and rules.settings.read_only_view_required:
-            seen = seen._replace(note=_LATER_MOUNT)
-        verdict = _verdict(decision, seen, asker)
+        return Judged(decision, Verdict(DENY, decision.reason, rule), None)
+    seen = look(decision.root, path, action)
+    if seen.writable_mount and policy.rule_set.settings.read_only_view_required:
+        seen = seen._replace(note=_LATER_MOUNT)
+    return Judged(decision, _verdict(decision, seen, asker), seen)
+
+
+def explain(rules: RuleSet, asker: Asker, action: str, path: bytes, look: Look) -> Explanation:
+    """Say what becomes of a request and why. `look` says what lies under a path whose name is allowed.
+
+    Raises:
+        FactNotGivenError: as `judge`.
+
+    """
+    return explain_judged(rules, asker, action, path, judge(Policy(rules), asker, action, path, look))
+
+
+def explain_judged(rules: RuleSet, asker: Asker, action: str, path: bytes, judged: Judged) -> Explanation:
+    """Say why a request was decided as it was."""
+    decision, verdict, seen = judged
     facts = None if seen is None else seen.facts
     serving = _serving(rules, path)
     # What is no path is refused before any rule is read.
@@ -295,7 +326,7 @@ def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
         for descriptor in (held, held_root.descriptor):
             if descriptor >= 0:
                 os.close(descriptor)
-    return Seen(facts, objection or _kind_refused(facts.st_mode, action), writable_mount=writable_mount)
+    return Seen(facts, objection or kind_refused(facts.st_mode, action), writable_mount=writable_mount)
 
 
 def _is_on_writable_mount(root: HeldRoot, path: bytes, held: int) -> bool:
@@ -309,7 +340,7 @@ def _is_on_writable_mount(root: HeldRoot, path: bytes, held: int) -> bool:
     return False
 
 
-def _kind_refused(mode: int, action: str) -> str | None:
+def kind_refused(mode: int, action: str) -> str | None:
     """Return why what is there is not of the kind that the action is about, or None."""
     if action == "open" and not stat.S_ISREG(mode):
         if stat.S_ISDIR(mode):
@@ -451,29 +482,34 @@ def _condition_checks(
     for what, condition, text in alone:
         if facts is None:
             checks.append(RuleCheck(what, holds=None, text=text))
-        else:
+            continue
+        try:
             failure = condition.first_failure(facts, *asker.uids, deny=deny)
             checks.append(RuleCheck(what, holds=failure is None, text=f"{text}; {_value_text(what, facts)}"))
+        except FactNotGivenError:
+            checks.append(RuleCheck(what, holds=None, text=text))
     return checks
 
 
 def _value_text(what: str, facts: FileFacts) -> str:
     if what in {"size", "links"} and not stat.S_ISREG(facts.st_mode):
         return "is asked of regular files only, and this is none"
-    return {
-        "owner": f"is {user_text(facts.st_uid)}",
-        "group": f"is {group_text(facts.st_gid)}",
-        "mode": f"is {mode_text(facts.st_mode)}",
-        "size": f"is {facts.st_size}",
-        "links": f"is {facts.st_nlink}",
-    }[what]
+    # Each alone: of an object that was described the others may not be known.
+    if what == "owner":
+        return f"is {user_text(facts.st_uid)}"
+    if what == "group":
+        return f"is {group_text(facts.st_gid)}"
+    if what == "mode":
+        return f"is {mode_text(facts.st_mode)}"
+    return f"is {facts.st_size if what == 'size' else facts.st_nlink}"
 
 
 def _clients_text(entries: Sequence[ClientMatch]) -> str:
-    return "; or ".join(_client_text(entry) for entry in entries)
+    return "; or ".join(entry_text(entry) for entry in entries)
 
 
-def _client_text(entry: ClientMatch) -> str:
+def entry_text(entry: ClientMatch) -> str:
+    """Return whom an entry of a rule's clients means, in words."""
     parts = []
     if entry.uids is not None:
         parts.append(f"user {_either(user_text(uid) for uid in sorted(entry.uids))}")
@@ -496,7 +532,7 @@ def client_text(client: ClientFacts) -> str:
 
 def mode_text(mode: int) -> str:
     """Return permission bits as the policy writes them."""
-    return f"0{stat.S_IMODE(mode):03o}"
+    return f"0{mode & 0o7777:03o}"  # not S_IMODE: it would not ask whether the mode is known
 
 
 def _bounds_text(bounds: Bounds, unit: str) -> str:

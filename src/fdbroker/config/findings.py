@@ -36,11 +36,11 @@ KINDS = {
     "excepts-nothing": "an `except` that no path of the rule's meets",
     "no-members": "a client of whom nobody is: an empty group, a user who is not in it",
     "anybody": "`any` may open whole trees, whoever owns the files",
-    "hard-links": "files are opened where others than root can make names, and nothing is asked of links or owner",
+    "hard-links": "files are opened where others than root can make names, whatever their links and owner",
     "network-filesystem": "a root on FUSE or a network file system that the broker's loop is to open",
     "not-served": "a root on a file system that the broker never serves",
     "weak-mode": "`read_only_view: off`, `audit: {on_failure: allow}`",
-    "leading-stars": "a glob that begins with `**` and goes on: it is looked at in every directory of its root",
+    "leading-stars": "a glob that begins with `**` and goes on: it is tried in every directory of its root",
     "not-compared": "so many rules that not all were compared with each other",
 }
 _NOTES = frozenset({"leading-stars", "not-compared"})
@@ -68,14 +68,16 @@ class Finding(NamedTuple):
 
     def __str__(self) -> str:
         """Return `file:line:column: severity: message; cure [kind]`, always one printable line."""
-        return f"{self.place}: {self.severity}: {printable(self.message)}; {printable(self.cure)} [{self.kind}]"
+        return (
+            f"{self.place}: {self.severity}: {printable(self.message)}; {printable(self.cure)} [{self.kind}]"
+        )
 
 
 class Surroundings(Protocol):
     """What findings ask of the machine that the policy is for."""
 
     def has_members(self, gid: int) -> bool:
-        """Return whether any user that the system lists is in a group, by membership or as its primary one."""
+        """Return whether any user that the system lists is in a group, be it as its primary one."""
 
     def is_in(self, uid: int, gids: frozenset[int]) -> bool:
         """Return whether a user is in one of these groups; True where there is no such user to ask about."""
@@ -148,7 +150,12 @@ def _of_roots(rules: RuleSet, places: Places, machine: Surroundings) -> Iterator
         if network is None:
             continue
         for rule in rules.rules:
-            if rule.root is root and not rule.deny and rule.where is not None and rule.where.links is not None:
+            if (
+                rule.root is root
+                and not rule.deny
+                and rule.where is not None
+                and rule.where.links is not None
+            ):
                 yield Finding(
                     places.rule(rule.name).place,
                     "never-matches",
@@ -301,8 +308,8 @@ def _of_globs(entry: _Whole, at: RulePlace, live: Sequence[bool]) -> Iterator[Fi
             yield Finding(
                 at.glob("except", glob.pattern),
                 "excepts-nothing",
-                f"rule {quoted(rule.name)}: except: {_shown(glob.pattern)} leaves out nothing: no path that it"
-                " matches is among 'paths'",
+                f"rule {quoted(rule.name)}: except: {_shown(glob.pattern)} leaves out nothing: no path that"
+                " it matches is among 'paths'",
                 "check its spelling (it is relative to the root), or remove it",
                 rule.name,
             )
@@ -358,7 +365,7 @@ class _Denies:
         return self._left <= 0
 
     def that_hide(self, allow: _Whole, action: str, path: Components) -> list[str]:
-        """Return the names of deny rules that refuse all that `path` of a rule allows; [] if it is not proven."""
+        """Return the deny rules that refuse all that `path` of a rule allows; [] if it is not proven."""
         candidates: dict[int, tuple[_Whole, list[Components]]] = {}
         names = leading_names(path)
         for end in range(len(names) + 1):
@@ -429,9 +436,7 @@ def _hidden(entry: _Whole, at: RulePlace, live: Sequence[bool], denies: _Denies)
         for number, path in enumerate(paths)
         if (found := denies.that_hide(entry, action, path))
     }
-    gone = [
-        action for action in actions if all((action, number) in hiding for number in range(len(paths)))
-    ]
+    gone = [action for action in actions if all((action, number) in hiding for number in range(len(paths)))]
     shown = f"rule {quoted(rule.name)}"
     cure = "remove what is allowed in vain, or narrow the deny rule ('except', 'client')"
     if gone:
@@ -474,14 +479,16 @@ def _of_hard_links(rules: RuleSet, places: Places, machine: Surroundings) -> Ite
             continue
         leaving_out = [(root.path, glob) for glob in rule.excepts] + denied
         leaving_out += [(other.path, everything) for other in rules.roots if _is_below(other.path, root.path)]
-        found = next(filter(None, (machine.writers(root.path, glob, leaving_out) for glob in rule.paths)), None)
+        found = next(
+            filter(None, (machine.writers(root.path, glob, leaving_out) for glob in rule.paths)), None
+        )
         if found is not None:
             directory, who = found
             yield Finding(
                 places.rule(rule.name).place,
                 "hard-links",
-                f"rule {quoted(rule.name)} opens files in {_shown(directory)}, where {who} can make hard links"
-                " to files of others",
+                f"rule {quoted(rule.name)} opens files in {_shown(directory)}, where {who} can make hard"
+                " links to files of others",
                 "add 'where: {links: {max: 1}}', or ask for the owner",
                 rule.name,
             )
@@ -489,9 +496,10 @@ def _of_hard_links(rules: RuleSet, places: Places, machine: Surroundings) -> Ite
 
 def _guards(rule: Rule) -> bool:
     where = rule.where
-    return where is not None and (where.owner is not None or (where.links is not None and where.links.most == 1))
+    return where is not None and (
+        where.owner is not None or (where.links is not None and where.links.most == 1)
+    )
 
 
 def _shown(text: bytes) -> str:
     return quoted(os.fsdecode(text))
-

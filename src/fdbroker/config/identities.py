@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from fdbroker.config.errors import quoted
+from fdbroker.config.names import number_for_group, number_for_user
 from fdbroker.config.scalars import ScalarError
 
 # What ids without a mapping show as: anybody's, seen from a user namespace.
@@ -116,17 +117,13 @@ class OfflineLookups:
     which are no process's ids and so match nobody, in deny rules too.
     """
 
-    def __init__(self) -> None:
-        self._uids: dict[str, int] = {}
-        self._gids: dict[str, int] = {}
-
     def user(self, name: str) -> int | None:
         """Return a number below 0, another one for each name."""
-        return self._uids.setdefault(name, -1 - len(self._uids))
+        return number_for_user(name)
 
     def group(self, name: str) -> int | None:
         """Return a number below 0, another one for each name."""
-        return self._gids.setdefault(name, -1 - len(self._gids))
+        return number_for_group(name)
 
     def account(self, name: str) -> tuple[int, int] | None:  # noqa: ARG002
         """Return -1 twice."""

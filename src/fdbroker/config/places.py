@@ -83,7 +83,7 @@ class Places:
         if "name" not in entries or not isinstance(entries["name"].value, Text):
             return
         name = entries["name"].value
-        globs = {
+        globs: dict[tuple[str, bytes], Place] = {
             (key, text.value.encode()): Place(file, text.mark, number)
             for key in ("paths", "except")
             if key in entries

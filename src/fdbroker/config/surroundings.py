@@ -1,4 +1,4 @@
-"""What there is to see on this machine of what a policy names: mounts, groups, directories that others write to."""
+"""What there is to see on this machine of what a policy names: mounts, groups, who writes to directories."""
 
 from __future__ import annotations
 
