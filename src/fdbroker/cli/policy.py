@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fdbroker.cli import broker
+from fdbroker.cli import broker, policy_diff, policy_test
 from fdbroker.cli.control import connected
 from fdbroker.cli.explanation import (
     document_of_answer,
@@ -53,9 +53,13 @@ def command() -> None:
     help="The policy is for another machine: do not look for its directories, users and groups here.",
 )
 @click.option("--strict", is_flag=True, help="Exit with 1 if there are warnings.")
-@click.option("--ignore", multiple=True, metavar="KIND", help="Leave out a kind of warning, as in its brackets.")
+@click.option(
+    "--ignore", multiple=True, metavar="KIND", help="Leave out a kind of warning, as in its brackets."
+)
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object (see docs/policy-tools.md).")
-def check(file: str, *, dev: bool, offline: bool, strict: bool, ignore: tuple[str, ...], as_json: bool) -> int:
+def check(
+    file: str, *, dev: bool, offline: bool, strict: bool, ignore: tuple[str, ...], as_json: bool
+) -> int:
     """Report every problem of a policy file, each with its place and what to do. Changes nothing.
 
     Without FILE it is /etc/fdbroker/policy.yaml. Of a policy without errors it
@@ -293,3 +297,7 @@ def _checked(client: ClientFacts) -> ClientFacts:
             " map shows as this one. Use a user of its own."
         )
     return client
+
+
+command.add_command(policy_test.command)
+command.add_command(policy_diff.command)
