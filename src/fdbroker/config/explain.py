@@ -279,7 +279,7 @@ def judge(policy: Policy, asker: Asker, action: str, path: bytes, look: Look) ->
     seen = look(decision.root, path, action)
     if seen.writable_mount and policy.rule_set.settings.read_only_view_required:
         seen = seen._replace(note=_LATER_MOUNT)
-    return Judged(decision, _verdict(decision, seen, asker), seen)
+    return Judged(decision, _verdict(decision, seen, asker, action), seen)
 
 
 def explain(rules: RuleSet, asker: Asker, action: str, path: bytes, look: Look) -> Explanation:
@@ -301,6 +301,20 @@ def explain_judged(rules: RuleSet, asker: Asker, action: str, path: bytes, judge
     asked = rules.rules if problem_with_path(path) is None else ()
     reports = tuple(_report(rule, asker, action, path, serving, facts) for rule in asked)
     return Explanation(path, action, *asker, decision.root, verdict, seen, reports)
+
+
+def answer_by_name(rules: RuleSet, asker: Asker, action: str, path: bytes) -> dict[str, object]:
+    """Return what a broker with these rules answers to who asks it to explain: what the name decides."""
+    decision = Policy(rules).view(*asker).actions[action].decide(path)
+    rule = decision.rule or (decision.allows[0] if len(decision.allows) == 1 else None)
+    return {
+        "allowed": decision.allowed,
+        "reason": decision.reason,
+        "root": None if decision.root is None else decision.root.name,
+        "rule": None if rule is None else rule.name,
+        "asked_of_object_in_all": sum(allow.where is not None for allow in decision.allows),
+        "denies_in_all": len(decision.denies),
+    }
 
 
 def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
@@ -340,6 +354,9 @@ def _is_on_writable_mount(root: HeldRoot, path: bytes, held: int) -> bool:
     return False
 
 
+_KINDS_NOT_LISTED = frozenset({"symlink", "not_directory"})
+
+
 def kind_refused(mode: int, action: str) -> str | None:
     """Return why what is there is not of the kind that the action is about, or None."""
     if action == "open" and not stat.S_ISREG(mode):
@@ -351,13 +368,17 @@ def kind_refused(mode: int, action: str) -> str | None:
     return None
 
 
-def _verdict(name: NameDecision, seen: Seen, asker: Asker) -> Verdict:
+def _verdict(name: NameDecision, seen: Seen, asker: Asker, action: str) -> Verdict:
     first = (name.rule or name.allows[0]).name
-    if seen.reason is not None:
+    # Of what is opened its kind is looked at first; of what is listed the conditions, which are about any.
+    kind_comes_last = action == "list" and seen.facts is not None and seen.reason in _KINDS_NOT_LISTED
+    if seen.reason is not None and not kind_comes_last:
         return Verdict(DENY, seen.reason, first)
     if seen.facts is None:
         return Verdict(ALLOW, "ok", first) if name.plain else Verdict(UNKNOWN, "not_seen", None)
     allowed, reason, rule = decide_object(name, seen.facts, *asker.uids)
+    if allowed and seen.reason is not None:
+        return Verdict(DENY, seen.reason, first)
     return Verdict(ALLOW if allowed else DENY, reason, None if rule is None else rule.name)
 
 

@@ -71,6 +71,14 @@ def user_name(uid: int) -> str:
         return str(uid)
 
 
+def primary_gid(uid: int) -> int:
+    """Return the primary group of a user, the number itself of one that the database does not know."""
+    try:
+        return pwd.getpwuid(uid).pw_gid
+    except (KeyError, OverflowError):
+        return uid
+
+
 @cache
 def group_name(gid: int) -> str:
     """Return the name of a group, or the number."""
