@@ -481,9 +481,7 @@ def test_file_that_is_not_in_force_is_told_from_what_the_broker_decides_by(serve
     assert (status, running["decision"], running["generation"], told) == (0, "allow", 2, "")
 
 
-def test_running_broker_is_asked_only_as_a_process_that_can_be(
-    served: Served, others: ForOtherUsers, tmp_path: Path
-) -> None:
+def test_running_broker_is_asked_only_as_a_process_that_can_be(served: Served, others: ForOtherUsers) -> None:
     options = ("policy", "explain", "--running", "--control", served.control)
     for option in (("--unit", "a.service"), ("--cgroup", "/a"), ("--on-behalf-of", "0")):
         wrong = run_here(*options, *option, "/x")
@@ -492,7 +490,8 @@ def test_running_broker_is_asked_only_as_a_process_that_can_be(
     other = run_as(CLIENT_UID, others, *options, "--as", str(OTHER_UID), "/x")
     assert (other.returncode, other.stdout) == (2, "")
     assert "only root can ask as another user" in other.stderr
-    none = run("policy", "explain", "--running", "--control", f"{tmp_path}/none", "--as", "1", "/x")
+    missing = f"{served.control}.none"
+    none = run("policy", "explain", "--running", "--control", missing, "--as", "1", "/x")
     assert (none.returncode, none.stdout) == (2, "")
     assert "no broker has its socket there" in none.stderr
 

@@ -35,17 +35,24 @@ IN_FLIGHT_PER_CONNECTION = range(253, 8192 + 1)
 MESSAGE_WITHIN = range(1, 3600 + 1)  # seconds
 
 _Name: TypeAlias = Annotated[str, Meta(pattern=NAME_PATTERN)]
-_Path: TypeAlias = Annotated[str, Meta(pattern=r"^/")]
-_Glob: TypeAlias = Annotated[str, Meta(pattern=r"^[^/]")]
+_NORMAL = r"(?!\.\.?(/|$))[^/]+"  # a component that is not empty, nor . nor ..
+_Path: TypeAlias = Annotated[str, Meta(pattern=rf"^(/|(/{_NORMAL})+)$")]
+_Glob: TypeAlias = Annotated[str, Meta(pattern=rf"^{_NORMAL}(/{_NORMAL})*$")]
 _Globs: TypeAlias = _Glob | Annotated[list[_Glob], Meta(min_length=1)]
 _Actions: TypeAlias = Action | Annotated[list[Action], Meta(min_length=1)]
 _Deliveries: TypeAlias = Delivery | Annotated[list[Delivery], Meta(min_length=1)]
-_Identity: TypeAlias = int | str
+_Identity: TypeAlias = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^(?!0[0-9]+$).")]
 _Identities: TypeAlias = _Identity | Annotated[list[_Identity], Meta(min_length=1)]
-_Words: TypeAlias = str | Annotated[list[str], Meta(min_length=1)]
-_Size: TypeAlias = int | Annotated[str, Meta(pattern=r"^[0-9]+([kKMGT]B|[KMGT]iB|B)?$")]
-_Duration: TypeAlias = Annotated[str, Meta(pattern=r"^[0-9]+(s|min|h)$")]
-_Mode: TypeAlias = int | Annotated[str, Meta(pattern=r"^0[0-7]{1,4}$")]
+_Unit: TypeAlias = Annotated[str, Meta(pattern=r".\.(service|scope)$")]
+_Units: TypeAlias = _Unit | Annotated[list[_Unit], Meta(min_length=1)]
+_PathBelow: TypeAlias = Annotated[str, Meta(pattern=rf"^(/{_NORMAL})+$")]  # any but "/"
+_Cgroups: TypeAlias = _PathBelow | Annotated[list[_PathBelow], Meta(min_length=1)]
+_Size: TypeAlias = (
+    Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]*)([kKMGT]B|[KMGT]iB|B)?$")]
+)
+_Duration: TypeAlias = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]*)(s|min|h)$")]
+_Links: TypeAlias = Annotated[int, Meta(ge=1)]
+_Mode: TypeAlias = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^0[0-7]{1,4}$")]
 
 
 class _Keys(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -73,9 +80,9 @@ class Client(_Keys):
         _Identities | UnsetType, Meta(description="Group names or numbers; supplementary groups count.")
     ] = UNSET
     unit: Annotated[
-        _Words | UnsetType, Meta(description="systemd services or scopes in the system's default slice.")
+        _Units | UnsetType, Meta(description="systemd services or scopes in the system's default slice.")
     ] = UNSET
-    cgroup: Annotated[_Words | UnsetType, Meta(description="Control groups, by their full path.")] = UNSET
+    cgroup: Annotated[_Cgroups | UnsetType, Meta(description="Control groups, by their full path.")] = UNSET
 
 
 _Clients: TypeAlias = Literal["any"] | Client | Annotated[list[Client], Meta(min_length=1)]
@@ -98,8 +105,8 @@ class SizeRange(_Keys):
 class CountRange(_Keys):
     """An inclusive range of counts."""
 
-    min: int | UnsetType = UNSET
-    max: int | UnsetType = UNSET
+    min: _Links | UnsetType = UNSET
+    max: _Links | UnsetType = UNSET
 
 
 class Where(_Keys):
@@ -129,8 +136,8 @@ class Rule(_Keys, kw_only=True):
         _Clients | UnsetType,
         Meta(description="Whom the client, a service, acts for. Without it a rule allows nothing to others."),
     ] = UNSET
-    in_: Annotated[str, Meta(description="The root that the globs are relative to.")] = msgspec.field(
-        name="in"
+    in_: Annotated[str, Meta(min_length=1, description="The root that the globs are relative to.")] = (
+        msgspec.field(name="in")
     )
     paths: Annotated[_Globs, Meta(description="Globs relative to the root.")]
     except_: Annotated[
@@ -175,7 +182,7 @@ class Audit(_Keys):
 class Listener(_Keys):
     """A socket that fdbrokerd makes when it is started by hand."""
 
-    path: Annotated[_Path | UnsetType, Meta(description="Where it is made.")] = UNSET
+    path: Annotated[_PathBelow | UnsetType, Meta(description="Where it is made.")] = UNSET
     group: Annotated[
         _Identity | UnsetType, Meta(description="Group of the socket; root's where left out.")
     ] = UNSET
@@ -243,9 +250,24 @@ class Policy(_Keys):
         ReadOnlyView, Meta(description="Whether files are opened through read-only mounts only.")
     ] = READ_ONLY_VIEW_DEFAULT
     admins: Admins | UnsetType = UNSET
-    user: Annotated[str, Meta(description="Whom the broker runs as.")] = DEFAULT_USER
+    user: Annotated[str, Meta(min_length=1, description="Whom the broker runs as.")] = DEFAULT_USER
     listeners: Listeners = msgspec.field(default_factory=Listeners)
 
+
+# Of these {} says nothing, and is refused as a mistake.
+_NOT_EMPTY = (
+    Admins,
+    Audit,
+    Client,
+    CountRange,
+    Limits,
+    Listeners,
+    ModeCondition,
+    SizeRange,
+    Where,
+)
+# A process is in one control group.
+_ONE_CONTROL_GROUP = {"not": {"required": ["unit", "cgroup"]}}
 
 # Keys of the design that this version does not serve. Refused by name: a
 # condition that is silently ignored is a rule that silently allows more.
@@ -279,4 +301,20 @@ def json_schema() -> dict[str, Any]:
         gc.enable()
     # A structure has a fixed set of keys; here they are names that the author chooses.
     parts["Listeners"] |= {"additionalProperties": others, "propertyNames": {"pattern": NAME_PATTERN}}
+    for structure in _NOT_EMPTY:
+        parts[structure.__name__]["minProperties"] = 1
+    parts["Client"] |= _ONE_CONTROL_GROUP
+    _tell_items_apart(parts)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "$defs": parts}
+
+
+def _tell_items_apart(part: object) -> None:
+    """Say of every list of words below `part` that none is in it twice, as the reader has it."""
+    if isinstance(part, dict):
+        if part.get("type") == "array" and "$ref" not in part["items"]:
+            part["uniqueItems"] = True
+        for inner in part.values():
+            _tell_items_apart(inner)
+    elif isinstance(part, list):
+        for inner in part:
+            _tell_items_apart(inner)
