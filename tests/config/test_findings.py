@@ -16,7 +16,7 @@ from hypothesis import given, settings
 
 from fdbroker.config import compile_policy
 from fdbroker.config.check import check
-from fdbroker.config.findings import KINDS, Finding, find
+from fdbroker.config.findings import Finding, find
 from fdbroker.config.identities import OfflineLookups
 from fdbroker.config.places import Places
 from fdbroker.config.surroundings import ThisMachine
@@ -324,7 +324,3 @@ def test_warnings_are_told_and_only_strictness_makes_them_fail(tmp_path: Path) -
     assert (broken.status(strict=True), broken.summary()) == (2, "")
     [error] = json.loads(broken.document())["findings"]
     assert (error["severity"], error["kind"], error["line"]) == ("error", None, 1)
-
-
-def test_every_kind_has_words() -> None:
-    assert all(text and kind == kind.lower() for kind, text in KINDS.items())

@@ -29,20 +29,20 @@ from fdbroker.policy.globs import Glob, compile_glob
 from fdbroker.policy.rules import ClientMatch, Root, Rule, RuleSet
 
 WARNING, NOTE = "warning", "note"
-# Every kind, with what docs/policy-tools.md says of it in a line.
-KINDS = {
-    "never-matches": "a rule, or one of its globs, that nothing can meet",
-    "hidden-by-deny": "what a rule allows and deny rules refuse in any case",
-    "excepts-nothing": "an `except` that no path of the rule's meets",
-    "no-members": "a client of whom nobody is: an empty group, a user who is not in it",
-    "anybody": "`any` may open whole trees, whoever owns the files",
-    "hard-links": "files are opened where others than root can make names, whatever their links and owner",
-    "network-filesystem": "a root on FUSE or a network file system that the broker's loop is to open",
-    "not-served": "a root on a file system that the broker never serves",
-    "weak-mode": "`read_only_view: off`, `audit: {on_failure: allow}`",
-    "leading-stars": "a glob that begins with `**` and goes on: it is tried in every directory of its root",
-    "not-compared": "so many rules that not all were compared with each other",
-}
+# Described in docs/policy-tools.md.
+KINDS = (
+    "never-matches",
+    "hidden-by-deny",
+    "excepts-nothing",
+    "no-members",
+    "anybody",
+    "hard-links",
+    "network-filesystem",
+    "not-served",
+    "weak-mode",
+    "leading-stars",
+    "not-compared",
+)
 _NOTES = frozenset({"leading-stars", "not-compared"})
 # Globs that are looked through for what covers others; some seconds' worth.
 _MOST_COMPARED = 2_000_000
