@@ -122,7 +122,8 @@ def test_tables_and_policies_that_can_not_be_used_are_told(directory: Path) -> N
 def test_names_are_this_machines_only_where_that_is_asked_for(directory: Path) -> None:
     table = directory / "here.yaml"
     table.write_text(
-        f"version: 1\npolicy: policy.yaml\ntests: [{{as: zz-nobody, path: {directory}/tree/a, expect: denied}}]\n"
+        "version: 1\npolicy: policy.yaml\n"
+        f"tests: [{{as: zz-nobody, path: {directory}/tree/a, expect: denied}}]\n"
     )
     assert run_here("policy", "test", str(table)).returncode == 0
     here = run_here("policy", "test", "--here", str(table))
