@@ -40,6 +40,7 @@ def rule(name: str, **changes: object) -> dict[str, Any]:
         "except": [],
         "where": {},
         "deliver": ["descriptor"],
+        "symlinks": "refuse",
     } | changes
 
 

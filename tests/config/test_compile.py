@@ -102,6 +102,7 @@ def test_the_smallest_rule_has_all_defaults_written_out() -> None:
             "except": [],
             "where": {},
             "deliver": ["descriptor"],
+            "symlinks": "refuse",
         }
     ]
 
@@ -128,6 +129,7 @@ rules:
       group: projects
       owner: [client, clamav, "110", on_behalf_of]
     deliver: [copy, descriptor]
+    symlinks: within-root
 limits: {connections_per_uid: 1, in_flight_per_connection: 8192, message_within: 2min}
 audit: {to: /var/log/fdbroker/audit.jsonl, on_failure: allow}
 read_only_view: off
@@ -176,6 +178,7 @@ def test_every_key_is_compiled_as_the_format_says() -> None:
                     "links": {"min": 1, "max": 1},
                 },
                 "deliver": ["copy", "descriptor"],
+                "symlinks": "within-root",
             }
         ],
         "limits": {"connections_per_uid": 1, "in_flight_per_connection": 8192, "message_within": 120.0},
@@ -264,6 +267,7 @@ def test_the_order_of_keys_is_that_of_the_format_and_not_of_the_author() -> None
         "except",
         "where",
         "deliver",
+        "symlinks",
     ]
     assert list(rule["where"]) == ["owner", "group", "mode", "size", "links"]
     assert list(rule["where"]["links"]) == ["min", "max"]
@@ -452,10 +456,12 @@ UNSUPPORTED = "is not supported by this version; remove it, and see that the pol
         ("on_behalf_of: root", "4:19: rule 'r': on_behalf_of: 'root' is neither any nor a mapping; write any, or {user: root} if that is meant"),
         ("on_behalf_of: []", f"4:19: rule 'r': on_behalf_of: the list is empty; {CLIENT}"),
         ("limits: {}", f"4:5: rule 'r': key 'limits' {UNSUPPORTED}"),
-        ("symlinks: within-root", f"4:5: rule 'r': key 'symlinks' {UNSUPPORTED}"),
+        ("symlinks: [refuse]", "4:15: rule 'r': symlinks must be text, not a list; write refuse or within-root"),
+        ("symlinks: yes", "4:15: rule 'r': symlinks: 'yes' is not a choice here; write refuse or within-root"),
+        ("age: 1", "4:5: rule 'r': key 'age' is not supported by this version; remove it, and see that the policy is right without it"),
         ("excpet: x", "4:5: rule 'r': unknown key 'excpet'; did you mean 'except'?"),
-        ("Paths: x", "4:5: rule 'r': unknown key 'Paths'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver"),
-        ("clients: any", "4:5: rule 'r': unknown key 'clients'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver"),
+        ("Paths: x", "4:5: rule 'r': unknown key 'Paths'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver, symlinks"),
+        ("clients: any", "4:5: rule 'r': unknown key 'clients'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver, symlinks"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, problem: str) -> None:
@@ -552,6 +558,9 @@ def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, prob
         (with_rule("name: r", "in: home", "deny: open", "path: x"), "7:5: rule 'r': unknown key 'path'; did you mean 'paths'?"),
         (with_rule("in: home", "deny: open", "paths: x"), "4:5: rule 1: key 'name' is missing; add 'name: ...'"),
         (with_rule("name: r", "in: home", "deny: open", "paths: x", "deliver: copy"), "8:5: rule 'r': a deny rule delivers nothing; remove 'deliver'; what is denied is denied however it would be delivered"),
+        (with_rule("name: r", "in: home", "deny: open", "paths: x", "symlinks: refuse"), "8:5: rule 'r': a deny rule follows no links; remove 'symlinks'; what is denied is denied by whatever link it is asked for"),
+        (with_rule("name: r", "in: home", "allow: walk", "client: any", "paths: x", "symlinks: within-root"), "9:5: rule 'r': walks follow no links; remove 'symlinks', or allow open, stat or list"),
+        (with_rule("name: r", "in: home", "allow: open", "client: any", "paths: x", "symlinks: within-root").replace("/home}", "/home, opens: helpers}"), "9:5: rule 'r': helpers open in root 'home', and they follow no links; remove 'symlinks', or the root's 'opens: helpers'"),
         (with_rule("name: r", "in: home", "allow: stat", "client: any", "paths: x", "deliver: copy"), "9:5: rule 'r': only what is opened is delivered; remove 'deliver', or allow open"),
         (with_rule("name: r", "in: home", "deny: open", "paths: x") + "  - {name: r, in: home, deny: stat, paths: y}", "8:12: rule name 'r' is given twice, first in line 4; give each rule a name of its own"),
     ],
@@ -653,6 +662,8 @@ WORDS = st.sampled_from(
         "links",
         "deliver",
         "copy",
+        "symlinks",
+        "within-root",
         "limits",
         "connections_per_uid",
         "audit",

@@ -107,6 +107,7 @@ def documents_of(
             "except": st.sampled_from([[]] * 50 + subsets(exceptions, 1, 2)),
             "where": where,
             "deliver": st.sampled_from([["descriptor"], ["copy"], ["descriptor", "copy"]]),
+            "symlinks": st.sampled_from(["refuse", "within-root"]),
         }
     )
     # In half of the policies something is said of every path.
@@ -125,7 +126,9 @@ def documents_of(
 
 
 def meant(about: Part) -> Part:
-    """Return a rule without an owner that it can't speak of: the one that is acted for, by nobody."""
+    """Return a rule without what it can not speak of: the owner acted for, by nobody; links, to deny."""
+    if about["effect"] == "deny":
+        about |= {"symlinks": "refuse"}
     owner = about["where"].get("owner")
     if owner is None or about["on_behalf_of"]:
         return about

@@ -33,13 +33,17 @@ class Asker(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What the name alone decides: the root that serves, the rules that are left to ask, by index."""
+    """What the name alone decides: the root that serves, the rules that are left to ask, by index.
+
+    `follows`: those that are left to ask where the name is one of a link.
+    """
 
     root: str | None
     reason: str
     allows: tuple[int, ...] = ()
     denies: tuple[int, ...] = ()
     rule: int | None = None
+    follows: tuple[int, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -163,7 +167,9 @@ def expect(document: dict[str, Any], asker: Asker, action: str, path: str) -> Ex
         return Expected(serving, "outside_roots" if serving is None else "no_rule")
     free = [i for i in allows if not rules[i]["where"]]
     left = tuple(free[:1] or allows)
-    return Expected(serving, "ok", left, tuple(denies), left[0] if free and not denies else None)
+    following = [i for i in allows if rules[i]["symlinks"] == "within-root"]
+    follows = tuple([i for i in following if i in free][:1] or following)
+    return Expected(serving, "ok", left, tuple(denies), left[0] if free and not denies else None, follows)
 
 
 def conditions_failing(where: dict[str, Any], facts: Facts, asker: Asker, *, deny: bool) -> list[str]:

@@ -103,6 +103,12 @@ def test_decision_is_that_of_the_plain_evaluator(case: Case, found: list[Facts])
         assert decision.plain is (expected.reason == "ok" and expected.rule is not None)
         asked = [case.document["rules"][i]["where"] for i in expected.allows + expected.denies]
         assert decision.asks_links is any("links" in where for where in asked)
+        followed = decision.followed
+        assert (followed is not None) is bool(expected.follows)
+        if followed is not None:
+            assert tuple(entry.index for entry in followed.allows) == expected.follows
+            assert (followed.root, followed.denies) == (decision.root, decision.denies)
+            assert (followed.allowed, followed.followed) == (True, None)
         for facts in found:
             result = decide_object(decision, facts, *uids) if decision.allowed else decision
             rule_index = None if result.rule is None else result.rule.index

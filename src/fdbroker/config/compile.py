@@ -26,6 +26,7 @@ from fdbroker.config.schema import (
     NAME_PATTERN,
     OPENS_DEFAULT,
     READ_ONLY_VIEW_DEFAULT,
+    SYMLINKS_DEFAULT,
     Action,
     Admins,
     Audit,
@@ -37,6 +38,7 @@ from fdbroker.config.schema import (
     ReadOnlyView,
     Root,
     Rule,
+    Symlinks,
     keys_of,
 )
 from fdbroker.config.sources import read_policy_file
@@ -112,6 +114,7 @@ class _Compiler:
         self._clients = ClientReader(reader, lookups)
         self._conditions = ConditionReader(reader, self._clients)
         self._daemon = DaemonReader(reader, self._clients, lookups)
+        self._helped: set[str] = set()  # names of roots
 
     def policy(self, tree: Node) -> CompiledPolicy | None:
         mapping = self._reader.mapping(tree, "the policy", "begin with 'version: 1'")
@@ -170,6 +173,8 @@ class _Compiler:
                 found.get("cross_mounts"), f"{what}: cross_mounts", parse_boolean, cure
             )
             opens = self._reader.choice(found.get("opens"), f"{what}: opens", get_args(Opens))
+            if opens == "helpers":
+                self._helped.add(name)
             roots.append(
                 CompiledRoot(name=name, path=path, cross_mounts=bool(cross), opens=opens or OPENS_DEFAULT)
             )
@@ -241,6 +246,7 @@ class _Compiler:
                     found.get("where"), f"{what}: where", acts_for="on_behalf_of" in found
                 ),
                 "deliver": self._deliver(mapping, what, actions),
+                "symlinks": self._symlinks(mapping, what, actions),
             }
         )
 
@@ -318,6 +324,30 @@ class _Compiler:
                 entry.key.mark, f"{what}: only what is opened is delivered", "remove 'deliver', or allow open"
             )
         return self._reader.choices(entry.value, f"{what}: deliver", get_args(Delivery))
+
+    def _symlinks(self, mapping: Mapping, what: str, actions: list[str]) -> str:
+        entry = mapping.entries.get("symlinks")
+        if entry is None:
+            return SYMLINKS_DEFAULT
+        if "deny" in mapping.entries:
+            self._reader.add(
+                entry.key.mark,
+                f"{what}: a deny rule follows no links",
+                "remove 'symlinks'; what is denied is denied by whatever link it is asked for",
+            )
+        elif actions == ["walk"]:
+            cure = "remove 'symlinks', or allow open, stat or list"
+            self._reader.add(entry.key.mark, f"{what}: walks follow no links", cure)
+        choice = self._reader.choice(entry.value, f"{what}: symlinks", get_args(Symlinks))
+        named = mapping.entries.get("in")
+        root = named.value.value if named is not None and isinstance(named.value, Text) else ""
+        if choice == "within-root" and root in self._helped:
+            self._reader.add(
+                entry.key.mark,
+                f"{what}: helpers open in root {quoted(root)}, and they follow no links",
+                "remove 'symlinks', or the root's 'opens: helpers'",
+            )
+        return choice or SYMLINKS_DEFAULT
 
     # ---- the rest ----
 

@@ -72,6 +72,7 @@ CompiledRule = TypedDict(
         "except": list[str],
         "where": CompiledWhere,
         "deliver": list[str],
+        "symlinks": str,
     },
 )
 

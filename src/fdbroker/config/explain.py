@@ -19,6 +19,7 @@ import stat
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from fdbroker.broker.links import MOST_LINKS, LinkRefusedError, name_behind_link
 from fdbroker.broker.roots import HeldRoot, RootError, hold_roots
 from fdbroker.config.compile import compile_policy
 from fdbroker.config.compiled import MAX_FILE
@@ -65,8 +66,15 @@ _SENTENCES = {
     "not_found": "rule {rule} is about it, but there is no such file",
     "not_directory": "rule {rule} is about it, but a component of the path, or what is to be listed, is no"
     " directory",
-    "symlink": "rule {rule} is about it, but a component of the path is a symbolic link, and the broker"
-    " follows none: ask for the path that it leads to",
+    "symlink": "rule {rule} is about it, but a component of the path is a symbolic link, and no rule that"
+    " allows it follows links (symlinks: within-root): ask for the path that it leads to",
+    "link_leaves_root": "rule {rule} is about it, but a component of the path is a symbolic link that is"
+    " absolute or leads above its root, and none of those is followed",
+    "link_not_normal": "rule {rule} is about it, but a component of the path is a symbolic link with '.',"
+    " '..' or '//' behind a name, and none of those is followed",
+    "too_many_links": f"rule {{rule}} is about it, but more than {MOST_LINKS} symbolic links lead there",
+    "not_followed": "rule {rule} is about it, but its root says 'opens: helpers', and no link is followed"
+    " to there",
     "crosses_mount": "rule {rule} is about it, but it is on another mount than its root, which has no"
     " cross_mounts",
     "path_too_long": "the path is longer than any that the broker takes",
@@ -128,19 +136,22 @@ class Seen(NamedTuple):
     """What lies under the path: `facts`, or a `reason` as in the audit, or a `note` why it was not seen.
 
     `writable_mount`: it is on another mount than its root, which is writable from here. In the broker's
-    view it is read-only if it was there when the broker was started.
+    view it is read-only if it was there when the broker was started. `leads_to`: the name for which the
+    first link stands; `reason` is `symlink` then.
     """
 
     facts: FileFacts | None = None
     reason: str | None = None
     note: str = ""
     writable_mount: bool = False
+    leads_to: bytes | None = None
 
 
 class Explanation(NamedTuple):
     """A whole answer. `seen` is None where the name alone was refused, and so nothing was looked at.
 
-    `on_behalf_of`: whom the client, a service, acts for; None: it asks for itself.
+    `on_behalf_of`: whom the client, a service, acts for; None: it asks for itself. `followed`: what is
+    answered about the name to which a link leads that is followed; `verdict` is then on both names.
     """
 
     path: bytes
@@ -151,10 +162,16 @@ class Explanation(NamedTuple):
     verdict: Verdict
     seen: Seen | None
     rules: tuple[RuleReport, ...]
+    followed: Explanation | None = None
 
     @property
     def sentence(self) -> str:
         """The verdict in one sentence."""
+        if self.followed is not None:
+            leads = f"it is a name of {_text(self.followed.path)}, by a symbolic link"
+            if self.verdict == self.followed.verdict:
+                return f"{self.followed.sentence}; {leads}"
+            return f"{self._replace(followed=None).sentence}; {leads}"
         decision, reason, rule = self.verdict
         if decision == ALLOW:
             note = self.seen.note if self.seen else ""
@@ -252,8 +269,14 @@ class Asker(NamedTuple):
         return self.client.uid, None if self.on_behalf_of is None else self.on_behalf_of.uid
 
 
-def explain(rules: RuleSet, asker: Asker, action: str, path: bytes, look: Look) -> Explanation:
-    """Say what becomes of a request and why. `look` says what lies under a path whose name is allowed."""
+def explain(
+    rules: RuleSet, asker: Asker, action: str, path: bytes, look: Look, links: int = MOST_LINKS
+) -> Explanation:
+    """Say what becomes of a request and why. `look` says what lies under a path whose name is allowed.
+
+    `links`: how many may be followed.
+    """
+    followed = None
     decision = Policy(rules).view(*asker).actions[action].decide(path)
     seen = None
     if not decision.allowed or decision.root is None:
@@ -264,12 +287,18 @@ def explain(rules: RuleSet, asker: Asker, action: str, path: bytes, look: Look) 
         if seen.writable_mount and rules.settings.read_only_view_required:
             seen = seen._replace(note=_LATER_MOUNT)
         verdict = _verdict(decision, seen, asker)
+        if seen.leads_to is not None and decision.followed is not None and action != "walk":
+            if links:
+                followed = explain(rules, asker, action, seen.leads_to, look, links - 1)
+                verdict = _verdict_of_link(decision.followed, followed, asker)
+            else:
+                verdict = verdict._replace(reason="too_many_links")
     facts = None if seen is None else seen.facts
     serving = _serving(rules, path)
     # What is no path is refused before any rule is read.
     asked = rules.rules if problem_with_path(path) is None else ()
     reports = tuple(_report(rule, asker, action, path, serving, facts) for rule in asked)
-    return Explanation(path, action, *asker, decision.root, verdict, seen, reports)
+    return Explanation(path, action, *asker, decision.root, verdict, seen, reports, followed)
 
 
 def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
@@ -288,14 +317,28 @@ def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
         facts = os.fstat(held)
         objection = held_root.objection(held)
         writable_mount = _is_on_writable_mount(held_root, path[root.skip :] or b".", held)
+        reason = objection or _kind_refused(facts.st_mode, action)
+        if reason == "symlink":
+            return _look_at_link(held_root, path)
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            return _look_at_link(held_root, path)
         reason = _BY_ERRNO.get(error.errno or 0)
         return Seen(reason=reason) if reason else Seen(note=error.strerror or str(error))
     finally:
         for descriptor in (held, held_root.descriptor):
             if descriptor >= 0:
                 os.close(descriptor)
-    return Seen(facts, objection or _kind_refused(facts.st_mode, action), writable_mount=writable_mount)
+    return Seen(facts, reason, writable_mount=writable_mount)
+
+
+def _look_at_link(root: HeldRoot, path: bytes) -> Seen:
+    try:
+        return Seen(reason="symlink", leads_to=name_behind_link(root, path))
+    except LinkRefusedError as error:
+        return Seen(reason=str(error))
+    except OSError as error:
+        return Seen(note=error.strerror or str(error))
 
 
 def _is_on_writable_mount(root: HeldRoot, path: bytes, held: int) -> bool:
@@ -328,6 +371,20 @@ def _verdict(name: NameDecision, seen: Seen, asker: Asker) -> Verdict:
         return Verdict(ALLOW, "ok", first) if name.plain else Verdict(UNKNOWN, "not_seen", None)
     allowed, reason, rule = decide_object(name, seen.facts, *asker.uids)
     return Verdict(ALLOW if allowed else DENY, reason, None if rule is None else rule.name)
+
+
+def _verdict_of_link(name: NameDecision, leads_to: Explanation, asker: Asker) -> Verdict:
+    """Return what becomes of a name whose link leads to another: what becomes of that, if both allow it."""
+    behind = leads_to
+    while behind.followed is not None:
+        behind = behind.followed
+    facts = None if behind.seen is None else behind.seen.facts
+    if leads_to.verdict.decision == DENY:
+        return leads_to.verdict
+    if facts is None:
+        return leads_to.verdict if name.plain else Verdict(UNKNOWN, "not_seen", None)
+    allowed, reason, rule = decide_object(name, facts, *asker.uids)
+    return leads_to.verdict if allowed else Verdict(DENY, reason, None if rule is None else rule.name)
 
 
 def _serving(rules: RuleSet, path: bytes) -> Root | None:

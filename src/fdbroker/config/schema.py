@@ -25,10 +25,12 @@ Action: TypeAlias = Literal["open", "stat", "list", "walk"]
 Delivery: TypeAlias = Literal["descriptor", "copy"]
 OnFailure: TypeAlias = Literal["deny", "allow"]
 Opens: TypeAlias = Literal["loop", "helpers"]
+Symlinks: TypeAlias = Literal["refuse", "within-root"]
 ReadOnlyView: TypeAlias = Literal["required", "off"]
 
 READ_ONLY_VIEW_DEFAULT: ReadOnlyView = "required"
 OPENS_DEFAULT: Opens = "loop"
+SYMLINKS_DEFAULT: Symlinks = "refuse"
 CONNECTIONS_PER_UID = range(1, 10_000 + 1)
 # One full reply has 253 descriptors: with less, a request for it could never be answered.
 IN_FLIGHT_PER_CONNECTION = range(253, 8192 + 1)
@@ -138,6 +140,10 @@ class Rule(_Keys, kw_only=True):
     ] = msgspec.field(name="except", default=UNSET)
     where: Where | UnsetType = UNSET
     deliver: Annotated[_Deliveries | UnsetType, Meta(description="How contents may be handed out.")] = UNSET
+    symlinks: Annotated[
+        Symlinks,
+        Meta(description="Whether names that are reached by symbolic links are looked for where these lead."),
+    ] = SYMLINKS_DEFAULT
 
 
 class Limits(_Keys):
@@ -221,7 +227,7 @@ class Admins(_Keys):
 _EITHER = {
     "oneOf": [
         {"required": ["allow", "client"]},
-        {"required": ["deny"], "not": {"required": ["deliver"]}},
+        {"required": ["deny"], "not": {"anyOf": [{"required": ["deliver"]}, {"required": ["symlinks"]}]}},
     ]
 }
 
@@ -249,7 +255,7 @@ class Policy(_Keys):
 
 # Keys of the design that this version does not serve. Refused by name: a
 # condition that is silently ignored is a rule that silently allows more.
-NOT_SUPPORTED = frozenset({"age", "identity", "label", "symlinks"})
+NOT_SUPPORTED = frozenset({"age", "identity", "label"})
 NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"limits", "listeners"}
 
 

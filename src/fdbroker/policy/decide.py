@@ -49,10 +49,12 @@ class NameDecision:
     conditions it must meet or must not meet. `plain`: nothing is asked of the
     object, `rule` allows it, and the client may know whether it exists.
     `asks_links`: some condition is about the number of links, which is only
-    worth something if the name is still there afterwards.
+    worth something if the name is still there afterwards. `followed`: what
+    is decided where the name turns out to be, or to have on its way, a
+    symbolic link; None: that it is refused.
     """
 
-    __slots__ = ("allowed", "allows", "asks_links", "denies", "plain", "reason", "root", "rule")
+    __slots__ = ("allowed", "allows", "asks_links", "denies", "followed", "plain", "reason", "root", "rule")
 
     def __init__(
         self,
@@ -61,11 +63,13 @@ class NameDecision:
         rule: Rule | None = None,
         allows: tuple[Rule, ...] = (),
         denies: tuple[Rule, ...] = (),
+        followed: NameDecision | None = None,
     ) -> None:
         self.root = root
         self.reason = reason
         self.allows = allows
         self.denies = denies
+        self.followed = followed
         self.allowed = bool(allows)
         self.plain = len(allows) == 1 and allows[0].where is None and not denies
         self.asks_links = any(
@@ -352,6 +356,12 @@ def _combine(root: Root | None, matching: Sequence[Rule]) -> NameDecision:
     allows = [rule for rule in matching if not rule.deny]
     if not allows:
         return NameDecision(root, "outside_roots" if root is None else "no_rule")
-    # One rule that asks nothing of the object makes the others' conditions moot.
+    following = [rule for rule in allows if rule.follows_links]
+    followed = NameDecision(root, "ok", None, _needed(following), tuple(denies)) if following else None
+    return NameDecision(root, "ok", None, _needed(allows), tuple(denies), followed)
+
+
+def _needed(allows: Sequence[Rule]) -> tuple[Rule, ...]:
+    """One rule that asks nothing of the object makes the others' conditions moot."""
     unconditional = [rule for rule in allows if rule.where is None][:1]
-    return NameDecision(root, "ok", None, tuple(unconditional or allows), tuple(denies))
+    return tuple(unconditional or allows)

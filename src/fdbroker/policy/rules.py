@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ACTIONS = ("open", "stat", "list", "walk")
 DELIVERIES = ("descriptor", "copy")
 OPENS = ("loop", "helpers")
+SYMLINKS = ("refuse", "within-root")
 _TOP_LEVEL = frozenset(
     {"version", "roots", "rules", "limits", "audit", "read_only_view", "admins", "services"}
 )
@@ -37,6 +38,7 @@ _RULE_KEYS = frozenset(
         "except",
         "where",
         "deliver",
+        "symlinks",
     }
 )
 _T = TypeVar("_T")
@@ -188,7 +190,8 @@ class Rule:
     """One rule; immutable. `where` is None when nothing is asked of the object.
 
     `on_behalf_of` says for whom a service acts; it is empty in a rule about
-    what a client asks for itself.
+    what a client asks for itself. `follows_links`: a name that this rule
+    allows may be, or have on its way, a symbolic link.
     """
 
     __slots__ = (
@@ -197,6 +200,7 @@ class Rule:
         "deliver",
         "deny",
         "excepts",
+        "follows_links",
         "index",
         "name",
         "on_behalf_of",
@@ -225,6 +229,9 @@ class Rule:
         self.excepts = _read_globs(document, "except", at)
         self.where = _read_conditions(_get(document, "where", dict, at), f"{at}.where")
         self.deliver = frozenset(_words(document, "deliver", at, DELIVERIES))
+        self.follows_links = _one_of(document, "symlinks", at, SYMLINKS) == "within-root"
+        if self.follows_links and (self.deny or self.root.helpers):
+            raise PolicyError(f"{at}.symlinks is 'within-root', but it denies, or helpers open in its root")
         if not (self.actions and self.clients and self.paths):
             raise PolicyError(f"{at} needs at least one action, one client and one path")
         owner = None if self.where is None else self.where.owner
