@@ -252,9 +252,7 @@ def test_copy_comes_by_a_link_as_well(linked: Path) -> None:
         assert [result.status for result in reply.results] == [Status.COPIED] * 2 + [Status.REFUSED] * 2
 
 
-@pytest.mark.parametrize(
-    "changes", [{"effect": "deny"}, {"symlinks": "yes"}, {"symlinks": True}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"effect": "deny"}, {"symlinks": "yes"}, {"symlinks": True}], ids=str)
 def test_rule_that_can_not_follow_links_is_no_rule(changes: dict[str, Any]) -> None:
     with pytest.raises(PolicyError, match=r"rules\[0\]\.symlinks"):
         read_policy(policy("/tree", FOLLOWS | changes))

@@ -123,6 +123,8 @@ rules:
     paths: ["**", "[a]*", "{x"]
     except: "*/.cache/**"
     where:
+      filesystem: [xfs, cifs, ext4, ext2]
+      age: {max: 30d, min: 5s}
       links: {max: 1, min: 1}
       size: {max: 2GiB, min: 0}
       mode: {none: 0022, all: "0400"}
@@ -176,6 +178,8 @@ def test_every_key_is_compiled_as_the_format_says() -> None:
                     "mode": {"all": 0o400, "none": 0o022},
                     "size": {"min": 0, "max": 2 * 1024**3},
                     "links": {"min": 1, "max": 1},
+                    "age": {"min": 5, "max": 30 * 86400},
+                    "filesystem": {"types": [0x58465342, 0xFF534D42, 0xFE534D42, 0xEF53]},
                 },
                 "deliver": ["copy", "descriptor"],
                 "symlinks": "within-root",
@@ -269,7 +273,7 @@ def test_the_order_of_keys_is_that_of_the_format_and_not_of_the_author() -> None
         "deliver",
         "symlinks",
     ]
-    assert list(rule["where"]) == ["owner", "group", "mode", "size", "links"]
+    assert list(rule["where"]) == ["owner", "group", "mode", "size", "links", "age", "filesystem"]
     assert list(rule["where"]["links"]) == ["min", "max"]
 
 
@@ -424,9 +428,13 @@ UNSUPPORTED = "is not supported by this version; remove it, and see that the pol
         ("paths:", f"4:11: rule 'r': paths has no value; {GLOBS}"),
         ("except: []", f"4:13: rule 'r': except: the list is empty; {GLOBS}"),
         ("except: //", "4:13: rule 'r': except: '//': the glob starts with '/', but globs are relative to the root; leave out the path of the root: globs are relative to it"),
-        ("where: {}", "4:12: rule 'r': where is empty; write some of owner, group, mode, size, links, or leave where out"),
+        ("where: {}", "4:12: rule 'r': where is empty; write some of owner, group, mode, size, links, age, filesystem, or leave where out"),
         ("where: {onwer: x}", "4:13: rule 'r': where: unknown key 'onwer'; did you mean 'owner'?"),
-        ("where: {age: 1}", f"4:13: rule 'r': where: key 'age' {UNSUPPORTED}"),
+        ("where: {age: 1}", "4:18: rule 'r': where: age must be a mapping, not text; write {min: 5s}, {max: 30d} or both"),
+        ("where: {age: {max: 5}}", "4:24: rule 'r': where: age: max: '5' is not a duration; write digits with a unit: 30s, 5min, 2h or 7d"),
+        ("where: {age: {max: 5s, min: 1min}}", "4:18: rule 'r': where: age: min 60 is more than max 5, which nothing can meet; exchange the two"),
+        ("where: {filesystem: ext5}", "4:25: rule 'r': where: filesystem: 'ext5' is no type of file system that is ever served; did you mean 'ext4'?"),
+        ("where: {filesystem: [xfs, proc]}", "4:31: rule 'r': where: filesystem: 'proc' is no type of file system that is ever served; they are ext2, ext3, ext4, xfs, btrfs, tmpfs, f2fs, overlay, zfs, bcachefs, squashfs, erofs, iso9660, udf, reiserfs, ramfs, fuse, nfs, cifs, smb3, smb, autofs, 9p"),
         ("where: {owner: nobody}", f"4:20: rule 'r': where: owner: 'nobody' {OVERFLOW}; use a user of its own"),
         ("where: {owner: on_behalf_of}", "4:20: rule 'r': where: owner: the rule has no 'on_behalf_of', so nobody is acted for; add 'on_behalf_of: ...' to the rule, or write client, names or numbers"),
         ("where: {group: client}", "4:20: rule 'r': where: group: there is no group 'client' on this system; create the group, or write its number"),
@@ -458,7 +466,7 @@ UNSUPPORTED = "is not supported by this version; remove it, and see that the pol
         ("limits: {}", f"4:5: rule 'r': key 'limits' {UNSUPPORTED}"),
         ("symlinks: [refuse]", "4:15: rule 'r': symlinks must be text, not a list; write refuse or within-root"),
         ("symlinks: yes", "4:15: rule 'r': symlinks: 'yes' is not a choice here; write refuse or within-root"),
-        ("age: 1", "4:5: rule 'r': key 'age' is not supported by this version; remove it, and see that the policy is right without it"),
+        ("age: 1", "4:5: rule 'r': unknown key 'age'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver, symlinks"),
         ("excpet: x", "4:5: rule 'r': unknown key 'excpet'; did you mean 'except'?"),
         ("Paths: x", "4:5: rule 'r': unknown key 'Paths'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver, symlinks"),
         ("clients: any", "4:5: rule 'r': unknown key 'clients'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver, symlinks"),
@@ -505,7 +513,7 @@ def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, prob
         (SMALLEST + "limits: {in_flight_per_connection: 8193}", "4:36: limits: in_flight_per_connection: 8193 is out of range; write a number from 253 to 8192"),
         (SMALLEST + "limits: {message_within: 0s}", "4:26: limits: message_within: 0s is out of range; write a duration from 1s to 1h"),
         (SMALLEST + "limits: {message_within: 61min}", "4:26: limits: message_within: 61min is out of range; write a duration from 1s to 1h"),
-        (SMALLEST + "limits: {message_within: 10}", "4:26: limits: message_within: '10' is not a duration; write digits with a unit: 30s, 5min or 2h"),
+        (SMALLEST + "limits: {message_within: 10}", "4:26: limits: message_within: '10' is not a duration; write digits with a unit: 30s, 5min, 2h or 7d"),
         (SMALLEST + "limits: {connections_per_uid: 1_0}", f"4:31: limits: connections_per_uid: '1_0' {COUNT}"),
         (SMALLEST + "limits: {connections_per_uid: +1}", f"4:31: limits: connections_per_uid: '+1' {COUNT}"),
         (SMALLEST + "limits: {connections_per_uid: \u0661}", f"4:31: limits: connections_per_uid: '\u0661' {COUNT}"),

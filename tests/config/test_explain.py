@@ -74,9 +74,12 @@ def test_verdict_is_that_of_the_policy_and_the_details_amount_to_it(
         asker = Asker(client, acted_for)
         rules = read_policy(document)
         for path, found in itertools.product(paths, objects_there[:3]):
-            explanation = explain(rules, asker, action, path.encode(), lambda *_, found=found: Seen(found))
+            seen = Seen(found, surroundings=found.around)
+            explanation = explain(rules, asker, action, path.encode(), lambda *_, seen=seen: seen)
             decision = Policy(rules).view(*asker).actions[action].decide(path.encode())
-            expected = decide_object(decision, found, *asker.uids) if decision.allowed else decision
+            expected = (
+                decide_object(decision, found, *asker.uids, found.around) if decision.allowed else decision
+            )
             verdict = explanation.verdict
             assert (verdict.decision == ALLOW, verdict.reason) == (expected.allowed, expected.reason)
             assert verdict.rule == (None if expected.rule is None else expected.rule.name)

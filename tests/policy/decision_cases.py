@@ -46,7 +46,10 @@ def subsets(values: Sequence[T], least: int = 0, most: int = 3) -> list[list[T]]
 def one_or_several(values: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Part]:
     """Give some of the keys, or one alone: of several, one may hide what is done with the others."""
     alone = [st.fixed_dictionaries({key: value}) for key, value in values.items()]
-    several = st.fixed_dictionaries({}, optional=values).filter(bool)
+    # Few of them: an object that meets many at a time is rare.
+    several = st.one_of(
+        [st.fixed_dictionaries({key: values[key] for key in some}) for some in subsets(list(values), 2)]
+    )
     return st.one_of([several, several, *alone])
 
 
@@ -81,6 +84,8 @@ conditions = one_or_several(
         ),
         "size": bounds,
         "links": bounds,
+        "age": bounds,
+        "filesystem": st.sampled_from([{"types": types} for types in subsets([0, 0xEF53])]),
     }
 )
 nothing: st.SearchStrategy[Part] = st.just({})
@@ -167,9 +172,15 @@ KINDS = [
     *(stat.S_IFREG | mode for mode in (0o666, 0o151, 0)),
 ]
 OWNERS = [0, UID, OTHER]
+# An odd number of them: they meet every other value.
+TIMES = [decision_model.NOW - seconds * decision_model.SECOND for seconds in (-1, 0, 1, 2, 3, 4, 5)]
 objects = st.lists(
     st.sampled_from(
-        [Facts(*values) for values in itertools.product(KINDS, OWNERS, [0, GID], range(5), range(1, 5))]
+        [
+            # Each of the last two by all of the others, which are many enough.
+            Facts(*values, TIMES[number % len(TIMES)], (0, 0xEF53)[number % 2])
+            for number, values in enumerate(itertools.product(KINDS, OWNERS, [0, GID], range(5), range(1, 5)))
+        ]
     ),
     min_size=5,
     max_size=5,

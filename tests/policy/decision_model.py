@@ -11,18 +11,31 @@ import stat
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fdbroker.policy.rules import Surroundings
+
 if TYPE_CHECKING:
     from fdbroker.policy.rules import ClientFacts
 
 
+NOW = 10**18  # some moment in nanoseconds
+SECOND = 10**9
+
+
 class Facts(NamedTuple):
-    """What fstat says of an object, as far as rules ask."""
+    """What fstat, and fstatfs, say of an object, as far as rules ask."""
 
     st_mode: int
     st_uid: int = 0
     st_gid: int = 0
     st_size: int = 0
     st_nlink: int = 1
+    st_mtime_ns: int = 0
+    filesystem: int = 0
+
+    @property
+    def around(self) -> Surroundings:
+        """When and on what file system it was looked at."""
+        return Surroundings(NOW, self.filesystem)
 
 
 class Asker(NamedTuple):
@@ -53,7 +66,7 @@ class Outcome(NamedTuple):
     rule: int | None
 
 
-CONDITIONS = ("owner", "group", "mode", "size", "links")
+CONDITIONS = ("owner", "group", "mode", "filesystem", "size", "links", "age")
 PROBLEMS = (
     "empty",
     "path_too_long",
@@ -194,8 +207,15 @@ def conditions_failing(where: dict[str, Any], facts: Facts, asker: Asker, *, den
                 for bit in range(16)
                 if wanted.get(key, 0) >> bit & 1
             )
+        elif name == "filesystem":
+            good = facts.filesystem in wanted["types"]
         elif not regular:
             good = not deny
+        elif name == "age":
+            newest = NOW - wanted.get("min", 0) * SECOND
+            oldest = NOW - wanted["max"] * SECOND if "max" in wanted else facts.st_mtime_ns
+            # In the future it is as if it were now.
+            good = oldest <= min(facts.st_mtime_ns, NOW) <= newest
         else:
             value = facts.st_size if name == "size" else facts.st_nlink
             good = wanted.get("min", value) <= value <= wanted.get("max", value)

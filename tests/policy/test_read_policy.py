@@ -74,7 +74,7 @@ def may_be_missing(place: Place) -> bool:
     parent = at(example_document(), place[:-1])
     if "where" in place[:-1]:
         inside = place[place.index("where") + 1 :]
-        return len(inside) == 1 or (inside[0] in {"mode", "size", "links"} and len(parent) > 1)
+        return len(inside) == 1 or (inside[0] in {"mode", "size", "links", "age"} and len(parent) > 1)
     return is_of_a_client(place[:-1]) and len(parent) > 1
 
 
@@ -109,6 +109,8 @@ def test_example_of_the_documentation_loads_and_means_what_it_says() -> None:
         18,
         Bounds(0, 2147483648),
         Bounds(1, 1),
+        Bounds(5 * 10**9, 2592000 * 10**9),
+        frozenset({0xEF53, 0x01021994}),
     )
     assert scan.deliver == {"descriptor"}
     assert rule_set.settings == Settings(
@@ -281,7 +283,12 @@ def root(**changes: object) -> list[dict[str, Any]]:
         ),
         (broken(rules=[rule("x", where={"mode": {}})]), "rules[0].where.mode"),
         (broken(rules=[rule("x", where={"size": {}})]), "rules[0].where.size"),
-        (broken(rules=[rule("x", where={"age": {"max": 1}})]), "rules[0].where"),
+        (broken(rules=[rule("x", where={"colour": {"max": 1}})]), "rules[0].where"),
+        (broken(rules=[rule("x", where={"age": {}})]), "rules[0].where.age must have min, max or both"),
+        (
+            broken(rules=[rule("x", where={"filesystem": [1]})]),
+            "rules[0].where.filesystem is not of type dict",
+        ),
         (
             broken(
                 limits={"connections_per_uid": 0, "in_flight_per_connection": 512, "message_within": 10.0}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.broker.audit import decision_members, quoted_path
@@ -29,6 +30,7 @@ from fdbroker.kernel.files import (
     wait_for_changes_of_names,
 )
 from fdbroker.policy.decide import NameDecision, decide_object
+from fdbroker.policy.rules import Surroundings
 from fdbroker.wire.format import ANY_TIME, HEADER, MAX_COPY, MAX_REPLY, RESULT, Reason, Status
 from fdbroker.wire.messages import GIVEN, FileStat, ListEntry, Result, broken, copied, refused
 from fdbroker.wire.replies import encode_list_entry
@@ -188,7 +190,7 @@ class Opener:
                 root = roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
                 opened = None
                 if decision.plain:
-                    directory, skip, cross_mounts, _, helpers = root
+                    directory, skip, cross_mounts, _, helpers, _ = root
                     if not (cross_mounts or helpers):
                         opened = open_regular_beneath(directory, path[skip:] or b".", proc_self_fd)
                 if opened is None:
@@ -483,7 +485,13 @@ class Opener:
     def _judge_names_before(self, found: _Found, asker: Asker) -> Outcome | None:
         """Return why a name on the way does not allow what links led to, or None."""
         for decision in found.before:
-            allowed, reason, rule = decide_object(decision, found.facts, asker.uid, asker.on_behalf_of_uid)
+            allowed, reason, rule = decide_object(
+                decision,
+                found.facts,
+                asker.uid,
+                asker.on_behalf_of_uid,
+                found.root.surroundings(found.held) if decision.asks_surroundings else None,
+            )
             if not allowed:
                 return Outcome(_DENIED, reason, rule)
             if (
@@ -513,7 +521,8 @@ class Opener:
         objection = root.objection(held)
         if objection is not None or not stat.S_ISREG(facts.st_mode):
             return object_refusal(decision, objection or _kind_refused(facts.st_mode)), None
-        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid)
+        around = root.surroundings(held) if decision.asks_surroundings else None
+        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid, around)
         if not allowed:
             return Outcome(_DENIED, reason, rule), rule
         if decision.asks_links and name_is_lost(root, path, held, self._proc_self_fd):
@@ -669,6 +678,9 @@ class Opener:
         try:
             held = open_path_beneath(directory, entry.name)
             facts = os.fstat(held)
+            around = None
+            if may_list.asks_surroundings or may_stat.asks_surroundings:
+                around = root.surroundings(held)
             asks_links = may_list.asks_links or may_stat.asks_links
             if (
                 asks_links
@@ -685,12 +697,13 @@ class Opener:
                 os.close(held)
         if (
             not may_list.plain
-            and not decide_object(may_list, facts, asker.uid, asker.on_behalf_of_uid).allowed
+            and not decide_object(may_list, facts, asker.uid, asker.on_behalf_of_uid, around).allowed
         ):
             return None
         kind = entry.kind or stat.S_IFMT(facts.st_mode) >> 12
         shown = may_stat.plain or (
-            may_stat.allowed and decide_object(may_stat, facts, asker.uid, asker.on_behalf_of_uid).allowed
+            may_stat.allowed
+            and decide_object(may_stat, facts, asker.uid, asker.on_behalf_of_uid, around).allowed
         )
         return ListEntry(entry.name, kind, file_stat(facts) if shown else None)
 
@@ -700,7 +713,8 @@ class Opener:
         objection = root.objection(held)
         if objection is not None and objection != "mount_not_read_only":
             return object_refusal(decision, objection)
-        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid)
+        around = root.surroundings(held) if decision.asks_surroundings else None
+        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid, around)
         if not allowed:
             return Outcome(_DENIED, reason, rule)
         if (
@@ -731,7 +745,8 @@ class Opener:
             return object_refusal(decision, objection)
         if opens and not regular:
             return object_refusal(decision, _kind_refused(facts.st_mode))
-        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid)
+        around = Surroundings(time.time_ns(), filesystem.type)
+        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid, around)
         if not allowed:
             return Outcome(_DENIED, reason, rule)
         if decision.asks_links and regular:

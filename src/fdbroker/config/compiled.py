@@ -48,6 +48,12 @@ class CompiledGroup(TypedDict):
     gids: list[int]
 
 
+class CompiledFilesystem(TypedDict):
+    """Types of file systems that a condition accepts, by their magic numbers (statfs(2))."""
+
+    types: list[int]
+
+
 class CompiledWhere(TypedDict, total=False):
     """Conditions on the object: those that the author wrote."""
 
@@ -56,6 +62,8 @@ class CompiledWhere(TypedDict, total=False):
     mode: dict[str, int]
     size: dict[str, int]
     links: dict[str, int]
+    age: dict[str, int]
+    filesystem: CompiledFilesystem
 
 
 # By call, since `except` is no name in Python.

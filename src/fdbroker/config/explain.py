@@ -20,7 +20,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from fdbroker.broker.links import MOST_LINKS, LinkRefusedError, name_behind_link
-from fdbroker.broker.roots import HeldRoot, RootError, hold_roots
+from fdbroker.broker.roots import (
+    HELPED_FILESYSTEMS,
+    SERVED_FILESYSTEMS,
+    HeldRoot,
+    RootError,
+    hold_roots,
+)
 from fdbroker.config.compile import compile_policy
 from fdbroker.config.compiled import MAX_FILE
 from fdbroker.config.errors import ConfigError, Problem
@@ -40,6 +46,7 @@ from fdbroker.policy.rules import (
     Root,
     Rule,
     RuleSet,
+    Surroundings,
     read_policy,
 )
 from fdbroker.wire.client import for_broker
@@ -63,6 +70,8 @@ _SENTENCES = {
     "where_mode": "rule {rule} would allow it, but not with this mode",
     "where_size": "rule {rule} would allow it, but not of this size",
     "where_links": "rule {rule} would allow it, but not with so many hard links",
+    "where_age": "rule {rule} would allow it, but not so long after it was modified, or not so soon",
+    "where_filesystem": "rule {rule} would allow it, but not on this type of file system",
     "not_found": "rule {rule} is about it, but there is no such file",
     "not_directory": "rule {rule} is about it, but a component of the path, or what is to be listed, is no"
     " directory",
@@ -137,7 +146,7 @@ class Seen(NamedTuple):
 
     `writable_mount`: it is on another mount than its root, which is writable from here. In the broker's
     view it is read-only if it was there when the broker was started. `leads_to`: the name for which the
-    first link stands; `reason` is `symlink` then.
+    first link stands; `reason` is `symlink` then. `surroundings`: of `facts`.
     """
 
     facts: FileFacts | None = None
@@ -145,6 +154,7 @@ class Seen(NamedTuple):
     note: str = ""
     writable_mount: bool = False
     leads_to: bytes | None = None
+    surroundings: Surroundings | None = None
 
 
 class Explanation(NamedTuple):
@@ -293,11 +303,10 @@ def explain(
                 verdict = _verdict_of_link(decision.followed, followed, asker)
             else:
                 verdict = verdict._replace(reason="too_many_links")
-    facts = None if seen is None else seen.facts
     serving = _serving(rules, path)
     # What is no path is refused before any rule is read.
     asked = rules.rules if problem_with_path(path) is None else ()
-    reports = tuple(_report(rule, asker, action, path, serving, facts) for rule in asked)
+    reports = tuple(_report(rule, asker, action, path, serving, seen or Seen()) for rule in asked)
     return Explanation(path, action, *asker, decision.root, verdict, seen, reports, followed)
 
 
@@ -320,6 +329,7 @@ def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
         reason = objection or _kind_refused(facts.st_mode, action)
         if reason == "symlink":
             return _look_at_link(held_root, path)
+        surroundings = held_root.surroundings(held)
     except OSError as error:
         if error.errno == errno.ELOOP:
             return _look_at_link(held_root, path)
@@ -329,7 +339,7 @@ def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
         for descriptor in (held, held_root.descriptor):
             if descriptor >= 0:
                 os.close(descriptor)
-    return Seen(facts, reason, writable_mount=writable_mount)
+    return Seen(facts, reason, writable_mount=writable_mount, surroundings=surroundings)
 
 
 def _look_at_link(root: HeldRoot, path: bytes) -> Seen:
@@ -369,7 +379,7 @@ def _verdict(name: NameDecision, seen: Seen, asker: Asker) -> Verdict:
         return Verdict(DENY, seen.reason, first)
     if seen.facts is None:
         return Verdict(ALLOW, "ok", first) if name.plain else Verdict(UNKNOWN, "not_seen", None)
-    allowed, reason, rule = decide_object(name, seen.facts, *asker.uids)
+    allowed, reason, rule = decide_object(name, seen.facts, *asker.uids, seen.surroundings)
     return Verdict(ALLOW if allowed else DENY, reason, None if rule is None else rule.name)
 
 
@@ -378,12 +388,12 @@ def _verdict_of_link(name: NameDecision, leads_to: Explanation, asker: Asker) ->
     behind = leads_to
     while behind.followed is not None:
         behind = behind.followed
-    facts = None if behind.seen is None else behind.seen.facts
+    seen = behind.seen or Seen()
     if leads_to.verdict.decision == DENY:
         return leads_to.verdict
-    if facts is None:
+    if seen.facts is None:
         return leads_to.verdict if name.plain else Verdict(UNKNOWN, "not_seen", None)
-    allowed, reason, rule = decide_object(name, facts, *asker.uids)
+    allowed, reason, rule = decide_object(name, seen.facts, *asker.uids, seen.surroundings)
     return leads_to.verdict if allowed else Verdict(DENY, reason, None if rule is None else rule.name)
 
 
@@ -402,7 +412,7 @@ def _report(
     action: str,
     path: bytes,
     serving: Root | None,
-    facts: FileFacts | None,
+    seen: Seen,
 ) -> RuleReport:
     effect = DENY if rule.deny else ALLOW
     actions = ", ".join(sorted(rule.actions))
@@ -418,7 +428,7 @@ def _report(
     if not rule.deny and action == "open" and "descriptor" not in rule.deliver:
         checks.append(RuleCheck("deliver", holds=False, text="hands out no descriptors"))
     if rule.where is not None:
-        checks += _condition_checks(rule.where, facts, asker, deny=rule.deny)
+        checks += _condition_checks(rule.where, seen, asker, deny=rule.deny)
     return RuleReport(rule.name, effect, tuple(checks))
 
 
@@ -477,12 +487,11 @@ def _glob_checks(rule: Rule, components: Sequence[bytes]) -> list[RuleCheck]:
 
 # Each condition alone: what is left of a rule's `where` if nothing else is asked. So the policy's own
 # code says whether it holds.
+_SECOND = 1_000_000_000
 _NOTHING = Conditions(owner=None, gids=None, mode_all=0, mode_none=0, size=None, links=None)
 
 
-def _condition_checks(
-    where: Conditions, facts: FileFacts | None, asker: Asker, *, deny: bool
-) -> list[RuleCheck]:
+def _condition_checks(where: Conditions, seen: Seen, asker: Asker, *, deny: bool) -> list[RuleCheck]:
     alone: list[tuple[str, Conditions, str]] = []
     if where.owner is not None:
         owners = [user_text(uid) for uid in sorted(where.owner.uids)]
@@ -504,19 +513,32 @@ def _condition_checks(
         alone.append(("size", _NOTHING._replace(size=where.size), _bounds_text(where.size, " bytes")))
     if where.links is not None:
         alone.append(("links", _NOTHING._replace(links=where.links), _bounds_text(where.links, "")))
+    if where.age_ns is not None:
+        seconds = Bounds(*(bound and bound // _SECOND for bound in where.age_ns))
+        alone.append(("age", _NOTHING._replace(age_ns=where.age_ns), _bounds_text(seconds, " seconds")))
+    if where.filesystems is not None:
+        types = _either(filesystem_text(magic) for magic in sorted(where.filesystems))
+        only_types = _NOTHING._replace(filesystems=where.filesystems)
+        alone.append(("filesystem", only_types, f"must be {types}"))
     checks = []
     for what, condition, text in alone:
-        if facts is None:
+        if seen.facts is None or (condition.asks_surroundings and seen.surroundings is None):
             checks.append(RuleCheck(what, holds=None, text=text))
         else:
-            failure = condition.first_failure(facts, *asker.uids, deny=deny)
-            checks.append(RuleCheck(what, holds=failure is None, text=f"{text}; {_value_text(what, facts)}"))
+            failure = condition.first_failure(seen.facts, *asker.uids, seen.surroundings, deny=deny)
+            value = _value_text(what, seen.facts, seen.surroundings)
+            checks.append(RuleCheck(what, holds=failure is None, text=f"{text}; {value}"))
     return checks
 
 
-def _value_text(what: str, facts: FileFacts) -> str:
-    if what in {"size", "links"} and not stat.S_ISREG(facts.st_mode):
+def _value_text(what: str, facts: FileFacts, surroundings: Surroundings | None) -> str:
+    if what in {"size", "links", "age"} and not stat.S_ISREG(facts.st_mode):
         return "is asked of regular files only, and this is none"
+    if surroundings is not None and what == "age":
+        age = (surroundings.now_ns - facts.st_mtime_ns) // _SECOND
+        return f"is {age}" if age >= 0 else "was modified in the future, so it is 0"
+    if surroundings is not None and what == "filesystem":
+        return f"is {filesystem_text(surroundings.filesystem)}"
     return {
         "owner": f"is {user_text(facts.st_uid)}",
         "group": f"is {group_text(facts.st_gid)}",
@@ -549,6 +571,11 @@ def client_text(client: ClientFacts) -> str:
     if client.cgroups:
         parts.append(f"control groups {', '.join(sorted(client.cgroups))}")
     return ", ".join(parts)
+
+
+def filesystem_text(magic: int) -> str:
+    """Return the name of a type of file system; of one that is never served its number."""
+    return (SERVED_FILESYSTEMS | HELPED_FILESYSTEMS).get(magic, f"{magic:#x}")
 
 
 def mode_text(mode: int) -> str:

@@ -46,7 +46,7 @@ _Identity: TypeAlias = int | str
 _Identities: TypeAlias = _Identity | Annotated[list[_Identity], Meta(min_length=1)]
 _Words: TypeAlias = str | Annotated[list[str], Meta(min_length=1)]
 _Size: TypeAlias = int | Annotated[str, Meta(pattern=r"^[0-9]+([kKMGT]B|[KMGT]iB|B)?$")]
-_Duration: TypeAlias = Annotated[str, Meta(pattern=r"^[0-9]+(s|min|h)$")]
+_Duration: TypeAlias = Annotated[str, Meta(pattern=r"^[0-9]+(s|min|h|d)$")]
 _Mode: TypeAlias = int | Annotated[str, Meta(pattern=r"^0[0-7]{1,4}$")]
 
 
@@ -104,6 +104,13 @@ class CountRange(_Keys):
     max: int | UnsetType = UNSET
 
 
+class AgeRange(_Keys):
+    """An inclusive range of durations."""
+
+    min: _Duration | UnsetType = UNSET
+    max: _Duration | UnsetType = UNSET
+
+
 class Where(_Keys):
     """What the opened object must be like."""
 
@@ -115,6 +122,12 @@ class Where(_Keys):
     mode: ModeCondition | UnsetType = UNSET
     size: Annotated[SizeRange | UnsetType, Meta(description="Size of a regular file.")] = UNSET
     links: Annotated[CountRange | UnsetType, Meta(description="Hard links of a regular file.")] = UNSET
+    age: Annotated[AgeRange | UnsetType, Meta(description="Time since a regular file was last modified.")] = (
+        UNSET
+    )
+    filesystem: Annotated[
+        _Words | UnsetType, Meta(description="Types of file systems, as mount(8) shows them.")
+    ] = UNSET
 
 
 class Rule(_Keys, kw_only=True):
@@ -255,7 +268,7 @@ class Policy(_Keys):
 
 # Keys of the design that this version does not serve. Refused by name: a
 # condition that is silently ignored is a rule that silently allows more.
-NOT_SUPPORTED = frozenset({"age", "identity", "label"})
+NOT_SUPPORTED = frozenset({"identity", "label"})
 NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"limits", "listeners"}
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.policy.globs import NOTHING, Remainder
 from fdbroker.policy.paths import MAX_NAME_BYTES, MAX_PATH_BYTES, components_below, problem_with_path
-from fdbroker.policy.rules import ACTIONS, ClientFacts, FileFacts, Root, Rule, RuleSet
+from fdbroker.policy.rules import ACTIONS, ClientFacts, FileFacts, Root, Rule, RuleSet, Surroundings
 
 if TYPE_CHECKING:
     import re
@@ -49,12 +49,24 @@ class NameDecision:
     conditions it must meet or must not meet. `plain`: nothing is asked of the
     object, `rule` allows it, and the client may know whether it exists.
     `asks_links`: some condition is about the number of links, which is only
-    worth something if the name is still there afterwards. `followed`: what
-    is decided where the name turns out to be, or to have on its way, a
-    symbolic link; None: that it is refused.
+    worth something if the name is still there afterwards. `asks_surroundings`:
+    some condition is about those. `followed`: what is decided where the name
+    turns out to be, or to have on its way, a symbolic link; None: that it is
+    refused.
     """
 
-    __slots__ = ("allowed", "allows", "asks_links", "denies", "followed", "plain", "reason", "root", "rule")
+    __slots__ = (
+        "allowed",
+        "allows",
+        "asks_links",
+        "asks_surroundings",
+        "denies",
+        "followed",
+        "plain",
+        "reason",
+        "root",
+        "rule",
+    )
 
     def __init__(
         self,
@@ -72,9 +84,9 @@ class NameDecision:
         self.followed = followed
         self.allowed = bool(allows)
         self.plain = len(allows) == 1 and allows[0].where is None and not denies
-        self.asks_links = any(
-            asked.where is not None and asked.where.links is not None for asked in allows + denies
-        )
+        wheres = [rule.where for rule in allows + denies if rule.where is not None]
+        self.asks_links = any(where.links is not None for where in wheres)
+        self.asks_surroundings = any(where.asks_surroundings for where in wheres)
         self.rule = allows[0] if self.plain else rule
 
 
@@ -87,25 +99,28 @@ class ObjectDecision(NamedTuple):
 
 
 def decide_object(
-    name: NameDecision, facts: FileFacts, client_uid: int, on_behalf_of_uid: int | None = None
+    name: NameDecision,
+    facts: FileFacts,
+    client_uid: int,
+    on_behalf_of_uid: int | None = None,
+    surroundings: Surroundings | None = None,
 ) -> ObjectDecision:
     """Decide on an object whose name was allowed. `reason` is `ok` or what failed.
 
     `client_uid` is that of the process that asks. `on_behalf_of_uid` is that
     of the client that it acts for, whom the view behind `name` was made for as
-    well; None: it asks for itself.
+    well; None: it asks for itself. `surroundings` are wanted where `name.asks_surroundings`.
     """
+    asked = facts, client_uid, on_behalf_of_uid, surroundings
     for rule in name.denies:
         where = rule.where
-        if where is None or where.first_failure(facts, client_uid, on_behalf_of_uid, deny=True) is None:
+        if where is None or where.first_failure(*asked, deny=True) is None:
             return ObjectDecision(allowed=False, reason="deny_rule", rule=rule)
     failure = "no_rule"
     nearest = None
     for rule in name.allows:
         where = rule.where
-        failed = (
-            None if where is None else where.first_failure(facts, client_uid, on_behalf_of_uid, deny=False)
-        )
+        failed = None if where is None else where.first_failure(*asked, deny=False)
         if failed is None:
             return ObjectDecision(allowed=True, reason="ok", rule=rule)
         if nearest is None:

@@ -71,6 +71,21 @@ class FileFacts(Protocol):
     def st_nlink(self) -> int:
         """See inode(7)."""
 
+    @property
+    def st_mtime_ns(self) -> int:
+        """See inode(7); nanoseconds since 1970."""
+
+
+class Surroundings(NamedTuple):
+    """What conditions ask beside the facts of an object: when, and on what file system it was looked at.
+
+    `now_ns`: nanoseconds since 1970, by the clock that gives files their times (CLOCK_REALTIME).
+    `filesystem`: the magic number of the type, as statfs(2) has it.
+    """
+
+    now_ns: int
+    filesystem: int
+
 
 class ClientFacts(NamedTuple):
     """What the kernel said of a client, as far as rules ask for it.
@@ -156,18 +171,34 @@ class Conditions(NamedTuple):
     mode_none: int
     size: Bounds | None
     links: Bounds | None
+    age_ns: Bounds | None = None
+    filesystems: frozenset[int] | None = None
+
+    @property
+    def asks_surroundings(self) -> bool:
+        """Whether something is asked that `Surroundings` has the answer to."""
+        return self.age_ns is not None or self.filesystems is not None
 
     def first_failure(
-        self, facts: FileFacts, client_uid: int, on_behalf_of_uid: int | None = None, *, deny: bool
+        self,
+        facts: FileFacts,
+        client_uid: int,
+        on_behalf_of_uid: int | None = None,
+        surroundings: Surroundings | None = None,
+        *,
+        deny: bool,
     ) -> str | None:
         """Return the name of the first condition that does not hold, or None.
 
         `client_uid` is that of the process that asks, `on_behalf_of_uid` that
-        of the client it acts for, None where it acts for nobody.
+        of the client it acts for, None where it acts for nobody. `surroundings`
+        may be left out where nothing is asked of them; where something is, an
+        allow rule fails then, and a deny rule holds.
 
-        `size` and `links` are conditions on regular files. Asked of anything
-        else they hold in an allow rule and fail in a deny rule, so that they
-        neither hide every directory nor forbid it.
+        `size`, `links` and `age` are conditions on regular files. Asked of
+        anything else they hold in an allow rule and fail in a deny rule, so
+        that they neither hide every directory nor forbid it. A file that was
+        modified in the future has age 0.
         """
         if self.owner is not None and not self.owner.include(facts.st_uid, client_uid, on_behalf_of_uid):
             return "owner"
@@ -176,12 +207,22 @@ class Conditions(NamedTuple):
         mode = facts.st_mode
         if mode & self.mode_all != self.mode_all or mode & self.mode_none:
             return "mode"
+        if self.filesystems is not None and (
+            not deny if surroundings is None else surroundings.filesystem not in self.filesystems
+        ):
+            return "filesystem"
         if stat.S_ISREG(mode):
             if self.size is not None and not self.size.hold(facts.st_size):
                 return "size"
             if self.links is not None and not self.links.hold(facts.st_nlink):
                 return "links"
-        elif deny and (self.size is not None or self.links is not None):
+            if self.age_ns is not None and (
+                not deny
+                if surroundings is None
+                else not self.age_ns.hold(max(surroundings.now_ns - facts.st_mtime_ns, 0))
+            ):
+                return "age"
+        elif deny and (self.size is not None or self.links is not None or self.age_ns is not None):
             return "type"
         return None
 
@@ -424,10 +465,10 @@ def _read_globs(document: Mapping[str, object], key: str, at: str) -> tuple[Glob
 def _read_conditions(document: Mapping[str, object], at: str) -> Conditions | None:
     if not document:
         return None
-    known = {"owner", "group", "mode", "size", "links"}
+    known = {"owner", "group", "mode", "size", "links", "age", "filesystem"}
     if not document.keys() <= known:
         raise PolicyError(f"{at} has keys other than {', '.join(sorted(known))}")
-    owner = gids = None
+    owner = gids = age = filesystems = None
     mode_all = mode_none = 0
     if "owner" in document:
         entry = _get(document, "owner", dict, at)
@@ -447,19 +488,25 @@ def _read_conditions(document: Mapping[str, object], at: str) -> Conditions | No
             raise PolicyError(f"{at}.mode must have all, none or both")
         mode_all = _get(entry, "all", int, f"{at}.mode") if "all" in entry else 0
         mode_none = _get(entry, "none", int, f"{at}.mode") if "none" in entry else 0
+    if "age" in document:
+        age = Bounds(*(bound and bound * 1_000_000_000 for bound in _bounds(document, "age", at)))
+    if "filesystem" in document:
+        entry = _get(document, "filesystem", dict, at)
+        _exact_keys(entry, f"{at}.filesystem", {"types"})
+        filesystems = frozenset(_list(entry, "types", int, f"{at}.filesystem"))
     return Conditions(
         owner=owner,
         gids=gids,
         mode_all=mode_all,
         mode_none=mode_none,
-        size=_read_bounds(document, "size", at),
-        links=_read_bounds(document, "links", at),
+        size=_bounds(document, "size", at) if "size" in document else None,
+        links=_bounds(document, "links", at) if "links" in document else None,
+        age_ns=age,
+        filesystems=filesystems,
     )
 
 
-def _read_bounds(document: Mapping[str, object], key: str, at: str) -> Bounds | None:
-    if key not in document:
-        return None
+def _bounds(document: Mapping[str, object], key: str, at: str) -> Bounds:
     entry = _get(document, key, dict, at)
     if not entry or not entry.keys() <= {"min", "max"}:
         raise PolicyError(f"{at}.{key} must have min, max or both")
