@@ -59,6 +59,7 @@ def policy(
         | (limits or {}),
         "audit": {"on_failure": "deny"},
         "read_only_view": "required",
+        "identity": "available",
         "admins": {"uids": [], "gids": []},
         "services": [],
     } | changes

@@ -75,6 +75,7 @@ def test_the_smallest_policy_has_all_defaults_written_out() -> None:
         "limits": {"connections_per_uid": 64, "in_flight_per_connection": 512, "message_within": 10.0},
         "audit": {"on_failure": "deny"},
         "read_only_view": "required",
+        "identity": "available",
         "admins": {"uids": [], "gids": []},
         "services": [],
         "daemon": {
@@ -117,7 +118,7 @@ rules:
     allow: [open, stat, list, walk]
     client:
       - {user: [clamav, "0"], unit: [x.service, y@z.service]}
-      - {group: [users, 7], cgroup: /user.slice}
+      - {group: [users, 7], cgroup: /user.slice, label: ["a:b:c_t:s0", backup (enforce)]}
     on_behalf_of: {group: users}
     in: alice
     paths: ["**", "[a]*", "{x"]
@@ -135,6 +136,7 @@ rules:
 limits: {connections_per_uid: 1, in_flight_per_connection: 8192, message_within: 2min}
 audit: {to: /var/log/fdbroker/audit.jsonl, on_failure: allow}
 read_only_view: off
+identity: strict
 admins: {group: [fdbroker-admin, 7], user: [clamav, "1000"]}
 user: brokers
 listeners:
@@ -167,7 +169,11 @@ def test_every_key_is_compiled_as_the_format_says() -> None:
                             "/system.slice/system-y.slice/y@z.service",
                         ],
                     },
-                    {"gids": [100, 7], "cgroups": ["/user.slice"]},
+                    {
+                        "gids": [100, 7],
+                        "cgroups": ["/user.slice"],
+                        "labels": ["a:b:c_t:s0", "backup (enforce)"],
+                    },
                 ],
                 "on_behalf_of": [{"gids": [100]}],
                 "paths": ["**", "[a]*", "{x"],
@@ -188,6 +194,7 @@ def test_every_key_is_compiled_as_the_format_says() -> None:
         "limits": {"connections_per_uid": 1, "in_flight_per_connection": 8192, "message_within": 120.0},
         "audit": {"on_failure": "allow"},
         "read_only_view": "off",
+        "identity": "strict",
         "admins": {"uids": [110, 1000], "gids": [993, 7]},
         "services": [
             {"name": "clamd", "clients": [{"uids": [110]}, {"cgroups": ["/system.slice/scand.service"]}]}
@@ -343,6 +350,9 @@ def test_owner_may_be_the_one_who_is_acted_for_beside_others() -> None:
         (r"a\x2db@c.service", r"/system.slice/system-a\x5cx2db.slice/a\x2db@c.service"),
         (".x@c.service", r"/system.slice/system-\x2ex.slice/_.x@c.service"),
         ("a@b@c.service", "/system.slice/system-a.slice/a@b@c.service"),
+        ("a@.service", "/system.slice/system-a.slice"),
+        ("a-b@.service", r"/system.slice/system-a\x2db.slice"),
+        ("cpu@.scope", "/system.slice/system-cpu.slice"),
         ("init.scope", "/init.scope"),
         ("_x.service", "/system.slice/__x.service"),
         ("cpu.service", "/system.slice/_cpu.service"),
@@ -355,11 +365,10 @@ def test_a_unit_is_the_control_group_that_systemd_makes_for_it(unit: str, cgroup
 
 
 GLOBS = 'write globs relative to the root, as in "*/Mail/**"'
-CLIENT = "write any, or a mapping with some of user, group, unit, cgroup"
+CLIENT = "write any, or a mapping with some of user, group, unit, cgroup, label"
 UNIT = "is not the name of a service or scope"
 ODD_UNIT = "is not a name that a unit can have"
 SYSTEMCTL = r"write it as systemctl shows it; other characters are escaped there, as in a\x20b.service"
-TEMPLATE = "names a template, not a unit; name an instance, as in NAME@INSTANCE.service"
 SIZE = "is not a size; write bytes (4096) or digits with a unit: KiB, MiB, GiB, TiB or kB, MB, GB, TB"
 MODE = 'is not a file mode; write octal digits that begin with 0, as in "0640" or "02000"'
 COUNT = "is not a number; write decimal digits only, as in 512"
@@ -391,7 +400,8 @@ UNSUPPORTED = "is not supported by this version; remove it, and see that the pol
         ("client: clamav", "4:13: rule 'r': client: 'clamav' is neither any nor a mapping; write any, or {user: clamav} if that is meant"),
         ("client: [any]", f"4:14: rule 'r': client: entry 1 must be a mapping, not text; {CLIENT}"),
         ("client: {usr: x}", "4:14: rule 'r': client: unknown key 'usr'; did you mean 'user'?"),
-        ("client: {label: x}", f"4:14: rule 'r': client: key 'label' {UNSUPPORTED}"),
+        ("client: {label: []}", "4:21: rule 'r': client: label: the list is empty; write it whole, as in system_u:system_r:backup_t:s0, or 'backup (enforce)'"),
+        ("client: {labels: x}", "4:14: rule 'r': client: unknown key 'labels'; did you mean 'label'?"),
         ("client: {user: clamva}", "4:20: rule 'r': client: user: there is no user 'clamva' on this system; did you mean 'clamav'?"),
         ("client: {user: alice}", "4:20: rule 'r': client: user: there is no user 'alice' on this system; did you mean 'Alice'?"),
         ("client: {user: zzzz}", "4:20: rule 'r': client: user: there is no user 'zzzz' on this system; create the user, or write its number"),
@@ -411,7 +421,7 @@ UNSUPPORTED = "is not supported by this version; remove it, and see that the pol
         ("client: {unit: x.slice}", f"4:20: rule 'r': client: unit: 'x.slice' {UNIT}; name the slice by its path: cgroup: /NAME.slice"),
         ("client: {unit: .service}", f"4:20: rule 'r': client: unit: '.service' {ODD_UNIT}; {SYSTEMCTL}"),
         ("client: {unit: a/b.service}", f"4:20: rule 'r': client: unit: 'a/b.service' {ODD_UNIT}; {SYSTEMCTL}"),
-        ("client: {unit: x@.service}", f"4:20: rule 'r': client: unit: 'x@.service' {TEMPLATE}"),
+        ('client: {unit: "@.service"}', "4:20: rule 'r': client: unit: '@.service' is no template and no unit; write NAME@INSTANCE.service, or NAME@.service for all of them"),
         ("client: {cgroup: /}", "4:22: rule 'r': client: cgroup: every process is in or below the control group '/'; write 'client: any' if that is meant"),
         ("client: {cgroup: a}", "4:22: rule 'r': client: cgroup: 'a' is not absolute; write an absolute path, as in /var/mail"),
         ("client: {cgroup: /a/../b}", "4:22: rule 'r': client: cgroup: '/a/../b' has '.' or '..' in it; write an absolute path, as in /var/mail"),
@@ -554,9 +564,9 @@ def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, prob
         (SMALLEST + "listeners: {control: {group: [adm, users]}}", "4:30: listeners: control: group must be text, not a list; write the name of one group"),
         (SMALLEST + "listeners: {control: {group: usres}}", "4:30: listeners: control: group: there is no group 'usres' on this system; did you mean 'users'?"),
         (SMALLEST + "listeners: {control: {path: /run/fdbroker/broker.seqpacket}}", "4:12: listeners: seqpacket and control have the path '/run/fdbroker/broker.seqpacket'; give each a path of its own"),
-        (SMALLEST + "identity: strict", f"4:1: key 'identity' {UNSUPPORTED}"),
-        (SMALLEST + "service: x", "4:1: unknown key 'service'; the keys here are version, roots, rules, limits, audit, read_only_view, admins, user, listeners"),
-        (SMALLEST + "rule: []", "4:1: unknown key 'rule'; the keys here are version, roots, rules, limits, audit, read_only_view, admins, user, listeners"),
+        (SMALLEST + "identity: strong", "4:11: identity: 'strong' is not a choice here; write available or strict"),
+        (SMALLEST + "service: x", "4:1: unknown key 'service'; the keys here are version, roots, rules, limits, audit, read_only_view, identity, admins, user, listeners"),
+        (SMALLEST + "rule: []", "4:1: unknown key 'rule'; the keys here are version, roots, rules, limits, audit, read_only_view, identity, admins, user, listeners"),
         (SMALLEST + "version: 2", "4:1: key 'version' is given twice, first in line 1; keep one of the two"),
         (with_rule("name: r", "in: home", "paths: x"), "4:5: rule 'r' has neither 'allow' nor 'deny'; add one of them with a list of actions"),
         (with_rule("name: r", "in: home", "paths: x", "alow: open"), "7:5: rule 'r': unknown key 'alow'; did you mean 'allow'?"),

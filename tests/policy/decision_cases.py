@@ -60,6 +60,7 @@ identities = one_or_several(
         "uids": st.sampled_from([[UID], [UID, OTHER], [OTHER], []]),
         "gids": st.sampled_from([[GID], [101, GID], [101], []]),
         "cgroups": st.sampled_from([["/here"], ["/there", "/here"], ["/there"], []]),
+        "labels": st.sampled_from([["x_t"], ["x_t", "y_t"], ["y_t"], []]),
     }
 )
 masks = [0, 0o400, 0o002, 0o006, 0o111]
@@ -163,6 +164,7 @@ clients = st.builds(
     st.sampled_from([frozenset(gids) for gids in subsets([GID, 101, 7])]),
     st.sampled_from([frozenset(cgroups) for cgroups in subsets(["/here", "/there"])]),
     st.sampled_from([True] * 7 + [False]),
+    st.sampled_from([None, b"x_t"]),
 )
 KINDS = [
     FILE,
@@ -245,6 +247,7 @@ def clients_of(draw: st.DrawFn, entries: Sequence[Part]) -> ClientFacts:
         next(iter(entry.get("uids", ())), client.uid),
         client.gids.union(entry.get("gids", ())),
         client.cgroups.union(entry.get("cgroups", ())),
+        label=next((label.encode() for label in entry.get("labels", ())), client.label),
     )
 
 

@@ -134,6 +134,10 @@ def is_one_of(entries: list[dict[str, Any]], client: ClientFacts, *, or_may_be: 
             ("uids" not in entry or client.uid in entry["uids"])
             and ("gids" not in entry or any_group or any(gid in client.gids for gid in entry["gids"]))
             and ("cgroups" not in entry or any(group in client.cgroups for group in entry["cgroups"]))
+            and (
+                "labels" not in entry
+                or (or_may_be if client.label is None else client.label.decode() in entry["labels"])
+            )
         )
         for entry in entries
     )

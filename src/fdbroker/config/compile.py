@@ -21,6 +21,7 @@ from fdbroker.config.reader import Reader
 from fdbroker.config.scalars import parse_boolean, parse_count, parse_duration, parse_path
 from fdbroker.config.schema import (
     CONNECTIONS_PER_UID,
+    IDENTITY_DEFAULT,
     IN_FLIGHT_PER_CONNECTION,
     MESSAGE_WITHIN,
     NAME_PATTERN,
@@ -31,6 +32,7 @@ from fdbroker.config.schema import (
     Admins,
     Audit,
     Delivery,
+    Identity,
     Limits,
     OnFailure,
     Opens,
@@ -123,6 +125,7 @@ class _Compiler:
         found = self._reader.entries(mapping, "", Policy)
         root_names, roots = self._roots(found.get("roots"))
         view = self._reader.choice(found.get("read_only_view"), "read_only_view", get_args(ReadOnlyView))
+        identity = self._reader.choice(found.get("identity"), "identity", get_args(Identity))
         on_failure, to = self._audit(found.get("audit"))
         daemon, services = self._daemon.daemon(found.get("user"), found.get("listeners"), to)
         return CompiledPolicy(
@@ -132,6 +135,7 @@ class _Compiler:
             limits=self._limits(found.get("limits")),
             audit={"on_failure": on_failure},
             read_only_view=view or READ_ONLY_VIEW_DEFAULT,
+            identity=identity or IDENTITY_DEFAULT,
             admins=self._admins(found.get("admins")),
             services=services,
             daemon=daemon,

@@ -32,6 +32,7 @@ class CompiledClient(TypedDict, total=False):
     uids: list[int]
     gids: list[int]
     cgroups: list[str]
+    labels: list[str]
 
 
 class CompiledOwner(TypedDict):
@@ -135,6 +136,7 @@ class CompiledPolicy(TypedDict):
     limits: CompiledLimits
     audit: dict[str, str]
     read_only_view: str
+    identity: str
     admins: dict[str, list[int]]
     services: list[CompiledService]
     daemon: CompiledDaemon

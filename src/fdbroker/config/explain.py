@@ -560,6 +560,8 @@ def _client_text(entry: ClientMatch) -> str:
         parts.append(f"group {_either(group_text(gid) for gid in sorted(entry.gids))}")
     if entry.cgroups is not None:
         parts.append(f"control group {_either(sorted(entry.cgroups))}")
+    if entry.labels is not None:
+        parts.append(f"label {_either(_text(label) for label in sorted(entry.labels))}")
     return " and ".join(parts) or "everybody"
 
 
@@ -570,6 +572,8 @@ def client_text(client: ClientFacts) -> str:
         parts.append(f"groups {', '.join(group_text(gid) for gid in sorted(client.gids))}")
     if client.cgroups:
         parts.append(f"control groups {', '.join(sorted(client.cgroups))}")
+    if client.label is not None:
+        parts.append(f"label {_text(client.label)}")
     return ", ".join(parts)
 
 

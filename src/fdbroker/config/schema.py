@@ -27,8 +27,10 @@ OnFailure: TypeAlias = Literal["deny", "allow"]
 Opens: TypeAlias = Literal["loop", "helpers"]
 Symlinks: TypeAlias = Literal["refuse", "within-root"]
 ReadOnlyView: TypeAlias = Literal["required", "off"]
+Identity: TypeAlias = Literal["available", "strict"]
 
 READ_ONLY_VIEW_DEFAULT: ReadOnlyView = "required"
+IDENTITY_DEFAULT: Identity = "available"
 OPENS_DEFAULT: Opens = "loop"
 SYMLINKS_DEFAULT: Symlinks = "refuse"
 CONNECTIONS_PER_UID = range(1, 10_000 + 1)
@@ -78,6 +80,9 @@ class Client(_Keys):
         _Words | UnsetType, Meta(description="systemd services or scopes in the system's default slice.")
     ] = UNSET
     cgroup: Annotated[_Words | UnsetType, Meta(description="Control groups, by their full path.")] = UNSET
+    label: Annotated[
+        _Words | UnsetType, Meta(description="Labels of a security module, whole, as SO_PEERSEC has them.")
+    ] = UNSET
 
 
 _Clients: TypeAlias = Literal["any"] | Client | Annotated[list[Client], Meta(min_length=1)]
@@ -261,6 +266,9 @@ class Policy(_Keys):
     read_only_view: Annotated[
         ReadOnlyView, Meta(description="Whether files are opened through read-only mounts only.")
     ] = READ_ONLY_VIEW_DEFAULT
+    identity: Annotated[
+        Identity, Meta(description="Whether clients are served whom the kernel identifies less well.")
+    ] = IDENTITY_DEFAULT
     admins: Admins | UnsetType = UNSET
     user: Annotated[str, Meta(description="Whom the broker runs as.")] = DEFAULT_USER
     listeners: Listeners = msgspec.field(default_factory=Listeners)
@@ -268,8 +276,7 @@ class Policy(_Keys):
 
 # Keys of the design that this version does not serve. Refused by name: a
 # condition that is silently ignored is a rule that silently allows more.
-NOT_SUPPORTED = frozenset({"identity", "label"})
-NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"limits", "listeners"}
+NOT_SUPPORTED_IN_A_RULE = frozenset({"limits"})
 
 
 @functools.cache

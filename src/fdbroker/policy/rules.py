@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 ACTIONS = ("open", "stat", "list", "walk")
 DELIVERIES = ("descriptor", "copy")
 OPENS = ("loop", "helpers")
+IDENTITIES = ("available", "strict")
 SYMLINKS = ("refuse", "within-root")
 _TOP_LEVEL = frozenset(
-    {"version", "roots", "rules", "limits", "audit", "read_only_view", "admins", "services"}
+    {"version", "roots", "rules", "limits", "audit", "read_only_view", "identity", "admins", "services"}
 )
 _RULE_KEYS = frozenset(
     {
@@ -93,12 +94,14 @@ class ClientFacts(NamedTuple):
     `cgroups` holds those control groups *named by the policy* that the client
     is in or below of; who makes this value resolves them. `groups_known` False:
     it may have other groups than `gids`, and the kernel does not say which.
+    `label` None: the kernel does not say which label it has.
     """
 
     uid: int
     gids: frozenset[int]
     cgroups: frozenset[str] = frozenset()
     groups_known: bool = True
+    label: bytes | None = None
 
 
 class Root(NamedTuple):
@@ -121,9 +124,13 @@ class ClientMatch(NamedTuple):
     uids: frozenset[int] | None
     gids: frozenset[int] | None
     cgroups: frozenset[str] | None
+    labels: frozenset[bytes] | None = None
 
     def matches(self, client: ClientFacts, *, in_doubt: bool = False) -> bool:
-        """Return whether `client` is meant by this entry; `in_doubt`: also where only groups could tell."""
+        """Return whether `client` is meant by this entry; `in_doubt`: also where it only may be.
+
+        That is, where all would hold but for groups or the label, which are not known.
+        """
         return (
             (self.uids is None or client.uid in self.uids)
             and (
@@ -132,6 +139,7 @@ class ClientMatch(NamedTuple):
                 or (in_doubt and not client.groups_known)
             )
             and (self.cgroups is None or not self.cgroups.isdisjoint(client.cgroups))
+            and (self.labels is None or client.label in self.labels or (in_doubt and client.label is None))
         )
 
 
@@ -309,6 +317,7 @@ class Admins(NamedTuple):
 class Settings(NamedTuple):
     """What the policy file says beside its rules; counts are per connection or uid.
 
+    `identity_strict`: requests are answered at the highest level of identity only.
     `message_within`: seconds in which a hello, or the rest of a message that has begun, must come.
     """
 
@@ -318,11 +327,13 @@ class Settings(NamedTuple):
     read_only_view_required: bool
     admins: Admins
     message_within: float
+    identity_strict: bool
 
 
 class RuleSet(NamedTuple):
     """A whole compiled policy. `cgroups`: every control group that a rule or a service names.
 
+    `names_labels`: whether any of them names a label.
     `services`: by the name of a listener, who may take the clients that come to it.
     `fingerprint`: by which people see whether two policies are the same; it proves nothing.
     """
@@ -333,6 +344,7 @@ class RuleSet(NamedTuple):
     cgroups: frozenset[str]
     fingerprint: str
     services: Mapping[bytes, tuple[ClientMatch, ...]]
+    names_labels: bool
 
 
 def read_policy(document: object) -> RuleSet:
@@ -387,6 +399,7 @@ def read_policy_in_steps(document: object) -> Generator[None, None, RuleSet]:
             gids=frozenset(_list(admins, "gids", int, "admins")),
         ),
         message_within=_seconds(limits, "message_within", "limits", 1.0, 3600.0),
+        identity_strict=_one_of(document, "identity", "policy", IDENTITIES) == "strict",
     )
     services = _read_services(document)
     named = [client for rule in rules for client in (*rule.clients, *rule.on_behalf_of)]
@@ -395,7 +408,10 @@ def read_policy_in_steps(document: object) -> Generator[None, None, RuleSet]:
     # However it was laid out: what is told apart is what it says.
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     fingerprint = f"{crc32(text.encode()):08x}"
-    return RuleSet(tuple(roots.values()), tuple(rules), settings, cgroups, fingerprint, services)
+    names_labels = any(client.labels is not None for client in named)
+    return RuleSet(
+        tuple(roots.values()), tuple(rules), settings, cgroups, fingerprint, services, names_labels
+    )
 
 
 def _read_root(document: Mapping[str, object], index: int) -> Root:
@@ -443,12 +459,16 @@ def _read_client(document: Mapping[str, object], at: str) -> ClientMatch:
     # Not by ==, to which 1 is True.
     if document.keys() == {"any"} and document["any"] is True:
         return ClientMatch(None, None, None)
-    if not document or not document.keys() <= {"uids", "gids", "cgroups"}:
-        raise PolicyError(f"{at} must be {{'any': true}} or some of uids, gids, cgroups")
+    if not document or not document.keys() <= {"uids", "gids", "cgroups", "labels"}:
+        raise PolicyError(f"{at} must be {{'any': true}} or some of uids, gids, cgroups, labels")
+    labels = _list(document, "labels", str, at) if "labels" in document else None
     return ClientMatch(
         uids=frozenset(_list(document, "uids", int, at)) if "uids" in document else None,
         gids=frozenset(_list(document, "gids", int, at)) if "gids" in document else None,
         cgroups=frozenset(_list(document, "cgroups", str, at)) if "cgroups" in document else None,
+        labels=None
+        if labels is None
+        else frozenset(label.encode("utf-8", "surrogatepass") for label in labels),
     )
 
 
