@@ -290,7 +290,7 @@ def test_set_user_id_program_that_writes_to_an_inherited_connection_lends_nothin
                 os.dup2(speaker.sock.fileno(), 1)
                 os.dup2(stdin, 0)
                 # It writes the frame, and goes on for as long as we keep the pipe.
-                os.execv(program, [program, frame, "-"])  # noqa: S606 - no shell is wanted
+                os.execv(program, [str(program), str(frame), "-"])  # noqa: S606 - no shell is wanted
 
         with background(connect_and_become_it, uid=CLIENT_UID) as pid:
             until(broker, lambda: bool(broker.reasons()))

@@ -512,7 +512,7 @@ def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, prob
         (SMALLEST.replace("{home", "{Home"), "2:9: root name 'Home' is not allowed; use a-z, 0-9, '_' and '-', beginning with a letter or digit"),
         (SMALLEST.replace("/home}", "/home, opens: helper}"), "2:36: root 'home': opens: 'helper' is not a choice here; did you mean 'helpers'?"),
         (SMALLEST.replace("/home}", "/home, opens: directly}"), "2:36: root 'home': opens: 'directly' is not a choice here; write loop or helpers"),
-        (SMALLEST.replace("/home}", "/home}, h2: {path: /home}"), "2:41: root 'h2': path: '/home' is that of root 'home' too; keep one root for a path"),
+        (SMALLEST.replace("/home}", "/home}, h2: {path: /home}"), "2:41: root 'h2': path: '/home' is that of root 'home' too, in line 2; keep one root for a path"),
         *[
             (SMALLEST.replace("/home}", f"/home, cross_mounts: {word}}}"), f"2:43: root 'home': cross_mounts: '{word}' is not a boolean here; write true or false; yes, no, on and off are not taken")
             for word in ("yes", "no", "on", "off", "True", "1")

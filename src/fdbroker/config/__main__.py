@@ -11,13 +11,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from fdbroker.config.compile import compile_policy
+from fdbroker.config.compile import compile_files
 from fdbroker.config.compiled import dumps
 from fdbroker.config.errors import ConfigError
 from fdbroker.config.identities import Lookups, OfflineLookups, SystemLookups
 from fdbroker.config.names import printable
 from fdbroker.config.schema import json_schema
-from fdbroker.config.sources import read_policy_file
+from fdbroker.config.sources import read_policy_files
 
 EXIT_OK = 0
 EXIT_REFUSED = 2
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str] | None = None) -> str:
     if options.command == "schema":
         return json.dumps(json_schema(), indent=2) + "\n"
     lookups: Lookups = OfflineLookups() if options.command == "check" and options.offline else SystemLookups()
-    compiled = compile_policy(read_policy_file(options.file, dev=options.dev), options.file, lookups)
+    compiled = compile_files(read_policy_files(options.file, dev=options.dev), lookups)
     if options.command == "check":
         roots, rules = (len(compiled["roots"]), len(compiled["rules"]))
         counts = f"{roots} root{'s' * (roots != 1)}, {rules} rule{'s' * (rules != 1)}"

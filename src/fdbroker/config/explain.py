@@ -27,12 +27,12 @@ from fdbroker.broker.roots import (
     RootError,
     hold_roots,
 )
-from fdbroker.config.compile import compile_policy
+from fdbroker.config.compile import compile_files
 from fdbroker.config.compiled import MAX_FILE
 from fdbroker.config.errors import ConfigError, Problem
 from fdbroker.config.identities import OVERFLOW_ID, SystemLookups
 from fdbroker.config.names import group_text, user_text
-from fdbroker.config.sources import read_policy_file
+from fdbroker.config.sources import PolicyFile, directory_of_parts, parts_among, read_policy_files
 from fdbroker.kernel.files import filesystem_of, open_path_beneath
 from fdbroker.policy.decide import NameDecision, Policy, decide_object
 from fdbroker.policy.paths import components_below, problem_with_path
@@ -213,22 +213,28 @@ def load_for_explaining(path: str) -> LoadedPolicy:
         OSError: it can't be opened.
 
     """
-    with open(path, "rb") as file:
-        text = file.read(MAX_FILE)
     notes: tuple[str, ...] = ()
     try:
-        read_policy_file(path)
+        files = read_policy_files(path)
     except ConfigError as error:
         notes = tuple(str(problem) for problem in error.problems)
+        directory = directory_of_parts(path)
+        names = os.listdir(directory) if directory is not None and os.path.isdir(directory) else ()
+        files = [_read(name) for name in [path, *parts_among(directory or "", names)]]
     if not path.endswith(".json"):
-        return LoadedPolicy(read_policy(for_broker(compile_policy(text, path, SystemLookups()))), notes)
+        return LoadedPolicy(read_policy(for_broker(compile_files(files, SystemLookups()))), notes)
     try:
-        document = json.loads(text)
+        document = json.loads(files[0].text)
         rules = read_policy(for_broker(document) if isinstance(document, dict) else document)
         return LoadedPolicy(rules, notes)
     except (ValueError, RecursionError, PolicyError) as error:
         cure = "name a policy file, or what `fdbroker policy compile` wrote"
         raise ConfigError([Problem(path, None, None, f"is no compiled policy: {error}", cure)]) from error
+
+
+def _read(path: str) -> PolicyFile:
+    with open(path, "rb") as file:
+        return PolicyFile(path, file.read(MAX_FILE))
 
 
 def client_of_user(name: str) -> ClientFacts | None:

@@ -116,7 +116,7 @@ class Reader:
             if first is not text:
                 self._problems.add(
                     text.mark,
-                    f"{what}: {quoted(text.value)} is given twice, first in line {first.mark.line}",
+                    f"{what}: {quoted(text.value)} is given twice, first {first.mark.seen_from(text.mark)}",
                     "keep one of the two",
                 )
         return list(found.values())
