@@ -34,7 +34,9 @@ from tests.policy.decision_model import NOW, SECOND, Asker, Facts
 from tests.running_broker import policy, rule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from fdbroker.policy.globs import Glob, Remainder
 
 
 ASKER = Asker(CLIENT)
@@ -122,6 +124,64 @@ def test_decision_is_that_of_the_plain_evaluator(case: Case, found: list[Facts])
             assert result.allowed or not decision.plain
 
 
+def test_ten_thousand_rules_about_other_directories_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither where a directory is met for the first time, nor where its name is what rules tell apart."""
+    rules = [rule(f"r{n}", paths=[f"d{n}/**", f"x/e{n}/*.log", f"y/f{n}/g"]) for n in range(10_000)]
+    view = view_of(policy("/r", *rules))
+    asked = Counter[str]()
+    remainder = decide_module._remainder
+
+    def count(globs: Sequence[Glob], components: Sequence[bytes]) -> Remainder:
+        asked["globs"] += len(globs)
+        return remainder(globs, components)
+
+    monkeypatch.setattr(decide_module, "_remainder", count)
+    for n in range(100):
+        assert view.decide(b"/r/d%d/some/where/deep/file" % n).allowed
+        assert view.decide(b"/r/x/e%d/a.log" % n).allowed
+        assert view.decide(b"/r/y/f%d/g" % n).allowed
+        assert not view.decide(b"/r/y/g%d/g" % n).allowed
+        assert not view.decide(b"/r/z/d%d/file" % n).allowed
+    assert asked["globs"] <= 5 * 100 * 3
+    asked.clear()
+    # In the directory whose names they tell apart all are looked at, once.
+    assert view.decide(b"/r/d1").allowed
+    assert not view.decide(b"/r/e1").allowed
+    assert asked["globs"] == 30_000
+    assert view.decide(b"/r/d9999").allowed
+    assert asked["globs"] == 30_000
+
+
+def test_names_at_the_top_are_remembered_and_no_other_spelling_is_taken_for_one() -> None:
+    view = view_of(policy("/", rule("etc", paths=["etc/**", "top"])))
+    for _ in range(2):
+        assert view.decide(b"/top").allowed
+        assert view.decide(b"/etc").allowed
+        assert view.decide(b"/usr").reason == "no_rule"
+        assert view.decide(b"/").reason == "no_rule"
+        assert view.decide(b"top").reason == "relative"
+        assert view.decide(b"").reason == "empty"
+        assert view.decide(b"//top").reason == "empty_component"
+        assert view.decide(b"/..").reason == "dot_component"
+        assert view.decide(b"/" + b"x" * 256).reason == "name_too_long"
+    assert view._top is not None
+    assert view._directories.keys() == set()
+
+
+def test_client_that_comes_again_has_its_view_without_a_look_at_the_rules() -> None:
+    compiled = Policy(read_policy(policy("/r", rule("x", clients=[{"gids": [GID]}]))))
+    some, many = CLIENT, ClientFacts(UID, frozenset(range(1000)))
+    view = compiled.view(some)
+    assert compiled.view(some, None) is view
+    assert compiled.view(some, some) is not view
+    assert compiled._views_of.keys() == {(some, None), (some, some)}
+    # Of many groups the sets would take more than looking does.
+    assert compiled.view(many) is view
+    assert len(compiled._views_of) == 2
+
+
 # In how many of a hundred cases each comes up at least. More than twice as much does: another version of
 # hypothesis draws other cases, half of which are the one before with a part of it copied into another.
 SHARES = (
@@ -129,7 +189,6 @@ SHARES = (
         [
             "ok by name",
             "ok by object",
-            "deny_rule by name",
             "no_rule",
             "turns on actions",
             "turns on clients",
@@ -145,7 +204,12 @@ SHARES = (
         5,
     )
     | dict.fromkeys(
-        ["deny_rule by object", *(f"where_{condition}" for condition in decision_model.CONDITIONS)], 1
+        [
+            "deny_rule by name",
+            "deny_rule by object",
+            *(f"where_{condition}" for condition in decision_model.CONDITIONS),
+        ],
+        1,
     )
     | dict.fromkeys(
         [
@@ -164,8 +228,8 @@ SHARES = (
 
 def how_it_was_answered(view: ActionView, path: str) -> str:
     """Return which way `decide` went for a path that it was asked for."""
-    directory, _, name = path.encode().rpartition(b"/")
-    remembered = view._directories.get(directory)
+    directory, slash, name = path.encode().rpartition(b"/")
+    remembered = view._directories.get(directory) if directory or not slash else view._top
     if remembered is None or len(name) > remembered.longest_name:
         return "decided whole"
     if name in remembered.named:
