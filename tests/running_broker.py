@@ -40,6 +40,7 @@ def rule(name: str, **changes: object) -> dict[str, Any]:
         "except": [],
         "where": {},
         "deliver": ["descriptor"],
+        "symlinks": "refuse",
     } | changes
 
 
@@ -58,6 +59,7 @@ def policy(
         | (limits or {}),
         "audit": {"on_failure": "deny"},
         "read_only_view": "required",
+        "identity": "available",
         "admins": {"uids": [], "gids": []},
         "services": [],
     } | changes

@@ -39,6 +39,7 @@ rules:
   - {name: acting, allow: open, client: {user: s}, on_behalf_of: {user: alice}, in: home, paths: "**",
      where: {owner: on_behalf_of}}
   - {name: far, allow: [open, list], client: any, in: far, paths: "**"}
+  - {name: old, allow: stat, client: {user: old}, in: home, paths: "**", where: {age: {min: 1h}, filesystem: xfs}}
 listeners: {s: {service: {user: s}}}
 """
 
@@ -86,6 +87,9 @@ ALICE = "as: {user: alice, groups: [users]}"
         "{as: {user: s, unit: s.service}, path: /home/x, expect: allowed, rule: small, object: {size: 1KiB, mode: '0440', group: users, links: 1, owner: x}}",
         "{as: {user: s, cgroup: /system.slice/s.service/x}, path: /home/x, expect: denied, reason: where_size, object: {size: 1025, mode: '0440', group: users, links: 1}}",
         "{as: {user: s, unit: t.service}, path: /home/x, expect: denied, reason: no_rule}",
+        "{as: old, path: /home/x, action: stat, object: {age: 2h, filesystem: xfs}, expect: allowed, rule: old}",
+        "{as: old, path: /home/x, action: stat, object: {age: 5s, filesystem: xfs}, expect: denied, reason: where_age}",
+        "{as: old, path: /home/x, action: stat, object: {age: 2h, filesystem: ext4}, expect: denied, reason: where_filesystem}",
     ],
 )  # fmt: skip
 def test_what_the_policy_does_is_as_expected(row: str) -> None:
@@ -100,6 +104,8 @@ def test_what_the_policy_does_is_as_expected(row: str) -> None:
         ("{as: bob, path: /home/pub/x, expect: allowed, rule: own}", "allowed as expected, but by rule 'public', not by rule 'own'"),
         ("{as: bob, path: /home/x, expect: denied, rule: keys}", "denied as expected, but by no rule, not by rule 'keys'"),
         ("{as: bob, path: /home/x, expect: denied, reason: deny_rule}", "denied as expected, but because of no_rule, not of deny_rule"),
+        ("{as: old, path: /home/x, action: stat, object: {age: 2h}, expect: denied}", "a rule asks about the file: add 'object: {filesystem: ...}'"),
+        ("{as: old, path: /home/x, action: stat, object: {filesystem: xfs}, expect: denied}", "a rule asks about the file: add 'object: {age: ...}'"),
         (f"{{{ALICE}, path: /home/x, expect: denied}}", "a rule asks about the file: add 'object: {owner: ...}'"),
         ("{as: {user: s, unit: s.service}, path: /home/x, object: {group: users}, expect: denied}", "a rule asks about the file: add 'object: {mode: ...}'"),
         ("{as: {user: s, unit: s.service}, path: /home/x, object: {group: users, mode: '0400'}, expect: denied}", "a rule asks about the file: add 'object: {size: ...}'"),
@@ -164,7 +170,7 @@ def test_outcome_is_that_of_the_policys_own_decision() -> None:
             values = (facts.st_uid, facts.st_gid, stat.S_IMODE(facts.st_mode), facts.st_size, facts.st_nlink)
             described = DescribedObject(stat.S_IFMT(facts.st_mode), dict(zip(keys, values, strict=True)))
             seen = Seen(described)
-            row = Case(Mark(1, 1), "", asker, case.action, path.encode(), seen, allowed, None, None)
+            row = Case(Mark(1, 1, "t"), "", asker, case.action, path.encode(), seen, allowed, None, None)
             [outcome] = run([row], rules)
             assert outcome.problem == ""
             reached.add(allowed)

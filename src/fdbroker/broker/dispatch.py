@@ -80,7 +80,6 @@ class Parts(NamedTuple):
     held: Held
     audit: Audit
     notifier: Notifier
-    identity_level: int
     layers: dict[str, object]
     version: str
     watchdog: Watchdog

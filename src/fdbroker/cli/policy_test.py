@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fdbroker.config.expectations import Case, Outcome
+    from fdbroker.config.identities import Lookups
     from fdbroker.policy.rules import RuleSet
 
 EXIT_FAILED = 1
@@ -86,9 +87,7 @@ def command(
 
 
 def _run(table: str, policy_path: str | None, *, here: bool) -> _Ran:
-    from fdbroker.config import SystemLookups, compile_policy, expectations  # noqa: PLC0415 - another extra
-    from fdbroker.policy.rules import read_policy  # noqa: PLC0415 - likewise
-    from fdbroker.wire.client import for_broker  # noqa: PLC0415 - likewise
+    from fdbroker.config import SystemLookups, expectations  # noqa: PLC0415 - another extra
 
     with problems_as_failure():
         tests = expectations.read_table(_read(table), table)
@@ -97,9 +96,19 @@ def _run(table: str, policy_path: str | None, *, here: bool) -> _Ran:
             text = f"{printable(table)}: names no policy; add 'policy: FILE', or give --policy FILE"
             raise Failure(text)
         names = SystemLookups() if here else tests.names
-        rules = read_policy(for_broker(compile_policy(_read(policy), policy, names)))
+        rules = _rules(policy, names)
         cases = expectations.read_cases(tests, rules, names)
     return _Ran(table, policy, rules, list(expectations.run(cases, rules)))
+
+
+def _rules(path: str, names: Lookups) -> RuleSet:
+    from fdbroker.config.explain import load_for_explaining  # noqa: PLC0415 - another extra
+
+    try:
+        return load_for_explaining(path, names).rules
+    except OSError as error:
+        text = f"{printable(path)}: can't be read: {error.strerror}; check the path and who runs this"
+        raise Failure(text) from error
 
 
 def _read(path: str) -> bytes:

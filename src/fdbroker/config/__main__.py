@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fdbroker.config.check import check
-from fdbroker.config.compile import compile_policy
+from fdbroker.config.compile import compile_files
 from fdbroker.config.compiled import dumps
 from fdbroker.config.errors import ConfigError
 from fdbroker.config.findings import KINDS
 from fdbroker.config.identities import SystemLookups
 from fdbroker.config.names import printable
 from fdbroker.config.schema import json_schema
-from fdbroker.config.sources import read_policy_file
+from fdbroker.config.sources import read_policy_files
 
 EXIT_OK = 0
 EXIT_REFUSED = 2
@@ -69,9 +69,7 @@ def run(arguments: Sequence[str] | None = None) -> Result:
             return Result(checked.document(), status=status)
         return Result(checked.summary(), checked.told(), status)
     try:
-        compiled = compile_policy(
-            read_policy_file(options.file, dev=options.dev), options.file, SystemLookups()
-        )
+        compiled = compile_files(read_policy_files(options.file, dev=options.dev), SystemLookups())
     except ConfigError as error:
         return Result("", f"{error}\n", EXIT_REFUSED)
     if options.output == "-":

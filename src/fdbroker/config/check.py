@@ -6,13 +6,13 @@ import json
 from collections.abc import Collection
 from typing import NamedTuple
 
-from fdbroker.config.compile import compile_policy
+from fdbroker.config.compile import compile_files
 from fdbroker.config.errors import ConfigError, Problem
 from fdbroker.config.findings import WARNING, Finding, find
 from fdbroker.config.identities import OfflineLookups, SystemLookups
 from fdbroker.config.names import printable
 from fdbroker.config.places import Places
-from fdbroker.config.sources import read_policy_file
+from fdbroker.config.sources import read_policy_files
 from fdbroker.config.surroundings import ThisMachine
 from fdbroker.policy.rules import read_policy
 from fdbroker.wire.client import for_broker
@@ -59,7 +59,8 @@ class Checked(NamedTuple):
             for error in self.errors
         ]
         for finding in self.findings:
-            line, column = finding.place.mark or (None, None)
+            mark = finding.place.mark
+            line, column = (None, None) if mark is None else (mark.line, mark.column)
             found.append(
                 _members(finding.severity, finding.place.file, line, column)
                 | {
@@ -77,12 +78,13 @@ class Checked(NamedTuple):
 def check(file: str, *, dev: bool = False, offline: bool = False, ignored: Collection[str] = ()) -> Checked:
     """Check a policy file. `offline`: for another machine. `ignored`: kinds of findings to leave out."""
     try:
-        text = read_policy_file(file, dev=dev)
-        compiled = compile_policy(text, file, OfflineLookups() if offline else SystemLookups())
+        files = read_policy_files(file, dev=dev)
+        compiled = compile_files(files, OfflineLookups() if offline else SystemLookups())
     except ConfigError as error:
         return Checked(file, error.problems, ())
     places = Places(file)
-    places.add(text, file)
+    for number, part in enumerate(files):
+        places.add(part.text, part.name, number)
     findings = find(read_policy(for_broker(compiled)), places, None if offline else ThisMachine())
     kept = tuple(finding for finding in findings if finding.kind not in ignored)
     return Checked(file, (), kept, len(compiled["roots"]), len(compiled["rules"]))

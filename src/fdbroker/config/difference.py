@@ -13,17 +13,24 @@ from __future__ import annotations
 
 import errno
 import itertools
-import json
 import os
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fdbroker.broker.roots import HELPED_FILESYSTEMS, SERVED_FILESYSTEMS
-from fdbroker.config.compile import compile_policy
-from fdbroker.config.compiled import MAX_FILE
-from fdbroker.config.errors import ConfigError, Problem
-from fdbroker.config.explain import Asker, client_of_user, entry_text, kind_refused, with_control_group
+from fdbroker.config.explain import (
+    ALLOW,
+    Asker,
+    client_of_user,
+    entry_text,
+    judge,
+    kind_refused,
+    load_for_explaining,
+    look_as_broker,
+    with_control_group,
+)
 from fdbroker.config.identities import Fault, SystemLookups
 from fdbroker.config.names import user_text
 from fdbroker.kernel.files import filesystem_of
@@ -34,13 +41,11 @@ from fdbroker.policy.rules import (
     ACTIONS,
     ClientFacts,
     ClientMatch,
-    PolicyError,
     Root,
     Rule,
     RuleSet,
-    read_policy,
+    Surroundings,
 )
-from fdbroker.wire.client import for_broker
 
 # Whom no rule can name: no user has it, and no file.
 _NOBODY = 2**32 - 2
@@ -73,18 +78,8 @@ def load(path: str) -> Loaded:
         OSError: it can't be opened.
 
     """
-    with open(path, "rb") as file:
-        text = file.read(MAX_FILE)
-    if not path.endswith(".json"):
-        compiled = compile_policy(text, path, _AnyDirectory())
-        return Loaded(path, read_policy(for_broker(compiled)), dict(compiled))
-    try:
-        document = json.loads(text)
-        rules = read_policy(for_broker(document) if isinstance(document, dict) else document)
-    except (ValueError, RecursionError, PolicyError) as error:
-        cure = "name a policy file, or what `fdbroker policy compile` wrote"
-        raise ConfigError([Problem(path, None, None, f"is no compiled policy: {error}", cure)]) from error
-    return Loaded(path, rules, document)
+    loaded = load_for_explaining(path, _AnyDirectory())
+    return Loaded(path, loaded.rules, loaded.document)
 
 
 # ---- what the files say ----
@@ -259,12 +254,27 @@ def compare(
     if not pairs:
         return
     mounts = _Mounts()
+    policies = Policy(old), Policy(new)
     for path, facts in _Walk((*old.roots, *new.roots), mounts, walked).over(trees):
+        is_link = stat.S_ISLNK(facts.st_mode)
         for kind, action, one, other in pairs:
-            before = _decide(one.decide(path), mounts, path, kind, action, facts)
-            after = _decide(other.decide(path), mounts, path, kind, action, facts)
+            names = one.decide(path), other.decide(path)
+            if is_link and action in _FOLLOWING and any(name.followed is not None for name in names):
+                before, after = (_follow(policy, path, kind, action) for policy in policies)
+            else:
+                before, after = (_decide(name, mounts, path, kind, action, facts) for name in names)
             if before[0] is not after[0]:
                 yield Found(path, kind, action, after[0], before[1], after[1])
+
+
+# What follows links where a rule says so. Owners are compared with the uid of the client there.
+_FOLLOWING = frozenset({"open", "stat", "list"})
+
+
+def _follow(policy: Policy, path: bytes, kind: ClientKind, action: str) -> tuple[bool, str]:
+    """Do as `_decide` for a symbolic link, which some rule may follow."""
+    decision, reason, rule = judge(policy, kind.asker, action, path, look_as_broker).verdict
+    return decision == ALLOW, reason if rule is None else f"rule {rule}"
 
 
 def trees_of(old: RuleSet, new: RuleSet) -> list[bytes]:
@@ -321,6 +331,7 @@ class _Mounts:
     def __init__(self) -> None:
         self._devices: dict[bytes, int | None] = {}
         self._types: dict[int, int] = {}
+        self._now_ns = time.time_ns()
 
     def objection(self, root: Root, path: bytes, device: int) -> str | None:
         """Return why the broker would not serve it, as in its audit, or None."""
@@ -332,6 +343,11 @@ class _Mounts:
                     self._devices[root.path] = None
             return None if device == self._devices[root.path] else "crosses_mount"
         return None if self.is_served(path, device, helpers=root.helpers) else "filesystem"
+
+    def surroundings(self, path: bytes, device: int) -> Surroundings:
+        """Return what conditions ask beside the object: one moment for the whole comparison."""
+        self.is_served(path, device, helpers=False)
+        return Surroundings(self._now_ns, self._types[device])
 
     def is_served(self, path: bytes, device: int, *, helpers: bool) -> bool:
         """Return whether files of a file system are ever served; `path` is something on it."""
@@ -373,6 +389,7 @@ def _decide(
         facts,
         facts.st_uid if kind.owns else client,
         facts.st_uid if kind.acted_for_owns else acted_for,
+        mounts.surroundings(path, facts.st_dev) if name.asks_surroundings else None,
     )
     # A condition that does not hold is named with the rule that would have allowed it.
     told = [] if decision.rule is None else [f"rule {decision.rule.name}"]

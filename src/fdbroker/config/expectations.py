@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple, Self, get_args
+from typing import Annotated, Literal, NamedTuple, Self, cast, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from fdbroker.config.conditions import FILESYSTEMS
 from fdbroker.config.errors import ConfigError, Mark, Problem, ProblemList, did_you_mean, quoted
 from fdbroker.config.explain import (
     ALLOW,
@@ -33,13 +34,20 @@ from fdbroker.config.explain import (
 from fdbroker.config.identities import Lookups, OfflineLookups, unit_cgroup
 from fdbroker.config.names import id_of_number, is_number
 from fdbroker.config.reader import Reader
-from fdbroker.config.scalars import ScalarError, parse_count, parse_mode, parse_path, parse_size
+from fdbroker.config.scalars import (
+    ScalarError,
+    parse_count,
+    parse_duration,
+    parse_mode,
+    parse_path,
+    parse_size,
+)
 from fdbroker.config.schema import Action
 from fdbroker.config.yaml_tree import List, Node, Text, parse_yaml
 from fdbroker.config.yaml_tree import Mapping as YamlMapping
 from fdbroker.policy.decide import Policy
 from fdbroker.policy.paths import problem_with_path
-from fdbroker.policy.rules import ClientFacts, Root, RuleSet
+from fdbroker.policy.rules import ClientFacts, Root, RuleSet, Surroundings
 
 VERSION = 1
 _KINDS = {
@@ -78,6 +86,8 @@ class Object(_Keys, kw_only=True):
     mode: str | UnsetType = UNSET
     size: int | str | UnsetType = UNSET
     links: int | UnsetType = UNSET
+    age: Annotated[str | UnsetType, Meta(description="How long ago it was modified.")] = UNSET
+    filesystem: Annotated[str | UnsetType, Meta(description="As in the condition of this name.")] = UNSET
 
 
 class Expectation(_Keys, kw_only=True):
@@ -157,6 +167,21 @@ class DescribedObject:
         """See inode(7)."""
         return self._fact("links")
 
+    @property
+    def st_mtime_ns(self) -> int:
+        """See inode(7); in a world in which it is the beginning of 1970."""
+        return -self._fact("age") * 1_000_000_000
+
+    @property
+    def now_ns(self) -> int:
+        """The time at which it is looked at."""
+        return 0
+
+    @property
+    def filesystem(self) -> int:
+        """The magic number of the file system's type."""
+        return self._fact("filesystem")
+
 
 class _Mode(int):
     """A mode of which the permissions may not be known: to ask for a bit of them is an error then."""
@@ -200,7 +225,7 @@ class Outcome(NamedTuple):
         case = self.case
         if self.judged is None:
             return None
-        return explain_judged(rules, case.asker, case.action, case.path, self.judged)
+        return explain_judged(rules, case.asker, case.action, self.judged)
 
 
 class Tests(NamedTuple):
@@ -291,7 +316,9 @@ def _kind_for(action: str) -> int:
 
 
 def _seen(kind: int, facts: Mapping[str, int], action: str) -> Seen:
-    return Seen(DescribedObject(kind, facts), kind_refused(kind, action))
+    described = DescribedObject(kind, facts)
+    # It has the members of both.
+    return Seen(described, kind_refused(kind, action), surroundings=cast("Surroundings", described))
 
 
 def _by(rule: str | None) -> str:
@@ -438,7 +465,8 @@ class _Rows:
             if key in found:
                 text = self._reader.text(found[key], f"{what}: {key}", "write a name or a number")
                 facts[key] = self._id(text, f"{what}: {key}", look_up)
-        for key, parse in (("mode", parse_mode), ("size", parse_size), ("links", parse_count)):
+        parsers = {"mode": parse_mode, "size": parse_size, "links": parse_count, "age": parse_duration}
+        for key, parse in parsers.items():
             facts[key] = self._reader.parsed(found.get(key), f"{what}: {key}", parse, f"write its {key}")
         if kind == _MISSING:
             if len(found) > 1 and mapping is not None:
@@ -446,6 +474,9 @@ class _Rows:
                 self._reader.add(mapping.mark, f"{what}: of what is missing there is nothing to say", cure)
             return lambda _action: Seen(reason="not_found")
         given = {key: fact for key, fact in facts.items() if fact is not None}
+        if "filesystem" in found:
+            name = self._one_of(found["filesystem"], f"{what}: filesystem", list(FILESYSTEMS))
+            given |= {"filesystem": next(iter(FILESYSTEMS[name]))} if name in FILESYSTEMS else {}
         return lambda action: _seen(_kind_for(action) if kind is None else _KINDS[kind], given, action)
 
 

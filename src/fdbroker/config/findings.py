@@ -412,17 +412,15 @@ def _means_all_of(wide: Sequence[ClientMatch], narrow: Sequence[ClientMatch]) ->
 
 def _means_all(wide: ClientMatch, narrow: ClientMatch) -> bool:
     """Return whether whoever `narrow` means, `wide` does."""
-    for name, ours, theirs in zip(ClientMatch._fields, wide, narrow, strict=True):
-        if ours is None or ours == theirs:
-            continue
-        if theirs is None:
+    if narrow.cgroups is not None and wide.cgroups is not None:
+        above = tuple(f"{path}/" for path in wide.cgroups)
+        if not all(f"{path}/".startswith(above) for path in narrow.cgroups):
             return False
-        if name == "cgroups":
-            if not all(any(f"{path}/".startswith(f"{above}/") for above in ours) for path in theirs):
-                return False
-        elif name not in {"uids", "gids"} or not theirs <= ours:
-            return False
-    return True
+        narrow = narrow._replace(cgroups=wide.cgroups)
+    return all(
+        ours is None or (theirs is not None and theirs <= ours)
+        for ours, theirs in zip(wide, narrow, strict=True)
+    )
 
 
 def _hidden(entry: _Whole, at: RulePlace, live: Sequence[bool], denies: _Denies) -> Iterator[Finding]:

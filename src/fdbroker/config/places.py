@@ -18,9 +18,9 @@ class Place(NamedTuple):
     number: int = 0
 
     @property
-    def order(self) -> tuple[int, Mark]:
+    def order(self) -> tuple[int, int, int]:
         """By which places are sorted."""
-        return self.number, self.mark or Mark(0, 0)
+        return (self.number, 0, 0) if self.mark is None else (self.number, self.mark.line, self.mark.column)
 
     def __str__(self) -> str:
         """Return `file:line:column`, printable."""

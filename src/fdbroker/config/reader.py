@@ -14,12 +14,7 @@ import msgspec
 
 from fdbroker.config.errors import Mark, ProblemList, closest, did_you_mean, quoted
 from fdbroker.config.scalars import ScalarError
-from fdbroker.config.schema import (
-    NOT_SUPPORTED,
-    NOT_SUPPORTED_IN_A_RULE,
-    Rule,
-    keys_of,
-)
+from fdbroker.config.schema import NOT_SUPPORTED_IN_A_RULE, Rule, keys_of
 from fdbroker.config.yaml_tree import List, Mapping, Node, Text, Unusable
 
 _T = TypeVar("_T")
@@ -63,7 +58,7 @@ class Reader:
         mistake, not two.
         """
         keys = keys_of(structure)
-        unsupported = NOT_SUPPORTED_IN_A_RULE if structure is Rule else NOT_SUPPORTED
+        unsupported = NOT_SUPPORTED_IN_A_RULE if structure is Rule else ()
         before = f"{what}: " if what else ""
         free = [name for name in keys if name not in mapping.entries]
         found: dict[str, Node] = {}
@@ -121,7 +116,7 @@ class Reader:
             if first is not text:
                 self._problems.add(
                     text.mark,
-                    f"{what}: {quoted(text.value)} is given twice, first in line {first.mark.line}",
+                    f"{what}: {quoted(text.value)} is given twice, first {first.mark.seen_from(text.mark)}",
                     "keep one of the two",
                 )
         return list(found.values())

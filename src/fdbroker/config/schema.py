@@ -25,10 +25,14 @@ Action: TypeAlias = Literal["open", "stat", "list", "walk"]
 Delivery: TypeAlias = Literal["descriptor", "copy"]
 OnFailure: TypeAlias = Literal["deny", "allow"]
 Opens: TypeAlias = Literal["loop", "helpers"]
+Symlinks: TypeAlias = Literal["refuse", "within-root"]
 ReadOnlyView: TypeAlias = Literal["required", "off"]
+Identity: TypeAlias = Literal["available", "strict"]
 
 READ_ONLY_VIEW_DEFAULT: ReadOnlyView = "required"
+IDENTITY_DEFAULT: Identity = "available"
 OPENS_DEFAULT: Opens = "loop"
+SYMLINKS_DEFAULT: Symlinks = "refuse"
 CONNECTIONS_PER_UID = range(1, 10_000 + 1)
 # One full reply has 253 descriptors: with less, a request for it could never be answered.
 IN_FLIGHT_PER_CONNECTION = range(253, 8192 + 1)
@@ -47,10 +51,14 @@ _Unit: TypeAlias = Annotated[str, Meta(pattern=r".\.(service|scope)$")]
 _Units: TypeAlias = _Unit | Annotated[list[_Unit], Meta(min_length=1)]
 _PathBelow: TypeAlias = Annotated[str, Meta(pattern=rf"^(/{_NORMAL})+$")]  # any but "/"
 _Cgroups: TypeAlias = _PathBelow | Annotated[list[_PathBelow], Meta(min_length=1)]
+_Words: TypeAlias = (
+    Annotated[str, Meta(min_length=1)]
+    | Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
+)
 _Size: TypeAlias = (
     Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]*)([kKMGT]B|[KMGT]iB|B)?$")]
 )
-_Duration: TypeAlias = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]*)(s|min|h)$")]
+_Duration: TypeAlias = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]*)(s|min|h|d)$")]
 _Links: TypeAlias = Annotated[int, Meta(ge=1)]
 _Mode: TypeAlias = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^0[0-7]{1,4}$")]
 
@@ -83,6 +91,9 @@ class Client(_Keys):
         _Units | UnsetType, Meta(description="systemd services or scopes in the system's default slice.")
     ] = UNSET
     cgroup: Annotated[_Cgroups | UnsetType, Meta(description="Control groups, by their full path.")] = UNSET
+    label: Annotated[
+        _Words | UnsetType, Meta(description="Labels of a security module, whole, as SO_PEERSEC has them.")
+    ] = UNSET
 
 
 _Clients: TypeAlias = Literal["any"] | Client | Annotated[list[Client], Meta(min_length=1)]
@@ -109,6 +120,13 @@ class CountRange(_Keys):
     max: _Links | UnsetType = UNSET
 
 
+class AgeRange(_Keys):
+    """An inclusive range of durations."""
+
+    min: _Duration | UnsetType = UNSET
+    max: _Duration | UnsetType = UNSET
+
+
 class Where(_Keys):
     """What the opened object must be like."""
 
@@ -120,6 +138,12 @@ class Where(_Keys):
     mode: ModeCondition | UnsetType = UNSET
     size: Annotated[SizeRange | UnsetType, Meta(description="Size of a regular file.")] = UNSET
     links: Annotated[CountRange | UnsetType, Meta(description="Hard links of a regular file.")] = UNSET
+    age: Annotated[AgeRange | UnsetType, Meta(description="Time since a regular file was last modified.")] = (
+        UNSET
+    )
+    filesystem: Annotated[
+        _Words | UnsetType, Meta(description="Types of file systems, as mount(8) shows them.")
+    ] = UNSET
 
 
 class Rule(_Keys, kw_only=True):
@@ -145,6 +169,10 @@ class Rule(_Keys, kw_only=True):
     ] = msgspec.field(name="except", default=UNSET)
     where: Where | UnsetType = UNSET
     deliver: Annotated[_Deliveries | UnsetType, Meta(description="How contents may be handed out.")] = UNSET
+    symlinks: Annotated[
+        Symlinks,
+        Meta(description="Whether names that are reached by symbolic links are looked for where these lead."),
+    ] = SYMLINKS_DEFAULT
 
 
 class Limits(_Keys):
@@ -228,7 +256,7 @@ class Admins(_Keys):
 _EITHER = {
     "oneOf": [
         {"required": ["allow", "client"]},
-        {"required": ["deny"], "not": {"required": ["deliver"]}},
+        {"required": ["deny"], "not": {"anyOf": [{"required": ["deliver"]}, {"required": ["symlinks"]}]}},
     ]
 }
 
@@ -249,6 +277,9 @@ class Policy(_Keys):
     read_only_view: Annotated[
         ReadOnlyView, Meta(description="Whether files are opened through read-only mounts only.")
     ] = READ_ONLY_VIEW_DEFAULT
+    identity: Annotated[
+        Identity, Meta(description="Whether clients are served whom the kernel identifies less well.")
+    ] = IDENTITY_DEFAULT
     admins: Admins | UnsetType = UNSET
     user: Annotated[str, Meta(min_length=1, description="Whom the broker runs as.")] = DEFAULT_USER
     listeners: Listeners = msgspec.field(default_factory=Listeners)
@@ -257,6 +288,7 @@ class Policy(_Keys):
 # Of these {} says nothing, and is refused as a mistake.
 _NOT_EMPTY = (
     Admins,
+    AgeRange,
     Audit,
     Client,
     CountRange,
@@ -271,8 +303,7 @@ _ONE_CONTROL_GROUP = {"not": {"required": ["unit", "cgroup"]}}
 
 # Keys of the design that this version does not serve. Refused by name: a
 # condition that is silently ignored is a rule that silently allows more.
-NOT_SUPPORTED = frozenset({"age", "identity", "label", "symlinks"})
-NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"limits", "listeners"}
+NOT_SUPPORTED_IN_A_RULE = frozenset({"limits"})
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fdbroker.broker.roots import HELPED_FILESYSTEMS, SERVED_FILESYSTEMS
+from fdbroker.config.containment import leading_names, parse
 from fdbroker.config.names import group_text, user_text
 from fdbroker.kernel.files import filesystem_of
 from fdbroker.policy.globs import NOTHING, Glob
@@ -93,7 +94,10 @@ class ThisMachine:
     ) -> tuple[bytes, str] | None:
         """Return a directory in which a name may match and others than root make names, and who; or None."""
         states, directory = glob.start, root
-        for name in glob.literal_prefix:
+        components = parse(glob.pattern)
+        leading = leading_names(components)
+        # A last name is one in its directory.
+        for name in leading[: len(components) - 1]:
             states, directory = glob.step(states, name), os.path.join(directory, name)
         level = [(directory, states)]
         left = _MOST_DIRECTORIES
