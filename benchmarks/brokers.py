@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.errors import BenchmarkError
+from benchmarks.tree import DIRECTORIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -44,10 +45,6 @@ def make_policy(root: Path, *, copies: bool = False) -> dict[str, object]:
     are looked at for each path, seven rules for others, and the one that lets
     the client in, last.
     """
-    denials = [
-        _rule("never-ssh", "deny", {"any": True}, ["*/.ssh/**"]),
-        _rule("never-gnupg", "deny", {"any": True}, ["*/.gnupg/**"]),
-    ]
     others = [_rule(f"reader-{n}", "allow", {"uids": [40000 + n]}, [f"user{n}*/**"]) for n in range(7)]
     client = _rule("benchmark", "allow", {"uids": [CLIENT_UID]}, ["**"])
     if copies:
@@ -55,7 +52,7 @@ def make_policy(root: Path, *, copies: bool = False) -> dict[str, object]:
     return {
         "version": 1,
         "roots": [{"name": "tree", "path": str(root), "cross_mounts": False, "opens": "loop"}],
-        "rules": [*denials, *others, client],
+        "rules": [*_denials(), *others, client],
         # One client with 64 connections is what some of the series are about.
         "limits": {
             "connections_per_uid": 128,
@@ -66,7 +63,30 @@ def make_policy(root: Path, *, copies: bool = False) -> dict[str, object]:
         "admins": {"uids": [], "gids": []},
         "services": [],
         "read_only_view": "required",
+        "identity": "available",
     }
+
+
+def make_many_rules(root: Path, rules: int) -> dict[str, object]:
+    """Return a compiled policy of so many rules, 10 or more, that allow the client some, and two denials.
+
+    Each is about directories that no other one names. The first ten have all that is in the benchmarks' tree.
+    """
+    policy = make_policy(root)
+    client: dict[str, object] = {"uids": [CLIENT_UID]}
+    there = [
+        _rule(f"rule-{n}", "allow", client, [f"user{number:02}/**" for number in range(n, DIRECTORIES, 10)])
+        for n in range(10)
+    ]
+    beside = [_rule(f"rule-{n}", "allow", client, [f"user{n}/**"]) for n in range(100, 90 + rules)]
+    return policy | {"rules": _denials() + there + beside}
+
+
+def _denials() -> list[dict[str, object]]:
+    return [
+        _rule("never-ssh", "deny", {"any": True}, ["*/.ssh/**"]),
+        _rule("never-gnupg", "deny", {"any": True}, ["*/.gnupg/**"]),
+    ]
 
 
 def _rule(name: str, effect: str, client: dict[str, object], paths: list[str]) -> dict[str, object]:
@@ -81,6 +101,7 @@ def _rule(name: str, effect: str, client: dict[str, object], paths: list[str]) -
         "except": [],
         "where": {},
         "deliver": ["descriptor"],
+        "symlinks": "refuse",
     }
 
 

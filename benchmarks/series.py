@@ -5,6 +5,7 @@ To add a series, write its variants, or use those that are there, and a line in 
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import time
@@ -12,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from benchmarks.brokers import CLIENT_UID, pin
+from benchmarks.brokers import CLIENT_UID, make_many_rules, pin
 from benchmarks.errors import BenchmarkError
 from benchmarks.native import Request, client_command, measure, walk_command
+from benchmarks.tree import DIRECTORIES
+from fdbroker.policy.decide import Policy
+from fdbroker.policy.rules import ClientFacts, read_policy
 
 if TYPE_CHECKING:
     from benchmarks.stage import BrokerName, Stage
@@ -174,11 +178,54 @@ class Hashes:
 class IdleSize:
     """A broker that was started and asked nothing: its resident memory."""
 
+    broker: BrokerName = "fdbroker"
     unit: str = "MiB"
 
     def measure(self, stage: Stage) -> float:
         """Return VmRSS in MiB."""
-        return stage.idle_mib()
+        return stage.idle_mib(self.broker)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A broker that is started with a compiled policy: the time until it is ready."""
+
+    broker: BrokerName
+    unit: str = "s"
+
+    def measure(self, stage: Stage) -> float:
+        """Return the seconds."""
+        return stage.start_seconds(self.broker)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What the policy alone takes to decide on names in directories that it has not met yet, in this process.
+
+    Those in which files are served are remembered, so with them the rules are not looked through at all.
+    """
+
+    rules: int
+    unit: str = "us/path"
+
+    def measure(self, stage: Stage) -> float:
+        """Return the microseconds that a decision took."""
+        rule_set = read_policy(make_many_rules(stage.tree.root, self.rules))
+        view = Policy(rule_set).view(ClientFacts(CLIENT_UID, frozenset()))
+        decide = view.actions["open"].decide
+        paths = [
+            b"%b/user%02d/%d/file" % (bytes(stage.tree.root), n % DIRECTORIES, n)
+            for n in range(stage.opens(8_000))
+        ]
+        decide(paths[0])  # which makes what is made once
+        gc.freeze()  # as a broker does: what it holds is not looked at again and again
+        began = time.perf_counter()
+        allowed = sum(decide(path).allowed for path in paths)
+        seconds = time.perf_counter() - began
+        gc.unfreeze()
+        if allowed != len(paths):
+            raise BenchmarkError(f"the policy of {self.rules} rules did not allow what it should")
+        return 1e6 * seconds / len(paths)
 
 
 @dataclass(frozen=True)
@@ -222,6 +269,12 @@ VARIANTS: dict[str, Variant] = {
     "sha256sum_hashes": Hashes("sha256sum"),
     "openssl_hashes": Hashes("openssl dgst -sha256 -r"),
     "fdbroker_idle": IdleSize(),
+    "fdbroker_rules_10": Opens("fdbroker-rules-10", 64, _BATCH64_OPENS),
+    "fdbroker_rules_10000": Opens("fdbroker-rules-10000", 64, _BATCH64_OPENS),
+    "decide_10": Decisions(10),
+    "decide_10000": Decisions(10_000),
+    "rules_10000_idle": IdleSize("fdbroker-rules-10000"),
+    "rules_10000_start": Start("fdbroker-rules-10000"),
 }
 
 SERIES = (
@@ -240,4 +293,8 @@ SERIES = (
     Series("walk_sha256_vs_sha256sum", "fdbroker_hashes", "sha256sum_hashes", "lower", 0.5),
     Series("walk_sha256_vs_openssl", "fdbroker_hashes", "openssl_hashes", "lower", 0.9),
     Series("idle_rss_mib", "fdbroker_idle", None, "lower", 16.0),
+    Series("rules_10000_vs_10", "fdbroker_rules_10000", "fdbroker_rules_10", "lower", 2.0),
+    Series("decide_10000_vs_10", "decide_10000", "decide_10", "lower", 2.0),
+    Series("rules_10000_rss_mib", "rules_10000_idle", None, "lower", 64.0),
+    Series("rules_10000_start_s", "rules_10000_start", None, "lower", 5.0),
 )

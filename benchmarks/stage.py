@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from benchmarks.brokers import (
     CLIENT_UID,
     STRANGER_UID,
     Broker,
+    make_many_rules,
     make_policy,
     resident_mib,
     start_fdbroker,
@@ -29,7 +31,15 @@ if TYPE_CHECKING:
     from benchmarks.tree import Tree, WalkedTree
 
 BrokerName = Literal[
-    "floor", "fdbroker", "fdbroker-audit", "floor-walk", "fdbroker-walk", "fdbroker-large", "fdbroker-copies"
+    "floor",
+    "fdbroker",
+    "fdbroker-audit",
+    "floor-walk",
+    "fdbroker-walk",
+    "fdbroker-large",
+    "fdbroker-copies",
+    "fdbroker-rules-10",
+    "fdbroker-rules-10000",
 ]
 _CHECK_BATCH = 64
 
@@ -94,10 +104,16 @@ class Stage:
             self._running[name] = broker
         return self._running[name]
 
-    def idle_mib(self) -> float:
+    def idle_mib(self, name: BrokerName) -> float:
         """Start one more broker, ask nothing of it, return its size."""
-        with self._start("fdbroker") as broker:
+        with self._start(name) as broker:
             return resident_mib(broker.pid)
+
+    def start_seconds(self, name: BrokerName) -> float:
+        """Start one more broker, return how long it took until it was ready."""
+        began = time.perf_counter()
+        with self._start(name):
+            return time.perf_counter() - began
 
     @contextmanager
     def _start(self, name: BrokerName) -> Iterator[Broker]:
@@ -109,7 +125,10 @@ class Stage:
                 with start_floor(self.floor_program, socket_dir, root) as broker:
                     yield broker
             else:
-                policy = make_policy(root, copies=name == "fdbroker-copies")
+                if name in {"fdbroker-rules-10", "fdbroker-rules-10000"}:
+                    policy = make_many_rules(root, int(name.rpartition("-")[2]))
+                else:
+                    policy = make_policy(root, copies=name == "fdbroker-copies")
                 audit = self.audit_file if name == "fdbroker-audit" else None
                 with start_fdbroker(policy, socket_dir, audit) as broker:
                     yield broker

@@ -41,6 +41,7 @@ def rule(name: str, **changes: object) -> dict[str, Any]:
         "except": [],
         "where": {},
         "deliver": ["descriptor"],
+        "symlinks": "refuse",
     } | changes
 
 
@@ -59,6 +60,7 @@ def policy(
         | (limits or {}),
         "audit": {"on_failure": "deny"},
         "read_only_view": "required",
+        "identity": "available",
         "admins": {"uids": [], "gids": []},
         "services": [],
     } | changes

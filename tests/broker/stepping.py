@@ -42,6 +42,7 @@ class SteppedBroker:
         level: int | None = None,
         cgroup_root: str | None = None,
         notifier: Notifier | None = None,
+        labels: bool = False,
     ) -> None:
         self.tree = tree
         rule_set = read_policy(compiled or policy(tree))
@@ -60,6 +61,8 @@ class SteppedBroker:
             cgroup_root,
             rule_set.settings.read_only_view_required,
             services=frozenset(rule_set.services),
+            identity_level=probe_level().level if level is None else level,
+            labels=labels,
         )
         self.broker = Broker(
             Parts(
@@ -67,7 +70,6 @@ class SteppedBroker:
                 held,
                 self.audit,
                 notifier or Notifier(),
-                probe_level().level if level is None else level,
                 {},
                 "of the tests",
                 Watchdog(None),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 import signal
 import socket
 import struct
+import time
 import traceback
 import tracemalloc
 from pathlib import Path
@@ -16,8 +18,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.broker import identity
-from fdbroker.broker.identity import ControlGroups, IdentityError, PeerAtConnect, probe_level
+from fdbroker.broker.identity import ControlGroups, IdentityError, PeerAtConnect, gives_labels, probe_level
 from fdbroker.kernel import children, dumpable, peers
+from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.namespaces import unshare
 from fdbroker.policy.rules import ClientFacts
 from fdbroker.wire.client import StatReply, encode_hello, encode_list, encode_open, encode_stat, encode_status
@@ -27,12 +30,13 @@ from tests.broker.conftest import fill, no_descriptor_left
 from tests.broker.speaking import Speaker, descriptors_of, read_opened
 from tests.broker.stepping import SteppedBroker
 from tests.processes import background, become, in_child, wait_until
-from tests.running_broker import CLIENT_UID, OTHER_UID, policy
+from tests.running_broker import CLIENT_UID, OTHER_UID, policy, rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 LEVEL = probe_level().level
+LEVEL_OF_PRESENT_IDS = 2
 # Each level that this kernel has.
 LEVELS = list(range(LEVEL + 1))
 CLONE_NEWUSER, CLONE_NEWPID = 0x10000000, 0x20000000
@@ -256,7 +260,105 @@ def test_connection_made_as_root_is_of_no_use_to_who_inherits_it(reached: Steppe
     assert served(reached, client) == 0
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("level", LEVELS)
+def test_set_user_id_program_that_writes_to_an_inherited_connection_lends_nothing(
+    reachable: Path, level: int
+) -> None:
+    """The process that connected runs a real one in its own place, so that the pid stays.
+
+    Of a privileged writer's rights nothing comes in below level 2 either: what counts is who connected.
+    """
+    tree = reachable / "tree"
+    tree.mkdir()
+    fill(tree)
+    path = bytes(tree / "file")
+    program = reachable / "writer"
+    shutil.copy("/bin/cat", program)
+    os.chown(program, OTHER_UID, OTHER_UID)
+    program.chmod(0o4755)
+    frame = reachable / "frame"
+    frame.write_bytes(encode_open(7, [path]))
+    compiled = policy(tree, rule("others", clients=[{"uids": [OTHER_UID]}]))
+    stdin, keep = os.pipe()
+    with SteppedBroker(tree, compiled, audit=reachable / "audit", level=level) as broker:
+        listener = broker.listen(reachable)
+
+        def connect_and_become_it() -> None:
+            os.close(keep)
+            with Speaker.connect(listener) as speaker:
+                os.dup2(speaker.sock.fileno(), 1)
+                os.dup2(stdin, 0)
+                # It writes the frame, and goes on for as long as we keep the pipe.
+                os.execv(program, [str(program), str(frame), "-"])  # noqa: S606 - no shell is wanted
+
+        with background(connect_and_become_it, uid=CLIENT_UID) as pid:
+            until(broker, lambda: bool(broker.reasons()))
+            effective = int(Path(f"/proc/{pid}/status").read_text().split("Uid:")[1].split()[1])
+            assert effective == OTHER_UID, "set-user-ID has no effect here"
+        os.close(stdin)
+        os.close(keep)
+        expected = "identity_changed_since_connect" if level == LEVEL_OF_PRESENT_IDS else "no_rule"
+        assert broker.reasons() == [expected]
+
+
+def until(broker: SteppedBroker, condition: Callable[[], bool]) -> None:
+    """Serve until `condition` holds."""
+    end = time.monotonic() + 30
+    while not condition():
+        broker.broker.step(1)
+        assert time.monotonic() < end
+
+
 # Gone
+
+
+def child_with_pid(pid: int, function: Callable[[], object]) -> None:
+    """Run `function` in a child that has the free pid `pid`: clone3(2) with set_tid, Linux 5.5; as root."""
+    wanted = (ctypes.c_int32 * 1)(pid)
+    arguments = (ctypes.c_uint64 * 10)()  # struct clone_args up to set_tid_size
+    arguments[4] = signal.SIGCHLD
+    arguments[8], arguments[9] = ctypes.addressof(wanted), 1
+    sys_clone3 = 435
+    libc = ctypes.CDLL(None, use_errno=True)
+    child = libc.syscall(ctypes.c_long(sys_clone3), arguments, ctypes.c_size_t(ctypes.sizeof(arguments)))
+    if child == 0:
+        status = 1
+        try:
+            function()
+            status = 0
+        finally:
+            os._exit(status)
+    assert child == pid, os.strerror(ctypes.get_errno())
+    assert os.waitpid(child, 0) == (child, 0)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("level", LEVELS)
+def test_process_that_got_the_pid_of_the_one_that_connected_is_refused_from_level_1(
+    tree: Path, tmp_path: Path, level: int
+) -> None:
+    """At level 0 it is not noticed; docs/policy.md says so."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, SteppedBroker(tree, audit=tmp_path / "audit", level=level) as broker:
+        path = broker.listen(tmp_path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+        def connect_then_wait() -> None:
+            sock.connect(str(path))
+            sock.send(encode_hello(1))
+            theirs.send(b"connected")
+            theirs.recv(1)
+
+        with sock:
+            with background(connect_then_wait) as pid:
+                ours.recv(9)
+                until(broker, lambda: broker.connections == 1)
+                broker.serve()
+            # It is reaped, and this one has its pid, its ids and its socket.
+            child_with_pid(pid, lambda: sock.send(encode_open(7, [bytes(tree / "file")])))
+            broker.serve()
+        assert broker.reasons() == ["peer_has_exited" if level else "ok"]
 
 
 @pytest.mark.parametrize("level", [level for level in LEVELS if level])
@@ -478,6 +580,95 @@ def test_supplementary_groups_are_those_of_connect(reached: SteppedBroker) -> No
     assert served(reached, client) == 0
 
 
+# Labels. The kernel of these tests may have no security module; then they are told by a stand-in for the one
+# call, and what is shown is what is made of its answer.
+
+
+def test_label_is_what_the_security_module_says_without_its_nul(
+    pair: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[bytes | OSError] = []
+
+    def answer(*_arguments: object) -> bytes:
+        value = said.pop()
+        if isinstance(value, OSError):
+            raise value
+        return value
+
+    monkeypatch.setattr(peers, "_whole_option", answer)
+    for value, label in (
+        (b"system_u:system_r:x_t:s0\0", b"system_u:system_r:x_t:s0"),
+        (b"backup (enforce)", b"backup (enforce)"),
+        (b"\0", None),
+        (b"", None),
+        (SyscallError(errno.ENOPROTOOPT, "getsockopt"), None),
+    ):
+        said.append(value)
+        assert peers.peer_label(pair) == label
+    said.append(SyscallError(errno.EINVAL, "getsockopt"))
+    with pytest.raises(SyscallError):
+        peers.peer_label(pair)
+
+
+def test_whether_labels_are_told_is_what_a_connection_of_our_own_shows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with no_descriptor_left():
+        # The kernel's own answer, whichever it is; sysfs knows the modules, where it is mounted.
+        modules = Path("/sys/kernel/security/lsm")
+        if gives_labels() and modules.exists():
+            assert set(modules.read_text().split(",")) & {"selinux", "smack", "apparmor"}
+        monkeypatch.setattr(peers, "peer_label", lambda _sock: b"x_t")
+        assert gives_labels()
+        monkeypatch.setattr(peers, "peer_label", lambda _sock: None)
+        assert not gives_labels()
+
+
+@pytest.mark.parametrize(
+    ("label", "effect", "reason"),
+    [
+        (b"x_t", "allow", "ok"),
+        (b"x_t2", "allow", "no_rule"),
+        (b"x_", "allow", "no_rule"),
+        (b"x_t", "deny", "deny_rule"),
+        (b"y_t", "deny", "ok"),
+        # Of one connection the module may say nothing: then nothing is allowed by it, and all is denied.
+        (None, "allow", "no_rule"),
+        (None, "deny", "deny_rule"),
+    ],
+)
+def test_label_of_the_moment_of_connect_decides(
+    tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    label: bytes | None,
+    effect: str,
+    reason: str,
+) -> None:
+    rules = [rule("labelled", effect=effect, clients=[{"labels": ["x_t"]}])]
+    if effect == "deny":
+        rules.append(rule("all"))
+    monkeypatch.setattr(peers, "peer_label", lambda _sock: label)
+    with SteppedBroker(tree, policy(tree, *rules), audit=tmp_path / "audit", labels=True) as broker:
+        speaker = broker.join()
+        monkeypatch.setattr(peers, "peer_label", lambda _sock: b"another")
+        speaker.open_one(bytes(tree / "file"))
+        assert broker.reasons() == [reason]
+
+
+def test_peer_whose_label_can_not_be_told_is_refused(
+    pair: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_sock: socket.socket) -> bytes:
+        raise SyscallError(errno.EINVAL, "getsockopt")
+
+    monkeypatch.setattr(peers, "peer_label", fail)
+    with no_descriptor_left():
+        PeerAtConnect(pair, 0).close()
+        with pytest.raises(IdentityError):
+            PeerAtConnect(pair, 0, labels=True)
+
+
 # User and pid namespaces
 
 
@@ -667,6 +858,30 @@ def test_control_groups_hold_their_own_id_and_those_below(tmp_path: Path) -> Non
     assert of("") == set()
     assert groups.containing(1) == set()
     assert ControlGroups(None, ["/system"]).containing((tmp_path / "system").stat().st_ino) == set()
+
+
+def test_group_that_is_called_like_a_unit_in_a_subtree_of_somebody_else_is_not_the_unit(
+    tmp_path: Path,
+) -> None:
+    named = "/system.slice/system-a.slice"
+    own = f"{named}/a@1.service"
+    delegated = "/user.slice/user-1000.slice/user@1000.service"
+    for path in (
+        own,
+        f"{delegated}{own}",
+        f"{delegated}/a@1.service",
+        "/system.slice/system-a.slice2/a@1.service",
+    ):
+        (tmp_path / path[1:]).mkdir(parents=True)
+    groups = ControlGroups(str(tmp_path), [named, own])
+
+    def containing(path: str) -> frozenset[str]:
+        return groups.containing((tmp_path / path[1:]).stat().st_ino)
+
+    assert containing(own) == {named, own}
+    for path in (f"{delegated}{own}", f"{delegated}{named}", f"{delegated}/a@1.service", "/system.slice"):
+        assert containing(path) == frozenset()
+    assert containing("/system.slice/system-a.slice2/a@1.service") == frozenset()
 
 
 def test_control_groups_follow_no_links(tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+from fdbroker.broker.generation import Held, key_of, problem_with
+from fdbroker.broker.roots import HeldRoot
+from fdbroker.policy.rules import read_policy
 from fdbroker.wire.client import OpenReply, ReloadReply, encode_open, encode_reload
 from fdbroker.wire.format import HEADER, MAX_POLICY, PIECE, Kind, Reason, Type
 from fdbroker.wire.messages import ErrorReply
@@ -434,6 +437,37 @@ def test_root_that_appeared_later_needs_a_restart_and_a_reload_says_so(
         assert reply.reason == Reason.POLICY
         assert "restart the broker" in reply.text
         assert control.status()["roots"][0]["name"] == "tree"
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "labels", "said"),
+    [
+        ({"identity": "strict"}, 1, False, "this kernel has level 1: PIDFD_GET_INFO needs Linux 6.13; use a"),
+        ({"identity": "strict"}, 2, False, None),
+        (
+            {"rules": [rule("x", clients=[{"labels": ["x_t"]}])]},
+            2,
+            False,
+            "no security module of this kernel",
+        ),
+        ({"rules": [rule("x", on_behalf_of=[{"labels": ["x_t"]}])]}, 2, False, "no security module of this"),
+        ({"rules": [rule("x", clients=[{"labels": ["x_t"]}])]}, 0, True, None),
+    ],
+)
+def test_policy_that_asks_more_of_identities_than_the_kernel_tells_is_not_loaded(
+    changes: dict[str, Any],
+    level: int,
+    said: str | None,
+    *,
+    labels: bool,
+) -> None:
+    rule_set = read_policy(policy("/tree") | changes)
+    root = HeldRoot(-1, 6, cross_mounts=False, read_only_required=True)
+    held = Held(
+        {key_of(rule_set.roots[0]): root}, -1, None, read_only_view=True, identity_level=level, labels=labels
+    )
+    problem = problem_with(rule_set, held)
+    assert (problem is None) if said is None else (said in (problem or ""))
 
 
 def test_whole_status_of_a_running_broker_has_its_layers(running: RunningBroker) -> None:

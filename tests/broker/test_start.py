@@ -417,6 +417,29 @@ def test_rules_for_control_groups_need_a_kernel_that_tells_them(
     assert "no cgroup2 is mounted" in refusal(capfd, policy=compiled, cgroup_root=None)
 
 
+@pytest.mark.usefixtures("harmless")
+def test_rules_for_labels_need_a_kernel_that_tells_them(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    compiled = policy(tree, rule("labelled", clients=[{"labels": ["x_t"]}]))
+    monkeypatch.setattr(main, "gives_labels", lambda: False)
+    said = refusal(capfd, policy=compiled)
+    assert "the policy has rules for labels, but no security module of this kernel says" in said
+    for_service = policy(tree, services=[{"name": "clamd", "clients": [{"labels": ["x_t"]}]}])
+    assert "the policy has rules for labels" in refusal(capfd, policy=for_service)
+
+
+@pytest.mark.usefixtures("harmless")
+@pytest.mark.parametrize("level", [0, 1])
+def test_strict_identity_needs_a_kernel_with_level_2(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], level: int
+) -> None:
+    monkeypatch.setattr(main, "probe_level", lambda: LevelProbe(level, "SOMETHING needs Linux 6.x"))
+    said = refusal(capfd, policy=policy(tree, identity="strict"))
+    assert "'identity: strict', for which level 2 is needed" in said
+    assert f"this kernel has level {level}: SOMETHING needs Linux 6.x; use a newer kernel" in said
+
+
 def test_rules_for_control_groups_let_their_tree_be_listed(
     harmless: list[str], tree: Path, tmp_path: Path
 ) -> None:

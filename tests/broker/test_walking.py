@@ -941,11 +941,11 @@ def test_a_file_whose_name_is_taken_away_after_its_links_were_counted_is_left_ou
     (tmp_path / "secret").write_bytes(b"secret")
     os.link(tmp_path / "secret", tree / "file")
 
-    def count_one_and_remove(decision: NameDecision, facts: os.stat_result, *uids: int) -> ObjectDecision:
+    def count_one_and_remove(decision: NameDecision, facts: os.stat_result, *others: int) -> ObjectDecision:
         if stat.S_ISREG(facts.st_mode):
             (tree / "file").unlink(missing_ok=True)
             facts = os.stat_result((*facts[:3], 1, *facts[4:]))
-        return decide_object(decision, facts, *uids)
+        return decide_object(decision, facts, others[0])
 
     monkeypatch.setattr(walking, "decide_object", count_one_and_remove)
     # Of the two guards the one that is looked at here.

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from fdbroker.cli import policy as policy_command
+from fdbroker.cli import policy_explain as policy_command
 from fdbroker.cli.broker import DENIED
 from fdbroker.cli.explanation import document_of_answer, lines_of_answer, status_of_answer
 from fdbroker.client import BrokerError, connect
 from fdbroker.config.explain import Seen
-from tests.cli.commands import run_as, run_here
+from tests.cli.commands import run, run_as, run_here
 from tests.processes import in_child
 from tests.running_broker import CLIENT_UID, OTHER_UID, reachable_directory, running_broker
 
@@ -437,3 +437,80 @@ def test_nobody_asks_the_broker_about_others(served: Served, others: ForOtherUse
     assert result.returncode == 2
     assert "/etc/fdbroker/policy.yaml: can't be read" in result.stderr
     assert "--policy FILE" in result.stderr
+
+
+# ---- the running broker, asked as somebody ----
+
+
+def asked_running(served: Served, *options: str) -> tuple[int, dict[str, Any], str]:
+    fixed = ("--running", "--json", "--policy", str(served.policy), "--control", served.control)
+    result = run("policy", "explain", *fixed, *options)
+    return result.returncode, json.loads(result.stdout or "{}"), result.stderr
+
+
+def test_running_broker_is_asked_as_a_user_and_tells_what_the_file_does_in_all_details(
+    served: Served,
+) -> None:
+    for uid in (CLIENT_UID, OTHER_UID):
+        for action, name in ASKED:
+            path = f"{served.tree}/{name}"
+            options = ("--as", str(uid), "--action", action)
+            status, running, _ = asked_running(served, *options, path)
+            by_file = explained(served, path, *options)
+            assert (running["source"], running["generation"]) == ("broker", 1)
+            assert running | {"source": "file", "generation": None} == by_file
+            assert status == {"allow": 0, "deny": 1}[by_file["decision"]]
+    # It was those users who asked.
+    asking = [record["uid"] for record in served.broker.records() if record["event"] == "explained"]
+    assert asking == [uid for uid in (CLIENT_UID, OTHER_UID) for _ in ASKED]
+
+
+def test_file_that_is_not_in_force_is_told_from_what_the_broker_decides_by(served: Served) -> None:
+    served.policy.write_text(
+        policy_text(served.tree, "  - {name: more, allow: open, in: tree, client: any, paths: 'private/*'}\n")
+    )
+    path = f"{served.tree}/private/x"
+    status, running, told = asked_running(served, "--as", str(CLIENT_UID), path)
+    assert (status, running["decision"], running["rules"]) == (1, "deny", [])
+    assert running["client"]["uid"] == CLIENT_UID
+    assert (
+        told == f"fdbroker: {served.policy} is not what is in force; put it in force with: fdbroker reload\n"
+    )
+    assert run_here("reload", "--dev", "--policy", str(served.policy), *served.sockets[2:]).returncode == 0
+    status, running, told = asked_running(served, "--as", str(CLIENT_UID), path)
+    assert (status, running["decision"], running["generation"], told) == (0, "allow", 2, "")
+
+
+def test_running_broker_is_asked_only_as_a_process_that_can_be(served: Served, others: ForOtherUsers) -> None:
+    options = ("policy", "explain", "--running", "--control", served.control)
+    for option in (("--unit", "a.service"), ("--cgroup", "/a"), ("--on-behalf-of", "0")):
+        wrong = run_here(*options, *option, "/x")
+        assert wrong.returncode == 2
+        assert "leave out --on-behalf-of, --unit and --cgroup" in wrong.stderr
+    other = run_as(CLIENT_UID, others, *options, "--as", str(OTHER_UID), "/x")
+    assert (other.returncode, other.stdout) == (2, "")
+    assert "only root can ask as another user" in other.stderr
+    missing = f"{served.control}.none"
+    none = run("policy", "explain", "--running", "--control", missing, "--as", "1", "/x")
+    assert (none.returncode, none.stdout) == (2, "")
+    assert "no broker has its socket there" in none.stderr
+
+
+def test_running_broker_and_file_that_differ_though_they_are_the_same_are_a_fault(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fdbroker.config.explain.answer_by_name", lambda *_: {"reason": "no_rule"})
+    result = run_here(
+        "policy", "explain", "--running", "--policy", str(served.policy), "--control", served.control,
+        f"{served.tree}/public/p",
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "differ in reason, which is a fault of fdbroker" in result.stderr
+
+
+def test_control_group_and_groups_of_who_is_explained_are_shown(served: Served) -> None:
+    result = run_here(
+        "policy", "explain", "--policy", str(served.policy), "--as", "daemon", "--unit", "a.service", "/x"
+    )
+    assert "\nclient  user 1 (daemon), groups 1 (daemon)\n" in result.stdout
+    assert "\ncgroup  /system.slice/a.service\n" in result.stdout

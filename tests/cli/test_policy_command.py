@@ -43,7 +43,17 @@ def by_config(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("arguments", [("check", "--dev"), ("check",), ("compile", "--dev"), ("schema",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "--dev"),
+        ("check", "--dev", "--strict", "--json"),
+        ("check", "--dev", "--offline", "--ignore=anybody"),
+        ("check",),
+        ("compile", "--dev"),
+        ("schema",),
+    ],
+)
 def test_policy_command_does_what_the_module_does(file: str, arguments: tuple[str, ...]) -> None:
     files = () if arguments == ("schema",) else (file,)
     ours, theirs = run_here("policy", *arguments, *files), by_config(*arguments, *files)
@@ -68,7 +78,9 @@ def test_compiled_policy_is_written_whole_and_can_be_explained(file: str, tmp_pa
     assert json.loads(result.stdout)["rule"] == "all"
 
 
-@pytest.mark.parametrize("arguments", [("check", "--dev"), ("compile", "--dev"), ("schema",)])
+@pytest.mark.parametrize(
+    "arguments", [("check", "--dev", "--ignore=anybody"), ("compile", "--dev"), ("schema",)]
+)
 def test_pipe_that_nobody_reads_ends_it_without_a_word(file: str, arguments: tuple[str, ...]) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
@@ -77,7 +89,9 @@ def test_pipe_that_nobody_reads_ends_it_without_a_word(file: str, arguments: tup
     assert (result.returncode, result.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("arguments", [("check", "--dev"), ("compile", "--dev"), ("schema",)])
+@pytest.mark.parametrize(
+    "arguments", [("check", "--dev", "--ignore=anybody"), ("compile", "--dev"), ("schema",)]
+)
 def test_full_disk_behind_the_output_is_told(file: str, arguments: tuple[str, ...]) -> None:
     files = () if arguments == ("schema",) else (file,)
     with open("/dev/full", "wb") as full:

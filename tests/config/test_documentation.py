@@ -40,9 +40,14 @@ def test_the_example_of_a_service_that_acts_for_others_compiles() -> None:
     assert [rule["on_behalf_of"] for rule in rules] == [[{"gids": [100]}], [{"any": True}]]
 
 
-@pytest.mark.parametrize("number", [2, 4])
+def test_the_example_of_links_compiles() -> None:
+    rules = compile_policy(BLOCKS[2][1].encode(), "policy.yaml", FakeLookups())["rules"]
+    assert [rule["symlinks"] for rule in rules] == ["within-root", "refuse"]
+
+
+@pytest.mark.parametrize("number", [3, 5])
 def test_the_examples_of_errors_are_what_is_printed(number: int) -> None:
-    assert [kind for kind, _ in BLOCKS] == ["yaml", "yaml", "yaml", "text", "yaml", "text"]
+    assert [kind for kind, _ in BLOCKS] == ["yaml", "yaml", "yaml", "yaml", "text", "yaml", "text"]
     with pytest.raises(ConfigError) as caught:
         compile_policy(BLOCKS[number][1].encode(), "policy.yaml", FakeLookups())
     assert BLOCKS[number + 1][1] == f"{caught.value}\n"

@@ -74,9 +74,12 @@ def test_verdict_is_that_of_the_policy_and_the_details_amount_to_it(
         asker = Asker(client, acted_for)
         rules = read_policy(document)
         for path, found in itertools.product(paths, objects_there[:3]):
-            explanation = explain(rules, asker, action, path.encode(), lambda *_, found=found: Seen(found))
+            seen = Seen(found, surroundings=found.around)
+            explanation = explain(rules, asker, action, path.encode(), lambda *_, seen=seen: seen)
             decision = Policy(rules).view(*asker).actions[action].decide(path.encode())
-            expected = decide_object(decision, found, *asker.uids) if decision.allowed else decision
+            expected = (
+                decide_object(decision, found, *asker.uids, found.around) if decision.allowed else decision
+            )
             verdict = explanation.verdict
             assert (verdict.decision == ALLOW, verdict.reason) == (expected.allowed, expected.reason)
             assert verdict.rule == (None if expected.rule is None else expected.rule.name)
@@ -281,6 +284,55 @@ def test_object_is_looked_at_as_the_broker_does(
     explanation = explain(rules, ASKER, action, bytes(tree / name), look_as_broker)
     assert explanation.verdict == (DENY if reason else ALLOW, reason or "ok", "all")
     assert explanation.sentence.startswith("denied: " if reason else "allowed: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "action", "verdict", "sentence"),
+    [
+        (
+            "link",
+            "open",
+            (ALLOW, "ok", "all"),
+            "allowed: rule all allows it; it is a name of {tree}/file, by",
+        ),
+        ("linked", "list", (ALLOW, "ok", "all"), "allowed: "),
+        ("linked/x", "open", (DENY, "not_found", "all"), "denied: "),
+        ("linked/x", "walk", (DENY, "symlink", "all"), "denied: "),
+        ("linked", "open", (DENY, "is_directory", "all"), "denied: "),
+        ("secret", "open", (DENY, "deny_rule", "private"), "denied: rule private denies it, and"),
+        (
+            "large",
+            "open",
+            (DENY, "where_size", "small"),
+            "denied: rule small would allow it, but not of this",
+        ),
+        (
+            "outside",
+            "open",
+            (DENY, "link_leaves_root", "all"),
+            "denied: rule all is about it, but a component",
+        ),
+        ("loop", "open", (DENY, "too_many_links", "all"), "denied: rule all is about it, but more than"),
+    ],
+)
+def test_link_that_is_followed_is_explained_by_both_names(
+    tree: Path, name: str, action: str, verdict: tuple[str, str, str], sentence: str
+) -> None:
+    (tree / "secret").symlink_to("private/secret")
+    (tree / "large").symlink_to("file")
+    (tree / "outside").symlink_to("../file")
+    (tree / "loop").symlink_to("loop")
+    rules = read_policy(
+        policy(
+            tree,
+            rule("all", **{"symlinks": "within-root", "except": ["large"]}),
+            rule("small", symlinks="within-root", paths=["large"], where={"size": {"max": 1}}),
+            rule("private", effect="deny", paths=["private/**"]),
+        )
+    )
+    explanation = explain(rules, ASKER, action, bytes(tree / name), look_as_broker)
+    assert explanation.verdict == verdict
+    assert explanation.sentence.startswith(sentence.format(tree=tree))
 
 
 def test_other_mount_and_kernel_file_system_are_not_served() -> None:

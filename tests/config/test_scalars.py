@@ -55,7 +55,9 @@ def test_a_size_is_bytes_or_digits_with_a_unit(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("0s", 0), ("30s", 30), ("5min", 300), ("2h", 7200)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("0s", 0), ("30s", 30), ("5min", 300), ("2h", 7200), ("7d", 604800)]
+)
 def test_a_duration_has_a_unit(text: str, seconds: int) -> None:
     assert parse_duration(text) == seconds
 
@@ -86,7 +88,7 @@ def test_a_path_in_its_normal_spelling_is_taken(text: str) -> None:
             (parse_count, text)
             for text in ("", "+1", "-1", "1.0", "1_000", "0x10", "01", "1KiB", "²", "1" * 20, "1\n")
         ],
-        *[(parse_duration, text) for text in ("", "30", "5m", "1.5h", "-1s", "5 min", "22:30", "1d")],
+        *[(parse_duration, text) for text in ("", "30", "5m", "1.5h", "-1s", "5 min", "22:30", "1w")],
         *[
             (parse_mode, text)
             for text in ("", "0", "640", "0o640", "0888", "0123456", "-0640", "u=r", "0640\n")

@@ -14,8 +14,6 @@ import yaml
 from fdbroker.config import compile_policy, dumps, json_schema
 from fdbroker.config.schema import (
     NAME_PATTERN,
-    NOT_SUPPORTED,
-    NOT_SUPPORTED_IN_A_RULE,
     Action,
     Admins,
     Audit,
@@ -139,11 +137,6 @@ def test_the_words_to_choose_from_are_those_of_the_broker() -> None:
     assert get_args(Action) == ACTIONS
     assert get_args(Delivery) == DELIVERIES
     assert get_args(Opens) == OPENS
-
-
-def test_no_key_is_both_supported_and_not() -> None:
-    assert not NOT_SUPPORTED_IN_A_RULE & keys_of(Rule).keys()
-    assert not any(NOT_SUPPORTED & keys_of(structure).keys() for structure in STRUCTURES)
 
 
 def test_a_name_with_a_line_break_is_no_name() -> None:

@@ -76,11 +76,11 @@ def test_a_tree_keeps_order_and_places() -> None:
     tree = parse_yaml(b"b: [x, 'y']\na: {c: \"d\"}\n", ProblemList("f"))
     assert isinstance(tree, Mapping)
     assert list(tree.entries) == ["b", "a"]
-    assert tree.entries["a"].key.mark == (2, 1)
+    assert tree.entries["a"].key.mark == (2, 1, "f")
     inner = tree.entries["a"].value
     assert isinstance(inner, Mapping)
     value = inner.entries["c"].value
-    assert value == Text((2, 8), "d", plain=False)  # type: ignore[arg-type]  # a Mark is a tuple
+    assert value == Text((2, 8, "f"), "d", plain=False)  # type: ignore[arg-type]  # a Mark is a tuple
 
 
 def test_columns_count_characters_and_not_bytes() -> None:

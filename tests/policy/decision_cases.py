@@ -46,7 +46,10 @@ def subsets(values: Sequence[T], least: int = 0, most: int = 3) -> list[list[T]]
 def one_or_several(values: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Part]:
     """Give some of the keys, or one alone: of several, one may hide what is done with the others."""
     alone = [st.fixed_dictionaries({key: value}) for key, value in values.items()]
-    several = st.fixed_dictionaries({}, optional=values).filter(bool)
+    # Few of them: an object that meets many at a time is rare.
+    several = st.one_of(
+        [st.fixed_dictionaries({key: values[key] for key in some}) for some in subsets(list(values), 2)]
+    )
     return st.one_of([several, several, *alone])
 
 
@@ -57,6 +60,7 @@ identities = one_or_several(
         "uids": st.sampled_from([[UID], [UID, OTHER], [OTHER], []]),
         "gids": st.sampled_from([[GID], [101, GID], [101], []]),
         "cgroups": st.sampled_from([["/here"], ["/there", "/here"], ["/there"], []]),
+        "labels": st.sampled_from([["x_t"], ["x_t", "y_t"], ["y_t"], []]),
     }
 )
 masks = [0, 0o400, 0o002, 0o006, 0o111]
@@ -81,6 +85,8 @@ conditions = one_or_several(
         ),
         "size": bounds,
         "links": bounds,
+        "age": bounds,
+        "filesystem": st.sampled_from([{"types": types} for types in subsets([0, 0xEF53])]),
     }
 )
 nothing: st.SearchStrategy[Part] = st.just({})
@@ -107,6 +113,7 @@ def documents_of(
             "except": st.sampled_from([[]] * 50 + subsets(exceptions, 1, 2)),
             "where": where,
             "deliver": st.sampled_from([["descriptor"], ["copy"], ["descriptor", "copy"]]),
+            "symlinks": st.sampled_from(["refuse", "within-root"]),
         }
     )
     # In half of the policies something is said of every path.
@@ -125,7 +132,9 @@ def documents_of(
 
 
 def meant(about: Part) -> Part:
-    """Return a rule without an owner that it can't speak of: the one that is acted for, by nobody."""
+    """Return a rule without what it can not speak of: the owner acted for, by nobody; links, to deny."""
+    if about["effect"] == "deny":
+        about |= {"symlinks": "refuse"}
     owner = about["where"].get("owner")
     if owner is None or about["on_behalf_of"]:
         return about
@@ -155,6 +164,7 @@ clients = st.builds(
     st.sampled_from([frozenset(gids) for gids in subsets([GID, 101, 7])]),
     st.sampled_from([frozenset(cgroups) for cgroups in subsets(["/here", "/there"])]),
     st.sampled_from([True] * 7 + [False]),
+    st.sampled_from([None, b"x_t"]),
 )
 KINDS = [
     FILE,
@@ -164,9 +174,15 @@ KINDS = [
     *(stat.S_IFREG | mode for mode in (0o666, 0o151, 0)),
 ]
 OWNERS = [0, UID, OTHER]
+# An odd number of them: they meet every other value.
+TIMES = [decision_model.NOW - seconds * decision_model.SECOND for seconds in (-1, 0, 1, 2, 3, 4, 5)]
 objects = st.lists(
     st.sampled_from(
-        [Facts(*values) for values in itertools.product(KINDS, OWNERS, [0, GID], range(5), range(1, 5))]
+        [
+            # Each of the last two by all of the others, which are many enough.
+            Facts(*values, TIMES[number % len(TIMES)], (0, 0xEF53)[number % 2])
+            for number, values in enumerate(itertools.product(KINDS, OWNERS, [0, GID], range(5), range(1, 5)))
+        ]
     ),
     min_size=5,
     max_size=5,
@@ -231,6 +247,7 @@ def clients_of(draw: st.DrawFn, entries: Sequence[Part]) -> ClientFacts:
         next(iter(entry.get("uids", ())), client.uid),
         client.gids.union(entry.get("gids", ())),
         client.cgroups.union(entry.get("cgroups", ())),
+        label=next((label.encode() for label in entry.get("labels", ())), client.label),
     )
 
 

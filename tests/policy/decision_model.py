@@ -11,18 +11,31 @@ import stat
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fdbroker.policy.rules import Surroundings
+
 if TYPE_CHECKING:
     from fdbroker.policy.rules import ClientFacts
 
 
+NOW = 10**18  # some moment in nanoseconds
+SECOND = 10**9
+
+
 class Facts(NamedTuple):
-    """What fstat says of an object, as far as rules ask."""
+    """What fstat, and fstatfs, say of an object, as far as rules ask."""
 
     st_mode: int
     st_uid: int = 0
     st_gid: int = 0
     st_size: int = 0
     st_nlink: int = 1
+    st_mtime_ns: int = 0
+    filesystem: int = 0
+
+    @property
+    def around(self) -> Surroundings:
+        """When and on what file system it was looked at."""
+        return Surroundings(NOW, self.filesystem)
 
 
 class Asker(NamedTuple):
@@ -33,13 +46,17 @@ class Asker(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What the name alone decides: the root that serves, the rules that are left to ask, by index."""
+    """What the name alone decides: the root that serves, the rules that are left to ask, by index.
+
+    `follows`: those that are left to ask where the name is one of a link.
+    """
 
     root: str | None
     reason: str
     allows: tuple[int, ...] = ()
     denies: tuple[int, ...] = ()
     rule: int | None = None
+    follows: tuple[int, ...] = ()
 
 
 class Outcome(NamedTuple):
@@ -49,7 +66,7 @@ class Outcome(NamedTuple):
     rule: int | None
 
 
-CONDITIONS = ("owner", "group", "mode", "size", "links")
+CONDITIONS = ("owner", "group", "mode", "filesystem", "size", "links", "age")
 PROBLEMS = (
     "empty",
     "path_too_long",
@@ -117,6 +134,10 @@ def is_one_of(entries: list[dict[str, Any]], client: ClientFacts, *, or_may_be: 
             ("uids" not in entry or client.uid in entry["uids"])
             and ("gids" not in entry or any_group or any(gid in client.gids for gid in entry["gids"]))
             and ("cgroups" not in entry or any(group in client.cgroups for group in entry["cgroups"]))
+            and (
+                "labels" not in entry
+                or (or_may_be if client.label is None else client.label.decode() in entry["labels"])
+            )
         )
         for entry in entries
     )
@@ -163,7 +184,9 @@ def expect(document: dict[str, Any], asker: Asker, action: str, path: str) -> Ex
         return Expected(serving, "outside_roots" if serving is None else "no_rule")
     free = [i for i in allows if not rules[i]["where"]]
     left = tuple(free[:1] or allows)
-    return Expected(serving, "ok", left, tuple(denies), left[0] if free and not denies else None)
+    following = [i for i in allows if rules[i]["symlinks"] == "within-root"]
+    follows = tuple([i for i in following if i in free][:1] or following)
+    return Expected(serving, "ok", left, tuple(denies), left[0] if free and not denies else None, follows)
 
 
 def conditions_failing(where: dict[str, Any], facts: Facts, asker: Asker, *, deny: bool) -> list[str]:
@@ -188,8 +211,15 @@ def conditions_failing(where: dict[str, Any], facts: Facts, asker: Asker, *, den
                 for bit in range(16)
                 if wanted.get(key, 0) >> bit & 1
             )
+        elif name == "filesystem":
+            good = facts.filesystem in wanted["types"]
         elif not regular:
             good = not deny
+        elif name == "age":
+            newest = NOW - wanted.get("min", 0) * SECOND
+            oldest = NOW - wanted["max"] * SECOND if "max" in wanted else facts.st_mtime_ns
+            # In the future it is as if it were now.
+            good = oldest <= min(facts.st_mtime_ns, NOW) <= newest
         else:
             value = facts.st_size if name == "size" else facts.st_nlink
             good = wanted.get("min", value) <= value <= wanted.get("max", value)

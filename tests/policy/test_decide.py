@@ -30,14 +30,20 @@ from tests.policy.decision_cases import (
     what_comes_of,
     what_it_turns_on,
 )
-from tests.policy.decision_model import Asker, Facts
+from tests.policy.decision_model import NOW, SECOND, Asker, Facts
 from tests.running_broker import policy, rule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from fdbroker.policy.globs import Glob, Remainder
 
 
 ASKER = Asker(CLIENT)
+
+
+def modified(when: int) -> Facts:
+    return Facts(FILE, st_mtime_ns=when)
 
 
 def view_of(document: dict[str, Any], asker: Asker = ASKER, action: str = "open") -> ActionView:
@@ -103,12 +109,77 @@ def test_decision_is_that_of_the_plain_evaluator(case: Case, found: list[Facts])
         assert decision.plain is (expected.reason == "ok" and expected.rule is not None)
         asked = [case.document["rules"][i]["where"] for i in expected.allows + expected.denies]
         assert decision.asks_links is any("links" in where for where in asked)
+        assert decision.asks_surroundings is any("age" in where or "filesystem" in where for where in asked)
+        followed = decision.followed
+        assert (followed is not None) is bool(expected.follows)
+        if followed is not None:
+            assert tuple(entry.index for entry in followed.allows) == expected.follows
+            assert (followed.root, followed.denies) == (decision.root, decision.denies)
+            assert (followed.allowed, followed.followed) == (True, None)
         for facts in found:
-            result = decide_object(decision, facts, *uids) if decision.allowed else decision
+            result = decide_object(decision, facts, *uids, facts.around) if decision.allowed else decision
             rule_index = None if result.rule is None else result.rule.index
             assert (result.reason, rule_index) == decision_model.outcome(*case[:3], path, facts)
             assert result.allowed is decision_model.is_given(*case[:3], path, facts)
             assert result.allowed or not decision.plain
+
+
+def test_ten_thousand_rules_about_other_directories_are_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither where a directory is met for the first time, nor where its name is what rules tell apart."""
+    rules = [rule(f"r{n}", paths=[f"d{n}/**", f"x/e{n}/*.log", f"y/f{n}/g"]) for n in range(10_000)]
+    view = view_of(policy("/r", *rules))
+    asked = Counter[str]()
+    remainder = decide_module._remainder
+
+    def count(globs: Sequence[Glob], components: Sequence[bytes]) -> Remainder:
+        asked["globs"] += len(globs)
+        return remainder(globs, components)
+
+    monkeypatch.setattr(decide_module, "_remainder", count)
+    for n in range(100):
+        assert view.decide(b"/r/d%d/some/where/deep/file" % n).allowed
+        assert view.decide(b"/r/x/e%d/a.log" % n).allowed
+        assert view.decide(b"/r/y/f%d/g" % n).allowed
+        assert not view.decide(b"/r/y/g%d/g" % n).allowed
+        assert not view.decide(b"/r/z/d%d/file" % n).allowed
+    assert asked["globs"] <= 5 * 100 * 3
+    asked.clear()
+    # In the directory whose names they tell apart all are looked at, once.
+    assert view.decide(b"/r/d1").allowed
+    assert not view.decide(b"/r/e1").allowed
+    assert asked["globs"] == 30_000
+    assert view.decide(b"/r/d9999").allowed
+    assert asked["globs"] == 30_000
+
+
+def test_names_at_the_top_are_remembered_and_no_other_spelling_is_taken_for_one() -> None:
+    view = view_of(policy("/", rule("etc", paths=["etc/**", "top"])))
+    for _ in range(2):
+        assert view.decide(b"/top").allowed
+        assert view.decide(b"/etc").allowed
+        assert view.decide(b"/usr").reason == "no_rule"
+        assert view.decide(b"/").reason == "no_rule"
+        assert view.decide(b"top").reason == "relative"
+        assert view.decide(b"").reason == "empty"
+        assert view.decide(b"//top").reason == "empty_component"
+        assert view.decide(b"/..").reason == "dot_component"
+        assert view.decide(b"/" + b"x" * 256).reason == "name_too_long"
+    assert view._top is not None
+    assert view._directories.keys() == set()
+
+
+def test_client_that_comes_again_has_its_view_without_a_look_at_the_rules() -> None:
+    compiled = Policy(read_policy(policy("/r", rule("x", clients=[{"gids": [GID]}]))))
+    some, many = CLIENT, ClientFacts(UID, frozenset(range(1000)))
+    view = compiled.view(some)
+    assert compiled.view(some, None) is view
+    assert compiled.view(some, some) is not view
+    assert compiled._views_of.keys() == {(some, None), (some, some)}
+    # Of many groups the sets would take more than looking does.
+    assert compiled.view(many) is view
+    assert len(compiled._views_of) == 2
 
 
 # In how many of a hundred cases each comes up at least. More than twice as much does: another version of
@@ -118,7 +189,6 @@ SHARES = (
         [
             "ok by name",
             "ok by object",
-            "deny_rule by name",
             "no_rule",
             "turns on actions",
             "turns on clients",
@@ -134,7 +204,12 @@ SHARES = (
         5,
     )
     | dict.fromkeys(
-        ["deny_rule by object", *(f"where_{condition}" for condition in decision_model.CONDITIONS)], 3
+        [
+            "deny_rule by name",
+            "deny_rule by object",
+            *(f"where_{condition}" for condition in decision_model.CONDITIONS),
+        ],
+        1,
     )
     | dict.fromkeys(
         [
@@ -153,8 +228,8 @@ SHARES = (
 
 def how_it_was_answered(view: ActionView, path: str) -> str:
     """Return which way `decide` went for a path that it was asked for."""
-    directory, _, name = path.encode().rpartition(b"/")
-    remembered = view._directories.get(directory)
+    directory, slash, name = path.encode().rpartition(b"/")
+    remembered = view._directories.get(directory) if directory or not slash else view._top
     if remembered is None or len(name) > remembered.longest_name:
         return "decided whole"
     if name in remembered.named:
@@ -415,7 +490,35 @@ CONDITIONS: list[tuple[dict[str, Any], list[Facts], list[Facts], str]] = [
     ({"size": {"min": 2**40}}, [Facts(FILE, st_size=2**41)], [Facts(FILE, st_size=5)], "size"),
     ({"links": {"max": 1}}, [Facts(FILE, st_nlink=1)], [Facts(FILE, st_nlink=2)], "links"),
     ({"links": {"min": 2}}, [Facts(FILE, st_nlink=2)], [Facts(FILE, st_nlink=1)], "links"),
+    (
+        {"age": {"min": 5}},
+        [modified(NOW - 5 * SECOND), modified(0)],
+        [modified(NOW - 5 * SECOND + 1), modified(NOW), modified(NOW + 5 * SECOND)],
+        "age",
+    ),
+    (
+        {"age": {"max": 5}},
+        # A file that is modified in the future, as after the clock went back, is one that was modified now.
+        [modified(NOW - 5 * SECOND), modified(NOW), modified(NOW + 5 * SECOND), modified(2**80)],
+        [modified(NOW - 5 * SECOND - 1), modified(-(2**80))],
+        "age",
+    ),
+    ({"age": {"max": 0}}, [modified(NOW), modified(NOW + 1)], [modified(NOW - 1)], "age"),
+    (
+        {"filesystem": {"types": [0xEF53, 1]}},
+        [Facts(FILE, filesystem=0xEF53), Facts(FILE, filesystem=1)],
+        [Facts(FILE, filesystem=2)],
+        "filesystem",
+    ),
+    ({"filesystem": {"types": []}}, [], [Facts(FILE, filesystem=2)], "filesystem"),
 ]
+
+
+@pytest.mark.parametrize("where", [{"age": {"max": 5}}, {"filesystem": {"types": [1]}}])
+def test_condition_on_what_was_not_looked_at_allows_nothing_and_denies(where: dict[str, Any]) -> None:
+    for rules in ([rule("some", where=where)], [rule("all"), rule("not", effect="deny", where=where)]):
+        decision = view_of(policy("/r", *rules)).decide(b"/r/a")
+        assert not decide_object(decision, Facts(FILE), UID).allowed
 
 
 @pytest.mark.parametrize(("where", "meeting", "missing", "name"), CONDITIONS)
@@ -427,9 +530,9 @@ def test_condition_of_an_allow_rule_lets_through_what_meets_it(
     assert not decision.plain
     assert decision.asks_links is ("links" in where)
     for found in meeting:
-        assert decide_object(decision, found, UID)[:2] == (True, "ok")
+        assert decide_object(decision, found, UID, None, found.around)[:2] == (True, "ok")
     for found in missing:
-        refused = decide_object(decision, found, UID)
+        refused = decide_object(decision, found, UID, None, found.around)
         assert refused[:2] == (False, f"where_{name}")
         assert refused.rule is not None
         assert refused.rule.name == "some"
@@ -446,19 +549,19 @@ def test_condition_of_a_deny_rule_forbids_what_meets_it(
     assert not decision.plain
     assert decision.asks_links is ("links" in where)
     for found in meeting:
-        refused = decide_object(decision, found, UID)
+        refused = decide_object(decision, found, UID, None, found.around)
         assert refused[:2] == (False, "deny_rule")
         assert refused.rule is not None
         assert refused.rule.name == "not these"
     for found in missing:
-        allowed = decide_object(decision, found, UID)
+        allowed = decide_object(decision, found, UID, None, found.around)
         assert allowed[:2] == (True, "ok")
         assert allowed.rule is not None
         assert allowed.rule.name == "all"
 
 
 def sets_of_conditions() -> Iterator[tuple[str, ...]]:
-    names = ("owner", "group", "mode", "size", "links")
+    names = ("owner", "group", "mode", "size", "links", "age", "filesystem")
     for size in range(len(names) + 1):
         yield from itertools.combinations(names, size)
 
@@ -466,15 +569,19 @@ def sets_of_conditions() -> Iterator[tuple[str, ...]]:
 @pytest.mark.parametrize("effect", ["allow", "deny"])
 @pytest.mark.parametrize("kind", [FILE, DIRECTORY, stat.S_IFLNK | 0o640, stat.S_IFIFO | 0o640])
 def test_every_combination_of_conditions_and_of_what_meets_them(effect: str, kind: int) -> None:
-    """All 32 sets of conditions, with every way in which an object meets some and fails others."""
+    """All 128 sets of conditions, with every way in which an object meets some and fails others."""
     good = {"owner": UID, "group": GID, "mode": 0o640, "size": 5, "links": 1}
+    good |= {"age": NOW - 60 * SECOND, "filesystem": 0xEF53}
     bad = {"owner": 0, "group": 0, "mode": 0o642, "size": 50, "links": 2}
+    bad |= {"age": NOW - 61 * SECOND, "filesystem": 0x01021994}
     where = {
         "owner": {"uids": [UID], "client": False, "on_behalf_of": False},
         "group": {"gids": [GID]},
         "mode": {"none": 0o002},
         "size": {"max": 9},
         "links": {"min": 1, "max": 1},
+        "age": {"max": 60},
+        "filesystem": {"types": [0xEF53]},
     }
     for asked in sets_of_conditions():
         rules = [rule("this", effect=effect, where={name: where[name] for name in asked})]
@@ -490,15 +597,17 @@ def test_every_combination_of_conditions_and_of_what_meets_them(effect: str, kin
                 value["group"],
                 value["size"],
                 value["links"],
+                value["age"],
+                value["filesystem"],
             )
-            # size and links say nothing about what is no regular file: there an allow rule
+            # size, links and age say nothing about what is no regular file: there an allow rule
             # passes over them, and a deny rule with one of them does not apply.
-            of_files = {"size", "links"}
+            of_files = {"size", "links", "age"}
             regular = stat.S_ISREG(kind)
             applies = all(name in met or (not regular and name in of_files) for name in asked)
             if effect == "deny" and not regular and of_files & set(asked):
                 applies = False
-            given_ = decision.allowed and decide_object(decision, found, UID).allowed
+            given_ = decision.allowed and decide_object(decision, found, UID, None, found.around).allowed
             assert given_ is (applies if effect == "allow" else not applies), (asked, met)
             assert given_ is decision_model.is_given(document, ASKER, "open", "/r/a/b", found)
 

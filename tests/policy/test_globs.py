@@ -55,7 +55,7 @@ def test_any_number_of_double_stars_in_a_row_is_one(
         repeated += [component] * (1 if component is not None else data.draw(st.integers(1, 5)))
     more, glob = compile_glob(written(tuple(repeated))), compile_glob(written(pattern))
     assert more._components == glob._components
-    assert (more.start, more.literal_prefix) == (glob.start, glob.literal_prefix)
+    assert (more.start, more.above, more.named_in) == (glob.start, glob.above, glob.named_in)
     for tried in (path, other, path[:-1], [*path, b"a"]):
         assert more.matches(tried) is glob.matches(tried) is glob_model.matches(tuple(repeated), tried)
 
@@ -101,33 +101,36 @@ def test_what_is_left_for_the_last_component_agrees_with_the_whole(
 
 
 @given(matching_pairs())
-def test_every_match_lies_below_the_literal_prefix(pair: tuple[Pattern, list[bytes]]) -> None:
+def test_every_match_lies_where_the_index_looks_for_it(pair: tuple[Pattern, list[bytes]]) -> None:
     pattern, path = pair
     glob = compile_glob(written(pattern))
-    if glob.matches(path):
-        prefix = glob.literal_prefix
-        assert tuple(path[:-1])[: len(prefix)] == prefix
+    if path and glob.matches(path):
+        directory = tuple(path[:-1])
+        at_or_below = glob.above is not None and directory[: len(glob.above)] == glob.above
+        assert at_or_below or directory == glob.named_in
 
 
 @pytest.mark.parametrize(
-    ("pattern", "prefix"),
+    ("pattern", "above", "named_in"),
     [
-        (b"a", ()),
-        (b"a/b", (b"a",)),
-        (b"a/b/**", (b"a",)),
-        (b"a/b/*", (b"a", b"b")),
-        (b"a/b/**/c", (b"a", b"b")),
-        (b"a/*/b/c", (b"a",)),
-        (b"**", ()),
-        (b"**/a/b", ()),
-        (rb"\a/\*/c", (b"a", b"*")),
-        (b"[a]/b", ()),
+        (b"a", None, ()),
+        (b"a/b", None, (b"a",)),
+        (b"a/b/**", (b"a", b"b"), (b"a",)),
+        (b"a/b/**/**", (b"a", b"b"), (b"a",)),
+        (b"a/b/*", (b"a", b"b"), None),
+        (b"a/b/**/c", (b"a", b"b"), None),
+        (b"a/*/b/c", (b"a",), None),
+        (b"**", (), None),
+        (b"**/a/b", (), None),
+        (rb"\a/\*/c", None, (b"a", b"*")),
+        (b"[a]/b", (), None),
     ],
 )
-def test_literal_prefix_is_what_directories_of_matches_start_with(
-    pattern: bytes, prefix: tuple[bytes, ...]
+def test_place_of_matches_is_told_by_the_leading_literal_components(
+    pattern: bytes, above: tuple[bytes, ...] | None, named_in: tuple[bytes, ...] | None
 ) -> None:
-    assert compile_glob(pattern).literal_prefix == prefix
+    glob = compile_glob(pattern)
+    assert (glob.above, glob.named_in) == (above, named_in)
 
 
 @pytest.mark.parametrize(

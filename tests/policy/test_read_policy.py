@@ -74,7 +74,7 @@ def may_be_missing(place: Place) -> bool:
     parent = at(example_document(), place[:-1])
     if "where" in place[:-1]:
         inside = place[place.index("where") + 1 :]
-        return len(inside) == 1 or (inside[0] in {"mode", "size", "links"} and len(parent) > 1)
+        return len(inside) == 1 or (inside[0] in {"mode", "size", "links", "age"} and len(parent) > 1)
     return is_of_a_client(place[:-1]) and len(parent) > 1
 
 
@@ -99,8 +99,9 @@ def test_example_of_the_documentation_loads_and_means_what_it_says() -> None:
     assert scan.clients == (
         ClientMatch(frozenset({990}), None, None),
         ClientMatch(frozenset({1000, 1001}), frozenset({100}), None),
-        ClientMatch(None, None, frozenset({"/system.slice/x.service"})),
+        ClientMatch(None, None, frozenset({"/system.slice/x.service"}), frozenset({b"backup (enforce)"})),
     )
+    assert rule_set.names_labels
     assert [glob.pattern for glob in scan.excepts] == [b"*/.cache/**"]
     assert scan.where == Conditions(
         Owners(frozenset({1000}), client=True, on_behalf_of=True),
@@ -109,6 +110,8 @@ def test_example_of_the_documentation_loads_and_means_what_it_says() -> None:
         18,
         Bounds(0, 2147483648),
         Bounds(1, 1),
+        Bounds(5 * 10**9, 2592000 * 10**9),
+        frozenset({0xEF53, 0x01021994}),
     )
     assert scan.deliver == {"descriptor"}
     assert rule_set.settings == Settings(
@@ -118,6 +121,7 @@ def test_example_of_the_documentation_loads_and_means_what_it_says() -> None:
         read_only_view_required=True,
         admins=Admins(frozenset(), frozenset({998})),
         message_within=10.0,
+        identity_strict=False,
     )
     assert never.on_behalf_of == ()
     assert scan.on_behalf_of == (
@@ -175,7 +179,7 @@ def is_of_its_type(place: Place, value: Node) -> bool:
         if not value:
             acts_for_somebody = place == ("rules", 1, "on_behalf_of")  # and has a condition on who that is
             return place[-1] not in {"actions", "clients", "paths"} and not acts_for_somebody
-        return isinstance(element, str) and place[-1] in {"paths", "except", "cgroups"}
+        return isinstance(element, str) and place[-1] in {"paths", "except", "cgroups", "labels"}
     if isinstance(value, dict):
         return place[-1] == "where" and not value
     if isinstance(value, bool):
@@ -185,7 +189,7 @@ def is_of_its_type(place: Place, value: Node) -> bool:
     if isinstance(value, int):
         return place not in {("version",), ("limits", "in_flight_per_connection")}
     # A text: which ones are words of a closed list?
-    free = {"name", "paths", "except", "cgroups"}
+    free = {"name", "paths", "except", "cgroups", "labels"}
     return place[-1] in free or (isinstance(place[-1], int) and place[-2] in free)
 
 
@@ -281,7 +285,12 @@ def root(**changes: object) -> list[dict[str, Any]]:
         ),
         (broken(rules=[rule("x", where={"mode": {}})]), "rules[0].where.mode"),
         (broken(rules=[rule("x", where={"size": {}})]), "rules[0].where.size"),
-        (broken(rules=[rule("x", where={"age": {"max": 1}})]), "rules[0].where"),
+        (broken(rules=[rule("x", where={"colour": {"max": 1}})]), "rules[0].where"),
+        (broken(rules=[rule("x", where={"age": {}})]), "rules[0].where.age must have min, max or both"),
+        (
+            broken(rules=[rule("x", where={"filesystem": [1]})]),
+            "rules[0].where.filesystem is not of type dict",
+        ),
         (
             broken(
                 limits={"connections_per_uid": 0, "in_flight_per_connection": 512, "message_within": 10.0}
@@ -325,6 +334,7 @@ def root(**changes: object) -> list[dict[str, Any]]:
         (policy("/r", limits={"message_within": 10}), "limits.message_within is not of type float"),
         (broken(audit={"on_failure": "ignore"}), "audit.on_failure is 'ignore'"),
         (broken(read_only_view="optional"), "read_only_view is 'optional'"),
+        (broken(identity="lax"), "policy.identity is 'lax'"),
         (broken(services=[service()] * 2), "services[1].name is 'x': no name, or that of an earlier service"),
         (broken(services=[service(name="")]), "services[0].name is ''"),
         (broken(services=[service(name="\u00e9")]), "services[0].name is '\u00e9'"),

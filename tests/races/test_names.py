@@ -96,6 +96,54 @@ def test_directory_that_changes_places_with_a_link_to_a_secret_one(place: Place,
     show(outcome)
 
 
+@pytest.mark.parametrize("end", ["file", "directory/file"])
+def test_link_that_is_followed_changes_places_with_links_to_secrets(
+    place: Place, show: Show, end: str
+) -> None:
+    names = [place.tree / name for name in ("good", "to-private", "to-outside", "absolute")]
+    good = {directory(place.tree / "public", OWNER_UID, GOOD)}
+    directory(place.tree / "private", OWNER_UID, SECRET)
+    directory(place.outside / "secrets", 0, SECRET)
+    for name, target in zip(
+        names, ("public", "private", "../outside/secrets", str(place.outside / "secrets")), strict=True
+    ):
+        name.symlink_to(f"{target}/file" if end == "file" else target)
+    asked = names[0] if end == "file" else names[0] / "file"
+    outcome = run(
+        place,
+        Race(
+            rules=[rule("follows", symlinks="within-root"), NOT_PRIVATE],
+            steps=[exchanging(names[0], name) for name in names[1:]],
+            attacker=OWNER_UID,
+            ask=asking_to_open(good, asked),
+            careless=realpath_then_open(place.tree / "public", asked, right(good)),
+        ),
+    )
+    assert outcome.broker.refused.keys() <= {"symlink", "denied", "busy"}
+    assert {"link_leaves_root", "deny_rule"} <= outcome.reasons.keys()
+    show(outcome)
+
+
+def test_directory_on_the_way_of_a_link_changes_places_with_a_private_one(place: Place, show: Show) -> None:
+    public, private = place.tree / "public", place.tree / "other"
+    good = {directory(public, OWNER_UID, GOOD)}
+    directory(private, 0, SECRET)
+    link = place.tree / "link"
+    link.symlink_to("public/file")
+    outcome = run(
+        place,
+        Race(
+            rules=[OWNED | {"symlinks": "within-root"}],
+            steps=[exchanging(public, private)],
+            attacker=OWNER_UID,
+            ask=asking_to_open(good, link),
+            careless=look_then_open(public / "file", lambda facts: facts.st_uid == OWNER_UID, right(good)),
+        ),
+    )
+    assert outcome.broker.refused.keys() <= {"denied"}
+    show(outcome)
+
+
 # directories. What is moved to an allowed name is what that name means, until it is moved away; so in each
 # of these either the file is refused wherever it is, or the secret is never at the name that is asked for.
 

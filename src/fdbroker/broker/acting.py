@@ -60,7 +60,7 @@ class Services:
         self.count = 0
         self.someone_is_untold = False
         self._audit = parts.audit
-        self._level = parts.identity_level
+        self._level, self._labels = parts.held.identity_level, parts.held.labels
         self._last_number = 0
         self._clients_of: dict[int, int] = {}
         # Connections by which the clients of a listener are taken, by its name.
@@ -134,7 +134,7 @@ class Services:
         number = self._last_number = self._last_number + 1
         peer = None
         try:
-            peer = PeerAtConnect(sock, self._level)
+            peer = PeerAtConnect(sock, self._level, labels=self._labels)
             if peer.has_other_real_ids:
                 # A set-user-ID program that was made to connect: what is said there may be anybody's.
                 raise IdentityError("connected_with_other_ids")

@@ -32,16 +32,16 @@ _MILLION = 1_000_000
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-def quoted_path(path: bytes, most: int = _MAX_RECORDED_BYTES) -> str:
-    """Return the JSON members that record `path`, of which the first `most` bytes are kept."""
+def quoted_path(path: bytes, most: int = _MAX_RECORDED_BYTES, name: str = "path") -> str:
+    """Return the JSON members, called `name` and so on, that record `path`: its first `most` bytes."""
     cut = ""
     if len(path) > most:
-        cut = f',"path_length":{len(path)}'
+        cut = f',"{name}_length":{len(path)}'
         path = path[:most]
     try:
-        return '"path":' + quoted(path.decode()) + cut
+        return f'"{name}":{quoted(path.decode())}{cut}'
     except UnicodeDecodeError:
-        return f'"path":{quoted(path.decode(errors="replace"))},"path_hex":"{path.hex()}"{cut}'
+        return f'"{name}":{quoted(path.decode(errors="replace"))},"{name}_hex":"{path.hex()}"{cut}'
 
 
 class Audit:

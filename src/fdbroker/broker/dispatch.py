@@ -85,7 +85,6 @@ class Parts(NamedTuple):
     held: Held
     audit: Audit
     notifier: Notifier
-    identity_level: int
     layers: dict[str, object]
     version: str
     watchdog: Watchdog

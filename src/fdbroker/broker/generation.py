@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.broker.audit import now_text
-from fdbroker.broker.identity import ControlGroups
+from fdbroker.broker.identity import HIGHEST_LEVEL, ControlGroups
 from fdbroker.broker.opening import Opener
 from fdbroker.broker.watchdog import nothing
 from fdbroker.policy.decide import Policy
@@ -29,7 +29,8 @@ class Held(NamedTuple):
     `roots` by `key_of`; `cgroup_root` None: control groups can't be looked at. `launcher_fingerprint` is
     of the launcher's part of the policy, for those who ask whether a file still says the same; None: there
     was none. `services`: the names of the listeners whose clients are handed to services. `ping` tells the
-    loop's watchdog, in the middle of a long request, that it goes on.
+    loop's watchdog, in the middle of a long request, that it goes on. `identity_level` and `labels`: what
+    the kernel tells of peers.
     """
 
     roots: Mapping[tuple[str, bytes, bool, bool], HeldRoot]
@@ -39,6 +40,8 @@ class Held(NamedTuple):
     launcher_fingerprint: str | None = None
     services: frozenset[bytes] = frozenset()
     ping: Callable[[], None] = nothing
+    identity_level: int = 0
+    labels: bool = False
 
 
 class Generation(NamedTuple):
@@ -73,11 +76,34 @@ def problem_with(rule_set: RuleSet, held: Held) -> str | None:
             "it has rules for units or control groups, and the policy that the broker started with had none:"
             " restart the broker"
         )
+    problem = problem_with_identity(rule_set, held.identity_level, "", labels=held.labels)
+    if problem is not None:
+        return problem
     if rule_set.services.keys() != held.services:
         was, wanted = (_listed(names) for names in (held.services, rule_set.services))
         return (
             f"its listeners of services are {wanted}, and were {was} when the broker started:"
             " restart the broker"
+        )
+    return None
+
+
+def problem_with_identity(rule_set: RuleSet, level: int, why: str, *, labels: bool) -> str | None:
+    """Return what the policy asks of identities that this kernel does not tell, with the cure, or None.
+
+    `why`: what the kernel lacks for the next level, where that was asked.
+    """
+    if rule_set.settings.identity_strict and level < HIGHEST_LEVEL:
+        reason = why or "PIDFD_GET_INFO needs Linux 6.13"
+        return (
+            f"the policy says 'identity: strict', for which level {HIGHEST_LEVEL} is needed, but this kernel"
+            f" has level {level}: {reason}; use a newer kernel, or remove 'identity'"
+        )
+    if rule_set.names_labels and not labels:
+        return (
+            "the policy has rules for labels, but no security module of this kernel says which label a client"
+            " has (SO_PEERSEC): load one (SELinux, Smack; AppArmor where it labels Unix sockets), or"
+            " write the rules without 'label'"
         )
     return None
 

@@ -26,6 +26,7 @@ from fdbroker.policy.rules import ClientFacts
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+HIGHEST_LEVEL = 2
 _MAX_KNOWN_GROUPS = 4096
 OVERFLOW_ID = 65534  # what an id without a mapping looks like; never anybody
 
@@ -45,13 +46,14 @@ class PeerAtConnect:
         "credentials",
         "gid",
         "has_other_real_ids",
+        "label",
         "level",
         "pid",
         "uid",
     )
 
-    def __init__(self, sock: socket.socket, level: int) -> None:
-        """Ask the kernel who connected.
+    def __init__(self, sock: socket.socket, level: int, *, labels: bool = False) -> None:
+        """Ask the kernel who connected. `labels`: a security module of it gives them.
 
         Raises:
             IdentityError: the peer is gone, has no id that is known here, or
@@ -62,6 +64,7 @@ class PeerAtConnect:
         self._info = b""
         self.cgroup_id = 0
         self.level = level
+        self.label: bytes | None = None
         # Whether a set-user-ID program connected: no message of it carries the ids of connect. For those
         # who get no messages of it; below level 2 nobody knows.
         self.has_other_real_ids = False
@@ -71,6 +74,8 @@ class PeerAtConnect:
             # A process may have 65,536 (an owner of subordinate ids makes one): as a set of numbers they
             # would be 6 MB for each of its connections.
             self._groups = array("I", peers.peer_groups(sock))
+            if labels:
+                self.label = peers.peer_label(sock)
             if level >= 1:
                 pidfd = peers.peer_pidfd(sock)
                 if pidfd is None:
@@ -139,14 +144,15 @@ class PeerAtConnect:
             uid=self.uid,
             gids=self.groups - {OVERFLOW_ID},
             cgroups=cgroups.containing(self.cgroup_id) if self.cgroup_id else frozenset(),
+            label=self.label,
         )
 
 
 class PeerOfMessage:
     """The sender of a datagram, as it was when it sent it; nothing is kept open.
 
-    Its supplementary groups are not known: rules that allow groups see its primary
-    one alone, and rules that deny groups hold, since it may be in any.
+    Its supplementary groups and its label are not known: rules that allow groups see
+    its primary one alone, and rules that deny groups or labels hold, since it may have any.
     """
 
     __slots__ = ("cgroup_id", "gid", "level", "pid", "uid")
@@ -265,3 +271,20 @@ def probe_level() -> LevelProbe:
         finally:
             os.close(pidfd)
     return LevelProbe(2, "")
+
+
+def gives_labels() -> bool:
+    """Return whether a security module of this kernel labels those who connect, by connecting to ourselves.
+
+    Not by a socket pair, of which some kernels tell no label though they do of connections.
+    """
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connecting,
+    ):
+        listener.bind("")  # an abstract name that the kernel chooses; unix(7)
+        listener.listen(1)
+        connecting.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        with accepted:
+            return peers.peer_label(accepted) is not None

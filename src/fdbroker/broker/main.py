@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.broker.audit import Audit, member_text
 from fdbroker.broker.dispatch import Parts
-from fdbroker.broker.generation import Held, key_of, make_generation
-from fdbroker.broker.identity import IdentityError, probe_level
+from fdbroker.broker.generation import Held, key_of, make_generation, problem_with_identity
+from fdbroker.broker.identity import HIGHEST_LEVEL, IdentityError, gives_labels, probe_level
 from fdbroker.broker.notify import Notifier
 from fdbroker.broker.roots import RootError, hold_roots
 from fdbroker.broker.server import Broker, settle_memory
@@ -229,7 +229,11 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
     policy = handover.policy
     settings = policy.settings
     level, why = probe_level()
-    if policy.cgroups and level < 2:  # noqa: PLR2004 - the levels are numbers
+    labels = gives_labels()
+    problem = problem_with_identity(policy, level, why, labels=labels)
+    if problem is not None:
+        raise StartError(problem)
+    if policy.cgroups and level < HIGHEST_LEVEL:
         raise StartError(f"the policy has rules for units or control groups, but {why}")
     if policy.cgroups and handover.cgroup_root is None:
         raise StartError("the policy has rules for units or control groups, but no cgroup2 is mounted")
@@ -254,12 +258,14 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
         handover.launcher_fingerprint,
         frozenset(policy.services),
         watchdog.ping,
+        level,
+        labels,
     )
     audit = Audit(handover.audit, deny_on_failure=settings.deny_when_audit_fails, boot=handover.boot_id)
     notifier = Notifier(handover.notify, handover.watchdog_usec)
     layers: dict[str, object] = {}
     generation = make_generation(1, policy, held)
-    broker = Broker(Parts(generation, held, audit, notifier, level, layers, handover.version, watchdog))
+    broker = Broker(Parts(generation, held, audit, notifier, layers, handover.version, watchdog))
     for number, name, service in handover.listeners:
         broker.add_listener(socket.socket(fileno=number), name, service=service)
     if handover.control is not None:

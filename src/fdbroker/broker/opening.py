@@ -11,9 +11,11 @@ import errno
 import os
 import stat
 import struct
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.broker.audit import decision_members
+from fdbroker.broker.audit import decision_members, quoted_path
+from fdbroker.broker.links import MOST_LINKS, LinkRefusedError, name_behind_link
 from fdbroker.broker.roots import HELPED_FILESYSTEMS
 from fdbroker.broker.watchdog import nothing
 from fdbroker.kernel.descriptors import close_all
@@ -30,6 +32,7 @@ from fdbroker.kernel.files import (
     wait_for_changes_of_names,
 )
 from fdbroker.policy.decide import NameDecision, decide_object
+from fdbroker.policy.rules import Surroundings
 from fdbroker.wire.format import ANY_TIME, HEADER, MAX_COPY, MAX_REPLY, RESULT, Reason, Status
 from fdbroker.wire.messages import GIVEN, FileStat, ListEntry, Result, broken, copied, refused
 from fdbroker.wire.replies import encode_list_entry
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from fdbroker.broker.helper_pool import ObjectFacts as ReportedFacts
     from fdbroker.broker.helper_pool import Report
     from fdbroker.broker.roots import HeldRoot
+    from fdbroker.policy.decide import ActionView
     from fdbroker.policy.rules import Rule
 
 _DENIED = refused(Reason.DENIED)
@@ -73,8 +77,12 @@ _OF_OBJECT = {
     "is_directory": refused(Reason.NOT_REGULAR, errno.EISDIR),
     "lost_its_name": _DENIED,
     "moved": refused(Reason.BUSY),
+    "link_leaves_root": refused(Reason.SYMLINK),
+    "link_not_normal": refused(Reason.SYMLINK),
+    "too_many_links": refused(Reason.SYMLINK),
     # Helpers open and describe single files: to list or to walk means to look at many.
     "not_listed": refused(Reason.FILESYSTEM),
+    "not_followed": refused(Reason.FILESYSTEM),
     # Who answers for the file system says what the number of links is, and when a name goes.
     "links_unknown": refused(Reason.FILESYSTEM),
 }
@@ -136,6 +144,20 @@ class _Listing(NamedTuple):
     most: int
 
 
+class _Found(NamedTuple):
+    """What links led to. `held`: O_PATH, to be closed by who gets it; `path`: its name, free of links.
+
+    `decision` is what the rules say of that name, `before` what they say of those that led there.
+    """
+
+    held: int
+    facts: os.stat_result
+    root: HeldRoot
+    path: bytes
+    decision: NameDecision
+    before: Sequence[NameDecision]
+
+
 class Opener:
     """Opens below held roots; knows no client but by the decisions it is given."""
 
@@ -170,7 +192,7 @@ class Opener:
                 root = roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
                 opened = None
                 if decision.plain:
-                    directory, skip, cross_mounts, _, helpers = root
+                    directory, skip, cross_mounts, _, helpers, _ = root
                     if not (cross_mounts or helpers):
                         opened = open_regular_beneath(directory, path[skip:] or b".", proc_self_fd)
                 if opened is None:
@@ -179,7 +201,10 @@ class Opener:
                     descriptors.append(opened)
                     outcomes.append(given.get(decision.rule) or self._give(decision.rule))
             except OSError as error:
-                outcomes.append(failure(decision, error))
+                if error.errno == errno.ELOOP and decision.followed is not None:
+                    outcomes.append(self._open_followed(decision, path, asker, descriptors))
+                else:
+                    outcomes.append(failure(decision, error))
         return outcomes
 
     def _open_many(self, asker: Asker, paths: Sequence[bytes], descriptors: list[int]) -> list[Outcome]:
@@ -214,6 +239,8 @@ class Opener:
                     outcome = self._copy_plain(decision, *plain.pop(index), room, copies)
                 else:
                     outcome = self._copy(decision, root, asker, path, room, copies)
+                if outcome.reason == "symlink" and decision.followed is not None:
+                    outcome = self._copy_followed(decision, asker, path, room, copies)
                 if outcome.result.status is Status.COPIED:
                     room -= outcome.result.length
                 elif outcome.reason != "changed" and may_open(path).allowed:
@@ -306,13 +333,32 @@ class Opener:
         room: int,
         copies: list[bytes],
     ) -> Outcome:
-        """Read a small file whole, as it was at one moment; append it to `copies`."""
-        held = opened = -1
+        held = -1
         try:
             if root.helpers:
                 return NEEDS_HELPER
             held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
-            before = os.fstat(held)
+            return self._copy_held(
+                _Found(held, os.fstat(held), root, path, decision, ()), asker, room, copies
+            )
+        except OSError as error:
+            return failure(decision, error)
+        finally:
+            if held >= 0:
+                os.close(held)
+
+    def _copy_followed(
+        self, decision: NameDecision, asker: Asker, path: bytes, room: int, copies: list[bytes]
+    ) -> Outcome:
+        return self._use_followed(
+            "copy", decision, path, asker, lambda found: self._copy_held(found, asker, room, copies)
+        )
+
+    def _copy_held(self, found: _Found, asker: Asker, room: int, copies: list[bytes]) -> Outcome:
+        """Read a small file whole, as it was at one moment; append it to `copies`."""
+        held, before, root, path, decision, _ = found
+        opened = -1
+        try:
             objection, rule = self._judge_file(decision, root, path, held, before, asker)
             if objection is not None:
                 return objection
@@ -325,12 +371,9 @@ class Opener:
                 return Outcome(refused(Reason.BUSY), "changed", rule)
             copies.append(data)
             return self._copied(len(data), rule)
-        except OSError as error:
-            return failure(decision, error)
         finally:
-            for descriptor in (held, opened):
-                if descriptor >= 0:
-                    os.close(descriptor)
+            if opened >= 0:
+                os.close(opened)
 
     def _open_judged(
         self, decision: NameDecision, root: HeldRoot, path: bytes, asker: Asker, descriptors: list[int]
@@ -340,13 +383,123 @@ class Opener:
             return NEEDS_HELPER
         held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
         try:
-            objection, rule = self._judge_file(decision, root, path, held, os.fstat(held), asker)
+            facts = os.fstat(held)
+            if decision.followed is not None and stat.S_ISLNK(facts.st_mode):
+                return self._open_followed(decision, path, asker, descriptors)
+            objection, rule = self._judge_file(decision, root, path, held, facts, asker)
             if objection is not None:
                 return objection
             descriptors.append(reopen_for_reading(self._proc_self_fd, held))
             return self._given.get(rule) or self._give(rule)
         finally:
             os.close(held)
+
+    def _open_followed(
+        self, decision: NameDecision, path: bytes, asker: Asker, descriptors: list[int]
+    ) -> Outcome:
+        def use(found: _Found) -> Outcome:
+            held, facts, root, name, behind, _ = found
+            objection, rule = self._judge_file(behind, root, name, held, facts, asker)
+            if objection is not None:
+                return objection
+            descriptors.append(reopen_for_reading(self._proc_self_fd, held))
+            return Outcome(GIVEN, "ok", rule)
+
+        return self._use_followed("open", decision, path, asker, use)
+
+    def _use_followed(
+        self,
+        action: str,
+        decision: NameDecision,
+        path: bytes,
+        asker: Asker,
+        use: Callable[[_Found], Outcome],
+        *,
+        also_last: bool = True,
+    ) -> Outcome:
+        """Let `use` have what the links of an allowed `path` lead to, if all names on the way allow it.
+
+        `use` decides by the last name, as if that had been asked for. `also_last`: that is no link either.
+        """
+        names = [(path, decision)]
+        try:
+            found = self._follow(asker.view.actions[action], names, also_last=also_last)
+            if isinstance(found, Outcome):
+                outcome = found
+            else:
+                try:
+                    outcome = self._judge_names_before(found, asker) or use(found)
+                finally:
+                    os.close(found.held)
+        except OSError as error:
+            outcome = failure(names[-1][1], error)
+        # What one name on the way keeps from the client, the others do not tell.
+        result = outcome.result
+        if result.status is Status.REFUSED and not all(said.plain for _, said in names):
+            result = _DENIED
+        told = Outcome(result, outcome.reason, outcome.rule, outcome.facts)
+        if len(names) > 1:
+            told.record += f",{quoted_path(names[-1][0], name='resolved')}"
+        return told
+
+    def _follow(
+        self, view: ActionView, names: list[tuple[bytes, NameDecision]], *, also_last: bool
+    ) -> _Found | Outcome:
+        """Go from link to link, and append each name that there is to `names`, with what the rules say of it.
+
+        Raises:
+            OSError: something is not there, or can't be looked at.
+
+        """
+        before: list[NameDecision] = []
+        for _ in range(MOST_LINKS):
+            path, decision = names[-1]
+            if decision.followed is None:
+                return object_refusal(decision, "symlink")
+            before.append(decision.followed)
+            names[-1] = path, decision.followed
+            try:
+                path = name_behind_link(self.roots[decision.root.number], path)  # type: ignore[union-attr]
+            except LinkRefusedError as error:
+                return object_refusal(decision, str(error))
+            decision = view.decide(path)
+            names.append((path, decision))
+            if not decision.allowed:
+                return Outcome(_DENIED, decision.reason, decision.rule)
+            root = self.roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
+            if root.helpers:
+                return object_refusal(decision, "not_followed")
+            try:
+                held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    continue
+                raise
+            facts = os.fstat(held)
+            if not (also_last and stat.S_ISLNK(facts.st_mode)):
+                return _Found(held, facts, root, path, decision, before)
+            os.close(held)
+        return object_refusal(names[-1][1], "too_many_links")
+
+    def _judge_names_before(self, found: _Found, asker: Asker) -> Outcome | None:
+        """Return why a name on the way does not allow what links led to, or None."""
+        for decision in found.before:
+            allowed, reason, rule = decide_object(
+                decision,
+                found.facts,
+                asker.uid,
+                asker.on_behalf_of_uid,
+                found.root.surroundings(found.held) if decision.asks_surroundings else None,
+            )
+            if not allowed:
+                return Outcome(_DENIED, reason, rule)
+            if (
+                decision.asks_links
+                and stat.S_ISREG(found.facts.st_mode)
+                and name_is_lost(found.root, found.path, found.held, self._proc_self_fd)
+            ):
+                return object_refusal(decision, "lost_its_name")
+        return None
 
     def _give(self, rule: Rule | None) -> Outcome:
         if len(self._given) >= _MAX_GIVEN:
@@ -367,7 +520,8 @@ class Opener:
         objection = root.objection(held)
         if objection is not None or not stat.S_ISREG(facts.st_mode):
             return object_refusal(decision, objection or _kind_refused(facts.st_mode)), None
-        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid)
+        around = root.surroundings(held) if decision.asks_surroundings else None
+        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid, around)
         if not allowed:
             return Outcome(_DENIED, reason, rule), rule
         if decision.asks_links and name_is_lost(root, path, held, self._proc_self_fd):
@@ -388,6 +542,15 @@ class Opener:
             held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
             return self._judge(decision, root, path, held, asker)
         except OSError as error:
+            if error.errno == errno.ELOOP and decision.followed is not None:
+                return self._use_followed(
+                    "stat",
+                    decision,
+                    path,
+                    asker,
+                    lambda found: self._judge(found.decision, found.root, found.path, found.held, asker),
+                    also_last=False,
+                )
             return failure(decision, error)
         finally:
             if held >= 0:
@@ -406,6 +569,30 @@ class Opener:
         decision = asker.view.actions["list"].decide(path)
         if not decision.allowed:
             return Page(refusal(decision))
+        page = self._page_at_rest(asker, decision, path, cookie, most)
+        if page.outcome.reason != "symlink" or decision.followed is None:
+            return page
+        # As if the name that links led to had been asked for; that this is the object which was judged is
+        # seen by its number.
+        pages: list[Page] = []
+
+        def use(found: _Found) -> Outcome:
+            page = self._page_at_rest(asker, found.decision, found.path, cookie, most)
+            outcome = page.outcome
+            if outcome.facts is not None and (outcome.facts.device, outcome.facts.inode) != (
+                found.facts.st_dev,
+                found.facts.st_ino,
+            ):
+                return object_refusal(found.decision, "moved")
+            pages.append(page)
+            return outcome
+
+        outcome = self._use_followed("list", decision, path, asker, use)
+        return pages[0]._replace(outcome=outcome) if pages else Page(outcome)
+
+    def _page_at_rest(
+        self, asker: Asker, decision: NameDecision, path: bytes, cookie: int, most: int
+    ) -> Page:
         for _ in range(_LIST_TRIES):
             page = self._page(asker, decision, path, cookie, most)
             if page is not None:
@@ -490,6 +677,9 @@ class Opener:
         try:
             held = open_path_beneath(directory, entry.name)
             facts = os.fstat(held)
+            around = None
+            if may_list.asks_surroundings or may_stat.asks_surroundings:
+                around = root.surroundings(held)
             asks_links = may_list.asks_links or may_stat.asks_links
             if (
                 asks_links
@@ -506,12 +696,13 @@ class Opener:
                 os.close(held)
         if (
             not may_list.plain
-            and not decide_object(may_list, facts, asker.uid, asker.on_behalf_of_uid).allowed
+            and not decide_object(may_list, facts, asker.uid, asker.on_behalf_of_uid, around).allowed
         ):
             return None
         kind = entry.kind or stat.S_IFMT(facts.st_mode) >> 12
         shown = may_stat.plain or (
-            may_stat.allowed and decide_object(may_stat, facts, asker.uid, asker.on_behalf_of_uid).allowed
+            may_stat.allowed
+            and decide_object(may_stat, facts, asker.uid, asker.on_behalf_of_uid, around).allowed
         )
         return ListEntry(entry.name, kind, file_stat(facts) if shown else None)
 
@@ -521,7 +712,8 @@ class Opener:
         objection = root.objection(held)
         if objection is not None and objection != "mount_not_read_only":
             return object_refusal(decision, objection)
-        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid)
+        around = root.surroundings(held) if decision.asks_surroundings else None
+        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid, around)
         if not allowed:
             return Outcome(_DENIED, reason, rule)
         if (
@@ -552,7 +744,8 @@ class Opener:
             return object_refusal(decision, objection)
         if opens and not regular:
             return object_refusal(decision, _kind_refused(facts.st_mode))
-        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid)
+        around = Surroundings(time.time_ns(), filesystem.type)
+        allowed, reason, rule = decide_object(decision, facts, asker.uid, asker.on_behalf_of_uid, around)
         if not allowed:
             return Outcome(_DENIED, reason, rule)
         if decision.asks_links and regular:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel.files import FilesystemFacts, filesystem_of
+from fdbroker.policy.rules import Surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +24,7 @@ SERVED_FILESYSTEMS = {
     0x9123683E: "btrfs",
     0x01021994: "tmpfs",
     0xF2F52010: "f2fs",
-    0x794C7630: "overlayfs",
+    0x794C7630: "overlay",
     0x2FC12FC1: "zfs",
     0xCA451A4E: "bcachefs",
     0x73717368: "squashfs",
@@ -38,7 +40,7 @@ HELPED_FILESYSTEMS = {
     0x65735546: "fuse",
     0x6969: "nfs",
     0xFF534D42: "cifs",
-    0xFE534D42: "smb2",
+    0xFE534D42: "smb3",
     0x517B: "smb",
     0x0187: "autofs",
     0x01021997: "9p",
@@ -50,13 +52,24 @@ class RootError(Exception):
 
 
 class HeldRoot(NamedTuple):
-    """A root with its O_PATH descriptor; `skip` and `helpers` as in `Root`."""
+    """A root with its O_PATH descriptor; `skip` and `helpers` as in `Root`.
+
+    `filesystem`: the magic number of its type, which is that of all that is reached where mounts are not
+    crossed; 0 where `helpers` look.
+    """
 
     descriptor: int
     skip: int
     cross_mounts: bool
     read_only_required: bool
     helpers: bool = False
+    filesystem: int = 0
+
+    def surroundings(self, held: int) -> Surroundings:
+        """Return what conditions ask about when and where an object behind this root was looked at: now."""
+        return Surroundings(
+            time.time_ns(), filesystem_of(held).type if self.cross_mounts else self.filesystem
+        )
 
     def objection(self, held: int) -> str | None:
         """Return why an object behind this root's mounts is not to be served, or None.
@@ -99,10 +112,12 @@ def hold_roots(roots: Sequence[Root], *, read_only_required: bool) -> list[HeldR
     try:
         for root in roots:
             descriptor = _open_root(root)
-            held.append(HeldRoot(descriptor, root.skip, root.cross_mounts, read_only_required, root.helpers))
+            kept = HeldRoot(descriptor, root.skip, root.cross_mounts, read_only_required, root.helpers)
+            held.append(kept)
             if root.helpers:
                 continue  # even fstatfs(2) asks the server; helpers look, at each file
             facts = filesystem_of(descriptor)
+            held[-1] = kept._replace(filesystem=facts.type)
             objection = objection_to_filesystem(facts, read_only_required=read_only_required)
             where = f"root {root.name!r} ({os.fsdecode(root.path)})"
             if objection == "filesystem":

@@ -81,7 +81,7 @@ class Broker:
         self._helpers: OpenHelpers | None = None
         self._helper_descriptors: frozenset[int] = frozenset()
         self._audit = parts.audit
-        self._level = parts.identity_level
+        self._level, self._labels = parts.held.identity_level, parts.held.labels
         self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}
         self._connections_of: dict[int, int] = {}
@@ -179,7 +179,7 @@ class Broker:
             sockets.refuse_descriptors(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             self._epoll.register(sock, _READY)
-            peer = PeerAtConnect(sock, self._level)
+            peer = PeerAtConnect(sock, self._level, labels=self._labels)
         except BaseException:
             sock.close()
             raise

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
     from fdbroker.broker.dispatch import Asker
     from fdbroker.broker.roots import HeldRoot
-    from fdbroker.policy.decide import NameDecision, View
+    from fdbroker.policy.decide import NameDecision, ObjectDecision, View
     from fdbroker.policy.globs import Glob, Remainder
     from fdbroker.policy.rules import Rule
     from fdbroker.wire.messages import WalkRequest
@@ -440,7 +440,7 @@ class Walk:
             objection = root.objection(held)
             if objection is not None and objection != "mount_not_read_only":
                 return object_refusal(decision, objection)
-            allowed, reason, rule = decide_object(decision, facts, *self._uids)
+            allowed, reason, rule = self._decide(decision, root, held, facts)
             if not allowed:
                 return Outcome(refused(Reason.DENIED), reason, rule)
             if not stat.S_ISDIR(facts.st_mode):
@@ -497,7 +497,7 @@ class Walk:
             held = _open_whole(root, path)
             facts = os.fstat(held)
             if not stat.S_ISDIR(facts.st_mode):
-                return not self._sought and decide_object(decision, facts, *self._uids).allowed
+                return not self._sought and self._decide(decision, root, held, facts).allowed
             if self._objection_to_directory(decision, root, held, facts) is not None:
                 return False
         except OSError as error:
@@ -635,6 +635,12 @@ class Walk:
         visit = step.visits[level] = _Visit(held, facts, path, root, remainders)
         return visit
 
+    def _decide(
+        self, decision: NameDecision, root: HeldRoot, held: int, facts: os.stat_result
+    ) -> ObjectDecision:
+        around = root.surroundings(held) if decision.asks_surroundings else None
+        return decide_object(decision, facts, *self._uids, around)
+
     def _plain_names(self, level: _Level, visit: _Visit, step: _Step) -> _PlainNames | None:
         """Return for which names in a directory `_take_plain_files` is right, None if for none."""
         if not self._opens or step.careful or visit.root.cross_mounts:
@@ -660,7 +666,7 @@ class Walk:
             return Incomplete.CROSSES_MOUNT
         if not stat.S_ISDIR(facts.st_mode):
             return Incomplete.CHANGED
-        if decision.plain or decide_object(decision, facts, *self._uids).allowed:
+        if decision.plain or self._decide(decision, root, held, facts).allowed:
             return None
         return Incomplete.REFUSED
 
@@ -821,7 +827,7 @@ class Walk:
                 step.leave_out(objection)
                 return
             if self._is_wanted(facts, visit, name):
-                rule = decide_object(decision, facts, *self._uids).rule
+                rule = self._decide(decision, root, held, facts).rule
                 self._give(step, path, file_stat(facts), rule)
             below = self._descend(level, name, path, number, facts)
             if not step.has_visited_enough():
@@ -852,14 +858,14 @@ class Walk:
         if objection is not None and (opens or objection != "mount_not_read_only"):
             step.leave_out(Incomplete.CROSSES_MOUNT)
             return
-        allowed, _, rule = decide_object(decision, facts, *self._uids)
+        allowed, _, rule = self._decide(decision, root, held, facts)
         asks_links = decision.asks_links
         if allowed and opens:
             decision = self.view.actions["open"].decide(path)
             allowed = decision.allowed
             asks_links = asks_links or decision.asks_links
             if allowed:
-                allowed, _, rule = decide_object(decision, facts, *self._uids)
+                allowed, _, rule = self._decide(decision, root, held, facts)
         if not allowed:
             step.leave_out(Incomplete.REFUSED)
             return

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.cli.output import coloured, counted, path_members
 from fdbroker.config.names import group_text, printable, user_name, user_text
+from fdbroker.policy.rules import ClientFacts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from fdbroker.config.explain import Explanation, RuleCheck, RuleReport, Seen
-    from fdbroker.policy.rules import ClientFacts, FileFacts
+    from fdbroker.policy.rules import FileFacts
 
 _STATUS = {"allow": 0, "deny": 1, "unknown": 3}
 _COLOURS = {"allow": "green", "deny": "red", "unknown": "yellow"}
@@ -27,16 +28,28 @@ def status_of(explanation: Explanation) -> int:
     return _STATUS[explanation.verdict.decision]
 
 
-def to_document(explanation: Explanation, source: str, notes: Sequence[str]) -> dict[str, object]:
+class Source(NamedTuple):
+    """Where an explanation comes from. `generation`: of the running broker, None where it was not asked.
+
+    `notes`: why the broker would not take the file. `control_group`: of who is explained, if it is known.
+    """
+
+    policy: str
+    notes: Sequence[str] = ()
+    control_group: str | None = None
+    generation: int | None = None
+
+
+def to_document(explanation: Explanation, source: Source) -> dict[str, object]:
     """Return an explanation as JSON members."""
     client, acted_for, verdict = explanation.client, explanation.on_behalf_of, explanation.verdict
     return {
         **path_members(explanation.path),
         "action": explanation.action,
-        "source": "file",
-        "policy": printable(source),
-        "generation": None,
-        "notes": list(notes),
+        "source": "file" if source.generation is None else "broker",
+        "policy": printable(source.policy),
+        "generation": source.generation,
+        "notes": list(source.notes),
         "client": _client_members(client),
         "on_behalf_of": None if acted_for is None else _client_members(acted_for),
         "root": None if explanation.root is None else explanation.root.name,
@@ -82,7 +95,7 @@ def _object_members(seen: Seen | None) -> dict[str, object] | None:
     return members
 
 
-def lines_of(explanation: Explanation, source: str, *, verbose: bool) -> list[str]:
+def lines_of(explanation: Explanation, source: Source, *, verbose: bool) -> list[str]:
     """Return an explanation for people."""
     client, acted_for = explanation.client, explanation.on_behalf_of
     lines = [
@@ -90,24 +103,37 @@ def lines_of(explanation: Explanation, source: str, *, verbose: bool) -> list[st
         f"action  {explanation.action}",
         f"client  {_client_line(client)}",
         *([] if acted_for is None else [f"for     {_client_line(acted_for)}"]),
-        f"policy  {printable(source)}",
+        *([] if source.control_group is None else [f"cgroup  {printable(source.control_group)}"]),
+        f"policy  {printable(source.policy)}",
     ]
+    if source.generation is not None:
+        lines.append(f"broker  it decides by this file (generation {source.generation}), and says the same")
     if explanation.seen is not None:
         lines.append(f"object  {_object_line(explanation.seen)}")
-    shown = [rule for rule in explanation.rules if verbose or _is_near(rule, explanation)]
-    for rule in shown:
-        lines += ["", *_rule_lines(rule)]
-    hidden = len(explanation.rules) - len(shown)
-    if hidden:
-        lines += ["", f"{hidden} other rules are not about this at all (-v shows them)."]
-    colour = _COLOURS[explanation.verdict.decision]
-    sentence = explanation.sentence
-    lines += ["", coloured(printable(sentence[:1].upper() + sentence[1:]) + ".", colour)]
+    lines += lines_of_rules(explanation, verbose=verbose)
     if explanation.verdict.decision == "unknown" and os.geteuid() != 0:
         lines.append(
             f"Root can look at it: run this again as root, with --as {printable(user_name(client.uid))}."
         )
     return lines
+
+
+def lines_of_rules(explanation: Explanation, *, verbose: bool, few: int = _FEW) -> list[str]:
+    """Return the rules that come near, or all (`verbose`), and the sentence, each behind an empty line.
+
+    Of a policy with no more rules than `few` all are shown.
+    """
+    lines = []
+    everyone = verbose or len(explanation.rules) <= few
+    shown = [rule for rule in explanation.rules if everyone or _is_near(rule, explanation)]
+    for rule in shown:
+        lines += ["", *_rule_lines(rule)]
+    hidden = len(explanation.rules) - len(shown)
+    if hidden:
+        lines += ["", f"{hidden} other rules are not about this at all (-v shows them)."]
+    sentence = explanation.sentence
+    colour = _COLOURS[explanation.verdict.decision]
+    return [*lines, "", coloured(printable(sentence[:1].upper() + sentence[1:]) + ".", colour)]
 
 
 def _client_line(client: ClientFacts) -> str:
@@ -120,7 +146,7 @@ def _client_line(client: ClientFacts) -> str:
 
 def _is_near(rule: RuleReport, explanation: Explanation) -> bool:
     """Return whether a rule applies, might, or fails in one thing alone."""
-    return len(explanation.rules) <= _FEW or rule.failures <= 1 or rule.name == explanation.verdict.rule
+    return rule.failures <= 1 or rule.name == explanation.verdict.rule
 
 
 def _rule_lines(rule: RuleReport) -> list[str]:
@@ -172,8 +198,13 @@ def _decision(answer: Mapping[str, Any]) -> str:
     return "unknown" if answer.get("asked_of_object") or answer.get("denies") else "allow"
 
 
-def document_of_answer(answer: Mapping[str, Any], path: bytes) -> dict[str, Any]:
-    """Return what a broker says as the members that an explanation of a policy file has, too."""
+def document_of_answer(
+    answer: Mapping[str, Any], path: bytes, client: ClientFacts | None = None
+) -> dict[str, Any]:
+    """Return what a broker says as the members that an explanation of a policy file has, too.
+
+    `client`: who asked it; None: this process.
+    """
     decision = _decision(answer)
     undecided = decision == "unknown"
     rules = [(name, "allow") for name in answer.get("asked_of_object") or ()]
@@ -185,7 +216,7 @@ def document_of_answer(answer: Mapping[str, Any], path: bytes) -> dict[str, Any]
         "policy": None,
         "generation": answer.get("generation"),
         "notes": [],
-        "client": {"uid": os.geteuid(), "gids": sorted({os.getegid(), *os.getgroups()}), "cgroups": []},
+        "client": _client_members(client or _this_process()),
         "on_behalf_of": None,
         "root": answer.get("root"),
         "decision": decision,
@@ -195,6 +226,10 @@ def document_of_answer(answer: Mapping[str, Any], path: bytes) -> dict[str, Any]
         "object": None,
         "rules": [{"name": name, "effect": effect, "applies": None, "checks": []} for name, effect in rules],
     }
+
+
+def _this_process() -> ClientFacts:
+    return ClientFacts(os.geteuid(), frozenset({os.getegid(), *os.getgroups()}))
 
 
 def _sentence(answer: Mapping[str, Any]) -> str:
@@ -212,13 +247,15 @@ def _sentence(answer: Mapping[str, Any]) -> str:
     return f"denied: {reasons.get(reason, reason)}"
 
 
-def lines_of_answer(answer: Mapping[str, Any], path: bytes) -> list[str]:
+def lines_of_answer(answer: Mapping[str, Any], path: bytes, client: ClientFacts | None = None) -> list[str]:
     """Return for people what a broker says of the client that asks, by the name alone."""
     decision = _decision(answer)
     lines = [
         f"path    {printable(path)}",
         f"action  {printable(str(answer.get('action')))}",
-        f"client  you, user {user_text(os.geteuid())}",
+        f"client  you, user {user_text(os.geteuid())}"
+        if client is None
+        else f"client  {_client_line(client)}",
         f"policy  generation {answer.get('generation')} of the running broker; by the name alone",
         f"root    {printable(str(answer.get('root') or 'none'))}",
     ]
@@ -229,6 +266,6 @@ def lines_of_answer(answer: Mapping[str, Any], path: bytes) -> list[str]:
             lines.append(f"{label.ljust(6)}  if the file meets the conditions of rule {shown}")
     colour = _COLOURS[decision]
     sentence = _sentence(answer)
-    user = printable(user_name(os.geteuid()))
+    user = printable(user_name(os.geteuid() if client is None else client.uid))
     more = f"Root sees the rules and the file: run this again as root, with --as {user}."
     return [*lines, "", coloured(f"{sentence[:1].upper()}{sentence[1:]}.", colour), more]

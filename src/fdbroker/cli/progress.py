@@ -17,7 +17,7 @@ from fdbroker.cli.output import counted
 from fdbroker.scan.tree import File
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
     from typing import Self
 
@@ -112,9 +112,9 @@ def _bar(*columns: ProgressColumn, wanted: bool) -> Progress:
 class WalkProgress:
     """Shows how much a walk has found; nothing where standard error is no terminal, or `wanted` is False."""
 
-    def __init__(self, *, wanted: bool) -> None:
+    def __init__(self, *, wanted: bool, words: str = "walking") -> None:
         self._progress = _bar(TimeElapsedColumn(), wanted=wanted)
-        self._task = self._progress.add_task("", total=None, words="walking")
+        self._task = self._progress.add_task("", total=None, words=words)
         self._bytes = 0
         self._next = 0.0
 
@@ -132,13 +132,15 @@ class WalkProgress:
     def update(self, found: int, size: int) -> None:
         """Count `size` bytes more, and show how much there is a few times a second."""
         self._bytes += size
+        self.show(lambda: f"{counted(found, 'file')}, {_size(self._bytes)}")
+
+    def show(self, words: Callable[[], str]) -> None:
+        """Show what `words` returns, a few times a second."""
         now = time.monotonic()
         if self._progress.disable or now < self._next:
             return
         self._next = now + _INTERVAL
-        self._progress.update(
-            self._task, words=f"{counted(found, 'file')}, {_size(self._bytes)}", refresh=True
-        )
+        self._progress.update(self._task, words=words(), refresh=True)
 
 
 class ScanProgress:

@@ -10,14 +10,17 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from fdbroker.config.compile import compile_policy
+from fdbroker.config.check import check
+from fdbroker.config.compile import compile_files
 from fdbroker.config.compiled import dumps
 from fdbroker.config.errors import ConfigError
-from fdbroker.config.identities import Lookups, OfflineLookups, SystemLookups
+from fdbroker.config.findings import KINDS
+from fdbroker.config.identities import SystemLookups
 from fdbroker.config.names import printable
 from fdbroker.config.schema import json_schema
-from fdbroker.config.sources import read_policy_file
+from fdbroker.config.sources import read_policy_files
 
 EXIT_OK = 0
 EXIT_REFUSED = 2
@@ -40,31 +43,42 @@ class UnwrittenError(Exception):
         super().__init__(f"{printable(where)}: can't be written: {error.strerror}; {cure}")
 
 
-def run(arguments: Sequence[str] | None = None) -> str:
-    """Do what the command line says and return what belongs on standard output.
+class Result(NamedTuple):
+    """What belongs on standard output and standard error, and the exit status."""
+
+    output: str
+    told: str = ""
+    status: int = EXIT_OK
+
+
+def run(arguments: Sequence[str] | None = None) -> Result:
+    """Do what the command line says and return what is to be written.
 
     Raises:
-        ConfigError: the policy has problems.
         UnwrittenError: the file that was to be made could not be.
         SystemExit: the command line is wrong (status 2), or help was asked for (0).
 
     """
     options = _parser().parse_args(arguments)
     if options.command == "schema":
-        return json.dumps(json_schema(), indent=2) + "\n"
-    lookups: Lookups = OfflineLookups() if options.command == "check" and options.offline else SystemLookups()
-    compiled = compile_policy(read_policy_file(options.file, dev=options.dev), options.file, lookups)
+        return Result(json.dumps(json_schema(), indent=2) + "\n")
     if options.command == "check":
-        roots, rules = (len(compiled["roots"]), len(compiled["rules"]))
-        counts = f"{roots} root{'s' * (roots != 1)}, {rules} rule{'s' * (rules != 1)}"
-        return f"{printable(options.file)}: {counts}, no problems\n"
+        checked = check(options.file, dev=options.dev, offline=options.offline, ignored=options.ignore)
+        status = checked.status(strict=options.strict)
+        if options.json:
+            return Result(checked.document(), status=status)
+        return Result(checked.summary(), checked.told(), status)
+    try:
+        compiled = compile_files(read_policy_files(options.file, dev=options.dev), SystemLookups())
+    except ConfigError as error:
+        return Result("", f"{error}\n", EXIT_REFUSED)
     if options.output == "-":
-        return dumps(compiled)
+        return Result(dumps(compiled))
     try:
         _replace(options.output, dumps(compiled).encode())
     except OSError as error:
         raise UnwrittenError(options.output, error) from error
-    return ""
+    return Result("")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,17 +89,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     """
     try:
-        text = run(arguments)
+        result = run(arguments)
+        sys.stderr.write(result.told)
         try:
-            sys.stdout.write(text)
+            sys.stdout.write(result.output)
             sys.stdout.flush()
         except OSError as error:
             _give_up_output()
             raise UnwrittenError("standard output", error) from error
-    except (ConfigError, UnwrittenError) as error:
+    except UnwrittenError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_REFUSED
-    return EXIT_OK
+    return result.status
 
 
 def _give_up_output() -> None:
@@ -99,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fdbroker.config",
         description="Check a policy of fdbroker, or compile it to what the broker reads.",
-        epilog="Exit status: 0 when there is no problem, 2 otherwise; then nothing is written.",
+        epilog="Exit status: 0 when there is no error, 2 otherwise, and then nothing is written."
+        " check --strict: 1 if there are warnings.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     compiling = commands.add_parser("compile", help="write the compiled policy")
@@ -119,6 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the policy is for another machine: do not look for its directories, users and groups here",
     )
+    checking.add_argument("--strict", action="store_true", help="exit status 1 if there are warnings")
+    checking.add_argument(
+        "--ignore", action="append", default=[], choices=sorted(KINDS), help="a kind of finding to leave out"
+    )
+    checking.add_argument("--json", action="store_true", help="write one JSON object")
     commands.add_parser("schema", help="write the JSON Schema of the policy file, for editors")
     return parser
 

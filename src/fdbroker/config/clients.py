@@ -12,7 +12,7 @@ from fdbroker.config.scalars import ScalarError, parse_count, parse_path
 from fdbroker.config.schema import Client
 from fdbroker.config.yaml_tree import List, Node, Text
 
-_CLIENT_CURE = "write any, or a mapping with some of user, group, unit, cgroup"
+_CLIENT_CURE = "write any, or a mapping with some of user, group, unit, cgroup, label"
 _IDS_CURE = "write names or numbers"
 
 
@@ -71,6 +71,10 @@ class ClientReader:
             client["cgroups"] = self._cgroups(
                 found["cgroup"], f"{what}: cgroup", _cgroup_path, "write its full path, as in /user.slice"
             )
+        if "label" in found:
+            cure = "write it whole, as in system_u:system_r:backup_t:s0, or 'backup (enforce)'"
+            texts = self._reader.texts(found["label"], f"{what}: label", cure)
+            client["labels"] = [text.value for text in texts]
         if "unit" in found and "cgroup" in found:
             # Both would have to hold, and a list of control groups can't say that.
             self._reader.add(

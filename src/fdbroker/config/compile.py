@@ -8,19 +8,21 @@ is not compiled at all.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypedDict, get_args
 
 from fdbroker.config.clients import ClientReader
 from fdbroker.config.compiled import CompiledLimits, CompiledPolicy, CompiledRoot, CompiledRule
 from fdbroker.config.conditions import ConditionReader
 from fdbroker.config.daemon import DaemonReader
-from fdbroker.config.errors import ProblemList, closest, did_you_mean, listed, quoted
+from fdbroker.config.errors import Mark, ProblemList, closest, did_you_mean, listed, quoted
 from fdbroker.config.identities import Lookups, SystemLookups
+from fdbroker.config.parts import merged
 from fdbroker.config.reader import Reader
 from fdbroker.config.scalars import parse_boolean, parse_count, parse_duration, parse_path
 from fdbroker.config.schema import (
     CONNECTIONS_PER_UID,
+    IDENTITY_DEFAULT,
     IDLE_TIMEOUT,
     IN_FLIGHT_PER_CONNECTION,
     IN_FLIGHT_PER_UID,
@@ -30,10 +32,12 @@ from fdbroker.config.schema import (
     PER_SECOND,
     READ_ONLY_VIEW_DEFAULT,
     RULE_IN_FLIGHT,
+    SYMLINKS_DEFAULT,
     Action,
     Admins,
     Audit,
     Delivery,
+    Identity,
     Limits,
     OnFailure,
     Opens,
@@ -42,9 +46,10 @@ from fdbroker.config.schema import (
     Root,
     Rule,
     RuleLimits,
+    Symlinks,
     keys_of,
 )
-from fdbroker.config.sources import read_policy_file
+from fdbroker.config.sources import PolicyFile, read_policy_files
 from fdbroker.config.yaml_tree import Mapping, Node, Text, parse_yaml
 from fdbroker.policy.globs import compile_glob
 
@@ -82,7 +87,7 @@ _GLOBS_CURE = 'write globs relative to the root, as in "*/Mail/**"'
 
 
 def compile_policy(text: bytes, filename: str, lookups: Lookups) -> CompiledPolicy:
-    """Check a policy and return it compiled.
+    """Check a policy of one file and return it compiled.
 
     `filename` is for messages only; nothing is opened by it.
 
@@ -90,9 +95,29 @@ def compile_policy(text: bytes, filename: str, lookups: Lookups) -> CompiledPoli
         ConfigError: the policy is refused; it has every problem that was found.
 
     """
-    problems = ProblemList(filename)
-    tree = parse_yaml(text, problems)
-    compiled = None if tree is None else _Compiler(Reader(problems), lookups).policy(tree)
+    return compile_files([PolicyFile(filename, text)], lookups)
+
+
+def compile_files(files: Sequence[PolicyFile], lookups: Lookups) -> CompiledPolicy:
+    """Check a policy that is in several files, the first of which is its main one; return it compiled.
+
+    Raises:
+        ConfigError: as `compile_policy`.
+
+    """
+    problems = ProblemList(files[0].name)
+    reader = Reader(problems)
+    compiler = _Compiler(reader, lookups)
+    trees = []
+    for file in files:
+        problems.begin(file.name)
+        tree = parse_yaml(file.text, problems)
+        if tree is not None:
+            trees.append(compiler.part(tree))
+    problems.begin(files[0].name)
+    parts = [tree for tree in trees if tree is not None]
+    # Of what is not there whole nothing is said that may not be so.
+    compiled = compiler.policy(merged(parts, reader)) if len(parts) == len(files) else None
     problems.raise_if_any()
     if compiled is None:  # pragma: no cover - nothing is left out without a problem
         raise AssertionError("a policy was not compiled and no problem was noted")
@@ -100,7 +125,7 @@ def compile_policy(text: bytes, filename: str, lookups: Lookups) -> CompiledPoli
 
 
 def load_policy_file(path: str, *, dev: bool = False) -> CompiledPolicy:
-    """Read a policy file that only root can have written, and compile it for this machine.
+    """Read a policy that only root can have written, with its parts, and compile it for this machine.
 
     `dev` takes a file of the user who runs this as well, in a directory such
     as /tmp: for development only.
@@ -109,7 +134,7 @@ def load_policy_file(path: str, *, dev: bool = False) -> CompiledPolicy:
         ConfigError: the file can't be trusted or read, or the policy is refused.
 
     """
-    return compile_policy(read_policy_file(path, dev=dev), path, SystemLookups())
+    return compile_files(read_policy_files(path, dev=dev), SystemLookups())
 
 
 class _RuleLimitsIfWanted(TypedDict, total=False):
@@ -127,14 +152,18 @@ class _Compiler:
         self._clients = ClientReader(reader, lookups)
         self._conditions = ConditionReader(reader, self._clients)
         self._daemon = DaemonReader(reader, self._clients, lookups)
+        self._helped: set[str] = set()  # names of roots
 
-    def policy(self, tree: Node) -> CompiledPolicy | None:
+    def part(self, tree: Node) -> Mapping | None:
+        """Return what is in one file of a policy, if it is for this version."""
         mapping = self._reader.mapping(tree, "the policy", "begin with 'version: 1'")
-        if mapping is None or not self._is_our_version(mapping):
-            return None
+        return mapping if mapping is not None and self._is_our_version(mapping) else None
+
+    def policy(self, mapping: Mapping) -> CompiledPolicy:
         found = self._reader.entries(mapping, "", Policy)
         root_names, roots = self._roots(found.get("roots"))
         view = self._reader.choice(found.get("read_only_view"), "read_only_view", get_args(ReadOnlyView))
+        identity = self._reader.choice(found.get("identity"), "identity", get_args(Identity))
         on_failure, to = self._audit(found.get("audit"))
         daemon, services = self._daemon.daemon(found.get("user"), found.get("listeners"), to)
         return CompiledPolicy(
@@ -144,6 +173,7 @@ class _Compiler:
             limits=self._limits(found.get("limits")),
             audit={"on_failure": on_failure},
             read_only_view=view or READ_ONLY_VIEW_DEFAULT,
+            identity=identity or IDENTITY_DEFAULT,
             admins=self._admins(found.get("admins")),
             services=services,
             daemon=daemon,
@@ -171,7 +201,7 @@ class _Compiler:
         if mapping is None:
             return None, []
         roots: list[CompiledRoot] = []
-        names_by_path: dict[str, str] = {}
+        names_by_path: dict[str, tuple[str, Mark]] = {}
         for name, entry in mapping.entries.items():
             self._check_name(entry.key, "root name")
             what = f"root {quoted(name)}"
@@ -185,21 +215,25 @@ class _Compiler:
                 found.get("cross_mounts"), f"{what}: cross_mounts", parse_boolean, cure
             )
             opens = self._reader.choice(found.get("opens"), f"{what}: opens", get_args(Opens))
+            if opens == "helpers":
+                self._helped.add(name)
             roots.append(
                 CompiledRoot(name=name, path=path, cross_mounts=bool(cross), opens=opens or OPENS_DEFAULT)
             )
         return list(mapping.entries), roots
 
-    def _root_path(self, node: Node | None, what: str, name: str, names_by_path: dict[str, str]) -> str:
+    def _root_path(
+        self, node: Node | None, what: str, name: str, names_by_path: dict[str, tuple[str, Mark]]
+    ) -> str:
         what = f"{what}: path"
         path = self._reader.parsed(node, what, parse_path, "write the absolute path of a directory")
         if node is None or path is None:
             return ""
-        first = names_by_path.setdefault(path, name)
+        first, mark = names_by_path.setdefault(path, (name, node.mark))
         if first != name:
             self._reader.add(
                 node.mark,
-                f"{what}: {quoted(path)} is that of root {quoted(first)} too",
+                f"{what}: {quoted(path)} is that of root {quoted(first)} too, {mark.seen_from(node.mark)}",
                 "keep one root for a path",
             )
             return path
@@ -257,6 +291,7 @@ class _Compiler:
                     found.get("where"), f"{what}: where", acts_for="on_behalf_of" in found
                 ),
                 "deliver": self._deliver(mapping, what, actions),
+                "symlinks": self._symlinks(mapping, what, actions),
                 **limits,
             }
         )
@@ -270,7 +305,7 @@ class _Compiler:
         if first is not text:
             self._reader.add(
                 text.mark,
-                f"rule name {quoted(text.value)} is given twice, first in line {first.mark.line}",
+                f"rule name {quoted(text.value)} is given twice, first {first.mark.seen_from(text.mark)}",
                 "give each rule a name of its own",
             )
         return text.value
@@ -335,6 +370,30 @@ class _Compiler:
                 entry.key.mark, f"{what}: only what is opened is delivered", "remove 'deliver', or allow open"
             )
         return self._reader.choices(entry.value, f"{what}: deliver", get_args(Delivery))
+
+    def _symlinks(self, mapping: Mapping, what: str, actions: list[str]) -> str:
+        entry = mapping.entries.get("symlinks")
+        if entry is None:
+            return SYMLINKS_DEFAULT
+        if "deny" in mapping.entries:
+            self._reader.add(
+                entry.key.mark,
+                f"{what}: a deny rule follows no links",
+                "remove 'symlinks'; what is denied is denied by whatever link it is asked for",
+            )
+        elif actions == ["walk"]:
+            cure = "remove 'symlinks', or allow open, stat or list"
+            self._reader.add(entry.key.mark, f"{what}: walks follow no links", cure)
+        choice = self._reader.choice(entry.value, f"{what}: symlinks", get_args(Symlinks))
+        named = mapping.entries.get("in")
+        root = named.value.value if named is not None and isinstance(named.value, Text) else ""
+        if choice == "within-root" and root in self._helped:
+            self._reader.add(
+                entry.key.mark,
+                f"{what}: helpers open in root {quoted(root)}, and they follow no links",
+                "remove 'symlinks', or the root's 'opens: helpers'",
+            )
+        return choice or SYMLINKS_DEFAULT
 
     # ---- the rest ----
 

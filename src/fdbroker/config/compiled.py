@@ -32,6 +32,7 @@ class CompiledClient(TypedDict, total=False):
     uids: list[int]
     gids: list[int]
     cgroups: list[str]
+    labels: list[str]
 
 
 class CompiledOwner(TypedDict):
@@ -48,6 +49,12 @@ class CompiledGroup(TypedDict):
     gids: list[int]
 
 
+class CompiledFilesystem(TypedDict):
+    """Types of file systems that a condition accepts, by their magic numbers (statfs(2))."""
+
+    types: list[int]
+
+
 class CompiledWhere(TypedDict, total=False):
     """Conditions on the object: those that the author wrote."""
 
@@ -56,6 +63,8 @@ class CompiledWhere(TypedDict, total=False):
     mode: dict[str, int]
     size: dict[str, int]
     links: dict[str, int]
+    age: dict[str, int]
+    filesystem: CompiledFilesystem
 
 
 # By call, since `except` is no name in Python.
@@ -72,6 +81,7 @@ CompiledRule = TypedDict(
         "except": list[str],
         "where": CompiledWhere,
         "deliver": list[str],
+        "symlinks": str,
         "limits": NotRequired[dict[str, int]],
     },
 )
@@ -136,6 +146,7 @@ class CompiledPolicy(TypedDict):
     limits: CompiledLimits
     audit: dict[str, str]
     read_only_view: str
+    identity: str
     admins: dict[str, list[int]]
     services: list[CompiledService]
     daemon: CompiledDaemon

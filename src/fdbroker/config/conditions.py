@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fdbroker.broker.roots import HELPED_FILESYSTEMS, SERVED_FILESYSTEMS
 from fdbroker.config.clients import ClientReader
 from fdbroker.config.compiled import CompiledOwner, CompiledWhere
+from fdbroker.config.errors import did_you_mean, quoted
 from fdbroker.config.reader import Reader
-from fdbroker.config.scalars import ScalarError, parse_count, parse_mode, parse_size
-from fdbroker.config.schema import CountRange, ModeCondition, SizeRange, Where
+from fdbroker.config.scalars import ScalarError, parse_count, parse_duration, parse_mode, parse_size
+from fdbroker.config.schema import AgeRange, CountRange, ModeCondition, SizeRange, Where
 from fdbroker.config.yaml_tree import Node
 
-_WHERE_CURE = "write some of owner, group, mode, size, links, or leave where out"
+_WHERE_CURE = "write some of owner, group, mode, size, links, age, filesystem, or leave where out"
+# Those that the broker may serve; of what it never serves no rule need speak. A mount of cifs shows as
+# either, by the version of the protocol.
+FILESYSTEMS = {
+    name: [magic]
+    for magic, names in (SERVED_FILESYSTEMS | HELPED_FILESYSTEMS).items()
+    for name in names.split("/")
+}
+FILESYSTEMS["cifs"] = [*FILESYSTEMS["cifs"], *FILESYSTEMS["smb3"]]
 _WORDS_FOR_OWNERS = frozenset({"client", "on_behalf_of"})
 _MODE_CURE = 'write {all: "0400"}, {none: "0022"} or both'
 
@@ -43,6 +53,11 @@ class ConditionReader:
         if "links" in found:
             cure = "write {max: 1}, {min: 2} or both"
             where["links"] = self._range(found["links"], f"{what}: links", CountRange, _parse_links, cure)
+        if "age" in found:
+            cure = "write {min: 5s}, {max: 30d} or both"
+            where["age"] = self._range(found["age"], f"{what}: age", AgeRange, parse_duration, cure)
+        if "filesystem" in found:
+            where["filesystem"] = {"types": self._filesystems(found["filesystem"], f"{what}: filesystem")}
         return where
 
     def _owner(self, node: Node, what: str, *, acts_for: bool) -> CompiledOwner:
@@ -64,6 +79,19 @@ class ConditionReader:
             "client": "client" in words,
             "on_behalf_of": "on_behalf_of" in words,
         }
+
+    def _filesystems(self, node: Node, what: str) -> list[int]:
+        types: dict[int, None] = {}  # each once, in the order of the author
+        for text in self._reader.texts(node, what, "write names of types, as in [ext4, xfs]"):
+            found = FILESYSTEMS.get(text.value)
+            types |= dict.fromkeys(found or ())
+            if found is None:
+                self._reader.add(
+                    text.mark,
+                    f"{what}: {quoted(text.value)} is no type of file system that is ever served",
+                    lambda: did_you_mean(text.value, FILESYSTEMS, f"they are {', '.join(FILESYSTEMS)}"),  # noqa: B023 - called at once
+                )
+        return list(types)
 
     def _mode(self, node: Node, what: str) -> dict[str, int]:
         mapping = self._reader.mapping(node, what, _MODE_CURE)
@@ -88,7 +116,7 @@ class ConditionReader:
         self,
         node: Node,
         what: str,
-        structure: type[SizeRange | CountRange],
+        structure: type[SizeRange | CountRange | AgeRange],
         parse: Callable[[str], int],
         cure: str,
     ) -> dict[str, int]:

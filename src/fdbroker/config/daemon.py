@@ -87,7 +87,8 @@ class DaemonReader:
             if name not in PATHS and self._is_name_of_a_service(entry):
                 made[name], service = self._service_listener(entry, name)
                 services.append(service)
-        self._check_paths(made, Mark(1, 1) if mapping is None else mapping.mark)
+        if mapping is not None:
+            self._check_paths(made, mapping.mark)
         return made, services
 
     def _is_name_of_a_service(self, entry: Entry) -> bool:

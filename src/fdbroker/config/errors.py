@@ -15,10 +15,17 @@ _MAX_COMPARED = 64
 
 
 class Mark(NamedTuple):
-    """A place in a file. Both count from 1; columns count characters, not bytes."""
+    """A place in a file. Line and column count from 1; columns count characters, not bytes."""
 
     line: int
     column: int
+    file: str
+
+    def seen_from(self, other: Mark) -> str:
+        """Return this place in words, for a message about `other`."""
+        if self.file == other.file:
+            return f"in line {self.line}"
+        return f"at {printable(self.file)}:{self.line}:{self.column}"
 
 
 class Problem(NamedTuple):
@@ -51,12 +58,21 @@ class ConfigError(Exception):
 
 
 class ProblemList:
-    """Collects the problems of one file, so that one run reports all of them."""
+    """Collects the problems of one policy, so that one run reports all of them.
+
+    `file` is the one that is read now, and that is meant where a problem has no place.
+    """
 
     def __init__(self, file: str) -> None:
-        self.file = file
         self._problems: list[Problem] = []
         self._left_out = 0
+        self._order: dict[str, int] = {}
+        self.begin(file)
+
+    def begin(self, file: str) -> None:
+        """Go on with another file of the policy."""
+        self.file = file
+        self._order.setdefault(file, len(self._order))
 
     def __bool__(self) -> bool:
         return bool(self._problems)
@@ -72,11 +88,11 @@ class ProblemList:
             return
         if not isinstance(cure, str):
             cure = cure()
-        line, column = mark if mark is not None else (None, None)
-        self._problems.append(Problem(self.file, line, column, message, cure))
+        line, column, file = mark if mark is not None else (None, None, self.file)
+        self._problems.append(Problem(file, line, column, message, cure))
 
     def raise_if_any(self) -> None:
-        """Raise what was collected, in file order.
+        """Raise what was collected, file by file and in the order of each.
 
         Raises:
             ConfigError: there is at least one problem.
@@ -84,7 +100,10 @@ class ProblemList:
         """
         if not self._problems:
             return
-        found = sorted(self._problems, key=lambda problem: (problem.line or 0, problem.column or 0))
+        found = sorted(
+            self._problems,
+            key=lambda problem: (self._order.get(problem.file, 0), problem.line or 0, problem.column or 0),
+        )
         if self._left_out:
             found.append(
                 Problem(

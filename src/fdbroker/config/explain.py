@@ -16,16 +16,23 @@ import json
 import os
 import pwd
 import stat
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from fdbroker.broker.roots import HeldRoot, RootError, hold_roots
-from fdbroker.config.compile import compile_policy
+from fdbroker.broker.links import MOST_LINKS, LinkRefusedError, name_behind_link
+from fdbroker.broker.roots import (
+    HELPED_FILESYSTEMS,
+    SERVED_FILESYSTEMS,
+    HeldRoot,
+    RootError,
+    hold_roots,
+)
+from fdbroker.config.compile import compile_files
 from fdbroker.config.compiled import MAX_FILE
 from fdbroker.config.errors import ConfigError, Problem
-from fdbroker.config.identities import OVERFLOW_ID, SystemLookups
+from fdbroker.config.identities import OVERFLOW_ID, Lookups, SystemLookups
 from fdbroker.config.names import group_text, user_text
-from fdbroker.config.sources import read_policy_file
+from fdbroker.config.sources import PolicyFile, directory_of_parts, parts_among, read_policy_files
 from fdbroker.kernel.files import filesystem_of, open_path_beneath
 from fdbroker.policy.decide import NameDecision, Policy, decide_object
 from fdbroker.policy.paths import components_below, problem_with_path
@@ -39,6 +46,7 @@ from fdbroker.policy.rules import (
     Root,
     Rule,
     RuleSet,
+    Surroundings,
     read_policy,
 )
 from fdbroker.wire.client import for_broker
@@ -53,7 +61,8 @@ _BY_ERRNO = {
     errno.EXDEV: "crosses_mount",
     errno.ENAMETOOLONG: "path_too_long",
 }
-_SENTENCES = {
+# Why something is denied, as in the audit, in words.
+REASONS = {
     "deny_rule": "rule {rule} denies it, and a deny rule always wins",
     "no_rule": "no rule allows it, and what is not allowed is denied",
     "outside_roots": "it lies in none of the trees that the policy names (roots)",
@@ -62,11 +71,20 @@ _SENTENCES = {
     "where_mode": "rule {rule} would allow it, but not with this mode",
     "where_size": "rule {rule} would allow it, but not of this size",
     "where_links": "rule {rule} would allow it, but not with so many hard links",
+    "where_age": "rule {rule} would allow it, but not so long after it was modified, or not so soon",
+    "where_filesystem": "rule {rule} would allow it, but not on this type of file system",
     "not_found": "rule {rule} is about it, but there is no such file",
     "not_directory": "rule {rule} is about it, but a component of the path, or what is to be listed, is no"
     " directory",
-    "symlink": "rule {rule} is about it, but a component of the path is a symbolic link, and the broker"
-    " follows none: ask for the path that it leads to",
+    "symlink": "rule {rule} is about it, but a component of the path is a symbolic link, and no rule that"
+    " allows it follows links (symlinks: within-root): ask for the path that it leads to",
+    "link_leaves_root": "rule {rule} is about it, but a component of the path is a symbolic link that is"
+    " absolute or leads above its root, and none of those is followed",
+    "link_not_normal": "rule {rule} is about it, but a component of the path is a symbolic link with '.',"
+    " '..' or '//' behind a name, and none of those is followed",
+    "too_many_links": f"rule {{rule}} is about it, but more than {MOST_LINKS} symbolic links lead there",
+    "not_followed": "rule {rule} is about it, but its root says 'opens: helpers', and no link is followed"
+    " to there",
     "crosses_mount": "rule {rule} is about it, but it is on another mount than its root, which has no"
     " cross_mounts",
     "path_too_long": "the path is longer than any that the broker takes",
@@ -128,19 +146,23 @@ class Seen(NamedTuple):
     """What lies under the path: `facts`, or a `reason` as in the audit, or a `note` why it was not seen.
 
     `writable_mount`: it is on another mount than its root, which is writable from here. In the broker's
-    view it is read-only if it was there when the broker was started.
+    view it is read-only if it was there when the broker was started. `leads_to`: the name for which the
+    first link stands; `reason` is `symlink` then. `surroundings`: of `facts`.
     """
 
     facts: FileFacts | None = None
     reason: str | None = None
     note: str = ""
     writable_mount: bool = False
+    leads_to: bytes | None = None
+    surroundings: Surroundings | None = None
 
 
 class Explanation(NamedTuple):
     """A whole answer. `seen` is None where the name alone was refused, and so nothing was looked at.
 
-    `on_behalf_of`: whom the client, a service, acts for; None: it asks for itself.
+    `on_behalf_of`: whom the client, a service, acts for; None: it asks for itself. `followed`: what is
+    answered about the name to which a link leads that is followed; `verdict` is then on both names.
     """
 
     path: bytes
@@ -151,10 +173,16 @@ class Explanation(NamedTuple):
     verdict: Verdict
     seen: Seen | None
     rules: tuple[RuleReport, ...]
+    followed: Explanation | None = None
 
     @property
     def sentence(self) -> str:
         """The verdict in one sentence."""
+        if self.followed is not None:
+            leads = f"it is a name of {_text(self.followed.path)}, by a symbolic link"
+            if self.verdict == self.followed.verdict:
+                return f"{self.followed.sentence}; {leads}"
+            return f"{self._replace(followed=None).sentence}; {leads}"
         decision, reason, rule = self.verdict
         if decision == ALLOW:
             note = self.seen.note if self.seen else ""
@@ -164,7 +192,7 @@ class Explanation(NamedTuple):
         if decision == UNKNOWN:
             note = self.seen.note if self.seen else ""
             return f"it depends on the file, which could not be looked at: {note}"
-        text = _SENTENCES.get(reason, f"the broker would answer {reason}")
+        text = REASONS.get(reason, f"the broker would answer {reason}")
         return f"denied: {text.format(rule=rule)}"
 
 
@@ -172,36 +200,46 @@ Look = Callable[[Root, bytes, str], Seen]
 
 
 class LoadedPolicy(NamedTuple):
-    """A policy to explain. `notes`: why the broker would not take it from this file."""
+    """A policy to explain. `notes`: why the broker would not take it from this file; `document`: compiled."""
 
     rules: RuleSet
     notes: tuple[str, ...]
+    document: Mapping[str, Any]
 
 
-def load_for_explaining(path: str) -> LoadedPolicy:
+def load_for_explaining(path: str, lookups: Lookups | None = None) -> LoadedPolicy:
     """Read a policy, compiled (`.json`) or not, whoever owns it: nothing is put in force.
+
+    `lookups`: another machine's instead of this one's.
 
     Raises:
         ConfigError: the file can't be read as a policy.
         OSError: it can't be opened.
 
     """
-    with open(path, "rb") as file:
-        text = file.read(MAX_FILE)
     notes: tuple[str, ...] = ()
     try:
-        read_policy_file(path)
+        files = read_policy_files(path)
     except ConfigError as error:
         notes = tuple(str(problem) for problem in error.problems)
+        directory = directory_of_parts(path)
+        names = os.listdir(directory) if directory is not None and os.path.isdir(directory) else ()
+        files = [_read(name) for name in [path, *parts_among(directory or "", names)]]
     if not path.endswith(".json"):
-        return LoadedPolicy(read_policy(for_broker(compile_policy(text, path, SystemLookups()))), notes)
+        compiled = compile_files(files, SystemLookups() if lookups is None else lookups)
+        return LoadedPolicy(read_policy(for_broker(compiled)), notes, compiled)
     try:
-        document = json.loads(text)
+        document = json.loads(files[0].text)
         rules = read_policy(for_broker(document) if isinstance(document, dict) else document)
-        return LoadedPolicy(rules, notes)
+        return LoadedPolicy(rules, notes, document)
     except (ValueError, RecursionError, PolicyError) as error:
         cure = "name a policy file, or what `fdbroker policy compile` wrote"
         raise ConfigError([Problem(path, None, None, f"is no compiled policy: {error}", cure)]) from error
+
+
+def _read(path: str) -> PolicyFile:
+    with open(path, "rb") as file:
+        return PolicyFile(path, file.read(MAX_FILE))
 
 
 def client_of_user(name: str) -> ClientFacts | None:
@@ -252,24 +290,82 @@ class Asker(NamedTuple):
         return self.client.uid, None if self.on_behalf_of is None else self.on_behalf_of.uid
 
 
-def explain(rules: RuleSet, asker: Asker, action: str, path: bytes, look: Look) -> Explanation:
-    """Say what becomes of a request and why. `look` says what lies under a path whose name is allowed."""
-    decision = Policy(rules).view(*asker).actions[action].decide(path)
-    seen = None
+class FactNotGivenError(Exception):
+    """A rule asks something of an object that was described, and not this of it; the text is its key."""
+
+
+class Judged(NamedTuple):
+    """What becomes of a request, without the details."""
+
+    path: bytes
+    name: NameDecision
+    verdict: Verdict
+    seen: Seen | None
+    followed: Judged | None = None
+
+
+def judge(
+    policy: Policy, asker: Asker, action: str, path: bytes, look: Look, links: int = MOST_LINKS
+) -> Judged:
+    """Decide on a request as the broker does. `look` says what lies under a path whose name is allowed.
+
+    `links`: how many may be followed.
+
+    Raises:
+        FactNotGivenError: `look` gave an object of which something is asked that nobody said.
+
+    """
+    decision = policy.view(*asker).actions[action].decide(path)
     if not decision.allowed or decision.root is None:
         rule = None if decision.rule is None else decision.rule.name
-        verdict = Verdict(DENY, decision.reason, rule)
-    else:
-        seen = look(decision.root, path, action)
-        if seen.writable_mount and rules.settings.read_only_view_required:
-            seen = seen._replace(note=_LATER_MOUNT)
-        verdict = _verdict(decision, seen, asker)
-    facts = None if seen is None else seen.facts
+        return Judged(path, decision, Verdict(DENY, decision.reason, rule), None)
+    seen = look(decision.root, path, action)
+    if seen.writable_mount and policy.rule_set.settings.read_only_view_required:
+        seen = seen._replace(note=_LATER_MOUNT)
+    verdict = _verdict(decision, seen, asker, action)
+    followed = None
+    if seen.leads_to is not None and decision.followed is not None and action != "walk":
+        if links:
+            followed = judge(policy, asker, action, seen.leads_to, look, links - 1)
+            verdict = _verdict_of_link(decision.followed, followed, asker)
+        else:
+            verdict = verdict._replace(reason="too_many_links")
+    return Judged(path, decision, verdict, seen, followed)
+
+
+def explain(rules: RuleSet, asker: Asker, action: str, path: bytes, look: Look) -> Explanation:
+    """Say what becomes of a request and why. `look` says what lies under a path whose name is allowed.
+
+    Raises:
+        FactNotGivenError: as `judge`.
+
+    """
+    return explain_judged(rules, asker, action, judge(Policy(rules), asker, action, path, look))
+
+
+def explain_judged(rules: RuleSet, asker: Asker, action: str, judged: Judged) -> Explanation:
+    """Say why a request was decided as it was."""
+    path, decision, verdict, seen, behind = judged
+    followed = None if behind is None else explain_judged(rules, asker, action, behind)
     serving = _serving(rules, path)
     # What is no path is refused before any rule is read.
     asked = rules.rules if problem_with_path(path) is None else ()
-    reports = tuple(_report(rule, asker, action, path, serving, facts) for rule in asked)
-    return Explanation(path, action, *asker, decision.root, verdict, seen, reports)
+    reports = tuple(_report(rule, asker, action, path, serving, seen or Seen()) for rule in asked)
+    return Explanation(path, action, *asker, decision.root, verdict, seen, reports, followed)
+
+
+def answer_by_name(rules: RuleSet, asker: Asker, action: str, path: bytes) -> dict[str, object]:
+    """Return what a broker with these rules answers to who asks it to explain: what the name decides."""
+    decision = Policy(rules).view(*asker).actions[action].decide(path)
+    rule = decision.rule or (decision.allows[0] if len(decision.allows) == 1 else None)
+    return {
+        "allowed": decision.allowed,
+        "reason": decision.reason,
+        "root": None if decision.root is None else decision.root.name,
+        "rule": None if rule is None else rule.name,
+        "asked_of_object_in_all": sum(allow.where is not None for allow in decision.allows),
+        "denies_in_all": len(decision.denies),
+    }
 
 
 def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
@@ -288,14 +384,29 @@ def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
         facts = os.fstat(held)
         objection = held_root.objection(held)
         writable_mount = _is_on_writable_mount(held_root, path[root.skip :] or b".", held)
+        reason = objection or kind_refused(facts.st_mode, action)
+        surroundings = held_root.surroundings(held)
+        if reason == "symlink":
+            return _look_at_link(held_root, path)._replace(facts=facts, surroundings=surroundings)
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            return _look_at_link(held_root, path)
         reason = _BY_ERRNO.get(error.errno or 0)
         return Seen(reason=reason) if reason else Seen(note=error.strerror or str(error))
     finally:
         for descriptor in (held, held_root.descriptor):
             if descriptor >= 0:
                 os.close(descriptor)
-    return Seen(facts, objection or _kind_refused(facts.st_mode, action), writable_mount=writable_mount)
+    return Seen(facts, reason, writable_mount=writable_mount, surroundings=surroundings)
+
+
+def _look_at_link(root: HeldRoot, path: bytes) -> Seen:
+    try:
+        return Seen(reason="symlink", leads_to=name_behind_link(root, path))
+    except LinkRefusedError as error:
+        return Seen(reason=str(error))
+    except OSError as error:
+        return Seen(note=error.strerror or str(error))
 
 
 def _is_on_writable_mount(root: HeldRoot, path: bytes, held: int) -> bool:
@@ -309,7 +420,10 @@ def _is_on_writable_mount(root: HeldRoot, path: bytes, held: int) -> bool:
     return False
 
 
-def _kind_refused(mode: int, action: str) -> str | None:
+_KINDS_NOT_LISTED = frozenset({"symlink", "not_directory"})
+
+
+def kind_refused(mode: int, action: str) -> str | None:
     """Return why what is there is not of the kind that the action is about, or None."""
     if action == "open" and not stat.S_ISREG(mode):
         if stat.S_ISDIR(mode):
@@ -320,14 +434,32 @@ def _kind_refused(mode: int, action: str) -> str | None:
     return None
 
 
-def _verdict(name: NameDecision, seen: Seen, asker: Asker) -> Verdict:
+def _verdict(name: NameDecision, seen: Seen, asker: Asker, action: str) -> Verdict:
     first = (name.rule or name.allows[0]).name
-    if seen.reason is not None:
+    # Of what is opened its kind is looked at first; of what is listed the conditions, which are about any.
+    kind_comes_last = action == "list" and seen.facts is not None and seen.reason in _KINDS_NOT_LISTED
+    if seen.reason is not None and not kind_comes_last:
         return Verdict(DENY, seen.reason, first)
     if seen.facts is None:
         return Verdict(ALLOW, "ok", first) if name.plain else Verdict(UNKNOWN, "not_seen", None)
-    allowed, reason, rule = decide_object(name, seen.facts, *asker.uids)
+    allowed, reason, rule = decide_object(name, seen.facts, *asker.uids, seen.surroundings)
+    if allowed and seen.reason is not None:
+        return Verdict(DENY, seen.reason, first)
     return Verdict(ALLOW if allowed else DENY, reason, None if rule is None else rule.name)
+
+
+def _verdict_of_link(name: NameDecision, leads_to: Judged, asker: Asker) -> Verdict:
+    """Return what becomes of a name whose link leads to another: what becomes of that, if both allow it."""
+    behind = leads_to
+    while behind.followed is not None:
+        behind = behind.followed
+    seen = behind.seen or Seen()
+    if leads_to.verdict.decision == DENY:
+        return leads_to.verdict
+    if seen.facts is None:
+        return leads_to.verdict if name.plain else Verdict(UNKNOWN, "not_seen", None)
+    allowed, reason, rule = decide_object(name, seen.facts, *asker.uids, seen.surroundings)
+    return leads_to.verdict if allowed else Verdict(DENY, reason, None if rule is None else rule.name)
 
 
 def _serving(rules: RuleSet, path: bytes) -> Root | None:
@@ -345,7 +477,7 @@ def _report(
     action: str,
     path: bytes,
     serving: Root | None,
-    facts: FileFacts | None,
+    seen: Seen,
 ) -> RuleReport:
     effect = DENY if rule.deny else ALLOW
     actions = ", ".join(sorted(rule.actions))
@@ -361,7 +493,7 @@ def _report(
     if not rule.deny and action == "open" and "descriptor" not in rule.deliver:
         checks.append(RuleCheck("deliver", holds=False, text="hands out no descriptors"))
     if rule.where is not None:
-        checks += _condition_checks(rule.where, facts, asker, deny=rule.deny)
+        checks += _condition_checks(rule.where, seen, asker, deny=rule.deny)
     return RuleReport(rule.name, effect, tuple(checks))
 
 
@@ -420,12 +552,11 @@ def _glob_checks(rule: Rule, components: Sequence[bytes]) -> list[RuleCheck]:
 
 # Each condition alone: what is left of a rule's `where` if nothing else is asked. So the policy's own
 # code says whether it holds.
+_SECOND = 1_000_000_000
 _NOTHING = Conditions(owner=None, gids=None, mode_all=0, mode_none=0, size=None, links=None)
 
 
-def _condition_checks(
-    where: Conditions, facts: FileFacts | None, asker: Asker, *, deny: bool
-) -> list[RuleCheck]:
+def _condition_checks(where: Conditions, seen: Seen, asker: Asker, *, deny: bool) -> list[RuleCheck]:
     alone: list[tuple[str, Conditions, str]] = []
     if where.owner is not None:
         owners = [user_text(uid) for uid in sorted(where.owner.uids)]
@@ -447,33 +578,51 @@ def _condition_checks(
         alone.append(("size", _NOTHING._replace(size=where.size), _bounds_text(where.size, " bytes")))
     if where.links is not None:
         alone.append(("links", _NOTHING._replace(links=where.links), _bounds_text(where.links, "")))
+    if where.age_ns is not None:
+        seconds = Bounds(*(bound and bound // _SECOND for bound in where.age_ns))
+        alone.append(("age", _NOTHING._replace(age_ns=where.age_ns), _bounds_text(seconds, " seconds")))
+    if where.filesystems is not None:
+        types = _either(filesystem_text(magic) for magic in sorted(where.filesystems))
+        only_types = _NOTHING._replace(filesystems=where.filesystems)
+        alone.append(("filesystem", only_types, f"must be {types}"))
     checks = []
     for what, condition, text in alone:
-        if facts is None:
+        if seen.facts is None or (condition.asks_surroundings and seen.surroundings is None):
             checks.append(RuleCheck(what, holds=None, text=text))
-        else:
-            failure = condition.first_failure(facts, *asker.uids, deny=deny)
-            checks.append(RuleCheck(what, holds=failure is None, text=f"{text}; {_value_text(what, facts)}"))
+            continue
+        try:
+            failure = condition.first_failure(seen.facts, *asker.uids, seen.surroundings, deny=deny)
+            value = _value_text(what, seen.facts, seen.surroundings)
+            checks.append(RuleCheck(what, holds=failure is None, text=f"{text}; {value}"))
+        except FactNotGivenError:
+            checks.append(RuleCheck(what, holds=None, text=text))
     return checks
 
 
-def _value_text(what: str, facts: FileFacts) -> str:
-    if what in {"size", "links"} and not stat.S_ISREG(facts.st_mode):
+def _value_text(what: str, facts: FileFacts, surroundings: Surroundings | None) -> str:
+    if what in {"size", "links", "age"} and not stat.S_ISREG(facts.st_mode):
         return "is asked of regular files only, and this is none"
-    return {
-        "owner": f"is {user_text(facts.st_uid)}",
-        "group": f"is {group_text(facts.st_gid)}",
-        "mode": f"is {mode_text(facts.st_mode)}",
-        "size": f"is {facts.st_size}",
-        "links": f"is {facts.st_nlink}",
-    }[what]
+    if surroundings is not None and what == "age":
+        age = (surroundings.now_ns - facts.st_mtime_ns) // _SECOND
+        return f"is {age}" if age >= 0 else "was modified in the future, so it is 0"
+    if surroundings is not None and what == "filesystem":
+        return f"is {filesystem_text(surroundings.filesystem)}"
+    # Each alone: of an object that was described the others may not be known.
+    if what == "owner":
+        return f"is {user_text(facts.st_uid)}"
+    if what == "group":
+        return f"is {group_text(facts.st_gid)}"
+    if what == "mode":
+        return f"is {mode_text(facts.st_mode)}"
+    return f"is {facts.st_size if what == 'size' else facts.st_nlink}"
 
 
 def _clients_text(entries: Sequence[ClientMatch]) -> str:
-    return "; or ".join(_client_text(entry) for entry in entries)
+    return "; or ".join(entry_text(entry) for entry in entries)
 
 
-def _client_text(entry: ClientMatch) -> str:
+def entry_text(entry: ClientMatch) -> str:
+    """Return whom an entry of a rule's clients means, in words."""
     parts = []
     if entry.uids is not None:
         parts.append(f"user {_either(user_text(uid) for uid in sorted(entry.uids))}")
@@ -481,6 +630,8 @@ def _client_text(entry: ClientMatch) -> str:
         parts.append(f"group {_either(group_text(gid) for gid in sorted(entry.gids))}")
     if entry.cgroups is not None:
         parts.append(f"control group {_either(sorted(entry.cgroups))}")
+    if entry.labels is not None:
+        parts.append(f"label {_either(_text(label) for label in sorted(entry.labels))}")
     return " and ".join(parts) or "everybody"
 
 
@@ -491,12 +642,19 @@ def client_text(client: ClientFacts) -> str:
         parts.append(f"groups {', '.join(group_text(gid) for gid in sorted(client.gids))}")
     if client.cgroups:
         parts.append(f"control groups {', '.join(sorted(client.cgroups))}")
+    if client.label is not None:
+        parts.append(f"label {_text(client.label)}")
     return ", ".join(parts)
+
+
+def filesystem_text(magic: int) -> str:
+    """Return the name of a type of file system; of one that is never served its number."""
+    return (SERVED_FILESYSTEMS | HELPED_FILESYSTEMS).get(magic, f"{magic:#x}")
 
 
 def mode_text(mode: int) -> str:
     """Return permission bits as the policy writes them."""
-    return f"0{stat.S_IMODE(mode):03o}"
+    return f"0{mode & 0o7777:03o}"  # not S_IMODE: it would not ask whether the mode is known
 
 
 def _bounds_text(bounds: Bounds, unit: str) -> str:

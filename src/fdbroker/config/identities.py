@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from fdbroker.config.errors import quoted
+from fdbroker.config.names import number_for_group, number_for_user
 from fdbroker.config.scalars import ScalarError
 
 # What ids without a mapping show as: anybody's, seen from a user namespace.
@@ -112,17 +113,17 @@ class SystemLookups:
 class OfflineLookups:
     """Takes every name and directory as given, to check a policy that is for another machine.
 
-    Never put in force what was compiled with it: -1 stands for every name,
-    which is no process's id and so matches nobody, in deny rules too.
+    Never put in force what was compiled with it: names are numbers below 0,
+    which are no process's ids and so match nobody, in deny rules too.
     """
 
-    def user(self, name: str) -> int | None:  # noqa: ARG002
-        """Return -1."""
-        return -1
+    def user(self, name: str) -> int | None:
+        """Return a number below 0, another one for each name."""
+        return number_for_user(name)
 
-    def group(self, name: str) -> int | None:  # noqa: ARG002
-        """Return -1."""
-        return -1
+    def group(self, name: str) -> int | None:
+        """Return a number below 0, another one for each name."""
+        return number_for_group(name)
 
     def account(self, name: str) -> tuple[int, int] | None:  # noqa: ARG002
         """Return -1 twice."""
@@ -146,7 +147,8 @@ def unit_cgroup(name: str) -> str:
 
     `x.service` is in `/system.slice`; instances of a template are in a slice
     of their own, whose name has the template's with `-` and `\` escaped, since
-    `-` in the name of a slice means nesting.
+    `-` in the name of a slice means nesting. A template stands for that slice,
+    and so for all that is made by it.
 
     Raises:
         ScalarError: it is not the name of a service or scope.
@@ -164,9 +166,10 @@ def unit_cgroup(name: str) -> str:
             r"write it as systemctl shows it; other characters are escaped there, as in a\x20b.service",
         )
     template, at, instance = prefix.partition("@")
-    if at and not (template and instance):
+    if at and not template:
         raise ScalarError(
-            f"{quoted(name)} names a template, not a unit", "name an instance, as in NAME@INSTANCE.service"
+            f"{quoted(name)} is no template and no unit",
+            "write NAME@INSTANCE.service, or NAME@.service for all of them",
         )
     if name == "init.scope":
         return "/init.scope"
@@ -176,4 +179,5 @@ def unit_cgroup(name: str) -> str:
     slice_name = template.replace("\\", r"\x5c").replace("-", r"\x2d")
     if slice_name.startswith("."):
         slice_name = rf"\x2e{slice_name[1:]}"
-    return f"/system.slice/system-{slice_name}.slice/{escaped}"
+    slice_path = f"/system.slice/system-{slice_name}.slice"
+    return f"{slice_path}/{escaped}" if instance else slice_path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grp
 import pwd
+from collections.abc import Mapping
 from functools import cache
 
 _LARGEST_ID = 0xFFFFFFFE  # (uid_t) -1 is no user
@@ -46,6 +47,21 @@ def id_of_number(text: str) -> int | None:
     return None if len(digits) > len(str(_LARGEST_ID)) or int(digits) > _LARGEST_ID else int(digits)
 
 
+# Names that only another machine has numbers for, each with one below 0 here, which is no id of anybody's.
+_users_elsewhere: dict[str, int] = {}
+_groups_elsewhere: dict[str, int] = {}
+
+
+def number_for_user(name: str) -> int:
+    """Return a number below 0 that stands for a user of another machine, by which the name is shown again."""
+    return _users_elsewhere.setdefault(name, -1 - len(_users_elsewhere))
+
+
+def number_for_group(name: str) -> int:
+    """Do the same for a group."""
+    return _groups_elsewhere.setdefault(name, -1 - len(_groups_elsewhere))
+
+
 @cache
 def user_name(uid: int) -> str:
     """Return the name of a user, or the number."""
@@ -53,6 +69,14 @@ def user_name(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except (KeyError, OverflowError):
         return str(uid)
+
+
+def primary_gid(uid: int) -> int:
+    """Return the primary group of a user, the number itself of one that the database does not know."""
+    try:
+        return pwd.getpwuid(uid).pw_gid
+    except (KeyError, OverflowError):
+        return uid
 
 
 @cache
@@ -65,14 +89,18 @@ def group_name(gid: int) -> str:
 
 
 def user_text(uid: int) -> str:
-    """Return a user's number with the name, where there is one."""
-    return _with_name(uid, user_name(uid))
+    """Return a user's number with the name, where there is one; the name alone of one of another machine."""
+    return _name_of(uid, _users_elsewhere) if uid < 0 else _with_name(uid, user_name(uid))
 
 
 def group_text(gid: int) -> str:
-    """Return a group's number with the name, where there is one."""
-    return _with_name(gid, group_name(gid))
+    """Return a group's number with the name, where there is one; the name alone of one of another machine."""
+    return _name_of(gid, _groups_elsewhere) if gid < 0 else _with_name(gid, group_name(gid))
 
 
 def _with_name(number: int, name: str) -> str:
     return name if name == str(number) else f"{number} ({name})"
+
+
+def _name_of(number: int, names: Mapping[str, int]) -> str:
+    return next((name for name, its in names.items() if its == number), str(number))

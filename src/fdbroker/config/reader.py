@@ -14,12 +14,7 @@ import msgspec
 
 from fdbroker.config.errors import Mark, ProblemList, closest, did_you_mean, quoted
 from fdbroker.config.scalars import ScalarError
-from fdbroker.config.schema import (
-    NOT_SUPPORTED,
-    NOT_SUPPORTED_IN_A_RULE,
-    Rule,
-    keys_of,
-)
+from fdbroker.config.schema import keys_of
 from fdbroker.config.yaml_tree import List, Mapping, Node, Text, Unusable
 
 _T = TypeVar("_T")
@@ -58,12 +53,11 @@ class Reader:
     ) -> dict[str, Node]:
         """Return the values of a mapping that has the keys of `structure`.
 
-        Unknown keys, unsupported ones and missing ones are noted. A missing
+        Unknown keys and missing ones are noted. A missing
         key is not noted when an unknown one looks like it: that is one
         mistake, not two.
         """
         keys = keys_of(structure)
-        unsupported = NOT_SUPPORTED_IN_A_RULE if structure is Rule else NOT_SUPPORTED
         before = f"{what}: " if what else ""
         free = [name for name in keys if name not in mapping.entries]
         found: dict[str, Node] = {}
@@ -71,12 +65,6 @@ class Reader:
         for key, entry in mapping.entries.items():
             if key in keys:
                 found[key] = entry.value
-            elif key in unsupported:
-                self._problems.add(
-                    entry.key.mark,
-                    f"{before}key {quoted(key)} is not supported by this version",
-                    "remove it, and see that the policy is right without it",
-                )
             else:
                 meant.add(closest(key, free))
                 otherwise = f"the keys here are {', '.join(keys)}"
@@ -121,7 +109,7 @@ class Reader:
             if first is not text:
                 self._problems.add(
                     text.mark,
-                    f"{what}: {quoted(text.value)} is given twice, first in line {first.mark.line}",
+                    f"{what}: {quoted(text.value)} is given twice, first {first.mark.seen_from(text.mark)}",
                     "keep one of the two",
                 )
         return list(found.values())

@@ -28,7 +28,7 @@ _SIZE_UNITS = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
-_DURATION_UNITS = {"s": 1, "min": 60, "h": 3600}
+_DURATION_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 _WITH_UNIT = re.compile(r"(0|[1-9][0-9]*)([A-Za-z]*)")
 _PATH_PROBLEMS = {
     "empty": "is empty",
@@ -85,7 +85,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_duration(text: str) -> int:
-    """Return a duration in seconds: `30s`, `5min`, `2h`.
+    """Return a duration in seconds: `30s`, `5min`, `2h`, `7d`.
 
     Raises:
         ScalarError: no such number, or not one of these units.
@@ -93,7 +93,9 @@ def parse_duration(text: str) -> int:
     """
     match = _WITH_UNIT.fullmatch(text)
     if match is None or match[2] not in _DURATION_UNITS or len(match[1]) > _MAX_DIGITS:
-        raise ScalarError(f"{quoted(text)} is not a duration", "write digits with a unit: 30s, 5min or 2h")
+        raise ScalarError(
+            f"{quoted(text)} is not a duration", "write digits with a unit: 30s, 5min, 2h or 7d"
+        )
     return int(match[1]) * _DURATION_UNITS[match[2]]
 
 

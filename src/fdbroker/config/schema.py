@@ -25,10 +25,14 @@ Action: TypeAlias = Literal["open", "stat", "list", "walk"]
 Delivery: TypeAlias = Literal["descriptor", "copy"]
 OnFailure: TypeAlias = Literal["deny", "allow"]
 Opens: TypeAlias = Literal["loop", "helpers"]
+Symlinks: TypeAlias = Literal["refuse", "within-root"]
 ReadOnlyView: TypeAlias = Literal["required", "off"]
+Identity: TypeAlias = Literal["available", "strict"]
 
 READ_ONLY_VIEW_DEFAULT: ReadOnlyView = "required"
+IDENTITY_DEFAULT: Identity = "available"
 OPENS_DEFAULT: Opens = "loop"
+SYMLINKS_DEFAULT: Symlinks = "refuse"
 CONNECTIONS_PER_UID = range(1, 10_000 + 1)
 # One full reply has 253 descriptors: with less, a request for it could never be answered.
 IN_FLIGHT_PER_CONNECTION = range(253, 8192 + 1)
@@ -39,17 +43,28 @@ RULE_IN_FLIGHT = range(1, 1_000_000 + 1)
 IDLE_TIMEOUT = range(1, 86400 + 1)  # seconds
 
 _Name: TypeAlias = Annotated[str, Meta(pattern=NAME_PATTERN)]
-_Path: TypeAlias = Annotated[str, Meta(pattern=r"^/")]
-_Glob: TypeAlias = Annotated[str, Meta(pattern=r"^[^/]")]
+_NORMAL = r"(?!\.\.?(/|$))[^/]+"  # a component that is not empty, nor . nor ..
+_Path: TypeAlias = Annotated[str, Meta(pattern=rf"^(/|(/{_NORMAL})+)$")]
+_Glob: TypeAlias = Annotated[str, Meta(pattern=rf"^{_NORMAL}(/{_NORMAL})*$")]
 _Globs: TypeAlias = _Glob | Annotated[list[_Glob], Meta(min_length=1)]
 _Actions: TypeAlias = Action | Annotated[list[Action], Meta(min_length=1)]
 _Deliveries: TypeAlias = Delivery | Annotated[list[Delivery], Meta(min_length=1)]
-_Identity: TypeAlias = int | str
+_Identity: TypeAlias = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^(?!0[0-9]+$).")]
 _Identities: TypeAlias = _Identity | Annotated[list[_Identity], Meta(min_length=1)]
-_Words: TypeAlias = str | Annotated[list[str], Meta(min_length=1)]
-_Size: TypeAlias = int | Annotated[str, Meta(pattern=r"^[0-9]+([kKMGT]B|[KMGT]iB|B)?$")]
-_Duration: TypeAlias = Annotated[str, Meta(pattern=r"^[0-9]+(s|min|h)$")]
-_Mode: TypeAlias = int | Annotated[str, Meta(pattern=r"^0[0-7]{1,4}$")]
+_Unit: TypeAlias = Annotated[str, Meta(pattern=r".\.(service|scope)$")]
+_Units: TypeAlias = _Unit | Annotated[list[_Unit], Meta(min_length=1)]
+_PathBelow: TypeAlias = Annotated[str, Meta(pattern=rf"^(/{_NORMAL})+$")]  # any but "/"
+_Cgroups: TypeAlias = _PathBelow | Annotated[list[_PathBelow], Meta(min_length=1)]
+_Words: TypeAlias = (
+    Annotated[str, Meta(min_length=1)]
+    | Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
+)
+_Size: TypeAlias = (
+    Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]*)([kKMGT]B|[KMGT]iB|B)?$")]
+)
+_Duration: TypeAlias = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]*)(s|min|h|d)$")]
+_Links: TypeAlias = Annotated[int, Meta(ge=1)]
+_Mode: TypeAlias = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^0[0-7]{1,4}$")]
 
 
 class _Keys(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -77,9 +92,12 @@ class Client(_Keys):
         _Identities | UnsetType, Meta(description="Group names or numbers; supplementary groups count.")
     ] = UNSET
     unit: Annotated[
-        _Words | UnsetType, Meta(description="systemd services or scopes in the system's default slice.")
+        _Units | UnsetType, Meta(description="systemd services or scopes in the system's default slice.")
     ] = UNSET
-    cgroup: Annotated[_Words | UnsetType, Meta(description="Control groups, by their full path.")] = UNSET
+    cgroup: Annotated[_Cgroups | UnsetType, Meta(description="Control groups, by their full path.")] = UNSET
+    label: Annotated[
+        _Words | UnsetType, Meta(description="Labels of a security module, whole, as SO_PEERSEC has them.")
+    ] = UNSET
 
 
 _Clients: TypeAlias = Literal["any"] | Client | Annotated[list[Client], Meta(min_length=1)]
@@ -102,8 +120,15 @@ class SizeRange(_Keys):
 class CountRange(_Keys):
     """An inclusive range of counts."""
 
-    min: int | UnsetType = UNSET
-    max: int | UnsetType = UNSET
+    min: _Links | UnsetType = UNSET
+    max: _Links | UnsetType = UNSET
+
+
+class AgeRange(_Keys):
+    """An inclusive range of durations."""
+
+    min: _Duration | UnsetType = UNSET
+    max: _Duration | UnsetType = UNSET
 
 
 class Where(_Keys):
@@ -117,6 +142,12 @@ class Where(_Keys):
     mode: ModeCondition | UnsetType = UNSET
     size: Annotated[SizeRange | UnsetType, Meta(description="Size of a regular file.")] = UNSET
     links: Annotated[CountRange | UnsetType, Meta(description="Hard links of a regular file.")] = UNSET
+    age: Annotated[AgeRange | UnsetType, Meta(description="Time since a regular file was last modified.")] = (
+        UNSET
+    )
+    filesystem: Annotated[
+        _Words | UnsetType, Meta(description="Types of file systems, as mount(8) shows them.")
+    ] = UNSET
 
 
 _Rate: TypeAlias = Annotated[int, Meta(ge=PER_SECOND[0], le=PER_SECOND[-1])]
@@ -152,8 +183,8 @@ class Rule(_Keys, kw_only=True):
         _Clients | UnsetType,
         Meta(description="Whom the client, a service, acts for. Without it a rule allows nothing to others."),
     ] = UNSET
-    in_: Annotated[str, Meta(description="The root that the globs are relative to.")] = msgspec.field(
-        name="in"
+    in_: Annotated[str, Meta(min_length=1, description="The root that the globs are relative to.")] = (
+        msgspec.field(name="in")
     )
     paths: Annotated[_Globs, Meta(description="Globs relative to the root.")]
     except_: Annotated[
@@ -164,6 +195,10 @@ class Rule(_Keys, kw_only=True):
     limits: Annotated[RuleLimits | UnsetType, Meta(description="What one user may have by this rule.")] = (
         UNSET
     )
+    symlinks: Annotated[
+        Symlinks,
+        Meta(description="Whether names that are reached by symbolic links are looked for where these lead."),
+    ] = SYMLINKS_DEFAULT
 
 
 class Limits(_Keys):
@@ -221,7 +256,7 @@ class Audit(_Keys):
 class Listener(_Keys):
     """A socket that fdbrokerd makes when it is started by hand."""
 
-    path: Annotated[_Path | UnsetType, Meta(description="Where it is made.")] = UNSET
+    path: Annotated[_PathBelow | UnsetType, Meta(description="Where it is made.")] = UNSET
     group: Annotated[
         _Identity | UnsetType, Meta(description="Group of the socket; root's where left out.")
     ] = UNSET
@@ -267,7 +302,7 @@ class Admins(_Keys):
 _EITHER = {
     "oneOf": [
         {"required": ["allow", "client"]},
-        {"required": ["deny"], "not": {"required": ["deliver"]}},
+        {"required": ["deny"], "not": {"anyOf": [{"required": ["deliver"]}, {"required": ["symlinks"]}]}},
     ]
 }
 
@@ -288,15 +323,30 @@ class Policy(_Keys):
     read_only_view: Annotated[
         ReadOnlyView, Meta(description="Whether files are opened through read-only mounts only.")
     ] = READ_ONLY_VIEW_DEFAULT
+    identity: Annotated[
+        Identity, Meta(description="Whether clients are served whom the kernel identifies less well.")
+    ] = IDENTITY_DEFAULT
     admins: Admins | UnsetType = UNSET
-    user: Annotated[str, Meta(description="Whom the broker runs as.")] = DEFAULT_USER
+    user: Annotated[str, Meta(min_length=1, description="Whom the broker runs as.")] = DEFAULT_USER
     listeners: Listeners = msgspec.field(default_factory=Listeners)
 
 
-# Keys of the design that this version does not serve. Refused by name: a
-# condition that is silently ignored is a rule that silently allows more.
-NOT_SUPPORTED = frozenset({"age", "identity", "label", "symlinks"})
-NOT_SUPPORTED_IN_A_RULE = NOT_SUPPORTED | {"listeners"}
+# Of these {} says nothing, and is refused as a mistake.
+_NOT_EMPTY = (
+    Admins,
+    AgeRange,
+    Audit,
+    Client,
+    CountRange,
+    Limits,
+    Listeners,
+    ModeCondition,
+    RuleLimits,
+    SizeRange,
+    Where,
+)
+# A process is in one control group.
+_ONE_CONTROL_GROUP = {"not": {"required": ["unit", "cgroup"]}}
 
 
 @functools.cache
@@ -325,4 +375,20 @@ def json_schema() -> dict[str, Any]:
         gc.enable()
     # A structure has a fixed set of keys; here they are names that the author chooses.
     parts["Listeners"] |= {"additionalProperties": others, "propertyNames": {"pattern": NAME_PATTERN}}
+    for structure in _NOT_EMPTY:
+        parts[structure.__name__]["minProperties"] = 1
+    parts["Client"] |= _ONE_CONTROL_GROUP
+    _tell_items_apart(parts)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "$defs": parts}
+
+
+def _tell_items_apart(part: object) -> None:
+    """Say of every list of words below `part` that none is in it twice, as the reader has it."""
+    if isinstance(part, dict):
+        if part.get("type") == "array" and "$ref" not in part["items"]:
+            part["uniqueItems"] = True
+        for inner in part.values():
+            _tell_items_apart(inner)
+    elif isinstance(part, list):
+        for inner in part:
+            _tell_items_apart(inner)

@@ -110,14 +110,14 @@ def _decode(text: bytes, problems: ProblemList) -> str:
         before = text[: error.start].decode()
         _stop(
             problems,
-            _mark_after(before),
+            _mark_after(before, problems.file),
             f"byte 0x{text[error.start]:02x} is not UTF-8",
             "save the file as UTF-8; bytes of names that are not UTF-8 are matched by ? and *",
         )
     forbidden = list(itertools.islice(_FORBIDDEN_RAW.finditer(decoded), _MAX_CHARACTERS_SHOWN))
     for match in forbidden:
         problems.add(
-            _mark_after(decoded[: match.start()]),
+            _mark_after(decoded[: match.start()], problems.file),
             f"character U+{ord(match[0]):04X} is not allowed: it can make the file read differently",
             "remove it; in a glob, match it by ?",
         )
@@ -126,9 +126,9 @@ def _decode(text: bytes, problems: ProblemList) -> str:
     return decoded
 
 
-def _mark_after(before: str) -> Mark:
+def _mark_after(before: str, file: str) -> Mark:
     line_start = before.rfind("\n") + 1
-    return Mark(before.count("\n") + 1, len(before) - line_start + 1)
+    return Mark(before.count("\n") + 1, len(before) - line_start + 1, file)
 
 
 def _stop(problems: ProblemList, mark: Mark | None, message: str, cure: str) -> NoReturn:
@@ -139,13 +139,14 @@ def _stop(problems: ProblemList, mark: Mark | None, message: str, cure: str) -> 
 def _mark(mark: object) -> Mark:
     # The stubs leave open whether a mark is there; the parser in Python always sets it.
     if not isinstance(mark, yaml.Mark):  # pragma: no cover
-        return Mark(1, 1)
-    return Mark(mark.line + 1, mark.column + 1)
+        return Mark(1, 1, "")
+    return Mark(mark.line + 1, mark.column + 1, mark.name)
 
 
 def _parse(text: str, problems: ProblemList) -> Node:
     # Of the loader only its scanner and parser run: get_event() constructs nothing.
     loader = yaml.SafeLoader(text)
+    loader.name = problems.file
     builder = _Builder(problems)
     try:
         while (event := loader.get_event()) is not None:  # type: ignore[no-untyped-call]
@@ -159,7 +160,7 @@ def _parse(text: str, problems: ProblemList) -> Node:
     finally:
         loader.dispose()
     if builder.root is None:
-        _stop(problems, Mark(1, 1), "the file is empty", "begin with 'version: 1'")
+        _stop(problems, Mark(1, 1, problems.file), "the file is empty", "begin with 'version: 1'")
     return builder.root
 
 
@@ -210,7 +211,7 @@ class _OpenMapping:
             first = self.node.entries[key.value].key.mark
             problems.add(
                 key.mark,
-                f"key {quoted(key.value)} is given twice, first in line {first.line}",
+                f"key {quoted(key.value)} is given twice, first {first.seen_from(key.mark)}",
                 "keep one of the two",
             )
         else:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from fdbroker.kernel.errors import SyscallError, renamed
 from fdbroker.kernel.libc import LIBC
 
+SO_PEERSEC = 31  # Linux 2.6.2
 SO_PEERGROUPS = 59  # Linux 4.13
 SO_PEERPIDFD = 77  # Linux 6.5
 
@@ -79,18 +80,42 @@ def peer_groups(sock: socket.socket) -> tuple[int, ...]:
     Not by `socket.getsockopt`, which has room for 256 groups, while a process
     may have 65,536.
     """
-    size = ctypes.c_uint32(256 * 4)
+    raw = _whole_option(sock, SO_PEERGROUPS, "SO_PEERGROUPS")
+    return struct.unpack(f"={len(raw) // 4}I", raw)
+
+
+def peer_label(sock: socket.socket) -> bytes | None:
+    """Return the label that the security module gave the peer at connect, None where there is none.
+
+    SO_PEERSEC, socket(7). As the module writes it: `system_u:system_r:backup_t:s0` of SELinux (which counts
+    a NUL at the end, left out here), `backup (enforce)` of AppArmor, which has the mode of the profile.
+    Connections of datagrams have none. Of socket pairs it came later than of sockets that connect.
+
+    Raises:
+        SyscallError: it can't be told.
+
+    """
+    try:
+        return _whole_option(sock, SO_PEERSEC, "SO_PEERSEC").removesuffix(b"\0") or None
+    except SyscallError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            return None
+        raise
+
+
+def _whole_option(sock: socket.socket, option: int, name: str) -> bytes:
+    size = ctypes.c_uint32(1024)
     while True:
         room = ctypes.create_string_buffer(size.value)
         result = LIBC.getsockopt(
-            sock.fileno(), socket.SOL_SOCKET, SO_PEERGROUPS, ctypes.byref(room), ctypes.byref(size)
+            sock.fileno(), socket.SOL_SOCKET, option, ctypes.byref(room), ctypes.byref(size)
         )
         if result == 0:
-            return struct.unpack(f"={size.value // 4}I", room.raw[: size.value])
+            return room.raw[: size.value]
         number = ctypes.get_errno()
         # ERANGE comes with the size that would do.
         if number != errno.ERANGE or size.value <= len(room):
-            raise SyscallError(number, "getsockopt", option="SO_PEERGROUPS", room=len(room))
+            raise SyscallError(number, "getsockopt", option=name, room=len(room))
 
 
 def peer_pidfd(sock: socket.socket) -> int | None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.policy.globs import NOTHING, Remainder
 from fdbroker.policy.paths import MAX_NAME_BYTES, MAX_PATH_BYTES, components_below, problem_with_path
-from fdbroker.policy.rules import ACTIONS, ClientFacts, FileFacts, Root, Rule, RuleSet
+from fdbroker.policy.rules import ACTIONS, ClientFacts, FileFacts, Root, Rule, RuleSet, Surroundings
 
 if TYPE_CHECKING:
     import re
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 # rules, who then wait for a directory's rules to be read, and get the same answers.
 MAX_REMEMBERED_DIRECTORIES = 4096
 MAX_VIEWS = 1024
+_MOST_GIDS_KEPT = 64  # of one client; a process may have 65,536
 _DELIVERED_BY = {"open": "descriptor", "copy": "copy"}
 _NOT_NAMES = (b"", b".", b"..")
-# What stands before the last slash of "/x" and of "//x", which is no path and must not be taken for "/x".
+# What stands before the last slash of what is no path ("x", "//x"), and must not be taken for "/x".
 _NOT_DIRECTORIES = frozenset({b"", b"/"})
 
 
@@ -49,10 +50,24 @@ class NameDecision:
     conditions it must meet or must not meet. `plain`: nothing is asked of the
     object, `rule` allows it, and the client may know whether it exists.
     `asks_links`: some condition is about the number of links, which is only
-    worth something if the name is still there afterwards.
+    worth something if the name is still there afterwards. `asks_surroundings`:
+    some condition is about those. `followed`: what is decided where the name
+    turns out to be, or to have on its way, a symbolic link; None: that it is
+    refused.
     """
 
-    __slots__ = ("allowed", "allows", "asks_links", "denies", "plain", "reason", "root", "rule")
+    __slots__ = (
+        "allowed",
+        "allows",
+        "asks_links",
+        "asks_surroundings",
+        "denies",
+        "followed",
+        "plain",
+        "reason",
+        "root",
+        "rule",
+    )
 
     def __init__(
         self,
@@ -61,16 +76,18 @@ class NameDecision:
         rule: Rule | None = None,
         allows: tuple[Rule, ...] = (),
         denies: tuple[Rule, ...] = (),
+        followed: NameDecision | None = None,
     ) -> None:
         self.root = root
         self.reason = reason
         self.allows = allows
         self.denies = denies
+        self.followed = followed
         self.allowed = bool(allows)
         self.plain = len(allows) == 1 and allows[0].where is None and not denies
-        self.asks_links = any(
-            asked.where is not None and asked.where.links is not None for asked in allows + denies
-        )
+        wheres = [rule.where for rule in allows + denies if rule.where is not None]
+        self.asks_links = any(where.links is not None for where in wheres)
+        self.asks_surroundings = any(where.asks_surroundings for where in wheres)
         self.rule = allows[0] if self.plain else rule
 
 
@@ -83,25 +100,28 @@ class ObjectDecision(NamedTuple):
 
 
 def decide_object(
-    name: NameDecision, facts: FileFacts, client_uid: int, on_behalf_of_uid: int | None = None
+    name: NameDecision,
+    facts: FileFacts,
+    client_uid: int,
+    on_behalf_of_uid: int | None = None,
+    surroundings: Surroundings | None = None,
 ) -> ObjectDecision:
     """Decide on an object whose name was allowed. `reason` is `ok` or what failed.
 
     `client_uid` is that of the process that asks. `on_behalf_of_uid` is that
     of the client that it acts for, whom the view behind `name` was made for as
-    well; None: it asks for itself.
+    well; None: it asks for itself. `surroundings` are wanted where `name.asks_surroundings`.
     """
+    asked = facts, client_uid, on_behalf_of_uid, surroundings
     for rule in name.denies:
         where = rule.where
-        if where is None or where.first_failure(facts, client_uid, on_behalf_of_uid, deny=True) is None:
+        if where is None or where.first_failure(*asked, deny=True) is None:
             return ObjectDecision(allowed=False, reason="deny_rule", rule=rule)
     failure = "no_rule"
     nearest = None
     for rule in name.allows:
         where = rule.where
-        failed = (
-            None if where is None else where.first_failure(facts, client_uid, on_behalf_of_uid, deny=False)
-        )
+        failed = None if where is None else where.first_failure(*asked, deny=False)
         if failed is None:
             return ObjectDecision(allowed=True, reason="ok", rule=rule)
         if nearest is None:
@@ -178,21 +198,30 @@ class ActionView:
         self._roots = sorted(policy.roots, key=lambda root: len(root.path), reverse=True)
         self._directories: dict[bytes, _Directory] = {}
         self._combined: dict[tuple[int, ...], NameDecision] = {}
-        self._index: dict[tuple[int, tuple[bytes, ...]], list[Rule]] = {}
+        self._top: _Directory | None = None  # of "/", which is no directory's path as others are
+        # By the number of a root and components below it: the rules about what is in this directory or below
+        # it, and those about names in it.
+        self._above: dict[tuple[int, tuple[bytes, ...]], list[Rule]] = {}
+        self._named_in: dict[tuple[int, tuple[bytes, ...]], list[Rule]] = {}
         for rule in self._rules:
-            for prefix in {glob.literal_prefix for glob in rule.paths}:
-                self._index.setdefault((rule.root.number, prefix), []).append(rule)
-        self._longest_prefix = max((len(prefix) for _, prefix in self._index), default=0)
+            for above in {glob.above for glob in rule.paths if glob.above is not None}:
+                self._above.setdefault((rule.root.number, above), []).append(rule)
+            for named_in in {glob.named_in for glob in rule.paths if glob.named_in is not None}:
+                self._named_in.setdefault((rule.root.number, named_in), []).append(rule)
+        self._deepest = max((len(above) for _, above in self._above), default=0)
 
     def decide(self, path: bytes) -> NameDecision:
         """Decide on `path`, which may be any bytes without NUL. Never raises."""
-        directory, _, name = path.rpartition(b"/")
+        directory, slash, name = path.rpartition(b"/")
         # What no path may be is never remembered, and so is decided whole.
         rules = self._directories.get(directory)
         if rules is None:
-            if directory in _NOT_DIRECTORIES or problem_with_path(directory) is not None:
+            if slash and not directory:
+                rules = self._top = self._top or self._read_directory(b"")
+            elif directory in _NOT_DIRECTORIES or problem_with_path(directory) is not None:
                 return self.decide_whole(path)
-            rules = self._read_directory(directory)
+            else:
+                rules = self._directories[directory] = self._read_directory(directory)
         if len(name) > rules.longest_name:
             return self.decide_whole(path)
         return rules.named.get(name, rules.others) or rules.by_name(name)
@@ -206,7 +235,7 @@ class ActionView:
         if rules is None:
             if directory in _NOT_DIRECTORIES or problem_with_path(directory) is not None:
                 return None
-            rules = self._read_directory(directory)
+            rules = self._directories[directory] = self._read_directory(directory)
         if rules.others is None:
             return None
         return MostNames(rules.others, rules.named.keys(), rules.longest_name)
@@ -246,18 +275,22 @@ class ActionView:
         return None
 
     def _read_directory(self, directory: bytes) -> _Directory:
-        serving = self._serving_root(directory)
+        """Return the rules for a directory, which is to be remembered; b"" stands for the one at the top."""
+        serving = self._serving_root(directory or b"/")
         found: dict[int, Rule] = {}
         components_of: dict[int, list[bytes]] = {}
         for root in self._roots:
-            components = components_below(root.path, directory)
+            components = components_below(root.path, directory or b"/")
             if components is None:
                 continue
             components_of[root.number] = components
-            for end in range(min(len(components), self._longest_prefix) + 1):
-                for rule in self._index.get((root.number, tuple(components[:end])), ()):
-                    if rule.deny or root is serving:
-                        found[rule.index] = rule
+            places = [
+                self._above.get((root.number, tuple(components[:end])), ())
+                for end in range(min(len(components), self._deepest) + 1)
+            ]
+            places.append(self._named_in.get((root.number, tuple(components)), ()))
+            for rules in places:
+                found.update((rule.index, rule) for rule in rules if rule.deny or root is serving)
         remainders = []
         for _, rule in sorted(found.items()):
             components = components_of[rule.root.number]
@@ -272,8 +305,7 @@ class ActionView:
         )
         if len(self._directories) >= MAX_REMEMBERED_DIRECTORIES:
             self._directories.clear()
-        rules = self._directories[directory] = _Directory(self, directory, serving, remainders, here)
-        return rules
+        return _Directory(self, directory, serving, remainders, here)
 
 
 class View:
@@ -300,12 +332,18 @@ class Policy:
     def __init__(self, rule_set: RuleSet) -> None:
         self.rule_set = rule_set
         self._views: dict[tuple[int, ...], View] = {}
+        # Of those who came before: of many rules, to look at each takes milliseconds.
+        self._views_of: dict[tuple[ClientFacts, ClientFacts | None], View] = {}
 
     def view(self, client: ClientFacts, on_behalf_of: ClientFacts | None = None) -> View:
         """Return the view of a client, or of a service that acts for one (`on_behalf_of`).
 
         Those that the same rules are about share one.
         """
+        asker = client, on_behalf_of
+        known = self._views_of.get(asker)
+        if known is not None:
+            return known
         rules = [rule for rule in self.rule_set.rules if rule.is_for(client, on_behalf_of)]
         key = tuple(rule.index for rule in rules)
         view = self._views.get(key)
@@ -313,6 +351,10 @@ class Policy:
             if len(self._views) >= MAX_VIEWS:
                 self._views.clear()
             view = self._views[key] = View(self.rule_set, rules)
+        if sum(len(facts.gids) for facts in asker if facts is not None) <= _MOST_GIDS_KEPT:
+            if len(self._views_of) >= MAX_VIEWS:
+                self._views_of.clear()
+            self._views_of[asker] = view
         return view
 
 
@@ -352,6 +394,12 @@ def _combine(root: Root | None, matching: Sequence[Rule]) -> NameDecision:
     allows = [rule for rule in matching if not rule.deny]
     if not allows:
         return NameDecision(root, "outside_roots" if root is None else "no_rule")
-    # One rule that asks nothing of the object makes the others' conditions moot.
+    following = [rule for rule in allows if rule.follows_links]
+    followed = NameDecision(root, "ok", None, _needed(following), tuple(denies)) if following else None
+    return NameDecision(root, "ok", None, _needed(allows), tuple(denies), followed)
+
+
+def _needed(allows: Sequence[Rule]) -> tuple[Rule, ...]:
+    """One rule that asks nothing of the object makes the others' conditions moot."""
     unconditional = [rule for rule in allows if rule.where is None][:1]
-    return NameDecision(root, "ok", None, tuple(unconditional or allows), tuple(denies))
+    return tuple(unconditional or allows)

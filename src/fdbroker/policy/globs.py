@@ -48,16 +48,20 @@ NOTHING = Remainder(anything=False, names=(), patterns=())
 
 
 class Glob:
-    """One compiled glob; immutable. Made by `compile_glob`."""
+    """One compiled glob; immutable. Made by `compile_glob`.
 
-    __slots__ = ("_components", "_loops", "literal_prefix", "pattern")
+    Where paths are that match, for an index: in directories at or below `above`, and in `named_in` itself.
+    None: in none of those. Both are components below the root.
+    """
+
+    __slots__ = ("_components", "_loops", "above", "named_in", "pattern")
 
     def __init__(self, pattern: bytes, components: Sequence[bytes]) -> None:
         self.pattern = pattern
         self._components = tuple(_compile_component(component) for component in components)
         # Bit i: component i is `**`, so state i stays where it is on any input.
         self._loops = sum(1 << i for i, component in enumerate(self._components) if component is _DOUBLE_STAR)
-        self.literal_prefix = _literal_prefix(self._components)
+        self.above, self.named_in = _places(self._components)
 
     @property
     def start(self) -> int:
@@ -144,21 +148,22 @@ def compile_glob(pattern: bytes) -> Glob:
     return Glob(pattern, [component for i, component in enumerate(components) if i not in doubled])
 
 
-def _literal_prefix(components: tuple[re.Pattern[bytes] | bytes | None, ...]) -> tuple[bytes, ...]:
-    """Return the literal components that every *directory* of a match starts with.
+def _places(
+    components: tuple[re.Pattern[bytes] | bytes | None, ...],
+) -> tuple[tuple[bytes, ...] | None, tuple[bytes, ...] | None]:
+    """Return `above` and `named_in` of a glob, from its leading literal components.
 
-    The last component is left out, as it may be the name in the directory; a
-    `**` at the end may stand for nothing and so does not count as one.
+    The last of these is a name in the directory before it where nothing more is needed: where the rest, if
+    there is any, is `**`, which may stand for nothing.
     """
-    end = len(components)
-    while end and components[end - 1] is _DOUBLE_STAR:
-        end -= 1
-    prefix: list[bytes] = []
-    for component in components[: max(end - 1, 0)]:
+    literal: list[bytes] = []
+    for component in components:
         if not isinstance(component, bytes):
             break
-        prefix.append(component)
-    return tuple(prefix)
+        literal.append(component)
+    rest = components[len(literal) :]
+    may_end = bool(literal) and all(component is _DOUBLE_STAR for component in rest)
+    return tuple(literal) if rest else None, tuple(literal[:-1]) if may_end else None
 
 
 def _component_matches(wanted: re.Pattern[bytes] | bytes | None, component: bytes) -> bool:

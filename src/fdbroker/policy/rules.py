@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 ACTIONS = ("open", "stat", "list", "walk")
 DELIVERIES = ("descriptor", "copy")
 OPENS = ("loop", "helpers")
+IDENTITIES = ("available", "strict")
+SYMLINKS = ("refuse", "within-root")
 _TOP_LEVEL = frozenset(
-    {"version", "roots", "rules", "limits", "audit", "read_only_view", "admins", "services"}
+    {"version", "roots", "rules", "limits", "audit", "read_only_view", "identity", "admins", "services"}
 )
 _RULE_KEYS = frozenset(
     {
@@ -37,6 +39,7 @@ _RULE_KEYS = frozenset(
         "except",
         "where",
         "deliver",
+        "symlinks",
     }
 )
 # Without them a rule or a policy has no such limit.
@@ -84,6 +87,21 @@ class FileFacts(Protocol):
     def st_nlink(self) -> int:
         """See inode(7)."""
 
+    @property
+    def st_mtime_ns(self) -> int:
+        """See inode(7); nanoseconds since 1970."""
+
+
+class Surroundings(NamedTuple):
+    """What conditions ask beside the facts of an object: when, and on what file system it was looked at.
+
+    `now_ns`: nanoseconds since 1970, by the clock that gives files their times (CLOCK_REALTIME).
+    `filesystem`: the magic number of the type, as statfs(2) has it.
+    """
+
+    now_ns: int
+    filesystem: int
+
 
 class ClientFacts(NamedTuple):
     """What the kernel said of a client, as far as rules ask for it.
@@ -91,12 +109,14 @@ class ClientFacts(NamedTuple):
     `cgroups` holds those control groups *named by the policy* that the client
     is in or below of; who makes this value resolves them. `groups_known` False:
     it may have other groups than `gids`, and the kernel does not say which.
+    `label` None: the kernel does not say which label it has.
     """
 
     uid: int
     gids: frozenset[int]
     cgroups: frozenset[str] = frozenset()
     groups_known: bool = True
+    label: bytes | None = None
 
 
 class Root(NamedTuple):
@@ -119,9 +139,13 @@ class ClientMatch(NamedTuple):
     uids: frozenset[int] | None
     gids: frozenset[int] | None
     cgroups: frozenset[str] | None
+    labels: frozenset[bytes] | None = None
 
     def matches(self, client: ClientFacts, *, in_doubt: bool = False) -> bool:
-        """Return whether `client` is meant by this entry; `in_doubt`: also where only groups could tell."""
+        """Return whether `client` is meant by this entry; `in_doubt`: also where it only may be.
+
+        That is, where all would hold but for groups or the label, which are not known.
+        """
         return (
             (self.uids is None or client.uid in self.uids)
             and (
@@ -130,6 +154,7 @@ class ClientMatch(NamedTuple):
                 or (in_doubt and not client.groups_known)
             )
             and (self.cgroups is None or not self.cgroups.isdisjoint(client.cgroups))
+            and (self.labels is None or client.label in self.labels or (in_doubt and client.label is None))
         )
 
 
@@ -169,18 +194,34 @@ class Conditions(NamedTuple):
     mode_none: int
     size: Bounds | None
     links: Bounds | None
+    age_ns: Bounds | None = None
+    filesystems: frozenset[int] | None = None
+
+    @property
+    def asks_surroundings(self) -> bool:
+        """Whether something is asked that `Surroundings` has the answer to."""
+        return self.age_ns is not None or self.filesystems is not None
 
     def first_failure(
-        self, facts: FileFacts, client_uid: int, on_behalf_of_uid: int | None = None, *, deny: bool
+        self,
+        facts: FileFacts,
+        client_uid: int,
+        on_behalf_of_uid: int | None = None,
+        surroundings: Surroundings | None = None,
+        *,
+        deny: bool,
     ) -> str | None:
         """Return the name of the first condition that does not hold, or None.
 
         `client_uid` is that of the process that asks, `on_behalf_of_uid` that
-        of the client it acts for, None where it acts for nobody.
+        of the client it acts for, None where it acts for nobody. `surroundings`
+        may be left out where nothing is asked of them; where something is, an
+        allow rule fails then, and a deny rule holds.
 
-        `size` and `links` are conditions on regular files. Asked of anything
-        else they hold in an allow rule and fail in a deny rule, so that they
-        neither hide every directory nor forbid it.
+        `size`, `links` and `age` are conditions on regular files. Asked of
+        anything else they hold in an allow rule and fail in a deny rule, so
+        that they neither hide every directory nor forbid it. A file that was
+        modified in the future has age 0.
         """
         if self.owner is not None and not self.owner.include(facts.st_uid, client_uid, on_behalf_of_uid):
             return "owner"
@@ -189,12 +230,22 @@ class Conditions(NamedTuple):
         mode = facts.st_mode
         if mode & self.mode_all != self.mode_all or mode & self.mode_none:
             return "mode"
+        if self.filesystems is not None and (
+            not deny if surroundings is None else surroundings.filesystem not in self.filesystems
+        ):
+            return "filesystem"
         if stat.S_ISREG(mode):
             if self.size is not None and not self.size.hold(facts.st_size):
                 return "size"
             if self.links is not None and not self.links.hold(facts.st_nlink):
                 return "links"
-        elif deny and (self.size is not None or self.links is not None):
+            if self.age_ns is not None and (
+                not deny
+                if surroundings is None
+                else not self.age_ns.hold(max(surroundings.now_ns - facts.st_mtime_ns, 0))
+            ):
+                return "age"
+        elif deny and (self.size is not None or self.links is not None or self.age_ns is not None):
             return "type"
         return None
 
@@ -218,7 +269,8 @@ class Rule:
     """One rule; immutable. `where` is None when nothing is asked of the object.
 
     `on_behalf_of` says for whom a service acts; it is empty in a rule about
-    what a client asks for itself.
+    what a client asks for itself. `follows_links`: a name that this rule
+    allows may be, or have on its way, a symbolic link.
     """
 
     __slots__ = (
@@ -227,6 +279,7 @@ class Rule:
         "deliver",
         "deny",
         "excepts",
+        "follows_links",
         "index",
         "limits",
         "name",
@@ -259,6 +312,9 @@ class Rule:
         self.limits = _read_rule_limits(document, at, self.name) if "limits" in document else None
         if self.limits is not None and self.deny:
             raise PolicyError(f"{at}.limits: a rule that denies gives nothing to be limited")
+        self.follows_links = _one_of(document, "symlinks", at, SYMLINKS) == "within-root"
+        if self.follows_links and (self.deny or self.root.helpers):
+            raise PolicyError(f"{at}.symlinks is 'within-root', but it denies, or helpers open in its root")
         if not (self.actions and self.clients and self.paths):
             raise PolicyError(f"{at} needs at least one action, one client and one path")
         owner = None if self.where is None else self.where.owner
@@ -295,6 +351,7 @@ class Admins(NamedTuple):
 class Settings(NamedTuple):
     """What the policy file says beside its rules; counts are per connection or uid.
 
+    `identity_strict`: requests are answered at the highest level of identity only.
     `message_within`: seconds in which a hello, or the rest of a message that has begun, must come.
     `requests` and `opens` are rates of one uid; `idle_timeout`: seconds. None: no such limit.
     """
@@ -305,6 +362,7 @@ class Settings(NamedTuple):
     read_only_view_required: bool
     admins: Admins
     message_within: float
+    identity_strict: bool
     in_flight_per_uid: int | None = None
     requests: Rate | None = None
     opens: Rate | None = None
@@ -314,6 +372,7 @@ class Settings(NamedTuple):
 class RuleSet(NamedTuple):
     """A whole compiled policy. `cgroups`: every control group that a rule or a service names.
 
+    `names_labels`: whether any of them names a label.
     `services`: by the name of a listener, who may take the clients that come to it.
     `fingerprint`: by which people see whether two policies are the same; it proves nothing.
     """
@@ -324,6 +383,7 @@ class RuleSet(NamedTuple):
     cgroups: frozenset[str]
     fingerprint: str
     services: Mapping[bytes, tuple[ClientMatch, ...]]
+    names_labels: bool
 
 
 def read_policy(document: object) -> RuleSet:
@@ -386,6 +446,7 @@ def read_policy_in_steps(document: object) -> Generator[None, None, RuleSet]:
         idle_timeout=(
             _seconds(limits, "idle_timeout", "limits", 1.0, 86400.0) if "idle_timeout" in limits else None
         ),
+        identity_strict=_one_of(document, "identity", "policy", IDENTITIES) == "strict",
     )
     services = _read_services(document)
     named = [client for rule in rules for client in (*rule.clients, *rule.on_behalf_of)]
@@ -394,7 +455,10 @@ def read_policy_in_steps(document: object) -> Generator[None, None, RuleSet]:
     # However it was laid out: what is told apart is what it says.
     text = json.dumps(document, sort_keys=True, separators=(",", ":"))
     fingerprint = f"{crc32(text.encode()):08x}"
-    return RuleSet(tuple(roots.values()), tuple(rules), settings, cgroups, fingerprint, services)
+    names_labels = any(client.labels is not None for client in named)
+    return RuleSet(
+        tuple(roots.values()), tuple(rules), settings, cgroups, fingerprint, services, names_labels
+    )
 
 
 def _read_root(document: Mapping[str, object], index: int) -> Root:
@@ -442,12 +506,16 @@ def _read_client(document: Mapping[str, object], at: str) -> ClientMatch:
     # Not by ==, to which 1 is True.
     if document.keys() == {"any"} and document["any"] is True:
         return ClientMatch(None, None, None)
-    if not document or not document.keys() <= {"uids", "gids", "cgroups"}:
-        raise PolicyError(f"{at} must be {{'any': true}} or some of uids, gids, cgroups")
+    if not document or not document.keys() <= {"uids", "gids", "cgroups", "labels"}:
+        raise PolicyError(f"{at} must be {{'any': true}} or some of uids, gids, cgroups, labels")
+    labels = _list(document, "labels", str, at) if "labels" in document else None
     return ClientMatch(
         uids=frozenset(_list(document, "uids", int, at)) if "uids" in document else None,
         gids=frozenset(_list(document, "gids", int, at)) if "gids" in document else None,
         cgroups=frozenset(_list(document, "cgroups", str, at)) if "cgroups" in document else None,
+        labels=None
+        if labels is None
+        else frozenset(label.encode("utf-8", "surrogatepass") for label in labels),
     )
 
 
@@ -464,10 +532,10 @@ def _read_globs(document: Mapping[str, object], key: str, at: str) -> tuple[Glob
 def _read_conditions(document: Mapping[str, object], at: str) -> Conditions | None:
     if not document:
         return None
-    known = {"owner", "group", "mode", "size", "links"}
+    known = {"owner", "group", "mode", "size", "links", "age", "filesystem"}
     if not document.keys() <= known:
         raise PolicyError(f"{at} has keys other than {', '.join(sorted(known))}")
-    owner = gids = None
+    owner = gids = age = filesystems = None
     mode_all = mode_none = 0
     if "owner" in document:
         entry = _get(document, "owner", dict, at)
@@ -487,13 +555,21 @@ def _read_conditions(document: Mapping[str, object], at: str) -> Conditions | No
             raise PolicyError(f"{at}.mode must have all, none or both")
         mode_all = _get(entry, "all", int, f"{at}.mode") if "all" in entry else 0
         mode_none = _get(entry, "none", int, f"{at}.mode") if "none" in entry else 0
+    if "age" in document:
+        age = Bounds(*(bound and bound * 1_000_000_000 for bound in _bounds(document, "age", at)))
+    if "filesystem" in document:
+        entry = _get(document, "filesystem", dict, at)
+        _exact_keys(entry, f"{at}.filesystem", {"types"})
+        filesystems = frozenset(_list(entry, "types", int, f"{at}.filesystem"))
     return Conditions(
         owner=owner,
         gids=gids,
         mode_all=mode_all,
         mode_none=mode_none,
-        size=_read_bounds(document, "size", at),
-        links=_read_bounds(document, "links", at),
+        size=_bounds(document, "size", at) if "size" in document else None,
+        links=_bounds(document, "links", at) if "links" in document else None,
+        age_ns=age,
+        filesystems=filesystems,
     )
 
 
@@ -517,9 +593,7 @@ def _read_rate(document: Mapping[str, object], what: str, at: str, of: str) -> R
     return Rate(of, *numbers)
 
 
-def _read_bounds(document: Mapping[str, object], key: str, at: str) -> Bounds | None:
-    if key not in document:
-        return None
+def _bounds(document: Mapping[str, object], key: str, at: str) -> Bounds:
     entry = _get(document, key, dict, at)
     if not entry or not entry.keys() <= {"min", "max"}:
         raise PolicyError(f"{at}.{key} must have min, max or both")

@@ -1,0 +1,168 @@
+"""What there is to see on this machine of what a policy names: mounts, groups, who writes to directories."""
+
+from __future__ import annotations
+
+import functools
+import grp
+import os
+import pwd
+import stat
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fdbroker.broker.roots import HELPED_FILESYSTEMS, SERVED_FILESYSTEMS
+from fdbroker.config.containment import leading_names, parse
+from fdbroker.config.names import group_text, user_text
+from fdbroker.kernel.files import filesystem_of
+from fdbroker.policy.globs import NOTHING, Glob
+from fdbroker.policy.paths import components_below
+
+# As in /proc/self/mountinfo. By name, since asking the file system itself may take for ever.
+_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "autofs", "9p"})
+# Directories that are looked at, and how far below the names that a glob begins with. Most trees show in the
+# first level whose they are, as /home does.
+_MOST_DIRECTORIES = 500
+_LEVELS = 1
+_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class _Mount(NamedTuple):
+    path: bytes
+    type: str
+
+
+class ThisMachine:
+    """The answers of this machine. What can't be looked at is not told; nothing here raises."""
+
+    @functools.cached_property
+    def _mounts(self) -> list[_Mount]:
+        try:
+            with open("/proc/self/mountinfo", "rb") as file:
+                lines = file.read().splitlines()
+        except OSError:
+            return []
+        mounts = []
+        for line in lines:
+            before, _, after = line.partition(b" - ")
+            mounts.append(_Mount(_unescaped(before.split(b" ")[4]), os.fsdecode(after.split(b" ")[0])))
+        return mounts
+
+    @functools.cached_property
+    def _primary_gids(self) -> frozenset[int]:
+        return frozenset(entry.pw_gid for entry in pwd.getpwall())
+
+    def has_members(self, gid: int) -> bool:
+        """Return whether any user that the system lists is in a group."""
+        try:
+            return bool(grp.getgrgid(gid).gr_mem) or gid in self._primary_gids
+        except (KeyError, OverflowError):
+            return gid in self._primary_gids
+
+    def is_in(self, uid: int, gids: frozenset[int]) -> bool:
+        """Return whether a user is in one of these groups; True where there is no such user to ask about."""
+        try:
+            user = pwd.getpwuid(uid)
+        except (KeyError, OverflowError):
+            return True
+        return not gids.isdisjoint(os.getgrouplist(user.pw_name, user.pw_gid))
+
+    def network_filesystem(self, path: bytes) -> str | None:
+        """Return the type of the file system at `path` if its answers come from elsewhere."""
+        found = None
+        for mount in self._mounts:  # later ones lie on top of earlier ones
+            if path == mount.path or path.startswith(mount.path.rstrip(b"/") + b"/"):
+                found = mount if found is None or len(mount.path) >= len(found.path) else found
+        is_network = found is not None and (found.type in _NETWORK or found.type.startswith("fuse"))
+        return found.type if found is not None and is_network else None
+
+    def unserved_filesystem(self, path: bytes) -> str | None:
+        """Return the type of the file system at `path` if the broker serves no file of it."""
+        try:
+            descriptor = os.open(path, _FLAGS)
+        except OSError:
+            return None
+        try:
+            kind = filesystem_of(descriptor).type
+        except OSError:
+            return None
+        finally:
+            os.close(descriptor)
+        return None if kind in SERVED_FILESYSTEMS or kind in HELPED_FILESYSTEMS else f"{kind:#x}"
+
+    def writers(
+        self, root: bytes, glob: Glob, leaving_out: Sequence[tuple[bytes, Glob]]
+    ) -> tuple[bytes, str] | None:
+        """Return a directory in which a name may match and others than root make names, and who; or None."""
+        states, directory = glob.start, root
+        components = parse(glob.pattern)
+        leading = leading_names(components)
+        # A last name is one in its directory.
+        for name in leading[: len(components) - 1]:
+            states, directory = glob.step(states, name), os.path.join(directory, name)
+        level = [(directory, states)]
+        left = _MOST_DIRECTORIES
+        for depth in range(_LEVELS + 1):
+            below: list[tuple[bytes, int]] = []
+            for directory, states in level:
+                who = _writer(directory)
+                if (
+                    who is not None
+                    and glob.remainder(states) is not NOTHING
+                    and not any(_is_about_all_in(directory, *left_out) for left_out in leaving_out)
+                ):
+                    return directory, who
+                if depth < _LEVELS:
+                    names = _directories(directory, left)
+                    left -= len(names)
+                    steps = [(os.path.join(directory, name), glob.step(states, name)) for name in names]
+                    below += [(path, after) for path, after in steps if after]
+            level = below
+        return None
+
+
+def _is_about_all_in(directory: bytes, root: bytes, glob: Glob) -> bool:
+    """Return whether a glob, relative to `root`, matches every name in a directory."""
+    components = components_below(root, directory)
+    if components is None:
+        return False
+    states = glob.start
+    for name in components:
+        states = glob.step(states, name)
+    return glob.remainder(states).anything
+
+
+def _unescaped(path: bytes) -> bytes:
+    """Return a path of mountinfo, where blanks and backslashes are octal."""
+    head, *tails = path.split(b"\\")
+    return head + b"".join(bytes([int(tail[:3], 8)]) + tail[3:] for tail in tails)
+
+
+def _writer(directory: bytes) -> str | None:
+    """Return who besides root can make names in a directory, in words; None for nobody, or if it is none."""
+    try:
+        facts = os.lstat(directory)
+    except OSError:
+        return None
+    if not stat.S_ISDIR(facts.st_mode):
+        return None
+    if facts.st_mode & stat.S_IWOTH:
+        return "everybody"
+    if facts.st_uid != 0:
+        return f"user {user_text(facts.st_uid)}"
+    if facts.st_mode & stat.S_IWGRP and facts.st_gid != 0:
+        return f"group {group_text(facts.st_gid)}"
+    return None
+
+
+def _directories(directory: bytes, most: int) -> list[bytes]:
+    names: list[bytes] = []
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if len(names) >= most:
+                    break
+                if entry.is_dir(follow_symlinks=False):
+                    names.append(entry.name)
+    except OSError:
+        return []
+    return sorted(names)
