@@ -383,11 +383,10 @@ class Opener:
             return NEEDS_HELPER
         held = open_path_beneath(root.descriptor, path[root.skip :] or b".", root.cross_mounts)
         try:
-            facts = os.fstat(held)
-            if decision.followed is not None and stat.S_ISLNK(facts.st_mode):
-                return self._open_followed(decision, path, asker, descriptors)
-            objection, rule = self._judge_file(decision, root, path, held, facts, asker)
+            objection, rule = self._judge_file(decision, root, path, held, os.fstat(held), asker)
             if objection is not None:
+                if objection.reason == "symlink" and decision.followed is not None:
+                    return self._open_followed(decision, path, asker, descriptors)
                 return objection
             descriptors.append(reopen_for_reading(self._proc_self_fd, held))
             return self._given.get(rule) or self._give(rule)

@@ -112,16 +112,22 @@ def decide_object(
     of the client that it acts for, whom the view behind `name` was made for as
     well; None: it asks for itself. `surroundings` are wanted where `name.asks_surroundings`.
     """
-    asked = facts, client_uid, on_behalf_of_uid, surroundings
     for rule in name.denies:
         where = rule.where
-        if where is None or where.first_failure(*asked, deny=True) is None:
+        if (
+            where is None
+            or where.first_failure(facts, client_uid, on_behalf_of_uid, surroundings, deny=True) is None
+        ):
             return ObjectDecision(allowed=False, reason="deny_rule", rule=rule)
     failure = "no_rule"
     nearest = None
     for rule in name.allows:
         where = rule.where
-        failed = None if where is None else where.first_failure(*asked, deny=False)
+        failed = (
+            None
+            if where is None
+            else where.first_failure(facts, client_uid, on_behalf_of_uid, surroundings, deny=False)
+        )
         if failed is None:
             return ObjectDecision(allowed=True, reason="ok", rule=rule)
         if nearest is None:
