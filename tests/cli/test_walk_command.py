@@ -185,7 +185,7 @@ def test_a_start_that_is_not_given_is_told_and_the_others_follow(fake: str) -> N
         (("--min-size", "2", "--max-size", "1", "/"), "nothing has such a size"),
         (("--newer-than", "yesterday", "/"), "yesterday is no time; write a duration"),
         (("--newer-than", "5", "/"), "is not a duration"),
-        (("--newer-than", "3d", "/"), "is not a duration"),
+        (("--newer-than", "3w", "/"), "is not a duration"),
         (("--newer-than", "9000-01-01", "/"), "beyond the times that files have"),
         (("--newer-than", "0001-01-01", "/"), "beyond the times that files have"),
         (("--newer-than", "9999999999999999999h", "/"), "beyond the times that files have"),

@@ -53,7 +53,7 @@ MISSING = {
 _EXIT_NOT_GIVEN = 1
 _EXIT_INTERRUPTED = 2
 _EXIT_INCOMPLETE = 3
-_HELP_OF_TIMES = "write a duration (30s, 5min, 2h) or a date (2026-01-31, or 2026-01-31T12:00:00, in UTC)"
+_HELP_OF_TIMES = "write a duration (30s, 5min, 2h, 7d) or a date (2026-01-31, or 2026-01-31T12:00:00, in UTC)"
 
 
 def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
@@ -163,7 +163,7 @@ def _globs(_context: click.Context, _parameter: click.Parameter, value: Sequence
     callback=_time,
     metavar="TIME",
     help="Only what was modified after TIME: a date (2026-01-31, 2026-01-31T12:00:00, in UTC), or how long"
-    " ago (30s, 5min, 2h).",
+    " ago (30s, 5min, 2h, 7d).",
 )
 @click.option(
     "-l", "--long", "is_long", is_flag=True, help="Show mode, links, owner, group, size and time (UTC) too."
