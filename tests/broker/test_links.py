@@ -259,3 +259,14 @@ def test_rule_that_can_not_follow_links_is_no_rule(changes: dict[str, Any]) -> N
     helped = [{"name": "tree", "path": "/tree", "cross_mounts": False, "opens": "helpers"}]
     with pytest.raises(PolicyError, match="helpers open in its root"):
         read_policy(policy("/tree", FOLLOWS, roots=helped))
+
+
+def test_audit_has_the_bytes_of_a_name_that_is_no_text(following: SteppedBroker) -> None:
+    name = bytes(following.tree) + b"/data/\xff"
+    with open(name, "wb") as file:
+        file.write(b"odd")
+    os.symlink(b"../data/\xff", path_of(following, "odd"))
+    assert following.join().open_one(path_of(following, "odd")).content == b"odd"
+    record = last_record(following)
+    assert bytes.fromhex(record["resolved_hex"]) == name
+    assert record["path"] == os.fsdecode(path_of(following, "odd"))

@@ -12,6 +12,7 @@ SHORT = {
     "CLIENT": "socket connection? pid uid gid identity",
     "FOR": "for_number? for_pid? for_uid? for_gid?",
     "PATH": "path path_hex? path_length?",
+    "RESOLVED": "resolved? resolved_hex?",
     "PATH?": "path? path_hex? path_length?",
 }
 

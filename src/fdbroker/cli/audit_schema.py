@@ -46,6 +46,12 @@ MEMBERS: dict[str, dict[str, Any]] = {
     },
     "path_length": _COUNT
     | {"description": "its length in bytes, where it is above 4,096 and only its beginning is here"},
+    "resolved": _TEXT | {"description": "the name to which symbolic links of the path led; as path"},
+    "resolved_hex": {
+        "type": "string",
+        "pattern": "^([0-9a-f]{2})+$",
+        "description": "the bytes of that name, where it is not UTF-8",
+    },
     "decision": {"enum": ["allow", "deny"], "description": "what was decided"},
     "reason": _TEXT | {"description": "ok, or why not; or what was wrong"},
     "rule": {"type": ["string", "null"], "description": "name of the rule that decided, null: none"},
@@ -73,6 +79,7 @@ MEMBERS: dict[str, dict[str, Any]] = {
 _CLIENT = "socket connection? pid uid gid identity"
 _FOR = "for_number? for_pid? for_uid? for_gid?"
 _DECISION = f"{_CLIENT} {_FOR} request generation path path_hex? path_length?"
+_RESOLVED = "resolved? resolved_hex?"
 
 
 class Event(NamedTuple):
@@ -83,9 +90,11 @@ class Event(NamedTuple):
 
 
 EVENTS: dict[str, Event] = {
-    "open": Event(f"{_DECISION} decision reason rule", "a file was asked for"),
-    "stat": Event(f"{_DECISION} decision reason rule", "what a name is was asked for"),
-    "list": Event(f"{_DECISION} entries decision reason rule", "a page of a directory was asked for"),
+    "open": Event(f"{_DECISION} decision reason rule {_RESOLVED}", "a file was asked for"),
+    "stat": Event(f"{_DECISION} decision reason rule {_RESOLVED}", "what a name is was asked for"),
+    "list": Event(
+        f"{_DECISION} entries decision reason rule {_RESOLVED}", "a page of a directory was asked for"
+    ),
     "walk": Event(f"{_DECISION} decision reason rule", "a walk began, was refused, or opened a file"),
     "walk_ended": Event(
         f"{_CLIENT} {_FOR} request entries descriptors directories incomplete left_out_*?", "a walk ended"
