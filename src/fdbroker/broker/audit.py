@@ -32,16 +32,19 @@ _MILLION = 1_000_000
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-def quoted_path(path: bytes, most: int = _MAX_RECORDED_BYTES, name: str = "path") -> str:
-    """Return the JSON members, called `name` and so on, that record `path`: its first `most` bytes."""
+def quoted_path(path: bytes, most: int = _MAX_RECORDED_BYTES, key: str = '"path":') -> str:
+    """Return the JSON members that record `path`, of which the first `most` bytes are kept.
+
+    `key`: what the first one begins with; the others have its name in theirs.
+    """
     cut = ""
     if len(path) > most:
-        cut = f',"{name}_length":{len(path)}'
+        cut = f',"{key[1:-2]}_length":{len(path)}'
         path = path[:most]
     try:
-        return f'"{name}":{quoted(path.decode())}{cut}'
+        return key + quoted(path.decode()) + cut
     except UnicodeDecodeError:
-        return f'"{name}":{quoted(path.decode(errors="replace"))},"{name}_hex":"{path.hex()}"{cut}'
+        return f'{key}{quoted(path.decode(errors="replace"))},"{key[1:-2]}_hex":"{path.hex()}"{cut}'
 
 
 class Audit:

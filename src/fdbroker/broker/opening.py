@@ -438,7 +438,7 @@ class Opener:
             result = _DENIED
         told = Outcome(result, outcome.reason, outcome.rule, outcome.facts)
         if len(names) > 1:
-            told.record += f",{quoted_path(names[-1][0], name='resolved')}"
+            told.record += "," + quoted_path(names[-1][0], key='"resolved":')
         return told
 
     def _follow(
