@@ -236,6 +236,15 @@ def test_directory_is_listed_by_a_link_as_by_its_own_name(following: SteppedBrok
     assert sorted(speaker.list_all(path_of(following, "to-root"))) == [b"data", b"links"]
 
 
+def test_directory_is_listed_by_a_link_that_does_not_itself_meet_the_conditions(linked: Path) -> None:
+    strict = FOLLOWS | {"where": {"mode": {"none": 0o022}}}  # which every link has
+    with no_descriptor_left(), serving(linked, strict) as broker:
+        speaker = broker.join()
+        assert sorted(speaker.list_all(path_of(broker, "directory"))) == [b"deep", b"file"]
+        (linked / "data").chmod(0o777)
+        assert speaker.page(path_of(broker, "directory")).result.reason == Reason.DENIED
+
+
 def test_copy_comes_by_a_link_as_well(linked: Path) -> None:
     copies = FOLLOWS | {"deliver": ["copy"]}
     with no_descriptor_left(), serving(linked, copies) as broker:

@@ -607,6 +607,9 @@ class Opener:
                 return Page(object_refusal(decision, "not_listed"))
             below = path[root.skip :] or b"."
             held = open_path_beneath(root.descriptor, below, root.cross_mounts)
+            if decision.followed is not None and stat.S_ISLNK(os.fstat(held).st_mode):
+                # What is asked of the object is asked of what the link leads to.
+                return Page(object_refusal(decision, "symlink"))
             outcome = self._judge(decision, root, path, held, asker)
             if outcome.facts is None:
                 return Page(outcome)

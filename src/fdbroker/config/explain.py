@@ -454,12 +454,13 @@ def _verdict_of_link(name: NameDecision, leads_to: Judged, asker: Asker) -> Verd
     while behind.followed is not None:
         behind = behind.followed
     seen = behind.seen or Seen()
-    if leads_to.verdict.decision == DENY:
+    if seen.facts is not None and seen.reason != "symlink":
+        # What each name asks of what was found comes before what becomes of that.
+        allowed, reason, rule = decide_object(name, seen.facts, *asker.uids, seen.surroundings)
+        return leads_to.verdict if allowed else Verdict(DENY, reason, None if rule is None else rule.name)
+    if leads_to.verdict.decision == DENY or name.plain:
         return leads_to.verdict
-    if seen.facts is None:
-        return leads_to.verdict if name.plain else Verdict(UNKNOWN, "not_seen", None)
-    allowed, reason, rule = decide_object(name, seen.facts, *asker.uids, seen.surroundings)
-    return leads_to.verdict if allowed else Verdict(DENY, reason, None if rule is None else rule.name)
+    return Verdict(UNKNOWN, "not_seen", None)
 
 
 def _serving(rules: RuleSet, path: bytes) -> Root | None:
