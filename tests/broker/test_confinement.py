@@ -308,6 +308,8 @@ DEADLY = [
     call("fcntl", "0", "1024", "0"),  # F_SETLEASE
     call("fcntl", "0", "8", "1"),  # F_SETOWN
     call("fcntl", "0", "0", "9"),  # F_DUPFD, without close-on-exec
+    call("fcntl", "0", "4", "0"),  # F_SETFL, without O_APPEND: the audit could be written over
+    call("lseek", "0", "0", "0") + " or " + call("pwrite64", "0", "b'x'", "1", "0"),
     call("ioctl", "0", "0x5412", "0"),  # TIOCSTI
     call("mmap", "0", "4096", "5", "0x22", "-1", "0"),  # PROT_READ | PROT_EXEC
     call("mprotect", "0", "4096", "4"),  # PROT_EXEC
