@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.broker.helper_pool import HELPERS
+from fdbroker.kernel.bpf import KILL_PROCESS
 from fdbroker.kernel.libc import MACHINE
+from fdbroker.kernel.syscall_table import AUDIT_ARCH, SYSCALLS
 from fdbroker.launcher import broker_seccomp, helper_seccomp
 from fdbroker.sandbox import worker_seccomp
 from fdbroker.scan.hashes import load
@@ -25,6 +27,7 @@ from fdbroker.scan.supervisor import Supervisor
 from tests.hostile.processes import children_of
 from tests.hostile.sessions import SESSIONS, served
 from tests.hostile.tracing import calls, traced
+from tests.kernel.bpf_interpreter import Call, decide
 from tests.processes import wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.descriptors import make_and_open
@@ -90,6 +93,23 @@ def test_list_is_what_the_seccomp_program_allows(monkeypatch: pytest.MonkeyPatch
     assert {call: said for call, (said, _) in committed(process).items()} == {
         call: in_words(conditions) for call, conditions in allowed.items()
     }
+
+
+@pytest.mark.parametrize("process", PROGRAMS)
+@pytest.mark.parametrize("machine", sorted(SYSCALLS))
+def test_whatever_the_list_does_not_have_kills_also_calls_of_kernels_to_come(
+    process: str, machine: str
+) -> None:
+    program = PROGRAMS[process][1](machine)
+    ours = {number for call, number in SYSCALLS[machine].items() if call in committed(process)}
+    for number in {
+        *range(1024),
+        2**31 - 1,
+        2**32 - 1,
+        *(0x40000000 | number for number in range(600)),
+    } - ours:
+        for words in ((0,) * 6, (2**64 - 1,) * 6):
+            assert decide(program, Call(number, words, AUDIT_ARCH[machine])) == KILL_PROCESS, number
 
 
 def check(process: str, seen: set[str]) -> None:
