@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 import stat
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -42,6 +41,7 @@ from tests.running_broker import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.root, pytest.mark.unmeasured]
 
@@ -156,7 +156,7 @@ def clear(tree: Path) -> None:
 
 def questions(tree: Path) -> list[bytes]:
     """Return requests about all there may be, below what there may be, and about what never is."""
-    names = [name for name in [*NAMES, "never"]]
+    names = [*NAMES, "never"]
     paths = [*names, *(f"place/{name}" for name in names), "hidden/a", "place/a/place", "never/x", "shown"]
     asked = [bytes(tree / path) for path in paths]
     one_by_one = [
@@ -245,10 +245,10 @@ def test_answers_do_not_tell_what_is_there_that_may_not_be_had(
 
 def test_what_may_be_had_does_show(twins: tuple[Twin, Twin]) -> None:
     """The comparison above sees a difference where there is one."""
-    one, two = twins
+    one = twins[0]
     for twin_ in twins:
         clear(twin_.tree)
     (one.tree / "a").write_bytes(b"mine")
     os.chown(one.tree / "a", CLIENT_UID, CLIENT_UID)
     first, second = (in_child(lambda: all_heard(twin_, Speaker), uid=CLIENT_UID) for twin_ in twins)  # noqa: B023
-    assert sum(one != two for one, two in zip(first, second, strict=False)) >= 5
+    assert sum(of_one != of_two for of_one, of_two in zip(first, second, strict=False)) >= 5
