@@ -80,7 +80,8 @@ def cases(found: list[str], *, full: bool) -> Iterator[Case]:
     names = ["ioctl" if call == "TIOCOUTQ" else call for call in found]
     places: dict[str, list[int]] = {}
     for at, call in enumerate(found):
-        if call not in NEVER_FAIL:
+        # How often it is asked depends on when the client receives, so behind it the count of ioctls may shift.
+        if call not in NEVER_FAIL and not (call == "ioctl" and "TIOCOUTQ" in found[:at]):
             places.setdefault(call, []).append(names[: at + 1].count(names[at]))
     for call, nths in places.items():
         errors = ONLY.get(call, ERRNOS)
@@ -208,6 +209,15 @@ def test_whichever_call_of_a_helper_fails_it_is_a_denial_on_record(place: Served
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}\n{(tmp_path / 'failed').read_text()}") from error
     assert made > 10
+
+
+def test_client_whose_helper_ends_before_it_sends_hears_the_end(place: Served, tmp_path: Path) -> None:
+    """What the helper was to send lies in its queue, with the client's socket: closing ours does not end that."""
+    with failing(helpers_of(place), tmp_path / "failed", "recvmsg", "EIO", 2):
+        session = SESSIONS["open_by_helpers"](place)
+    assert INJECTED in (tmp_path / "failed").read_text()
+    assert session == Session([], answered=False)
+    assert "undelivered" in {record.get("event") for record in place.broker.records()}
 
 
 def how_many_are_given(session: Session) -> int:

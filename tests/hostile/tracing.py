@@ -34,8 +34,11 @@ def strace() -> str:
 
 
 def is_traced(pid: int) -> bool:
-    """Return whether somebody traces a process."""
-    return "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text()
+    """Return whether somebody traces a process, or it has ended."""
+    try:
+        return "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 @contextlib.contextmanager
