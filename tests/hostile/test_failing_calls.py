@@ -80,7 +80,7 @@ def cases(found: list[str], *, full: bool) -> Iterator[Case]:
     names = ["ioctl" if call == "TIOCOUTQ" else call for call in found]
     places: dict[str, list[int]] = {}
     for at, call in enumerate(found):
-        # How often it is asked depends on when the client receives, so behind it the count of ioctls may shift.
+        # How often it is asked depends on when the client receives: behind it the count of ioctls shifts.
         if call not in NEVER_FAIL and not (call == "ioctl" and "TIOCOUTQ" in found[:at]):
             places.setdefault(call, []).append(names[: at + 1].count(names[at]))
     for call, nths in places.items():
@@ -212,7 +212,7 @@ def test_whichever_call_of_a_helper_fails_it_is_a_denial_on_record(place: Served
 
 
 def test_client_whose_helper_ends_before_it_sends_hears_the_end(place: Served, tmp_path: Path) -> None:
-    """What the helper was to send lies in its queue, with the client's socket: closing ours does not end that."""
+    """What it was to send lies in its queue, with the client's socket: closing ours does not end that."""
     with failing(helpers_of(place), tmp_path / "failed", "recvmsg", "EIO", 2):
         session = SESSIONS["open_by_helpers"](place)
     assert INJECTED in (tmp_path / "failed").read_text()

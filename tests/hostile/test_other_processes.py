@@ -104,7 +104,7 @@ def test_the_same_is_to_be_had_from_a_process_that_may_be_looked_into() -> None:
         signal.pause()
         os._exit(0)
     try:
-        found = in_child(lambda: attempts(pid, 2))  # by root, whom no module for security holds back
+        found = in_child(lambda: attempts(pid, 2))
         assert [found[what] for what in ("take a descriptor of it", "open its mem", "open its fd")] == [
             0,
             0,

@@ -231,7 +231,7 @@ class Helped:
                 self._loop.send(connection, frame, [], request.id)
             else:
                 if connection.state is not State.CLOSED:
-                    # Its socket may lie in the queue of a helper that has ended: to close ours is no end of it.
+                    # Its socket may lie in the queue of a helper that has ended: closing ours is no end.
                     connection.sock.shutdown(socket.SHUT_WR)
                 self._loop.hang_up(connection)
         self._end(connection, request, began)
