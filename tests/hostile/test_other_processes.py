@@ -128,7 +128,7 @@ def test_others_can_not_signal_it(running: RunningBroker) -> None:
 
 
 def in_a_mount_namespace(function: Callable[[], Opened], over: Path) -> Opened:
-    """In a mount namespace of one's own, with a file system of one's own over a directory, call a function."""
+    """Call a function in a mount namespace of its own, where something else lies over a directory."""
 
     def child() -> Opened:
         assert LIBC.unshare(CLONE_NEWNS) == 0
