@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.root, pytest.mark.unmeasured]
 
-EXAMPLES = 300 if os.environ.get("FDBROKER_HOSTILE") else 12
+EXAMPLES = 100 if os.environ.get("FDBROKER_HOSTILE") else 12
 NAMES = ["a", "b", "hidden"]
 KINDS = ["file", "big", "linked", "fifo", "link", "directory", "full directory", "socket"]
 # What the client may have is in both trees, and alike.

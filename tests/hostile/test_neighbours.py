@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.root, pytest.mark.unmeasured]
 
-EXAMPLES = 2000 if os.environ.get("FDBROKER_HOSTILE") else 60
+EXAMPLES = 500 if os.environ.get("FDBROKER_HOSTILE") else 60
 SOCKETS = {
     "broker.seqpacket": socket.SOCK_SEQPACKET,
     "broker.stream": socket.SOCK_STREAM,

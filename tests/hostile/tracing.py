@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import signal
@@ -54,7 +55,9 @@ def traced(pids: Sequence[int], written: Path, *options: str, forks: bool = Fals
             wait_until(
                 lambda: process.poll() is not None or all(map(is_traced, pids)), "strace is attached", 30
             )
-            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            # What a process waits in may be the call that fails: then it ends at once, and strace with it.
+            lost = process.poll() is not None and all(os.path.exists(f"/proc/{pid}") for pid in pids)
+            assert not lost, process.stderr.read() if process.stderr else ""
             yield
         finally:
             process.send_signal(signal.SIGINT)
@@ -63,7 +66,7 @@ def traced(pids: Sequence[int], written: Path, *options: str, forks: bool = Fals
 
 @contextlib.contextmanager
 def failing(pids: Sequence[int], written: Path, call: str, error: str, nth: int) -> Iterator[None]:
-    """Have the `nth` system call of this name (from 1, of each process) fail with an errno, say `EIO`.
+    """Have the `nth` system call of this name (from 1, of each process) fail with an errno, such as EIO.
 
     In its place it makes one that its seccomp program allows: of the number -1, which strace would take, the
     program says that it kills.
