@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test races soak fuzz lint format bench constraints clean
+.PHONY: help setup demo test races soak hostile fuzz lint format bench constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ races: $(VENV)/.ready ## run the race tests for long
 
 soak: $(VENV)/.ready ## a million opens by every transport, and bystanders of floods (as root); COUNT= for another number
 	@FDBROKER_SOAK=$(or $(COUNT),1000000) $(BIN)/python -m pytest -q -o faulthandler_timeout=0 tests/soak $(ARGS)
+
+hostile: $(VENV)/.ready ## attack each promise in full: all that can fail does, and neighbours do what they like (as root)
+	@FDBROKER_HOSTILE=1 $(BIN)/python -m pytest -q -o faulthandler_timeout=0 tests/hostile $(ARGS)
 
 fuzz: $(VENV)/.ready-fuzz ## send it any bytes, guided by coverage, for DURATION= seconds (as root or not)
 	@$(BIN)/python -m tests.fuzz.run $(or $(DURATION),60)

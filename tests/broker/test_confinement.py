@@ -189,6 +189,13 @@ OUTSIDE = {
     # A name is not access: what is held by O_PATH can't be opened again.
     "os.open(str(os.open('/etc/passwd', os.O_PATH)), os.O_RDONLY, dir_fd=proc)": errno.EACCES,
     "os.open('..', os.O_RDONLY, dir_fd=roots[0])": errno.EACCES,
+    # Nor what others have open, and what it writes to itself: not to be written over.
+    "os.listdir('/proc/1/fd')": errno.EACCES,
+    "os.readlink('/proc/1/exe', dir_fd=proc)": errno.EACCES,
+    "os.readlink('/proc/1/fd/0', dir_fd=proc)": errno.EACCES,
+    "os.open('1', os.O_RDONLY, dir_fd=proc)": errno.EACCES,
+    "libc.syscall('openat2', 437, proc, b'1', (1).to_bytes(24, 'little'), 24)": errno.EACCES,
+    "libc.syscall('openat2', 437, proc, b'1', (0o1002).to_bytes(24, 'little'), 24)": errno.EACCES,
     "os.open('../../../../../etc/passwd', os.O_RDONLY, dir_fd=roots[0])": errno.EACCES,
     "os.open('out', os.O_RDONLY, dir_fd=roots[0])": errno.EACCES,
     "main.open_path_beneath(roots[0], b'../x')": errno.EXDEV,
@@ -308,6 +315,8 @@ DEADLY = [
     call("fcntl", "0", "1024", "0"),  # F_SETLEASE
     call("fcntl", "0", "8", "1"),  # F_SETOWN
     call("fcntl", "0", "0", "9"),  # F_DUPFD, without close-on-exec
+    call("fcntl", "0", "4", "0"),  # F_SETFL, without O_APPEND: the audit could be written over
+    call("pwrite64", "1", "b'x'", "1", "0"),
     call("ioctl", "0", "0x5412", "0"),  # TIOCSTI
     call("mmap", "0", "4096", "5", "0x22", "-1", "0"),  # PROT_READ | PROT_EXEC
     call("mprotect", "0", "4096", "4"),  # PROT_EXEC

@@ -78,9 +78,9 @@ def test_arguments_decide_what_the_starter_may(
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_a_helper_may_do_nothing_that_the_broker_may_not(machine: str) -> None:
+def test_a_helper_may_do_nothing_that_the_broker_may_not_but_wait(machine: str) -> None:
     helper, broker = helper_filter(machine), broker_filter(machine)
-    for name in SYSCALLS[machine]:
+    for name in SYSCALLS[machine].keys() - {"clock_nanosleep"}:
         for words in ((0,) * 6, (1,) * 6, (3, 0, os.O_RDWR, 0, 0, 0), (2**64 - 1,) * 6):
             if verdict(helper, machine, name, *words) == bpf.ALLOW:
                 assert verdict(broker, machine, name, *words) == bpf.ALLOW, name

@@ -9,6 +9,7 @@ open, after it was recorded.
 from __future__ import annotations
 
 import errno
+import socket
 import time
 from functools import partial
 from typing import TYPE_CHECKING
@@ -229,6 +230,9 @@ class Helped:
                 frame = self._dispatch.error(request.id, Kind.REFUSED, reason, text)
                 self._loop.send(connection, frame, [], request.id)
             else:
+                if connection.state is not State.CLOSED:
+                    # Its socket may lie in the queue of a helper that has ended: closing ours is no end.
+                    connection.sock.shutdown(socket.SHUT_WR)
                 self._loop.hang_up(connection)
         self._end(connection, request, began)
 

@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 
 # Sockets that are open: requests come, replies with descriptors and sd_notify's datagrams go.
 # The broker does not use MSG_OOB, and its sockets do not have it.
-_MESSAGES = ("accept4", "recvmsg", "recvfrom", "sendmsg", "sendto", "shutdown", "getsockname", "getpeername")
+_MESSAGES = ("accept4", "recvmsg", "sendmsg", "shutdown", "getsockname")
 
 # Waiting. Python takes epoll_wait and poll where there are such, else epoll_pwait and ppoll.
-_WAITING = ("epoll_create1", "epoll_ctl", "epoll_pwait", "epoll_pwait2", "ppoll", "clock_nanosleep")
+_WAITING = ("epoll_ctl", "epoll_pwait", "ppoll")
 _WAITING_X86_64 = ("epoll_wait", "poll")
 
 # Looking at files and reading them. openat2 has its flags behind a pointer, where no filter sees them:
@@ -59,7 +59,6 @@ _FILES = (
     "readlinkat",  # whether the name of an opened object is "(deleted)"
     "getdents64",
     "read",
-    "readv",
     "pread64",
     "lseek",
     "close",
@@ -67,12 +66,12 @@ _FILES = (
 )
 
 # Writing to what is open: the audit, pipes, stream sockets.
-_WRITING = ("write", "writev")
+_WRITING = ("write",)
 
 # Memory, for malloc; mmap and mprotect are below.
 _MEMORY = ("brk", "munmap", "mremap", "madvise")
 
-# Locks of the interpreter, signals that were set up before or end it, time, ids, random bytes.
+# Locks of the interpreter, signals that were set up before or end it, time, random bytes.
 _RUNTIME = (
     "futex",
     "rt_sigaction",
@@ -83,10 +82,6 @@ _RUNTIME = (
     "sched_yield",
     "getpid",
     "gettid",
-    "getuid",
-    "geteuid",
-    "getgid",
-    "getegid",
     "clock_gettime",
     "gettimeofday",
     "getrandom",
@@ -101,8 +96,10 @@ _WRITES_OR_CREATES = (
     os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_TMPFILE & ~os.O_DIRECTORY
 )
 
-# Flags of descriptors. No locks, leases, owners, signals or pipe sizes.
-_FCNTL = (fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_DUPFD_CLOEXEC)
+# Flags of descriptors, those of files to look at, and a duplicate. No locks, leases, owners, signals or pipe
+# sizes; and no F_SETFL, by which O_APPEND could be taken from the audit, and what is on record be written
+# over. (O_NONBLOCK is set by FIONBIO.)
+_FCNTL = (fcntl.F_GETFL, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_DUPFD_CLOEXEC)
 
 # asm-generic/ioctls.h: bytes in the send queue (TIOCOUTQ, SIOCOUTQ), O_NONBLOCK (FIONBIO), close-on-exec
 # (FIOCLEX), and whether it is a terminal (TCGETS), which Python asks of the source that it quotes in a

@@ -44,7 +44,7 @@ _FILES = (
 )
 # On what it was given: its socket to the broker, and the client's that comes with a reply to send. What goes
 # wrong is written to standard error.
-_MESSAGES = ("recvmsg", "recvfrom", "sendmsg", "sendto", "getsockname", "getpeername", "write")
+_MESSAGES = ("recvmsg", "sendmsg", "getsockname", "write")
 _WAITING = ("ppoll", "clock_nanosleep")
 _WAITING_X86_64 = ("poll",)
 _MEMORY = ("brk", "munmap", "mremap", "madvise")
@@ -64,13 +64,13 @@ _RUNTIME = (
     "exit",
     "exit_group",
 )
-# What glibc does in a fork, and what becomes of it.
-_STARTING = ("set_robust_list", "set_tid_address", "rseq", "getppid", "pidfd_open", "wait4")
+# What glibc does in a fork, and what becomes of it; and what the broker asks for.
+_STARTING = ("set_robust_list", "set_tid_address", "rseq", "getppid", "pidfd_open", "wait4", "recvfrom")
 
 _WRITES_OR_CREATES = (
     os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_TMPFILE & ~os.O_DIRECTORY
 )
-_FCNTL = (fcntl.F_GETFL, fcntl.F_SETFL, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_DUPFD_CLOEXEC)
+_FCNTL = (fcntl.F_GETFL, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_DUPFD_CLOEXEC)  # see broker_seccomp.py
 _IOCTL = (0x5421, 0x5451, 0x5401)  # FIONBIO, FIOCLEX, TCGETS: see broker_seccomp.py
 _SOL_SOCKET = 1
 _PR_SET_PDEATHSIG = 1
