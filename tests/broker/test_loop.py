@@ -825,7 +825,7 @@ def test_client_with_a_full_queue_gets_its_reply_when_there_is_room(
     for _ in range(sent):
         answer = speaker.receive()
         assert answer is not None
-        assert len(answer.raw) == 12 + 64 * FILES
+        assert len(answer.raw) == 12 + 88 * FILES
         stepped.serve()
     assert stepped.connections == 2
 

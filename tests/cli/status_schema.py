@@ -7,7 +7,7 @@ from typing import Any
 INTEGER: dict[str, Any] = {"type": "integer", "minimum": 0}
 STRING: dict[str, Any] = {"type": "string"}
 BOOLEAN: dict[str, Any] = {"type": "boolean"}
-TIME: dict[str, Any] = {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$"}
+TIME: dict[str, Any] = {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$"}
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:

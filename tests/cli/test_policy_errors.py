@@ -39,11 +39,11 @@ APPENDED = [
     ("deep", f"admins: {'[' * 40}\n", "5:40: lists and mappings are nested deeper than 32; no setting is that deep: check the brackets"),
     ("very deep", f"admins: {'[' * 100_000}\n", "5:40: lists and mappings are nested deeper than 32; no setting is that deep: check the brackets"),
     ("two documents", "---\nversion: 1\n", "5:1: a second document begins here; keep one document in a file"),
-    ("list for a mapping", "limits: [1]\n", "5:9: limits must be a mapping, not a list; write some of connections_per_uid, in_flight_per_connection, message_within, or leave limits out"),
+    ("list for a mapping", "limits: [1]\n", "5:9: limits must be a mapping, not a list; write some of connections_per_uid, in_flight_per_connection, message_within, in_flight_per_uid, requests_per_second, requests_burst, opens_per_second, opens_burst, idle_timeout, or leave limits out"),
     ("text for a list", "  - x\n", "5:5: rule 2 must be a mapping, not text; write a mapping that begins with '- name: ...'"),
     ("no", "read_only_view: no\n", "5:17: read_only_view: 'no' is not a choice here; write required or off"),
     ("0777", "limits: {connections_per_uid: 0777}\n", "5:31: limits: connections_per_uid: '0777' is not a number; write decimal digits only, as in 512"),
-    ("22:30", "limits: {message_within: 22:30}\n", "5:26: limits: message_within: '22:30' is not a duration; write digits with a unit: 30s, 5min or 2h"),
+    ("22:30", "limits: {message_within: 22:30}\n", "5:26: limits: message_within: '22:30' is not a duration; write digits with a unit: 30s, 5min, 2h or 7d"),
     ("NUL", "# \0\n", "5:3: character U+0000 is not allowed: it can make the file read differently; remove it; in a glob, match it by ?"),
     ("not UTF-8", "# \udcff\n", "5:3: byte 0xff is not UTF-8; save the file as UTF-8; bytes of names that are not UTF-8 are matched by ? and *"),
 ]  # fmt: skip

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 _ID = {"type": "integer", "minimum": 0, "maximum": 0xFFFFFFFF}
 _COUNT = {"type": "integer", "minimum": 0}
 _TEXT = {"type": "string"}
-_ACTION = {"enum": ["open", "stat", "list", "walk"]}
 
 MEMBERS: dict[str, dict[str, Any]] = {
     "run": {
@@ -60,9 +59,12 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "directories": _COUNT | {"description": "directories that were read"},
     "incomplete": _COUNT | {"description": "bits of what is missing, as the protocol has them"},
     "errno": {"type": ["integer", "null"], "description": "number of the error of the system call"},
-    "action": _ACTION | {"description": "what was to be explained"},
+    "action": _TEXT | {"description": "what was asked for, or was to be explained"},
+    "paths": _COUNT | {"description": "how many paths it was asked for"},
     "listener": _TEXT | {"description": "name of the service's listener"},
     "limit": _COUNT | {"description": "the value of the limit"},
+    "retry_after_ms": _COUNT
+    | {"description": "when to ask again, in milliseconds; 0: when something was received"},
     "helper": _COUNT | {"description": "number of the helper process"},
     "boot": _TEXT | {"description": "the kernel's boot_id, or unknown"},
     "landlock": _COUNT | {"description": "version of Landlock that holds the broker; 0: none"},
@@ -90,7 +92,9 @@ class Event(NamedTuple):
 
 
 EVENTS: dict[str, Event] = {
-    "open": Event(f"{_DECISION} decision reason rule {_RESOLVED}", "a file was asked for"),
+    "open": Event(
+        f"{_DECISION} decision reason rule {_RESOLVED} limit? retry_after_ms?", "a file was asked for"
+    ),
     "stat": Event(f"{_DECISION} decision reason rule {_RESOLVED}", "what a name is was asked for"),
     "list": Event(
         f"{_DECISION} entries decision reason rule {_RESOLVED}", "a page of a directory was asked for"
@@ -122,6 +126,11 @@ EVENTS: dict[str, Event] = {
     "malformed": Event(f"{_CLIENT} request reason", "a client broke the protocol"),
     "too_slow": Event(f"{_CLIENT} request reason", "a client did not send in time"),
     "receive_failed": Event("socket connection? pid? uid? gid? identity? errno", "receiving failed"),
+    "connection_ended": Event(f"{_CLIENT} reason limit", "a connection on which nothing happened was ended"),
+    "request_refused": Event(
+        f"{_CLIENT} {_FOR} request generation action paths reason limit retry_after_ms",
+        "a request too many in a second",
+    ),
     "accept_failed": Event("socket errno", "a connection could not be accepted"),
     "connection_refused": Event("socket uid? reason limit?", "one connection too many"),
     "datagram_refused": Event("socket pid? uid? gid? identity? reason", "a datagram gets no answer"),
