@@ -18,6 +18,7 @@ from fdbroker.client.link import TIMEVAL, ConnectionLost, Link, telling_the_send
 from fdbroker.kernel import sockets
 
 if TYPE_CHECKING:
+    from fdbroker.client.engine import Answer
     from fdbroker.client.link import Call, Deadline
 
 # Seconds, kept in the socket: set anew only where a deadline is nearer. With poll(2) an answer costs more.
@@ -73,10 +74,10 @@ class Connection(Link):
         self.queue_call(call)
         self.send_queued(deadline)
 
-    def exchange(self, call: Call, began: float, timeout: float | None) -> bool:
-        """Send the question of `call`, or queue it, and receive its answer if that comes next.
+    def exchange(self, call: Call, began: float, timeout: float | None) -> Answer | None:
+        """Send the question of `call`, or queue it; return its answer if that comes next, as it mostly does.
 
-        As it mostly does; return whether it did. Otherwise `send_queued` and `wait` go on with it.
+        None: `send_queued` and `wait` go on with it. `began`: when its time-out began (monotonic clock).
 
         Raises:
             TooLargeError: as `send`. ConnectionLost, BrokerError: as `wait`.
@@ -90,17 +91,26 @@ class Connection(Link):
             or (timeout is not None and time.monotonic() - began + self._patience > timeout)
         ):
             self.queue_call(call)
-            return False
+            return None
         request_id, frame = self._engine.request(call.question)
         call.id = request_id
         call.link = self
-        self._calls[request_id] = call
+        answer = None
         try:
             sockets.send_at_once(self._sock, frame)
         except OSError:
             self._queue(frame)  # to meet that error again, where it is told
-            return False
-        return self.receive() and bool(call.answers)
+        else:
+            message = self._take_message()
+            if message is not None:
+                data, descriptors, _, truncated = message
+                answer = self._engine.receive(data, descriptors, truncated=truncated)
+                if answer is not None and answer.id == request_id and answer.last:
+                    return answer
+        self._calls[request_id] = call
+        if answer is not None:
+            self._hand_out(answer)
+        return None
 
     def send_queued(self, deadline: Deadline) -> None:
         """Send what waits to be sent. Raises as `send`."""

@@ -198,6 +198,7 @@ class BringFile(NamedTuple):
     comes: bool
 
 
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
 # As tuples: building a union for each question costs more than asking it.
 _ASKS_PATHS = (OpenPaths, StatPaths)
 _ANSWERS_PATHS = (OpenReply, StatReply)
@@ -341,15 +342,17 @@ class Engine:
         else:
             request_id = self._last_id = self._last_id + 1
         if type(question) is OpenPaths:
-            frame = encode_open(request_id, question.paths, question.client, copy=question.copy)
-            paths = len(question.paths)
+            asked, client, copy = question
+            frame = encode_open(request_id, asked, client, copy=copy)
+            paths = len(asked)
         else:
             frame = self._encode(request_id, question)
             paths = len(question.paths) if type(question) is StatPaths else 0
-        if paths > self._limits.max_paths or len(frame) > self._limits.max_frame:
+        most_paths, most_bytes = self._limits
+        if paths > most_paths or len(frame) > most_bytes:
             raise TooLargeError(
                 f"a request of {paths} paths and {len(frame)} bytes, the broker takes"
-                f" {self._limits.max_paths} and {self._limits.max_frame}"
+                f" {most_paths} and {most_bytes}"
             )
         if self._state is not State.READY:  # which it stays; looking up members of an Enum is slow
             self._happens(Happening.REQUEST)
@@ -441,18 +444,17 @@ class Engine:
             except MalformedError as error:
                 self._fail(str(error), error.request_id)
             if type(reply) is OpenReply:
-                question = self._outstanding.get(reply.id)
+                request_id, _, results, _ = reply
+                question = self._outstanding.get(request_id)
                 if (
                     type(question) is OpenPaths
-                    and len(question.paths) == len(reply.results) == len(descriptors)
-                    and not reply.copies
-                    and reply.results.count(GIVEN) == len(descriptors)
-                    and reply.id not in self._abandoned
+                    and len(question.paths) == len(results) == len(descriptors) == results.count(GIVEN)
+                    and request_id not in self._abandoned
                     and self._state is State.READY
                 ):
                     # As it mostly is, with nothing in it that `_receive` could object to.
-                    del self._outstanding[reply.id]
-                    answer = Answer(reply.id, reply, descriptors)
+                    del self._outstanding[request_id]
+                    answer = _new(Answer, (request_id, reply, descriptors, True))
                     return answer
             answer = self._receive(reply, descriptors)
         finally:

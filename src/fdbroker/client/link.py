@@ -219,23 +219,9 @@ class Link:
             BrokerError: the broker ended the connection, with a reason.
 
         """
-        try:
-            message = sockets.receive(self._sock, ROOM)
-        except BlockingIOError:
+        message = self._take_message()
+        if message is None:
             return False
-        except OSError as error:
-            if error.errno == errno.EMFILE:
-                raise too_many_files() from error
-            if error.errno == errno.ECONNRESET and not self._was_reset:
-                # Reported once, ahead of what is queued; the broker's last words may be there.
-                self._was_reset = True
-                return False
-            if error.errno in _LOST:
-                raise ConnectionLost(str(error)) from error
-            raise unavailable(None, error) from error
-        if not message.data:
-            message.descriptors.close()
-            raise ConnectionLost("the broker closed it")
         if self._frames is None:
             self._deliver(message.data, message.descriptors, truncated=message.truncated)
             return True
@@ -246,6 +232,30 @@ class Link:
         while (frame := self._frames.next_frame()) is not None:
             self._deliver(*frame)
         return True
+
+    def _take_message(self) -> sockets.Received | None:
+        """Receive what is there, which is not nothing; the caller owns it. None: nothing is there.
+
+        Raises as `receive`.
+        """
+        try:
+            message = sockets.receive(self._sock, ROOM)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise too_many_files() from error
+            if error.errno == errno.ECONNRESET and not self._was_reset:
+                # Reported once, ahead of what is queued; the broker's last words may be there.
+                self._was_reset = True
+                return None
+            if error.errno in _LOST:
+                raise ConnectionLost(str(error)) from error
+            raise unavailable(None, error) from error
+        if not message.data:
+            message.descriptors.close()
+            raise ConnectionLost("the broker closed it")
+        return message
 
     def close(self) -> None:
         """Close the socket: what is under way on it is lost. Never shut down: a fork may share it."""
@@ -265,11 +275,14 @@ class Link:
     def _deliver(self, data: bytes, descriptors: Descriptors, *, truncated: bool = False) -> None:
         answer = self._engine.receive(data, descriptors, truncated=truncated)
         if answer is not None:
-            call = self._calls.pop(answer.id, None) if answer.last else self._calls.get(answer.id)
-            if call is None:
-                answer.descriptors.close()
-            else:
-                call.deliver(answer)
+            self._hand_out(answer)
+
+    def _hand_out(self, answer: Answer) -> None:
+        call = self._calls.pop(answer.id, None) if answer.last else self._calls.get(answer.id)
+        if call is None:
+            answer.descriptors.close()
+        else:
+            call.deliver(answer)
 
 
 @contextlib.contextmanager

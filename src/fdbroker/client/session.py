@@ -274,8 +274,9 @@ class Session:
                     if connection is None:
                         connection = self._connected(self._deadline(began))
                     call.renew()
-                    if connection.exchange(call, began, self.timeout):
-                        break
+                    answer = connection.exchange(call, began, self.timeout)
+                    if answer is not None:
+                        return answer
                     connection.send_queued(self._deadline(began))
             except ConnectionLost as lost:
                 self._drop()

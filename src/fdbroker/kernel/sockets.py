@@ -46,6 +46,7 @@ _SEND_WAITING = int(socket.MSG_NOSIGNAL)
 _SEND_AT_ONCE = int(socket.MSG_NOSIGNAL) | int(socket.MSG_DONTWAIT)
 
 
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
 _NONE = Descriptors()  # what nearly every message comes with; nobody adds to what was received
 
 
@@ -86,21 +87,19 @@ def receive(sock: socket.socket, size: int) -> Received:
     descriptors = _NONE
     credentials = None
     for level, kind, content in ancillary:
-        if level != _SOL_SOCKET:
-            continue
-        if kind == _SCM_RIGHTS:
+        if kind == _SCM_RIGHTS and level == _SOL_SOCKET:
             numbers = _numbers(content)
             if descriptors is _NONE:
                 descriptors = Descriptors(numbers)
             else:
                 descriptors = Descriptors([*descriptors.take_all(), *numbers])
-        elif kind == _SCM_CREDENTIALS:
+        elif kind == _SCM_CREDENTIALS and level == _SOL_SOCKET:
             credentials = content
     if flags & CONTROL_TRUNCATED:
         arrived = len(descriptors)
         descriptors.close()
         raise SyscallError(errno.EMFILE, "recvmsg", flags="MSG_CTRUNC", descriptors_that_arrived=arrived)
-    return Received(data, descriptors, credentials, bool(flags & DATA_TRUNCATED))
+    return _new(Received, (data, descriptors, credentials, bool(flags & DATA_TRUNCATED)))
 
 
 def receive_data(sock: socket.socket, size: int) -> tuple[bytes, bytes | None, int]:

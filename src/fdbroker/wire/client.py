@@ -77,6 +77,7 @@ if TYPE_CHECKING:
 
 # As plain numbers: packing a member of an Enum is slow.
 _OPEN, _STAT, _OPEN_REPLY = int(Type.OPEN), int(Type.STAT), Type.OPEN | REPLY
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
 _NO_STAT = bytes(STAT.size)
 _GIVEN = GIVEN.encode()
 _NOT_NAMES = frozenset({b"", b".", b".."})
@@ -405,7 +406,7 @@ def decode_reply(frame: bytes) -> Reply:
     kind, flags, count, request_id, generation = HEADER.unpack_from(frame)
     if kind == _OPEN_REPLY and not flags and frame[HEADER.size :] == _GIVEN * count:
         # Most replies are one by which everything is given.
-        return OpenReply(request_id, generation, [GIVEN] * count)
+        return _new(OpenReply, (request_id, generation, [GIVEN] * count, ()))
     decode = _DECODERS.get(kind)
     if decode is None:
         raise MalformedError(f"unknown reply type {kind:#04x}", request_id)
@@ -556,9 +557,9 @@ def _decode_walk(frame: bytes, flags: int, count: int, request_id: int, generati
         path = frame[at : at + length]
         at += length
         # A caller will join it to a path: it must not lead anywhere else.
-        if len(path) != length or b"\0" in path or not _NOT_NAMES.isdisjoint(path.split(b"/")):
+        if len(path) != length or 0 in path or not _NOT_NAMES.isdisjoint(path.split(b"/")):
             raise MalformedError("a frame of a walk with an impossible path", request_id)
-        entries.append(WalkEntry(path, kind, record, bool(entry_flags)))
+        entries.append(_new(WalkEntry, (path, kind, record, bool(entry_flags))))
     if at != end_at:
         raise MalformedError("a frame of a walk with bytes behind its entries", request_id)
     end = None
