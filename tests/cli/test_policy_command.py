@@ -219,6 +219,31 @@ def test_missing_and_broken_policies_are_told(file: str, tmp_path: Path) -> None
     assert f"{file}:8:1: key 'rules' is given twice" in broken.stderr
 
 
+def test_name_that_a_link_leads_to_is_explained_behind_the_first_one(tmp_path: Path) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "key").touch()
+    (tmp_path / "link").symlink_to("keys/key")
+    file = tmp_path / "policy.yaml"
+    file.write_text(
+        f"version: 1\nroots: {{tree: {{path: {tmp_path}}}}}\nrules:\n"
+        "  - {name: never, deny: open, in: tree, paths: 'keys/**'}\n"
+        "  - {name: all, allow: open, in: tree, client: any, paths: '**', symlinks: within-root}\n"
+    )
+    command = ("policy", "explain", "--policy", str(file))
+    result = run_here(*command, str(tmp_path / "link"))
+    assert result.returncode == 1
+    first, arrow, second = result.stdout.partition("\nA symbolic link leads to ")
+    assert arrow
+    assert "rule never (deny): does not apply" in first
+    assert second.startswith(f"{tmp_path}/keys/key, which is asked for in its place.\n")
+    assert "rule never (deny): applies" in second
+    document = json.loads(run_here(*command, "--json", str(tmp_path / "link")).stdout)
+    assert document["followed"]["path"] == f"{tmp_path}/keys/key"
+    assert [rule["applies"] for rule in document["followed"]["rules"]] == [True, True]
+    assert document["followed"]["followed"] is None
+    assert json.loads(run_here(*command, "--json", str(tmp_path / "none")).stdout)["followed"] is None
+
+
 def test_few_rules_are_all_shown_and_of_many_those_that_come_near(tmp_path: Path) -> None:
     far = "".join(
         f"  - {{name: far-{n}, allow: open, in: tree, client: {{user: 7}}, paths: 'x/{n}'}}\n"
