@@ -153,6 +153,25 @@ def test_unit_or_control_group_is_that_of_the_process_that_is_explained(file: st
     assert decision(file, "--unit", "a.service", *asked) == ("allow", "ok")
 
 
+def test_label_is_the_one_that_is_told_and_without_it_none_is_known(file: str) -> None:
+    with open(file, "a") as opened:
+        opened.write(
+            "  - {name: labelled, deny: stat, in: tree, client: {label: x_t}, paths: 'bin/**'}\n"
+            "  - {name: walker, allow: walk, in: tree, client: {label: x_t}, paths: '**'}\n"
+        )
+    labelled = ("--label", "x_t")
+    described, met = ("--action", "stat", "/usr/bin/env"), ("--action", "walk", "/usr/bin/env")
+    assert [decision(file, *labelled, *asked)[0] for asked in (described, met)] == ["deny", "allow"]
+    assert [decision(file, "--label", "y_t", *asked)[0] for asked in (described, met)] == ["allow", "deny"]
+    assert [decision(file, *asked)[0] for asked in (described, met)] == ["deny", "deny"]
+    shown = run_here("policy", "explain", "--policy", file, *described).stdout
+    assert "is about label x_t; the client is " in shown
+    assert ", whose label is not known" in shown
+    told = run_here("policy", "explain", "--policy", file, *labelled, *described).stdout
+    assert "not known" not in told
+    assert ", label x_t\n" in told
+
+
 def test_service_is_explained_on_behalf_of_a_user(file: str) -> None:
     with open(file, "a") as opened:
         opened.write(

@@ -176,6 +176,8 @@ def _client_line(client: ClientFacts) -> str:
     line = f"user {user_text(client.uid)}, groups {groups}"
     if client.cgroups:
         line += f", control groups {', '.join(map(printable, sorted(client.cgroups)))}"
+    if client.label is not None:
+        line += f", label {printable(client.label)}"
     return line
 
 
