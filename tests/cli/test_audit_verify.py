@@ -295,8 +295,15 @@ def test_a_time_that_is_none_is_wrong_use(rotated: str, time: str) -> None:
     assert "write how long ago" in result.stderr
 
 
+def test_an_event_that_no_version_had_yet_is_asked_for_and_told(rotated: str) -> None:
+    result = run_here("audit", "--event", "opne", rotated)
+    assert (result.returncode, result.stdout) == (0, "")
+    assert "--event opne: this version knows no such event; did you mean 'open'?" in result.stderr
+    assert run_here("audit", "--event", "reload_refused", rotated).stderr == ""
+
+
 def test_how_long_ago_is_counted_from_now() -> None:
-    moments = [moment(text) for text in ("1w", "2d", "3h", "4m", "5s")]
+    moments = [moment(text) for text in ("1w", "2d", "3h", "4min", "3m", "5s")]
     assert moments == sorted(moments)
     for earlier, later in itertools.pairwise(moments):
         assert Filter(since=earlier).wants({"event": "x", "time": later})

@@ -299,3 +299,59 @@ def test_socket_with_a_full_stop_and_a_space_in_its_path_is_told_whole() -> None
     check = found("broker", places)
     assert check.found == "/no/a. b/socket: no broker has its socket there"
     assert "fdbrokerd --daemon" in check.cure
+
+
+# ---- the program, and what the policy asks for ----
+
+
+def test_program_that_only_some_can_run_is_weaker_with_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    with reachable_directory() as directory:
+        package = directory / "package"
+        part, module = package / "part", package / "part" / "module.py"
+        part.mkdir(parents=True)
+        module.touch()
+        monkeypatch.setattr("fdbroker.__file__", str(package / "__init__.py"))
+        modes = {module: 0o644, part: 0o755, package: 0o755}
+        for place, mode in modes.items():
+            place.chmod(mode)
+        assert found("program").state == OK
+        for place, mode in ((module, 0o640), (part, 0o751), (package, 0o750)):
+            place.chmod(mode)
+            check = found("program")
+            place.chmod(modes[place])
+            assert check.state == WEAKER
+            assert check.found == f"is not for everybody: {place} has mode 0{mode:03o}"
+            assert check.cure.endswith(str(place))
+
+
+@pytest.mark.parametrize(
+    ("rules", "level", "labels", "said"),
+    [
+        ("[]\nidentity: strict\n", 1, False, "'identity: strict'"),
+        ("[{name: a, deny: open, in: r, client: {label: x_t}, paths: x}]", 2, False, "rules for labels"),
+        ("[{name: a, deny: open, in: r, client: {label: x_t}, paths: x}]\nidentity: strict", 2, True, None),
+    ],
+)  # fmt: skip
+def test_policy_that_asks_more_of_the_kernel_than_it_tells_is_missing_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, rules: str, level: int, labels: bool, said: str | None
+) -> None:
+    monkeypatch.setattr(checks, "probe_level", lambda: (level, "PIDFD_GET_INFO needs Linux 6.13"))
+    monkeypatch.setattr(checks, "gives_labels", lambda: labels)
+    whole = f"version: 1\nroots: {{r: {{path: {tmp_path}}}}}\nrules: {rules}\n"
+    compiled = compile_policy(whole.encode(), "policy.yaml", SystemLookups())
+    needs = {check.name: check for check in checks._needs(compiled)}
+    assert needs["labels"].state == OK
+    assert ("identity" in needs) == (said is not None)
+    if said is not None:
+        assert needs["identity"].state == MISSING
+        assert said in needs["identity"].found
+
+
+def test_limits_by_rate_are_told(tmp_path: Path) -> None:
+    said = []
+    for limits in ("", "limits: {requests_per_second: 7, opens_per_second: 8, opens_burst: 9}\n"):
+        text = f"version: 1\nroots: {{r: {{path: {tmp_path}}}}}\nrules: []\n{limits}"
+        compiled = compile_policy(text.encode(), "policy.yaml", SystemLookups())
+        said.append(checks._needs(compiled)[-1].found)
+    assert said[0].startswith("none ")
+    assert said[1] == "requests_per_second 7, opens_per_second 8"

@@ -153,6 +153,25 @@ def test_unit_or_control_group_is_that_of_the_process_that_is_explained(file: st
     assert decision(file, "--unit", "a.service", *asked) == ("allow", "ok")
 
 
+def test_label_is_the_one_that_is_told_and_without_it_none_is_known(file: str) -> None:
+    with open(file, "a") as opened:
+        opened.write(
+            "  - {name: labelled, deny: stat, in: tree, client: {label: x_t}, paths: 'bin/**'}\n"
+            "  - {name: walker, allow: walk, in: tree, client: {label: x_t}, paths: '**'}\n"
+        )
+    labelled = ("--label", "x_t")
+    described, met = ("--action", "stat", "/usr/bin/env"), ("--action", "walk", "/usr/bin/env")
+    assert [decision(file, *labelled, *asked)[0] for asked in (described, met)] == ["deny", "allow"]
+    assert [decision(file, "--label", "y_t", *asked)[0] for asked in (described, met)] == ["allow", "deny"]
+    assert [decision(file, *asked)[0] for asked in (described, met)] == ["deny", "deny"]
+    shown = run_here("policy", "explain", "--policy", file, *described).stdout
+    assert "is about label x_t; the client is " in shown
+    assert ", whose label is not known" in shown
+    told = run_here("policy", "explain", "--policy", file, *labelled, *described).stdout
+    assert "not known" not in told
+    assert ", label x_t\n" in told
+
+
 def test_service_is_explained_on_behalf_of_a_user(file: str) -> None:
     with open(file, "a") as opened:
         opened.write(
@@ -217,6 +236,31 @@ def test_missing_and_broken_policies_are_told(file: str, tmp_path: Path) -> None
     broken = run_here("policy", "explain", "--policy", file, "/x")
     assert broken.returncode == 2
     assert f"{file}:8:1: key 'rules' is given twice" in broken.stderr
+
+
+def test_name_that_a_link_leads_to_is_explained_behind_the_first_one(tmp_path: Path) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "key").touch()
+    (tmp_path / "link").symlink_to("keys/key")
+    file = tmp_path / "policy.yaml"
+    file.write_text(
+        f"version: 1\nroots: {{tree: {{path: {tmp_path}}}}}\nrules:\n"
+        "  - {name: never, deny: open, in: tree, paths: 'keys/**'}\n"
+        "  - {name: all, allow: open, in: tree, client: any, paths: '**', symlinks: within-root}\n"
+    )
+    command = ("policy", "explain", "--policy", str(file))
+    result = run_here(*command, str(tmp_path / "link"))
+    assert result.returncode == 1
+    first, arrow, second = result.stdout.partition("\nA symbolic link leads to ")
+    assert arrow
+    assert "rule never (deny): does not apply" in first
+    assert second.startswith(f"{tmp_path}/keys/key, which is asked for in its place.\n")
+    assert "rule never (deny): applies" in second
+    document = json.loads(run_here(*command, "--json", str(tmp_path / "link")).stdout)
+    assert document["followed"]["path"] == f"{tmp_path}/keys/key"
+    assert [rule["applies"] for rule in document["followed"]["rules"]] == [True, True]
+    assert document["followed"]["followed"] is None
+    assert json.loads(run_here(*command, "--json", str(tmp_path / "none")).stdout)["followed"] is None
 
 
 def test_few_rules_are_all_shown_and_of_many_those_that_come_near(tmp_path: Path) -> None:

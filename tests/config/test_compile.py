@@ -385,6 +385,7 @@ def test_owner_may_be_the_one_who_is_acted_for_beside_others() -> None:
         ("cpu.service", "/system.slice/_cpu.service"),
         ("cgroup.service", "/system.slice/_cgroup.service"),
         ("cpux.service", "/system.slice/cpux.service"),
+        ("users@1.service", "/system.slice/system-users.slice/users@1.service"),
     ],
 )
 def test_a_unit_is_the_control_group_that_systemd_makes_for_it(unit: str, cgroup: str) -> None:
@@ -393,6 +394,10 @@ def test_a_unit_is_the_control_group_that_systemd_makes_for_it(unit: str, cgroup
 
 GLOBS = 'write globs relative to the root, as in "*/Mail/**"'
 CLIENT = "write any, or a mapping with some of user, group, unit, cgroup, label"
+OTHER_SLICE = (
+    "and 'unit' means the default slice, system.slice; write 'cgroup' with what 'systemctl show -P ControlGroup"
+    " NAME' prints for it, or name users"
+)
 UNIT = "is not the name of a service or scope"
 ODD_UNIT = "is not a name that a unit can have"
 SYSTEMCTL = r"write it as systemctl shows it; other characters are escaped there, as in a\x20b.service"
@@ -449,6 +454,10 @@ LIMITS = "connections_per_uid, in_flight_per_connection, message_within, in_flig
         ("client: {unit: x.slice}", f"4:20: rule 'r': client: unit: 'x.slice' {UNIT}; name the slice by its path: cgroup: /NAME.slice"),
         ("client: {unit: .service}", f"4:20: rule 'r': client: unit: '.service' {ODD_UNIT}; {SYSTEMCTL}"),
         ("client: {unit: a/b.service}", f"4:20: rule 'r': client: unit: 'a/b.service' {ODD_UNIT}; {SYSTEMCTL}"),
+        ('client: {unit: "user@.service"}', f"4:20: rule 'r': client: unit: 'user@.service' is below /user.slice/user-UID.slice, {OTHER_SLICE}"),
+        ("client: {unit: user@1000.service}", f"4:20: rule 'r': client: unit: 'user@1000.service' is below /user.slice/user-UID.slice, {OTHER_SLICE}"),
+        ("client: {unit: session-3.scope}", f"4:20: rule 'r': client: unit: 'session-3.scope' is below /user.slice/user-UID.slice, {OTHER_SLICE}"),
+        ("client: {unit: machine-a.scope}", f"4:20: rule 'r': client: unit: 'machine-a.scope' is below /machine.slice, {OTHER_SLICE}"),
         ('client: {unit: "@.service"}', "4:20: rule 'r': client: unit: '@.service' is no template and no unit; write NAME@INSTANCE.service, or NAME@.service for all of them"),
         ("client: {cgroup: /}", "4:22: rule 'r': client: cgroup: every process is in or below the control group '/'; write 'client: any' if that is meant"),
         ("client: {cgroup: a}", "4:22: rule 'r': client: cgroup: 'a' is not absolute; write an absolute path, as in /var/mail"),

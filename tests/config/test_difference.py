@@ -131,6 +131,13 @@ def test_clients_are_those_that_the_rules_tell_apart() -> None:
     ]
 
 
+def test_labels_are_clients_of_their_own_and_nobody_else_has_them(tree: Path) -> None:
+    old = policy(tree, rule("a", actions=["open"]), rule("d", effect="deny", clients=[{"labels": ["x_t"]}]))
+    new = policy(tree, rule("a", actions=["open"]))
+    assert set(differences(old, new, tree)) == {("label x_t", "open", True)}
+    assert set(differences(new, old, tree)) == {("label x_t", "open", False)}
+
+
 def test_owner_of_a_file_is_a_client_of_its_own_where_rules_ask_for_him(tree: Path) -> None:
     owned = {"owner": {"uids": [], "client": True, "on_behalf_of": False}}
     old = policy(tree, rule("own", where=owned, actions=["open"]))

@@ -40,6 +40,7 @@ rules:
      where: {owner: on_behalf_of}}
   - {name: far, allow: [open, list], client: any, in: far, paths: "**"}
   - {name: old, allow: stat, client: {user: old}, in: home, paths: "**", where: {age: {min: 1h}, filesystem: xfs}}
+  - {name: labelled, allow: list, client: {label: x_t}, in: home, paths: "**"}
 listeners: {s: {service: {user: s}}}
 """
 
@@ -87,6 +88,8 @@ ALICE = "as: {user: alice, groups: [users]}"
         "{as: {user: s, unit: s.service}, path: /home/x, expect: allowed, rule: small, object: {size: 1KiB, mode: '0440', group: users, links: 1, owner: x}}",
         "{as: {user: s, cgroup: /system.slice/s.service/x}, path: /home/x, expect: denied, reason: where_size, object: {size: 1025, mode: '0440', group: users, links: 1}}",
         "{as: {user: s, unit: t.service}, path: /home/x, expect: denied, reason: no_rule}",
+        "{as: {user: bob, label: x_t}, path: /home/x, action: list, expect: allowed, rule: labelled}",
+        "{as: {user: bob, label: y_t}, path: /home/x, action: list, expect: denied, reason: no_rule}",
         "{as: old, path: /home/x, action: stat, object: {age: 2h, filesystem: xfs}, expect: allowed, rule: old}",
         "{as: old, path: /home/x, action: stat, object: {age: 5s, filesystem: xfs}, expect: denied, reason: where_age}",
         "{as: old, path: /home/x, action: stat, object: {age: 2h, filesystem: ext4}, expect: denied, reason: where_filesystem}",

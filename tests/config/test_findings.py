@@ -102,6 +102,8 @@ def kinds_of(rules: str, head: str = HEAD) -> list[tuple[str, int, str | None]]:
         ("  - {name: b, allow: open, client: {user: u}, in: home, paths: ['x/*', y], except: 'x/**'}\n", ["never-matches"]),
         ("  - {name: b, allow: open, client: {user: u}, in: home, paths: 'x/*', except: 'z/**'}\n", ["excepts-nothing"]),
         ("  - {name: b, allow: open, client: {user: u}, on_behalf_of: any, in: home, paths: 'x/*'}\n", ["never-matches"]),
+        ("  - {name: b, allow: open, client: {user: u}, in: home, paths: x, where: {filesystem: [nfs, cifs]}}\n", ["never-matches"]),
+        ("  - {name: b, allow: open, client: {user: u}, in: home, paths: x, where: {filesystem: [nfs, ext4]}}\n", []),
         ("  - {name: b, allow: open, client: any, in: home, paths: '**'}\n", ["anybody"]),
         ("  - {name: b, allow: open, client: any, in: home, paths: '*/*'}\n", ["anybody"]),
         ("  - {name: b, allow: open, client: any, in: home, paths: 'pub/**'}\n", []),

@@ -16,11 +16,13 @@ import click
 from fdbroker.cli import broker
 from fdbroker.cli.audit_file import follow_lines, lines_of, read_lines, with_rotated
 from fdbroker.cli.audit_records import Filter, Gaps, NotARecordError, moment, path_of, read_record
+from fdbroker.cli.audit_schema import EVENTS
 from fdbroker.cli.control import connected
 from fdbroker.cli.failure import Failure
 from fdbroker.cli.group import SuggestingGroup
 from fdbroker.cli.output import coloured, complain_printable, counted, write_json, write_line
 from fdbroker.client import BrokerError
+from fdbroker.config.errors import did_you_mean
 from fdbroker.config.names import id_of_number, is_number, printable, user_name, user_text
 from fdbroker.policy.globs import Glob, compile_glob
 
@@ -181,7 +183,7 @@ def _readable(file: str) -> Iterator[None]:
 @click.option("--reason", metavar="REASON", help="Only what was decided or refused for this reason.")
 @click.option("--request", type=int, metavar="N", help="Only the request with this number; see --connection.")
 @click.option("--connection", type=int, metavar="N", help="Only what was asked on this connection.")
-@click.option("--since", metavar="TIME", help="Only from then on: 10m, 2h, 3d ago, or a date and time (UTC).")
+@click.option("--since", metavar="TIME", help="Only from then on: 10min, 2h, 3d ago, or date and time (UTC).")
 @click.option("--until", metavar="TIME", help="Only what was before.")
 @click.option(
     "-n",
@@ -225,6 +227,9 @@ def read(  # noqa: PLR0913 - one for each option
                fdbroker audit --json | jq -r 'select(.event == "reloaded")'
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
     wanted = _filter(**asked)
+    if wanted.event is not None and wanted.event not in EVENTS:
+        cure = did_you_mean(wanted.event, EVENTS, "fdbroker audit schema has all")
+        complain_printable(f"--event {wanted.event}: this version knows no such event; {cure}")
     source = _Source(files, unit, directory, rotated=rotated, journal=journal)
     shown = _Shown(wanted, as_json=as_json)
     if follow:
@@ -264,7 +269,7 @@ def _moment(text: str | None, option: str) -> str | None:
         return moment(text)
     except (ValueError, OverflowError) as error:
         raise click.UsageError(
-            f"{option} {text}: write how long ago (10m, 2h, 3d), or a date and time (2026-11-24 09:30)"
+            f"{option} {text}: write how long ago (10min, 2h, 3d), or a date and time (2026-11-24 09:30)"
         ) from error
 
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from fdbroker.policy.globs import Glob
 
-_AGO = re.compile(r"(\d{1,6})([smhdw])")
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_AGO = re.compile(r"(\d{1,6})(s|m|min|h|d|w)")
+_UNITS = {"s": "seconds", "m": "minutes", "min": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
 class Line(NamedTuple):
@@ -65,8 +65,8 @@ def path_of(record: Mapping[str, object]) -> bytes | None:
 def moment(text: str) -> str:
     """Return a moment as records have it, to compare their times with: UTC, to the millisecond.
 
-    `10m`, `2h`, `3d`, `1w`: so long ago. Otherwise a date, with or without a time of day, in UTC unless it
-    says another zone (`2026-11-24 09:30+01:00`).
+    `10min` (or `10m`), `2h`, `3d`, `1w`: so long ago. Otherwise a date, with or without a time of day, in
+    UTC unless it says another zone (`2026-11-24 09:30+01:00`).
 
     Raises:
         ValueError: neither.

@@ -14,10 +14,14 @@ import os
 import pwd
 import socket
 import stat
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import fdbroker
 from fdbroker import client
-from fdbroker.broker.identity import probe_level
+from fdbroker.broker.generation import problem_with_identity
+from fdbroker.broker.identity import gives_labels, probe_level
 from fdbroker.cli.broker import obstacle
 from fdbroker.cli.output import counted
 from fdbroker.cli.policy_file import changes_for_restart
@@ -74,8 +78,10 @@ def all_checks(places: Places) -> list[Check]:
         *_kernel(),
         *_accounts(compiled, otherwise=WEAKER if broker[0].state == OK else MISSING),
         _modules(),
+        _program(),
         _directory(os.path.dirname(places.socket)),
         policy,
+        *_needs(compiled),
         *broker,
     ]
 
@@ -277,6 +283,25 @@ def _modules() -> Check:
     return Check("fdbroker[daemon]", OK, "installed", meaning)
 
 
+def _program() -> Check:
+    name, meaning = "program", "clients of the broker can run this command and load its library"
+    package = os.path.dirname(fdbroker.__file__)
+    enter, read = stat.S_IXOTH, stat.S_IROTH
+    needed = [(os.path.realpath(sys.executable), enter)]
+    for place in (sys.prefix, package):
+        needed += [(str(above), enter) for above in (Path(place), *Path(place).parents)]
+    for directory, _, files in os.walk(package):
+        needed.append((directory, enter | read))
+        needed += [(os.path.join(directory, file), read) for file in files if file.endswith(".py")]
+    for path, bits in needed:
+        mode = os.stat(path).st_mode
+        if mode & bits != bits:
+            found = f"is not for everybody: {printable(path)} has mode 0{stat.S_IMODE(mode):03o}"
+            cure = f"as root: chmod -R {'o+rX' if bits & enter else 'o+r'} {printable(path)}"
+            return Check(name, WEAKER, found, meaning, cure)
+    return Check(name, OK, "can be run by everybody", meaning)
+
+
 def _directory(path: str) -> Check:
     meaning = "nobody but root can put a false broker's socket there"
     shown = printable(path or "/")
@@ -322,6 +347,33 @@ def _policy_file(path: str) -> tuple[Check, CompiledPolicy | None]:
     roots, rules = counted(len(compiled["roots"]), "root"), counted(len(compiled["rules"]), "rule")
     counts = f"root's, {roots}, {rules}, no problems"
     return Check(name, OK, counts, meaning), compiled
+
+
+def _needs(compiled: CompiledPolicy | None) -> list[Check]:
+    """Check whether the kernel tells what the policy asks of clients, and what limits their rates."""
+    labels = gives_labels()
+    found = (
+        "a security module gives them" if labels else "no security module gives any: no rule can have 'label'"
+    )
+    checks = [Check("labels", OK, found, "rules can be about the labels of a security module")]
+    if compiled is None:
+        return checks
+    from fdbroker.policy.rules import read_policy  # noqa: PLC0415 - only here
+
+    level, why = probe_level()
+    problem = problem_with_identity(read_policy(for_broker(compiled)), level, why, labels=labels)
+    if problem is not None:
+        meaning = "the kernel tells what the policy asks of clients; otherwise the broker does not start"
+        checks.append(
+            Check("identity", MISSING, problem, meaning, "change the policy, or take such a kernel")
+        )
+    limits = compiled["limits"]
+    rates = [f"{key} {value}" for key, value in limits.items() if key.endswith("_per_second")]
+    found = (
+        ", ".join(rates)
+        or "none for all of a user's requests (limits: requests_per_second, opens_per_second)"
+    )
+    return [*checks, Check("limits by rate", OK, found, "one user can ask, and have recorded, only so much")]
 
 
 # ---- the running broker ----

@@ -57,6 +57,14 @@ def to_document(explanation: Explanation, source: Source) -> dict[str, object]:
         "reason": verdict.reason,
         "rule": verdict.rule,
         "sentence": printable(explanation.sentence),
+        **_seen_members(explanation),
+        "followed": _followed_members(explanation.followed),
+    }
+
+
+def _seen_members(explanation: Explanation) -> dict[str, object]:
+    """Return the object and the rules of one name."""
+    return {
         "object": _object_members(explanation.seen),
         "rules": [
             {
@@ -67,6 +75,17 @@ def to_document(explanation: Explanation, source: Source) -> dict[str, object]:
             }
             for rule in explanation.rules
         ],
+    }
+
+
+def _followed_members(followed: Explanation | None) -> dict[str, object] | None:
+    """Return what is said of the name to which a link leads, None where none is followed."""
+    if followed is None:
+        return None
+    return {
+        **path_members(followed.path),
+        **_seen_members(followed),
+        "followed": _followed_members(followed.followed),
     }
 
 
@@ -123,6 +142,23 @@ def lines_of_rules(explanation: Explanation, *, verbose: bool, few: int = _FEW) 
 
     Of a policy with no more rules than `few` all are shown.
     """
+    lines = _lines_of_one_name(explanation, verbose=verbose, few=few)
+    followed = explanation.followed
+    while followed is not None:
+        lines += [
+            "",
+            f"A symbolic link leads to {printable(followed.path)}, which is asked for in its place.",
+        ]
+        if followed.seen is not None:
+            lines.append(f"object  {_object_line(followed.seen)}")
+        lines += _lines_of_one_name(followed, verbose=verbose, few=few)
+        followed = followed.followed
+    sentence = explanation.sentence
+    colour = _COLOURS[explanation.verdict.decision]
+    return [*lines, "", coloured(printable(sentence[:1].upper() + sentence[1:]) + ".", colour)]
+
+
+def _lines_of_one_name(explanation: Explanation, *, verbose: bool, few: int) -> list[str]:
     lines = []
     everyone = verbose or len(explanation.rules) <= few
     shown = [rule for rule in explanation.rules if everyone or _is_near(rule, explanation)]
@@ -130,10 +166,9 @@ def lines_of_rules(explanation: Explanation, *, verbose: bool, few: int = _FEW) 
         lines += ["", *_rule_lines(rule)]
     hidden = len(explanation.rules) - len(shown)
     if hidden:
-        lines += ["", f"{hidden} other rules are not about this at all (-v shows them)."]
-    sentence = explanation.sentence
-    colour = _COLOURS[explanation.verdict.decision]
-    return [*lines, "", coloured(printable(sentence[:1].upper() + sentence[1:]) + ".", colour)]
+        be = "is" if hidden == 1 else "are"
+        lines += ["", f"{counted(hidden, 'other rule')} {be} not about this at all (-v shows them)."]
+    return lines
 
 
 def _client_line(client: ClientFacts) -> str:
@@ -141,6 +176,8 @@ def _client_line(client: ClientFacts) -> str:
     line = f"user {user_text(client.uid)}, groups {groups}"
     if client.cgroups:
         line += f", control groups {', '.join(map(printable, sorted(client.cgroups)))}"
+    if client.label is not None:
+        line += f", label {printable(client.label)}"
     return line
 
 

@@ -86,7 +86,7 @@ def compile_(file: str, output: str, *, dev: bool) -> int:
 
     \b
     Examples:  fdbroker policy compile
-               fdbroker policy compile --output /run/fdbroker/policy.json
+               fdbroker policy compile --output /etc/fdbroker/policy.json
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
     flags = ["--dev"] if dev else []
     return _config("compile", *flags, f"--output={output}", "--", file)

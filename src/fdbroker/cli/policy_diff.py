@@ -64,7 +64,7 @@ def command(
                  2  a policy has problems, a part of the tree could not be read, or wrong use
 
     \b
-    Examples:  fdbroker policy diff /run/fdbroker/policy.json /etc/fdbroker/policy.yaml
+    Examples:  fdbroker policy diff /root/before.json /etc/fdbroker/policy.yaml
                fdbroker policy diff --tree /home/alice --as scanner old.yaml new.yaml
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
     from fdbroker.config import difference  # noqa: PLC0415 - another extra

@@ -66,6 +66,7 @@ _UNREADABLE = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR}
 @click.option(
     "--cgroup", metavar="PATH", help="Explain for a process in this control group, as in /user.slice."
 )
+@click.option("--label", metavar="LABEL", help="Explain for a process with this label.")
 @click.option(
     "--running",
     is_flag=True,
@@ -84,6 +85,7 @@ def command(  # noqa: PLR0913 - one for each option
     control_path: str | None,
     *,
     acted_for: str | None,
+    label: str | None,
     running: bool,
     as_json: bool,
     verbose: bool,
@@ -113,13 +115,13 @@ def command(  # noqa: PLR0913 - one for each option
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
     asked = absolute(path)
     if running:
-        if acted_for is not None or unit is not None or cgroup is not None:
+        if any(given is not None for given in (acted_for, unit, cgroup, label)):
             text = "the running broker can only be asked as a process that there is: leave out"
-            raise click.UsageError(f"{text} --on-behalf-of, --unit and --cgroup")
+            raise click.UsageError(f"{text} --on-behalf-of, --unit, --cgroup and --label")
         return _ask(
             _Question(action, asked, control_path), user, policy_path, as_json=as_json, verbose=verbose
         )
-    for_another = any(given is not None for given in (user, acted_for, unit, cgroup))
+    for_another = any(given is not None for given in (user, acted_for, unit, cgroup, label))
     loaded = _load(policy_path, may_ask=policy_path is None and not for_another)
     if loaded is None:
         with connected(control_path) as control:
@@ -128,6 +130,8 @@ def command(  # noqa: PLR0913 - one for each option
     from fdbroker.config.explain import Asker, explain, look_as_broker  # noqa: PLC0415 - another extra
 
     client, group = _client(loaded, user, unit, cgroup)
+    if label is not None:
+        client = client._replace(label=os.fsencode(label))
     asker = Asker(client, None if acted_for is None else _user(acted_for, "--on-behalf-of"))
     explanation = explain(loaded.rules, asker, action, asked, look_as_broker)
     source = Source(DEFAULT_POLICY if policy_path is None else policy_path, loaded.notes, group)

@@ -19,7 +19,7 @@ from rich.text import Text
 from fdbroker.cli import broker
 from fdbroker.cli.control import connected
 from fdbroker.cli.failure import Failure
-from fdbroker.cli.output import flush, write_json, write_line
+from fdbroker.cli.output import counted, flush, write_json, write_line
 from fdbroker.config.names import printable, user_name
 
 if TYPE_CHECKING:
@@ -285,11 +285,12 @@ def _order(client: Client, by: str) -> tuple[object, int]:
 def _head(sample: Sample) -> list[str]:
     asked = (f"{sample.requests_per_s:.1f} requests/s", f"{sample.given_per_s:.1f} given/s")
     not_given = (f"{sample.denied_per_s:.1f} denied/s", f"limits hit {sample.limits_hit}")
-    now = (f"{sample.connections} connections", f"{sample.in_flight} descriptors in flight")
+    in_flight = f"{counted(sample.in_flight, 'descriptor')} in flight"
+    now = (counted(sample.connections, "connection"), in_flight, counted(sample.walks, "walk"))
     return [
         f"broker {sample.pid}, generation {sample.generation}, {sample.time}, over {sample.seconds:.1f} s",
         ", ".join(asked + not_given),
-        ", ".join((*now, f"{sample.walks} walks")),
+        ", ".join(now),
     ]
 
 

@@ -49,6 +49,8 @@ from fdbroker.policy.rules import (
 
 # Whom no rule can name: no user has it, and no file.
 _NOBODY = 2**32 - 2
+# The label of whom no rule about labels means; with None, which is not known, those that deny would hold.
+_NO_LABEL = b""
 _MOST_CLIENTS = 5000
 MOST_KINDS = 200
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -148,13 +150,15 @@ def kinds_of_clients(old: RuleSet, new: RuleSet) -> list[ClientKind]:
 
 
 def kind_of_user(name: str) -> ClientKind | None:
-    """Return a user, by name or number, in no control group; None if there is no such user."""
+    """Return a user, by name or number, or None if there is none: in no control group, of no rule's label."""
     client = client_of_user(name)
-    return None if client is None else ClientKind(f"user {user_text(client.uid)}", Asker(client))
+    if client is None:
+        return None
+    return ClientKind(f"user {user_text(client.uid)}", Asker(client._replace(label=_NO_LABEL)))
 
 
 def _candidates(old: RuleSet, new: RuleSet) -> Iterator[ClientKind]:
-    stranger = ClientFacts(_NOBODY, frozenset())
+    stranger = ClientFacts(_NOBODY, frozenset(), label=_NO_LABEL)
     yield ClientKind("everybody else", Asker(stranger))
     yield ClientKind("everybody else, of his own files", Asker(stranger), owns=True)
     for rule in (*old.rules, *new.rules):
@@ -178,7 +182,8 @@ def _clients_of(entry: ClientMatch, old: RuleSet, new: RuleSet) -> Iterator[tupl
     uids: Iterable[int | None] = [None] if entry.uids is None else sorted(entry.uids)
     gids: Iterable[int | None] = [None] if entry.gids is None else sorted(entry.gids)
     cgroups: Iterable[str | None] = [None] if entry.cgroups is None else sorted(entry.cgroups)
-    for uid, gid, cgroup in itertools.product(uids, gids, cgroups):
+    labels: Iterable[bytes | None] = [None] if entry.labels is None else sorted(entry.labels)
+    for uid, gid, cgroup, label in itertools.product(uids, gids, cgroups, labels):
         known = None if uid is None or uid < 0 else client_of_user(str(uid))
         client = known or ClientFacts(_NOBODY if uid is None else uid, frozenset())
         if gid is not None:
@@ -188,8 +193,10 @@ def _clients_of(entry: ClientMatch, old: RuleSet, new: RuleSet) -> Iterator[tupl
             uids=None if uid is None else frozenset({uid}),
             gids=None if gid is None else frozenset({gid}),
             cgroups=None if cgroup is None else frozenset({cgroup}),
+            labels=None if label is None else frozenset({label}),
         )
-        yield entry_text(chosen), client._replace(cgroups=of_old | of_new)
+        told = _NO_LABEL if label is None else label
+        yield entry_text(chosen), client._replace(cgroups=of_old | of_new, label=told)
 
 
 def _rules_about(rules: RuleSet, kind: ClientKind) -> tuple[int, ...]:

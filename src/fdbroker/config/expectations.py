@@ -75,6 +75,7 @@ class Who(_Keys, kw_only=True):
     groups: Annotated[list[int | str] | str | int | UnsetType, Meta(description="All of its groups.")] = UNSET
     unit: str | UnsetType = UNSET
     cgroup: str | UnsetType = UNSET
+    label: Annotated[str | UnsetType, Meta(description="Whole; without it none is known.")] = UNSET
 
 
 class Object(_Keys, kw_only=True):
@@ -441,6 +442,9 @@ class _Rows:
         if "unit" in found and "cgroup" in found:
             cure = "a process is in one control group: keep one of them"
             self._reader.add(node.mark, f"{what} has both 'unit' and 'cgroup'", cure)
+        label = self._reader.text(found.get("label"), f"{what}: label", "write it whole")
+        if label is not None:
+            client = client._replace(label=label.value.encode())
         return with_control_group(client, group or path, self._rules)
 
     def _id(self, text: Text | None, what: str, look_up: Callable[[str], int | None]) -> int | None:

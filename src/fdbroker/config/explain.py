@@ -503,7 +503,10 @@ def _client_check(rule: Rule, client: ClientFacts) -> RuleCheck:
     wanted = _clients_text(rule.clients)
     if ClientMatch(None, None, None) in rule.clients:
         return RuleCheck("client", holds, wanted)
-    return RuleCheck("client", holds, f"is about {wanted}; the client is {client_text(client)}")
+    told = f"is about {wanted}; the client is {client_text(client)}"
+    if client.label is None and any(entry.labels is not None for entry in rule.clients):
+        told += ", whose label is not known"
+    return RuleCheck("client", holds, told)
 
 
 def _on_behalf_of_checks(rule: Rule, acted_for: ClientFacts | None) -> list[RuleCheck]:

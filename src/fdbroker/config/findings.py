@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from fdbroker.broker.roots import HELPED_FILESYSTEMS
 from fdbroker.config.containment import (
     Component,
     Components,
@@ -276,6 +277,12 @@ def _reason_for_never(rule: Rule, rules: RuleSet) -> tuple[str, str] | None:
         return (
             f"root {quoted(rule.root.name)} says 'opens: helpers', and nothing there is listed or walked",
             "remove the rule, or allow open or stat",
+        )
+    types = rule.where.filesystems if rule.where is not None else None
+    if types is not None and not rule.root.helpers and types <= HELPED_FILESYSTEMS.keys():
+        return (
+            f"no file system that it names is served in root {quoted(rule.root.name)} ('opens: loop')",
+            "add 'opens: helpers' to the root, or remove the rule",
         )
     return None
 

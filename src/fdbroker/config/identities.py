@@ -24,6 +24,13 @@ _UNIT = re.compile(r"[A-Za-z0-9:_.\\@-]+")
 _MAX_UNIT_NAME = 255
 # Names of cgroup v1 files and prefixes of controller files, which systemd
 # keeps free by a "_" before the unit's name.
+# Units that come with systemd and set a slice of their own; UID stands for a user's number.
+_IN_OTHER_SLICES = (
+    (re.compile(r"user(-runtime-dir)?@.*\.service"), "/user.slice/user-UID.slice"),
+    (re.compile(r"session-.*\.scope"), "/user.slice/user-UID.slice"),
+    (re.compile(r"systemd-nspawn@.*\.service|machine-.*\.scope"), "/machine.slice"),
+    (re.compile(r"capsule@.*\.service"), "/capsule.slice"),
+)
 _RESERVED_CGROUP_NAME = re.compile(
     r"[_.]|(notify_on_release|release_agent|tasks)$"
     r"|(cgroup|cpu|cpuacct|cpuset|io|blkio|memory|devices|pids"
@@ -145,13 +152,15 @@ class OfflineLookups:
 def unit_cgroup(name: str) -> str:
     r"""Return the control group in which the system's systemd puts a unit, where its `Slice=` is not set.
 
+    Units of systemd's own of which it is known to be set are refused.
+
     `x.service` is in `/system.slice`; instances of a template are in a slice
     of their own, whose name has the template's with `-` and `\` escaped, since
     `-` in the name of a slice means nesting. A template stands for that slice,
     and so for all that is made by it.
 
     Raises:
-        ScalarError: it is not the name of a service or scope.
+        ScalarError: it is not the name of a service or scope, or of one that has another slice.
 
     """
     prefix, dot, suffix = name.rpartition(".")
@@ -173,6 +182,12 @@ def unit_cgroup(name: str) -> str:
         )
     if name == "init.scope":
         return "/init.scope"
+    for pattern, other in _IN_OTHER_SLICES:
+        if pattern.fullmatch(name):
+            raise ScalarError(
+                f"{quoted(name)} is below {other}, and 'unit' means the default slice, system.slice",
+                "write 'cgroup' with what 'systemctl show -P ControlGroup NAME' prints for it, or name users",
+            )
     escaped = f"_{name}" if _RESERVED_CGROUP_NAME.match(name) else name
     if not at:
         return f"/system.slice/{escaped}"
