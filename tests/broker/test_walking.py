@@ -907,6 +907,7 @@ def test_a_directory_that_is_exchanged_within_a_step_is_walked_as_what_is_there_
     of, name = (walking, "file_stat") if with_conditions else (files, "_openat2_at_once")
     swap = at_the(4, getattr(of, name), lambda: exchange(bytes(tree / "d"), bytes(secrets)))
     monkeypatch.setattr(of, name, swap)
+    monkeypatch.setattr(walking, "_SECONDS", 60.0)  # one step, however busy the machine is
     start, owned = rule("start", **{"except": ["d/*"]}), rule("owned", where=owned_by(OWNER_UID))
     with ground(tree, *([start, owned] if with_conditions else [])) as here:
         found = here.find(descriptors=True)

@@ -41,14 +41,18 @@ FORGED = {
     "reason": "ok",
     "rule": "all",
 }
+# By the native protocol, too: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
 FORGER = f"""
-import json, sys
-from systemd import journal
+import json, socket
 text = json.dumps({FORGED!r})
 print(text, flush=True)
-journal.send(text, _SYSTEMD_UNIT="fdbroker.service", _TRANSPORT="stdout", UNIT="fdbroker.service",
-             SYSLOG_IDENTIFIER="fdbroker", OBJECT_SYSTEMD_UNIT="fdbroker.service", _UID="0")
-journal.sendv("MESSAGE=" + text, "_SYSTEMD_UNIT=fdbroker.service")
+journal = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+journal.connect("/run/systemd/journal/socket")
+fields = ["MESSAGE=" + text, "_SYSTEMD_UNIT=fdbroker.service"]
+more = ["_TRANSPORT=stdout", "UNIT=fdbroker.service", "SYSLOG_IDENTIFIER=fdbroker", "_UID=0",
+        "OBJECT_SYSTEMD_UNIT=fdbroker.service"]
+for message in (fields + more, fields):
+    journal.send(("\\n".join(message) + "\\n").encode())
 """
 
 
@@ -71,7 +75,10 @@ def seen() -> Iterator[dict[str, Any]]:
         unit = "[Unit]\nDefaultDependencies=no\n[Service]\nType={}\n{}\nExecStart={}\n"
         (units / "fdbroker.service").write_text(unit.format("notify", environment, shlex.join(broker)))
         become = ["setpriv", f"--reuid={OTHER_UID}", "--clear-groups"]
-        forger = shlex.join(["/usr/bin/env", *become, sys.executable, str(shared / "forger.py")])
+        # The venv may be out of reach for somebody else, what it was made from is not.
+        forger = shlex.join(
+            ["/usr/bin/env", *become, os.path.realpath(sys.executable), "-I", str(shared / "forger.py")]
+        )
         (units / "forger.service").write_text(unit.format("oneshot", environment, forger))
         done = subprocess.run(
             [

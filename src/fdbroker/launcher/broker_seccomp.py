@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 # Sockets that are open: requests come, replies with descriptors and sd_notify's datagrams go.
 # The broker does not use MSG_OOB, and its sockets do not have it.
-_MESSAGES = ("accept4", "recvmsg", "sendmsg", "shutdown", "getsockname")
+# (Python asks for both names of a socket that was not closed when it ends.)
+_MESSAGES = ("accept4", "recvmsg", "sendmsg", "shutdown", "getsockname", "getpeername")
 
 # Waiting. Python takes epoll_wait and poll where there are such, else epoll_pwait and ppoll.
 _WAITING = ("epoll_ctl", "epoll_pwait", "ppoll")
