@@ -106,7 +106,7 @@ def check_that_nothing_is_given(session: Session) -> None:
 def what_is_said(records: list[dict[str, Any]], place: Served) -> collections.Counter[str]:
     """Return what records say, without who asked and when: twice the same where the same becomes of it."""
     return collections.Counter(
-        f"{record['event']} {place.name(path_of(record)) if 'path' in record else ''} "
+        f"{record['event']} {place.name(path_of(record)) if 'path' in record else b''!r} "
         f"{[record.get(name) for name in TOLD]} {[name for name in record if name.startswith('left_out')]}"
         for record in records
     )
