@@ -182,6 +182,11 @@ class SteppedBroker:
         """How many descriptors the broker takes to be under way."""
         return self.broker._flight.total
 
+    @property
+    def malformed(self) -> int:
+        """How many messages it counted that break the protocol."""
+        return self.broker._totals()["malformed"]
+
     def records(self) -> list[dict[str, Any]]:
         """Return the audit so far."""
         assert self.audit_file is not None

@@ -285,9 +285,15 @@ def test_of_any_number_of_uids_a_few_are_kept_and_nothing_is_lost(
     of_uids = OfUids()
     for client in left:
         of_uids.add(client)
-    rows = of_uids.rows(present, {})
+        assert len(of_uids._of) <= counting.MOST_UIDS
+    connections_of = Counter(client.peer.uid for client in present)
+    rows = of_uids.rows(present, connections_of)
     assert len(rows) <= counting.MOST_UIDS + 1
-    assert of_uids.rows(present, {}) == rows
+    assert of_uids.rows(present, connections_of) == rows
+    named = {cast("int", row["uid"]): row["connections"] for row in rows if row["uid"] is not None}
+    assert named == {uid: connections_of[uid] for uid in named}
+    others = [row["connections"] for row in rows if row["uid"] is None]
+    assert others in ([], [len(present) - sum(connections_of[uid] for uid in named)])
     for told, counted_as in (("requests", "requests"), ("allowed", "given"), ("denied", "refused")):
         assert sum(cast("int", row[told]) for row in rows) == sum(
             getattr(client, counted_as) for client in (*left, *present)

@@ -133,8 +133,25 @@ def test_names_without_links_are_recorded_as_they_are(following: SteppedBroker) 
     assert "resolved" not in last_record(following)
 
 
+@pytest.mark.parametrize("before", range(4))
+@pytest.mark.parametrize("behind", range(5))
+def test_link_is_found_whatever_number_of_names_is_before_and_behind_it(
+    following: SteppedBroker, before: int, behind: int
+) -> None:
+    rest = "wxyz"[:behind]
+    target = following.tree.joinpath("there", *rest)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(b"content")
+    link = following.tree.joinpath(*"abc"[:before], "link")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to("../" * before + "there")
+    assert following.join().open_one(bytes(link.joinpath(*rest))).content == b"content"
+    assert last_record(following)["resolved"] == str(target)
+
+
 def test_links_in_a_row_are_followed_up_to_a_number(following: SteppedBroker) -> None:
     last = "file"
+    assert MOST_LINKS == 8  # as docs/policy.md says
     for number in range(MOST_LINKS):
         (following.tree / "links" / f"step{number}").symlink_to(last)
         last = f"step{number}"

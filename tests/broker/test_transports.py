@@ -256,6 +256,7 @@ def test_malformed_frame_is_told_and_recorded_in_the_same_words(
     record = stepped.records()[-1]
     assert (record["event"], record["reason"]) == ("malformed", error.text)
     assert record["request"] == error.id in {77, 0}
+    assert stepped.malformed == 1
     if way.kind is DatagramSpeaker:
         assert speaker.open_one(bytes(stepped.tree / "file")).content == b"content"
     else:

@@ -74,6 +74,26 @@ def test_records_that_the_broker_could_not_write_are_told_apart() -> None:
     ]
 
 
+@given(st.sets(st.integers(1, 30)), st.lists(st.tuples(st.integers(1, 30), st.integers(0, 5)), max_size=4))
+def test_each_missing_number_is_found_once_and_accounted_for_where_the_broker_does(
+    missing: set[int], told: list[tuple[int, int]]
+) -> None:
+    kept = [record(number) for number in range(1, 32) if number not in missing]
+    telling = [
+        record(32 + place, "audit_failed", to=first + more) | {"from": first}
+        for place, (first, more) in enumerate(told)
+    ]
+    numbers = [
+        (number, accounted_for)
+        for kind, _, first, last, accounted_for in found(started(), *kept, *telling)
+        if kind == "missing" and first is not None and last is not None
+        for number in range(first, last + 1)
+    ]
+    assert sorted(numbers) == [
+        (number, any(first <= number <= first + more for first, more in told)) for number in sorted(missing)
+    ]
+
+
 def test_a_run_that_does_not_begin_at_its_beginning_is_a_gap_unless_it_is_the_first() -> None:
     findings, verifier = verify(record(7), record(8))
     assert (findings, len(verifier.notes)) == ([], 1)

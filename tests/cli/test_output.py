@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdbroker.cli.output import counted, path_members, shell_word
+from fdbroker.cli.output import path_members, shell_word
 from fdbroker.cli.scan_output import Totals
-from fdbroker.config.names import printable
+from fdbroker.config.names import counted, printable
 from fdbroker.scan.run import Scanned
 from fdbroker.scan.verdict import Clean, Error, Infected
 from tests.cli.commands import path_of

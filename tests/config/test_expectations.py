@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import yaml
@@ -21,9 +21,11 @@ from fdbroker.policy.decide import Policy, decide_object
 from fdbroker.policy.rules import ClientFacts, RuleSet, read_policy
 from fdbroker.wire.client import for_broker
 from tests.policy.decision_cases import Case as DecisionCase
-from tests.policy.decision_cases import cases, objects
+from tests.policy.decision_cases import aimed, cases, objects
+from tests.policy.decision_model import NOW, SECOND
 
 if TYPE_CHECKING:
+    from fdbroker.policy.rules import Surroundings
     from tests.policy.decision_model import Facts
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "config" / "examples"
@@ -166,13 +168,22 @@ def test_outcome_is_that_of_the_policys_own_decision() -> None:
     def check(case: DecisionCase, found: list[Facts]) -> None:
         rules = read_policy(case.document)
         asker = Asker(case.asker.client, case.asker.on_behalf_of)
-        for path, facts in itertools.product(case.paths, found[:2]):
+        for path, facts in itertools.product(case.paths, aimed(case, found)[:3]):
             name = Policy(rules).view(*asker).actions[case.action].decide(path.encode())
-            allowed = name.allowed and decide_object(name, facts, *asker.uids).allowed
-            keys = ("owner", "group", "mode", "size", "links")
-            values = (facts.st_uid, facts.st_gid, stat.S_IMODE(facts.st_mode), facts.st_size, facts.st_nlink)
-            described = DescribedObject(stat.S_IFMT(facts.st_mode), dict(zip(keys, values, strict=True)))
-            seen = Seen(described)
+            allowed = name.allowed and decide_object(name, facts, *asker.uids, facts.around).allowed
+            described = DescribedObject(
+                stat.S_IFMT(facts.st_mode),
+                {
+                    "owner": facts.st_uid,
+                    "group": facts.st_gid,
+                    "mode": stat.S_IMODE(facts.st_mode),
+                    "size": facts.st_size,
+                    "links": facts.st_nlink,
+                    "age": (NOW - facts.st_mtime_ns) // SECOND,
+                    "filesystem": facts.filesystem,
+                },
+            )
+            seen = Seen(described, surroundings=cast("Surroundings", described))
             row = Case(Mark(1, 1, "t"), "", asker, case.action, path.encode(), seen, allowed, None, None)
             [outcome] = run([row], rules)
             assert outcome.problem == ""

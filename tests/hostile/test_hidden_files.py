@@ -47,18 +47,25 @@ pytestmark = [pytest.mark.root, pytest.mark.unmeasured]
 
 EXAMPLES = 100 if os.environ.get("FDBROKER_HOSTILE") else 12
 NAMES = ["a", "b", "hidden"]
-KINDS = ["file", "big", "linked", "fifo", "link", "directory", "full directory", "socket"]
+# Where links lead; what they lead to is not the client's either, where rules follow them.
+LINKS = {
+    "link": "hidden",
+    "link to nothing": "nowhere",
+    "link to itself": "itself",
+    "link elsewhere": "/etc/passwd",
+    "link above": "../../above",
+}
+KINDS = ["file", "big", "linked", "fifo", *LINKS, "directory", "full directory", "socket"]
 # What the client may have is in both trees, and alike.
 SHOWN = {"shown": b"shown", "place/shown": b"shown too"}
 KIND_OF = WalkFilter(WalkKind.REGULAR | WalkKind.DIRECTORY | WalkKind.SYMLINK | WalkKind.OTHER)
+OWN = {"owner": {"uids": [], "client": True, "on_behalf_of": False}}
 # By each of them the client may have its own small files, and nothing of `OWNER_UID`.
-CONDITIONS: dict[str, dict[str, Any]] = {
-    "owner": {"owner": {"uids": [], "client": True, "on_behalf_of": False}},
-    "owner and size": {
-        "owner": {"uids": [], "client": True, "on_behalf_of": False},
-        "size": {"max": 100},
-        "links": {"max": 1},
-    },
+RULES: dict[str, dict[str, Any]] = {
+    "owner": {"where": OWN},
+    "owner and size": {"where": OWN | {"size": {"max": 100}, "links": {"max": 1}}},
+    "age and owner": {"where": OWN | {"age": {"max": 86_400}}},
+    "owner, through links": {"where": OWN, "symlinks": "within-root"},
 }
 
 
@@ -92,7 +99,7 @@ class Twin(NamedTuple):
 
 
 @contextlib.contextmanager
-def twin(directory: Path, where: dict[str, Any]) -> Iterator[Twin]:
+def twin(directory: Path, changes: dict[str, Any]) -> Iterator[Twin]:
     """Run a broker. Both have paths of one length, so that their answers can be compared."""
     tree = directory / "tree"
     (tree / "place").mkdir(parents=True)
@@ -100,17 +107,17 @@ def twin(directory: Path, where: dict[str, Any]) -> Iterator[Twin]:
         (tree / name).write_bytes(content)
     for path in (tree, tree / "place", *(tree / name for name in SHOWN)):
         os.chown(path, CLIENT_UID, CLIENT_UID)
-    some = rule("some", where=where, deliver=["descriptor", "copy"])
+    some = rule("some", deliver=["descriptor", "copy"], **changes)
     sockets = [f"--{option}={directory / f'broker.{option}'}" for option in ("stream", "dgram")]
     with running_broker(directory, policy(tree, some), *sockets) as broker:
         yield Twin(broker, tree)
 
 
-@pytest.fixture(scope="module", params=CONDITIONS)
+@pytest.fixture(scope="module", params=RULES)
 def twins(request: pytest.FixtureRequest) -> Iterator[tuple[Twin, Twin]]:
-    where = CONDITIONS[request.param]
+    changes = RULES[request.param]
     with reachable_directory() as directory, contextlib.ExitStack() as stack:
-        one, two = (stack.enter_context(twin(new(directory / name), where)) for name in ("one", "two"))
+        one, two = (stack.enter_context(twin(new(directory / name), changes)) for name in ("one", "two"))
         yield one, two
 
 
@@ -132,8 +139,8 @@ def make(tree: Path, thing: Hidden) -> None:
         os.mkfifo(path)
     elif thing.kind == "socket":
         os.mknod(path, stat.S_IFSOCK | 0o666)
-    elif thing.kind == "link":
-        path.symlink_to("shown")
+    elif thing.kind in LINKS:
+        path.symlink_to(thing.name if thing.kind == "link to itself" else LINKS[thing.kind])
     else:
         path.write_bytes(bytes(5000) if thing.kind == "big" else b"secret")
         if thing.kind == "linked":

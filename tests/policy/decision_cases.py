@@ -289,6 +289,50 @@ def cases(draw: st.DrawFn, *, copies: bool = False) -> Case:
     )
 
 
+def aimed(case: Case, found: Sequence[Facts]) -> list[Facts]:
+    """Return the objects, some of which meet what rules ask for, as far as anything can: hardly any would."""
+    asking = [about for about in case.document["rules"] if about["where"]]
+    # Refusals first: what they do shows only where they and a rule that allows mean one path.
+    asking.sort(key=lambda about: about["effect"] == "allow")
+    # Two are left as they are: they fail at one condition or another.
+    meeting = [
+        meeting_all(about["where"], facts, case.asker)
+        for about, facts in zip(asking[: len(found) - 2], found, strict=False)
+    ]
+    return [*meeting, *found[len(meeting) :]]
+
+
+def meeting_all(where: Part, facts: Facts, asker: Asker) -> Facts:
+    """Return an object like `facts` that meets all conditions, as far as that can be."""
+    changed = facts._asdict()
+    if "owner" in where:
+        acted_for = [asker.on_behalf_of.uid] if asker.on_behalf_of is not None else []
+        uids = [
+            *where["owner"]["uids"],
+            *([asker.client.uid] if where["owner"]["client"] else []),
+            *(acted_for if where["owner"]["on_behalf_of"] else []),
+        ]
+        changed["st_uid"] = next(iter(uids), facts.st_uid)
+    if "group" in where:
+        changed["st_gid"] = next(iter(where["group"]["gids"]), facts.st_gid)
+    if "mode" in where:
+        changed["st_mode"] = (facts.st_mode | where["mode"].get("all", 0)) & ~where["mode"].get("none", 0)
+    if "filesystem" in where:
+        changed["filesystem"] = next(iter(where["filesystem"]["types"]), facts.filesystem)
+    if "size" in where:
+        changed["st_size"] = within(where["size"], facts.st_size)
+    if "links" in where:
+        changed["st_nlink"] = within(where["links"], facts.st_nlink)
+    if "age" in where:
+        age = (decision_model.NOW - facts.st_mtime_ns) // decision_model.SECOND
+        changed["st_mtime_ns"] = decision_model.NOW - within(where["age"], age) * decision_model.SECOND
+    return Facts(**changed)
+
+
+def within(bounds: Part, value: int) -> int:
+    return max(bounds.get("min", value), min(bounds.get("max", value), value))
+
+
 # ---- what came up ----
 
 

@@ -23,6 +23,7 @@ from tests.policy.decision_cases import (
     OTHER,
     UID,
     Case,
+    aimed,
     cases,
     clients,
     documents,
@@ -94,8 +95,8 @@ def test_most_names_are_as_one_where_rules_name_some_and_none_by_patterns() -> N
 
 @thoroughly
 @given(cases(copies=True), objects)
-def test_decision_is_that_of_the_plain_evaluator(case: Case, found: list[Facts]) -> None:
-    view = view_of(*case[:3])
+def test_decision_is_that_of_the_plain_evaluator(case: Case, any_objects: list[Facts]) -> None:
+    view, found = view_of(*case[:3]), aimed(case, any_objects)
     uids = (case.asker.client.uid, case.asker.on_behalf_of and case.asker.on_behalf_of.uid)
     for path in case.paths:
         decision = view.decide(path.encode())
@@ -182,7 +183,7 @@ def test_client_that_comes_again_has_its_view_without_a_look_at_the_rules() -> N
     assert len(compiled._views_of) == 2
 
 
-# In how many of a hundred cases each comes up at least. More than twice as much does: another version of
+# In how many of a hundred cases each comes up at least. About twice as much does: another version of
 # hypothesis draws other cases, half of which are the one before with a part of it copied into another.
 SHARES = (
     dict.fromkeys(
@@ -209,7 +210,7 @@ SHARES = (
             "deny_rule by object",
             *(f"where_{condition}" for condition in decision_model.CONDITIONS),
         ],
-        1,
+        2,
     )
     | dict.fromkeys(
         [
@@ -249,8 +250,8 @@ def test_every_outcome_has_its_share_of_the_cases() -> None:
     # The same cases in every profile.
     @settings(max_examples=400, derandomize=True, database=None)
     @given(cases(copies=True), objects)
-    def count(case: Case, found: list[Facts]) -> None:
-        view = view_of(*case[:3])
+    def count(case: Case, any_objects: list[Facts]) -> None:
+        view, found = view_of(*case[:3]), aimed(case, any_objects)
         came_up = {"cases"}
         for path in case.paths:
             view.decide(path.encode())

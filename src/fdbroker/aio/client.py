@@ -14,7 +14,7 @@ from fdbroker.client.blocking import DEFAULT_SOCKET, DEFAULT_TIMEOUT
 from fdbroker.client.engine import AskStatus
 from fdbroker.client.errors import disconnected
 from fdbroker.client.link import ConnectionLost, Deadline, adopt_socket
-from fdbroker.client.serving import ServeCall
+from fdbroker.client.serve_call import ServeCall
 
 if TYPE_CHECKING:
     import socket

@@ -31,7 +31,7 @@ from fdbroker.client.engine import (
 from fdbroker.client.requester import Requester
 from fdbroker.client.results import file_from
 from fdbroker.client.sealed import SEAL_LIMIT, seal_in_steps
-from fdbroker.client.walking import WalkCall, walk_filter
+from fdbroker.client.walk_call import WalkCall, walk_filter
 from fdbroker.wire.format import MAX_PATHS, WalkKind
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from fdbroker.aio.files import FileRequests
 from fdbroker.aio.session import Session
 from fdbroker.client.requester import HandedOver
-from fdbroker.client.serving import accepted_by
+from fdbroker.client.serve_call import accepted_by
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from fdbroker.client.serving import ServeCall
+    from fdbroker.client.serve_call import ServeCall
 
 
 class Service:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fdbroker.client.engine import Answer, Batch, OpenPaths, Question, StatPaths, StrOrBytesPath
     from fdbroker.client.link import Link
-    from fdbroker.client.walking import WalkCall
+    from fdbroker.client.walk_call import WalkCall
     from fdbroker.wire.messages import Welcome
 
 _Result = TypeVar("_Result")

@@ -17,13 +17,13 @@ import socket
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.broker.audit import failure_text, member_text
+from fdbroker.broker.audit import member_text
 from fdbroker.broker.connection import Client
 from fdbroker.broker.identity import IdentityError, PeerOfMessage
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.peers import read_ucred
-from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Kind, Reason
+from fdbroker.wire.format import MAX_FRAME, MAX_PATHS
 from fdbroker.wire.messages import ListRequest, MalformedError, OpenRequest, StatRequest
 from fdbroker.wire.requests import decode_request
 
@@ -137,17 +137,9 @@ class Datagrams:
             answered = self._dispatch.table[type(request)](client, request, None)
             assert answered is not None  # noqa: S101 - only connections are answered later
         except MalformedError as error:
-            members = member_text(request=error.request_id, reason=str(error))
-            self._audit.event("malformed", f"{client.record},{members}")
-            text = str(error)
-            frame = self._dispatch.error(error.request_id, Kind.MALFORMED, Reason.MALFORMED, text)
-            return _Answered(frame, [], error.request_id)
+            return _Answered(self._dispatch.malformed(client.record, error), [], error.request_id)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a denial, and the others are served
-            members = member_text(request=request_id, reason=failure_text(error))
-            self._audit.event("failed", f"{client.record},{members}")
-            text = "the broker failed on this request; its audit says where"
-            frame = self._dispatch.error(request_id, Kind.BROKEN, Reason.BROKEN, text)
-            return _Answered(frame, [], request_id)
+            return _Answered(self._dispatch.failed(client.record, request_id, error), [], request_id)
         return _Answered(*answered, request_id, type(request))
 
     def _client(self, peer: PeerOfMessage, record: str) -> Client | None:

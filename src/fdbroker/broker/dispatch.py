@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fdbroker.broker.audit import member_text
+from fdbroker.broker.audit import failure_text, member_text
 from fdbroker.broker.connection import Connection
 from fdbroker.broker.counting import Counts
 from fdbroker.broker.limits import Limits
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from fdbroker.broker.notify import Notifier
     from fdbroker.broker.watchdog import Watchdog
     from fdbroker.policy.decide import View
-    from fdbroker.wire.messages import LimitReached
+    from fdbroker.wire.messages import LimitReached, MalformedError
 
 Answer = tuple[bytes, list[int]]  # a frame, and the descriptors that go with it: the receiver's to close
 # What can be asked on a connection. The text: why the sender is not who connected, None if it is.
@@ -99,6 +99,7 @@ class Dispatch:
         self.helped: Helped | None = None  # where some root is served by helpers
         self.counts = Counts()
         self.open_limits: Limits | None = None  # where the policy limits what is opened
+        self.malformed_messages = 0
         self._audit = parts.audit
         self._layers = parts.layers
         self._totals = totals
@@ -117,6 +118,20 @@ class Dispatch:
         """Return an error frame of this generation."""
         number = self.generation.number
         return encode_error(ErrorReply(request_id, number, kind, reason, ERRNO_OF[reason], text, limit))
+
+    def malformed(self, record: str, error: MalformedError) -> bytes:
+        """Record and count what breaks the protocol; return what to say. `record`: its sender's members."""
+        self.malformed_messages += 1
+        members = member_text(request=error.request_id, reason=str(error))
+        self._audit.event("malformed", f"{record},{members}")
+        return self.error(error.request_id, Kind.MALFORMED, Reason.MALFORMED, str(error))
+
+    def failed(self, record: str, request_id: int, error: Exception) -> bytes:
+        """Record that something is wrong with us; return what to say. `record`: members of who asked."""
+        members = member_text(request=request_id, reason=failure_text(error))
+        self._audit.event("failed", f"{record},{members}")
+        text = "the broker failed on this request; its audit says where"
+        return self.error(request_id, Kind.BROKEN, Reason.BROKEN, text)
 
     def _hello(self, connection: Connection, request: Request, objection: str | None) -> Answer:
         assert isinstance(request, Hello)  # noqa: S101 - for the type checker; the table says it

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from fdbroker.broker.accepting import Acceptor, Listener
 from fdbroker.broker.acting import Services
-from fdbroker.broker.audit import failure_text, member_text
+from fdbroker.broker.audit import member_text
 from fdbroker.broker.connection import SEND_BUFFER, Connection, State, Unsent
 from fdbroker.broker.control import Control
 from fdbroker.broker.dispatch import Dispatch, Loop, Parts, Table
@@ -87,7 +87,7 @@ class Broker:
         self._connections_of: dict[int, int] = {}
         # Those on control sockets, of root and others.
         self._for_control = 0
-        self._accepted = self._malformed = 0
+        self._accepted = 0
         self._never_sent_descriptors = 0
         # Connections that have something to do without an event: a frame of a stream that is there
         # already, a walk that may go on.
@@ -363,7 +363,7 @@ class Broker:
             "accepted": self._accepted,
             "connections": len(self._connections),
             "in_flight": self._flight.total,
-            "malformed": self._malformed,
+            "malformed": self._dispatch.malformed_messages,
             "refused_connections": self._acceptor.refused,
         }
 
@@ -475,7 +475,10 @@ class Broker:
         if refusal is not None:
             self._acceptor.record_refusal(name, refusal.members)
             self._dispatch.limits.hit(refusal.limit)
-            self._send_error(connection, 0, Kind.REFUSED, Reason.LIMIT, refusal.text, refusal.reached)
+            self._send_last(
+                connection,
+                self._dispatch.error(0, Kind.REFUSED, Reason.LIMIT, refusal.text, refusal.reached),
+            )
             self._drop(connection)
             return
         connection.may_connect_anew = not connection.for_control
@@ -534,7 +537,7 @@ class Broker:
             text = f"{what} must come within {seconds:g} s"
             reached = LimitReached(Limit.MESSAGE_WITHIN, int(seconds), 0)
             self._dispatch.limits.hit("message_within")
-            self._send_error(connection, 0, Kind.REFUSED, Reason.LIMIT, text, reached)
+            self._send_last(connection, self._dispatch.error(0, Kind.REFUSED, Reason.LIMIT, text, reached))
             self._hang_up(connection)
 
     def _look_for_idle(self, timeout: float, idle: float) -> float:
@@ -749,10 +752,7 @@ class Broker:
 
     def _malformed_by(self, connection: Connection, error: MalformedError) -> None:
         """Record and say what breaks the protocol, and end the connection."""
-        self._malformed += 1
-        members = member_text(request=error.request_id, reason=str(error))
-        self._audit.event("malformed", f"{connection.record},{members}")
-        self._send_error(connection, error.request_id, Kind.MALFORMED, Reason.MALFORMED, str(error))
+        self._send_last(connection, self._dispatch.malformed(connection.record, error))
         self._hang_up(connection)
 
     def _answer(self, connection: Connection, data: bytes, credentials: bytes | None) -> None:
@@ -834,10 +834,7 @@ class Broker:
 
     def _fail(self, connection: Connection, request_id: int, error: Exception) -> None:
         """Record and say that something is wrong with us, and end the connection."""
-        members = member_text(request=request_id, reason=failure_text(error))
-        self._audit.event("failed", f"{connection.record},{members}")
-        text = "the broker failed on this request; its audit says where"
-        self._send_error(connection, request_id, Kind.BROKEN, Reason.BROKEN, text)
+        self._send_last(connection, self._dispatch.failed(connection.record, request_id, error))
         self._hang_up(connection)
 
     def _send(self, connection: Connection, data: bytes, descriptors: list[int], request_id: int) -> None:
@@ -903,19 +900,10 @@ class Broker:
             del connection.unsent[0]
         self._read_on(connection)
 
-    def _send_error(
-        self,
-        connection: Connection,
-        request_id: int,
-        kind: Kind,
-        reason: Reason,
-        text: str,
-        limit: LimitReached | None = None,
-    ) -> None:
+    def _send_last(self, connection: Connection, frame: bytes) -> None:
         """Send the last frame of a connection, if there is room for it: one behind the rest of another."""
         if connection.unsent:
             return
-        frame = self._dispatch.error(request_id, kind, reason, text, limit)
         try:
             sockets.send(connection.sock, frame if connection.stream is None else framed(frame), wait=False)
         except OSError:

@@ -20,10 +20,10 @@ from fdbroker.cli.audit_schema import EVENTS
 from fdbroker.cli.control import connected
 from fdbroker.cli.failure import Failure
 from fdbroker.cli.group import SuggestingGroup
-from fdbroker.cli.output import coloured, complain_printable, counted, write_json, write_line
+from fdbroker.cli.output import coloured, complain_printable, write_json, write_line
 from fdbroker.client import BrokerError
 from fdbroker.config.errors import did_you_mean
-from fdbroker.config.names import id_of_number, is_number, printable, user_name, user_text
+from fdbroker.config.names import counted, id_of_number, is_number, printable, user_name, user_text
 from fdbroker.policy.globs import Glob, compile_glob
 
 if TYPE_CHECKING:

@@ -48,7 +48,6 @@ class _Run:
     def __init__(self, number: int) -> None:
         self.begun_at = number
         self.next = number
-        self.records = 0
         self.boot: str | None = None
         self.stopped = False
         # Numbers that are missing, and where that showed.
@@ -116,7 +115,6 @@ class Verifier:
             run.next = number + 1
         else:
             self._find_earlier(place, name, run, number)
-        run.records += 1
         if run.stopped:
             self._find("order", place, name, number, text=f"behind the end of run {name}")
         time = str(record["time"])

@@ -23,10 +23,9 @@ from fdbroker import client
 from fdbroker.broker.generation import problem_with_identity
 from fdbroker.broker.identity import gives_labels, probe_level
 from fdbroker.cli.broker import obstacle
-from fdbroker.cli.output import counted
 from fdbroker.cli.policy_file import changes_for_restart
 from fdbroker.client import BrokerError, control
-from fdbroker.config.names import group_name, printable, user_name
+from fdbroker.config.names import counted, group_name, printable, user_name
 from fdbroker.kernel import bpf, landlock, namespaces, process, seccomp, sockets
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.files import open_path_beneath

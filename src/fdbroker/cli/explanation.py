@@ -6,8 +6,8 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fdbroker.cli.output import coloured, counted, path_members
-from fdbroker.config.names import group_text, printable, user_name, user_text
+from fdbroker.cli.output import coloured, path_members
+from fdbroker.config.names import counted, group_text, printable, user_name, user_text
 from fdbroker.policy.rules import ClientFacts
 
 if TYPE_CHECKING:

@@ -36,11 +36,6 @@ def shell_word(path: bytes) -> str:
     return "$'" + shown.replace("'", "\\'") + "'"
 
 
-def counted(number: int, thing: str) -> str:
-    """Return how many there are of a thing, in words."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
 def path_members(path: bytes) -> dict[str, str]:
     """Return the JSON members of a path: `path`, and `path_hex` where `path` does not have all its bytes."""
     try:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fdbroker.cli.failure import EXIT_ERROR, Failure
-from fdbroker.cli.output import coloured, complain_printable, counted, path_members, write_json, write_line
+from fdbroker.cli.output import coloured, complain_printable, path_members, write_json, write_line
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.policy_file import problems_as_failure
-from fdbroker.config.names import printable
+from fdbroker.config.names import counted, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -9,9 +9,9 @@ import click
 
 from fdbroker.cli.explanation import lines_of_rules
 from fdbroker.cli.failure import Failure
-from fdbroker.cli.output import coloured, counted, path_members, write_json, write_line
+from fdbroker.cli.output import coloured, path_members, write_json, write_line
 from fdbroker.cli.policy_file import problems_as_failure
-from fdbroker.config.names import printable
+from fdbroker.config.names import counted, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

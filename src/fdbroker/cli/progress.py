@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from fdbroker.cli.output import counted
+from fdbroker.config.names import counted
 from fdbroker.scan.tree import File
 
 if TYPE_CHECKING:

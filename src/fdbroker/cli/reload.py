@@ -11,11 +11,11 @@ import click
 from fdbroker.cli import broker
 from fdbroker.cli.control import connected
 from fdbroker.cli.failure import Failure
-from fdbroker.cli.output import complain_printable, counted, write_line
+from fdbroker.cli.output import complain_printable, write_line
 from fdbroker.cli.policy_file import changes_for_restart, load
 from fdbroker.client import BrokerError, Reason
 from fdbroker.config import DEFAULT_POLICY
-from fdbroker.config.names import printable
+from fdbroker.config.names import counted, printable
 from fdbroker.wire.client import for_broker
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from fdbroker.cli.broker import DENIED
-from fdbroker.cli.output import complain, counted, path_members, write_json, write_line
-from fdbroker.config.names import printable
+from fdbroker.cli.output import complain, path_members, write_json, write_line
+from fdbroker.config.names import counted, printable
 from fdbroker.sandbox.report import Layer
 from fdbroker.scan.verdict import Clean, Error, Infected
 

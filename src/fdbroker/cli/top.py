@@ -19,8 +19,8 @@ from rich.text import Text
 from fdbroker.cli import broker
 from fdbroker.cli.control import connected
 from fdbroker.cli.failure import Failure
-from fdbroker.cli.output import counted, flush, write_json, write_line
-from fdbroker.config.names import printable, user_name
+from fdbroker.cli.output import flush, write_json, write_line
+from fdbroker.config.names import counted, printable, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -11,8 +11,8 @@ from fdbroker.client.engine import AskStatus
 from fdbroker.client.errors import disconnected
 from fdbroker.client.files import FileRequests
 from fdbroker.client.link import ConnectionLost, Deadline, adopt_socket, connect_socket
+from fdbroker.client.serve_call import ServeCall
 from fdbroker.client.service import Service
-from fdbroker.client.serving import ServeCall
 from fdbroker.client.session import Session
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from fdbroker.client.results import Results, file_from
 from fdbroker.client.sealed import SEAL_LIMIT, seal
 from fdbroker.client.session import Session
 from fdbroker.client.walk import Walk
-from fdbroker.client.walking import WalkCall, walk_filter
+from fdbroker.client.walk_call import WalkCall, walk_filter
 from fdbroker.wire.format import MAX_PATHS, WalkKind
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from fdbroker.client.errors import BrokerError, disconnected
 from fdbroker.client.files import FileRequests
 from fdbroker.client.link import Deadline
 from fdbroker.client.requester import HandedOver
-from fdbroker.client.serving import accepted_by
+from fdbroker.client.serve_call import accepted_by
 from fdbroker.client.session import Session
 
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from fdbroker.client.serving import ServeCall
+    from fdbroker.client.serve_call import ServeCall
 
 
 class _Bell:

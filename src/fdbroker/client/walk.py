@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from fdbroker.client.results import WalkedFile
     from fdbroker.client.session import Session
-    from fdbroker.client.walking import WalkCall
+    from fdbroker.client.walk_call import WalkCall
     from fdbroker.wire.messages import WalkEnd
 
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fdbroker.cli.streams import give_up
 from fdbroker.config.check import check
 from fdbroker.config.compile import compile_files
 from fdbroker.config.compiled import dumps
@@ -95,19 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(result.output)
             sys.stdout.flush()
         except OSError as error:
-            _give_up_output()
+            give_up(sys.stdout)
             raise UnwrittenError("standard output", error) from error
     except UnwrittenError as error:
         sys.stderr.write(f"{error}\n")
         return EXIT_REFUSED
     return result.status
-
-
-def _give_up_output() -> None:
-    """Let the interpreter's last flush go nowhere, or it would choose the exit status."""
-    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
 
 
 def _parser() -> argparse.ArgumentParser:

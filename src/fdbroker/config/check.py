@@ -10,7 +10,7 @@ from fdbroker.config.compile import compile_files
 from fdbroker.config.errors import ConfigError, Problem
 from fdbroker.config.findings import WARNING, Finding, find
 from fdbroker.config.identities import OfflineLookups, SystemLookups
-from fdbroker.config.names import printable
+from fdbroker.config.names import counted, printable
 from fdbroker.config.places import Places
 from fdbroker.config.sources import read_policy_files
 from fdbroker.config.surroundings import ThisMachine
@@ -46,9 +46,9 @@ class Checked(NamedTuple):
             return ""
         warnings = sum(finding.severity == WARNING for finding in self.findings)
         notes = len(self.findings) - warnings
-        counts = [_counted(self.roots, "root"), _counted(self.rules, "rule")]
-        counts += [_counted(warnings, "warning")] if warnings else []
-        counts += [_counted(notes, "note")] if notes else []
+        counts = [counted(self.roots, "root"), counted(self.rules, "rule")]
+        counts += [counted(warnings, "warning")] if warnings else []
+        counts += [counted(notes, "note")] if notes else []
         return f"{printable(self.file)}: {', '.join(counts if self.findings else [*counts, 'no problems'])}\n"
 
     def document(self) -> str:
@@ -88,10 +88,6 @@ def check(file: str, *, dev: bool = False, offline: bool = False, ignored: Colle
     findings = find(read_policy(for_broker(compiled)), places, None if offline else ThisMachine())
     kept = tuple(finding for finding in findings if finding.kind not in ignored)
     return Checked(file, (), kept, len(compiled["roots"]), len(compiled["rules"]))
-
-
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _members(severity: str, file: str, line: int | None, column: int | None) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""How names are shown: what is printable of them, and users and groups with their numbers."""
+"""How names are shown: what is printable of them, users and groups with their numbers; how many there are."""
 
 from __future__ import annotations
 
@@ -104,3 +104,8 @@ def _with_name(number: int, name: str) -> str:
 
 def _name_of(number: int, names: Mapping[str, int]) -> str:
     return next((name for name, its in names.items() if its == number), str(number))
+
+
+def counted(number: int, thing: str) -> str:
+    """Return how many there are of a thing, in words."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
