@@ -488,8 +488,8 @@ def test_a_step_of_a_walk_asks_once_how_much_a_rule_gives(tmp_path: Path) -> Non
         walk = ground.walk(descriptors=True)
         for number in range(5):
             batch = walk.step(100, most_of)
-            close_all(batch.descriptors)
             assert len(batch.descriptors) == 4
+            close_all(batch.descriptors)
             assert asked == ["small"] * (number + 1)
     finally:
         ground.close()
