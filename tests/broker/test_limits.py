@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +34,7 @@ from tests.broker.walks import Ground
 from tests.running_broker import CLIENT_UID, OTHER_UID, policy, rule
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
     from pathlib import Path
 
