@@ -11,6 +11,8 @@ import pytest
 
 from fdbroker.broker import limits as limits_module
 from fdbroker.broker import server, walking, walks
+from fdbroker.kernel import sockets
+from fdbroker.kernel.descriptors import close_all
 from fdbroker.wire.client import (
     OpenReply,
     WalkReply,
@@ -28,12 +30,15 @@ from tests.broker.conftest import fill, no_descriptor_left
 from tests.broker.speaking import DatagramSpeaker, Speaker, StreamSpeaker
 from tests.broker.stepping import SteppedBroker
 from tests.broker.test_acting import Acting, accepted, acting_broker, acting_policy, open_for
+from tests.broker.walks import Ground
 from tests.running_broker import CLIENT_UID, OTHER_UID, policy, rule
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
     from pathlib import Path
 
+    from fdbroker.policy.rules import Rule
     from tests.broker.puppets import Puppet
 
 KINDS = [Speaker, StreamSpeaker]
@@ -324,6 +329,29 @@ def test_what_was_received_first_is_free_again_while_the_rest_is_under_way(
         assert reasons_of(other, broker, 202) == ["ok"] * 200 + ["LIMIT"] * 2
 
 
+def test_a_rule_that_gave_all_asks_only_about_those_whom_it_gave_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = rule("few", paths=["file"], limits={"in_flight": 2})
+    others = rule("others", paths=["empty"], limits={"in_flight": 200})
+    asked: list[socket.socket] = []
+
+    def bytes_not_received(sock: socket.socket) -> int:
+        asked.append(sock)
+        return sockets.bytes_not_received(sock)
+
+    with limited_broker(tmp_path, few, others) as broker, contextlib.ExitStack() as stack:
+        for _ in range(20):
+            stalled = stack.enter_context(broker.join())
+            stalled.send(encode_open(7, [bytes(broker.tree / "empty")]))
+        speaker, other = stack.enter_context(broker.join()), stack.enter_context(broker.join())
+        other.send(encode_open(7, [file_of(broker)]))
+        monkeypatch.setattr("fdbroker.broker.in_flight.bytes_not_received", bytes_not_received)
+        for _ in range(3):
+            assert reasons_of(speaker, broker, 3) == ["ok", "LIMIT", "LIMIT"]
+        assert len(set(asked)) == 2  # of the speaker and the other
+
+
 def test_the_share_of_a_uid_may_be_made_smaller(tmp_path: Path) -> None:
     with limited_broker(tmp_path, in_flight_per_uid=253) as broker:
         with broker.join() as stalled, broker.join() as other:
@@ -442,6 +470,29 @@ def test_a_walk_waits_for_what_its_rule_has_under_way(tmp_path: Path, clock: Clo
             names, _ = walk_all(speaker, broker, clock)
             assert len(set(names)) == 23
         assert hits(broker).keys() == {("rule_in_flight", "all")}
+
+
+def test_a_step_of_a_walk_asks_once_how_much_a_rule_gives(tmp_path: Path) -> None:
+    small = rule("small", where={"size": {"max": 10}}, limits={"in_flight": 4})
+    (tmp_path / "tree").mkdir()
+    for number in range(20):
+        (tmp_path / "tree" / str(number)).touch()
+    ground = Ground(policy(tmp_path / "tree", small, read_only_view="off"))
+    asked = []
+
+    def most_of(rule: Rule) -> int:
+        asked.append(rule.name)
+        return 4
+
+    try:
+        walk = ground.walk(descriptors=True)
+        for number in range(5):
+            batch = walk.step(100, most_of)
+            assert len(batch.descriptors) == 4
+            close_all(batch.descriptors)
+            assert asked == ["small"] * (number + 1)
+    finally:
+        ground.close()
 
 
 def test_a_walk_that_opens_nothing_is_not_held_back(tmp_path: Path, clock: Clock) -> None:

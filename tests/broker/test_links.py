@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fdbroker.broker.links import MOST_LINKS
+from fdbroker.broker.opening import MOST_BEHIND_LINKS
 from fdbroker.policy.rules import PolicyError, read_policy
 from fdbroker.wire.client import OpenReply, encode_open
-from fdbroker.wire.format import Reason, Status
+from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Reason, Status
 from tests.broker.conftest import no_descriptor_left
 from tests.broker.stepping import SteppedBroker
 from tests.running_broker import policy, rule
@@ -158,6 +159,45 @@ def test_links_in_a_row_are_followed_up_to_a_number(following: SteppedBroker) ->
     speaker = following.join()
     assert speaker.open_one(path_of(following, f"step{MOST_LINKS - 2}")).content == b"content"
     assert speaker.open_one(path_of(following, f"step{MOST_LINKS - 1}")).reason == "symlink"
+
+
+def test_links_of_one_request_lead_to_no_more_names_than_it_has_room_for(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    long = "/".join(["d" * 250] * 3)
+    (tree / long).mkdir(parents=True)
+    (tree / long / "file").write_bytes(b"content")
+    (tree / "link").symlink_to(f"{long}/again")
+    (tree / long / "again").symlink_to("file")
+    link, behind = bytes(tree / "link"), len(bytes(tree / long / "again")) + len(bytes(tree / long / "file"))
+    given = MOST_BEHIND_LINKS // behind
+    assert given < 64
+    with no_descriptor_left(), serving(tree, FOLLOWS | {"deliver": ["descriptor", "copy"]}) as broker:
+        speaker = broker.join()
+        for _ in range(2):  # another request has room of its own
+            contents = [opened.content for opened in speaker.open(*[link] * MAX_PATHS)]
+            assert contents == [b"content"] * given + [None] * (MAX_PATHS - given)
+            assert last_record(broker)["reason"] == "links_too_long"
+            described = speaker.stat(*[link + b"/x"] * MAX_PATHS).results
+            reasons = {result.reason for result, _ in described}
+            assert reasons == {Reason.NOT_DIRECTORY, Reason.LIMIT}
+            answer = speaker.ask(encode_open(9, [link] * MAX_PATHS, copy=True))
+            assert isinstance(answer.reply, OpenReply)
+            with answer.descriptors:
+                statuses = [result.status for result in answer.reply.results]
+            assert statuses.count(Status.REFUSED) == MAX_PATHS - given
+
+
+def test_record_of_the_largest_request_has_room_in_a_pipe_also_where_links_lead_far(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    deep = b"/".join([b"\xff" * 250] * 3)
+    os.makedirs(bytes(tree) + b"/" + deep)
+    os.symlink(deep, bytes(tree) + b"/l")
+    link = bytes(tree) + b"/l/"
+    link += b"\xff" * ((MAX_FRAME - 64) // MAX_PATHS - len(link) - 1)
+    with no_descriptor_left(), serving(tree, FOLLOWS) as broker:
+        reasons = {opened.reason for opened in broker.join().open(*[link] * MAX_PATHS)}
+        assert reasons == {"not_found", "limit"}
+        assert (tmp_path / "audit").stat().st_size < 1 << 20
 
 
 def test_link_is_followed_only_by_a_rule_that_says_so(linked: Path) -> None:

@@ -56,7 +56,21 @@ def test_nothing_is_wrong_with_what_a_broker_writes() -> None:
 
 def test_several_brokers_may_write_to_one_file() -> None:
     mixed = [started(), started(run=OTHER), record(1), record(1, run=OTHER), record(2, run=OTHER), record(2)]
-    assert found(*mixed) == []
+    findings, verifier = verify(*mixed)
+    assert (findings, verifier.notes) == ([], [])
+
+
+def test_a_run_without_an_end_before_another_is_told_of() -> None:
+    findings, verifier = verify(started(), record(1), started(run=OTHER), record(1, "stopped", OTHER))
+    assert findings == []
+    assert verifier.notes == [
+        f"3: run {RUN} has no end before this: its broker was killed, or its last records were removed"
+    ]
+
+
+def test_a_record_of_failed_writes_does_not_account_for_what_comes_behind_it() -> None:
+    failed = record(1, "audit_failed") | {"from": 2, "to": 100, "given": 0}
+    assert found(started(), failed, record(50)) == [("missing", "3", 2, 49, False)]
 
 
 def test_records_that_are_missing_are_found() -> None:

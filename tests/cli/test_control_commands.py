@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import pytest
 
 from fdbroker.cli import policy_explain as policy_command
 from fdbroker.cli.broker import DENIED
 from fdbroker.cli.explanation import document_of_answer, lines_of_answer, status_of_answer
+from fdbroker.cli.failure import Failure
 from fdbroker.client import BrokerError, connect
 from fdbroker.config.explain import Seen
+from fdbroker.policy.rules import ClientFacts
 from tests.cli.commands import run, run_as, run_here
 from tests.processes import in_child
 from tests.running_broker import CLIENT_UID, OTHER_UID, reachable_directory, running_broker
@@ -463,6 +466,23 @@ def test_running_broker_is_asked_as_a_user_and_tells_what_the_file_does_in_all_d
     # It was those users who asked.
     asking = [record["uid"] for record in served.broker.records() if record["event"] == "explained"]
     assert asking == [uid for uid in (CLIENT_UID, OTHER_UID) for _ in ASKED]
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_user_who_stops_or_ends_the_process_that_asks_as_him_does_not_hold_up_root(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def connected(_: str | None) -> NoReturn:
+        os.kill(os.getpid(), number)
+        raise AssertionError("it was not signalled")
+
+    monkeypatch.setattr(policy_command, "connected", connected)
+    monkeypatch.setattr(policy_command, "_WAITED_FOR", 0.2)
+    question = policy_command._Question("open", b"/x", None)
+    with pytest.raises(Failure, match=f"to ask as user {CLIENT_UID} was ended"):
+        policy_command._ask_as(question, ClientFacts(CLIENT_UID, frozenset()))
+    with pytest.raises(ChildProcessError):  # nobody is left
+        os.waitpid(-1, os.WNOHANG)
 
 
 def test_file_that_is_not_in_force_is_told_from_what_the_broker_decides_by(served: Served) -> None:

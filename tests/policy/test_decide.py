@@ -694,6 +694,14 @@ def test_client_that_names_ever_new_directories_is_remembered_up_to_the_limit() 
     assert view.decide(b"/r/0/x.log").plain
 
 
+def test_long_directories_are_remembered_up_to_the_limit_of_bytes() -> None:
+    view = view_of(policy("/r", rule("logs", paths=["**/*.log"])))
+    for number in range(1000):
+        assert view.decide(b"/r/%04d" % number + b"/d" * 2000 + b"/x.log").plain
+        assert sum(map(len, view._directories)) <= decide_module.MAX_REMEMBERED_BYTES
+    assert len(view._directories) > 200  # no fewer than there is room for
+
+
 def test_ever_new_views_are_remembered_up_to_the_limit() -> None:
     rules = [rule(f"bit {bit}", clients=[{"gids": [bit]}], paths=[f"d{bit}/**"]) for bit in range(11)]
     compiled = Policy(read_policy(policy("/r", *rules)))

@@ -238,7 +238,7 @@ class Dispatch:
             outcomes = [Outcome(refused(Reason.IDENTITY), asker)] * len(paths)
         else:
             opener = self.generation.opener
-            outcomes = [opener.stat(asker, path) for path in paths]
+            outcomes = opener.describe(asker, paths)
         if self._is_for_helpers(connection, request, asker, outcomes):
             return None
         if not self.record(asker, connection, "stat", request.id, paths, outcomes, number=request.client):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.broker.audit import now_text
 from fdbroker.broker.identity import HIGHEST_LEVEL, ControlGroups
-from fdbroker.broker.opening import Opener
+from fdbroker.broker.opening import FollowingOpener, Opener
 from fdbroker.broker.watchdog import nothing
 from fdbroker.policy.decide import Policy
 
@@ -116,11 +116,12 @@ def make_generation(number: int, rule_set: RuleSet, held: Held) -> Generation:
     """Return a policy, to which `problem_with` found nothing, as it is served."""
     # A policy numbers its roots itself.
     roots = [held.roots[key_of(root)] for root in rule_set.roots]
+    opener = FollowingOpener if any(rule.follows_links for rule in rule_set.rules) else Opener
     return Generation(
         number,
         Policy(rule_set),
         rule_set.settings,
-        Opener(roots, held.proc_self_fd, held.ping),
+        opener(roots, held.proc_self_fd, held.ping),
         ControlGroups(held.cgroup_root, rule_set.cgroups, held.ping),
         now_text(),
     )

@@ -195,7 +195,7 @@ class Helped:
         if isinstance(asker, str):
             outcomes = [Outcome(refused(Reason.IDENTITY), asker)] * len(paths)
         else:
-            outcomes = [opener.stat(asker, path) for path in paths]
+            outcomes = opener.describe(asker, paths)
             for index, report in reports.items():
                 if outcomes[index] is NEEDS_HELPER:
                     outcomes[index] = opener.judge_report(asker, "stat", paths[index], report)

@@ -44,6 +44,8 @@ class InFlight:
         self._of_uid: dict[int, int] = {}
         # By the name of a rule that limits them, and uid.
         self._of_rule: dict[tuple[str, int], int] = {}
+        # And who was sent those: nobody else is asked about when they are used up.
+        self._sent_by_rule: dict[tuple[str, int], dict[Client, None]] = {}
         # Those that have something in flight.
         self._clients: dict[Client, None] = {}
 
@@ -59,6 +61,7 @@ class InFlight:
             client.shares = ()
             for key, number in shares:
                 self._of_rule[key] = self._of_rule.get(key, 0) + number
+                self._sent_by_rule.setdefault(key, {})[client] = None
         # Without bytes of its own it is thought to be in whatever is left.
         client.under_way.append((0 if size is None else size + _OVERHEAD, count, shares))
         self.total += count
@@ -83,15 +86,17 @@ class InFlight:
         """Return how many of `most` a rule still gives a uid. Asks the kernel if it is less than `wanted`."""
         key = (rule, uid)
         if most - self._of_rule.get(key, 0) < wanted:
-            for other in tuple(self._clients):
-                self.settle(other)
+            sent = self._sent_by_rule.get(key, {})
+            for client in tuple(sent):
+                if self.settle(client):
+                    sent.pop(client, None)
         return most - self._of_rule.get(key, 0)
 
     def _take_back_shares(self, shares: Shares) -> None:
         for key, number in shares:
             self._of_rule[key] -= number
             if not self._of_rule[key]:
-                del self._of_rule[key]
+                del self._of_rule[key], self._sent_by_rule[key]
 
     def _take_back(self, client: Client, count: int) -> None:
         if not count:

@@ -32,6 +32,7 @@ from fdbroker.kernel.files import (
     wait_for_changes_of_names,
 )
 from fdbroker.policy.decide import NameDecision, decide_object
+from fdbroker.policy.paths import MAX_PATH_BYTES
 from fdbroker.policy.rules import Surroundings
 from fdbroker.wire.format import ANY_TIME, HEADER, MAX_COPY, MAX_REPLY, RESULT, Reason, Status
 from fdbroker.wire.messages import GIVEN, FileStat, ListEntry, Result, broken, copied, refused
@@ -80,6 +81,7 @@ _OF_OBJECT = {
     "link_leaves_root": refused(Reason.SYMLINK),
     "link_not_normal": refused(Reason.SYMLINK),
     "too_many_links": refused(Reason.SYMLINK),
+    "links_too_long": refused(Reason.LIMIT),
     # Helpers open and describe single files: to list or to walk means to look at many.
     "not_listed": refused(Reason.FILESYSTEM),
     "not_followed": refused(Reason.FILESYSTEM),
@@ -92,6 +94,9 @@ _MODE_AND_SIZE = struct.Struct("=12xH10xQ")  # of a stat record
 _PAGE = 256
 _AT_A_TIME = 64  # paths; as many as a batch has by default
 _LIST_TRIES = 4
+# Bytes of all names that the links in one request lead to: what one name may need. Whoever makes links makes
+# us look for each, and record it: 253 short names stood for seconds of searching and megabytes of audit.
+MOST_BEHIND_LINKS = MOST_LINKS * MAX_PATH_BYTES
 _MOST_AT_ONCE = 64  # files that are opened to be copied; of empty ones, more have room in a reply
 _MAX_GIVEN = 4096  # rules of old policies must not pile up
 _LIST_HEAD = 12 + 8 + 8  # header, result, cookie
@@ -159,7 +164,10 @@ class _Found(NamedTuple):
 
 
 class Opener:
-    """Opens below held roots; knows no client but by the decisions it is given."""
+    """Opens below held roots; knows no client but by the decisions it is given.
+
+    `open`, `open_or_copy`, `describe` and `list` are each what one request asks for.
+    """
 
     def __init__(
         self, roots: Sequence[HeldRoot], proc_self_fd: int, ping: Callable[[], None] = nothing
@@ -171,6 +179,7 @@ class Opener:
         # What is given by one rule is one outcome: made once, not per file.
         self._given: dict[Rule | None, Outcome] = {}
         self._copies: dict[tuple[Rule | None, int], Outcome] = {}
+        self._left_behind_links = MOST_BEHIND_LINKS  # bytes, of this request
 
     def open(self, asker: Asker, paths: Sequence[bytes], descriptors: list[int]) -> list[Outcome]:
         """Open regular files for reading, as `asker` may; one outcome per path.
@@ -210,7 +219,7 @@ class Opener:
     def _open_many(self, asker: Asker, paths: Sequence[bytes], descriptors: list[int]) -> list[Outcome]:
         outcomes = []
         for at in range(0, len(paths), _AT_A_TIME):
-            outcomes += self.open(asker, paths[at : at + _AT_A_TIME], descriptors)
+            outcomes += Opener.open(self, asker, paths[at : at + _AT_A_TIME], descriptors)
             self._ping()
         return outcomes
 
@@ -222,7 +231,7 @@ class Opener:
         Appends each copy to `copies`, in order; no more than a reply has room for.
         """
         if not asker.view.delivers_copies:
-            return self.open(asker, paths, descriptors)
+            return Opener.open(self, asker, paths, descriptors)
         room = MAX_REPLY - HEADER.size - RESULT.size * len(paths)
         may_copy, may_open = (asker.view.actions[action].decide for action in ("copy", "open"))
         decisions = [may_copy(path) for path in paths]
@@ -232,7 +241,7 @@ class Opener:
             for index, (path, decision) in enumerate(zip(paths, decisions, strict=True)):
                 self._ping()
                 if not decision.allowed:
-                    outcomes += self.open(asker, [path], descriptors)
+                    outcomes += Opener.open(self, asker, [path], descriptors)
                     continue
                 root = self.roots[decision.root.number]  # type: ignore[union-attr]  # allowed has a root
                 if index in plain:
@@ -244,7 +253,7 @@ class Opener:
                 if outcome.result.status is Status.COPIED:
                     room -= outcome.result.length
                 elif outcome.reason != "changed" and may_open(path).allowed:
-                    (opened,) = self.open(asker, [path], descriptors)
+                    (opened,) = Opener.open(self, asker, [path], descriptors)
                     # Where no descriptor may be had either, it is what kept the copy.
                     if opened.result is GIVEN or outcome.reason not in {"too_large", "reply_full"}:
                         outcome = opened
@@ -457,10 +466,16 @@ class Opener:
                 return object_refusal(decision, "symlink")
             before.append(decision.followed)
             names[-1] = path, decision.followed
+            if not self._left_behind_links:
+                return object_refusal(decision, "links_too_long")
             try:
                 path = name_behind_link(self.roots[decision.root.number], path)  # type: ignore[union-attr]
             except LinkRefusedError as error:
                 return object_refusal(decision, str(error))
+            if len(path) > self._left_behind_links:
+                self._left_behind_links = 0  # what comes behind this is not even looked for
+                return object_refusal(decision, "links_too_long")
+            self._left_behind_links -= len(path)
             decision = view.decide(path)
             names.append((path, decision))
             if not decision.allowed:
@@ -526,6 +541,10 @@ class Opener:
         if decision.asks_links and name_is_lost(root, path, held, self._proc_self_fd):
             return object_refusal(decision, "lost_its_name"), rule
         return None, rule
+
+    def describe(self, asker: Asker, paths: Sequence[bytes]) -> list[Outcome]:
+        """Describe what is there, as `stat` does; one outcome per path."""
+        return [self.stat(asker, path) for path in paths]
 
     def stat(self, asker: Asker, path: bytes) -> Outcome:
         """Describe what is there, of whatever kind, as `asker` may know it."""
@@ -759,6 +778,32 @@ class Opener:
         if opens and not report.opened:
             return _helper_failed(decision, "helper_ended")
         return Outcome(GIVEN, "ok", rule) if opens else Outcome(GIVEN, "ok", rule, file_stat(facts))
+
+
+class FollowingOpener(Opener):
+    """The same where a rule follows links: what these lead to is bounded, anew for each request."""
+
+    def open(self, asker: Asker, paths: Sequence[bytes], descriptors: list[int]) -> list[Outcome]:
+        """Open as `Opener.open`."""
+        self._left_behind_links = MOST_BEHIND_LINKS
+        return super().open(asker, paths, descriptors)
+
+    def open_or_copy(
+        self, asker: Asker, paths: Sequence[bytes], descriptors: list[int], copies: list[bytes]
+    ) -> list[Outcome]:
+        """Open or copy as `Opener.open_or_copy`."""
+        self._left_behind_links = MOST_BEHIND_LINKS
+        return super().open_or_copy(asker, paths, descriptors, copies)
+
+    def describe(self, asker: Asker, paths: Sequence[bytes]) -> list[Outcome]:
+        """Describe as `Opener.describe`."""
+        self._left_behind_links = MOST_BEHIND_LINKS
+        return super().describe(asker, paths)
+
+    def list(self, asker: Asker, path: bytes, cookie: int, most: int) -> Page:
+        """List as `Opener.list`."""
+        self._left_behind_links = MOST_BEHIND_LINKS
+        return super().list(asker, path, cookie, most)
 
 
 def name_is_lost(root: HeldRoot, path: bytes, held: int, proc_self_fd: int) -> bool:

@@ -226,6 +226,7 @@ class _Step:
         "path",
         "paths",
         "room",
+        "room_by",
         "size",
         "states",
         "until",
@@ -244,6 +245,7 @@ class _Step:
         # How many files a rule may open here, where some rule is limited; how many each of those did.
         self.most_of = most_of
         self.opened_by: dict[Rule, int] = {}
+        self.room_by: dict[Rule, int] = {}  # as it was when it was asked for: the kernel may have to be
         self.held_back_by: Rule | None = None
         self.room = room
         self.careful = careful
@@ -269,7 +271,10 @@ class _Step:
         """Return how many files more a rule may open here; 0: it holds the step back."""
         if self.most_of is None or rule is None or rule.limits is None:
             return self.room
-        room = self.most_of(rule) - self.opened_by.get(rule, 0)
+        most = self.room_by.get(rule)
+        if most is None:
+            most = self.room_by[rule] = self.most_of(rule)
+        room = most - self.opened_by.get(rule, 0)
         if room <= 0:
             self.held_back_by = rule
         return max(0, room)

@@ -50,6 +50,7 @@ class _Run:
         self.next = number
         self.boot: str | None = None
         self.stopped = False
+        self.broken_off_at = ""  # the place of another run's beginning, where this one had no end before
         # Numbers that are missing, and where that showed.
         self.missing: list[tuple[int, int, str]] = []
         # What the broker says that it could not write.
@@ -62,7 +63,8 @@ class Verifier:
 
     def __init__(self) -> None:
         self.records = 0
-        self.notes: list[str] = []
+        self._notes: list[str] = []
+        self._last_begun: _Run | None = None
         self._findings: list[Finding] = []
         self._runs: dict[str, _Run] = {}
         self._boots: list[str] = []  # in the order in which they began
@@ -72,6 +74,17 @@ class Verifier:
     def runs(self) -> int:
         """How many starts of brokers there are records of."""
         return len(self._runs)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known of what was added and need not be wrong."""
+        broken_off = [
+            f"{run.broken_off_at}: run {name} has no end before this: its broker was killed, or its last"
+            " records were removed"
+            for name, run in self._runs.items()
+            if run.broken_off_at
+        ]
+        return self._notes + broken_off
 
     def add(self, line: Line) -> None:
         """Look at the next line."""
@@ -115,11 +128,12 @@ class Verifier:
             run.next = number + 1
         else:
             self._find_earlier(place, name, run, number)
+        run.broken_off_at = ""
         if run.stopped:
             self._find("order", place, name, number, text=f"behind the end of run {name}")
         time = str(record["time"])
         if time < run.time:
-            self.notes.append(f"{place}: the clock went back, from {run.time} to {time}")
+            self._notes.append(f"{place}: the clock went back, from {run.time} to {time}")
         run.time = time
         if event in {"started", "reopened"} and isinstance(record.get("boot"), str):
             self._boot(str(record["boot"]), run)
@@ -127,16 +141,19 @@ class Verifier:
             self._find("boots", place, name, number, text="of an earlier boot, behind a later one's")
         run.stopped = event == "stopped"
         first, last = record.get("from"), record.get("to")
-        if event == "audit_failed" and isinstance(first, int) and isinstance(last, int):
+        # It is about writes before it.
+        if event == "audit_failed" and isinstance(first, int) and isinstance(last, int) and last < number:
             run.told.append((first, last))
 
     def _begin(self, place: str, name: str, number: int) -> _Run:
-        run = self._runs[name] = _Run(number)
+        if self._last_begun is not None and not self._last_begun.stopped:
+            self._last_begun.broken_off_at = place
+        self._last_begun = run = self._runs[name] = _Run(number)
         run.next = number + 1
         if number and len(self._runs) > 1:
             run.missing.append((0, number - 1, place))
         elif number:
-            self.notes.append(
+            self._notes.append(
                 f"{place}: run {name} begins with number {number}: what was before is elsewhere"
             )
         return run

@@ -6,6 +6,9 @@ import contextlib
 import errno
 import json
 import os
+import select
+import signal
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import click
@@ -25,6 +28,7 @@ from fdbroker.cli.failure import Failure
 from fdbroker.cli.output import complain_printable, write_json, write_line
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.policy_file import problems_as_failure
+from fdbroker.client.control import DEFAULT_TIMEOUT
 from fdbroker.config import DEFAULT_POLICY
 from fdbroker.config.names import id_of_number, is_number, primary_gid, printable
 
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from fdbroker.config.explain import Explanation, LoadedPolicy
     from fdbroker.policy.rules import ClientFacts
 
+# Seconds for asking as another user, longer than asking itself may take.
+_WAITED_FOR = DEFAULT_TIMEOUT + 5
 _UNREADABLE = frozenset({errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR})
 
 
@@ -221,13 +227,32 @@ def _ask_as(question: _Question, client: ClientFacts | None) -> dict[str, Any]:
         os.close(read_end)
         _be_and_ask(question, client, write_end)
     os.close(write_end)
-    with open(read_end, "rb") as told:
-        text = told.read()
-    os.waitpid(child, 0)
-    answer: dict[str, Any] = json.loads(text or b'{"failure": "who was to ask ended without a word"}')
+    try:
+        text = _read_all(read_end)
+    finally:
+        os.close(read_end)
+        # It is that user's process, who may have stopped it.
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    try:
+        answer: dict[str, Any] = json.loads(text)
+    except ValueError:
+        # As the user may kill it.
+        raise Failure(f"the process that was to ask as user {client.uid} was ended: ask again") from None
     if "failure" in answer:
         raise Failure(answer["failure"])
     return answer
+
+
+def _read_all(descriptor: int) -> bytes:
+    """Return what somebody writes who is given a time for it, as far as it comes."""
+    text, until = b"", time.monotonic() + _WAITED_FOR
+    while select.select([descriptor], [], [], max(0.0, until - time.monotonic()))[0]:
+        piece = os.read(descriptor, 65536)
+        if not piece:
+            break
+        text += piece
+    return text
 
 
 def _be_and_ask(question: _Question, client: ClientFacts, write_end: int) -> NoReturn:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # A client that names ever new directories fills this again and again: for all clients of the same
 # rules, who then wait for a directory's rules to be read, and get the same answers.
 MAX_REMEMBERED_DIRECTORIES = 4096
+MAX_REMEMBERED_BYTES = 1 << 20  # of their paths, which may have 4,095 each
 MAX_VIEWS = 1024
 _MOST_GIDS_KEPT = 64  # of one client; a process may have 65,536
 _DELIVERED_BY = {"open": "descriptor", "copy": "copy"}
@@ -203,6 +204,7 @@ class ActionView:
         # The deepest root first, so that the first one that contains a path serves it.
         self._roots = sorted(policy.roots, key=lambda root: len(root.path), reverse=True)
         self._directories: dict[bytes, _Directory] = {}
+        self._remembered_bytes = 0
         self._combined: dict[tuple[int, ...], NameDecision] = {}
         self._top: _Directory | None = None  # of "/", which is no directory's path as others are
         # By the number of a root and components below it: the rules about what is in this directory or below
@@ -309,8 +311,13 @@ class ActionView:
             for root in self._roots
             if root.path.rpartition(b"/")[0] == directory
         )
-        if len(self._directories) >= MAX_REMEMBERED_DIRECTORIES:
+        self._remembered_bytes += len(directory)
+        if (
+            len(self._directories) >= MAX_REMEMBERED_DIRECTORIES
+            or self._remembered_bytes > MAX_REMEMBERED_BYTES
+        ):
             self._directories.clear()
+            self._remembered_bytes = len(directory)
         return _Directory(self, directory, serving, remainders, here)
 
 
