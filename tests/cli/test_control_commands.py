@@ -503,10 +503,10 @@ def test_file_that_is_not_in_force_is_told_from_what_the_broker_decides_by(serve
 
 def test_running_broker_is_asked_only_as_a_process_that_can_be(served: Served, others: ForOtherUsers) -> None:
     options = ("policy", "explain", "--running", "--control", served.control)
-    for option in (("--unit", "a.service"), ("--cgroup", "/a"), ("--on-behalf-of", "0")):
+    for option in (("--unit", "a.service"), ("--cgroup", "/a"), ("--on-behalf-of", "0"), ("--label", "x")):
         wrong = run_here(*options, *option, "/x")
         assert wrong.returncode == 2
-        assert "leave out --on-behalf-of, --unit and --cgroup" in wrong.stderr
+        assert "leave out --on-behalf-of, --unit, --cgroup and --label" in wrong.stderr
     other = run_as(CLIENT_UID, others, *options, "--as", str(OTHER_UID), "/x")
     assert (other.returncode, other.stdout) == (2, "")
     assert "only root can ask as another user" in other.stderr

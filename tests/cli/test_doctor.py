@@ -311,6 +311,7 @@ def test_program_that_only_some_can_run_is_weaker_with_the_place(monkeypatch: py
         part.mkdir(parents=True)
         module.touch()
         monkeypatch.setattr("fdbroker.__file__", str(package / "__init__.py"))
+        monkeypatch.setattr("sys.prefix", str(directory))  # the venv may be out of reach for others
         modes = {module: 0o644, part: 0o755, package: 0o755}
         for place, mode in modes.items():
             place.chmod(mode)

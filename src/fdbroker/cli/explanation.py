@@ -262,6 +262,7 @@ def document_of_answer(
         "sentence": _sentence(answer),
         "object": None,
         "rules": [{"name": name, "effect": effect, "applies": None, "checks": []} for name, effect in rules],
+        "followed": None,
     }
 
 
