@@ -20,7 +20,7 @@ from fdbroker.cli.output import OutputError, ReaderGoneError
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.scan_output import JsonOutput, Totals
 from fdbroker.client import Client, connect
-from fdbroker.sandbox.confine import ConfinementError
+from fdbroker.sandbox import ConfinementError
 from fdbroker.scan.supervisor import Supervisor
 from tests.cli.commands import AS_ROOT, environment, lines, run, verdicts
 from tests.running_broker import policy, reachable_directory, rule, running_broker

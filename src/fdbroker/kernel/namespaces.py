@@ -1,4 +1,4 @@
-"""Namespaces and mounts, for what starts the broker and the workers. The broker itself does not import this."""
+"""Namespaces and mounts, for what starts the broker and workers. The broker does not import this."""
 
 from __future__ import annotations
 

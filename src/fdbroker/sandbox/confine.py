@@ -37,8 +37,8 @@ class Given(NamedTuple):
 
     `filter`: its seccomp program. `ids`: the uid and gid to become, None to stay.
     `zygote`: a pidfd of it, for seeing its death. `mapped`: bytes of its address space.
-    `surroundings`: the layers that are there already. `program`, `loader`, `readable`: what a program is made of; the
-    descriptor is put where the filter expects it.
+    `surroundings`: the layers that are there already. `program`, `loader`, `readable`: what a
+    program is made of; the descriptor is put where the filter expects it.
     """
 
     filter: bytes
@@ -72,7 +72,9 @@ def confine(wanted: Confinement, given: Given) -> LayerReport:
         states[Layer.EMPTY_ROOT] = _mount_scratch(context, states[Layer.EMPTY_ROOT])
     for state in states.values():
         _check(wanted, state)
-    context = context._replace(scratch=wanted.profile is Profile.SCRATCH and states[Layer.EMPTY_ROOT].enforced)
+    context = context._replace(
+        scratch=wanted.profile is Profile.SCRATCH and states[Layer.EMPTY_ROOT].enforced
+    )
     for layer, apply in _STEPS:
         try:
             enforced, note = (False, "left out") if layer in wanted.unsafe_without else apply(context)
@@ -249,7 +251,8 @@ def _install_filter(context: _Context) -> tuple[bool, str]:
     return True, f"{len(context.given.filter) // 8} instructions"
 
 
-# In the order of the report; what is missing here its zygote did. The descriptors go when the zygote has been looked at.
+# What is missing here its zygote did. The descriptors go when the zygote has been looked at for the last time,
+# and the limits come when no more are needed.
 _STEPS: tuple[tuple[Layer, Callable[[_Context], tuple[bool, str]]], ...] = (
     (Layer.ENVIRONMENT, _clear_environment),
     (Layer.NO_NEW_PRIVS, _set_no_new_privs),

@@ -30,8 +30,8 @@ class Profile(Enum):
     PROGRAM = "program"  # one program, its loader and libraries, for reading
 
 
-# Landlock and an empty root can each be lacking where nothing can be opened anyway, since the filter allows no
-# open. Where it does, what is reached by it must be bounded.
+# Landlock and an empty root can each be lacking where the filter allows nothing to be opened. Where it does, what
+# is reached by that must be bounded.
 _STRICT_OF = {
     Profile.SEALED: STRICT,
     Profile.SCRATCH: STRICT | {Layer.EMPTY_ROOT, Layer.LANDLOCK},

@@ -147,7 +147,18 @@ _PROGRAM = (
 )
 # It makes, changes and removes nothing, whatever Landlock says.
 _NOT_OF_PROGRAMS = frozenset(
-    ("mkdir", "mkdirat", "rmdir", "unlink", "unlinkat", "rename", "renameat", "renameat2", "chmod", "fchmodat")
+    (
+        "mkdir",
+        "mkdirat",
+        "rmdir",
+        "unlink",
+        "unlinkat",
+        "rename",
+        "renameat",
+        "renameat2",
+        "chmod",
+        "fchmodat",
+    )
 )
 
 _AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
@@ -164,13 +175,11 @@ def filter_for(confinement: Confinement, machine: str | None = None) -> bytes:
     allowed: Allowed = dict.fromkeys((*_FILES, *_MEMORY, *_RUNTIME))
     errnos: dict[str, int] = {}
     allowed["newfstatat"] = [masked(3, _AT_EMPTY_PATH, _AT_EMPTY_PATH)]
-    allowed |= dict.fromkeys(_TALKING, [equal_int(0, CHANNEL)])
+    allowed |= {name: [equal_int(0, CHANNEL)] for name in _TALKING}
     allowed["mmap"] = allowed["mprotect"] = [without_bits(2, mmap.PROT_EXEC)]
     if confinement.jit:
         allowed |= dict.fromkeys(_JIT)
-        allowed["mmap"] = [
-            either(without_bits(2, mmap.PROT_EXEC), masked(3, _MAP_ANONYMOUS, _MAP_ANONYMOUS))
-        ]
+        allowed["mmap"] = [either(without_bits(2, mmap.PROT_EXEC), masked(3, _MAP_ANONYMOUS, _MAP_ANONYMOUS))]
         allowed["mprotect"] = None
     if confinement.profile is Profile.SCRATCH:
         allowed |= dict.fromkeys(_SCRATCH)

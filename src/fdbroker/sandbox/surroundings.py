@@ -21,13 +21,19 @@ _OTHERS = (
     ("cgroup", namespaces.CLONE_NEWCGROUP),
 )
 # Where a loader looks for libraries, and the index of them.
-_LOADER_PLACES = (b"/lib", b"/lib32", b"/lib64", b"/usr/lib", b"/usr/lib32", b"/usr/lib64", b"/etc/ld.so.cache")
+_LOADER_PLACES = (
+    b"/lib",
+    b"/lib32",
+    b"/lib64",
+    b"/usr/lib",
+    b"/usr/lib32",
+    b"/usr/lib64",
+    b"/etc/ld.so.cache",
+)
 # Only to stand on for a moment, in a mount namespace of our own; it is there wherever this works at all.
 _FOOTHOLD = b"/proc"
 _ROOM = b"size=64k,nr_inodes=256,mode=0555"
-_READ_ONLY = (
-    namespaces.MOUNT_ATTR_RDONLY | namespaces.MOUNT_ATTR_NOSUID | namespaces.MOUNT_ATTR_NODEV
-)
+_READ_ONLY = namespaces.MOUNT_ATTR_RDONLY | namespaces.MOUNT_ATTR_NOSUID | namespaces.MOUNT_ATTR_NODEV
 _LEFT_OUT = "left out"
 
 _ELF64 = b"\x7fELF\x02"
@@ -76,11 +82,14 @@ def surround(confinement: Confinement, gaps: Gaps) -> tuple[LayerState, ...]:
             _enter_root(confinement)
         except OSError as error:
             root = str(error)
-    note = root or {
-        Profile.SEALED: "a read-only tmpfs without entries",
-        Profile.SCRATCH: "a read-only tmpfs with its own directory alone",
-        Profile.PROGRAM: "a read-only tmpfs with libraries and what it may read",
-    }[confinement.profile]
+    note = (
+        root
+        or {
+            Profile.SEALED: "a read-only tmpfs without entries",
+            Profile.SCRATCH: "a read-only tmpfs with its own directory alone",
+            Profile.PROGRAM: "a read-only tmpfs with libraries and what it may read",
+        }[confinement.profile]
+    )
     states.append(LayerState(Layer.EMPTY_ROOT, enforced=root is None, note=note))
     return tuple(states)
 
@@ -102,7 +111,9 @@ def loader_of(program: bytes) -> bytes | None:
     with open(program, "rb") as file:
         head = file.read(64)
         if len(head) < 64 or not head.startswith(_ELF64):  # noqa: PLR2004 - sizeof(Elf64_Ehdr)
-            raise ValueError(f"{os.fsdecode(program)} is no 64-bit ELF file; of a script, start the interpreter")
+            raise ValueError(
+                f"{os.fsdecode(program)} is no 64-bit ELF file; of a script, start the interpreter"
+            )
         (start,) = struct.unpack_from("=Q", head, 32)
         size, count = struct.unpack_from("=HH", head, 54)
         for index in range(count):
@@ -150,10 +161,13 @@ def _enter_root(confinement: Confinement) -> None:
     places = readable_places(confinement) if confinement.profile is Profile.PROGRAM else ()
     namespaces.mount_setattr(b"/", attributes=0, propagation=namespaces.MS_PRIVATE, recursive=True)
     namespaces.mount_tmpfs(_FOOTHOLD, _ROOM)
+    # Whoever the workers are, they go through these.
+    umask = os.umask(0)
     if confinement.profile is Profile.SCRATCH:
         os.mkdir(_FOOTHOLD + SCRATCH, 0o555)
     for place in places:
         _show(place)
+    os.umask(umask)
     namespaces.mount_setattr(
         _FOOTHOLD, attributes=_READ_ONLY | namespaces.MOUNT_ATTR_NOEXEC * (not places), recursive=True
     )

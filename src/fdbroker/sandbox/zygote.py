@@ -101,7 +101,7 @@ class Worker:
 
     def wait(self, timeout: float | None = None) -> Ended | None:
         """Wait for its end, at most `timeout` seconds; return how it ended, None if it goes on."""
-        if self._ended is None and _is_readable(self._end, timeout):
+        if self._ended is None and is_readable(self._end, timeout):
             data = os.read(self._end, END.size)
             # Without an answer the zygote is gone, and what kills it kills its workers.
             code, status = END.unpack(data) if len(data) == END.size else (None, 0)
@@ -111,7 +111,7 @@ class Worker:
         return self._ended
 
     def stop(self, grace: float = 0.0) -> Ended:
-        """Close the channel, kill it if it does not end by itself within `grace` seconds; return how it ended.
+        """Close the channel, kill it unless it ends by itself within `grace` seconds; return how it ended.
 
         A process that can't be killed, since it waits for a file system that
         hangs, is left behind; the text says so. May be called again.
@@ -131,7 +131,7 @@ class Worker:
             ConfinementError: it is not confined as it must be. Stop it.
 
         """
-        if not _is_readable(self.channel.fileno(), deadline - time.monotonic()):
+        if not is_readable(self.channel.fileno(), deadline - time.monotonic()):
             raise ConfinementError("the worker said nothing in time")
         try:
             with (message := sockets.receive(self.channel, _LONGEST_MESSAGE)).descriptors:
@@ -174,10 +174,7 @@ class Worker:
             and state.uids[0] in uids
             and state.gids[0] in gids
             and not (wanted.uids and state.groups),
-            Layer.CAPABILITIES: not state.permitted
-            | state.effective
-            | state.inheritable
-            | state.ambient,
+            Layer.CAPABILITIES: not state.permitted | state.effective | state.inheritable | state.ambient,
             Layer.NO_NEW_PRIVS: state.no_new_privs,
             Layer.SECCOMP: state.seccomp in _UNDER_A_FILTER,
         }
@@ -189,7 +186,7 @@ class Worker:
 
 
 class Zygote:
-    """A process that has loaded what workers need, and forks them. Owns it: call `close`, or use it in `with`.
+    """A process that loaded what workers need, and forks them. Owns it: call `close`, or use it in `with`.
 
     Its workers end with it. May be used by several threads.
 
@@ -207,7 +204,7 @@ class Zygote:
 
     Raises:
         ZygoteError: it did not start; the text has what `warm` raised.
-        ValueError: a function that has no name, arguments that JSON does not have, ids that are not ours to give.
+        ValueError: a function without a name, arguments that JSON does not have, ids not ours to give.
         OSError: no process or descriptor to be had.
 
     """
@@ -297,9 +294,9 @@ class Zygote:
         with contextlib.suppress(ChildProcessError, ProcessLookupError):
             pidfd = os.pidfd_open(pid)
             try:
-                if not _is_readable(pidfd, _SECONDS_TO_DIE):
+                if not is_readable(pidfd, _SECONDS_TO_DIE):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                    _is_readable(pidfd, _SECONDS_TO_DIE)
+                    is_readable(pidfd, _SECONDS_TO_DIE)
             finally:
                 os.close(pidfd)
             os.waitpid(pid, os.WNOHANG)
@@ -322,7 +319,7 @@ class Zygote:
         raise ZygoteError("the zygote is gone")
 
     def _receive(self, deadline: float) -> sockets.Received:
-        if not _is_readable(self._control.fileno(), deadline - time.monotonic()):
+        if not is_readable(self._control.fileno(), deadline - time.monotonic()):
             # What it says later would be taken for the answer to something else.
             self._end()
             raise ZygoteError("the zygote did not answer in time, so it was ended")
@@ -382,7 +379,7 @@ def _send_setup(control: socket.socket, text: str) -> None:
         sockets.send(control, b"\0", [descriptor])
 
 
-def _is_readable(descriptor: int, timeout: float | None) -> bool:
+def is_readable(descriptor: int, timeout: float | None) -> bool:
     """Return whether there is something to read, or the end, within `timeout` seconds (None: for ever)."""
     readable = select.poll()
     readable.register(descriptor, select.POLLIN)

@@ -51,7 +51,7 @@ GOOD = b"\1"
 FAILED = b"\0"
 # What the parent says.
 SPAWN = b"spawn"
-# How a worker ended, as waitid(2) says it, si_code and si_status; on the pipe that the parent was given with it.
+# How a worker ended: si_code and si_status of waitid(2), on the pipe that the parent was given with it.
 END = struct.Struct("=ii")
 LONGEST_TEXT = 4000
 
@@ -107,9 +107,7 @@ def _passed_on(status: int) -> int:
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
 
 
-def _be_the_zygote(
-    control: socket.socket, setup: dict[str, Any], wanted: Confinement, gaps: Gaps
-) -> None:
+def _be_the_zygote(control: socket.socket, setup: dict[str, Any], wanted: Confinement, gaps: Gaps) -> None:
     try:
         ground = _prepare(setup, wanted, gaps)
     except BaseException as error:  # noqa: BLE001 - whatever it was, the parent is told
