@@ -6,10 +6,10 @@ import contextlib
 import json
 import os
 import select
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from fdbroker.kernel import sockets
-from fdbroker.sandbox import Confinement, Zygote
+from fdbroker.sandbox import Confinement, Layer, Limits, Profile, Zygote
 from tests.uids import FIRST_UID
 
 if TYPE_CHECKING:
@@ -22,24 +22,40 @@ IDS = (WORKER_UID, WORKER_UID)
 PUPPETS = "tests.sandbox.puppets"
 
 
+class Options(TypedDict, total=False):
+    """Those of a confinement."""
+
+    profile: Profile
+    jit: bool
+    limits: Limits
+    scratch_size: int
+    uids: tuple[int, ...]
+    strict: frozenset[Layer]
+    program: bytes
+    landlock_abi: int
+    unsafe_without: frozenset[Layer]
+    gently: bool
+
+
 def started_ids() -> tuple[int, int] | None:
     """Return the ids that a worker gets from whoever runs the tests."""
     return IDS if os.geteuid() == 0 else None
 
 
-def confinement(**options: object) -> Confinement:
+def confinement(**options: Unpack[Options]) -> Confinement:
     """Return a confinement with the uid of the tests, where root runs them, and these options."""
-    uids = (WORKER_UID,) if os.geteuid() == 0 else ()
-    return Confinement(**{"uids": uids, **options})  # type: ignore[arg-type]
+    if os.geteuid() == 0:
+        options.setdefault("uids", (WORKER_UID,))
+    return Confinement(**options)
 
 
-def puppets(work: str = "answer", **options: object) -> Zygote:
+def puppets(work: str = "answer", **options: Unpack[Options]) -> Zygote:
     """Return a zygote whose workers run a function of puppets.py."""
     return Zygote(f"{PUPPETS}:load", f"{PUPPETS}:{work}", confinement=confinement(**options))
 
 
 @contextlib.contextmanager
-def puppet(work: str = "answer", **options: object) -> Iterator[Worker]:
+def puppet(work: str = "answer", **options: Unpack[Options]) -> Iterator[Worker]:
     """Yield a worker of a zygote of its own."""
     with puppets(work, **options) as zygote, zygote.spawn() as worker:
         yield worker

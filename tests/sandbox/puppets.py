@@ -16,6 +16,7 @@ from tests.sandbox import attacks
 if TYPE_CHECKING:
     import socket
 
+
 def answer(state: dict[str, Any], channel: socket.socket, scratch: bytes | None) -> None:
     """Take descriptors, call the function that the state names, answer in JSON; and again."""
     while True:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import socket
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import pytest
 
@@ -13,10 +13,12 @@ from fdbroker.sandbox import STRICT, Layer, Profile
 from tests.processes import in_child
 from tests.running_broker import reachable_directory
 from tests.sandbox.attacks import ATTACKS, attempt_all, listening_places, look_at_a_path
-from tests.sandbox.confined import WORKER_UID, ask, puppet, puppets
+from tests.sandbox.confined import WORKER_UID, Options, ask, puppet, puppets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from fdbroker.sandbox import Zygote
 
 pytestmark = pytest.mark.root
 
@@ -153,7 +155,7 @@ def clean_up() -> None:
             os.unlink(made)
 
 
-def attack(descriptor: int, **options: object) -> dict[str, int]:
+def attack(descriptor: int, **options: Unpack[Options]) -> dict[str, int]:
     """Return what came of all attacks of a worker that is confined so."""
     clean_up()
     with listening(), puppet(**options) as worker:
@@ -290,7 +292,7 @@ def test_metadata_call_with_the_flag_for_no_path_meets_an_empty_root(own_file: i
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_production_filter_kills_a_sealed_worker_that_tries(
-    name: str, own_file: int, sealed_zygote: Any
+    name: str, own_file: int, sealed_zygote: Zygote
 ) -> None:
     with sealed_zygote.spawn() as worker:
         assert ask(worker, "attempt", own_file, name=name, parent=os.getpid()) is None
@@ -298,7 +300,7 @@ def test_production_filter_kills_a_sealed_worker_that_tries(
 
 
 @pytest.fixture(scope="module")
-def sealed_zygote() -> Iterator[Any]:
+def sealed_zygote() -> Iterator[Zygote]:
     with puppets() as zygote:
         yield zygote
 

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import pytest
 
-from fdbroker.kernel import bpf, capabilities, landlock, process, process_state, seccomp
+from fdbroker.kernel import bpf, capabilities, landlock, namespaces, process, process_state, seccomp
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.libc import MACHINE
 from fdbroker.sandbox import (
@@ -26,7 +26,7 @@ from fdbroker.sandbox import surroundings as surroundings_module
 from fdbroker.sandbox.confine import Given, confine
 from fdbroker.sandbox.filters import filter_for
 from tests.processes import ChildError, in_child
-from tests.sandbox.confined import WORKER_UID, ask, confinement, puppet, puppets
+from tests.sandbox.confined import WORKER_UID, Options, ask, confinement, puppet, puppets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PROFILES = [Profile.SEALED, Profile.SCRATCH]
 
 
-def report_of(**options: object) -> LayerReport:
+def report_of(**options: Unpack[Options]) -> LayerReport:
     with puppet(**options) as worker:
         return worker.report
 
@@ -181,7 +181,7 @@ def confine_here(wanted: Confinement, **given: object) -> LayerReport:
     return decode_report(bytes.fromhex(in_child(inside)))
 
 
-# A filter that refuses nothing would let the child answer; so it is left out, and with it what would end the child.
+# A child under its filter could not answer, and within its limits not even that.
 HERE = frozenset({Layer.SECCOMP, Layer.LIMITS})
 
 
@@ -383,7 +383,7 @@ def test_namespace_that_is_refused_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         if kind == 0x40000000:
             raise SyscallError(errno.EPERM, "unshare", flags=hex(kind))
 
-    monkeypatch.setattr(surroundings_module.namespaces, "unshare", refuse)
+    monkeypatch.setattr(namespaces, "unshare", refuse)
     state = surroundings_module._enter_others(None, None)
     assert not state.enforced
     assert state.note == "not network: unshare(flags='0x40000000'): EPERM, Operation not permitted"

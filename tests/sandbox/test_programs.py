@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import os
 import shutil
-
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,10 +14,10 @@ from tests.running_broker import reachable_directory
 from tests.sandbox.confined import WORKER_UID, confinement
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from fdbroker.sandbox import Ended
+    from fdbroker.sandbox import Confinement, Ended
 
 PYTHON = os.path.realpath("/usr/bin/python3")
 CONTENTS = b"what the file has in it\n" * 1000
@@ -42,14 +41,26 @@ def file(directory: Path) -> Iterator[int]:
     os.close(descriptor)
 
 
-def output_of(argv: list[str], file: int, **options: Any) -> tuple[bytes, Ended]:
+def output_of(
+    argv: list[str],
+    file: int,
+    environment: dict[str, str] | None = None,
+    *,
+    readable: Sequence[str | bytes] = (),
+    wanted: Confinement | None = None,
+) -> tuple[bytes, Ended]:
     """Run a program with a file as its standard input; return what it wrote, and how it ended."""
-    options.setdefault("confinement", confinement())
     read_end, write_end = os.pipe()
     with open(read_end, "rb") as pipe:
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, write_end)
-            program = sandbox.spawn(argv, {0: file, 1: write_end, 2: write_end}, **options)
+            program = sandbox.spawn(
+                argv,
+                {0: file, 1: write_end, 2: write_end},
+                environment,
+                readable=readable,
+                confinement=wanted or confinement(),
+            )
         with program:
             output = pipe.read()
             ended = program.wait(20.0)
@@ -130,7 +141,7 @@ def test_landlock_and_the_filter_hold_a_program_where_there_are_no_namespaces(
     left_out: Layer, file: int
 ) -> None:
     output, ended = output_of(
-        ["/usr/bin/cat", "/etc/passwd"], file, confinement=confinement(unsafe_without=frozenset({left_out}))
+        ["/usr/bin/cat", "/etc/passwd"], file, wanted=confinement(unsafe_without=frozenset({left_out}))
     )
     assert output in {
         b"/usr/bin/cat: /etc/passwd: Permission denied\n",
@@ -147,7 +158,8 @@ def test_what_is_named_readable_can_be_read(directory: Path, file: int) -> None:
     paths = [str(directory / name) for name in ("data/one", "single", "other")]
     for path in (directory, directory / "data"):
         path.chmod(0o755)
-    output, _ = output_of(["/usr/bin/cat", *paths], file, readable=[directory / "data", directory / "single"])
+    paths_of_data = [str(directory / "data"), paths[1]]
+    output, _ = output_of(["/usr/bin/cat", *paths], file, readable=paths_of_data)
     assert output == f"12/usr/bin/cat: {paths[2]}: No such file or directory\n".encode()
 
 
@@ -222,9 +234,7 @@ def test_program_that_goes_on_is_killed_at_the_end() -> None:
 
 def test_program_has_its_limits(file: int) -> None:
     wanted = confinement(limits=Limits(extra_memory=32 << 20, cpu_seconds=1))
-    output, ended = output_of([PYTHON, "-I", "-S", "-c", "bytearray(64 << 20)"], file, confinement=wanted)
+    output, ended = output_of([PYTHON, "-I", "-S", "-c", "bytearray(64 << 20)"], file, wanted=wanted)
     assert b"MemoryError" in output
-    output, ended = output_of([PYTHON, "-I", "-S", "-c", "while True: pass"], file, confinement=wanted)
+    output, ended = output_of([PYTHON, "-I", "-S", "-c", "while True: pass"], file, wanted=wanted)
     assert str(ended) == "it was killed (SIGKILL)"
-
-

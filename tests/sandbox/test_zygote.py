@@ -6,7 +6,8 @@ import os
 import signal
 import socket
 import threading
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def start(warm: str | None = None, work: str = "wait_for_the_end", **options: Any) -> Zygote:
+def start(warm: str | None = None, *, timeout: float = 60.0) -> Zygote:
     name = None if warm is None else f"{PUPPETS}:{warm}"
-    return Zygote(name, f"{PUPPETS}:{work}", confinement=confinement(), **options)
+    return Zygote(name, f"{PUPPETS}:wait_for_the_end", confinement=confinement(), timeout=timeout)
 
 
 def is_running(pid: int | None) -> bool:
@@ -79,7 +80,7 @@ def test_zygote_that_takes_too_long_is_ended() -> None:
 
 def test_zygote_inherits_no_descriptor_and_no_signal_mask() -> None:
     read_end, write_end = os.pipe()
-    os.set_inheritable(write_end, True)  # noqa: FBT003 - as a careless library leaves it
+    os.set_inheritable(write_end, True)
     old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         with start() as zygote, zygote.spawn() as worker:
@@ -245,7 +246,9 @@ def test_nothing_stays_open_after_many_workers() -> None:
         for _ in range(20):
             with zygote.spawn():
                 pass
-        wait_until(lambda: len(os.listdir(f"/proc/{proper}/fd")) == held, "the zygote closed what it had of them")
+        wait_until(
+            lambda: len(os.listdir(f"/proc/{proper}/fd")) == held, "the zygote closed what it had of them"
+        )
     assert open_descriptors() == before
 
 
@@ -288,7 +291,7 @@ def speaking_worker(*said: bytes) -> Worker:
 def test_worker_that_reports_no_layers_is_none(said: tuple[bytes, ...], text: str) -> None:
     worker = speaking_worker(*said)
     with pytest.raises(ConfinementError, match=text):
-        worker.confirm(confinement(), zygote_module.time.monotonic() + 5.0)
+        worker.confirm(confinement(), time.monotonic() + 5.0)
     worker.wait(1.0)
 
 
@@ -340,8 +343,8 @@ def test_worker_can_not_pass_a_descriptor_to_its_parent() -> None:
         type("Odd", (), {"__module__": "__main__", "__qualname__": "f"})(),
     ],
 )
-def test_what_can_not_be_imported_by_name_is_refused(function: Any) -> None:
-    with pytest.raises(ValueError, match="can't be imported by its name|no name of a function"):
+def test_what_can_not_be_imported_by_name_is_refused(function: Callable[..., object]) -> None:
+    with pytest.raises(ValueError, match=r"can't be imported by its name|no name of a function"):
         name_of(function)
 
 

@@ -251,8 +251,8 @@ def _install_filter(context: _Context) -> tuple[bool, str]:
     return True, f"{len(context.given.filter) // 8} instructions"
 
 
-# What is missing here its zygote did. The descriptors go when the zygote has been looked at for the last time,
-# and the limits come when no more are needed.
+# What is missing here its zygote did. The descriptors go when the zygote has been looked at for the last
+# time, and the limits come when no more are needed.
 _STEPS: tuple[tuple[Layer, Callable[[_Context], tuple[bool, str]]], ...] = (
     (Layer.ENVIRONMENT, _clear_environment),
     (Layer.NO_NEW_PRIVS, _set_no_new_privs),

@@ -30,8 +30,8 @@ class Profile(Enum):
     PROGRAM = "program"  # one program, its loader and libraries, for reading
 
 
-# Landlock and an empty root can each be lacking where the filter allows nothing to be opened. Where it does, what
-# is reached by that must be bounded.
+# Landlock and an empty root can each be lacking where the filter allows nothing to be opened. Where it does,
+# what is reached by that must be bounded.
 _STRICT_OF = {
     Profile.SEALED: STRICT,
     Profile.SCRATCH: STRICT | {Layer.EMPTY_ROOT, Layer.LANDLOCK},
@@ -73,6 +73,7 @@ class Confinement:
         readable: profile PROGRAM: absolute paths of files and directories that it may read besides.
         landlock_abi: pretend to be on an older kernel.
         unsafe_without: layers to leave out, for looking at what the others do. Not for hostile bytes.
+        report_only: a worker starts whatever it lacks, to tell that. It must be given nothing.
         gently: a refused system call fails with EPERM and does not kill. For tests, and for PROGRAM always.
 
     Raises:
@@ -92,6 +93,7 @@ class Confinement:
     landlock_abi: int | None = None
     unsafe_without: frozenset[Layer] = frozenset()
     gently: bool = False
+    report_only: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
@@ -112,6 +114,8 @@ class Confinement:
 
     def must_hold(self) -> frozenset[Layer]:
         """Return the layers without which there is no worker."""
+        if self.report_only:
+            return frozenset()
         return (_STRICT_OF[self.profile] | self.strict) - self.unsafe_without
 
     def to_json(self) -> dict[str, object]:
