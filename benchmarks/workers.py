@@ -1,4 +1,4 @@
-"""How soon a confined worker is there, how much memory it adds, and how soon an interpreter would be there."""
+"""How soon a confined worker is there, how much memory it adds, how soon an interpreter would be there."""
 
 from __future__ import annotations
 

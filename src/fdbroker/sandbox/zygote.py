@@ -357,7 +357,7 @@ def _start_interpreter(channel: int) -> int:
     places = [place for place in sys.path if os.path.isabs(place)]
     return os.posix_spawn(
         sys.executable,
-        [sys.executable, "-I", "-c", _START, *places],
+        [sys.executable, "-I", *(["-B"] if sys.dont_write_bytecode else []), "-c", _START, *places],
         {},
         file_actions=[
             (os.POSIX_SPAWN_DUP2, channel, 0),

@@ -77,7 +77,6 @@ def main() -> NoReturn:
 
 def _first_process() -> int:
     process.close_range(LAST_OF_ITS_OWN + 1)
-    os.umask(0o077)
     os.chdir("/")
     control = socket.socket(fileno=CHANNEL)
     with sockets.receive(control, 1).descriptors as owned, open(owned.take(), "rb") as file:
@@ -181,6 +180,7 @@ def _keep_what_starts_workers() -> None:
     kept = capabilities.capget().permitted & wanted
     capabilities.capset(Capabilities(kept, kept, 0))
     process.set_no_new_privs()
+    os.umask(0o077)
     dumpable.set_dumpable(False)
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
