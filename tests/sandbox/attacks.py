@@ -19,7 +19,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.syscall.restype = ctypes.c_long
 _NUMBERS = SYSCALLS[MACHINE]
 
-_AT_FDCWD = -100
+AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _MFD_CLOEXEC = 1
 _LOCK_EX = 2
@@ -88,7 +88,7 @@ def _fork() -> int:
 
 
 def _reopen(flags: int) -> Callable[[int, int], int]:
-    return lambda descriptor, _parent: call("openat", _AT_FDCWD, b"/proc/self/fd/%d" % descriptor, flags, 0)
+    return lambda descriptor, _parent: call("openat", AT_FDCWD, b"/proc/self/fd/%d" % descriptor, flags, 0)
 
 
 def _lease(descriptor: int) -> int:
@@ -170,29 +170,29 @@ def _on_parent(name: str, *arguments: object) -> _Attack:
 # Each returns 0 if the attack worked.
 ATTACKS: dict[str, _Attack] = {
     # names
-    "open a file": _plain("openat", _AT_FDCWD, b"/etc/passwd", os.O_RDONLY, 0),
-    "open a file by openat2": _plain("openat2", _AT_FDCWD, b"/etc/passwd", _how, 24),
+    "open a file": _plain("openat", AT_FDCWD, b"/etc/passwd", os.O_RDONLY, 0),
+    "open a file by openat2": _plain("openat2", AT_FDCWD, b"/etc/passwd", _how, 24),
     "open a file by its handle": lambda fd, _pid: call("open_by_handle_at", fd, _handle, os.O_RDONLY),
     "ask for a handle": lambda fd, _pid: call(
         "name_to_handle_at", fd, b"", _handle, _mount_id, _AT_EMPTY_PATH
     ),
-    "open the root directory": _plain("openat", _AT_FDCWD, b"/", os.O_RDONLY, 0),
+    "open the root directory": _plain("openat", AT_FDCWD, b"/", os.O_RDONLY, 0),
     "open the parent's environment": lambda _fd, pid: call(
-        "openat", _AT_FDCWD, b"/proc/%d/environ" % pid, os.O_RDONLY, 0
+        "openat", AT_FDCWD, b"/proc/%d/environ" % pid, os.O_RDONLY, 0
     ),
     "open the parent's memory": lambda _fd, pid: call(
-        "openat", _AT_FDCWD, b"/proc/%d/mem" % pid, os.O_RDONLY, 0
+        "openat", AT_FDCWD, b"/proc/%d/mem" % pid, os.O_RDONLY, 0
     ),
-    "make a file": _plain("openat", _AT_FDCWD, b"/tmp/fdbroker-test-made", os.O_WRONLY | os.O_CREAT, 0o600),
-    "make a directory": _plain("mkdirat", _AT_FDCWD, b"/tmp/fdbroker-test-made-too", 0o700),
-    "make a symbolic link": _plain("symlinkat", b"/etc", _AT_FDCWD, b"/tmp/fdbroker-test-made-link"),
-    "make a FIFO": _plain("mknodat", _AT_FDCWD, b"/tmp/fdbroker-test-made-fifo", 0o010600, 0),
+    "make a file": _plain("openat", AT_FDCWD, b"/tmp/fdbroker-test-made", os.O_WRONLY | os.O_CREAT, 0o600),
+    "make a directory": _plain("mkdirat", AT_FDCWD, b"/tmp/fdbroker-test-made-too", 0o700),
+    "make a symbolic link": _plain("symlinkat", b"/etc", AT_FDCWD, b"/tmp/fdbroker-test-made-link"),
+    "make a FIFO": _plain("mknodat", AT_FDCWD, b"/tmp/fdbroker-test-made-fifo", 0o010600, 0),
     "give it another name": lambda fd, _pid: call(
-        "linkat", _AT_FDCWD, b"/proc/self/fd/%d" % fd, _AT_FDCWD, b"/tmp/fdbroker-test-linked", 0x400
+        "linkat", AT_FDCWD, b"/proc/self/fd/%d" % fd, AT_FDCWD, b"/tmp/fdbroker-test-linked", 0x400
     ),
-    "read a path's metadata": _plain("newfstatat", _AT_FDCWD, b"/etc/passwd", _room, 0),
-    "read a link": _plain("readlinkat", _AT_FDCWD, b"/proc/self/exe", _room, 512),
-    "change the mode of a path": _plain("fchmodat", _AT_FDCWD, b"/tmp/fdbroker-test-nothing", 0o777),
+    "read a path's metadata": _plain("newfstatat", AT_FDCWD, b"/etc/passwd", _room, 0),
+    "read a link": _plain("readlinkat", AT_FDCWD, b"/proc/self/exe", _room, 512),
+    "change the mode of a path": _plain("fchmodat", AT_FDCWD, b"/tmp/fdbroker-test-nothing", 0o777),
     # the descriptor that was passed
     "reopen for reading": _reopen(os.O_RDONLY),
     "reopen for writing": _reopen(os.O_WRONLY),
@@ -266,7 +266,7 @@ ATTACKS: dict[str, _Attack] = {
     "enter the parent's namespace": _on_it("setns", 0),
     "mount": _plain("mount", b"tmpfs", b"/", b"tmpfs", 0, None),
     "unmount": _plain("umount2", b"/", 2),
-    "copy a mount": _plain("open_tree", _AT_FDCWD, b"/", 1),
+    "copy a mount": _plain("open_tree", AT_FDCWD, b"/", 1),
     "make a file system": _plain("fsopen", b"tmpfs", 0),
     "leave the root": _plain("chroot", b"."),
     # other parts of the kernel
@@ -306,7 +306,7 @@ def use_as_meant(descriptor: int) -> dict[str, int | str]:
 
 def look_at_a_path() -> int:
     """Abuse the one hole in the filter: a path behind AT_EMPTY_PATH. Return 0 if there was one to see."""
-    return call("newfstatat", _AT_FDCWD, b"/etc/passwd", _room, _AT_EMPTY_PATH)
+    return call("newfstatat", AT_FDCWD, b"/etc/passwd", _room, _AT_EMPTY_PATH)
 
 
 def use_scratch(directory: bytes) -> dict[str, object]:

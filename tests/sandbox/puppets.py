@@ -94,6 +94,19 @@ def look_at_a_path(*_descriptors: int, **_rest: object) -> int:
     return attacks.look_at_a_path()
 
 
+def open_below(directory: int, *, scratch: bytes, **_rest: object) -> list[int]:
+    """Use a directory's descriptor that was passed; and climb out of the own directory."""
+    return [
+        attacks.call("openat", directory, b"own", os.O_RDONLY, 0),
+        attacks.call("openat", directory, b".", os.O_RDONLY, 0),
+        attacks.call("openat", directory, b"made", os.O_WRONLY | os.O_CREAT, 0o600),
+        attacks.call("mkdirat", directory, b"made", 0o700),
+        attacks.call("unlinkat", directory, b"own", 0),
+        attacks.call("renameat", directory, b"own", attacks.AT_FDCWD, scratch + b"/own"),
+        attacks.call("openat", attacks.AT_FDCWD, scratch + b"/../../etc/passwd", os.O_RDONLY, 0),
+    ]
+
+
 def use_memory(*, size: int, **_rest: object) -> str:
     try:
         return f"{len(bytearray(size))} bytes"

@@ -308,3 +308,13 @@ def sealed_zygote() -> Iterator[Zygote]:
 def test_worker_can_talk_on_its_channel_alone(own_file: int) -> None:
     with puppet(gently=True) as worker:
         assert ask(worker, "talk_elsewhere", own_file) == [errno.EPERM, errno.EPERM]
+
+
+def test_directory_that_is_passed_by_mistake_leads_nowhere(own_file: int) -> None:
+    directory = os.open(os.path.dirname(os.readlink(f"/proc/self/fd/{own_file}")), os.O_RDONLY | os.O_CLOEXEC)
+    os.fchown(directory, WORKER_UID, WORKER_UID)
+    with puppet(profile=Profile.SCRATCH, gently=True) as worker:
+        answer = cast("list[int]", ask(worker, "open_below", directory))
+    os.close(directory)
+    assert len(answer) == 7
+    assert set(answer) <= {errno.EACCES, errno.EXDEV, errno.ENOENT}
