@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import pytest
 
-from fdbroker.kernel import dumpable
+from fdbroker.kernel import dumpable, process
+from fdbroker.kernel.capabilities import CAP_SYS_ADMIN
 from fdbroker.sandbox import STRICT, Layer, Profile
-from tests.processes import in_child
+from tests.processes import ChildError, in_child
 from tests.running_broker import reachable_directory
 from tests.sandbox.attacks import ATTACKS, attempt_all, listening_places, look_at_a_path
 from tests.sandbox.confined import WORKER_UID, Options, ask, puppet, puppets
@@ -297,6 +298,37 @@ def test_production_filter_kills_a_sealed_worker_that_tries(
     with sealed_zygote.spawn() as worker:
         assert ask(worker, "attempt", own_file, name=name, parent=os.getpid()) is None
         assert str(worker.stop(grace=10.0)) == "it made a system call that it may not make (SIGSYS)"
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_production_filter_kills_a_worker_with_a_directory_that_tries_or_it_fails(
+    name: str, own_file: int, zygote_of_scratch: Zygote
+) -> None:
+    with zygote_of_scratch.spawn() as worker:
+        answer = ask(worker, "attempt", own_file, name=name, parent=os.getpid())
+        if answer is None:
+            assert str(worker.stop(grace=10.0)) == "it made a system call that it may not make (SIGSYS)"
+        else:
+            assert answer in set(errno.errorcode)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_worker_of_root_without_its_right_to_mount_can_do_nothing(profile: Profile, own_file: int) -> None:
+    def start() -> set[str]:
+        process.drop_from_bounding_set(CAP_SYS_ADMIN)  # as in most containers
+        return worked(attack(own_file, gently=True, profile=profile))
+
+    if profile is Profile.SEALED:
+        assert in_child(start) == set()
+    else:
+        with pytest.raises(ChildError, match="ConfinementError: empty root"):
+            in_child(start)
+
+
+@pytest.fixture(scope="module")
+def zygote_of_scratch() -> Iterator[Zygote]:
+    with puppets(profile=Profile.SCRATCH) as zygote:
+        yield zygote
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import pytest
 
 from fdbroker.kernel import bpf, capabilities, landlock, namespaces, process, process_state, seccomp
+from fdbroker.kernel.capabilities import CAP_SYS_ADMIN
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.libc import MACHINE
 from fdbroker.sandbox import (
@@ -289,6 +290,22 @@ def test_where_user_namespaces_are_refused_the_rest_is_in_force_and_the_report_s
         unprivileged(lambda: start(Profile.SCRATCH))
 
 
+@pytest.mark.root
+def test_root_without_its_right_to_mount_starts_sealed_workers_and_says_what_they_lack() -> None:
+    def start(profile: Profile) -> dict[str, str]:
+        process.drop_from_bounding_set(CAP_SYS_ADMIN)  # as in most containers
+        return {state.layer.name: state.note for state in report_of(profile=profile).missing()}
+
+    why = "unshare: EPERM, Operation not permitted"
+    assert in_child(lambda: start(Profile.SEALED)) == {
+        "NAMESPACES": f"not mount, network, ipc, uts, cgroup: {why}",
+        "PID_NAMESPACE": why,
+        "EMPTY_ROOT": why,
+    }
+    with pytest.raises(ChildError, match=f"ConfinementError: empty root: {why}"):
+        in_child(lambda: start(Profile.SCRATCH))
+
+
 def test_strict_layers_are_the_documented_ones() -> None:
     assert {layer.value for layer in STRICT} == {
         "descriptors",
@@ -386,4 +403,4 @@ def test_namespace_that_is_refused_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(namespaces, "unshare", refuse)
     state = surroundings_module._enter_others(None, None)
     assert not state.enforced
-    assert state.note == "not network: unshare(flags='0x40000000'): EPERM, Operation not permitted"
+    assert state.note == "not network: unshare: EPERM, Operation not permitted"

@@ -6,6 +6,7 @@ workers decides whether it can be done without.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from typing import NamedTuple
@@ -143,7 +144,8 @@ def _why_not(kind: int) -> str | None:
     try:
         namespaces.unshare(kind)
     except OSError as error:
-        return str(error)
+        # Without the flags, so that one reason for several is told once.
+        return f"unshare: {errno.errorcode.get(error.errno or 0)}, {error.strerror}"
     return None
 
 

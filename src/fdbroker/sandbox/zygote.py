@@ -64,7 +64,8 @@ class Worker:
 
     `channel` is a SOCK_SEQPACKET socket that does not block; what comes from it is hostile
     from the first byte that the worker was given to read. `report` says what confines it.
-    `pidfd` is readable when it has ended. `pid` is for looking at it; None: /proc does not say.
+    `pidfd` is readable when it has ended; `wait` knows how a moment later. `pid` is for looking
+    at it; None: /proc does not say.
     """
 
     def __init__(self, channel: socket.socket, pidfd: int, end: int) -> None:
