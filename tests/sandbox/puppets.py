@@ -114,6 +114,14 @@ def use_memory(*, size: int, **_rest: object) -> str:
         return "MemoryError"
 
 
+def make_cycles(*, megabytes: int, **_rest: object) -> str:
+    """Make garbage that holds itself."""
+    for _ in range(megabytes * 100):
+        cycle: list[object] = [bytearray(10_000)]
+        cycle.append(cycle)
+    return "done"
+
+
 def write_executable(**_rest: object) -> int:
     """Make memory writable and executable, as a JIT does."""
     return attacks.call("mmap", 0, 4096, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC, 0x22, -1, 0)

@@ -349,6 +349,11 @@ def test_memory_has_its_limit() -> None:
         assert ask(worker, "use_memory", size=128 << 20) == "MemoryError"
 
 
+def test_garbage_of_a_long_life_does_not_fill_the_memory() -> None:
+    with puppet(limits=Limits(extra_memory=64 << 20)) as worker:
+        assert ask(worker, "make_cycles", megabytes=256) == "done"
+
+
 def test_who_compiles_while_it_runs_may_make_code_and_the_report_says_so() -> None:
     with puppet(jit=True) as worker:
         assert ask(worker, "write_executable") == 0

@@ -297,6 +297,8 @@ def _live(ground: _Ground, descriptor: int, ids: tuple[int, int] | None) -> NoRe
         os.setsid()
         report = confine(ground.wanted, ground.given._replace(ids=ids))
         sockets.send(channel, GOOD + report.encode())
+        # What the zygote had is frozen, so this looks at what the worker makes alone.
+        gc.enable()
         has_scratch = ground.wanted.profile is Profile.SCRATCH and report.state(Layer.EMPTY_ROOT).enforced
         ground.work(ground.state, channel, SCRATCH if has_scratch else None)
         status = 0
