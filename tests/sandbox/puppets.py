@@ -171,6 +171,13 @@ def be_slow() -> None:
     signal.pause()
 
 
+def tell_and_be_slow(told: str) -> None:
+    """Say that it is here, and keep what it said it by open."""
+    descriptor = os.open(told, os.O_WRONLY)
+    os.write(descriptor, b".")
+    signal.pause()
+
+
 def leave_a_thread() -> None:
     threading.Thread(target=threading.Event().wait, daemon=True).start()
 

@@ -15,12 +15,14 @@ from fdbroker.kernel import process_state, sockets
 from fdbroker.sandbox import ConfinementError, Ended, Worker, Zygote, ZygoteError
 from fdbroker.sandbox import zygote as zygote_module
 from fdbroker.sandbox.names import find, name_of
+from fdbroker.sandbox.zygote import is_readable
 from tests.processes import in_child, wait_until
 from tests.sandbox import puppets as functions
 from tests.sandbox.confined import PUPPETS, ask, confinement, puppet, puppets, started_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 
 def start(warm: str | None = None, *, timeout: float = 60.0) -> Zygote:
@@ -223,6 +225,27 @@ def test_zygote_and_workers_end_with_their_parent(how: Callable[[int], object]) 
     os.close(write_end)
     for pid in pids:
         wait_until(lambda pid=pid: not is_running(pid), "it is gone")  # type: ignore[misc]
+
+
+def test_zygote_that_is_not_warm_yet_ends_with_its_parent_whichever_thread_started_it(tmp_path: Path) -> None:
+    def start_from_a_thread() -> None:
+        arguments = {"told": str(tmp_path / "told")}
+        warm, work = f"{PUPPETS}:tell_and_be_slow", f"{PUPPETS}:wait_for_the_end"
+        threading.Thread(
+            target=lambda: Zygote(warm, work, arguments, confinement=confinement()), daemon=True
+        ).start()
+        assert is_readable(reader, 20.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.mkfifo(tmp_path / "told")
+    reader = os.open(tmp_path / "told", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with pytest.raises(AssertionError, match="ended without an answer"):
+        in_child(start_from_a_thread)
+    assert os.read(reader, 2) == b"."
+    # Whoever could write is gone.
+    assert is_readable(reader, 20.0)
+    assert os.read(reader, 1) == b""
+    os.close(reader)
 
 
 def test_siblings_have_no_descriptor_of_each_other() -> None:

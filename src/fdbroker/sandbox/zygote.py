@@ -220,13 +220,11 @@ class Zygote:
         timeout: float = 60.0,
     ) -> None:
         self.confinement = _with_ids(confinement or Confinement())
-        on_main_thread = threading.current_thread() is threading.main_thread()
         setup = {
             "warm": None if warm is None else name_of(warm),
             "work": name_of(work),
             "arguments": dict(arguments or {}),
             "confinement": self.confinement.to_json(),
-            "parent": os.getpid() if on_main_thread else 0,
         }
         self._lock = threading.Lock()
         self._pid: int | None = None
@@ -371,13 +369,14 @@ def _start_interpreter(channel: int) -> int:
 
 
 def _send_setup(control: socket.socket, text: str) -> None:
-    """Send it as a memfd: it has any length."""
-    descriptor = os.memfd_create("zygote", os.MFD_CLOEXEC)
-    with open(descriptor, "wb") as file:
-        file.write(text.encode())
-        file.flush()
-        file.seek(0)
-        sockets.send(control, b"\0", [descriptor])
+    """Send it as a memfd, as it has any length, and a pidfd of this process, so that its end is seen."""
+    with Descriptors([os.memfd_create("zygote", os.MFD_CLOEXEC)]) as owned:
+        [setup] = owned.numbers()
+        owned.add(os.pidfd_open(os.getpid()))
+        with open(setup, "wb", closefd=False) as file:
+            file.write(text.encode())
+        os.lseek(setup, 0, os.SEEK_SET)
+        sockets.send(control, b"\0", owned.numbers())
 
 
 def is_readable(descriptor: int, timeout: float | None) -> bool:

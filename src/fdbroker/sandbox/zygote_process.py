@@ -79,13 +79,10 @@ def _first_process() -> int:
     process.close_range(LAST_OF_ITS_OWN + 1)
     os.chdir("/")
     control = socket.socket(fileno=CHANNEL)
-    with sockets.receive(control, 1).descriptors as owned, open(owned.take(), "rb") as file:
-        setup = json.loads(file.read())
-    if setup["parent"]:
-        # Not where a thread of the parent started it: the signal comes when that *thread* ends.
-        children.set_parent_death_signal(signal.SIGKILL)
-        if os.getppid() != setup["parent"]:
-            return 1
+    with sockets.receive(control, 1).descriptors as owned:
+        with open(owned.take(), "rb") as file:
+            setup = json.loads(file.read())
+        parent = owned.take()
     wanted = Confinement.from_json(setup["confinement"])
     gaps = enter_user_and_pid_namespace(wanted)
     pidfd = os.pidfd_open(os.getpid())
@@ -93,16 +90,28 @@ def _first_process() -> int:
     if pid:
         # The parent shall see the end of the socket when the zygote ends.
         control.close()
-        return _passed_on(os.waitpid(pid, 0)[1])
+        return _wait_for(pid, parent)
     children.set_parent_death_signal(signal.SIGKILL)
     if _has_ended(pidfd):
         return 1
     os.close(pidfd)
+    os.close(parent)
     _be_the_zygote(control, setup, wanted, gaps)
     return 0
 
 
-def _passed_on(status: int) -> int:
+def _wait_for(pid: int, parent: int) -> int:
+    """Wait for the zygote's end, and bring it about when the parent ends; return the status to pass on.
+
+    By a pidfd, since PR_SET_PDEATHSIG would mean the end of the *thread* that started this process.
+    """
+    ended = os.pidfd_open(pid)
+    either = select.poll()
+    either.register(parent, select.POLLIN)
+    either.register(ended, select.POLLIN)
+    if ended not in {descriptor for descriptor, _ in either.poll()}:
+        os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
 
 
