@@ -248,6 +248,7 @@ def test_zygote_that_is_not_warm_yet_ends_with_its_parent_whichever_thread_start
     os.close(reader)
 
 
+@pytest.mark.root
 def test_siblings_have_no_descriptor_of_each_other() -> None:
     with puppets("wait_for_the_end") as zygote, zygote.spawn() as one, zygote.spawn() as other:
         # Its end of the channel was the only one, so its end is seen though the sibling lives.
@@ -257,6 +258,7 @@ def test_siblings_have_no_descriptor_of_each_other() -> None:
         assert [sorted(os.listdir(f"/proc/{other.pid}/fd"))] == [["0", "1", "2"]]
 
 
+@pytest.mark.root
 def test_nothing_stays_open_after_many_workers() -> None:
     before = open_descriptors()
     with puppets("wait_for_the_end") as zygote:
