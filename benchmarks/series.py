@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from benchmarks import workers
 from benchmarks.brokers import CLIENT_UID, make_many_rules, pin
 from benchmarks.errors import BenchmarkError
 from benchmarks.native import Request, client_command, measure, walk_command
@@ -31,6 +32,7 @@ _CLIENTS_OPENS = 64_000
 _PYTHON_OPENS = 3_200
 _PYTHON_BATCH64_OPENS = 16_000
 _TRANSFERS = 1_000
+_STARTS = 20
 _COPIES = 7  # files of 4 KiB that a reply has room for
 
 
@@ -229,6 +231,32 @@ class Decisions:
 
 
 @dataclass(frozen=True)
+class Starts:
+    """Milliseconds until a confined worker is there, or an interpreter with the same imports."""
+
+    what: Literal["worker", "interpreter"]
+    unit: str = "ms"
+
+    def measure(self, stage: Stage) -> float:
+        """Return the milliseconds that a start took."""
+        count = max(int(_STARTS * stage.scale), 4)
+        if self.what == "worker":
+            return workers.milliseconds_of_a_worker(stage.zygote, count)
+        return workers.milliseconds_of_an_interpreter(count)
+
+
+@dataclass(frozen=True)
+class PrivateMemory:
+    """What a further worker has for itself, beside the pages that it shares with its zygote."""
+
+    unit: str = "MiB"
+
+    def measure(self, stage: Stage) -> float:
+        """Return the MiB."""
+        return workers.private_mib_of_a_further_worker(stage.zygote)
+
+
+@dataclass(frozen=True)
 class Series:
     """A figure and its bar: `above` divided by `below`, or `above` itself where that is None."""
 
@@ -275,6 +303,9 @@ VARIANTS: dict[str, Variant] = {
     "decide_10000": Decisions(10_000),
     "rules_10000_idle": IdleSize("fdbroker-rules-10000"),
     "rules_10000_start": Start("fdbroker-rules-10000"),
+    "zygote_worker": Starts("worker"),
+    "interpreter": Starts("interpreter"),
+    "further_worker": PrivateMemory(),
 }
 
 SERIES = (
@@ -297,4 +328,6 @@ SERIES = (
     Series("decide_10000_vs_10", "decide_10000", "decide_10", "lower", 2.0),
     Series("rules_10000_rss_mib", "rules_10000_idle", None, "lower", 64.0),
     Series("rules_10000_start_s", "rules_10000_start", None, "lower", 5.0),
+    Series("zygote_vs_exec", "zygote_worker", "interpreter", "lower", 0.1),
+    Series("worker_private_mib", "further_worker", None, "lower", 4.0),
 )

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
+from benchmarks import workers
 from benchmarks.brokers import (
     CLIENT_UID,
     STRANGER_UID,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from benchmarks.tree import Tree, WalkedTree
+    from fdbroker.sandbox import Zygote
 
 BrokerName = Literal[
     "floor",
@@ -91,6 +93,11 @@ class Stage:
     def large(self) -> tuple[Path, Path]:
         """The directory of the large files and the list of them, made when they are first asked for."""
         return make_large_files(self.directory)
+
+    @cached_property
+    def zygote(self) -> Zygote:
+        """A zygote of the scan's workers, started when it is first asked for."""
+        return self._stack.enter_context(workers.zygote())
 
     def opens(self, wanted: int) -> int:
         """Return how many opens to make where `wanted` is right for a full run."""

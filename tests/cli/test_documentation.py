@@ -75,5 +75,5 @@ def test_nothing_is_documented_that_is_not_there() -> None:
     } | {"--help", "--version", "--daemon", "--passphrase-fd"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", TEXT + TOOLS))
     assert named <= known
-    for name in re.findall(r"fdbroker (policy [a-z]+|[a-z]+)", TEXT + TOOLS):
-        assert name in commands() or name in {"policy", "audit", "reads"}, name
+    for name in re.findall(r"fdbroker (policy [a-z]+|sandbox [a-z]+|[a-z]+)", TEXT + TOOLS):
+        assert name in commands() or name in {"policy", "audit", "reads", "sandbox"}, name

@@ -20,7 +20,7 @@ from fdbroker.cli.output import OutputError, ReaderGoneError
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.scan_output import JsonOutput, Totals
 from fdbroker.client import Client, connect
-from fdbroker.sandbox.confine import ConfinementError
+from fdbroker.sandbox import ConfinementError
 from fdbroker.scan.supervisor import Supervisor
 from tests.cli.commands import AS_ROOT, environment, lines, run, verdicts
 from tests.running_broker import policy, reachable_directory, rule, running_broker
@@ -171,7 +171,7 @@ def test_each_command_has_help_that_a_newcomer_can_work_from(
 ) -> None:
     assert main([name, "--help"]) == 0
     shown = capsys.readouterr().out
-    if name not in {"policy", "audit"}:
+    if name not in {"policy", "audit", "sandbox"}:
         assert "Exit status: " in shown
         assert "Examples:  fdbroker " in shown
     assert main(["--help"]) == 0
@@ -265,7 +265,7 @@ def test_command_without_arguments_shows_its_help_as_it_is(capsys: pytest.Captur
 def test_shell_completes_commands_and_options() -> None:
     asked = {"_FDBROKER_COMPLETE": "bash_complete", "COMP_CWORD": "1"}
     commands = run(env=environment(**asked, COMP_WORDS="fdbroker s"))
-    assert {line.partition(",")[2] for line in commands.stdout.splitlines()} == {"scan", "status"}
+    assert {line.partition(",")[2] for line in commands.stdout.splitlines()} == {"scan", "status", "sandbox"}
     options = run(env=environment(**{**asked, "COMP_CWORD": "2"}, COMP_WORDS="fdbroker audit --d"))
     assert options.stdout == "plain,--denied\nplain,--decision\n"
     assert "_FDBROKER_COMPLETE=bash_complete" in run(env=environment(_FDBROKER_COMPLETE="bash_source")).stdout

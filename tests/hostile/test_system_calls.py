@@ -21,7 +21,7 @@ from fdbroker.kernel.bpf import KILL_PROCESS
 from fdbroker.kernel.libc import MACHINE
 from fdbroker.kernel.syscall_table import AUDIT_ARCH, SYSCALLS
 from fdbroker.launcher import broker_seccomp, helper_seccomp
-from fdbroker.sandbox import worker_seccomp
+from fdbroker.sandbox import Confinement, filters
 from fdbroker.scan.hashes import load
 from fdbroker.scan.supervisor import Supervisor
 from tests.hostile.processes import children_of
@@ -45,7 +45,7 @@ PROGRAMS: dict[str, tuple[object, Callable[[str], bytes]]] = {
     "broker": (broker_seccomp, broker_seccomp.broker_filter),
     "starter": (helper_seccomp, helper_seccomp.starter_filter),
     "helper": (helper_seccomp, helper_seccomp.helper_filter),
-    "worker": (worker_seccomp, worker_seccomp.worker_filter),
+    "worker": (filters, lambda machine: filters.filter_for(Confinement(), machine)),
 }
 
 

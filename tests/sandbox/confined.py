@@ -1,35 +1,40 @@
-"""Running a function in a confined process, with one descriptor, and getting its answer."""
+"""Workers for tests: started as whoever runs them, asked what a puppet finds out."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from fdbroker.kernel import bpf, sockets
-from fdbroker.kernel.libc import MACHINE
-from fdbroker.sandbox.confine import Confinement
-from fdbroker.sandbox.process import start_confined
-from fdbroker.sandbox.worker_seccomp import worker_filter
+from fdbroker.kernel import sockets
+from fdbroker.sandbox import Confinement, Layer, Limits, Profile, Zygote
 from tests.uids import FIRST_UID
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
-    from fdbroker.sandbox.process import ConfinedProcess
-
-_T = TypeVar("_T")
+    from fdbroker.sandbox import Worker
 
 WORKER_UID = FIRST_UID + 61
 IDS = (WORKER_UID, WORKER_UID)
+PUPPETS = "tests.sandbox.puppets"
 
-EPERM = 1
-REFUSING = worker_filter(default_action=bpf.errno_action(EPERM))
-KILLING = worker_filter()
-# A filter that refuses nothing, to see what the other layers do.
-PERMISSIVE = bpf.assemble({}, machine=MACHINE, otherwise=bpf.ALLOW)
+
+class Options(TypedDict, total=False):
+    """Those of a confinement."""
+
+    profile: Profile
+    jit: bool
+    limits: Limits
+    scratch_size: int
+    uids: tuple[int, ...]
+    strict: frozenset[Layer]
+    program: bytes
+    landlock_abi: int
+    unsafe_without: frozenset[Layer]
+    gently: bool
 
 
 def started_ids() -> tuple[int, int] | None:
@@ -37,39 +42,35 @@ def started_ids() -> tuple[int, int] | None:
     return IDS if os.geteuid() == 0 else None
 
 
-def answers_one(function: Callable[[int], object]) -> Callable[[socket.socket], None]:
-    """Return a main function: take a descriptor, send what `function` says of it as JSON."""
-    json.dumps({"loaded": 1})
-
-    def main(channel: socket.socket) -> None:
-        with sockets.receive(channel, 64).descriptors as owned:
-            answer = json.dumps(function(owned.numbers()[0]))
-        sockets.send(channel, answer.encode())
-
-    return main
+def confinement(**options: Unpack[Options]) -> Confinement:
+    """Return a confinement with the uid of the tests, where root runs them, and these options."""
+    if os.geteuid() == 0:
+        options.setdefault("uids", (WORKER_UID,))
+    return Confinement(**options)
 
 
-def ask(process: ConfinedProcess, descriptor: int) -> object:
-    """Hand over a descriptor and return the answer; None if the process ended instead."""
-    sockets.send(process.channel, b"go", [descriptor])
+def puppets(work: str = "answer", **options: Unpack[Options]) -> Zygote:
+    """Return a zygote whose workers run a function of puppets.py."""
+    return Zygote(f"{PUPPETS}:load", f"{PUPPETS}:{work}", confinement=confinement(**options))
+
+
+@contextlib.contextmanager
+def puppet(work: str = "answer", **options: Unpack[Options]) -> Iterator[Worker]:
+    """Yield a worker of a zygote of its own."""
+    with puppets(work, **options) as zygote, zygote.spawn() as worker:
+        yield worker
+
+
+def ask(worker: Worker, function: str, *descriptors: int, **arguments: object) -> object:
+    """Have a puppet call a function with descriptors; return its answer, None if it ended instead."""
+    order = json.dumps({"function": function, "arguments": arguments}).encode()
+    sockets.send(worker.channel, order, descriptors)
     readable = select.poll()
-    readable.register(process.channel, select.POLLIN)
+    readable.register(worker.channel, select.POLLIN)
     assert readable.poll(20_000), "no answer"
-    with (message := sockets.receive(process.channel, 65536)).descriptors:
-        answer: object = json.loads(message.data) if message.data else None
-    return answer
-
-
-def run_confined(
-    function: Callable[[int], _T],
-    descriptor: int,
-    *,
-    program: bytes = REFUSING,
-    ids: tuple[int, int] | None = IDS,
-) -> _T:
-    """Run `function` with a descriptor in a confined process and return what it returned."""
-    process, _ = start_confined(Confinement(program, ids), answers_one(function))
     try:
-        return cast("_T", ask(process, descriptor))
-    finally:
-        process.stop(grace=5.0)
+        with (message := sockets.receive(worker.channel, 65536)).descriptors:
+            answer: object = json.loads(message.data) if message.data else None
+    except ConnectionResetError:
+        return None
+    return answer

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from fdbroker.sandbox.report import (
     LONGEST_REPORT,
-    STRICT,
     Layer,
     LayerReport,
     LayerState,
@@ -73,13 +72,3 @@ def test_missing_layers_are_those_not_in_force() -> None:
     states = [*report().states]
     states[3] = states[3]._replace(enforced=False, note="why")
     assert LayerReport(tuple(states)).missing() == (states[3],)
-
-
-def test_strict_layers_are_the_documented_ones() -> None:
-    assert {layer.value for layer in STRICT} == {
-        "descriptors",
-        "ids",
-        "capabilities",
-        "no_new_privs",
-        "seccomp",
-    }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -8,48 +9,55 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.kernel import sockets
-from fdbroker.sandbox.confine import Confinement
+from fdbroker.sandbox import ConfinementError, Worker, Zygote
 from fdbroker.scan import supervisor as supervisor_module
-from fdbroker.scan import worker
 from fdbroker.scan.hashes import load
 from fdbroker.scan.supervisor import DEFAULT_TIMEOUT, DEFAULT_WINDOW, Done, Supervisor
 from fdbroker.scan.verdict import Clean, Error, Infected
-from fdbroker.scan.worker import ANSWER, REQUEST, Code
-from tests.sandbox.confined import started_ids
+from fdbroker.scan.worker import Code
+from tests.sandbox.confined import confinement, started_ids
 from tests.scan.descriptors import EICAR, EICAR_NAME, make_and_open, open_descriptors
+from tests.scan.puppet_workers import GARBAGE, NO_INDEX
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 KNOWN = load()
 SIZE = 11
 
 
-def honest(channel: socket.socket) -> None:
-    worker.serve(channel, KNOWN)
+@pytest.fixture
+def zygotes() -> Iterator[contextlib.ExitStack]:
+    """Return what closes the zygotes of puppets at the end."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def puppets(zygotes: contextlib.ExitStack, work: str, **state: object) -> Callable[[], Worker]:
+    """Return what starts such workers, of puppet_workers.py."""
+    module = "tests.scan.puppet_workers"
+    zygote = Zygote(f"{module}:load", f"{module}:{work}", state, confinement=confinement())
+    return zygotes.enter_context(zygote).spawn
 
 
 def supervise(
     *,
-    serve: Callable[[socket.socket], object] | None = None,
+    spawn: Callable[[], Worker] | None = None,
     timeout: float = DEFAULT_TIMEOUT,
     window: int = DEFAULT_WINDOW,
 ) -> Supervisor:
-    return Supervisor(KNOWN, ids=started_ids(), serve=serve, timeout=timeout, window=window)
+    return Supervisor(KNOWN, ids=started_ids(), spawn=spawn, timeout=timeout, window=window)
 
 
-def first_worker(
-    misbehave: Callable[[socket.socket], object], *, timeout: float = DEFAULT_TIMEOUT
-) -> Supervisor:
+def first_worker(misbehaving: Callable[[], Worker], *, timeout: float = DEFAULT_TIMEOUT) -> Supervisor:
     """Return a supervisor whose first worker misbehaves, and whose others do not."""
 
-    def serve(channel: socket.socket) -> None:
-        # Forked, so this is how it was at the start of this worker.
-        (misbehave if made.workers_started == 0 else honest)(channel)
+    def spawn() -> Worker:
+        return misbehaving() if made.workers_started == 0 else made._spawn_from_zygote()
 
-    made = supervise(serve=serve, timeout=timeout)
+    made = supervise(spawn=spawn, timeout=timeout)
     return made
 
 
@@ -71,13 +79,6 @@ def verdicts(done: list[Done]) -> list[str]:
 def scan_all(supervisor: Supervisor, directory: Path, *contents: bytes) -> list[Done]:
     with supervisor:
         return [*submit(supervisor, directory, *contents), *supervisor.finish()]
-
-
-def take(channel: socket.socket) -> tuple[int, int]:
-    """Be a worker that takes a message: return number and size of its first request."""
-    with (message := sockets.receive(channel, 1024)).descriptors:
-        number, size = REQUEST.unpack_from(message.data)
-        return number, size
 
 
 def test_verdicts_are_exact(tmp_path: Path) -> None:
@@ -127,77 +128,35 @@ def test_killed_worker_costs_one_file_and_the_next_one_scans_the_rest(tmp_path: 
     )
 
 
-GARBAGE: dict[str, Callable[[int, int], bytes]] = {
-    "too short": lambda number, size: ANSWER.pack(number, Code.CLEAN, 0, size)[:-1],
-    "too long": lambda number, size: ANSWER.pack(number, Code.CLEAN, 0, size) + b"\0",
-    "far too long": lambda number, size: b"\0" * 60_000,
-    "text": lambda number, size: b"clean",
-    "of no file": lambda number, size: ANSWER.pack(number + 1000, Code.CLEAN, 0, size),
-    "of a later file": lambda number, size: ANSWER.pack(number + 1, Code.CLEAN, 0, size),
-    "of an unknown code": lambda number, size: ANSWER.pack(number, 6, 0, size),
-    "of code 0": lambda number, size: ANSWER.pack(number, 0, 0, size),
-    "clean with a detail": lambda number, size: ANSWER.pack(number, Code.CLEAN, 1, size),
-    "clean after half of it": lambda number, size: ANSWER.pack(number, Code.CLEAN, 0, size // 2),
-    "clean after more than it": lambda number, size: ANSWER.pack(number, Code.CLEAN, 0, size + 1),
-    "infected with an unknown name": lambda number, size: ANSWER.pack(
-        number, Code.INFECTED, len(KNOWN), size
-    ),
-    "infected with the last number": lambda number, size: ANSWER.pack(
-        number, Code.INFECTED, 0xFFFFFFFF, size
-    ),
-    "infected after half of it": lambda number, size: ANSWER.pack(number, Code.INFECTED, 0, size // 2),
-    "failed without an errno": lambda number, size: ANSWER.pack(number, Code.READ_FAILED, 0, 0),
-    "failed with a strange errno": lambda number, size: ANSWER.pack(number, Code.READ_FAILED, 4096, 0),
-    "short after all of it": lambda number, size: ANSWER.pack(number, Code.SHORT_READ, 0, size),
-    "changed with a detail": lambda number, size: ANSWER.pack(number, Code.CHANGED, 1, 0),
-}
-
-
-@pytest.mark.parametrize("answer", GARBAGE.values(), ids=GARBAGE)
+@pytest.mark.parametrize("which", GARBAGE)
 def test_garbage_is_an_error_and_the_worker_is_replaced(
-    answer: Callable[[int, int], bytes], tmp_path: Path
+    which: str, tmp_path: Path, zygotes: contextlib.ExitStack
 ) -> None:
-    def misbehave(channel: socket.socket) -> None:
-        sockets.send(channel, answer(*take(channel)))
-        sockets.receive(channel, 64).descriptors.close()
-        sockets.receive(channel, 64).descriptors.close()
-
-    supervisor = first_worker(misbehave)
+    assert len(KNOWN) < NO_INDEX
+    supervisor = first_worker(puppets(zygotes, "talk_garbage", which=which))
     done = scan_all(supervisor, tmp_path, b"x" * SIZE, b"fine", EICAR)
     assert verdicts(done) == ["worker_protocol", "clean", "infected"]
     assert supervisor.workers_started == 2
 
 
-def test_right_answer_that_carries_a_descriptor_is_an_error(tmp_path: Path) -> None:
-    def misbehave(channel: socket.socket) -> None:
-        number, size = take(channel)
-        sockets.send(channel, ANSWER.pack(number, Code.CLEAN, 0, size), [0])
-
+def test_right_answer_that_carries_a_descriptor_is_an_error(
+    tmp_path: Path, zygotes: contextlib.ExitStack
+) -> None:
+    supervisor = first_worker(puppets(zygotes, "pass_a_descriptor"))
     before = open_descriptors()
-    done = scan_all(first_worker(misbehave), tmp_path, b"x" * SIZE, b"fine")
+    done = scan_all(supervisor, tmp_path, b"x" * SIZE, b"fine")
     assert verdicts(done)[1] == "clean"
     assert verdicts(done)[0] in {"worker_protocol", "worker_died"}
     assert open_descriptors() == before
 
 
-def test_answer_before_the_question_is_an_error(tmp_path: Path) -> None:
-    def misbehave(channel: socket.socket) -> None:
-        number, size = take(channel)
-        sockets.send(channel, ANSWER.pack(number, Code.CLEAN, 0, size))
-        sockets.send(channel, ANSWER.pack(number + 1, Code.CLEAN, 0, 999))
-        sockets.receive(channel, 64).descriptors.close()
-
-    done = scan_all(first_worker(misbehave), tmp_path, b"x" * SIZE, EICAR, b"fine")
+def test_answer_before_the_question_is_an_error(tmp_path: Path, zygotes: contextlib.ExitStack) -> None:
+    done = scan_all(first_worker(puppets(zygotes, "answer_too_early")), tmp_path, b"x" * SIZE, EICAR, b"fine")
     assert verdicts(done) == ["clean", "worker_protocol", "clean"]
 
 
-def test_stuck_worker_is_a_timeout_and_is_replaced(tmp_path: Path) -> None:
-    def misbehave(channel: socket.socket) -> None:
-        take(channel)
-        while True:
-            os.getpid()
-
-    supervisor = first_worker(misbehave, timeout=1.0)
+def test_stuck_worker_is_a_timeout_and_is_replaced(tmp_path: Path, zygotes: contextlib.ExitStack) -> None:
+    supervisor = first_worker(puppets(zygotes, "be_stuck"), timeout=1.0)
     with supervisor:
         supervisor.start()
         stuck = supervisor.worker_pid
@@ -208,34 +167,31 @@ def test_stuck_worker_is_a_timeout_and_is_replaced(tmp_path: Path) -> None:
         assert not os.path.exists(f"/proc/{stuck}")
 
 
-def test_worker_that_dies_with_each_file_costs_each_file_and_ends(tmp_path: Path) -> None:
-    supervisor = supervise(serve=take)
+def test_worker_that_dies_with_each_file_costs_each_file_and_ends(
+    tmp_path: Path, zygotes: contextlib.ExitStack
+) -> None:
+    supervisor = supervise(spawn=puppets(zygotes, "take_and_end"))
     done = scan_all(supervisor, tmp_path, *[b"x"] * 5)
     assert verdicts(done) == ["worker_died"] * 5
     assert supervisor.workers_started == 5
 
 
-def test_worker_that_ends_before_any_file_costs_one_file_each_time(tmp_path: Path) -> None:
-    done = scan_all(supervise(serve=lambda _channel: None), tmp_path, *[b"x"] * 3)
+def test_worker_that_ends_before_any_file_costs_one_file_each_time(
+    tmp_path: Path, zygotes: contextlib.ExitStack
+) -> None:
+    done = scan_all(supervise(spawn=puppets(zygotes, "end_at_once")), tmp_path, *[b"x"] * 3)
     assert verdicts(done) == ["worker_died"] * 3
 
 
-def test_answers_that_a_worker_gave_before_it_died_count(tmp_path: Path) -> None:
-    def misbehave(channel: socket.socket) -> None:
-        number, size = take(channel)
-        # With requests left unread, the kernel reports a reset first.
-        sockets.send(channel, ANSWER.pack(number, Code.CLEAN, 0, size))
-
-    done = scan_all(first_worker(misbehave), tmp_path, *[b"x" * SIZE] * 4)
+def test_answers_that_a_worker_gave_before_it_died_count(
+    tmp_path: Path, zygotes: contextlib.ExitStack
+) -> None:
+    done = scan_all(first_worker(puppets(zygotes, "answer_one_and_end")), tmp_path, *[b"x" * SIZE] * 4)
     assert verdicts(done) == ["clean", "worker_died", "clean", "clean"]
 
 
-def test_worker_killed_by_its_filter_is_told_apart(tmp_path: Path) -> None:
-    def misbehave(channel: socket.socket) -> None:
-        take(channel)
-        os.open("/etc/passwd", os.O_RDONLY)
-
-    done = scan_all(first_worker(misbehave), tmp_path, b"x")
+def test_worker_killed_by_its_filter_is_told_apart(tmp_path: Path, zygotes: contextlib.ExitStack) -> None:
+    done = scan_all(first_worker(puppets(zygotes, "open_a_file")), tmp_path, b"x")
     assert done[0].verdict == Error(
         "worker_died",
         "the worker ended while it had this file: it made a system call that it may not make (SIGSYS)",
@@ -252,20 +208,21 @@ def test_worker_killed_by_its_filter_is_told_apart(tmp_path: Path) -> None:
     ],
 )
 def test_each_answer_has_its_verdict(
-    code: Code, detail: int, read: int, verdict: object, tmp_path: Path
+    code: Code, detail: int, read: int, verdict: object, tmp_path: Path, zygotes: contextlib.ExitStack
 ) -> None:
-    def answer(channel: socket.socket) -> None:
-        sockets.send(channel, ANSWER.pack(take(channel)[0], code, detail, read))
-
-    [done] = scan_all(supervise(serve=answer), tmp_path, b"x" * SIZE)
+    [done] = scan_all(
+        supervise(spawn=puppets(zygotes, "answer_as_told", code=code, detail=detail, read=read)),
+        tmp_path,
+        b"x" * SIZE,
+    )
     assert done == Done(b"0", SIZE, verdict)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("change", [lambda path: os.truncate(path, 3), lambda path: os.utime(path, (1, 1))])
 def test_file_that_changed_by_the_parents_own_look_is_not_clean(
-    change: Callable[[Path], None], tmp_path: Path
+    change: Callable[[Path], None], tmp_path: Path, zygotes: contextlib.ExitStack
 ) -> None:
-    supervisor = supervise(serve=answer_in_pairs)
+    supervisor = supervise(spawn=puppets(zygotes, "answer_in_pairs"))
     with supervisor:
         assert submit(supervisor, tmp_path, b"x" * SIZE) == []
         change(tmp_path / "0")
@@ -283,9 +240,12 @@ def test_old_worker_is_replaced_without_losing_a_file(
     assert supervisor.workers_started > 1
 
 
+def no_worker() -> Worker:
+    raise ConfinementError("seccomp: not here")
+
+
 def test_without_a_worker_every_file_is_an_error(tmp_path: Path) -> None:
-    supervisor = supervise()
-    supervisor._confinement = Confinement(b"", started_ids())
+    supervisor = supervise(spawn=no_worker)
     before = open_descriptors()
     done = scan_all(supervisor, tmp_path, b"fine", EICAR)
     assert verdicts(done) == ["no_worker"] * 2
@@ -301,12 +261,6 @@ def test_what_is_no_regular_file_is_never_handed_on(tmp_path: Path) -> None:
         [done] = supervisor.submit(b"0", directory)  # closed by now
         assert verdicts([done]) == ["read_failed"]
         assert supervisor.workers_started == 0
-
-
-def answer_in_pairs(channel: socket.socket) -> None:
-    while True:
-        for number, size in [take(channel), take(channel)]:
-            sockets.send(channel, ANSWER.pack(number, Code.CLEAN, 0, size))
 
 
 def refuse_sends(monkeypatch: pytest.MonkeyPatch, number: int, refused: Sequence[bool]) -> None:
@@ -357,9 +311,10 @@ def test_worker_that_takes_nothing_costs_one_file(tmp_path: Path, monkeypatch: p
     assert "the worker took no file (Broken pipe): it ended with status 0" in str(done[0].verdict)
 
 
-def test_leaving_early_closes_everything(tmp_path: Path) -> None:
+def test_leaving_early_closes_everything(tmp_path: Path, zygotes: contextlib.ExitStack) -> None:
+    spawn = puppets(zygotes, "wait")
     before = open_descriptors()
-    with supervise(serve=lambda channel: channel.recv(1)) as supervisor:
+    with supervise(spawn=spawn) as supervisor:
         submit(supervisor, tmp_path, *[b"x"] * 10)
         pid = supervisor.worker_pid
     assert open_descriptors() == before

@@ -30,7 +30,20 @@ if TYPE_CHECKING:
 EXIT_READER_GONE = 128 + signal.SIGPIPE
 
 # Each is in the module of its name here, as `command`: what one command needs the others do not load.
-COMMANDS = ("scan", "cat", "ls", "walk", "exec", "policy", "reload", "status", "top", "audit", "doctor")
+COMMANDS = (
+    "scan",
+    "cat",
+    "ls",
+    "walk",
+    "exec",
+    "policy",
+    "reload",
+    "status",
+    "top",
+    "audit",
+    "doctor",
+    "sandbox",
+)
 _EXTRAS = {"rich": "cli", "msgspec": "daemon", "yaml": "daemon", "prometheus_client": "metrics"}
 
 

@@ -18,7 +18,7 @@ from fdbroker.cli.paths import absolute
 from fdbroker.cli.progress import Ahead, ScanProgress
 from fdbroker.cli.scan_output import HumanOutput, JsonOutput, Output, Totals
 from fdbroker.config.names import id_of_number, is_number, printable
-from fdbroker.sandbox.confine import ConfinementError
+from fdbroker.sandbox import SandboxError
 from fdbroker.scan import hashes
 from fdbroker.scan.run import Scanned, scan
 from fdbroker.scan.supervisor import DEFAULT_TIMEOUT, Supervisor
@@ -103,9 +103,8 @@ def command(
         raise Failure(printable(str(error))) from error
     with Supervisor(known, ids=ids, timeout=timeout) as supervisor:
         try:
-            # Before the broker is asked: the worker has a copy of what this process knows by now.
             report = supervisor.start()
-        except (ConfinementError, OSError) as error:
+        except (SandboxError, OSError) as error:
             text = f"no worker could be started, so nothing was scanned: {error}"
             raise Failure(printable(text)) from error
         with broker.connect(socket_path) as connected:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _CREATE_RULESET_VERSION = 1
 _RULE_PATH_BENEATH = 1
 
+_EXECUTE = 1 << 0
 _READ_FILE = 1 << 2
 _READ_DIR = 1 << 3
 # EXECUTE, READ_*, WRITE_FILE, REMOVE_* and MAKE_*: all that the first ABI knows.
@@ -96,16 +97,19 @@ def restrict_to(
     list_only: Sequence[int] = (),
     *,
     scratch_trees: Sequence[int] = (),
+    programs: Sequence[int] = (),
+    read_files: Sequence[int] = (),
     reach_abstract_sockets: bool = False,
     abi: int | None = None,
 ) -> LandlockReport:
     """Deny this process every access that Landlock knows, except as given, for ever.
 
-    All arguments are descriptors of directories (O_PATH will do), which stay
+    Trees are descriptors of directories (O_PATH will do), which stay
     the caller's: below `read_trees` files can be read and directories listed;
     below `list_only` directories can be listed; below `scratch_trees` files and
-    directories can also be written, made, renamed and removed. With none of
-    them nothing can be opened at all.
+    directories can also be written, made, renamed and removed. `programs` and
+    `read_files` are descriptors of files: all can be read, and the former executed.
+    With none of them nothing can be opened at all.
 
     `reach_abstract_sockets` leaves sending and connecting to abstract Unix
     sockets of other processes alone: answers to SOCK_DGRAM clients need that.
@@ -139,6 +143,10 @@ def restrict_to(
             _allow_beneath(ruleset, tree, _READ_DIR)
         for tree in scratch_trees:
             _allow_beneath(ruleset, tree, _SCRATCH & handled)
+        for file in programs:
+            _allow_beneath(ruleset, file, _READ_FILE | _EXECUTE)
+        for file in read_files:
+            _allow_beneath(ruleset, file, _READ_FILE)
         syscall(
             "landlock_restrict_self", SYS_LANDLOCK_RESTRICT_SELF, ruleset, 0, abi=used, needs="no_new_privs"
         )

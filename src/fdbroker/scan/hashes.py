@@ -38,6 +38,10 @@ class HashList:
         """Return how many digests it has."""
         return len(self._names)
 
+    def digests(self) -> bytes:
+        """Return all digests, of 32 bytes each, in the order of their indices."""
+        return b"".join(self._indices)
+
     def find(self, digest: bytes) -> int | None:
         """Return the index of a digest, None if it is not in the list."""
         return self._indices.get(digest)

@@ -25,9 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
-from fdbroker.sandbox.confine import Confinement, ConfinementError, Limits
-from fdbroker.sandbox.process import ConfinedProcess, start_confined
-from fdbroker.sandbox.worker_seccomp import worker_filter
+from fdbroker.sandbox import Confinement, Limits, SandboxError, Worker, Zygote, ZygoteError
 from fdbroker.scan import verdict as reasons
 from fdbroker.scan import worker
 from fdbroker.scan.verdict import Clean, Error, Infected, Verdict
@@ -80,7 +78,7 @@ class Supervisor:
         ids: uid and gid of the worker; needed as root, impossible otherwise.
         timeout: seconds for one file.
         window: most files under way to the worker.
-        serve: what the worker runs, after its confinement, with its channel.
+        spawn: gives workers; by default they come from a zygote that is started with the first one.
 
     """
 
@@ -91,18 +89,20 @@ class Supervisor:
         ids: tuple[int, int] | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         window: int = DEFAULT_WINDOW,
-        serve: Callable[[socket.socket], object] | None = None,
+        spawn: Callable[[], Worker] | None = None,
     ) -> None:
         self._known = known
         self._timeout = timeout
         self._window = window
         self._group = max(1, min(MOST_REQUESTS, window // 4))
-        self._serve = serve or (lambda channel: worker.serve(channel, known))
         cpu_seconds = int(_SECONDS_OF_A_WORKER + timeout) + 10
+        limits = Limits(MOST_REQUESTS + worker.DESCRIPTORS, cpu_seconds=cpu_seconds)
         self._confinement = Confinement(
-            worker_filter(), ids, Limits(MOST_REQUESTS + 1, cpu_seconds=cpu_seconds)
+            limits=limits, uids=() if ids is None else ids[:1], gid=None if ids is None else ids[1]
         )
-        self._worker: ConfinedProcess | None = None
+        self._zygote: Zygote | None = None
+        self._spawn = spawn or self._spawn_from_zygote
+        self._worker: Worker | None = None
         self._retire_at = 0.0
         self._number = 0
         self._oldest_since = 0.0
@@ -126,21 +126,28 @@ class Supervisor:
         return None if self._worker is None else self._worker.pid
 
     def start(self) -> LayerReport:
-        """Start the worker and return what confines it.
-
-        A worker is a fork with a copy of this process's memory, so call it
-        before there is anything to hide. Later ones start by themselves.
+        """Start the worker and return what confines it. Later ones start by themselves.
 
         Raises:
-            ConfinementError: it can't be confined as it must be.
+            SandboxError: it can't be confined as it must be, or not be started.
             OSError: no process or descriptors to be had.
 
         """
-        worker.warm_up()
-        self._worker, report = start_confined(self._confinement, self._serve)
+        self._worker = self._spawn()
         self._retire_at = time.monotonic() + _SECONDS_OF_A_WORKER
         self.workers_started += 1
-        return report
+        return self._worker.report
+
+    def _spawn_from_zygote(self) -> Worker:
+        if self._zygote is None:
+            arguments = {"digests": self._known.digests().hex()}
+            self._zygote = Zygote(worker.load, worker.work, arguments, confinement=self._confinement)
+        try:
+            return self._zygote.spawn()
+        except ZygoteError:
+            # The next file gets a new one.
+            self._zygote = None
+            raise
 
     def submit(self, path: bytes, descriptor: int) -> Iterator[Done]:
         """Hand in a file; yield verdicts of whatever files, as many as it takes to have room for more.
@@ -163,6 +170,9 @@ class Supervisor:
         if self._worker is not None:
             self._worker.stop()
             self._worker = None
+        if self._zygote is not None:
+            self._zygote.close()
+            self._zygote = None
         for job in (*self._sent, *self._unsent):
             job.file.close()
         self._sent.clear()
@@ -215,7 +225,7 @@ class Supervisor:
             if self._worker is None:
                 try:
                     self.start()
-                except (ConfinementError, OSError) as error:
+                except (SandboxError, OSError) as error:
                     return self._done(Error(reasons.NO_WORKER, f"no worker could be started: {error}"))
             jobs = [*islice(self._unsent, min(self._group, self._window - len(self._sent)))]
             try:
@@ -227,7 +237,7 @@ class Supervisor:
                 if error.errno in _FULL:
                     text = f"the worker could not be given the file: {error.strerror}"
                     return self._done(Error(reasons.NO_WORKER, text))
-                how = "" if self._worker is None else self._worker.stop(grace=_GRACE)
+                how = "" if self._worker is None else str(self._worker.stop(grace=_GRACE))
                 self._replace()
                 text = f"the worker took no file ({error.strerror}): {how}"
                 return self._done(Error(reasons.WORKER_DIED, text))
@@ -251,7 +261,7 @@ class Supervisor:
         self._unsent.extendleft(reversed(self._sent))
         self._sent.clear()
 
-    def _receive(self, process: ConfinedProcess, job: _Job) -> Verdict | None:
+    def _receive(self, process: Worker, job: _Job) -> Verdict | None:
         """Read one message of the worker; None: there was none after all."""
         try:
             message = sockets.receive(process.channel, ANSWER.size + 1)

@@ -1,7 +1,7 @@
 """What runs in the confined process: take a descriptor, hash the whole file, answer.
 
-Every import and every first use happens before the confinement; `warm_up` is
-called for that in the process that forks the worker.
+Every import and every first use happens before the confinement; `load` is
+called for that in the zygote, which forks the workers.
 
 A message has one or more requests, each a number and the size that the file is
 expected to have, and as many descriptors for reading. Each file gets an answer of
@@ -18,16 +18,17 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from fdbroker.kernel import sockets
+from fdbroker.scan.hashes import HashList
 
 if TYPE_CHECKING:
     import socket
 
-    from fdbroker.scan.hashes import HashList
-
 REQUEST = struct.Struct("<QQ")  # number, size
 ANSWER = struct.Struct("<QIIQ")  # number, code, detail, bytes read
 
-MOST_REQUESTS = 16  # in one message; a worker must be allowed as many descriptors and its channel
+MOST_REQUESTS = 16  # in one message; a worker must be allowed as many descriptors, and its own
+
+DESCRIPTORS = 3  # of a worker itself: its channel, and /dev/null twice
 
 _CHUNK = 128 * 1024
 
@@ -42,13 +43,18 @@ class Code(IntEnum):
     CHANGED = 5  # 0: it is not what it was at the beginning, or not of the expected size
 
 
-def warm_up() -> None:
-    """Use once what the worker will use, so that whatever loads lazily is loaded."""
+def load(digests: str) -> HashList:
+    """Return the list of these digests, in hexadecimal without anything between; called in the zygote.
+
+    The names are not needed here: an answer is an index. Also uses once what loads lazily.
+    """
     hashlib.sha256(b"").hexdigest()
-    try:
-        os.fstat(-1)
-    except OSError as error:
-        str(error)
+    return HashList((digest, "") for (digest,) in struct.iter_unpack("32s", bytes.fromhex(digests)))
+
+
+def work(known: HashList, channel: socket.socket, _scratch: bytes | None) -> None:
+    """Be a worker of the sandbox."""
+    serve(channel, known)
 
 
 def serve(channel: socket.socket, known: HashList) -> None:
