@@ -1,0 +1,124 @@
+"""Engines by name: what is installed under the entry point group `fdbroker.engines`.
+
+A name that two packages claim is nobody's: it must not depend on the order of a
+directory who scans. `Configured` is how a process that configures engines tells
+another one, as JSON, which to make; no code and no pickle goes that way.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from importlib import metadata
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.config.errors import did_you_mean
+from fdbroker.scan.engine import Engine, EngineError, Inside, Outside
+from fdbroker.scan.options import OptionsError, read_options
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+GROUP = "fdbroker.engines"
+
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+class Configured(NamedTuple):
+    """An engine and its options. `target`: `module:Class`; `options`: values of JSON."""
+
+    name: str
+    target: str
+    options: Mapping[str, object]
+
+
+def installed() -> dict[str, str]:
+    """Return the names of the engines that are installed, each with its `module:Class`.
+
+    Raises:
+        EngineError: two packages have an engine of one name.
+
+    """
+    targets: dict[str, str] = {}
+    for entry in metadata.entry_points(group=GROUP):
+        known = targets.setdefault(entry.name, entry.value)
+        if known != entry.value:
+            raise EngineError(
+                f"two engines are called {ascii(entry.name)}: {known} and {entry.value}; uninstall one of them"
+            )
+    return targets
+
+
+def configure(name: str, options: Mapping[str, object] | None = None) -> Configured:
+    """Return a checked configuration of an engine that is installed.
+
+    Raises:
+        EngineError: there is no such engine, it is not one, or its options are wrong.
+
+    """
+    targets = installed()
+    if name not in targets:
+        cure = did_you_mean(name, targets, f"installed are: {', '.join(sorted(targets)) or 'none'}")
+        raise EngineError(f"there is no engine {ascii(name)}; {cure}")
+    configured = Configured(name, targets[name], dict(options or {}))
+    make(configured)
+    return configured
+
+
+def make(configured: Configured) -> Inside | Outside:
+    """Return the engine, not loaded.
+
+    Raises:
+        EngineError: its module can't be imported, it is no engine, or its options are wrong.
+
+    """
+    where = f"engine {configured.name}"
+    if not _TARGET.fullmatch(configured.target):
+        raise EngineError(f"{where}: {ascii(configured.target)} is not module:Class")
+    module, _, attribute = configured.target.partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        cure = f'pip install "fdbroker[{_EXTRAS[error.name]}]"' if error.name in _EXTRAS else "is it installed?"
+        raise EngineError(f"{where}: {error}; {cure}") from error
+    except AttributeError:
+        raise EngineError(f"{where}: {module} has no {attribute}") from None
+    if not isinstance(kind, type) or not issubclass(kind, Engine):
+        raise EngineError(f"{where}: {configured.target} is not derived from fdbroker.scan.engine.Engine")
+    if not _NAME.fullmatch(kind.name) or kind.name != configured.name:
+        raise EngineError(f"{where}: it calls itself {ascii(kind.name)}")
+    try:
+        made = kind(read_options(kind.Options, dict(configured.options), where=where))
+    except OptionsError as error:
+        raise EngineError(str(error)) from error
+    if not isinstance(made, Inside | Outside):
+        raise EngineError(f"{where}: {configured.target} is derived from neither Inside nor Outside")
+    return made
+
+
+_EXTRAS = {"yara_x": "yara"}
+
+
+def to_json(engines: Sequence[Configured]) -> str:
+    """Return the configurations as ASCII text for another process."""
+    return json.dumps([[one.name, one.target, dict(one.options)] for one in engines])
+
+
+def from_json(text: str) -> list[Configured]:
+    """Return the configurations that `to_json` made text of.
+
+    Raises:
+        EngineError: it is none.
+
+    """
+    try:
+        read = json.loads(text)
+        configured = [Configured(name, target, options) for name, target, options in read]
+    except (ValueError, TypeError) as error:
+        raise EngineError(f"not a list of engines: {error}") from error
+    for one in configured:
+        if not isinstance(one.name, str) or not isinstance(one.target, str) or not isinstance(one.options, dict):
+            raise EngineError("not a list of engines")
+    return configured
