@@ -108,4 +108,3 @@ def _decode_verdict(kind: int, reason: int, data: bytes) -> Verdict:
     if kind == _ERROR and reason < len(_REASONS):
         return Error(_REASONS[reason], text)
     raise AnswerError(f"kind {kind} with reason {reason} and {len(data)} bytes")
-

@@ -59,17 +59,17 @@ def combined(needs: Iterable[Needs]) -> Needs:
 class Engine(ABC):
     """What both kinds have in common. Derive from `Inside` or `Outside`.
 
-    `Options` is a frozen dataclass; `fdbroker.scan.options` reads it, so that an unknown or ill-typed option
-    is an error with its name. Making an engine is cheap and touches no file: what takes time, or may fail,
-    belongs in `warm` or `connect`.
+    `options_type` is a frozen dataclass, which `fdbroker.scan.options` fills, so that an unknown or ill-typed
+    option is an error with its name. Making an engine is cheap and touches no file: what takes time, or may
+    fail, belongs in `warm` or `connect`.
 
     Args:
-        options: an instance of `Options`.
+        options: an instance of `options_type`.
 
     """
 
     name: ClassVar[str]
-    Options: ClassVar[type]
+    options_type: ClassVar[type]
 
     def __init__(self, options: Any) -> None:  # noqa: ANN401 - each engine has its own dataclass
         self.options = options

@@ -1,4 +1,4 @@
-"""Options of an engine, from JSON-like values to its dataclass; nothing is guessed and nothing is left over."""
+"""Options of an engine, from values of JSON to its dataclass; nothing is guessed and nothing is left over."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read_options(kind: type[_Options], values: object, *, where: str) -> _Option
         if name not in fields:
             known = ", ".join(fields) or "none"
             cure = did_you_mean(str(name), fields, f"the options are: {known}")
-            raise OptionsError(f"{where}: there is no option {ascii(name)}; {cure}")
+            raise OptionsError(f"{where}: there is no option {name!a}; {cure}")
     read = {name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items()}
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -86,7 +86,7 @@ def _value(hint: Any, value: object, where: str) -> object:  # noqa: ANN401 - an
         choices = typing.get_args(hint)
         if value not in choices:
             shown = ", ".join(str(one) for one in choices)
-            raise OptionsError(f"{where}: {ascii(value)} is none of: {shown}")
+            raise OptionsError(f"{where}: {value!a} is none of: {shown}")
         return value
     return _scalar(hint, marks, value, where)
 
@@ -101,7 +101,7 @@ def _scalar(hint: Any, marks: tuple[Any, ...], value: object, where: str) -> obj
         raise OptionsError(f"{where}: {error}") from error
     if hint is bytes and isinstance(value, str):
         if not value.startswith("/") or "\0" in value:
-            raise OptionsError(f"{where}: {ascii(value)} is not an absolute path")
+            raise OptionsError(f"{where}: {value!a} is not an absolute path")
         return value.encode("utf-8", "surrogateescape")
     if hint is float and type(value) is int:
         value = float(value)
@@ -122,5 +122,11 @@ _WANTED = {
 
 
 def _called(value: object) -> str:
-    names = {dict: "names with values", list: "a list", str: "text", bool: "true or false", type(None): "nothing"}
+    names = {
+        dict: "names with values",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        type(None): "nothing",
+    }
     return names.get(type(value), f"a value of type {type(value).__name__}")

@@ -45,7 +45,7 @@ class Handover:
         self._engine = engine
         self._session: Session | None = None
         self._files: dict[int, _File] = {}
-        # Given to the session and not answered yet; all that is in `_files` is here or in `_again` or `_waiting`.
+        # Given to the session and not answered yet. What is in `_files` is here, `_again` or `_waiting`.
         self._under_way: set[int] = set()
         self._waiting: deque[int] = deque()
         self._again: deque[int] = deque()
@@ -101,7 +101,9 @@ class Handover:
             try:
                 for number, verdict in self._session.answers():
                     if number not in self._under_way:
-                        raise SessionLostError(Reason.UNKNOWN_ANSWER, "an answer for a file that it does not have")
+                        raise SessionLostError(
+                            Reason.UNKNOWN_ANSWER, "an answer for a file that it does not have"
+                        )
                     self._answered(number, verdict)
             except SessionLostError as error:
                 self._lost(error)

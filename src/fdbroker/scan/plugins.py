@@ -46,7 +46,7 @@ def installed() -> dict[str, str]:
         known = targets.setdefault(entry.name, entry.value)
         if known != entry.value:
             raise EngineError(
-                f"two engines are called {ascii(entry.name)}: {known} and {entry.value}; uninstall one of them"
+                f"two engines are called {entry.name!a}: {known} and {entry.value}; uninstall one"
             )
     return targets
 
@@ -61,7 +61,7 @@ def configure(name: str, options: Mapping[str, object] | None = None) -> Configu
     targets = installed()
     if name not in targets:
         cure = did_you_mean(name, targets, f"installed are: {', '.join(sorted(targets)) or 'none'}")
-        raise EngineError(f"there is no engine {ascii(name)}; {cure}")
+        raise EngineError(f"there is no engine {name!a}; {cure}")
     configured = Configured(name, targets[name], dict(options or {}))
     make(configured)
     return configured
@@ -76,21 +76,23 @@ def make(configured: Configured) -> Inside | Outside:
     """
     where = f"engine {configured.name}"
     if not _TARGET.fullmatch(configured.target):
-        raise EngineError(f"{where}: {ascii(configured.target)} is not module:Class")
+        raise EngineError(f"{where}: {configured.target!a} is not module:Class")
     module, _, attribute = configured.target.partition(":")
     try:
         kind = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
-        cure = f'pip install "fdbroker[{_EXTRAS[error.name]}]"' if error.name in _EXTRAS else "is it installed?"
+        cure = (
+            f'pip install "fdbroker[{_EXTRAS[error.name]}]"' if error.name in _EXTRAS else "is it installed?"
+        )
         raise EngineError(f"{where}: {error}; {cure}") from error
     except AttributeError:
         raise EngineError(f"{where}: {module} has no {attribute}") from None
     if not isinstance(kind, type) or not issubclass(kind, Engine):
         raise EngineError(f"{where}: {configured.target} is not derived from fdbroker.scan.engine.Engine")
     if not _NAME.fullmatch(kind.name) or kind.name != configured.name:
-        raise EngineError(f"{where}: it calls itself {ascii(kind.name)}")
+        raise EngineError(f"{where}: it calls itself {kind.name!a}")
     try:
-        made = kind(read_options(kind.Options, dict(configured.options), where=where))
+        made = kind(read_options(kind.options_type, dict(configured.options), where=where))
     except OptionsError as error:
         raise EngineError(str(error)) from error
     if not isinstance(made, Inside | Outside):
@@ -113,12 +115,12 @@ def from_json(text: str) -> list[Configured]:
         EngineError: it is none.
 
     """
+    configured = []
     try:
-        read = json.loads(text)
-        configured = [Configured(name, target, options) for name, target, options in read]
+        for name, target, options in json.loads(text):
+            if not (isinstance(name, str) and isinstance(target, str) and isinstance(options, dict)):
+                raise EngineError("not a list of engines")
+            configured.append(Configured(name, target, options))
     except (ValueError, TypeError) as error:
         raise EngineError(f"not a list of engines: {error}") from error
-    for one in configured:
-        if not isinstance(one.name, str) or not isinstance(one.target, str) or not isinstance(one.options, dict):
-            raise EngineError("not a list of engines")
     return configured

@@ -40,7 +40,7 @@ class Reason(StrEnum):
     # Nobody had it.
     NOT_LOADED = "not_loaded"
     CANCELLED = "cancelled"
-    # The broker did not give it: its reasons, as docs/protocol.md has them (too_large and timed_out are above).
+    # The broker did not give it: its reasons, as docs/protocol.md has them (two are above).
     DENIED = "denied"
     PATH_INVALID = "path_invalid"
     NOT_FOUND = "not_found"
@@ -94,12 +94,12 @@ class Infected:
             raise ValueError(f"more than {MOST_NAMES} names")
         for name in (self.name, *self.more):
             if not name or len(name) > LONGEST_NAME or not name.isprintable():
-                raise ValueError(f"not a name of something that was found: {ascii(name[:LONGEST_NAME])}")
+                raise ValueError(f"not a name of something that was found: {name[:LONGEST_NAME]!a}")
 
 
 @dataclass(frozen=True)
 class Error:
-    """Nobody knows. `text` is a sentence for people; what is not printable in it, or too much, is left out."""
+    """Nobody knows. `text` is a sentence for people; what can't be printed, or is too much, is left out."""
 
     reason: Reason
     text: str

@@ -43,7 +43,7 @@ _SECONDS_FOR_A_PROBE = 30.0
 
 
 @dataclass(frozen=True)
-class Options:
+class ClamdOptions:
     """`socket`: clamd's LocalSocket. `window`: files under way at a time. `timeout`: without an answer.
 
     `max_file_size`: larger files are errors; it must be at most clamd's own MaxFileSize, StreamMaxLength does
@@ -65,15 +65,15 @@ class Options:
             raise ValueError("timeout: more than 0 is needed")
         for kind in self.accept:
             if kind != "encrypted" and kind not in MAGIC:
-                raise ValueError(f"accept: {ascii(kind)} is none of: {', '.join(('encrypted', *MAGIC))}")
+                raise ValueError(f"accept: {kind!a} is none of: {', '.join(('encrypted', *MAGIC))}")
 
 
 class Clamd(Outside):
     """A running clamd."""
 
     name = "clamd"
-    Options = Options
-    options: Options
+    options_type = ClamdOptions
+    options: ClamdOptions
 
     def version(self) -> str:
         """Return what clamd says: `ClamAV 1.4.6/27800/Wed Oct 22 ...`."""
@@ -113,7 +113,7 @@ class Clamd(Outside):
 class ClamdSession(Session):
     """One connection to clamd. Owns the socket."""
 
-    def __init__(self, sock: socket.socket, options: Options) -> None:
+    def __init__(self, sock: socket.socket, options: ClamdOptions) -> None:
         self._socket = sock
         self._options = options
         # clamd counts the commands of a session from 1.
@@ -174,7 +174,9 @@ class ClamdSession(Session):
         except OSError as error:
             raise SessionLostError(Reason.CRASHED, f"clamd: {error.strerror}") from error
         if self._numbers and not self._done and time.monotonic() >= self._last + self._options.timeout:
-            raise SessionLostError(Reason.TIMED_OUT, f"clamd did not answer within {self._options.timeout:g} s")
+            raise SessionLostError(
+                Reason.TIMED_OUT, f"clamd did not answer within {self._options.timeout:g} s"
+            )
         done, self._done = self._done, []
         return done
 
@@ -204,7 +206,7 @@ class ClamdSession(Session):
 
 
 def verdict_of(said: bytes) -> Verdict:
-    """Return the verdict of an answer, without what stands before it: `OK`, `NAME FOUND`, `MESSAGE. ERROR`."""
+    """Return the verdict of an answer without what stands before it: `OK`, `NAME FOUND`, `TEXT. ERROR`."""
     text = said.decode("utf-8", "backslashreplace")
     if text == "OK":
         return Clean()
@@ -217,10 +219,10 @@ def verdict_of(said: bytes) -> Verdict:
         return found([name])
     if text.endswith(" ERROR"):
         return Error(Reason.ENGINE_FAILED, f"clamd: {text.removesuffix(' ERROR')}")
-    return Error(Reason.UNKNOWN_ANSWER, f"clamd answered {ascii(text[:80])}")
+    return Error(Reason.UNKNOWN_ANSWER, f"clamd answered {text[:80]!a}")
 
 
-def _connect(options: Options) -> socket.socket:
+def _connect(options: ClamdOptions) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(min(options.timeout, _SECONDS_FOR_A_PROBE))

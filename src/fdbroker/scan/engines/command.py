@@ -30,7 +30,7 @@ _LAST_STATUS = 255
 
 
 @dataclass(frozen=True)
-class Options:
+class CommandOptions:
     """`argv`: the program, by its absolute path, and its arguments; no shell.
 
     `clean`, `infected`: exit statuses that mean that; every other one, and a signal, is an error. `name`: a
@@ -75,8 +75,8 @@ class Command(Outside):
     """Runs a program for each file."""
 
     name = "command"
-    Options = Options
-    options: Options
+    options_type = CommandOptions
+    options: CommandOptions
 
     def databases(self) -> Sequence[bytes]:
         """Return the program: when it is replaced, answers are of another engine."""
@@ -95,14 +95,16 @@ class Command(Outside):
         """
         program = self.options.argv[0]
         if not os.path.isfile(program) or not os.access(program, os.X_OK):
-            raise EngineError(f"command: {ascii(program)[1:-1]} is no program that can be run here (option argv)")
+            raise EngineError(
+                f"command: {ascii(program)[1:-1]} is no program that can be run here (option argv)"
+            )
         return CommandSession(self.options)
 
 
 class _Run:
     """One process. Owns it, its pidfd and the pipe of its output."""
 
-    def __init__(self, options: Options, descriptor: int, size: int) -> None:
+    def __init__(self, options: CommandOptions, descriptor: int, size: int) -> None:
         self.descriptor = descriptor
         self.size = size
         self.output = b""
@@ -137,13 +139,14 @@ class _Run:
     def read(self, most: int) -> bool:
         """Read what it has written; return whether that is more than `most` bytes."""
         pipe = self._process.stdout
-        while pipe is not None and not pipe.closed and len(self.output) <= most:
-            chunk = pipe.read(_CHUNK)
-            if chunk is None:
-                break
-            if not chunk:
-                pipe.close()
-            self.output += chunk
+        try:
+            while pipe is not None and not pipe.closed and len(self.output) <= most:
+                chunk = os.read(pipe.fileno(), _CHUNK)
+                if not chunk:
+                    pipe.close()
+                self.output += chunk
+        except BlockingIOError:
+            pass  # all that is there by now
         return len(self.output) > most
 
     def status(self) -> int | None:
@@ -163,8 +166,8 @@ class _Run:
         os.close(self.pidfd)
 
     def _kill(self) -> None:
-        # Its number can't be another's: it leads a session of its own, and was not waited for if it still runs;
-        # if it was, the number is taken as long as anybody is left in its group.
+        # The number is not another's: it was not waited for if it still runs, and if it was, the number of
+        # the group is taken as long as anybody is left in it.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -172,7 +175,7 @@ class _Run:
 class CommandSession(Session):
     """The processes that run now."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: CommandOptions) -> None:
         self._options = options
         self._name = None if options.name is None else re.compile(options.name, re.MULTILINE)
         self._runs: dict[int, _Run] = {}
@@ -237,7 +240,9 @@ class CommandSession(Session):
             return found([match[1] if match and match[1] else os.path.basename(self._options.argv[0])])
         if status in self._options.clean:
             if self._options.reads_all and not run.read_to_end():
-                return Error(Reason.SHORT_READ, "command: it did not read the file to its end (option reads_all)")
+                return Error(
+                    Reason.SHORT_READ, "command: it did not read the file to its end (option reads_all)"
+                )
             return Clean()
         said = output.strip().splitlines()[-1:] or ["nothing"]
         if status < 0:

@@ -38,7 +38,7 @@ _FIELDS = (3, 4, 5)
 
 
 @dataclass(frozen=True)
-class Options:
+class HashesOptions:
     """`lists`: files with digests, beside the embedded one."""
 
     lists: tuple[bytes, ...] = ()
@@ -85,10 +85,10 @@ class Hashes(Inside):
     """Compares digests of whole files."""
 
     name = "hashes"
-    Options = Options
-    options: Options
+    options_type = HashesOptions
+    options: HashesOptions
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: HashesOptions) -> None:
         super().__init__(options)
         self._known: HashList | None = None
 
@@ -205,7 +205,7 @@ def _digest(text: bytes) -> bytes:
 
 def _number(text: bytes, wanted: str) -> int:
     if not text.isdigit() or int(text) > _LAST_SIZE:
-        raise ValueError(f"{ascii(text.decode('ascii', 'backslashreplace'))} is not {wanted}")
+        raise ValueError(f"{text.decode('ascii', 'backslashreplace')!a} is not {wanted}")
     return int(text)
 
 

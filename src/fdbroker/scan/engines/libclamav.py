@@ -101,14 +101,14 @@ _CHARSETS = (
 
 
 @dataclass(frozen=True)
-class Options:
+class LibClamAVOptions:
     """Where the database is, and how far a scan goes.
 
     `database`: a directory, or one file, in the formats of ClamAV. `library`: as dlopen(3) finds it.
     `max_file_size`: of the file, and of each part that is unpacked from it. `max_scan_size`: of all that is
     looked at for one file. `max_recursion`: containers in containers. `max_files`: parts of a file.
-    `max_scan_time`: for one file. Over one of these the verdict is an error. `accept`: kinds that may be clean
-    though nobody could look into them: `encrypted`, `damaged`, `rar` (if its library is not there), `zstd`, ...
+    `max_scan_time`: for one file. Over one of these the verdict is an error. `accept`: kinds that may be
+    clean though nobody could look into them: `encrypted`, `damaged`, `rar` (without its library), `zstd`, ...
     `possibly_unwanted`: load those signatures too.
     """
 
@@ -135,7 +135,7 @@ class Options:
             raise ValueError("max_scan_time: at most 24h")
         for kind in self.accept:
             if kind not in _KINDS and kind != _DAMAGED:
-                raise ValueError(f"accept: {ascii(kind)} is none of: {', '.join((*_KINDS, _DAMAGED))}")
+                raise ValueError(f"accept: {kind!a} is none of: {', '.join((*_KINDS, _DAMAGED))}")
 
 
 class _ScanOptions(ctypes.Structure):
@@ -158,10 +158,10 @@ class LibClamAV(Inside):
     """Scans with ClamAV's library, in the worker."""
 
     name = "libclamav"
-    Options = Options
-    options: Options
+    options_type = LibClamAVOptions
+    options: LibClamAVOptions
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: LibClamAVOptions) -> None:
         super().__init__(options)
         self._library: Any = None
         self._engine: ctypes.c_void_p | None = None
@@ -204,15 +204,15 @@ class LibClamAV(Inside):
         self._library = _load_library(self.options.library)
         self._library.cl_set_clcb_msg(self._on_message)
         self._check("cl_init", self._library.cl_init(0))
-        self._engine = ctypes.c_void_p(self._library.cl_engine_new())
-        if not self._engine:
+        engine = self._library.cl_engine_new()
+        if not engine:
             raise EngineError("libclamav: cl_engine_new: no memory")
+        self._engine = ctypes.c_void_p(engine)
         self._set_limits()
         self._signatures = self._load(self.options.database)
         if not self._signatures:
-            raise EngineError(
-                f"libclamav: no signature in {_shown(self.options.database)}; has freshclam run? (option database)"
-            )
+            shown = _shown(self.options.database)
+            raise EngineError(f"libclamav: no signature in {shown}; has freshclam run? (option database)")
         with tempfile.TemporaryDirectory(prefix="fdbroker-libclamav-") as directory:
             own = os.path.join(os.fsencode(directory), b"fdbroker.ndb")
             with open(own, "wb") as file:
@@ -255,8 +255,9 @@ class LibClamAV(Inside):
         status = self._library.cl_scandesc_callback(
             descriptor, None, ctypes.byref(name), None, self._engine, ctypes.byref(self._scan_options), None
         )
-        names = [one.decode("utf-8", "replace") for one in (*self._names, *([name.value] if name.value else []))]
-        verdict = self._verdict(status, names, [one.decode("utf-8", "replace") for one in self._messages])
+        if name.value and name.value not in self._names:
+            self._names.append(name.value)
+        verdict = self._verdict(status, _texts(self._names), _texts(self._messages))
         _empty(scratch)
         return verdict
 
@@ -357,11 +358,11 @@ class LibClamAV(Inside):
 
 _MOST_MESSAGES = 8
 _MOST_NAMES = 64
+_NO_ROOM = "No space left|[Cc]an't (write|create)|write error|only wrote|[Tt]emporary|[Tt]empfile|mkdir"
 _MESSAGES = (
-    (re.compile(r"No space left|[Cc]an't write|write error|only wrote|[Tt]emporary|[Tt]empfile|mkdir|[Cc]an't create"),
-     Reason.SCRATCH_FULL),
-    (re.compile(r"[Mm]emory|alloc"), Reason.MEMORY),
-    (re.compile(r"[Cc]an't (read|seek|stat|mmap)|read error"), Reason.READ_FAILED),
+    (re.compile(_NO_ROOM), Reason.SCRATCH_FULL),
+    (re.compile("[Mm]emory|alloc"), Reason.MEMORY),
+    (re.compile("[Cc]an't (read|seek|stat|mmap)|read error"), Reason.READ_FAILED),
 )
 
 
@@ -414,14 +415,18 @@ def _has_unrar() -> bool:
         return False
 
 
+def _texts(said: Sequence[bytes]) -> list[str]:
+    return [one.decode("utf-8", "replace") for one in said]
+
+
 def _shown(path: bytes) -> str:
     return ascii(path.decode("utf-8", "backslashreplace"))[1:-1]
 
 
 def _date(seconds: int) -> str:
-    import datetime  # noqa: PLC0415 - for the version only
+    import datetime as dt  # noqa: PLC0415 - for the version only
 
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d") if seconds else "local"
+    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%d") if seconds else "local"
 
 
 def _samples() -> list[bytes]:
@@ -452,8 +457,19 @@ def _samples() -> list[bytes]:
         "0100c9fe92ef0000000049454e44ae426082"
     )
     return [
-        b"text", text, text.decode("ascii").encode("utf-16"), zipped.getvalue(), tarred.getvalue(),
-        gzip.compress(text), bz2.compress(text), lzma.compress(text), mail, pdf, png,
-        b"\x7fELF\x02\x01\x01" + bytes(57), b"MZ" + bytes(62), b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(504),
+        b"text",
+        text,
+        text.decode("ascii").encode("utf-16"),
+        zipped.getvalue(),
+        tarred.getvalue(),
+        gzip.compress(text),
+        bz2.compress(text),
+        lzma.compress(text),
+        mail,
+        pdf,
+        png,
+        b"\x7fELF\x02\x01\x01" + bytes(57),
+        b"MZ" + bytes(62),
+        b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(504),
         b"{\\rtf1 text}",
     ]

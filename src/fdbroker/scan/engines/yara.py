@@ -20,7 +20,7 @@ _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Options:
+class YaraXOptions:
     """`rules`: files with rules, or directories whose `*.yar` and `*.yara` are taken.
 
     `max_file_size`: larger files are errors, since the engine wants the whole file in memory. A match of any
@@ -40,10 +40,10 @@ class YaraX(Inside):
     """Matches rules against whole files in memory."""
 
     name = "yara-x"
-    Options = Options
-    options: Options
+    options_type = YaraXOptions
+    options: YaraXOptions
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: YaraXOptions) -> None:
         super().__init__(options)
         self._scanner: yara_x.Scanner | None = None
         self._rules = 0
@@ -61,7 +61,7 @@ class YaraX(Inside):
         """Compile the rules, and scan once what uses each part of the engine."""
         compiler = yara_x.Compiler()
         # What is read is what was named: a rule must not bring in other files.
-        compiler.enable_includes(False)
+        compiler.enable_includes(False)  # noqa: FBT003 - it has no name
         for path in _files(self.options.rules):
             shown = ascii(path.decode("utf-8", "backslashreplace"))[1:-1]
             try:
