@@ -1,7 +1,7 @@
-"""Engines by name: what is installed under the entry point group `fdbroker.engines`.
+"""Engines by name: those of fdbroker, and what is installed under the entry point group `fdbroker.engines`.
 
 A name that two packages claim is nobody's: it must not depend on the order of a
-directory who scans. `Configured` is how a process that configures engines tells
+directory who scans. The names of fdbroker's own are taken. `Configured` is how a process that configures engines tells
 another one, as JSON, which to make; no code and no pickle goes that way.
 """
 
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 GROUP = "fdbroker.engines"
 
+BUILT_IN = {
+    "clamd": "fdbroker.scan.engines.clamd:Clamd",
+    "command": "fdbroker.scan.engines.command:Command",
+    "hashes": "fdbroker.scan.engines.hashes:Hashes",
+    "libclamav": "fdbroker.scan.engines.libclamav:LibClamAV",
+    "yara-x": "fdbroker.scan.engines.yara:YaraX",
+}
+
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -41,7 +49,7 @@ def installed() -> dict[str, str]:
         EngineError: two packages have an engine of one name.
 
     """
-    targets: dict[str, str] = {}
+    targets = dict(BUILT_IN)
     for entry in metadata.entry_points(group=GROUP):
         known = targets.setdefault(entry.name, entry.value)
         if known != entry.value:
@@ -58,11 +66,14 @@ def configure(name: str, options: Mapping[str, object] | None = None) -> Configu
         EngineError: there is no such engine, it is not one, or its options are wrong.
 
     """
-    targets = installed()
-    if name not in targets:
-        cure = did_you_mean(name, targets, f"installed are: {', '.join(sorted(targets)) or 'none'}")
-        raise EngineError(f"there is no engine {name!a}; {cure}")
-    configured = Configured(name, targets[name], dict(options or {}))
+    target = BUILT_IN.get(name)
+    if target is None:
+        targets = installed()
+        target = targets.get(name)
+        if target is None:
+            cure = did_you_mean(name, targets, f"installed are: {', '.join(sorted(targets))}")
+            raise EngineError(f"there is no engine {name!a}; {cure}")
+    configured = Configured(name, target, dict(options or {}))
     make(configured)
     return configured
 
