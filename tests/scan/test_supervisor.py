@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +22,6 @@ from tests.scan.descriptors import EICAR, EICAR_NAME, make_and_open, open_descri
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
 HASHES = configure("hashes")
 SIZE = 11
@@ -195,8 +195,8 @@ def test_how_a_worker_ended_is_told_apart(
 def test_file_cut_off_under_an_engine_that_maps_it_is_an_error(tmp_path: Path) -> None:
     with bad_workers("", work=misbehaving.map_and_read) as supervisor:
         assert submit(supervisor, tmp_path, bytes(1 << 20)) == []
-        maps = f"/proc/{supervisor.worker_pid}/maps"
-        while str(tmp_path / "0") not in open(maps).read():  # noqa: SIM115 - of /proc
+        maps = Path(f"/proc/{supervisor.worker_pid}/maps")
+        while str(tmp_path / "0") not in maps.read_text():
             pass
         os.truncate(tmp_path / "0", 0)
         [done] = supervisor.finish()
