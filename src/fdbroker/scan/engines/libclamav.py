@@ -6,6 +6,11 @@ error here:
 
 - A limit was exceeded: the library says nothing, unless the alert for it is on.
 - What is encrypted can't be looked into: likewise.
+- A member of a zip archive, or of a cabinet, that is larger than the limit is cut off there, and the
+  rest is not looked at: no alert. So a part that is as large as the limit counts as too large.
+- An archive out of which nothing came, since it is damaged or packed in an uncommon way (7z with bzip2,
+  deflate, delta; zip with LZMA, PPMd): no alert. The first is counted, the second has signatures.
+  Not seen: a 7z archive with several methods, of which some can be unpacked.
 - RAR without its library, and packers that ClamAV does not know: the library
   looks at the bytes outside and goes on. A few signatures of our own find them.
 - Parts could not be unpacked, since the scratch directory is full, or what they
@@ -86,8 +91,18 @@ _KINDS = {
     "encrypted": ["2:*:" + "EncryptedPackage".encode("utf-16-le").hex()],
     **{kind: [f"0:{offset}:{magic.hex()}"] for kind, (offset, magic) in MAGIC.items()},
 }
+# Members of a zip archive whose method ClamAV passes over: shrunk, reduced, LZMA, Zstandard, XZ, PPMd, ...
+_KINDS["zip-method"] = ["0:*:504b0304????????(01|02|03|04|05|07|0a|0e|10|12|13|14|5d|5e|5f|60|61|62)00"]
 # Of RAR also what unpacks itself: an executable with an archive behind it.
-_KINDS["rar"] += ["1:*:526172211a0700??????73", "1:*:526172211a070100", "6:*:526172211a070100"]
+_KINDS["rar"] += [
+    f"{target}:*:{archive}"
+    for target in (1, 6)
+    for archive in ("526172211a0700????73", "526172211a070100??????????01")
+]
+# Out of these something comes, or they are damaged, empty, or packed as ClamAV can't unpack (7z with bzip2).
+_MUST_HAVE_PARTS = frozenset(
+    b"CL_TYPE_" + kind for kind in (b"7Z", b"ARJ", b"BZ", b"GZ", b"MSCAB", b"MSCHM", b"XZ", b"ZIP")
+)
 _DAMAGED = "damaged"
 
 # Charsets that libclamav converts from by iconv(3), whose modules glibc opens at first use. HTML and mail
@@ -152,6 +167,20 @@ class _ScanOptions(ctypes.Structure):
 
 _OnMessage = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
 _OnFound = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+# clcb_file_inspection. Names stay pointers: those of 7z members are not always valid.
+_OnPart = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    *(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t),
+    *(ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p),
+)
+
+
+@dataclass
+class _Layer:
+    """The file, or a part that was unpacked from it."""
+
+    kind: bytes
+    parts: int = 0
 
 
 class LibClamAV(Inside):
@@ -169,11 +198,15 @@ class LibClamAV(Inside):
         self._scratch: bytes | None = None
         self._messages: list[bytes] = []
         self._names: list[bytes] = []
+        self._layers: list[_Layer] = []
+        self._without_parts: bytes | None = None
+        self._cut_off = False
         heuristic = _ALERT_EXCEEDS_MAX | (0 if "encrypted" in options.accept else _ALERT_ENCRYPTED)
         self._scan_options = _ScanOptions(_GENERAL, _PARSE_ALL, heuristic, 0, 0)
         # The library keeps pointers to these.
         self._on_message = _OnMessage(self._take_message)
         self._on_found = _OnFound(self._take_name)
+        self._on_part = _OnPart(self._take_part)
         self._converters: list[int] = []
 
     def needs(self) -> Needs:
@@ -219,6 +252,7 @@ class LibClamAV(Inside):
                 file.write(self._own_signatures())
             self._load(own)
             self._library.cl_engine_set_clcb_virus_found(self._engine, self._on_found)
+            self._library.cl_engine_set_clcb_file_inspection(self._engine, self._on_part)
             self._check("cl_engine_compile", self._library.cl_engine_compile(self._engine))
             self._open_converters()
             scratch = os.path.join(os.fsencode(directory), b"scratch")
@@ -251,10 +285,13 @@ class LibClamAV(Inside):
             self._scratch = scratch
         self._messages.clear()
         self._names.clear()
+        self._layers.clear()
+        self._without_parts, self._cut_off = None, False
         name = ctypes.c_char_p()
         status = self._library.cl_scandesc_callback(
             descriptor, None, ctypes.byref(name), None, self._engine, ctypes.byref(self._scan_options), None
         )
+        self._close_layers(0)
         if name.value and name.value not in self._names:
             self._names.append(name.value)
         verdict = self._verdict(status, _texts(self._names), _texts(self._messages))
@@ -274,6 +311,8 @@ class LibClamAV(Inside):
             if kind == "encrypted":
                 return Error(Reason.UNSCANNABLE_ENCRYPTED, "libclamav: a document, encrypted")
             return Error(Reason.UNSCANNABLE_CONTAINER, f"libclamav: it can't look into {kind}")
+        if self._cut_off:
+            return Error(Reason.LIMIT_EXCEEDED, "libclamav: MaxFileSize, of a part")
         if status not in {_CL_CLEAN, _CL_VIRUS}:
             text = self._library.cl_strerror(status).decode("ascii", "replace")
             return Error(_REASONS.get(status, Reason.ENGINE_FAILED), f"libclamav: {text}")
@@ -285,6 +324,10 @@ class LibClamAV(Inside):
                     return Error(reason, f"libclamav: {message}")
             if _DAMAGED not in self.options.accept:
                 return Error(Reason.UNSCANNABLE_CONTAINER, f"libclamav: damaged: {message}")
+        if self._without_parts is not None and _DAMAGED not in self.options.accept:
+            kind = self._without_parts.removeprefix(b"CL_TYPE_").decode("ascii", "replace")
+            text = f"libclamav: damaged, or packed as it can't unpack: nothing came out of {kind}"
+            return Error(Reason.UNSCANNABLE_CONTAINER, text)
         return Clean()
 
     def _take_message(self, severity: int, _full: bytes, message: bytes | None, _context: object) -> None:
@@ -295,6 +338,33 @@ class LibClamAV(Inside):
         # One pattern may be in a file a million times.
         if name and name not in self._names and len(self._names) < _MOST_NAMES:
             self._names.append(name)
+
+    def _take_part(  # noqa: PLR0913 - as the library calls it
+        self,
+        _descriptor: int,
+        kind: bytes | None,
+        _ancestors: int | None,
+        _size_of_parent: int,
+        _name: int | None,
+        size: int,
+        _contents: int | None,
+        depth: int,
+        _attributes: int,
+        _context: int | None,
+    ) -> int:
+        """Be told of the file (depth 0), and of each part of it, before it is scanned."""
+        self._close_layers(depth)
+        if self._layers:
+            self._layers[-1].parts += 1
+            self._cut_off = self._cut_off or size >= self.options.max_file_size
+        self._layers.append(_Layer(kind or b""))
+        return _CL_CLEAN
+
+    def _close_layers(self, depth: int) -> None:
+        while len(self._layers) > depth:
+            layer = self._layers.pop()
+            if layer.kind in _MUST_HAVE_PARTS and not layer.parts:
+                self._without_parts = layer.kind
 
     def _set_limits(self) -> None:
         options = self.options
@@ -380,6 +450,8 @@ def _load_library(name: str) -> Any:  # noqa: ANN401 - a library has no type
     library.cl_set_clcb_msg.restype = None
     library.cl_engine_set_clcb_virus_found.argtypes = (pointer, _OnFound)
     library.cl_engine_set_clcb_virus_found.restype = None
+    library.cl_engine_set_clcb_file_inspection.argtypes = (pointer, _OnPart)
+    library.cl_engine_set_clcb_file_inspection.restype = None
     library.cl_engine_compile.argtypes = (pointer,)
     library.cl_engine_set_num.argtypes = (pointer, number, ctypes.c_longlong)
     library.cl_engine_get_num.argtypes = (pointer, number, pointer)
