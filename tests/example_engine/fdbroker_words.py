@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence  # noqa: TC003 - short, for whoever copies it
 from dataclasses import dataclass
 
 from fdbroker.scan.engine import MEBIBYTE, EngineError, Inside, Needs
-from fdbroker.scan.options import Bytes
+from fdbroker.scan.options import Bytes  # noqa: TC001 - read when the options are
 from fdbroker.scan.verdict import Clean, Error, Reason, Verdict, found
 
 

@@ -79,7 +79,7 @@ def answer_once(state: tuple[str, str], channel: socket.socket, _scratch: bytes 
 
 def map_and_read(_state: tuple[str, str], channel: socket.socket, _scratch: bytes | None) -> None:
     """Be an engine that maps the file, and reads its end again and again."""
-    with (message := sockets.receive(channel, 1024)).descriptors as owned:
+    with sockets.receive(channel, 1024).descriptors as owned:
         # Not by the module mmap: it duplicates the descriptor, which the filter of `sealed` does not let it.
         size = os.fstat(owned.numbers()[0]).st_size
         address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, owned.numbers()[0], 0)

@@ -1,4 +1,4 @@
-"""Containers and documents around some bytes, made here; what they are for a scanner is said by their names."""
+"""Containers and documents around some bytes, made here; their names say what they are for a scanner."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def tarred(contents: bytes, mode: str = "w") -> bytes:
 def mail(contents: bytes) -> bytes:
     body = base64.encodebytes(contents).replace(b"\n", b"\r\n")
     return (
-        b"From: a@example.org\r\nTo: b@example.org\r\nSubject: test\r\nDate: Thu, 01 Jan 2026 00:00:00 +0000\r\n"
+        b"From: a@example.org\r\nTo: b@example.org\r\nSubject: test\r\n"
+        b"Date: Thu, 01 Jan 2026 00:00:00 +0000\r\n"
         b'MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary="b"\r\n\r\n--b\r\n'
         b"Content-Type: application/octet-stream; name=a.bin\r\nContent-Transfer-Encoding: base64\r\n"
         b"Content-Disposition: attachment; filename=a.bin\r\n\r\n" + body + b"\r\n--b--\r\n"
@@ -59,9 +60,13 @@ def pdf(contents: bytes) -> bytes:
         offsets.append(len(made))
         made += b"%d 0 obj%s\nendobj\n" % (number, each)
     table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
-    return made + b"xref\n0 5\n0000000000 65535 f \n%strailer<</Size 5/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF\n" % (
-        table,
-        len(made),
+    return (
+        made
+        + b"xref\n0 5\n0000000000 65535 f \n%strailer<</Size 5/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF\n"
+        % (
+            table,
+            len(made),
+        )
     )
 
 
@@ -91,7 +96,9 @@ def ole2(stream: str, contents: bytes) -> bytes:
         return text.ljust(64, b"\0") + places + bytes(36) + struct.pack("<IQ", start, size)
 
     directory = entry("Root Entry", 5, end, 0, 1) + entry(stream, 2, 2, sectors * 512, free)
-    return head.ljust(512, b"\xff") + table + directory.ljust(512, b"\0") + contents.ljust(sectors * 512, b"\0")
+    return (
+        head.ljust(512, b"\xff") + table + directory.ljust(512, b"\0") + contents.ljust(sectors * 512, b"\0")
+    )
 
 
 def by_program(directory: Path, contents: bytes, *argv: str) -> bytes:

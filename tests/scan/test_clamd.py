@@ -89,7 +89,11 @@ def test_its_version_is_told(clamd: Path) -> None:
     ("settings", "accept", "problem"),
     [
         ((), (), "clamd says OK to limits that it does not look into; in clamd.conf: AlertExceedsMax yes"),
-        (SOUND[:1], (), "says OK to encrypted files that it does not look into; in clamd.conf: AlertEncrypted"),
+        (
+            SOUND[:1],
+            (),
+            "says OK to encrypted files that it does not look into; in clamd.conf: AlertEncrypted",
+        ),
         (SOUND[:1], ("encrypted",), None),
     ],
 )

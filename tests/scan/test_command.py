@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fdbroker.scan.verdict import Verdict
 
 
-def shell(script: str, **options: Any) -> Command:
+def shell(script: str, **options: Any) -> Command:  # noqa: ANN401 - of different types
     return Command(CommandOptions(("/bin/sh", "-c", script), **options))
 
 
@@ -148,9 +148,7 @@ def test_a_program_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         ({"argv": ("/bin/cat",), "window": 0}, "window"),
     ],
 )
-def test_options_that_could_be_read_in_two_ways_are_refused(
-    options: dict[str, Any], problem: str
-) -> None:
+def test_options_that_could_be_read_in_two_ways_are_refused(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         CommandOptions(**options)
 

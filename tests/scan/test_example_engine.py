@@ -1,4 +1,4 @@
-"""The engine of tests/example_engine, as somebody else would have it: built, installed, and found by its name."""
+"""The engine of tests/example_engine, as others would have theirs: built, installed, found by its name."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from fdbroker.scan.plugins import configure
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "tests" / "example_engine"
@@ -21,22 +17,25 @@ TIMEOUT = 120
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the wheel without a network and install it into a directory of its own."""
     directory = tmp_path_factory.mktemp("example")
     copy = shutil.copytree(SOURCE, directory / "source")
-    build = [sys.executable, "-I", "-m", "hatchling", "build", "-t", "wheel", "-d", directory]
+    python = [sys.executable, "-I", "-m"]
+    build: list[str | Path] = [*python, "hatchling", "build", "-t", "wheel", "-d", directory]
     subprocess.run(build, cwd=copy, check=True, capture_output=True, timeout=TIMEOUT)
     [wheel] = directory.glob("*.whl")
     target = directory / "site"
-    pip = [sys.executable, "-I", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, "--target", target, wheel], check=True, capture_output=True, timeout=TIMEOUT)
-    yield target
+    pip: list[str | Path] = [*python, "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    pip += ["--target", target, wheel]
+    subprocess.run(pip, check=True, capture_output=True, timeout=TIMEOUT)
+    return target
 
 
 def test_the_example_is_built_installed_and_passes_its_own_tests(installed: Path, tmp_path: Path) -> None:
     shutil.copy(SOURCE / "test_words.py", tmp_path)
-    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, tmp_path]
+    run: list[str | Path] = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    run += ["--rootdir", tmp_path, tmp_path]
     result = subprocess.run(
         run,
         cwd=tmp_path,

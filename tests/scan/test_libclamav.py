@@ -1,4 +1,4 @@
-"""The real library, with a small database: containers, documents and executables, and all that is not clean."""
+"""The real library, with a small database: containers, documents, programs, and all that is not clean."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fdbroker.scan.engines import libclamav
 from fdbroker.scan.engines.libclamav import LibClamAV, LibClamAVOptions
 from fdbroker.scan.plugins import configure
 from fdbroker.scan.stamps import Databases
-from fdbroker.scan.supervisor import Supervisor
+from fdbroker.scan.supervisor import Done, Supervisor
 from fdbroker.scan.verdict import Clean, Error, Infected, Reason
 from tests.sandbox.confined import started_ids
 from tests.scan import samples
@@ -22,7 +22,7 @@ from tests.scan.clamav import BAD, BAD_NAME, TEST_FILE_NAME, TEST_FILES, make_da
 from tests.scan.descriptors import EICAR, EICAR_NAME, make_and_open
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from fdbroker.scan.verdict import Verdict
@@ -56,7 +56,7 @@ def engine(database: Path) -> LibClamAV:
 
 
 def scan_in_worker(supervisor: Supervisor, directory: Path, files: Mapping[str, bytes]) -> dict[str, Verdict]:
-    done = []
+    done: list[Done] = []
     for number, (name, contents) in enumerate(files.items()):
         done += supervisor.submit(name.encode(), make_and_open(directory / f"sample{number}", contents))
     done += supervisor.finish()
@@ -174,7 +174,9 @@ def test_kinds_that_are_accepted_may_be_clean(database: Path, tmp_path: Path) ->
     }
     with Supervisor([engine], ids=started_ids()) as supervisor:
         verdicts = scan_in_worker(supervisor, tmp_path, files)
-    assert {name for name, verdict in verdicts.items() if isinstance(verdict, Clean)} == files.keys() - {"lz4"}
+    assert {name for name, verdict in verdicts.items() if isinstance(verdict, Clean)} == files.keys() - {
+        "lz4"
+    }
     assert reason_of(verdicts["lz4"]) == "unscannable_container"
 
 
@@ -288,13 +290,17 @@ def test_a_library_that_is_not_there_is_an_error_with_the_cure() -> None:
 def test_a_database_that_changes_is_noticed(directory: Path, tmp_path: Path) -> None:
     database = make_database(tmp_path / "database")
     engine = LibClamAV(LibClamAVOptions(bytes(database)))
-    for change in (
-        lambda: (database / "more.hdb").write_text("x"),
-        lambda: (database / "more.hdb").write_text("xy"),
-        lambda: os.utime(database / "more.hdb", (1, 1)),
-        lambda: (database / "new").write_text("xy") and os.rename(database / "new", database / "more.hdb"),
-        lambda: (database / "more.hdb").unlink(),
-    ):
+    more = database / "more.hdb"
+    other = tmp_path / "other"
+    other.write_text("xy")
+    changes: list[Callable[[], object]] = [
+        lambda: more.write_text("x"),
+        lambda: more.write_text("xy"),
+        lambda: os.utime(more, (1, 1)),
+        lambda: other.rename(more),
+        more.unlink,
+    ]
+    for change in changes:
         seen = Databases([engine])
         assert not seen.changed()
         change()

@@ -68,7 +68,7 @@ def test_options_are_read(given_: dict[str, Any], read: dict[str, Any]) -> None:
         ({"size": 1.5}, "it: size: a whole number is wanted, not a value of type float"),
         ({"size": True}, "it: size: a whole number is wanted, not true or false"),
         ({"size": -1}, "it: size: -1 is negative"),
-        ({"time": "1d"}, "it: time: '1d' is not a duration"),
+        ({"time": "1w"}, "it: time: '1w' is not a duration"),
         ({"count": "1"}, "it: count: a whole number is wanted, not text"),
         ({"on": 1}, "it: on: true or false is wanted"),
         ({"on": "yes"}, "it: on: true or false is wanted, not text"),
@@ -84,7 +84,8 @@ def test_wrong_options_are_errors_that_name_them(given_: dict[str, Any], problem
 
 
 def test_an_option_without_a_default_must_be_given() -> None:
-    for nothing in ({}, None):
+    no_options: tuple[object, ...] = ({}, None)
+    for nothing in no_options:
         with pytest.raises(OptionsError, match="it: the option path must be given"):
             read_options(Options, nothing, where="it")
     with pytest.raises(OptionsError, match="it: options are names with values, not a list"):
@@ -153,7 +154,9 @@ def test_any_text_is_engines_or_an_error(text: str) -> None:
 
 def test_a_worker_needs_the_most_of_what_its_engines_need() -> None:
     assert combined([]) == Needs()
-    both = combined([Needs(jit=True, memory=1), Needs("scratch", memory=1 << 40, scratch_size=7, descriptors=99)])
+    both = combined(
+        [Needs(jit=True, memory=1), Needs("scratch", memory=1 << 40, scratch_size=7, descriptors=99)]
+    )
     assert both == Needs("scratch", True, 1 << 40, 7, 99)  # noqa: FBT003 - in the order of its fields
 
 
@@ -172,7 +175,9 @@ def rules(directory: Path, text: str | bytes) -> YaraX:
         ("// nothing", "there is none"),
     ],
 )
-def test_wrong_rules_are_an_error_that_names_the_file(text: str | bytes, problem: str, tmp_path: Path) -> None:
+def test_wrong_rules_are_an_error_that_names_the_file(
+    text: str | bytes, problem: str, tmp_path: Path
+) -> None:
     with pytest.raises(EngineError, match=problem):
         rules(tmp_path, text).warm()
 

@@ -21,6 +21,7 @@ from tests.scan import misbehaving
 from tests.scan.descriptors import EICAR, EICAR_NAME, make_and_open, open_descriptors
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Iterator, Sequence
 
 HASHES = configure("hashes")
@@ -183,9 +184,7 @@ def test_answers_that_a_worker_gave_before_it_died_count(tmp_path: Path) -> None
         ("crash", Reason.CRASHED, "it crashed (SIGSEGV)"),
     ],
 )
-def test_how_a_worker_ended_is_told_apart(
-    mode: str, reason: Reason, text: str, tmp_path: Path
-) -> None:
+def test_how_a_worker_ended_is_told_apart(mode: str, reason: Reason, text: str, tmp_path: Path) -> None:
     with bad_workers(mode) as supervisor:
         done = scan_all(supervisor, tmp_path, b"x")
     assert done[0].verdict == Error(reason, f"the worker ended while it had this file: {text}")

@@ -82,9 +82,7 @@ def test_file_that_ends_early_is_a_short_read(
     descriptor = opened(b"x" * 10)
     reads = iter([b"x" * 4, b""])
     monkeypatch.setattr(os, "pread", lambda _fd, _length, _offset: next(reads))
-    assert verdict_of(engine, descriptor, 10) == Error(
-        Reason.SHORT_READ, "only 4 of 10 bytes could be read"
-    )
+    assert verdict_of(engine, descriptor, 10) == Error(Reason.SHORT_READ, "only 4 of 10 bytes could be read")
 
 
 def test_file_that_grows_is_not_read_for_ever(

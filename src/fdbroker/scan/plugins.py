@@ -1,8 +1,9 @@
 """Engines by name: those of fdbroker, and what is installed under the entry point group `fdbroker.engines`.
 
 A name that two packages claim is nobody's: it must not depend on the order of a
-directory who scans. The names of fdbroker's own are taken. `Configured` is how a process that configures engines tells
-another one, as JSON, which to make; no code and no pickle goes that way.
+directory who scans. The names of fdbroker's own are taken. `Configured` is how a
+process that configures engines tells another one, as JSON, which to make; no code
+and no pickle goes that way.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from fdbroker.scan.examine import examine
 from fdbroker.scan.options import OptionsError, read_options
 from fdbroker.scan.outside import Handover
 from fdbroker.scan.plugins import Configured, from_json, make, to_json
-from fdbroker.scan.supervisor import Supervisor
+from fdbroker.scan.supervisor import Done, Supervisor
 from fdbroker.scan.verdict import Clean, Error, Infected, Verdict
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _check_wrong_files(engine: Inside, contents: bytes, scratch: bytes | None) -
 def _check_confined(configured: Configured, samples: Samples, ids: tuple[int, int] | None) -> None:
     every = [*samples.clean, *samples.infected] * 3
     with contextlib.ExitStack() as opened, Supervisor([configured], ids=ids) as supervisor:
-        done = []
+        done: list[Done] = []
         for number, contents in enumerate(every):
             done += supervisor.submit(b"%d" % number, os.dup(opened.enter_context(_file(contents))))
         done += supervisor.finish()
@@ -228,4 +228,3 @@ def _descriptors() -> int:
 
 def _threads() -> int:
     return len(os.listdir("/proc/self/task"))
-

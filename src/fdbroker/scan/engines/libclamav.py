@@ -339,7 +339,7 @@ class LibClamAV(Inside):
         if name and name not in self._names and len(self._names) < _MOST_NAMES:
             self._names.append(name)
 
-    def _take_part(  # noqa: PLR0913 - as the library calls it
+    def _take_part(
         self,
         _descriptor: int,
         kind: bytes | None,
