@@ -198,7 +198,7 @@ def test_file_below_several_arguments_is_scanned_once(broker: RunningBroker, tre
 def test_help_and_documents_say_that_what_is_hidden_is_not_scanned() -> None:
     help_text = " ".join(run("scan", "--help").stdout.split())
     assert "What the policy hides from listing is not seen, so it is not scanned" in help_text
-    for name in ("README.md", "docs/quick-start.md", "docs/scan.md"):
+    for name in ("README.md", "docs/quick-start.md", "docs/scanning.md"):
         text = " ".join((Path(__file__).parents[2] / name).read_text().split())
         assert "hat the policy hides from listing is not seen, so it is not scanned" in text, name
 

@@ -59,7 +59,9 @@ WORKER_USER = "fdbroker-worker"
     metavar="USER",
     help=f"Who reads the files if root starts the scan: a user's name or number.  [default: {WORKER_USER}]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Write one JSON object per line (see docs/scan.md).")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Write one JSON object per line (see docs/scanning.md)."
+)
 @click.option(
     "-v",
     "--verbose",

@@ -104,6 +104,8 @@ _MUST_HAVE_PARTS = frozenset(
     b"CL_TYPE_" + kind for kind in (b"7Z", b"ARJ", b"BZ", b"GZ", b"MSCAB", b"MSCHM", b"XZ", b"ZIP")
 )
 _DAMAGED = "damaged"
+# What the option `accept` may name.
+KINDS = (*_KINDS, _DAMAGED)
 
 # Charsets that libclamav converts from by iconv(3), whose modules glibc opens at first use. HTML and mail
 # may name others: those conversions fail in the worker, and the text is matched as it is.
@@ -149,8 +151,8 @@ class LibClamAVOptions:
         if self.max_scan_time > 86400:  # noqa: PLR2004 - a day; the library counts milliseconds in 32 bits
             raise ValueError("max_scan_time: at most 24h")
         for kind in self.accept:
-            if kind not in _KINDS and kind != _DAMAGED:
-                raise ValueError(f"accept: {kind!a} is none of: {', '.join((*_KINDS, _DAMAGED))}")
+            if kind not in KINDS:
+                raise ValueError(f"accept: {kind!a} is none of: {', '.join(KINDS)}")
 
 
 class _ScanOptions(ctypes.Structure):
