@@ -307,6 +307,19 @@ def test_a_database_that_changes_is_noticed(directory: Path, tmp_path: Path) -> 
         assert seen.changed()
 
 
+def test_a_signature_that_was_added_is_found_without_a_file_being_missed(tmp_path: Path) -> None:
+    database = make_database(tmp_path / "database")
+    engine = configure("libclamav", {"database": str(database)})
+    with Supervisor([engine], ids=started_ids()) as supervisor:
+        assert scan_in_worker(supervisor, tmp_path, {"new": b"a new marker"}) == {"new": Clean()}
+        (database / "more.ndb").write_text(f"New-Marker:0:*:{b'new marker'.hex()}\n")
+        assert supervisor.outdated()
+        done = list(supervisor.submit(b"file", make_and_open(tmp_path / "file", b"a new marker")))
+        supervisor.renew()
+        done += supervisor.finish()
+        assert [one.verdict for one in done] == [Infected("New-Marker.UNOFFICIAL")]
+
+
 def test_the_return_codes_are_those_of_the_library() -> None:
     library = ctypes.CDLL("libclamav.so.12")
     library.cl_strerror.restype = ctypes.c_char_p

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import signal
 from pathlib import Path
@@ -284,6 +285,47 @@ def test_what_is_no_regular_file_is_never_handed_on(tmp_path: Path) -> None:
         [done] = supervisor.submit(b"0", directory)  # closed by now
         assert verdicts([done]) == ["read_failed"]
         assert supervisor.workers_started == 0
+
+
+def test_engines_are_loaded_anew_and_no_file_is_missed(tmp_path: Path) -> None:
+    listed = tmp_path / "list"
+    listed.write_text("")
+    engine = configure("hashes", {"lists": [str(listed)]})
+    worse = hashlib.sha256(b"worse").hexdigest()
+    before = open_descriptors()
+    with Supervisor([engine], ids=started_ids()) as supervisor:
+        assert not supervisor.outdated()
+        done = submit(supervisor, tmp_path, *[b"worse"] * 100)
+        done += supervisor.finish()
+        assert not supervisor.outdated()
+        listed.write_text(f"{worse} Worse\n")
+        assert supervisor.outdated()
+        # Some are under way.
+        for number in range(100, 200):
+            name = b"%d" % number
+            done += supervisor.submit(name, make_and_open(tmp_path / name.decode(), b"worse"))
+            if number == 150:
+                supervisor.renew()
+                assert not supervisor.outdated()
+        done += supervisor.finish()
+    assert [one.path for one in done] == [b"%d" % number for number in range(200)]
+    found = verdicts(done)
+    assert found[:100] == ["clean"] * 100
+    assert found[150:] == ["infected"] * 50
+    assert open_descriptors() == before
+
+
+def test_what_can_not_be_loaded_leaves_all_as_it_was(tmp_path: Path) -> None:
+    listed = tmp_path / "list"
+    listed.write_text(f"{hashlib.sha256(b'bad').hexdigest()} Bad\n")
+    with Supervisor([configure("hashes", {"lists": [str(listed)]})], ids=started_ids()) as supervisor:
+        supervisor.start()
+        listed.write_text("not a list\n")
+        with pytest.raises(ZygoteError, match="list:1: not a digest"):
+            supervisor.renew()
+        assert supervisor.outdated()
+        done = scan_all(supervisor, tmp_path, b"bad", b"fine")
+    assert verdicts(done) == ["infected", "clean"]
 
 
 def refuse_sends(monkeypatch: pytest.MonkeyPatch, number: int, refused: Sequence[bool]) -> None:

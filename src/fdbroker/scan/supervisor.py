@@ -30,6 +30,7 @@ from fdbroker.scan.answers import LONGEST_ANSWER, MOST_ENGINES, AnswerError, dec
 from fdbroker.scan.contract import admit, confirm
 from fdbroker.scan.engine import EngineError, Inside, combined
 from fdbroker.scan.plugins import make, to_json
+from fdbroker.scan.stamps import Databases
 from fdbroker.scan.verdict import Answer, Error, Reason, Verdict, worst
 from fdbroker.scan.worker import MOST_REQUESTS, REQUEST
 
@@ -48,6 +49,8 @@ DEFAULT_WINDOW = 64
 
 # A worker is replaced when it is this old, so that an honest one never meets its limit of CPU time.
 _SECONDS_OF_A_WORKER = 600.0
+# The whole database of ClamAV takes half a minute, from a slow disk more.
+_SECONDS_TO_LOAD = 300.0
 # A worker that closed its channel is about to end.
 _GRACE = 1.0
 _REASONS: dict[int, Reason] = {
@@ -114,6 +117,8 @@ class Supervisor:
                 raise EngineError(f"engine {one.name}: it does not run in a worker")
         needs = combined(one.needs() for one in made if isinstance(one, Inside))
         self._engines = tuple(engines)
+        self._made = made
+        self._databases: Databases | None = None
         self._names = [one.name for one in engines]
         self._timeout = timeout
         self._window = window
@@ -172,10 +177,43 @@ class Supervisor:
         self.workers_started += 1
         return self._worker.report
 
+    def outdated(self) -> bool:
+        """Return whether the databases of the engines changed since they were loaded."""
+        return self._databases is not None and self._databases.changed()
+
+    def renew(self) -> None:
+        """Load the engines anew, from the databases as they are now, and go on with workers that have them.
+
+        The worker goes on meanwhile. Files that are under way when it is done are scanned by a new one; none
+        is missed, and none answered twice.
+
+        Raises:
+            SandboxError: they can't be loaded. All goes on with what was loaded before.
+            OSError: no process or descriptors to be had; likewise.
+
+        """
+        zygote, databases = self._load()
+        outgoing, self._zygote, self._databases = self._zygote, zygote, databases
+        self._replace()
+        if outgoing is not None:
+            outgoing.close()
+
+    def _load(self) -> tuple[Zygote, Databases]:
+        # First the look, so that what changes while it is loaded counts as changed.
+        databases = Databases(self._made)
+        arguments = {"engines": to_json(self._engines)}
+        zygote = Zygote(
+            worker.load,
+            worker.work,
+            arguments,
+            confinement=self._confinement,
+            timeout=_SECONDS_TO_LOAD,
+        )
+        return zygote, databases
+
     def _spawn_from_zygote(self) -> Worker:
         if self._zygote is None:
-            arguments = {"engines": to_json(self._engines)}
-            self._zygote = Zygote(worker.load, worker.work, arguments, confinement=self._confinement)
+            self._zygote, self._databases = self._load()
         try:
             return self._zygote.spawn()
         except ZygoteError:
