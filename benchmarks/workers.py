@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from benchmarks.errors import BenchmarkError
 from fdbroker.sandbox import Worker, Zygote
-from fdbroker.scan import hashes, worker
+from fdbroker.scan import worker
+from fdbroker.scan.plugins import configure, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 # What the zygote has imported by the time that it forks, and says so.
 _IMPORTS = (
     "import sys; sys.path[:] = sys.argv[1:];"
-    "import fdbroker.sandbox.zygote_process; from fdbroker.scan import worker; worker.load('');"
+    "import fdbroker.sandbox.zygote_process; from fdbroker.scan import worker;"
+    "from fdbroker.scan.plugins import configure, to_json; worker.load(to_json([configure('hashes')]));"
     "import os; os.write(1, b'.')"
 )
 
@@ -28,8 +30,8 @@ _IMPORTS = (
 @contextmanager
 def zygote() -> Iterator[Zygote]:
     """Have a zygote of the scan's workers, that of the built-in list."""
-    known = {"digests": hashes.load().digests().hex()}
-    with Zygote(worker.load, worker.work, known) as started:
+    engines = {"engines": to_json([configure("hashes")])}
+    with Zygote(worker.load, worker.work, engines) as started:
         yield started
 
 

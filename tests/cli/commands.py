@@ -122,7 +122,7 @@ def lines(text: str, kind: str) -> list[dict[str, Any]]:
 
 
 def path_of(line: dict[str, Any]) -> bytes:
-    """Return the bytes of a path, as docs/scan.md says they are to be had."""
+    """Return the bytes of a path, as docs/scanning.md says they are to be had."""
     if "path_hex" in line:
         return bytes.fromhex(line["path_hex"])
     path: str = line["path"]

@@ -45,7 +45,7 @@ def test_each_option_is_documented(name: str) -> None:
     text = section(name)
     assert f"fdbroker {name}" in text
     elsewhere = (
-        section(name) if name != "scan" else (Path(__file__).parents[2] / "docs" / "scan.md").read_text()
+        section(name) if name != "scan" else (Path(__file__).parents[2] / "docs" / "scanning.md").read_text()
     )
     for parameter in commands()[name].params:
         if isinstance(parameter, click.Option) and "--socket" not in parameter.opts:

@@ -11,14 +11,14 @@ from fdbroker.cli.output import path_members, shell_word
 from fdbroker.cli.scan_output import Totals
 from fdbroker.config.names import counted, printable
 from fdbroker.scan.run import Scanned
-from fdbroker.scan.verdict import Clean, Error, Infected
+from fdbroker.scan.verdict import Clean, Error, Infected, Reason
 from tests.cli.commands import path_of
 
 CLEAN = Scanned(b"/a", Clean(), 10)
 INFECTED = Scanned(b"/b", Infected("Name"), 5)
-FAILED = Scanned(b"/c", Error("denied", "no"))
-CHANGED = Scanned(b"/d", Error("changed", "changed"), 7)
-UNLISTED = Scanned(b"/e", Error("denied", "no"), directory=True)
+FAILED = Scanned(b"/c", Error(Reason.DENIED, "no"))
+CHANGED = Scanned(b"/d", Error(Reason.CHANGED, "changed"), 7)
+UNLISTED = Scanned(b"/e", Error(Reason.DENIED, "no"), directory=True)
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_file_below_several_arguments_is_scanned_once(broker: RunningBroker, tre
 def test_help_and_documents_say_that_what_is_hidden_is_not_scanned() -> None:
     help_text = " ".join(run("scan", "--help").stdout.split())
     assert "What the policy hides from listing is not seen, so it is not scanned" in help_text
-    for name in ("README.md", "docs/quick-start.md", "docs/scan.md"):
+    for name in ("README.md", "docs/quick-start.md", "docs/scanning.md"):
         text = " ".join((Path(__file__).parents[2] / name).read_text().split())
         assert "hat the policy hides from listing is not seen, so it is not scanned" in text, name
 
@@ -227,7 +227,7 @@ def test_wrong_list_is_an_error_with_its_place(tmp_path: Path) -> None:
     result = run("scan", "--hashes", str(wrong), *arguments, "/")
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.startswith(f"fdbroker: {wrong}:2: not a SHA-256")
+    assert result.stderr.startswith(f"fdbroker: {wrong}:2: not a digest")
 
 
 def test_missing_broker_is_told_with_what_to_do(tmp_path: Path) -> None:
@@ -468,7 +468,7 @@ def test_help_tells_what_a_newcomer_needs() -> None:
 
 def test_unforeseen_failure_is_status_2_with_a_traceback() -> None:
     program = (
-        "import sys; from fdbroker.cli import main as m; from fdbroker.scan import hashes\n"
+        "import sys; from fdbroker.cli import main as m; from fdbroker.scan.engines import hashes\n"
         "hashes.load = lambda files: 1 / 0\n"
         f"sys.exit(m.main(['scan', *{AS_ROOT if os.geteuid() == 0 else ()!r}, '/']))"
     )

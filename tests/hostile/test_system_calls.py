@@ -22,7 +22,7 @@ from fdbroker.kernel.libc import MACHINE
 from fdbroker.kernel.syscall_table import AUDIT_ARCH, SYSCALLS
 from fdbroker.launcher import broker_seccomp, helper_seccomp
 from fdbroker.sandbox import Confinement, filters
-from fdbroker.scan.hashes import load
+from fdbroker.scan.plugins import configure
 from fdbroker.scan.supervisor import Supervisor
 from tests.hostile.processes import children_of
 from tests.hostile.sessions import SESSIONS, served
@@ -160,7 +160,7 @@ def by_process(written: Path, broker: int, starter: int, helpers: Sequence[int])
 @pytest.mark.unmeasured
 @pytest.mark.skipif(MACHINE != "x86_64", reason="the lists are those of x86-64")
 def test_worker_makes_each_call_of_its_list_or_it_has_its_reason(tmp_path: Path) -> None:
-    with Supervisor(load(), ids=(WORKER_UID, WORKER_UID)) as supervisor:
+    with Supervisor([configure("hashes")], ids=(WORKER_UID, WORKER_UID)) as supervisor:
         supervisor.start()
         assert supervisor.worker_pid is not None
         with traced([supervisor.worker_pid], tmp_path / "calls"):

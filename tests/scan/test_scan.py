@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.client import UnavailableError, connect
-from fdbroker.scan.hashes import load
+from fdbroker.scan.plugins import configure
 from fdbroker.scan.run import DEFAULT_BATCH, Scanned, Skipped, scan
 from fdbroker.scan.supervisor import Supervisor
 from fdbroker.scan.verdict import Clean, Error, Infected, Verdict
@@ -37,7 +37,7 @@ def tree(directory: Path) -> Tree:
 
 
 def scan_with(broker: RunningBroker, *starts: bytes, batch: int = DEFAULT_BATCH) -> list[Scanned | Skipped]:
-    with Supervisor(load(), ids=IDS) as supervisor:
+    with Supervisor([configure("hashes")], ids=IDS) as supervisor:
         supervisor.start()
         with connect(broker.socket) as client:
             return list(scan(client, supervisor, starts, batch=batch))
@@ -132,7 +132,7 @@ def test_broker_that_dies_makes_errors_of_what_was_asked_and_is_told(directory: 
     events: list[Scanned | Skipped] = []
     with (
         running_broker(directory, policy(directory / "tree"), stop=False) as broker,
-        Supervisor(load(), ids=IDS) as supervisor,
+        Supervisor([configure("hashes")], ids=IDS) as supervisor,
         connect(broker.socket, timeout=2.0) as client,
     ):
         running = scan(client, supervisor, [tree.root], batch=1)
@@ -145,6 +145,6 @@ def test_broker_that_dies_makes_errors_of_what_was_asked_and_is_told(directory: 
     found = verdicts(events)
     errors = {path: verdict for path, verdict in found.items() if isinstance(verdict, Error)}
     assert errors
-    assert {verdict.reason for verdict in errors.values()} <= {"unavailable", "disconnected"}
+    assert {verdict.reason for verdict in errors.values()} <= {"broker_gone"}
     assert found.keys() < tree.clean | tree.infected
     assert all(found[path] != Clean() for path in found.keys() & tree.infected)

@@ -2,44 +2,31 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from fdbroker.kernel import sockets
-from fdbroker.sandbox import ConfinementError, Worker, Zygote
+from fdbroker.sandbox import Confinement, Worker, Zygote, ZygoteError
 from fdbroker.scan import supervisor as supervisor_module
-from fdbroker.scan.hashes import load
+from fdbroker.scan.engine import EngineError
+from fdbroker.scan.plugins import configure
 from fdbroker.scan.supervisor import DEFAULT_TIMEOUT, DEFAULT_WINDOW, Done, Supervisor
-from fdbroker.scan.verdict import Clean, Error, Infected
-from fdbroker.scan.worker import Code
-from tests.sandbox.confined import confinement, started_ids
+from fdbroker.scan.verdict import Answer, Clean, Error, Infected, Reason
+from tests.sandbox.confined import started_ids
+from tests.scan import misbehaving
 from tests.scan.descriptors import EICAR, EICAR_NAME, make_and_open, open_descriptors
-from tests.scan.puppet_workers import GARBAGE, NO_INDEX
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
-KNOWN = load()
+HASHES = configure("hashes")
 SIZE = 11
-
-
-@pytest.fixture
-def zygotes() -> Iterator[contextlib.ExitStack]:
-    """Return what closes the zygotes of puppets at the end."""
-    with contextlib.ExitStack() as stack:
-        yield stack
-
-
-def puppets(zygotes: contextlib.ExitStack, work: str, **state: object) -> Callable[[], Worker]:
-    """Return what starts such workers, of puppet_workers.py."""
-    module = "tests.scan.puppet_workers"
-    zygote = Zygote(f"{module}:load", f"{module}:{work}", state, confinement=confinement())
-    return zygotes.enter_context(zygote).spawn
 
 
 def supervise(
@@ -48,17 +35,33 @@ def supervise(
     timeout: float = DEFAULT_TIMEOUT,
     window: int = DEFAULT_WINDOW,
 ) -> Supervisor:
-    return Supervisor(KNOWN, ids=started_ids(), spawn=spawn, timeout=timeout, window=window)
+    return Supervisor([HASHES], ids=started_ids(), spawn=spawn, timeout=timeout, window=window)
 
 
-def first_worker(misbehaving: Callable[[], Worker], *, timeout: float = DEFAULT_TIMEOUT) -> Supervisor:
-    """Return a supervisor whose first worker misbehaves, and whose others do not."""
+def confinement() -> Confinement:
+    ids = started_ids()
+    return Confinement(uids=() if ids is None else ids[:1], gid=None if ids is None else ids[1])
+
+
+@contextlib.contextmanager
+def bad_workers(
+    mode: str,
+    *,
+    work: Callable[..., object] = misbehaving.misbehave,
+    timeout: float = DEFAULT_TIMEOUT,
+    all_of_them: bool = False,
+) -> Iterator[Supervisor]:
+    """Give a supervisor whose first worker misbehaves, and whose others do not."""
 
     def spawn() -> Worker:
-        return misbehaving() if made.workers_started == 0 else made._spawn_from_zygote()
+        if made.workers_started == 0 or all_of_them:
+            return zygote.spawn()
+        return made._spawn_from_zygote()
 
-    made = supervise(spawn=spawn, timeout=timeout)
-    return made
+    with Zygote(misbehaving.load, work, {"mode": mode}, confinement=confinement()) as zygote:
+        made = supervise(spawn=spawn, timeout=timeout)
+        with made:
+            yield made
 
 
 def submit(supervisor: Supervisor, directory: Path, *contents: bytes) -> list[Done]:
@@ -77,18 +80,19 @@ def verdicts(done: list[Done]) -> list[str]:
 
 
 def scan_all(supervisor: Supervisor, directory: Path, *contents: bytes) -> list[Done]:
-    with supervisor:
-        return [*submit(supervisor, directory, *contents), *supervisor.finish()]
+    return [*submit(supervisor, directory, *contents), *supervisor.finish()]
 
 
 def test_verdicts_are_exact(tmp_path: Path) -> None:
-    done = scan_all(supervise(), tmp_path, b"fine", EICAR, b"", EICAR + b" ", b"x" * 1_000_000)
+    with supervise() as supervisor:
+        done = scan_all(supervisor, tmp_path, b"fine", EICAR, b"", EICAR + b" ", b"x" * 1_000_000)
+    clean, infected = Clean(), Infected(EICAR_NAME)
     assert done == [
-        Done(b"0", 4, Clean()),
-        Done(b"1", 68, Infected(EICAR_NAME)),
-        Done(b"2", 0, Clean()),
-        Done(b"3", 69, Clean()),
-        Done(b"4", 1_000_000, Clean()),
+        Done(b"0", 4, clean, (Answer("hashes", clean),)),
+        Done(b"1", 68, infected, (Answer("hashes", infected),)),
+        Done(b"2", 0, clean, (Answer("hashes", clean),)),
+        Done(b"3", 69, clean, (Answer("hashes", clean),)),
+        Done(b"4", 1_000_000, clean, (Answer("hashes", clean),)),
     ]
 
 
@@ -122,108 +126,96 @@ def test_killed_worker_costs_one_file_and_the_next_one_scans_the_rest(tmp_path: 
         done = [*supervisor.finish()]
         assert supervisor.workers_started == 2
         assert supervisor.worker_pid != killed
-    assert verdicts(done) == ["clean", "infected", "worker_died"]
+    assert verdicts(done) == ["clean", "infected", "killed"]
     assert done[0].verdict == Error(
-        "worker_died", "the worker ended while it had this file: it was killed (SIGKILL)"
+        Reason.KILLED, "the worker ended while it had this file: it was killed (SIGKILL)"
     )
 
 
-@pytest.mark.parametrize("which", GARBAGE)
-def test_garbage_is_an_error_and_the_worker_is_replaced(
-    which: str, tmp_path: Path, zygotes: contextlib.ExitStack
-) -> None:
-    assert len(KNOWN) < NO_INDEX
-    supervisor = first_worker(puppets(zygotes, "talk_garbage", which=which))
-    done = scan_all(supervisor, tmp_path, b"x" * SIZE, b"fine", EICAR)
-    assert verdicts(done) == ["worker_protocol", "clean", "infected"]
-    assert supervisor.workers_started == 2
+@pytest.mark.parametrize("mode", misbehaving.GARBAGE)
+def test_garbage_is_an_error_and_the_worker_is_replaced(mode: str, tmp_path: Path) -> None:
+    with bad_workers(mode, work=misbehaving.answer_once) as supervisor:
+        done = scan_all(supervisor, tmp_path, b"x" * SIZE, b"fine", EICAR)
+        assert verdicts(done) == ["unknown_answer", "clean", "infected"]
+        assert supervisor.workers_started == 2
 
 
-def test_right_answer_that_carries_a_descriptor_is_an_error(
-    tmp_path: Path, zygotes: contextlib.ExitStack
-) -> None:
-    supervisor = first_worker(puppets(zygotes, "pass_a_descriptor"))
+def test_right_answer_that_carries_a_descriptor_is_an_error(tmp_path: Path) -> None:
     before = open_descriptors()
-    done = scan_all(supervisor, tmp_path, b"x" * SIZE, b"fine")
-    assert verdicts(done)[1] == "clean"
-    assert verdicts(done)[0] in {"worker_protocol", "worker_died"}
+    with bad_workers("descriptor") as supervisor:
+        first, second = verdicts(scan_all(supervisor, tmp_path, b"x" * SIZE, b"fine"))
+    assert second == "clean"
+    assert first in {"unknown_answer", "crashed"}
     assert open_descriptors() == before
 
 
-def test_answer_before_the_question_is_an_error(tmp_path: Path, zygotes: contextlib.ExitStack) -> None:
-    done = scan_all(first_worker(puppets(zygotes, "answer_too_early")), tmp_path, b"x" * SIZE, EICAR, b"fine")
-    assert verdicts(done) == ["clean", "worker_protocol", "clean"]
+def test_answer_before_the_question_is_an_error(tmp_path: Path) -> None:
+    with bad_workers("early") as supervisor:
+        done = scan_all(supervisor, tmp_path, b"x" * SIZE, EICAR, b"fine")
+    assert verdicts(done) == ["clean", "unknown_answer", "clean"]
 
 
-def test_stuck_worker_is_a_timeout_and_is_replaced(tmp_path: Path, zygotes: contextlib.ExitStack) -> None:
-    supervisor = first_worker(puppets(zygotes, "be_stuck"), timeout=1.0)
-    with supervisor:
+def test_stuck_worker_is_a_timeout_and_is_replaced(tmp_path: Path) -> None:
+    with bad_workers("loop", timeout=1.0) as supervisor:
         supervisor.start()
         stuck = supervisor.worker_pid
         assert stuck is not None
-        done = [*submit(supervisor, tmp_path, b"x" * SIZE, b"fine"), *supervisor.finish()]
-        assert done[0].verdict == Error("timeout", "the worker did not answer within 1 s")
-        assert verdicts(done) == ["timeout", "clean"]
+        done = scan_all(supervisor, tmp_path, b"x" * SIZE, b"fine")
+        assert done[0].verdict == Error(Reason.TIMED_OUT, "the worker did not answer within 1 s")
+        assert verdicts(done) == ["timed_out", "clean"]
         assert not os.path.exists(f"/proc/{stuck}")
 
 
-def test_worker_that_dies_with_each_file_costs_each_file_and_ends(
-    tmp_path: Path, zygotes: contextlib.ExitStack
-) -> None:
-    supervisor = supervise(spawn=puppets(zygotes, "take_and_end"))
-    done = scan_all(supervisor, tmp_path, *[b"x"] * 5)
-    assert verdicts(done) == ["worker_died"] * 5
-    assert supervisor.workers_started == 5
+@pytest.mark.parametrize("mode", ["take and end", "end at once"])
+def test_worker_that_ends_with_each_file_costs_each_file_and_ends(mode: str, tmp_path: Path) -> None:
+    with bad_workers(mode, all_of_them=True) as supervisor:
+        assert verdicts(scan_all(supervisor, tmp_path, *[b"x"] * 5)) == ["crashed"] * 5
 
 
-def test_worker_that_ends_before_any_file_costs_one_file_each_time(
-    tmp_path: Path, zygotes: contextlib.ExitStack
-) -> None:
-    done = scan_all(supervise(spawn=puppets(zygotes, "end_at_once")), tmp_path, *[b"x"] * 3)
-    assert verdicts(done) == ["worker_died"] * 3
-
-
-def test_answers_that_a_worker_gave_before_it_died_count(
-    tmp_path: Path, zygotes: contextlib.ExitStack
-) -> None:
-    done = scan_all(first_worker(puppets(zygotes, "answer_one_and_end")), tmp_path, *[b"x" * SIZE] * 4)
-    assert verdicts(done) == ["clean", "worker_died", "clean", "clean"]
-
-
-def test_worker_killed_by_its_filter_is_told_apart(tmp_path: Path, zygotes: contextlib.ExitStack) -> None:
-    done = scan_all(first_worker(puppets(zygotes, "open_a_file")), tmp_path, b"x")
-    assert done[0].verdict == Error(
-        "worker_died",
-        "the worker ended while it had this file: it made a system call that it may not make (SIGSYS)",
-    )
+def test_answers_that_a_worker_gave_before_it_died_count(tmp_path: Path) -> None:
+    with bad_workers("answer and end") as supervisor:
+        done = scan_all(supervisor, tmp_path, *[b"x" * SIZE] * 4)
+    assert verdicts(done) == ["clean", "crashed", "clean", "clean"]
 
 
 @pytest.mark.parametrize(
-    ("code", "detail", "read", "verdict"),
+    ("mode", "reason", "text"),
     [
-        (Code.READ_FAILED, errno.EIO, 3, Error("read_failed", "reading failed: Input/output error")),
-        (Code.SHORT_READ, 0, 3, Error("short_read", "only 3 of 11 bytes could be read")),
-        (Code.CHANGED, 0, 0, Error("changed", "the file changed while it was read")),
-        (Code.INFECTED, 1, SIZE, Infected(EICAR_NAME)),
+        ("open", Reason.FORBIDDEN_CALL, "it made a system call that it may not make (SIGSYS)"),
+        ("crash", Reason.CRASHED, "it crashed (SIGSEGV)"),
     ],
 )
-def test_each_answer_has_its_verdict(
-    code: Code, detail: int, read: int, verdict: object, tmp_path: Path, zygotes: contextlib.ExitStack
-) -> None:
-    [done] = scan_all(
-        supervise(spawn=puppets(zygotes, "answer_as_told", code=code, detail=detail, read=read)),
-        tmp_path,
-        b"x" * SIZE,
-    )
-    assert done == Done(b"0", SIZE, verdict)  # type: ignore[arg-type]
+def test_how_a_worker_ended_is_told_apart(mode: str, reason: Reason, text: str, tmp_path: Path) -> None:
+    with bad_workers(mode) as supervisor:
+        done = scan_all(supervisor, tmp_path, b"x")
+    assert done[0].verdict == Error(reason, f"the worker ended while it had this file: {text}")
+
+
+@pytest.mark.root
+def test_file_cut_off_under_an_engine_that_maps_it_is_an_error(tmp_path: Path) -> None:
+    with bad_workers("", work=misbehaving.map_and_read) as supervisor:
+        assert submit(supervisor, tmp_path, bytes(1 << 20)) == []
+        maps = Path(f"/proc/{supervisor.worker_pid}/maps")
+        while str(tmp_path / "0") not in maps.read_text():
+            pass
+        os.truncate(tmp_path / "0", 0)
+        [done] = supervisor.finish()
+    text = "the worker ended while it had this file: it crashed (SIGBUS)"
+    assert done.verdict == Error(Reason.CRASHED, text)
+
+
+@pytest.mark.parametrize(("mode", "verdict"), [("short", misbehaving.SHORT), ("found", misbehaving.FOUND)])
+def test_each_answer_has_its_verdict(mode: str, verdict: Error | Infected, tmp_path: Path) -> None:
+    with bad_workers(mode, work=misbehaving.answer_once) as supervisor:
+        [done] = scan_all(supervisor, tmp_path, b"x" * SIZE)
+    assert done == Done(b"0", SIZE, verdict, (Answer("hashes", verdict),))
 
 
 @pytest.mark.parametrize("change", [lambda path: os.truncate(path, 3), lambda path: os.utime(path, (1, 1))])
 def test_file_that_changed_by_the_parents_own_look_is_not_clean(
-    change: Callable[[Path], None], tmp_path: Path, zygotes: contextlib.ExitStack
+    change: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    supervisor = supervise(spawn=puppets(zygotes, "answer_in_pairs"))
-    with supervisor:
+    with bad_workers("pairs") as supervisor:
         assert submit(supervisor, tmp_path, b"x" * SIZE) == []
         change(tmp_path / "0")
         done = [*supervisor.submit(b"1", make_and_open(tmp_path / "1")), *supervisor.finish()]
@@ -235,22 +227,54 @@ def test_old_worker_is_replaced_without_losing_a_file(
 ) -> None:
     monkeypatch.setattr(supervisor_module, "_SECONDS_OF_A_WORKER", 0.0)
     supervisor = supervise()
-    done = scan_all(supervisor, tmp_path, *[b"fine", EICAR] * 5)
+    with supervisor:
+        done = scan_all(supervisor, tmp_path, *[b"fine", EICAR] * 5)
     assert verdicts(done) == ["clean", "infected"] * 5
     assert supervisor.workers_started > 1
 
 
-def no_worker() -> Worker:
-    raise ConfinementError("seccomp: not here")
-
-
 def test_without_a_worker_every_file_is_an_error(tmp_path: Path) -> None:
-    supervisor = supervise(spawn=no_worker)
+    def spawn() -> Worker:
+        raise ZygoteError("there is none in this test")
+
     before = open_descriptors()
-    done = scan_all(supervisor, tmp_path, b"fine", EICAR)
-    assert verdicts(done) == ["no_worker"] * 2
-    assert "seccomp" in str(done[0].verdict)
+    with supervise(spawn=spawn) as supervisor:
+        done = scan_all(supervisor, tmp_path, b"fine", EICAR)
+    assert verdicts(done) == ["not_loaded"] * 2
+    assert "there is none in this test" in str(done[0].verdict)
     assert open_descriptors() == before
+
+
+def test_an_engine_that_can_not_be_loaded_makes_every_file_an_error(tmp_path: Path) -> None:
+    engine = configure("hashes", {"lists": [str(tmp_path / "missing")]})
+    with Supervisor([engine], ids=started_ids()) as supervisor:
+        done = scan_all(supervisor, tmp_path, b"fine", EICAR)
+    assert verdicts(done) == ["not_loaded"] * 2
+    assert "missing: No such file or directory" in str(done[0].verdict)
+
+
+def test_an_engine_that_runs_elsewhere_is_refused(tmp_path: Path) -> None:
+    engine = configure("command", {"argv": ["/bin/true"]})
+    with pytest.raises(EngineError, match="engine command: it does not run in a worker"):
+        Supervisor([engine])
+    with pytest.raises(EngineError, match="1 to 8 engines"):
+        Supervisor([])
+
+
+def test_of_several_engines_each_answers_and_the_worst_counts(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yar"
+    rules.write_text('rule fine { strings: $a = "fine" condition: $a }')
+    small = configure("yara-x", {"rules": [str(rules)], "max_file_size": 100})
+    with Supervisor([HASHES, small], ids=started_ids()) as supervisor:
+        done = scan_all(supervisor, tmp_path, b"good", b"fine", EICAR, b"x" * 101)
+    assert [[answer.verdict.verdict for answer in one.answers] for one in done] == [
+        ["clean", "clean"],
+        ["clean", "infected"],
+        ["infected", "clean"],
+        ["clean", "error"],
+    ]
+    assert verdicts(done) == ["clean", "infected", "infected", "too_large"]
+    assert [answer.engine for answer in done[0].answers] == ["hashes", "yara-x"]
 
 
 def test_what_is_no_regular_file_is_never_handed_on(tmp_path: Path) -> None:
@@ -261,6 +285,47 @@ def test_what_is_no_regular_file_is_never_handed_on(tmp_path: Path) -> None:
         [done] = supervisor.submit(b"0", directory)  # closed by now
         assert verdicts([done]) == ["read_failed"]
         assert supervisor.workers_started == 0
+
+
+def test_engines_are_loaded_anew_and_no_file_is_missed(tmp_path: Path) -> None:
+    listed = tmp_path / "list"
+    listed.write_text("")
+    engine = configure("hashes", {"lists": [str(listed)]})
+    worse = hashlib.sha256(b"worse").hexdigest()
+    before = open_descriptors()
+    with Supervisor([engine], ids=started_ids()) as supervisor:
+        assert not supervisor.outdated()
+        done = submit(supervisor, tmp_path, *[b"worse"] * 100)
+        done += supervisor.finish()
+        assert not supervisor.outdated()
+        listed.write_text(f"{worse} Worse\n")
+        assert supervisor.outdated()
+        # Some are under way.
+        for number in range(100, 200):
+            name = b"%d" % number
+            done += supervisor.submit(name, make_and_open(tmp_path / name.decode(), b"worse"))
+            if number == 150:
+                supervisor.renew()
+                assert not supervisor.outdated()
+        done += supervisor.finish()
+    assert [one.path for one in done] == [b"%d" % number for number in range(200)]
+    found = verdicts(done)
+    assert found[:100] == ["clean"] * 100
+    assert found[150:] == ["infected"] * 50
+    assert open_descriptors() == before
+
+
+def test_what_can_not_be_loaded_leaves_all_as_it_was(tmp_path: Path) -> None:
+    listed = tmp_path / "list"
+    listed.write_text(f"{hashlib.sha256(b'bad').hexdigest()} Bad\n")
+    with Supervisor([configure("hashes", {"lists": [str(listed)]})], ids=started_ids()) as supervisor:
+        supervisor.start()
+        listed.write_text("not a list\n")
+        with pytest.raises(ZygoteError, match="list:1: not a digest"):
+            supervisor.renew()
+        assert supervisor.outdated()
+        done = scan_all(supervisor, tmp_path, b"bad", b"fine")
+    assert verdicts(done) == ["infected", "clean"]
 
 
 def refuse_sends(monkeypatch: pytest.MonkeyPatch, number: int, refused: Sequence[bool]) -> None:
@@ -297,7 +362,7 @@ def test_file_that_the_kernel_does_not_take_though_none_is_under_way_is_an_error
         supervisor.start()
         refuse_sends(monkeypatch, number, [True])
         done = [*submit(supervisor, tmp_path, b"fine", EICAR), *supervisor.finish()]
-        assert verdicts(done) == ["no_worker", "infected"]
+        assert verdicts(done) == ["not_loaded", "infected"]
         assert supervisor.workers_started == 1
 
 
@@ -307,14 +372,13 @@ def test_worker_that_takes_nothing_costs_one_file(tmp_path: Path, monkeypatch: p
         refuse_sends(monkeypatch, errno.EPIPE, [True])
         done = [*submit(supervisor, tmp_path, b"fine", EICAR), *supervisor.finish()]
         assert supervisor.workers_started == 2
-    assert verdicts(done) == ["worker_died", "infected"]
+    assert verdicts(done) == ["crashed", "infected"]
     assert "the worker took no file (Broken pipe): it ended with status 0" in str(done[0].verdict)
 
 
-def test_leaving_early_closes_everything(tmp_path: Path, zygotes: contextlib.ExitStack) -> None:
-    spawn = puppets(zygotes, "wait")
+def test_leaving_early_closes_everything(tmp_path: Path) -> None:
     before = open_descriptors()
-    with supervise(spawn=spawn) as supervisor:
+    with bad_workers("loop") as supervisor:
         submit(supervisor, tmp_path, *[b"x"] * 10)
         pid = supervisor.worker_pid
     assert open_descriptors() == before

@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.kernel import sockets
-from fdbroker.scan.hashes import load
-from fdbroker.scan.worker import ANSWER, REQUEST, Code, examine, serve
-from tests.scan.descriptors import EICAR, make_and_open, open_descriptors
+from fdbroker.scan.answers import decode
+from fdbroker.scan.engine import EngineError
+from fdbroker.scan.engines.hashes import Hashes, HashesOptions
+from fdbroker.scan.examine import examine
+from fdbroker.scan.plugins import Configured, configure, to_json
+from fdbroker.scan.verdict import Answer, Clean, Error, Infected, Reason
+from fdbroker.scan.worker import REQUEST, load, serve
+from tests.scan.descriptors import EICAR, EICAR_NAME, make_and_open, open_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from fdbroker.scan.verdict import Verdict
 
 CHUNK = 128 * 1024
 
@@ -33,43 +40,61 @@ def opened(tmp_path: Path) -> Iterator[Callable[[bytes], int]]:
         os.close(descriptor)
 
 
+@pytest.fixture(scope="module")
+def engine() -> Hashes:
+    made = Hashes(HashesOptions())
+    made.warm()
+    return made
+
+
+def verdict_of(engine: Hashes, descriptor: int, size: int) -> Verdict:
+    [answer] = examine([engine], descriptor, size, None)
+    assert answer.engine == "hashes"
+    return answer.verdict
+
+
+def reason_of(engine: Hashes, descriptor: int, size: int) -> Reason | None:
+    verdict = verdict_of(engine, descriptor, size)
+    return verdict.reason if isinstance(verdict, Error) else None
+
+
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
-def test_whole_file_is_read(size: int, opened: Callable[[bytes], int]) -> None:
-    assert examine(opened(b"x" * size), size, load()) == (Code.CLEAN, 0, size)
+def test_whole_file_is_read(size: int, engine: Hashes, opened: Callable[[bytes], int]) -> None:
+    assert verdict_of(engine, opened(b"x" * size), size) == Clean()
 
 
-def test_known_file_is_found_wherever_the_offset_is(opened: Callable[[bytes], int]) -> None:
+def test_known_file_is_found_wherever_the_offset_is(engine: Hashes, opened: Callable[[bytes], int]) -> None:
     descriptor = opened(EICAR)
     os.lseek(descriptor, 5, os.SEEK_SET)
-    assert examine(descriptor, len(EICAR), load()) == (Code.INFECTED, 0, len(EICAR))
+    assert verdict_of(engine, descriptor, len(EICAR)) == Infected(EICAR_NAME)
 
 
 @pytest.mark.parametrize("expected", [0, 67, 69])
 def test_file_of_another_size_than_expected_has_changed(
-    expected: int, opened: Callable[[bytes], int]
+    expected: int, engine: Hashes, opened: Callable[[bytes], int]
 ) -> None:
-    assert examine(opened(EICAR), expected, load()) == (Code.CHANGED, 0, 0)
+    assert reason_of(engine, opened(EICAR), expected) is Reason.CHANGED
 
 
 def test_file_that_ends_early_is_a_short_read(
-    opened: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
+    engine: Hashes, opened: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     descriptor = opened(b"x" * 10)
     reads = iter([b"x" * 4, b""])
     monkeypatch.setattr(os, "pread", lambda _fd, _length, _offset: next(reads))
-    assert examine(descriptor, 10, load()) == (Code.SHORT_READ, 0, 4)
+    assert verdict_of(engine, descriptor, 10) == Error(Reason.SHORT_READ, "only 4 of 10 bytes could be read")
 
 
 def test_file_that_grows_is_not_read_for_ever(
-    opened: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
+    engine: Hashes, opened: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     descriptor = opened(b"x" * 10)
     monkeypatch.setattr(os, "pread", lambda _fd, length, _offset: b"x" * length)
-    assert examine(descriptor, 10, load()) == (Code.CHANGED, 0, 11)
+    assert reason_of(engine, descriptor, 10) is Reason.CHANGED
 
 
 def test_file_that_is_rewritten_meanwhile_has_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Hashes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "file"
     descriptor = make_and_open(path, b"x" * 10)
@@ -81,21 +106,48 @@ def test_file_that_is_rewritten_meanwhile_has_changed(
         return chunk
 
     monkeypatch.setattr(os, "pread", read_then_rewrite)
-    assert examine(descriptor, 10, load()) == (Code.CHANGED, 0, 10)
+    assert reason_of(engine, descriptor, 10) is Reason.CHANGED
     os.close(descriptor)
 
 
-def test_failed_read_gives_its_errno(opened: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch) -> None:
-    descriptor = opened(b"x" * 10)
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        (OSError(errno.EIO, "test"), Reason.READ_FAILED),
+        (MemoryError(), Reason.MEMORY),
+        (ZeroDivisionError("test"), Reason.ENGINE_FAILED),
+    ],
+)
+def test_whatever_an_engine_raises_is_an_error_and_the_next_one_is_asked(
+    raised: Exception,
+    reason: Reason,
+    engine: Hashes,
+    opened: Callable[[bytes], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_descriptor: int, _size: int, _scratch: bytes | None) -> Verdict:
+        raise raised
 
-    def fail(_fd: int, _length: int, _offset: int) -> bytes:
-        raise OSError(errno.EIO, "test")
+    failing = Hashes(HashesOptions())
+    monkeypatch.setattr(failing, "scan", fail)
+    first, second = examine([failing, engine], opened(b"x"), 1, None)
+    assert isinstance(first.verdict, Error)
+    assert first.verdict.reason is reason
+    assert second.verdict == Clean()
 
-    monkeypatch.setattr(os, "pread", fail)
-    assert examine(descriptor, 10, load()) == (Code.READ_FAILED, errno.EIO, 0)
+
+@pytest.mark.parametrize("answer", [None, "clean", True, 0, Clean, Reason.MEMORY])
+def test_what_is_no_verdict_is_an_error(
+    answer: object, engine: Hashes, opened: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lying = Hashes(HashesOptions())
+    monkeypatch.setattr(lying, "scan", lambda _descriptor, _size, _scratch: answer)
+    assert reason_of(lying, opened(b"x"), 1) is Reason.UNKNOWN_ANSWER
 
 
-def test_requests_are_answered_in_order_until_the_other_end_closes(opened: Callable[[bytes], int]) -> None:
+def test_requests_are_answered_in_order_until_the_other_end_closes(
+    engine: Hashes, opened: Callable[[bytes], int]
+) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     clean, infected = opened(b"fine"), opened(EICAR)
     before = open_descriptors()
@@ -104,21 +156,39 @@ def test_requests_are_answered_in_order_until_the_other_end_closes(opened: Calla
         two = REQUEST.pack(2**64 - 1, len(EICAR)) + REQUEST.pack(8, 4)
         sockets.send(ours, two, [infected, clean])
         ours.shutdown(socket.SHUT_WR)
-        serve(theirs, load())
-        assert ANSWER.unpack(ours.recv(100)) == (7, Code.CLEAN, 0, 4)
-        assert ANSWER.unpack(ours.recv(100)) == (2**64 - 1, Code.INFECTED, 0, len(EICAR))
-        assert ANSWER.unpack(ours.recv(100)) == (8, Code.CLEAN, 0, 4)
+        serve(theirs, [engine], None)
+        answers = [decode(ours.recv(1000), ["hashes"]) for _ in range(3)]
         assert open_descriptors() == before
+    assert answers == [
+        (7, 4, [Answer("hashes", Clean())]),
+        (2**64 - 1, len(EICAR), [Answer("hashes", Infected(EICAR_NAME))]),
+        (8, 4, [Answer("hashes", Clean())]),
+    ]
 
 
 @pytest.mark.parametrize(
     ("length", "count"), [(1, 1), (15, 1), (17, 1), (16, 0), (16, 2), (32, 1), (100, 1), (17 * 16, 17)]
 )
-def test_what_is_no_request_ends_the_worker(length: int, count: int, opened: Callable[[bytes], int]) -> None:
+def test_what_is_no_request_ends_the_worker(
+    length: int, count: int, engine: Hashes, opened: Callable[[bytes], int]
+) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         sockets.send(ours, b"\0" * length, [opened(b"")] * count)
         before = open_descriptors()
         with pytest.raises(ValueError, match="not a request"):
-            serve(theirs, load())
+            serve(theirs, [engine], None)
         assert open_descriptors() == before
+
+
+def test_engines_are_loaded_as_they_were_configured(tmp_path: Path) -> None:
+    added = tmp_path / "list"
+    added.write_text("0" * 64 + " Zeros\n")
+    [made] = load(to_json([configure("hashes", {"lists": [str(added)]})]))
+    assert made.version() == "hashes 1, 4 digests"
+
+
+def test_engine_that_runs_elsewhere_is_not_loaded_in_a_worker() -> None:
+    command = Configured("command", "fdbroker.scan.engines.command:Command", {"argv": ["/bin/true"]})
+    with pytest.raises(EngineError, match="does not run in a worker"):
+        load(to_json([command]))

@@ -19,7 +19,9 @@ from fdbroker.cli.progress import Ahead, ScanProgress
 from fdbroker.cli.scan_output import HumanOutput, JsonOutput, Output, Totals
 from fdbroker.config.names import id_of_number, is_number, printable
 from fdbroker.sandbox import SandboxError
-from fdbroker.scan import hashes
+from fdbroker.scan.engine import EngineError
+from fdbroker.scan.engines import hashes
+from fdbroker.scan.plugins import configure
 from fdbroker.scan.run import Scanned, scan
 from fdbroker.scan.supervisor import DEFAULT_TIMEOUT, Supervisor
 from fdbroker.scan.tree import walk
@@ -57,7 +59,9 @@ WORKER_USER = "fdbroker-worker"
     metavar="USER",
     help=f"Who reads the files if root starts the scan: a user's name or number.  [default: {WORKER_USER}]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Write one JSON object per line (see docs/scan.md).")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Write one JSON object per line (see docs/scanning.md)."
+)
 @click.option(
     "-v",
     "--verbose",
@@ -98,10 +102,13 @@ def command(
     # Lines for each file would push a bar about, and JSON is to be read by programs, also on a terminal.
     show_progress = not verbose and not (as_json and sys.stdout.isatty())
     try:
-        known = hashes.load(os.fsencode(path) for path in lists)
-    except hashes.HashListError as error:
+        # Here too, so that what is wrong with a list is told as that, and before a worker is started.
+        files = [absolute(path) for path in lists]
+        hashes.load(files)
+        engine = configure("hashes", {"lists": [os.fsdecode(path) for path in files]})
+    except EngineError as error:
         raise Failure(printable(str(error))) from error
-    with Supervisor(known, ids=ids, timeout=timeout) as supervisor:
+    with Supervisor([engine], ids=ids, timeout=timeout) as supervisor:
         try:
             report = supervisor.start()
         except (SandboxError, OSError) as error:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.client import BrokerError, DirectoryError
 from fdbroker.scan.tree import File, Found, NotAFile, Unlisted, walk
-from fdbroker.scan.verdict import Error, Verdict
+from fdbroker.scan.verdict import Answer, Error, Reason, Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,13 +22,14 @@ DEFAULT_BATCH = 64
 class Scanned(NamedTuple):
     """A path with its verdict. `size` in bytes, None if it could not be opened.
 
-    `directory`: it is a directory that could not be listed.
+    `directory`: it is a directory that could not be listed. `answers`: of each engine.
     """
 
     path: bytes
     verdict: Verdict
     size: int | None = None
     directory: bool = False
+    answers: tuple[Answer, ...] = ()
 
 
 class Skipped(NamedTuple):
@@ -88,8 +89,10 @@ def scan(
 
 def error_of(error: BrokerError) -> Error:
     """Return the verdict on what the broker did not give: its reason, as docs/protocol.md names it."""
-    name = error.reason.name.lower() if error.reason else type(error).__name__.removesuffix("Error").lower()
-    return Error(name, error.strerror or str(error))
+    text = error.strerror or str(error)
+    if not error.reason:
+        return Error(Reason.BROKER_GONE, text)
+    return Error(Reason(error.reason.name.lower()), text)
 
 
 def _opened(file: File, result: OpenedFile, supervisor: Supervisor) -> Iterator[Scanned]:
@@ -103,7 +106,7 @@ def _opened(file: File, result: OpenedFile, supervisor: Supervisor) -> Iterator[
 
 
 def _scanned(done: Done) -> Scanned:
-    return Scanned(done.path, done.verdict, done.size)
+    return Scanned(done.path, done.verdict, done.size, answers=done.answers)
 
 
 def _unlisted(path: bytes, error: BrokerError) -> Scanned:

@@ -1,8 +1,8 @@
 """Keeps a confined worker busy, and believes it as little as possible.
 
-The worker's bytes are hostile: an answer has one exact length, belongs to the
-file that is oldest under way, has a known code with a detail that fits, and says
-that all bytes were read; names come from this side's own list. Whatever else
+The worker's bytes are hostile: an answer belongs to the file that is oldest under
+way, has a verdict of each engine, to the byte, and says that the file had all its
+bytes; text in it is held to what can be shown. Whatever else
 happens (a dead worker, one that is late, one that can't be started) is an error
 of the file that it happened to. The other files under way go to a new worker:
 their descriptors are still held here.
@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import select
-import stat
+import signal
 import time
 from collections import deque
 from itertools import islice
@@ -25,47 +24,63 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
-from fdbroker.sandbox import Confinement, Limits, SandboxError, Worker, Zygote, ZygoteError
-from fdbroker.scan import verdict as reasons
+from fdbroker.sandbox import Confinement, Ended, Limits, Profile, SandboxError, Worker, Zygote, ZygoteError
 from fdbroker.scan import worker
-from fdbroker.scan.verdict import Clean, Error, Infected, Verdict
-from fdbroker.scan.worker import ANSWER, MOST_REQUESTS, REQUEST, Code
+from fdbroker.scan.answers import LONGEST_ANSWER, MOST_ENGINES, AnswerError, decode
+from fdbroker.scan.contract import admit, confirm
+from fdbroker.scan.engine import EngineError, Inside, combined
+from fdbroker.scan.plugins import make, to_json
+from fdbroker.scan.stamps import Databases
+from fdbroker.scan.verdict import Answer, Error, Reason, Verdict, worst
+from fdbroker.scan.worker import MOST_REQUESTS, REQUEST
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
     from typing import Self
 
     from fdbroker.sandbox.report import LayerReport
-    from fdbroker.scan.hashes import HashList
+    from fdbroker.scan.plugins import Configured
+    from fdbroker.scan.stamps import Stamp
 
 DEFAULT_TIMEOUT = 300.0
 DEFAULT_WINDOW = 64
 
 # A worker is replaced when it is this old, so that an honest one never meets its limit of CPU time.
 _SECONDS_OF_A_WORKER = 600.0
-_LAST_ERRNO = 4095
+# The whole database of ClamAV takes half a minute, from a slow disk more.
+_SECONDS_TO_LOAD = 300.0
 # A worker that closed its channel is about to end.
 _GRACE = 1.0
+_REASONS: dict[int, Reason] = {
+    signal.SIGSYS: Reason.FORBIDDEN_CALL,
+    signal.SIGKILL: Reason.KILLED,
+    signal.SIGXCPU: Reason.KILLED,
+}
+# After these nobody knows what state the engine is in.
+_SPOILING = frozenset({Reason.MEMORY, Reason.ENGINE_FAILED, Reason.SCRATCH_FULL, Reason.UNKNOWN_ANSWER})
 # The kernel's "not now": the socket is full, or too many descriptors of this user are under way.
 _FULL = frozenset({errno.EAGAIN, errno.ETOOMANYREFS})
 
 
 class Done(NamedTuple):
-    """A file with its verdict; `size` as it was when the file was handed in."""
+    """A file with its verdict; `size` as it was when the file was handed in.
+
+    `answers`: of each engine; empty if none had the file.
+    """
 
     path: bytes
     size: int
     verdict: Verdict
+    answers: tuple[Answer, ...] = ()
 
 
 class _Job(NamedTuple):
     number: int
     path: bytes
     file: Descriptors  # of one
-    size: int
-    stamp: tuple[int, int]
+    before: Stamp
 
 
 class Supervisor:
@@ -74,31 +89,55 @@ class Supervisor:
     As a context manager it ends the worker and closes what is under way.
 
     Args:
-        known: what is known to be bad.
+        engines: whose verdicts are wanted, all of kind `Inside`; 1 to 8.
         ids: uid and gid of the worker; needed as root, impossible otherwise.
         timeout: seconds for one file.
         window: most files under way to the worker.
         spawn: gives workers; by default they come from a zygote that is started with the first one.
 
+    Raises:
+        EngineError: an engine can't be had as it is configured, or does not run in a worker.
+
     """
 
     def __init__(
         self,
-        known: HashList,
+        engines: Sequence[Configured],
         *,
         ids: tuple[int, int] | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         window: int = DEFAULT_WINDOW,
         spawn: Callable[[], Worker] | None = None,
     ) -> None:
-        self._known = known
+        made = [make(one) for one in engines]
+        if not 1 <= len(made) <= MOST_ENGINES:
+            raise EngineError(f"1 to {MOST_ENGINES} engines are needed, not {len(made)}")
+        for one in made:
+            if not isinstance(one, Inside):
+                raise EngineError(f"engine {one.name}: it does not run in a worker")
+        needs = combined(one.needs() for one in made if isinstance(one, Inside))
+        self._engines = tuple(engines)
+        self._made = made
+        self._databases: Databases | None = None
+        self._names = [one.name for one in engines]
         self._timeout = timeout
         self._window = window
         self._group = max(1, min(MOST_REQUESTS, window // 4))
         cpu_seconds = int(_SECONDS_OF_A_WORKER + timeout) + 10
-        limits = Limits(MOST_REQUESTS + worker.DESCRIPTORS, cpu_seconds=cpu_seconds)
+        limits = Limits(
+            MOST_REQUESTS + worker.DESCRIPTORS + needs.descriptors,
+            extra_memory=needs.memory,
+            cpu_seconds=cpu_seconds,
+            # A file that can't grow is a part that is not looked at, and not every engine says so.
+            file_size=needs.scratch_size,
+        )
         self._confinement = Confinement(
-            limits=limits, uids=() if ids is None else ids[:1], gid=None if ids is None else ids[1]
+            profile=Profile(needs.profile),
+            jit=needs.jit,
+            limits=limits,
+            scratch_size=max(1, needs.scratch_size),
+            uids=() if ids is None else ids[:1],
+            gid=None if ids is None else ids[1],
         )
         self._zygote: Zygote | None = None
         self._spawn = spawn or self._spawn_from_zygote
@@ -138,10 +177,43 @@ class Supervisor:
         self.workers_started += 1
         return self._worker.report
 
+    def outdated(self) -> bool:
+        """Return whether the databases of the engines changed since they were loaded."""
+        return self._databases is not None and self._databases.changed()
+
+    def renew(self) -> None:
+        """Load the engines anew, from the databases as they are now, and go on with workers that have them.
+
+        The worker goes on meanwhile. Files that are under way when it is done are scanned by a new one; none
+        is missed, and none answered twice.
+
+        Raises:
+            SandboxError: they can't be loaded. All goes on with what was loaded before.
+            OSError: no process or descriptors to be had; likewise.
+
+        """
+        zygote, databases = self._load()
+        outgoing, self._zygote, self._databases = self._zygote, zygote, databases
+        self._replace()
+        if outgoing is not None:
+            outgoing.close()
+
+    def _load(self) -> tuple[Zygote, Databases]:
+        # First the look, so that what changes while it is loaded counts as changed.
+        databases = Databases(self._made)
+        arguments = {"engines": to_json(self._engines)}
+        zygote = Zygote(
+            worker.load,
+            worker.work,
+            arguments,
+            confinement=self._confinement,
+            timeout=_SECONDS_TO_LOAD,
+        )
+        return zygote, databases
+
     def _spawn_from_zygote(self) -> Worker:
         if self._zygote is None:
-            arguments = {"digests": self._known.digests().hex()}
-            self._zygote = Zygote(worker.load, worker.work, arguments, confinement=self._confinement)
+            self._zygote, self._databases = self._load()
         try:
             return self._zygote.spawn()
         except ZygoteError:
@@ -179,16 +251,12 @@ class Supervisor:
         self._unsent.clear()
 
     def _job(self, path: bytes, file: Descriptors) -> _Job | Done:
-        try:
-            facts = os.fstat(file.numbers()[0])
-        except OSError as error:
+        before = admit(file.numbers()[0])
+        if isinstance(before, Error):
             file.close()
-            return Done(path, 0, Error(reasons.READ_FAILED, f"fstat: {error.strerror}"))
-        if not stat.S_ISREG(facts.st_mode):
-            file.close()
-            return Done(path, 0, Error(reasons.NOT_REGULAR, "what was handed in is no regular file"))
+            return Done(path, 0, before)
         self._number += 1
-        return _Job(self._number, path, file, facts.st_size, (facts.st_mtime_ns, facts.st_ctime_ns))
+        return _Job(self._number, path, file, before)
 
     def _go_on(self) -> Iterator[Done]:
         """Keep the worker busy with few messages; where the window is full, make room for a message."""
@@ -210,14 +278,14 @@ class Supervisor:
             process = self._worker
             if process is None or not self._sent:
                 raise RuntimeError("nothing is under way")
-            verdict = self._receive(process, self._sent[0])
-            if verdict is not None:
-                return self._done(verdict)
+            result = self._receive(process, self._sent[0])
+            if result is not None:
+                return self._done(result)
             left = self._oldest_since + self._timeout - time.monotonic()
             if not _poll(process.channel, max(0.0, left)):
                 self._replace()
                 text = f"the worker did not answer within {self._timeout:g} s"
-                return self._done(Error(reasons.TIMEOUT, text))
+                return self._done(Error(Reason.TIMED_OUT, text))
 
     def _send(self) -> Done | None:
         """Send as many files as fit. Return the oldest one, failed, if there is no way to send it."""
@@ -226,7 +294,7 @@ class Supervisor:
                 try:
                     self.start()
                 except (SandboxError, OSError) as error:
-                    return self._done(Error(reasons.NO_WORKER, f"no worker could be started: {error}"))
+                    return self._done(Error(Reason.NOT_LOADED, f"no worker could be started: {error}"))
             jobs = [*islice(self._unsent, min(self._group, self._window - len(self._sent)))]
             try:
                 self._send_one_message(jobs)
@@ -236,11 +304,11 @@ class Supervisor:
                     return None
                 if error.errno in _FULL:
                     text = f"the worker could not be given the file: {error.strerror}"
-                    return self._done(Error(reasons.NO_WORKER, text))
-                how = "" if self._worker is None else str(self._worker.stop(grace=_GRACE))
+                    return self._done(Error(Reason.NOT_LOADED, text))
+                ended = Ended(None, None, "") if self._worker is None else self._worker.stop(grace=_GRACE)
                 self._replace()
-                text = f"the worker took no file ({error.strerror}): {how}"
-                return self._done(Error(reasons.WORKER_DIED, text))
+                text = f"the worker took no file ({error.strerror}): {ended}"
+                return self._done(Error(_reason_of(ended), text))
             if not self._sent:
                 self._oldest_since = time.monotonic()
             for _ in jobs:
@@ -249,7 +317,7 @@ class Supervisor:
 
     def _send_one_message(self, jobs: list[_Job]) -> None:
         if self._worker is not None:
-            requests = b"".join(REQUEST.pack(job.number, job.size) for job in jobs)
+            requests = b"".join(REQUEST.pack(job.number, job.before.size) for job in jobs)
             descriptors = [number for job in jobs for number in job.file.numbers()]
             sockets.send(self._worker.channel, requests, descriptors, wait=False)
 
@@ -261,10 +329,10 @@ class Supervisor:
         self._unsent.extendleft(reversed(self._sent))
         self._sent.clear()
 
-    def _receive(self, process: Worker, job: _Job) -> Verdict | None:
+    def _receive(self, process: Worker, job: _Job) -> list[Answer] | Error | None:
         """Read one message of the worker; None: there was none after all."""
         try:
-            message = sockets.receive(process.channel, ANSWER.size + 1)
+            message = sockets.receive(process.channel, LONGEST_ANSWER + 1)
         except BlockingIOError:
             return None
         except ConnectionResetError:
@@ -272,55 +340,55 @@ class Supervisor:
             return None
         except OSError as error:
             self._replace()
-            return Error(reasons.WORKER_PROTOCOL, f"the worker's answer could not be received: {error}")
+            return Error(Reason.UNKNOWN_ANSWER, f"the worker's answer could not be received: {error}")
         with message.descriptors as sent_along:
             if not message.data and not sent_along:
-                how = process.stop(grace=_GRACE)
+                ended = process.stop(grace=_GRACE)
                 self._replace()
-                return Error(reasons.WORKER_DIED, f"the worker ended while it had this file: {how}")
-            verdict = self._judge(message.data, job) if not sent_along else None
-        if verdict is None:
+                return Error(_reason_of(ended), f"the worker ended while it had this file: {ended}")
+            answers = None if sent_along else self._judge(message.data, job)
+        if answers is None:
             self._replace()
-            return Error(reasons.WORKER_PROTOCOL, "the worker's answer is none")
-        return verdict
+            return Error(Reason.UNKNOWN_ANSWER, "the worker's answer is none")
+        if any(isinstance(verdict, Error) and verdict.reason in _SPOILING for _, verdict in answers):
+            # What an engine did not survive unharmed must not scan on. The files behind it are scanned again.
+            self._replace_after(job)
+        return answers
 
-    def _judge(self, data: bytes, job: _Job) -> Verdict | None:
-        """Return the verdict of an answer, None if it is no answer to this file."""
-        if len(data) != ANSWER.size:
-            return None
-        number, code, detail, read = ANSWER.unpack(data)
-        if number != job.number:
-            return None
-        if code == Code.INFECTED and detail < len(self._known) and read == job.size:
-            return Infected(self._known.name(detail))
-        if code == Code.CLEAN and detail == 0 and read == job.size:
-            return self._clean_if_unchanged(job)
-        if code == Code.READ_FAILED and 0 < detail <= _LAST_ERRNO:
-            return Error(reasons.READ_FAILED, f"reading failed: {os.strerror(detail)}")
-        if code == Code.SHORT_READ and detail == 0 and read < job.size:
-            return Error(reasons.SHORT_READ, f"only {read} of {job.size} bytes could be read")
-        if code == Code.CHANGED and detail == 0:
-            return Error(reasons.CHANGED, "the file changed while it was read")
-        return None
-
-    def _clean_if_unchanged(self, job: _Job) -> Verdict:
+    def _judge(self, data: bytes, job: _Job) -> list[Answer] | None:
+        """Return the verdicts of an answer, None if it is no answer to this file."""
         try:
-            facts = os.fstat(job.file.numbers()[0])
-        except OSError as error:
-            return Error(reasons.READ_FAILED, f"fstat: {error.strerror}")
-        if facts.st_size != job.size or (facts.st_mtime_ns, facts.st_ctime_ns) != job.stamp:
-            return Error(reasons.CHANGED, "the file changed while it was read")
-        return Clean()
+            number, size, answers = decode(data, self._names)
+        except AnswerError:
+            return None
+        if number != job.number or size != job.before.size:
+            return None
+        descriptor = job.file.numbers()[0]
+        return [Answer(name, confirm(verdict, descriptor, job.before)) for name, verdict in answers]
 
-    def _done(self, verdict: Verdict) -> Done:
-        """Take the oldest file out, with this verdict; the time of the next one begins."""
+    def _replace_after(self, job: _Job) -> None:
+        """End the worker; it is done with this file, and keeps the place of the oldest."""
+        self._replace()
+        self._unsent.remove(job)
+        self._sent.append(job)
+
+    def _done(self, result: list[Answer] | Error) -> Done:
+        """Take the oldest file out, with this result; the time of the next one begins."""
         job = self._sent.popleft() if self._sent else self._unsent.popleft()
         job.file.close()
         now = time.monotonic()
         self._oldest_since = now
         if self._worker is not None and now >= self._retire_at:
             self._replace()
-        return Done(job.path, job.size, verdict)
+        if isinstance(result, Error):
+            return Done(job.path, job.before.size, result)
+        return Done(job.path, job.before.size, worst(result), tuple(result))
+
+
+def _reason_of(ended: Ended) -> Reason:
+    if ended.signal_number is None:
+        return Reason.CRASHED
+    return _REASONS.get(ended.signal_number, Reason.CRASHED)
 
 
 def _poll(channel: socket.socket, seconds: float) -> bool:

@@ -1,0 +1,110 @@
+"""What a worker answers for a file, as bytes; read as what they are, hostile.
+
+An answer is a head (the number of the file, the bytes it had, how many engines
+answer), and for each engine, in the order in which both sides know them, a kind, a
+reason, and text: names with a NUL between them, or a sentence. All little-endian,
+exact to the byte.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.scan.verdict import MOST_NAMES, Answer, Clean, Error, Infected, Reason, Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MOST_ENGINES = 8
+
+_HEAD = struct.Struct("<QQB")
+_ENGINE = struct.Struct("<BBH")  # kind, reason, bytes of text
+_CLEAN, _INFECTED, _ERROR = 1, 2, 3
+_REASONS = tuple(Reason)
+_NUMBERS = {reason: number for number, reason in enumerate(_REASONS)}
+# Of one engine. The longest name, or sentence, has a quarter of it; names beyond it are left out.
+_MOST_TEXT = 4096
+LONGEST_ANSWER = _HEAD.size + MOST_ENGINES * (_ENGINE.size + _MOST_TEXT)
+
+
+class AnswerError(ValueError):
+    """The bytes are no answer."""
+
+
+class FileAnswer(NamedTuple):
+    """An answer. `size`: the bytes that the worker was told of and found the file to have."""
+
+    number: int
+    size: int
+    answers: list[Answer]
+
+
+def encode(number: int, size: int, answers: Sequence[Answer]) -> bytes:
+    """Return the answer as bytes."""
+    return _HEAD.pack(number, size, len(answers)) + b"".join(_encode_verdict(one.verdict) for one in answers)
+
+
+def _encode_verdict(verdict: Verdict) -> bytes:
+    if isinstance(verdict, Clean):
+        return _ENGINE.pack(_CLEAN, 0, 0)
+    if isinstance(verdict, Infected):
+        text = _text(verdict.name)
+        for name in verdict.more:
+            longer = text + b"\0" + _text(name)
+            if len(longer) <= _MOST_TEXT:
+                text = longer
+        return _ENGINE.pack(_INFECTED, 0, len(text)) + text
+    text = _text(verdict.text)
+    return _ENGINE.pack(_ERROR, _NUMBERS[verdict.reason], len(text)) + text
+
+
+def _text(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
+def decode(data: bytes, engines: Sequence[str]) -> FileAnswer:
+    """Return the answer of a worker that has these engines.
+
+    Raises:
+        AnswerError: it is none.
+
+    """
+    if len(data) < _HEAD.size:
+        raise AnswerError(f"{len(data)} bytes are no answer")
+    number, size, count = _HEAD.unpack_from(data)
+    if count != len(engines):
+        raise AnswerError(f"{count} engines answer, not {len(engines)}")
+    at = _HEAD.size
+    answers = []
+    for engine in engines:
+        if len(data) < at + _ENGINE.size:
+            raise AnswerError("it ends too early")
+        kind, reason, length = _ENGINE.unpack_from(data, at)
+        at += _ENGINE.size
+        text = data[at : at + length]
+        at += length
+        if len(text) != length or length > _MOST_TEXT:
+            raise AnswerError("a text that ends too early, or is too long")
+        answers.append(Answer(engine, _decode_verdict(kind, reason, text)))
+    if at != len(data):
+        raise AnswerError(f"{len(data) - at} bytes behind it")
+    return FileAnswer(number, size, answers)
+
+
+def _decode_verdict(kind: int, reason: int, data: bytes) -> Verdict:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise AnswerError("a text that is not UTF-8") from error
+    if kind == _CLEAN and not reason and not data:
+        return Clean()
+    if kind == _INFECTED and not reason:
+        first, *more = text.split("\0", MOST_NAMES)
+        try:
+            return Infected(first, tuple(more))
+        except ValueError as error:
+            raise AnswerError(str(error)) from error
+    if kind == _ERROR and reason < len(_REASONS):
+        return Error(_REASONS[reason], text)
+    raise AnswerError(f"kind {kind} with reason {reason} and {len(data)} bytes")

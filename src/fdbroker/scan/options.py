@@ -1,0 +1,132 @@
+"""Options of an engine, from values of JSON to its dataclass; nothing is guessed and nothing is left over."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Annotated, Any, TypeVar
+
+from fdbroker.config.errors import did_you_mean
+from fdbroker.config.scalars import ScalarError, parse_duration, parse_size
+
+_Options = TypeVar("_Options")
+
+
+class Size:
+    """Marks an `int` of bytes, which may be written as `100MiB`."""
+
+
+class Duration:
+    """Marks a `float` of seconds, which may be written as `30s`, `5min` or `2h`."""
+
+
+Bytes = Annotated[int, Size]
+Seconds = Annotated[float, Duration]
+
+
+class OptionsError(ValueError):
+    """An option is unknown, missing or ill-typed; the text names it and the cure."""
+
+
+def read_options(kind: type[_Options], values: object, *, where: str) -> _Options:
+    """Return an instance of the dataclass `kind` from a mapping of option names to values.
+
+    Fields may be `bool`, `int`, `float`, `str`, `bytes` (a path, given as text), `Bytes`, `Seconds`,
+    `Literal`, tuples of any length of these, and a union with None. The dataclass may refuse more by raising
+    ValueError in `__post_init__`.
+
+    Args:
+        kind: a dataclass.
+        values: what was configured; None is a configuration without options.
+        where: what the options are for, as an error names it: `engine libclamav`.
+
+    Raises:
+        OptionsError: the first thing that is wrong.
+
+    """
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise OptionsError(f"{where}: options are names with values, not {_called(values)}")
+    hints = typing.get_type_hints(kind, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(typing.cast("Any", kind))}
+    for name in values:
+        if name not in fields:
+            known = ", ".join(fields) or "none"
+            cure = did_you_mean(str(name), fields, f"the options are: {known}")
+            raise OptionsError(f"{where}: there is no option {name!a}; {cure}")
+    read = {name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items()}
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in read:
+            raise OptionsError(f"{where}: the option {name} must be given")
+    try:
+        return kind(**read)
+    except ValueError as error:
+        raise OptionsError(f"{where}: {error}") from error
+
+
+def _value(hint: Any, value: object, where: str) -> object:  # noqa: ANN401 - any annotation
+    marks: tuple[Any, ...] = ()
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        hint, *rest = typing.get_args(hint)
+        marks = tuple(rest)
+        origin = typing.get_origin(hint)
+    if origin in {typing.Union, types.UnionType}:
+        inner = [one for one in typing.get_args(hint) if one is not type(None)]
+        return None if value is None else _value(inner[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise OptionsError(f"{where}: a list is wanted, not {_called(value)}")
+        item = typing.get_args(hint)[0]
+        return tuple(_value(item, one, f"{where}[{index}]") for index, one in enumerate(value))
+    if origin is typing.Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            shown = ", ".join(str(one) for one in choices)
+            raise OptionsError(f"{where}: {value!a} is none of: {shown}")
+        return value
+    return _scalar(hint, marks, value, where)
+
+
+def _scalar(hint: Any, marks: tuple[Any, ...], value: object, where: str) -> object:  # noqa: ANN401 - any annotation
+    try:
+        if Size in marks and isinstance(value, str):
+            value = parse_size(value)
+        if Duration in marks and isinstance(value, str):
+            value = parse_duration(value)
+    except ScalarError as error:
+        raise OptionsError(f"{where}: {error}") from error
+    if hint is bytes and isinstance(value, str):
+        if not value.startswith("/") or "\0" in value:
+            raise OptionsError(f"{where}: {value!a} is not an absolute path")
+        return value.encode("utf-8", "surrogateescape")
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        raise OptionsError(f"{where}: {_WANTED[hint]} is wanted, not {_called(value)}")
+    if hint in {int, float} and typing.cast("float", value) < 0:
+        raise OptionsError(f"{where}: {value} is negative")
+    return value
+
+
+_WANTED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bytes: "an absolute path",
+}
+
+
+def _called(value: object) -> str:
+    names = {
+        dict: "names with values",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        type(None): "nothing",
+    }
+    return names.get(type(value), f"a value of type {type(value).__name__}")

@@ -1,0 +1,120 @@
+"""Workers that do not do what they should, found by their names in the zygote."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from typing import TYPE_CHECKING
+
+from fdbroker.kernel import sockets
+from fdbroker.scan.answers import encode
+from fdbroker.scan.verdict import Answer, Clean, Error, Infected, Reason, Verdict
+from fdbroker.scan.worker import REQUEST
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+_libc = ctypes.CDLL(None)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+
+SHORT = Error(Reason.SHORT_READ, "only 3 of 11 bytes could be read")
+FOUND = Infected("Bad", ("Worse",))
+
+
+def load(mode: str, engine: str = "hashes") -> tuple[str, str]:
+    return mode, engine
+
+
+def clean(number: int, size: int) -> bytes:
+    return encode(number, size, [Answer("hashes", Clean())])
+
+
+def _answer_of(verdict: Verdict) -> Callable[[int, int], bytes]:
+    return lambda number, size: encode(number, size, [Answer("hashes", verdict)])
+
+
+GARBAGE: dict[str, Callable[[int, int], bytes]] = {
+    "too short": lambda number, size: clean(number, size)[:-1],
+    "too long": lambda number, size: clean(number, size) + b"\0",
+    "far too long": lambda number, size: b"\0" * 60_000,
+    "text": lambda number, size: b"clean",
+    "of no file": lambda number, size: clean(number + 1000, size),
+    "of a later file": lambda number, size: clean(number + 1, size),
+    "of no engine": lambda number, size: encode(number, size, []),
+    "of two engines": lambda number, size: encode(number, size, [Answer("hashes", Clean())] * 2),
+    "clean after half of it": lambda number, size: clean(number, size // 2),
+    "clean after more than it": lambda number, size: clean(number, size + 1),
+    "infected after half of it": lambda number, size: encode(number, size // 2, [Answer("hashes", FOUND)]),
+    "of an unknown kind": lambda number, size: clean(number, size)[:-4] + b"\4\0\0\0",
+    "of kind 0": lambda number, size: clean(number, size)[:-4] + b"\0\0\0\0",
+    "clean with a reason": lambda number, size: clean(number, size)[:-4] + b"\1\1\0\0",
+    "clean with a text": lambda number, size: clean(number, size)[:-4] + b"\1\0\1\0x",
+    "infected without a name": lambda number, size: clean(number, size)[:-4] + b"\2\0\0\0",
+    "infected with a name that plays with terminals": lambda number, size: (
+        clean(number, size)[:-4] + b"\2\0\2\0\x1bX"
+    ),
+    "infected with an empty second name": lambda number, size: clean(number, size)[:-4] + b"\2\0\2\0x\0",
+    "an error of an unknown reason": lambda number, size: clean(number, size)[:-4] + b"\3\xff\0\0",
+    "a text that is not UTF-8": lambda number, size: clean(number, size)[:-4] + b"\3\0\1\0\xff",
+}
+ANSWERS = {"short": _answer_of(SHORT), "found": _answer_of(FOUND), "clean": clean, **GARBAGE}
+
+
+def take(channel: socket.socket) -> list[tuple[int, int]]:
+    """Take a message: return number and size of its requests."""
+    with (message := sockets.receive(channel, 1024)).descriptors:
+        return list(REQUEST.iter_unpack(message.data))
+
+
+def answer_once(state: tuple[str, str], channel: socket.socket, _scratch: bytes | None) -> None:
+    """Answer the first file, and take what else comes."""
+    [(number, size), *_] = take(channel)
+    sockets.send(channel, ANSWERS[state[0]](number, size))
+    take(channel)
+    take(channel)
+
+
+def map_and_read(_state: tuple[str, str], channel: socket.socket, _scratch: bytes | None) -> None:
+    """Be an engine that maps the file, and reads its end again and again."""
+    with sockets.receive(channel, 1024).descriptors as owned:
+        # Not by the module mmap: it duplicates the descriptor, which the filter of `sealed` does not let it.
+        size = os.fstat(owned.numbers()[0]).st_size
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, owned.numbers()[0], 0)
+        while True:
+            ctypes.string_at(address, size)
+
+
+def misbehave(state: tuple[str, str], channel: socket.socket, _scratch: bytes | None) -> None:
+    if state[0] == "end at once":
+        return
+    requests = take(channel)
+    number, size = requests[0]
+    match state[0]:
+        case "take and end":
+            return
+        case "loop":
+            while True:
+                os.getpid()
+        case "open":
+            os.open("/etc/passwd", os.O_RDONLY)
+        case "crash":
+            ctypes.string_at(0)
+        case "descriptor":
+            sockets.send(channel, clean(number, size), [0])
+        case "early":
+            sockets.send(channel, clean(number, size))
+            sockets.send(channel, clean(number + 1, 999))
+            take(channel)
+        case "answer and end":
+            # With requests left unread, the kernel reports a reset first.
+            sockets.send(channel, clean(number, size))
+        case "pairs":
+            while True:
+                while len(requests) < 2:
+                    requests += take(channel)
+                for one in requests[:2]:
+                    sockets.send(channel, clean(*one))
+                del requests[:2]
