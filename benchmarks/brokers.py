@@ -151,6 +151,22 @@ def start_floor(binary: Path, socket_dir: Path, root: Path) -> Iterator[Broker]:
 
 
 @contextmanager
+def start_inlined(python: str, socket_dir: Path, root: Path) -> Iterator[Broker]:
+    """Start benchmarks/inlined_broker.py and wait until it accepts connections."""
+    socket = socket_dir / "inlined.seqpacket"
+    program = Path(__file__).resolve().with_name("inlined_broker.py")
+    with subprocess.Popen(
+        [python, "-I", "-S", program, _SOURCES, socket, root, str(CLIENT_UID)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        started = process.stdout is not None and process.stdout.readline() == "ready\n"
+        with _until_stopped("the inlined broker", process, started=started):
+            yield Broker(socket=socket, pid=process.pid)
+
+
+@contextmanager
 def _until_stopped(name: str, process: subprocess.Popen[Any], *, started: bool) -> Iterator[None]:
     """Stop `process` at the end; complain if it did not live so long."""
     try:

@@ -274,6 +274,7 @@ class Series:
 # Variants that are compared stand next to each other, so that they run so too.
 VARIANTS: dict[str, Variant] = {
     "floor_1": Opens("floor", 1, _BATCH1_OPENS),
+    "inlined_1": Opens("inlined", 1, _BATCH1_OPENS),
     "fdbroker_1": Opens("fdbroker", 1, _BATCH1_OPENS),
     "fdbroker_audit_1": Opens("fdbroker-audit", 1, _BATCH1_OPENS),
     "floor_64": Opens("floor", 64, _BATCH64_OPENS),
@@ -310,6 +311,7 @@ VARIANTS: dict[str, Variant] = {
 
 SERIES = (
     Series("open_batch1", "fdbroker_1", "floor_1", "lower", 1.9),
+    Series("open_batch1_vs_inlined", "fdbroker_1", "inlined_1", "lower", 1.8),
     Series("open_batch64", "fdbroker_64", "floor_64", "lower", 2.0),
     Series("open_batch1_audit", "fdbroker_audit_1", "floor_1", "lower", 2.2),
     Series("open_batch64_audit", "fdbroker_audit_64", "floor_64", "lower", 2.3),

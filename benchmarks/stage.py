@@ -20,6 +20,7 @@ from benchmarks.brokers import (
     resident_mib,
     start_fdbroker,
     start_floor,
+    start_inlined,
 )
 from benchmarks.errors import BenchmarkError
 from benchmarks.native import Request, client_command, is_refused, measure, walk_command
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 BrokerName = Literal[
     "floor",
+    "inlined",
     "fdbroker",
     "fdbroker-audit",
     "floor-walk",
@@ -131,6 +133,9 @@ class Stage:
             if name in {"floor", "floor-walk"}:
                 with start_floor(self.floor_program, socket_dir, root) as broker:
                     yield broker
+            elif name == "inlined":
+                with start_inlined(self.python, socket_dir, root) as broker:
+                    yield broker
             else:
                 if name in {"fdbroker-rules-10", "fdbroker-rules-10000"}:
                     policy = make_many_rules(root, int(name.rpartition("-")[2]))
@@ -155,11 +160,12 @@ class Stage:
             return
         if name == "fdbroker-large":  # its clients look at what they get
             return
-        every = Request(broker.socket, self.tree.everything, _CHECK_BATCH, self.tree.files, read=True)
+        batch = 1 if name == "inlined" else _CHECK_BATCH
+        every = Request(broker.socket, self.tree.everything, batch, self.tree.files, read=True)
         found = measure(client_command(self.client_program, CLIENT_UID, every))
         if found.checksum != self.tree.checksum:
             raise BenchmarkError(f"{name} gave other files than it was asked for")
-        if name == "floor":
+        if name in {"floor", "inlined"}:
             return
         for uid, paths, what in (
             (STRANGER_UID, self.tree.everything, "a file to a uid that no rule names"),
