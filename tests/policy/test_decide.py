@@ -262,6 +262,18 @@ def test_it_is_told_that_work_goes_on_in_each_new_directory_and_on_the_way_to_de
     assert len(pinged) == 111
 
 
+@pytest.mark.parametrize(("count", "pings"), [(200, 1), (201, 11)])
+def test_it_is_told_that_work_goes_on_for_each_name_that_many_patterns_are_tried_on(
+    count: int, pings: int
+) -> None:
+    pinged = []
+    rules = [rule(f"r{n}", paths=[f"**/*{n}*"]) for n in range(count)]
+    view = Policy(read_policy(policy("/r", *rules)), lambda: pinged.append(1)).view(CLIENT).actions["open"]
+    for n in range(10):
+        assert view.decide(b"/r/d/name%d" % n).allowed
+    assert len(pinged) == pings
+
+
 def test_names_at_the_top_are_remembered_and_no_other_spelling_is_taken_for_one() -> None:
     view = view_of(policy("/", rule("etc", paths=["etc/**", "top"])))
     for _ in range(2):

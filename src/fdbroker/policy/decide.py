@@ -41,6 +41,7 @@ MAX_VIEWS = 1024
 # More that rules spell out are looked up where the rules are: a dictionary of their own, for each directory
 # in which others are left, would be the work that a client could have done again and again.
 _MOST_NAMED = 64
+_MOST_TRIED = 200
 _BYTES_LEFT, _BYTES_FOR_EACH = 300, 60  # of what is left to ask, and more for a name or node
 _MOST_GIDS_KEPT = 64  # of one client; a process may have 65,536
 _DELIVERED_BY = {"open": "descriptor", "copy": "copy"}
@@ -196,12 +197,22 @@ class _Directory:
         return self._action.at(self._root, step(self._nodes, name))
 
 
+class _SlowDirectory(_Directory):
+    """One in which so many patterns are tried on each name that a request for several takes long."""
+
+    __slots__ = ()
+
+    def by_name(self, name: bytes) -> NameDecision:
+        self._action.ping()
+        return super().by_name(name)
+
+
 class ActionView:
     """The rules of one policy that are about one client and one action."""
 
     def __init__(self, policy: RuleSet, rules: Iterable[Rule], ping: Callable[[], None]) -> None:
         self._rules = tuple(rules)
-        self._ping = ping
+        self.ping = ping
         # The deepest root first, so that the first one that contains a path serves it.
         self._roots = sorted(policy.roots, key=lambda root: len(root.path), reverse=True)
         self._roots_in: dict[bytes, list[bytes]] = {}
@@ -286,7 +297,7 @@ class ActionView:
 
     def _nodes(self, path: bytes) -> tuple[Root | None, Nodes]:
         """Return the root that serves a path, and where it is among the rules of all that contain it."""
-        index = self._index = self._index or RuleIndex(self._rules, self._ping)
+        index = self._index = self._index or RuleIndex(self._rules, self.ping)
         serving = None
         nodes: Nodes = {}
         for root in self._roots:
@@ -309,7 +320,8 @@ class ActionView:
         read = None if roots_here else self._shared.get(key)
         new = read is None
         if read is None:
-            read = _Directory(self, serving, nodes, longest_name, roots_here)
+            slow = sum(node.most_tried for node in nodes) > _MOST_TRIED
+            read = (_SlowDirectory if slow else _Directory)(self, serving, nodes, longest_name, roots_here)
         self._remembered_bytes += len(directory) + (read.size if new else 0)
         if (
             len(self._directories) >= MAX_REMEMBERED_DIRECTORIES
@@ -344,8 +356,8 @@ class View:
 class Policy:
     """A compiled policy with the views of it that are in use.
 
-    `ping` is called when a directory is met for the first time, and on the way there: with rules that must be
-    tried one by one, it may be long.
+    `ping` is told that work goes on: when a directory is met for the first time, on the way there, and for
+    each name in one where many patterns are tried.
     """
 
     def __init__(self, rule_set: RuleSet, ping: Callable[[], None] = lambda: None) -> None:

@@ -49,14 +49,15 @@ class Node:
 
     Of a node that was reached: `names`: where each name leads that globs spell out; `patterns`: for each part
     of a name that is looked up, by what it is, what else the whole name must match, and where that leads;
-    `more`: the node behind a `**` that stands for nothing yet; `matching` and `left_out`: rules of which a
-    glob ends here, the latter by their numbers.
+    `most_tried`: how many of them one name may meet there; `more`: the node behind a `**` that stands for
+    nothing yet; `matching` and `left_out`: rules of which a glob ends here, the latter by their numbers.
     """
 
-    __slots__ = ("_ahead", "left_out", "matching", "more", "names", "patterns", "stays")
+    __slots__ = ("_ahead", "left_out", "matching", "more", "most_tried", "names", "patterns", "stays")
 
     names: Mapping[bytes, Node]
     patterns: Sequence[tuple[int | None, int | None, _ByPart]]
+    most_tried: int
     more: Node | None
     matching: Sequence[tuple[int, Rule]]
     left_out: Sequence[int]
@@ -97,6 +98,7 @@ class Node:
             start, end, part = where_looked_up(pattern)
             by_part.setdefault((start, end), {}).setdefault(part, []).append((pattern.expression, behind))
         self.patterns = tuple((start, end, found) for (start, end), found in by_part.items())
+        self.most_tried = sum(max(map(len, found.values())) for found in by_part.values())
         self.more = more
         self._ahead = None
         if more is not None:
