@@ -28,7 +28,7 @@ from fdbroker.config.errors import quoted
 from fdbroker.config.names import group_text, printable, user_text
 from fdbroker.config.places import Place, Places, RulePlace
 from fdbroker.policy.globs import Glob, Pattern, compile_glob
-from fdbroker.policy.rule_index import where_looked_up
+from fdbroker.policy.rule_index import MANY_PATTERNS, where_looked_up
 from fdbroker.policy.rules import ClientMatch, Root, Rule, RuleSet
 
 WARNING, NOTE = "warning", "note"
@@ -49,7 +49,6 @@ KINDS = (
 _NOTES = frozenset({"not-compared"})
 # Globs that are looked through for what covers others; some seconds' worth.
 _MOST_COMPARED = 2_000_000
-_MOST_TRIED = 200  # patterns for one name: a request may name 253 new directories
 _ANY_NAME = (0,)
 _READABLE_BY_ALL = 0o004
 _MOST_NAMED = 4
@@ -330,7 +329,7 @@ def _of_patterns(rules: RuleSet, places: Places) -> Iterator[Finding]:
     told: set[Root] = set()
     for tried in sorted(tried_on.values(), key=len, reverse=True):
         rule, key, glob = next(iter(tried.values()))
-        if len(tried) <= _MOST_TRIED or rule.root in told:
+        if len(tried) <= MANY_PATTERNS or rule.root in told:
             continue
         told.add(rule.root)
         yield Finding(

@@ -23,7 +23,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.policy.paths import MAX_NAME_BYTES, MAX_PATH_BYTES, components_below, problem_with_path
-from fdbroker.policy.rule_index import RuleIndex, rules_at, step
+from fdbroker.policy.rule_index import MANY_PATTERNS, RuleIndex, rules_at, step
 from fdbroker.policy.rules import ACTIONS, ClientFacts, FileFacts, Root, Rule, RuleSet, Surroundings
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ MAX_VIEWS = 1024
 # More that rules spell out are looked up where the rules are: a dictionary of their own, for each directory
 # in which others are left, would be the work that a client could have done again and again.
 _MOST_NAMED = 64
-_MOST_TRIED = 200
 _BYTES_LEFT, _BYTES_FOR_EACH = 300, 60  # of what is left to ask, and more for a name or node
 _MOST_GIDS_KEPT = 64  # of one client; a process may have 65,536
 _DELIVERED_BY = {"open": "descriptor", "copy": "copy"}
@@ -320,7 +319,7 @@ class ActionView:
         read = None if roots_here else self._shared.get(key)
         new = read is None
         if read is None:
-            slow = sum(node.most_tried for node in nodes) > _MOST_TRIED
+            slow = sum(node.most_tried for node in nodes) > MANY_PATTERNS
             read = (_SlowDirectory if slow else _Directory)(self, serving, nodes, longest_name, roots_here)
         self._remembered_bytes += len(directory) + (read.size if new else 0)
         if (

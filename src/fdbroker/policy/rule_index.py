@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fdbroker.policy.rules import Rule
 
 
+MANY_PATTERNS = 200  # more to be tried on one name take long: a request may name 253 new directories
 _AT_A_TIME = 16  # components, of which a path may have 2,047
 
 
