@@ -82,6 +82,16 @@ def make_many_rules(root: Path, rules: int) -> dict[str, object]:
     return policy | {"rules": _denials() + there + beside}
 
 
+def make_wildcard_rules(root: Path, rules: int) -> dict[str, object]:
+    """Return a compiled policy that allows the client all but what so many rules deny.
+
+    Their globs begin with wildcards, and match nothing of the benchmarks' tree.
+    """
+    globs = ("*/x%d/**", "**/x%d", "**/*.x%d", "**/x%d-*/**")
+    denials = [_rule(f"never-{n}", "deny", {"any": True}, [globs[n % len(globs)] % n]) for n in range(rules)]
+    return make_policy(root) | {"rules": [*denials, _rule("all", "allow", {"uids": [CLIENT_UID]}, ["**"])]}
+
+
 def _denials() -> list[dict[str, object]]:
     return [
         _rule("never-ssh", "deny", {"any": True}, ["*/.ssh/**"]),

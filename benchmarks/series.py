@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from benchmarks import workers
-from benchmarks.brokers import CLIENT_UID, make_many_rules, pin
+from benchmarks.brokers import CLIENT_UID, make_many_rules, make_wildcard_rules, pin
 from benchmarks.errors import BenchmarkError
 from benchmarks.native import Request, client_command, measure, walk_command
 from benchmarks.tree import DIRECTORIES
@@ -22,6 +22,8 @@ from fdbroker.policy.decide import Policy
 from fdbroker.policy.rules import ClientFacts, read_policy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from benchmarks.stage import BrokerName, Stage
 
 _WALK_CLIENT = Path(__file__).resolve().parent / "walk_client.py"
@@ -208,11 +210,12 @@ class Decisions:
     """
 
     rules: int
+    make: Callable[[Path, int], dict[str, object]] = make_many_rules
     unit: str = "us/path"
 
     def measure(self, stage: Stage) -> float:
         """Return the microseconds that a decision took."""
-        rule_set = read_policy(make_many_rules(stage.tree.root, self.rules))
+        rule_set = read_policy(self.make(stage.tree.root, self.rules))
         view = Policy(rule_set).view(ClientFacts(CLIENT_UID, frozenset()))
         decide = view.actions["open"].decide
         paths = [
@@ -302,6 +305,8 @@ VARIANTS: dict[str, Variant] = {
     "fdbroker_rules_10000": Opens("fdbroker-rules-10000", 64, _BATCH64_OPENS),
     "decide_10": Decisions(10),
     "decide_10000": Decisions(10_000),
+    "decide_wildcards_10": Decisions(10, make_wildcard_rules),
+    "decide_wildcards_1000": Decisions(1_000, make_wildcard_rules),
     "rules_10000_idle": IdleSize("fdbroker-rules-10000"),
     "rules_10000_start": Start("fdbroker-rules-10000"),
     "zygote_worker": Starts("worker"),
@@ -328,6 +333,7 @@ SERIES = (
     Series("idle_rss_mib", "fdbroker_idle", None, "lower", 16.0),
     Series("rules_10000_vs_10", "fdbroker_rules_10000", "fdbroker_rules_10", "lower", 2.0),
     Series("decide_10000_vs_10", "decide_10000", "decide_10", "lower", 2.0),
+    Series("wildcard_rules_1000_vs_10", "decide_wildcards_1000", "decide_wildcards_10", "lower", 2.0),
     Series("rules_10000_rss_mib", "rules_10000_idle", None, "lower", 64.0),
     Series("rules_10000_start_s", "rules_10000_start", None, "lower", 5.0),
     Series("zygote_vs_exec", "zygote_worker", "interpreter", "lower", 0.1),

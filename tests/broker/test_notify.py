@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Self
 
 import pytest
 
+from fdbroker.broker.dispatch import Asker
+from fdbroker.broker.generation import make_generation
 from fdbroker.broker.notify import Notifier
+from fdbroker.policy.rules import ClientFacts, read_policy
 from fdbroker.wire.client import ReloadReply, encode_open
 from tests.broker.conftest import fill
 from tests.broker.speaking import Speaker
@@ -179,6 +182,19 @@ def test_broker_that_has_much_to_do_in_one_round_pings_within_it(tree: Path, tmp
                 pings += 1
         assert pings >= 4
     notifier.close()
+
+
+def test_rules_that_take_long_tell_the_watchdog_in_the_middle_of_a_request(stepped: SteppedBroker) -> None:
+    """With many that must be tried one by one, 64 new directories may be seconds."""
+    pings: list[int] = []
+    held = stepped._held._replace(ping=lambda: pings.append(1))
+    rules = read_policy(policy(stepped.tree, rule("logs", paths=["**/*.log"])))
+    generation = make_generation(2, rules, held)
+    view = generation.policy.view(ClientFacts(os.getuid(), frozenset()))
+    asker = Asker(view, os.getuid(), None, "")
+    outcomes = generation.opener.open(asker, [bytes(stepped.tree / f"{n}/x") for n in range(64)], [])
+    assert {outcome.reason for outcome in outcomes} == {"no_rule"}
+    assert len(pings) == 64
 
 
 # A running broker

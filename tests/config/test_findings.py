@@ -93,7 +93,7 @@ def kinds_of(rules: str, head: str = HEAD) -> list[tuple[str, int, str | None]]:
         (ALLOW % "x" + "  - {name: d, deny: [open, stat], in: home, paths: '*', except: x}\n", []),
         (ALLOW % "x" + "  - {name: d, deny: [open, stat], in: home, paths: '*', except: y}\n", ["hidden-by-deny"]),
         # Several together.
-        (ALLOW % '"*/x", y' + "  - {name: d, deny: [open, stat], in: home, paths: y}\n  - {name: e, deny: [open, stat], in: home, paths: '**/x'}\n", ["hidden-by-deny", "leading-stars"]),
+        (ALLOW % '"*/x", y' + "  - {name: d, deny: [open, stat], in: home, paths: y}\n  - {name: e, deny: [open, stat], in: home, paths: '**/x'}\n", ["hidden-by-deny"]),
         # The outer root's deny rules hold inside.
         ("  - {name: a, allow: open, client: {user: u}, in: mail, paths: x}\n  - {name: d, deny: open, in: home, paths: 'mail/**'}\n", ["hidden-by-deny"]),
         (ALLOW % '"mail/x"', ["never-matches"]),
@@ -115,13 +115,54 @@ def kinds_of(rules: str, head: str = HEAD) -> list[tuple[str, int, str | None]]:
         ("  - {name: b, allow: open, client: {group: ['7', '8']}, in: home, paths: x}\n", []),
         ("  - {name: b, deny: open, client: {user: '5', group: '8'}, in: home, paths: x}\n", ["no-members"]),
         ("  - {name: b, deny: open, client: {user: ['5', '6'], group: '8'}, in: home, paths: x}\n", []),
-        ("  - {name: b, allow: open, client: {user: u}, in: home, paths: '**/x'}\n", ["leading-stars"]),
+        ("  - {name: b, allow: open, client: {user: u}, in: home, paths: '**/x'}\n", []),
         ("  []\nread_only_view: off\n", ["weak-mode"]),
         ("  []\naudit: {on_failure: allow}\n", ["weak-mode"]),
     ],
 )  # fmt: skip
 def test_each_kind_is_found_and_nothing_else(rules: str, expected: list[str]) -> None:
     assert [kind for kind, _, _ in kinds_of(rules)] == expected
+
+
+@pytest.mark.parametrize(
+    ("glob", "found"),
+    [
+        ("*x%d*/**", True),
+        ("**/a/?%d*", True),
+        ("a/*%d[yz]/b", True),
+        ("a%d*", False),
+        ("*/x%d/**", False),
+        ("**/x%d", False),
+        ("**/*.%d", False),
+        ("d%d/*x*", False),
+    ],
+)
+@pytest.mark.parametrize("in_one_rule", [False, True])
+def test_many_patterns_that_are_tried_on_one_name_are_told_once(
+    glob: str,
+    found: bool,  # noqa: FBT001
+    in_one_rule: bool,  # noqa: FBT001
+) -> None:
+    def kinds(count: int) -> list[tuple[str, int, str | None]]:
+        globs = ", ".join(f"'{glob % n}'" for n in range(1000, 1000 + count))
+        each = [globs] if in_one_rule else globs.split(", ")
+        return kinds_of(
+            "".join(
+                f"  - {{name: r{at}, deny: [open, stat], in: home, paths: [{paths}]}}\n"
+                for at, paths in enumerate(each)
+            )
+        )
+
+    assert kinds(200) == []
+    assert kinds(201) == ([("many-patterns", 1, "r0")] if found else [])
+
+
+def test_patterns_are_not_many_where_each_is_about_another_client_or_they_are_one() -> None:
+    rule_of = "  - {{name: r{0}, allow: open, client: {{user: u{1}}}, in: home, paths: '*x{2}*/**'}}\n"
+    assert kinds_of("".join(rule_of.format(n, n, n) for n in range(250))) == []
+    assert kinds_of("".join(rule_of.format(n, 1, 1) for n in range(250))) == []
+    [(kind, _, _)] = kinds_of("".join(rule_of.format(n, 1, n) for n in range(250)))
+    assert kind == "many-patterns"
 
 
 def test_place_is_that_of_what_is_meant() -> None:

@@ -12,7 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fdbroker.policy import decide as decide_module
+from fdbroker.policy import rule_index
 from fdbroker.policy.decide import ActionView, NameDecision, Policy, decide_object
+from fdbroker.policy.rule_index import step
 from fdbroker.policy.rules import ACTIONS, ClientFacts, read_policy
 from tests.policy import decision_model
 from tests.policy.decision_cases import (
@@ -35,9 +37,9 @@ from tests.policy.decision_model import NOW, SECOND, Asker, Facts
 from tests.running_broker import policy, rule
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator
 
-    from fdbroker.policy.globs import Glob, Remainder
+    from fdbroker.policy.rule_index import Node, Nodes
 
 
 ASKER = Asker(CLIENT)
@@ -51,8 +53,12 @@ def view_of(document: dict[str, Any], asker: Asker = ASKER, action: str = "open"
     return Policy(read_policy(document)).view(*asker).actions[action]
 
 
-def same(one: NameDecision, other: NameDecision) -> bool:
-    return all(getattr(one, name) == getattr(other, name) for name in NameDecision.__slots__)
+def same(one: NameDecision | None, other: NameDecision | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return same(one.followed, other.followed) and all(
+        getattr(one, name) == getattr(other, name) for name in NameDecision.__slots__ if name != "followed"
+    )
 
 
 # Not only what the profile says: half of its examples differ from another one in a detail.
@@ -125,34 +131,147 @@ def test_decision_is_that_of_the_plain_evaluator(case: Case, any_objects: list[F
             assert result.allowed or not decision.plain
 
 
-def test_ten_thousand_rules_about_other_directories_are_not_looked_at(
-    monkeypatch: pytest.MonkeyPatch,
+# Components of which globs are made that begin alike and go on differently, and names that they are about.
+PIECES = ["**", "*", "a", "b", "c", "ax", "a*", "*b", "?", "[a-b]", "*.b", "a*b", "*x*", "b?"]
+MANY_GLOBS = [
+    "/".join(pieces)
+    for size in (1, 2, 3, 4)
+    for pieces in itertools.product(PIECES[: 16 - 3 * size], repeat=size)
+    if "**/**" not in "/".join(pieces)
+]
+FEW_NAMES = ["a", "b", "c", "ax", ".b", "ab", "x.b", "axb"]
+
+
+@st.composite
+def policies_of_many_globs(draw: st.DrawFn) -> dict[str, Any]:
+    """Give a policy of a hundred globs and more, in roots within each other."""
+    drawn = draw(st.lists(st.sampled_from(MANY_GLOBS), min_size=100, max_size=150))
+    size = draw(st.integers(1, 5))
+    # As few as come up by themselves, or all is denied.
+    denied = draw(st.sampled_from([3, 10, 1000]))
+    roots = [
+        {"name": path, "path": path, "cross_mounts": False, "opens": "loop"} for path in ("/", "/a", "/a/b")
+    ]
+    rules = [
+        rule(
+            f"rule {at}",
+            root=roots[at % 3]["name"],
+            effect="deny" if at % denied == 1 else "allow",
+            paths=drawn[at : at + size],
+            **{"except": drawn[at + size : at + size + at % 3]},
+        )
+        for at in range(0, len(drawn), size)
+    ]
+    return policy("/", roots=roots, rules=rules)
+
+
+@given(
+    policies_of_many_globs(),
+    st.lists(st.lists(st.sampled_from(FEW_NAMES), max_size=5).map("/".join), min_size=5, max_size=20),
+    st.sampled_from([0, 5, 64]),
+)
+def test_decision_by_many_globs_is_that_of_each_of_them(
+    document: dict[str, Any], paths: list[str], most_named: int
 ) -> None:
-    """Neither where a directory is met for the first time, nor where its name is what rules tell apart."""
-    rules = [rule(f"r{n}", paths=[f"d{n}/**", f"x/e{n}/*.log", f"y/f{n}/g"]) for n in range(10_000)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decide_module, "_MOST_NAMED", most_named)
+        view = view_of(document)
+        for path in ("/" + path for path in paths):
+            decision = view.decide(path.encode())
+            assert same(decision, view.decide_whole(path.encode())), path
+            expected = decision_model.expect(document, ASKER, "open", path)
+            assert decision.reason == expected.reason
+            assert tuple(entry.index for entry in decision.allows) == expected.allows
+            directory, _, name = path.encode().rpartition(b"/")
+            most = view.decide_most_in(directory)
+            if most is not None and name not in most.exceptions:
+                assert same(most.decision, decision), path
+
+
+def looks_of(view: ActionView, paths: Iterable[bytes]) -> int:
+    """Return how many nodes and patterns are looked at to decide on all of `paths`."""
+    looks = 0
+
+    def count(nodes: Collection[Node], name: bytes) -> Nodes:
+        nonlocal looks
+        for node in nodes:
+            looks += 1 + sum(len(found.get(name[start:end], ())) for start, end, found in node.patterns)
+        return step(nodes, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rule_index, "step", count)
+        patch.setattr(decide_module, "step", count)
+        for path in paths:
+            assert view.decide(path) is not None
+    return looks
+
+
+@pytest.mark.parametrize(
+    "glob",
+    [
+        "d%d/**",
+        "x/e%d/*.log",
+        "y/f%d/g",
+        "*/d%d/**",
+        "**/d%d",
+        "**/d%d/**",
+        "*/*/*/d%d/x",
+        "?/[a-z]%d/**",
+        "**/*.%d",
+        "**/%d-*/**",
+        "**/a/**/*%d",
+    ],
+)
+def test_ten_thousand_rules_that_differ_in_what_they_spell_out_are_not_looked_at(glob: str) -> None:
+    """Neither where a directory is met for the first time, nor where its names are what rules tell apart."""
+    few, many = (
+        view_of(
+            policy("/r", rule("all"), *(rule(f"r{n}", paths=[glob % n], effect="deny") for n in range(count)))
+        )
+        for count in (10, 10_000)
+    )
+    paths = [
+        path % n
+        for n in range(0, 10_000, 333)
+        for path in (b"/r/d%d/some/where/deep/file", b"/r/x/e%d/a.log", b"/r/y/f%d/g", b"/r/%d-a/b/a/y.7")
+    ]
+    assert looks_of(many, paths) <= 2 * looks_of(few, paths) <= 30 * len(paths)
+    for path in paths[:40]:
+        assert same(many.decide(path), many.decide_whole(path))
+
+
+def test_directories_in_which_the_same_is_left_to_ask_share_what_is_remembered() -> None:
+    rules = [rule("all"), *(rule(f"r{n}", paths=[f"**/x{n}"], effect="deny") for n in range(50))]
     view = view_of(policy("/r", *rules))
-    asked = Counter[str]()
-    remainder = decide_module._remainder
-
-    def count(globs: Sequence[Glob], components: Sequence[bytes]) -> Remainder:
-        asked["globs"] += len(globs)
-        return remainder(globs, components)
-
-    monkeypatch.setattr(decide_module, "_remainder", count)
     for n in range(100):
-        assert view.decide(b"/r/d%d/some/where/deep/file" % n).allowed
-        assert view.decide(b"/r/x/e%d/a.log" % n).allowed
-        assert view.decide(b"/r/y/f%d/g" % n).allowed
-        assert not view.decide(b"/r/y/g%d/g" % n).allowed
-        assert not view.decide(b"/r/z/d%d/file" % n).allowed
-    assert asked["globs"] <= 5 * 100 * 3
-    asked.clear()
-    # In the directory whose names they tell apart all are looked at, once.
-    assert view.decide(b"/r/d1").allowed
-    assert not view.decide(b"/r/e1").allowed
-    assert asked["globs"] == 30_000
-    assert view.decide(b"/r/d9999").allowed
-    assert asked["globs"] == 30_000
+        assert view.decide(b"/r/%d/y" % n).allowed
+        assert not view.decide(b"/r/%d/x7" % n).allowed
+    assert len(view._directories) == 100
+    assert len(set(view._directories.values())) == 1
+
+
+def test_it_is_told_that_work_goes_on_in_each_new_directory_and_on_the_way_to_deep_ones() -> None:
+    pinged = []
+    compiled = Policy(read_policy(policy("/r", rule("logs", paths=["**/*.log"]))), lambda: pinged.append(1))
+    view = compiled.view(CLIENT).actions["open"]
+    for n in range(10):
+        assert view.decide(b"/r/%d/a.log" % n).plain
+        assert view.decide(b"/r/%d/b.log" % n).plain
+    assert len(pinged) == 10
+    assert view.decide(b"/r" + b"/d" * 1600 + b"/a.log").plain
+    assert len(pinged) == 111
+
+
+@pytest.mark.parametrize(("count", "pings"), [(200, 1), (201, 11)])
+def test_it_is_told_that_work_goes_on_for_each_name_that_many_patterns_are_tried_on(
+    count: int, pings: int
+) -> None:
+    pinged = []
+    rules = [rule(f"r{n}", paths=[f"**/*{n}*"]) for n in range(count)]
+    view = Policy(read_policy(policy("/r", *rules)), lambda: pinged.append(1)).view(CLIENT).actions["open"]
+    for n in range(10):
+        assert view.decide(b"/r/d/name%d" % n).allowed
+    assert len(pinged) == pings
 
 
 def test_names_at_the_top_are_remembered_and_no_other_spelling_is_taken_for_one() -> None:

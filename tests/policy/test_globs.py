@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fdbroker.policy import globs
 from fdbroker.policy.globs import MAX_PATTERN_BYTES, Glob, compile_glob
 from tests.policy import glob_model
 from tests.policy.glob_model import (
@@ -54,8 +55,8 @@ def test_any_number_of_double_stars_in_a_row_is_one(
     for component in pattern:
         repeated += [component] * (1 if component is not None else data.draw(st.integers(1, 5)))
     more, glob = compile_glob(written(tuple(repeated))), compile_glob(written(pattern))
-    assert more._components == glob._components
-    assert (more.start, more.above, more.named_in) == (glob.start, glob.above, glob.named_in)
+    assert more.components == glob.components
+    assert more.start == glob.start
     for tried in (path, other, path[:-1], [*path, b"a"]):
         assert more.matches(tried) is glob.matches(tried) is glob_model.matches(tuple(repeated), tried)
 
@@ -74,7 +75,7 @@ def test_any_number_of_double_stars_in_a_row_is_one(
 )
 def test_double_stars_in_a_row_are_one_component_to_look_at(pattern: bytes, components: int) -> None:
     glob = compile_glob(pattern)
-    assert len(glob._components) == components
+    assert len(glob.components) == components
     # One state before each component and one behind them all.
     assert glob.start.bit_length() <= components + 1
     assert glob.pattern == pattern
@@ -101,36 +102,35 @@ def test_what_is_left_for_the_last_component_agrees_with_the_whole(
 
 
 @given(matching_pairs())
-def test_every_match_lies_where_the_index_looks_for_it(pair: tuple[Pattern, list[bytes]]) -> None:
+def test_every_match_begins_and_ends_with_what_is_spelled_out(pair: tuple[Pattern, list[bytes]]) -> None:
     pattern, path = pair
     glob = compile_glob(written(pattern))
-    if path and glob.matches(path):
-        directory = tuple(path[:-1])
-        at_or_below = glob.above is not None and directory[: len(glob.above)] == glob.above
-        assert at_or_below or directory == glob.named_in
+    if None in glob.components or not glob.matches(path):
+        return  # components and names do not go together one by one
+    for component, name in zip(glob.components, path, strict=True):
+        if isinstance(component, globs.Pattern):
+            assert name.startswith(component.head)
+            assert name.endswith(component.tail)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "above", "named_in"),
+    ("component", "head", "tail"),
     [
-        (b"a", None, ()),
-        (b"a/b", None, (b"a",)),
-        (b"a/b/**", (b"a", b"b"), (b"a",)),
-        (b"a/b/**/**", (b"a", b"b"), (b"a",)),
-        (b"a/b/*", (b"a", b"b"), None),
-        (b"a/b/**/c", (b"a", b"b"), None),
-        (b"a/*/b/c", (b"a",), None),
-        (b"**", (), None),
-        (b"**/a/b", (), None),
-        (rb"\a/\*/c", None, (b"a", b"*")),
-        (b"[a]/b", (), None),
+        (b"*", b"", b""),
+        (b"a*", b"a", b""),
+        (b"*.log", b"", b".log"),
+        (b"a?b[x-z]c*d", b"a", b"d"),
+        (rb"\*a*\*\b", b"*a", b"*b"),
+        (b"[a]b", b"", b"b"),
+        (b"a*?", b"a", b""),
     ],
 )
-def test_place_of_matches_is_told_by_the_leading_literal_components(
-    pattern: bytes, above: tuple[bytes, ...] | None, named_in: tuple[bytes, ...] | None
+def test_what_a_component_with_wildcards_begins_and_ends_with(
+    component: bytes, head: bytes, tail: bytes
 ) -> None:
-    glob = compile_glob(pattern)
-    assert (glob.above, glob.named_in) == (above, named_in)
+    [compiled] = compile_glob(component).components
+    assert isinstance(compiled, globs.Pattern)
+    assert (compiled.head, compiled.tail) == (head, tail)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def make_generation(number: int, rule_set: RuleSet, held: Held) -> Generation:
     opener = FollowingOpener if any(rule.follows_links for rule in rule_set.rules) else Opener
     return Generation(
         number,
-        Policy(rule_set),
+        Policy(rule_set, held.ping),
         rule_set.settings,
         opener(roots, held.proc_self_fd, held.ping),
         ControlGroups(held.cgroup_root, rule_set.cgroups, held.ping),

@@ -8,6 +8,7 @@ them, none is about what a sound policy needs.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,8 @@ from fdbroker.config.containment import (
 from fdbroker.config.errors import quoted
 from fdbroker.config.names import group_text, printable, user_text
 from fdbroker.config.places import Place, Places, RulePlace
-from fdbroker.policy.globs import Glob, compile_glob
+from fdbroker.policy.globs import Glob, Pattern, compile_glob
+from fdbroker.policy.rule_index import MANY_PATTERNS, where_looked_up
 from fdbroker.policy.rules import ClientMatch, Root, Rule, RuleSet
 
 WARNING, NOTE = "warning", "note"
@@ -41,10 +43,10 @@ KINDS = (
     "network-filesystem",
     "not-served",
     "weak-mode",
-    "leading-stars",
+    "many-patterns",
     "not-compared",
 )
-_NOTES = frozenset({"leading-stars", "not-compared"})
+_NOTES = frozenset({"not-compared"})
 # Globs that are looked through for what covers others; some seconds' worth.
 _MOST_COMPARED = 2_000_000
 _ANY_NAME = (0,)
@@ -100,7 +102,7 @@ class Surroundings(Protocol):
 
 def find(rules: RuleSet, places: Places, machine: Surroundings | None) -> list[Finding]:
     """Return what there is to know of a policy, in the order of its file. `machine` None: another one's."""
-    findings = [*_of_settings(rules, places), *_of_rules(rules, places)]
+    findings = [*_of_settings(rules, places), *_of_rules(rules, places), *_of_patterns(rules, places)]
     if machine is not None:
         findings += [*_of_roots(rules, places, machine), *_of_members(rules, places, machine)]
         findings += _of_hard_links(rules, places, machine)
@@ -300,15 +302,6 @@ def _of_globs(entry: _Whole, at: RulePlace, live: Sequence[bool]) -> Iterator[Fi
                 "remove the glob, or narrow what is left out",
                 rule.name,
             )
-        if glob.pattern.startswith(b"**/") and glob.pattern.strip(b"*/"):
-            yield Finding(
-                at.glob("paths", glob.pattern),
-                "leading-stars",
-                f"{shown}: {text} begins with '**', so that the rule is looked at in every directory of its"
-                " root",
-                "begin with the name of a directory, if all is in one",
-                rule.name,
-            )
     for glob in rule.excepts:
         below = literal(_names(rule.root.path)) + parse(glob.pattern)
         if all(disjoint(path, below) for path in entry.paths):
@@ -320,6 +313,35 @@ def _of_globs(entry: _Whole, at: RulePlace, live: Sequence[bool]) -> Iterator[Fi
                 "check its spelling (it is relative to the root), or remove it",
                 rule.name,
             )
+
+
+def _of_patterns(rules: RuleSet, places: Places) -> Iterator[Finding]:
+    """Find the roots in which many patterns must be tried on one name, for one client and one action."""
+    tried_on: dict[tuple[object, ...], dict[Pattern, tuple[Rule, str, Glob]]] = defaultdict(dict)
+    for rule in rules.rules:
+        globs = [*(("paths", glob) for glob in rule.paths), *(("except", glob) for glob in rule.excepts)]
+        for (key, glob), action in itertools.product(globs, rule.actions):
+            for at, component in enumerate(glob.components):
+                if isinstance(component, Pattern):
+                    whose = rule.root, rule.clients, rule.on_behalf_of, action
+                    together = tried_on[(*whose, glob.components[:at], where_looked_up(component))]
+                    together.setdefault(component, (rule, key, glob))
+    told: set[Root] = set()
+    for tried in sorted(tried_on.values(), key=len, reverse=True):
+        rule, key, glob = next(iter(tried.values()))
+        if len(tried) <= MANY_PATTERNS or rule.root in told:
+            continue
+        told.add(rule.root)
+        yield Finding(
+            places.rule(rule.name).glob(key, glob.pattern),
+            "many-patterns",
+            f"rule {quoted(rule.name)}: {key}: {_shown(glob.pattern)} is the first of {len(tried)} globs of"
+            f" root {quoted(rule.root.name)} that begin alike, go on with wildcards, and are tried one by one"
+            " on each name that comes there",
+            "begin or end each component with what is different in it ('name*', '*.ending'), or write one"
+            " glob for several ('[0-9]')",
+            rule.name,
+        )
 
 
 def _anybody(entry: _Whole, at: RulePlace) -> Iterator[Finding]:

@@ -13,32 +13,37 @@ contains it hold, so that a root within another can't undo a refusal.
 `Policy.view` gives the part of a policy that is about one client, or about a
 service that acts for a client, which its own rights never serve. A view keeps,
 per directory, what is left to ask of the last component: for files of one
-directory a decision is a dictionary look-up. `ActionView.decide_whole` says the
-same without that memory; a property test holds the two together.
+directory a decision is a dictionary look-up. Directories in which the same is
+left share it. `ActionView.decide_whole` says the same without memory and index;
+a property test holds the two together.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.policy.globs import NOTHING, Remainder
 from fdbroker.policy.paths import MAX_NAME_BYTES, MAX_PATH_BYTES, components_below, problem_with_path
+from fdbroker.policy.rule_index import MANY_PATTERNS, RuleIndex, rules_at, step
 from fdbroker.policy.rules import ACTIONS, ClientFacts, FileFacts, Root, Rule, RuleSet, Surroundings
 
 if TYPE_CHECKING:
-    import re
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    from fdbroker.policy.globs import Glob
+    from fdbroker.policy.rule_index import Node, Nodes
 
 # A client that names ever new directories fills this again and again: for all clients of the same
 # rules, who then wait for a directory's rules to be read, and get the same answers.
 MAX_REMEMBERED_DIRECTORIES = 4096
-MAX_REMEMBERED_BYTES = 1 << 20  # of their paths, which may have 4,095 each
+# Of their paths, which may have 4,095 each, and about that of what is left to ask in them.
+MAX_REMEMBERED_BYTES = 2 << 20
+MAX_COMBINED_SIZE = 1 << 17  # nodes, and rules that match there, in all of what is remembered of names
 MAX_VIEWS = 1024
+# More that rules spell out are looked up where the rules are: a dictionary of their own, for each directory
+# in which others are left, would be the work that a client could have done again and again.
+_MOST_NAMED = 64
+_BYTES_LEFT, _BYTES_FOR_EACH = 300, 60  # of what is left to ask, and more for a name or node
 _MOST_GIDS_KEPT = 64  # of one client; a process may have 65,536
 _DELIVERED_BY = {"open": "descriptor", "copy": "copy"}
-_NOT_NAMES = (b"", b".", b"..")
 # What stands before the last slash of what is no path ("x", "//x"), and must not be taken for "/x".
 _NOT_DIRECTORIES = frozenset({b"", b"/"})
 
@@ -136,21 +141,6 @@ def decide_object(
     return ObjectDecision(allowed=False, reason=failure, rule=nearest)
 
 
-class _RuleRemainder(NamedTuple):
-    """What one rule still asks of the last component."""
-
-    rule: Rule
-    include: Remainder
-    exclude: Remainder
-
-    @property
-    def has_patterns(self) -> bool:
-        return bool(self.include.patterns or self.exclude.patterns)
-
-    def matches(self, name: bytes) -> bool:
-        return self.include.matches(name) and not self.exclude.matches(name)
-
-
 class MostNames(NamedTuple):
     """One decision for all names in a directory but `exceptions`, up to so many bytes long."""
 
@@ -159,64 +149,83 @@ class MostNames(NamedTuple):
     longest_name: int
 
 
+_NOT_NAMES = {
+    b"": NameDecision(None, "trailing_slash"),
+    b".": NameDecision(None, "dot_component"),
+    b"..": NameDecision(None, "dot_component"),
+}
+
+
 class _Directory:
-    """The rules as they stand for the names in one directory.
+    """The rules as they stand for the names in one directory, or in several in which the same is left to ask.
 
     `named`: the answers for roots and for what is no name, and None for names
     that some rule spells out. `others`: the one for every other name of up to
-    `longest_name` bytes, None where rules have patterns. None: ask `by_name`.
+    `longest_name` bytes, None where rules have patterns, or spell out many names. None: ask `by_name`.
     """
 
-    __slots__ = ("_action", "_remainders", "_root", "longest_name", "named", "others")
+    __slots__ = ("_action", "_nodes", "_root", "longest_name", "named", "others")
 
     def __init__(
         self,
         action: ActionView,
-        path: bytes,
         root: Root | None,
-        remainders: Sequence[_RuleRemainder],
-        roots_here: Iterable[bytes],
+        nodes: Nodes,
+        longest_name: int,
+        roots_here: Mapping[bytes, NameDecision],
     ) -> None:
         self._action = action
         self._root = root
-        self._remainders = tuple(remainders)
-        self.longest_name = min(MAX_NAME_BYTES, MAX_PATH_BYTES - len(path) - 1)
+        self._nodes = tuple(nodes)
+        self.longest_name = longest_name
         self.named: dict[bytes, NameDecision | None] = {}
         self.others: NameDecision | None = None
-        if not any(entry.has_patterns for entry in remainders):
-            for entry in remainders:
-                self.named.update(dict.fromkeys((*entry.include.names, *entry.exclude.names)))
-            self.others = action.combine(root, [entry.rule for entry in remainders if entry.include.anything])
-        for name in (*roots_here, *_NOT_NAMES):
-            self.named[name] = action.decide_whole(path + b"/" + name)
+        if not any(node.patterns for node in nodes) and sum(len(node.names) for node in nodes) <= _MOST_NAMED:
+            for node in nodes:
+                self.named.update(dict.fromkeys(node.names))
+            self.others = action.at(root, [node for node in nodes if node.stays])
+        self.named.update(_NOT_NAMES)
+        self.named.update(roots_here)
+
+    @property
+    def size(self) -> int:
+        """About how many bytes this takes."""
+        return _BYTES_LEFT + _BYTES_FOR_EACH * (len(self.named) + len(self._nodes))
 
     def by_name(self, name: bytes) -> NameDecision:
-        return self._action.combine(
-            self._root, [entry.rule for entry in self._remainders if entry.matches(name)]
-        )
+        return self._action.at(self._root, step(self._nodes, name))
+
+
+class _SlowDirectory(_Directory):
+    """One in which so many patterns are tried on each name that a request for several takes long."""
+
+    __slots__ = ()
+
+    def by_name(self, name: bytes) -> NameDecision:
+        self._action.ping()
+        return super().by_name(name)
 
 
 class ActionView:
     """The rules of one policy that are about one client and one action."""
 
-    def __init__(self, policy: RuleSet, rules: Iterable[Rule]) -> None:
+    def __init__(self, policy: RuleSet, rules: Iterable[Rule], ping: Callable[[], None]) -> None:
         self._rules = tuple(rules)
+        self.ping = ping
         # The deepest root first, so that the first one that contains a path serves it.
         self._roots = sorted(policy.roots, key=lambda root: len(root.path), reverse=True)
+        self._roots_in: dict[bytes, list[bytes]] = {}
+        for root in self._roots:
+            parent, _, name = root.path.rpartition(b"/")
+            self._roots_in.setdefault(parent, []).append(name)
+        self._index: RuleIndex | None = None  # made when it is needed: of many rules, that takes long
         self._directories: dict[bytes, _Directory] = {}
+        # What several directories share, by the root, the nodes, and how long a name may be.
+        self._shared: dict[tuple[int | Node, ...], _Directory] = {}
         self._remembered_bytes = 0
-        self._combined: dict[tuple[int, ...], NameDecision] = {}
+        self._combined: dict[tuple[int | Node, ...], NameDecision] = {}  # by the root and the nodes
+        self._combined_size = 0
         self._top: _Directory | None = None  # of "/", which is no directory's path as others are
-        # By the number of a root and components below it: the rules about what is in this directory or below
-        # it, and those about names in it.
-        self._above: dict[tuple[int, tuple[bytes, ...]], list[Rule]] = {}
-        self._named_in: dict[tuple[int, tuple[bytes, ...]], list[Rule]] = {}
-        for rule in self._rules:
-            for above in {glob.above for glob in rule.paths if glob.above is not None}:
-                self._above.setdefault((rule.root.number, above), []).append(rule)
-            for named_in in {glob.named_in for glob in rule.paths if glob.named_in is not None}:
-                self._named_in.setdefault((rule.root.number, named_in), []).append(rule)
-        self._deepest = max((len(above) for _, above in self._above), default=0)
 
     def decide(self, path: bytes) -> NameDecision:
         """Decide on `path`, which may be any bytes without NUL. Never raises."""
@@ -264,15 +273,18 @@ class ActionView:
                 and not any(glob.matches(components) for glob in rule.excepts)
             ):
                 matching.append(rule)
-        return self.combine(serving, matching)
+        return _combine(serving, matching)
 
-    def combine(self, root: Root | None, matching: Sequence[Rule]) -> NameDecision:
-        """Return what the rules that match a name, in policy order, amount to."""
-        key = (-1 if root is None else root.number, *(rule.index for rule in matching))
+    def at(self, root: Root | None, nodes: Collection[Node]) -> NameDecision:
+        """Return what the rules amount to for a name that is at `nodes` and served by `root`."""
+        key: tuple[int | Node, ...] = (-1 if root is None else root.number, *nodes)
         decision = self._combined.get(key)
         if decision is None:
-            if len(self._combined) >= MAX_REMEMBERED_DIRECTORIES:
+            matching = [rule for rule in rules_at(nodes) if rule.deny or rule.root is root]
+            self._combined_size += len(key) + len(matching)
+            if len(self._combined) >= MAX_REMEMBERED_DIRECTORIES or self._combined_size > MAX_COMBINED_SIZE:
                 self._combined.clear()
+                self._combined_size = len(key) + len(matching)
             decision = self._combined[key] = _combine(root, matching)
         return decision
 
@@ -282,43 +294,44 @@ class ActionView:
                 return root
         return None
 
+    def _nodes(self, path: bytes) -> tuple[Root | None, Nodes]:
+        """Return the root that serves a path, and where it is among the rules of all that contain it."""
+        index = self._index = self._index or RuleIndex(self._rules, self.ping)
+        serving = None
+        nodes: Nodes = {}
+        for root in self._roots:
+            components = components_below(root.path, path)
+            if components is not None:
+                serving = serving or root
+                nodes.update(index.nodes(root.number, components))
+        return serving, nodes
+
     def _read_directory(self, directory: bytes) -> _Directory:
         """Return the rules for a directory, which is to be remembered; b"" stands for the one at the top."""
-        serving = self._serving_root(directory or b"/")
-        found: dict[int, Rule] = {}
-        components_of: dict[int, list[bytes]] = {}
-        for root in self._roots:
-            components = components_below(root.path, directory or b"/")
-            if components is None:
-                continue
-            components_of[root.number] = components
-            places = [
-                self._above.get((root.number, tuple(components[:end])), ())
-                for end in range(min(len(components), self._deepest) + 1)
-            ]
-            places.append(self._named_in.get((root.number, tuple(components)), ()))
-            for rules in places:
-                found.update((rule.index, rule) for rule in rules if rule.deny or root is serving)
-        remainders = []
-        for _, rule in sorted(found.items()):
-            components = components_of[rule.root.number]
-            include = _remainder(rule.paths, components)
-            exclude = _remainder(rule.excepts, components)
-            if include is not NOTHING and not exclude.anything:
-                remainders.append(_RuleRemainder(rule, include, exclude))
-        here = frozenset(
-            root.path.rpartition(b"/")[2]
-            for root in self._roots
-            if root.path.rpartition(b"/")[0] == directory
-        )
-        self._remembered_bytes += len(directory)
+        serving, nodes = self._nodes(directory or b"/")
+        longest_name = min(MAX_NAME_BYTES, MAX_PATH_BYTES - len(directory) - 1)
+        roots_here = {
+            name: self.at(*self._nodes(directory + b"/" + name)) for name in self._roots_in.get(directory, ())
+        }
+        if not directory:
+            roots_here[b""] = self.at(serving, nodes)  # "/", be it a root or not
+        key: tuple[int | Node, ...] = (-1 if serving is None else serving.number, longest_name, *nodes)
+        read = None if roots_here else self._shared.get(key)
+        new = read is None
+        if read is None:
+            slow = sum(node.most_tried for node in nodes) > MANY_PATTERNS
+            read = (_SlowDirectory if slow else _Directory)(self, serving, nodes, longest_name, roots_here)
+        self._remembered_bytes += len(directory) + (read.size if new else 0)
         if (
             len(self._directories) >= MAX_REMEMBERED_DIRECTORIES
             or self._remembered_bytes > MAX_REMEMBERED_BYTES
         ):
             self._directories.clear()
-            self._remembered_bytes = len(directory)
-        return _Directory(self, directory, serving, remainders, here)
+            self._shared.clear()
+            self._remembered_bytes = len(directory) + read.size
+        if not roots_here:
+            self._shared[key] = read
+        return read
 
 
 class View:
@@ -331,19 +344,24 @@ class View:
 
     __slots__ = ("actions", "delivers_copies")
 
-    def __init__(self, policy: RuleSet, rules: Sequence[Rule]) -> None:
+    def __init__(self, policy: RuleSet, rules: Sequence[Rule], ping: Callable[[], None]) -> None:
         self.actions = {
-            action: ActionView(policy, [rule for rule in rules if _is_about(rule, action)])
+            action: ActionView(policy, [rule for rule in rules if _is_about(rule, action)], ping)
             for action in (*ACTIONS, "copy")
         }
         self.delivers_copies = any(not rule.deny and _is_about(rule, "copy") for rule in rules)
 
 
 class Policy:
-    """A compiled policy with the views of it that are in use."""
+    """A compiled policy with the views of it that are in use.
 
-    def __init__(self, rule_set: RuleSet) -> None:
+    `ping` is told that work goes on: when a directory is met for the first time, on the way there, and for
+    each name in one where many patterns are tried.
+    """
+
+    def __init__(self, rule_set: RuleSet, ping: Callable[[], None] = lambda: None) -> None:
         self.rule_set = rule_set
+        self._ping = ping
         self._views: dict[tuple[int, ...], View] = {}
         # Of those who came before: of many rules, to look at each takes milliseconds.
         self._views_of: dict[tuple[ClientFacts, ClientFacts | None], View] = {}
@@ -363,7 +381,7 @@ class Policy:
         if view is None:
             if len(self._views) >= MAX_VIEWS:
                 self._views.clear()
-            view = self._views[key] = View(self.rule_set, rules)
+            view = self._views[key] = View(self.rule_set, rules, self._ping)
         if sum(len(facts.gids) for facts in asker if facts is not None) <= _MOST_GIDS_KEPT:
             if len(self._views_of) >= MAX_VIEWS:
                 self._views_of.clear()
@@ -377,26 +395,6 @@ def _is_about(rule: Rule, action: str) -> bool:
     if delivery is None:
         return action in rule.actions
     return "open" in rule.actions and (rule.deny or delivery in rule.deliver)
-
-
-def _remainder(globs: Sequence[Glob], components: Sequence[bytes]) -> Remainder:
-    """Return what any of `globs` asks of the last component below `components`."""
-    names: list[bytes] = []
-    patterns: list[re.Pattern[bytes]] = []
-    for glob in globs:
-        states = glob.start
-        for component in components:
-            states = glob.step(states, component)
-            if not states:
-                break
-        rest = glob.remainder(states)
-        if rest.anything:
-            return rest
-        names.extend(rest.names)
-        patterns.extend(rest.patterns)
-    if not names and not patterns:
-        return NOTHING
-    return Remainder(anything=False, names=tuple(names), patterns=tuple(patterns))
 
 
 def _combine(root: Root | None, matching: Sequence[Rule]) -> NameDecision:

@@ -17,13 +17,26 @@ what follows it leaves the most for the rest.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MAX_PATTERN_BYTES = 4096
 _DOUBLE_STAR = None
+_WILDCARDS = (b"*", b"?", b"[")
+
+
+class Pattern(NamedTuple):
+    """A component with wildcards: what matches it whole begins with `head` and ends with `tail`."""
+
+    expression: re.Pattern[bytes]
+    head: bytes
+    tail: bytes
+
+
+# Bytes: a name that is spelled out. None: `**`.
+Component: TypeAlias = Pattern | bytes | None
 
 
 class Remainder(NamedTuple):
@@ -48,20 +61,15 @@ NOTHING = Remainder(anything=False, names=(), patterns=())
 
 
 class Glob:
-    """One compiled glob; immutable. Made by `compile_glob`.
+    """One compiled glob; immutable. Made by `compile_glob`. No two of its `components` in a row are `**`."""
 
-    Where paths are that match, for an index: in directories at or below `above`, and in `named_in` itself.
-    None: in none of those. Both are components below the root.
-    """
-
-    __slots__ = ("_components", "_loops", "above", "named_in", "pattern")
+    __slots__ = ("_loops", "components", "pattern")
 
     def __init__(self, pattern: bytes, components: Sequence[bytes]) -> None:
         self.pattern = pattern
-        self._components = tuple(_compile_component(component) for component in components)
+        self.components = tuple(_compile_component(component) for component in components)
         # Bit i: component i is `**`, so state i stays where it is on any input.
-        self._loops = sum(1 << i for i, component in enumerate(self._components) if component is _DOUBLE_STAR)
-        self.above, self.named_in = _places(self._components)
+        self._loops = sum(1 << i for i, component in enumerate(self.components) if component is _DOUBLE_STAR)
 
     @property
     def start(self) -> int:
@@ -71,20 +79,20 @@ class Glob:
     def step(self, states: int, component: bytes) -> int:
         """Return the states after `component`; 0 when nothing can match any more."""
         after = states & self._loops
-        for i, wanted in enumerate(self._components):
+        for i, wanted in enumerate(self.components):
             if states >> i & 1 and wanted is not _DOUBLE_STAR and _component_matches(wanted, component):
                 after |= 1 << (i + 1)
         return self._close(after)
 
     def accepts(self, states: int) -> bool:
         """Return whether a path that ends here matches."""
-        return bool(states >> len(self._components) & 1)
+        return bool(states >> len(self.components) & 1)
 
     def remainder(self, states: int) -> Remainder:
         """Return what one more, last component must be."""
         names: list[bytes] = []
         patterns: list[re.Pattern[bytes]] = []
-        for i, wanted in enumerate(self._components):
+        for i, wanted in enumerate(self.components):
             if not states >> i & 1:
                 continue
             if wanted is _DOUBLE_STAR:
@@ -94,7 +102,7 @@ class Glob:
                 if isinstance(wanted, bytes):
                     names.append(wanted)
                 else:
-                    patterns.append(wanted)
+                    patterns.append(wanted.expression)
         if not names and not patterns:
             return NOTHING
         return Remainder(anything=False, names=tuple(names), patterns=tuple(patterns))
@@ -148,55 +156,33 @@ def compile_glob(pattern: bytes) -> Glob:
     return Glob(pattern, [component for i, component in enumerate(components) if i not in doubled])
 
 
-def _places(
-    components: tuple[re.Pattern[bytes] | bytes | None, ...],
-) -> tuple[tuple[bytes, ...] | None, tuple[bytes, ...] | None]:
-    """Return `above` and `named_in` of a glob, from its leading literal components.
-
-    The last of these is a name in the directory before it where nothing more is needed: where the rest, if
-    there is any, is `**`, which may stand for nothing.
-    """
-    literal: list[bytes] = []
-    for component in components:
-        if not isinstance(component, bytes):
-            break
-        literal.append(component)
-    rest = components[len(literal) :]
-    may_end = bool(literal) and all(component is _DOUBLE_STAR for component in rest)
-    return tuple(literal) if rest else None, tuple(literal[:-1]) if may_end else None
-
-
-def _component_matches(wanted: re.Pattern[bytes] | bytes | None, component: bytes) -> bool:
+def _component_matches(wanted: Component, component: bytes) -> bool:
     if isinstance(wanted, bytes):
         return wanted == component
-    return wanted is not None and wanted.fullmatch(component) is not None
+    return wanted is not None and wanted.expression.fullmatch(component) is not None
 
 
-def _compile_component(component: bytes) -> re.Pattern[bytes] | bytes | None:
-    """Return None for `**`, the bytes of a literal, or a pattern for one component."""
+def _compile_component(component: bytes) -> Component:
     if component == b"**":
         return _DOUBLE_STAR
     pieces: list[bytes] = [b""]  # regular expressions between the stars
-    literal = b""
-    is_literal = True
+    head: bytes | None = None  # what is literal before the first wildcard, once there was one
+    literal = b""  # since the last
     at = 0
     while at < len(component):
         byte = component[at : at + 1]
         at += 1
-        if byte == b"*":
-            if component[at : at + 1] == b"*":
+        if byte in _WILDCARDS:
+            head, literal = literal if head is None else head, b""
+            if byte == b"[":
+                character_class, at = _character_class(component, at)
+                pieces[-1] += character_class
+            elif byte == b"?":
+                pieces[-1] += b"."
+            elif component[at : at + 1] == b"*":
                 raise ValueError("'**' stands for whole components: write it between slashes, or use '*'")
-            is_literal = False
-            pieces.append(b"")
-            continue
-        if byte == b"?":
-            is_literal = False
-            pieces[-1] += b"."
-            continue
-        if byte == b"[":
-            is_literal = False
-            character_class, at = _character_class(component, at)
-            pieces[-1] += character_class
+            else:
+                pieces.append(b"")
             continue
         if byte == b"\\":
             byte = component[at : at + 1]
@@ -205,15 +191,15 @@ def _compile_component(component: bytes) -> re.Pattern[bytes] | bytes | None:
                 raise ValueError("the glob ends in a lone backslash")
         literal += byte
         pieces[-1] += re.escape(byte)
-    if is_literal:
+    if head is None:
         return literal
-    if len(pieces) == 1:
-        return re.compile(pieces[0], re.DOTALL)
-    first, *middle, last = pieces
-    # (?>.*?X): the earliest X, never reconsidered. Only the last `.*` gives
-    # bytes back, until the rest, which is of fixed length, ends at the end.
-    atomic = b"".join(b"(?>.*?" + piece + b")" for piece in middle if piece)
-    return re.compile(first + atomic + b".*" + last, re.DOTALL)
+    first, *others = pieces
+    if others:
+        # (?>.*?X): the earliest X, never reconsidered. Only the last `.*` gives
+        # bytes back, until the rest, which is of fixed length, ends at the end.
+        *middle, last = others
+        first += b"".join(b"(?>.*?" + piece + b")" for piece in middle if piece) + b".*" + last
+    return Pattern(re.compile(first, re.DOTALL), head, literal)
 
 
 def _character_class(component: bytes, at: int) -> tuple[bytes, int]:
