@@ -39,7 +39,10 @@ def run(*arguments: str | bytes, env: dict[str, str] | None = None) -> subproces
 
 def run_here(*arguments: str | bytes, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run it within this process, which is faster and is seen by the measuring of coverage."""
-    here = os.open(".", os.O_PATH)  # whoever runs this may not come here by its name
+    try:
+        here = os.open(".", os.O_PATH)
+    except PermissionError:
+        here = -1  # a child that is somebody else by now: it does not come back here
     buffers = io.BytesIO(), io.BytesIO()
     output, errors = (io.TextIOWrapper(buffer, "utf-8", write_through=True) for buffer in buffers)
     with (
@@ -51,8 +54,9 @@ def run_here(*arguments: str | bytes, env: dict[str, str] | None = None) -> subp
         try:
             status = main([os.fsdecode(argument) for argument in arguments])
         finally:
-            os.fchdir(here)
-            os.close(here)
+            if here >= 0:
+                os.fchdir(here)
+                os.close(here)
     told = [buffer.getvalue().decode() for buffer in buffers]
     return subprocess.CompletedProcess(arguments, status, *told)
 
