@@ -1068,7 +1068,7 @@ def test_without_room_nothing_is_done(bush: Path) -> None:
     with ground(bush) as here:
         walk = here.walk()
         assert walk.step(0) == walk.step(-1)
-        assert walk.step(0).paths == []
+        assert not walk.step(0).paths
 
 
 def test_no_descriptor_is_held_between_two_steps(bush: Path) -> None:

@@ -20,8 +20,9 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 from fdbroker.broker.opening import Outcome, failure, file_stat, name_is_lost, object_refusal, refusal
 from fdbroker.broker.watchdog import nothing
@@ -53,7 +54,7 @@ from fdbroker.wire.format import (
 from fdbroker.wire.messages import GIVEN, FileStat, Result, WalkEnd, refused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from fdbroker.broker.dispatch import Asker
     from fdbroker.broker.roots import HeldRoot
@@ -100,6 +101,42 @@ _MAX_GIVEN = 4096
 NONE_OPENED: Mapping[Rule, int] = MappingProxyType({})
 
 
+class Paths(Sequence[bytes]):
+    """The absolute paths of entries, with the start before them if it is given: made for the audit alone."""
+
+    __slots__ = ("_entries", "_prefix", "_start")
+
+    def __init__(self, entries: Sequence[bytes], prefix: bytes, start: bytes | None = None) -> None:
+        """`prefix` is what stands before the paths of the entries."""
+        self._entries = entries
+        self._prefix = prefix
+        self._start = start
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._entries) + (self._start is not None)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Return one after the other."""
+        if self._start is not None:
+            yield self._start
+        for entry in self._entries:
+            yield self._prefix + entry[_ENTRY_HEAD:]
+
+    @overload
+    def __getitem__(self, at: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[bytes]: ...
+
+    def __getitem__(self, at: int | slice) -> bytes | list[bytes]:
+        """Return one of them, or some."""
+        return list(self)[at]
+
+
+NO_PATHS = Paths([], b"")
+
+
 class Batch(NamedTuple):
     """What one step found.
 
@@ -112,7 +149,7 @@ class Batch(NamedTuple):
 
     result: Result
     entries: list[bytes]
-    paths: list[bytes]
+    paths: Paths
     outcomes: list[Outcome]
     descriptors: list[int]
     end: WalkEnd | None
@@ -224,7 +261,6 @@ class _Step:
         "opened_by",
         "outcomes",
         "path",
-        "paths",
         "room",
         "room_by",
         "size",
@@ -254,7 +290,6 @@ class _Step:
         self.size = 0
         self.directories = 0
         self.entries: list[bytes] = []
-        self.paths: list[bytes] = []
         self.outcomes: list[Outcome] = []
         self.descriptors: list[int] = []
         self.left_out: dict[Incomplete, int] = {}
@@ -336,7 +371,8 @@ class Walk:
         # The way of the walk: one level for each directory, and the path of the innermost.
         self._levels: list[_Level] = []
         self._path = request.path.rstrip(b"/")
-        self._skip = len(self._path) + 1
+        self._prefix = self._path + b"/"
+        self._skip = len(self._prefix)
         self._globs: tuple[Glob, ...] = ()
         self._sought = request.behind.split(b"/") if request.behind else []
         self._start: Outcome | None = None  # None until it was looked at; for the audit
@@ -372,24 +408,24 @@ class Walk:
         """
         room = min(room, self._most)
         if self._end is not None or room < 1:
-            return Batch(GIVEN, [], [], [], [], self._end)
+            return Batch(GIVEN, [], NO_PATHS, [], [], self._end)
         try:
             if self._start is None:
                 if not self._compile_globs():
-                    return Batch(GIVEN, [], [], [], [], None)
+                    return Batch(GIVEN, [], NO_PATHS, [], [], None)
                 self._start = self._begin()
                 if self._start.result is not GIVEN:
                     return self._refuse(self._start)
             if self._sought:
                 if not self._seek():
                     return self._refuse(Outcome(refused(Reason.NOT_FOUND), "not_found", self._start.rule))
-                return Batch(GIVEN, [], [], [], [], None)
+                return Batch(GIVEN, [], NO_PATHS, [], [], None)
             return self._go_on(room, most_of)
         except OSError as error:
             self.stop(_OURS.get(error.errno or 0, Incomplete.FAILED))
         except MemoryError:
             self.stop(Incomplete.FAILED)
-        return self._batch([], [], [], [])
+        return self._batch([], [], [])
 
     def cancel(self) -> WalkEnd:
         """End the walk because its client wants no more; return its end."""
@@ -532,7 +568,7 @@ class Walk:
             self.left_out[why] = self.left_out.get(why, 0) + count
         if not self._levels:
             self._finish()
-        batch = self._batch(step.entries, step.paths, step.outcomes, step.descriptors)
+        batch = self._batch(step.entries, step.outcomes, step.descriptors)
         if most_of is not None:
             return batch._replace(opened_by=step.opened_by, held_back_by=step.held_back_by)
         return batch
@@ -549,19 +585,19 @@ class Walk:
             step.close_visits()
         return done
 
-    def _batch(
-        self, entries: list[bytes], paths: list[bytes], outcomes: list[Outcome], descriptors: list[int]
-    ) -> Batch:
+    def _batch(self, entries: list[bytes], outcomes: list[Outcome], descriptors: list[int]) -> Batch:
+        start = None
         if not self._start_is_told and self._start is not None:
             self._start_is_told = True
-            paths, outcomes = [self._request.path, *paths], [self._start, *outcomes]
+            start, outcomes = self._request.path, [self._start, *outcomes]
+        paths = Paths(entries, self._prefix, start)
         return Batch(GIVEN, entries, paths, outcomes, descriptors, self._end)
 
     def _refuse(self, outcome: Outcome) -> Batch:
         """End a walk that gave nothing yet."""
         self.directories = 0
         self._finish()
-        return Batch(outcome.result, [], [self._request.path], [outcome], [], self._end)
+        return Batch(outcome.result, [], Paths([], b"", self._request.path), [outcome], [], self._end)
 
     def _is_as_it_was(self, step: _Step) -> bool:
         """Return whether each directory of the step is still where it was, and was not touched.
@@ -758,32 +794,39 @@ class Walk:
         exceptions, given = plain
         _, least_size, most_size, newer_than, _ = self._filter
         remainders = visit.remainders
-        prefix = self._path + b"/"
-        relative_prefix = prefix[self._skip :]
-        names, paths, descriptors, pack = step.entries, step.paths, step.descriptors, _PACK_ENTRY
+        relative_prefix = (self._path + b"/")[self._skip :]
+        names, descriptors, pack = step.entries, step.descriptors, _PACK_ENTRY
         longest = _ENTRY_HEAD + len(relative_prefix) + MAX_NAME_BYTES
         room = min(step.room - len(names), (_BYTES - step.size) // longest, step.room_of(given.rule))
         first = place = level.next
         before = len(names)
         wanted = []
         for name, hint, _ in level.entries[first : min(end, first + min(room, BATCH))]:
-            if hint != _REGULAR or name in exceptions or (remainders and time.monotonic() >= until):
+            if hint != _REGULAR or name in exceptions:
                 break
-            place += 1
-            if not remainders or any(remainder.matches(name) for remainder in remainders):
-                wanted.append(name)
+            if remainders:
+                if time.monotonic() >= until:
+                    break
+                place += 1
+                if not any(remainder.matches(name) for remainder in remainders):
+                    continue
+            wanted.append(name)
+        if not remainders:
+            place += len(wanted)
         opened, found = open_regular_entries(
             visit.descriptor, wanted, self._proc_self_fd, least_size, most_size, newer_than
         )
         if -1 not in opened:
             # As it mostly is: all are what they seemed to be. The step owns them, before anything may raise.
             descriptors += opened
-            base = len(relative_prefix)
+            heads = {
+                length: pack(len(relative_prefix) + length, _REGULAR, WALK_ENTRY_HAS_DESCRIPTOR)
+                for length in set(map(len, wanted))
+            }
             names += [
-                pack(base + len(name), _REGULAR, WALK_ENTRY_HAS_DESCRIPTOR) + record + relative_prefix + name  # type: ignore[operator]
+                heads[len(name)] + record + relative_prefix + name  # type: ignore[operator]
                 for name, record in zip(wanted, found, strict=True)
             ]
-            paths += [prefix + name for name in wanted]
         else:
             descriptors += [descriptor for descriptor in opened if descriptor >= 0]
             for name, descriptor, record in zip(wanted, opened, found, strict=True):
@@ -792,7 +835,6 @@ class Walk:
                 elif descriptor >= 0:
                     path = relative_prefix + name
                     names.append(pack(len(path), _REGULAR, WALK_ENTRY_HAS_DESCRIPTOR) + record + path)
-                    paths.append(prefix + name)
                 elif not stat.S_ISREG(FileStat.decode(record).mode):
                     step.leave_out(Incomplete.CHANGED)  # the directory said otherwise a moment ago
         self._ping()
@@ -910,7 +952,6 @@ class Walk:
         relative = path[self._skip :]
         entry = _PACK_ENTRY(len(relative), facts.mode >> 12, flags) + facts.encode() + relative
         step.entries.append(entry)
-        step.paths.append(path)
         step.outcomes.append(self._given.get(rule) or self._given_by(rule))
         step.size += len(entry)
 

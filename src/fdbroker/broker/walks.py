@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.opening import Outcome
-from fdbroker.broker.walking import BATCH, Batch, Walk
+from fdbroker.broker.walking import BATCH, NO_PATHS, Batch, Walk
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.wire.format import Incomplete, Reason
 from fdbroker.wire.messages import (
@@ -137,7 +137,7 @@ class Walks:
     def _limited_step(self, active: ActiveWalk, asker: Asker, limits: Limits) -> Batch:
         """Go on as far as the limits allow; where they do not, note when to try again."""
         room = min(active.most, limits.room(asker))
-        batch = Batch(GIVEN, [], [], [], [], None)
+        batch = Batch(GIVEN, [], NO_PATHS, [], [], None)
         if room:
             batch = active.walk.step(room, partial(limits.room_of, asker))
             if batch.entries or batch.end is not None or batch.held_back_by is None:

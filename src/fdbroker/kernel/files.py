@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import os
 import struct
 from typing import TYPE_CHECKING, NamedTuple
@@ -168,9 +169,10 @@ _openat_at_once = _AT_ONCE.openat
 _NAMES = [b"%d" % number for number in range(1024)]
 _READ_FLAGS = ctypes.c_int.from_param(_READ_AT_ONCE)
 _STATX_BASIC_STATS = ctypes.c_uint.from_param(0x7FF)
-# What is looked at of it: mode, size, and mtime in seconds and nanoseconds.
-_STATX_KEY = struct.Struct("=28xH10xQ64xqI")
+# What filters look at: size, and mtime in seconds and nanoseconds.
+_STATX_FILTERED = struct.Struct("=40xQ64xqI")
 _SECOND = 1_000_000_000
+_ANY_SIZE, _ANY_TIME = (1 << 63) - 1, -(1 << 63)
 
 
 # The same room, to cut bytes out of.
@@ -191,15 +193,16 @@ def open_regular_entries(
     at and reopened, so that those that were held stand in a row and are closed by one call. What they are
     is as `stat_record` says it, or an error of `open_path_beneath` or `reopen_for_reading`. -1 in place
     of a descriptor: an error, no regular file, not from `least_size` to `most_size` bytes, or not modified
-    later than `newer_than`, in nanoseconds since 1970. The caller owns the descriptors.
+    later than `newer_than`, in nanoseconds since 1970 (-2^63: any time). The caller owns the descriptors.
     """
     # Written out as well.
     opened: list[int] = []
     found: list[bytes | OSError] = []
     held: list[int] = []
     failed: dict[int, OSError] = {}
-    unpack, set_blocking, known = _STATX_KEY.unpack_from, os.set_blocking, len(_NAMES)
-    oldest = divmod(newer_than, _SECOND)
+    unpack, room, set_blocking, known = _STATX_FILTERED.unpack_from, _statx_room, os.set_blocking, len(_NAMES)
+    oldest = divmod(newer_than, _SECOND) if newer_than > _ANY_TIME else (-math.inf, 0)
+    everything = least_size <= 0 and most_size >= _ANY_SIZE and newer_than <= _ANY_TIME
     try:
         for name in names:
             descriptor = -1 if 0 in name else _openat2_at_once(_OPENAT2, directory, name, _WITHIN, _SIZE)
@@ -217,8 +220,11 @@ def open_regular_entries(
                 if _statx_at_once(descriptor, _NO_PATH, _AT_EMPTY_PATH, _STATX_BASIC_STATS, _STATX_ROOM) != 0:
                     os.fstat(descriptor)  # for its error
                     raise SyscallError(errno.EIO, "statx", descriptor=descriptor)
-                mode, size, seconds, rest = unpack(_statx_room)
-                if mode & _KIND == _REGULAR and least_size <= size <= most_size and (seconds, rest) > oldest:
+                is_wanted = room.mode & _KIND == _REGULAR
+                if is_wanted and not everything:
+                    size, seconds, rest = unpack(room)
+                    is_wanted = least_size <= size <= most_size and (seconds, rest) > oldest
+                if is_wanted:
                     path = _NAMES[descriptor] if descriptor < known else b"%d" % descriptor
                     number = _openat_at_once(proc_self_fd, path, _READ_FLAGS)
                     if number < 0:
