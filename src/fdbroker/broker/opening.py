@@ -286,7 +286,13 @@ class Opener:
                     chosen,
                     zip(
                         *open_regular_entries(
-                            root.descriptor, names, self._proc_self_fd, 0, MAX_COPY, ANY_TIME
+                            root.descriptor,
+                            names,
+                            self._proc_self_fd,
+                            0,
+                            MAX_COPY,
+                            ANY_TIME,
+                            given_away=False,
                         ),
                         strict=True,
                     ),

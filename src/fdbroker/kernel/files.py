@@ -186,6 +186,8 @@ def open_regular_entries(
     least_size: int,
     most_size: int,
     newer_than: int,
+    *,
+    given_away: bool = True,
 ) -> tuple[list[int], list[bytes | OSError]]:
     """Open names in the held `directory` for reading; return descriptors and what they are, by name.
 
@@ -193,7 +195,8 @@ def open_regular_entries(
     at and reopened, so that those that were held stand in a row and are closed by one call. What they are
     is as `stat_record` says it, or an error of `open_path_beneath` or `reopen_for_reading`. -1 in place
     of a descriptor: an error, no regular file, not from `least_size` to `most_size` bytes, or not modified
-    later than `newer_than`, in nanoseconds since 1970 (-2^63: any time). The caller owns the descriptors.
+    later than `newer_than`, in nanoseconds since 1970 (-2^63: any time). `given_away`: O_NONBLOCK, which a
+    receiver would see, is taken from them. The caller owns the descriptors.
     """
     # Written out as well.
     opened: list[int] = []
@@ -229,7 +232,8 @@ def open_regular_entries(
                     number = _openat_at_once(proc_self_fd, path, _READ_FLAGS)
                     if number < 0:
                         number = reopen_for_reading(proc_self_fd, descriptor)  # for its error
-                    set_blocking(number, True)
+                    if given_away:
+                        set_blocking(number, True)
                 opened.append(number)
                 found.append(_statx_bytes[16:48] + _statx_bytes[96:144])  # type: ignore[arg-type] # ctypes slices them to bytes
             except OSError as error:
