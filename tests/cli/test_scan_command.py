@@ -621,7 +621,7 @@ def test_libclamav_and_clamd_scan_through_the_broker(
         (("--accept", "rar"), "--accept rar: no engine that is asked (hashes) looks into containers"),
         (("--engine", "libclamav", "--accept", "rat"), "accept: 'rat' is none of: encrypted"),
         (("--exclude", "a//b"), "a//b: the glob has an empty component"),
-        (("--max-size", "many"), '"many" is not a size'),
+        (("--max-size", "many"), "'many' is not a size"),
         (("--jobs", "0"), "--jobs"),
         (("--isolate", "tree"), "--isolate"),
         (("-i", "-v"), "--verbose wants more than is told"),
@@ -655,12 +655,10 @@ def test_commas_lists_and_relative_paths_in_options(
 
 @pytest.mark.root
 def test_interrupted_before_it_began_is_told_as_that(broker: RunningBroker, tmp_path: Path) -> None:
-    fifo = tmp_path / "database.ndb"
+    fifo = tmp_path / "rules.yar"
     os.mkfifo(fifo)  # whoever loads it waits
     process = subprocess.Popen(
-        command(
-            "scan", "--engine", f"libclamav:database={fifo}", "--socket", str(broker.socket), *AS_ROOT, "/"
-        ),
+        command("scan", "--engine", f"yara-x:rules={fifo}", "--socket", str(broker.socket), *AS_ROOT, "/"),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
