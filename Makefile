@@ -13,10 +13,10 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test races soak hostile fuzz lint format bench constraints clean
+.PHONY: help setup demo test races soak hostile fuzz lint format bench bench-scan constraints clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(VENV)/.ready ## make build/venv with all that tests and checks need (done by the other targets as well)
 
@@ -69,6 +69,9 @@ format: $(VENV)/.ready ## rewrite the sources in the format that lint asks for
 
 bench: $(VENV)/.ready-bench ## run the benchmarks
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-scan: $(VENV)/.ready-bench ## compare scans with clamdscan (as root; needs ClamAV, takes a minute)
+	@$(BIN)/python benchmarks/run.py --only scan_vs_fdpass scan_vs_multiscan --rounds 5 $(ARGS)
 
 constraints: ## resolve all dependencies anew and write constraints.txt
 	@scripts/setup --constraints $(EXTRAS),bench,fuzz

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.tree import DIRECTORIES
@@ -65,6 +65,13 @@ def make_policy(root: Path, *, copies: bool = False) -> dict[str, object]:
         "read_only_view": "required",
         "identity": "available",
     }
+
+
+def make_policy_for_scans(root: Path) -> dict[str, object]:
+    """Return the policy of `make_policy` with a last rule that lets everybody list and open."""
+    policy = make_policy(root)
+    rule = _rule("scan", "allow", {"any": True}, ["**"]) | {"actions": ["open", "list"]}
+    return policy | {"rules": [*cast("list[object]", policy["rules"]), rule]}
 
 
 def make_many_rules(root: Path, rules: int) -> dict[str, object]:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.errors import BenchmarkError
 from benchmarks.native import build
 from benchmarks.report import Outcome, evaluate, series_table, variant_table, write_json
-from benchmarks.series import SERIES, VARIANTS, Series
+from benchmarks.series import SCAN_SERIES, SERIES, VARIANTS, Series
 from benchmarks.stage import Stage
 from benchmarks.tree import make_tree
 
@@ -36,14 +36,19 @@ DESCRIPTORS = 8 * 64 * 32
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    names = [series.name for series in SERIES]
+    names = [series.name for series in (*SERIES, *SCAN_SERIES)]
     parser = argparse.ArgumentParser(
         prog="benchmarks/run.py",
         description="Measure fdbroker against its bars.",
         epilog=f"Series: {', '.join(names)}.",
     )
     parser.add_argument(
-        "--only", nargs="+", choices=names, default=names, metavar="NAME", help="only these series"
+        "--only",
+        nargs="+",
+        choices=names,
+        default=[series.name for series in SERIES],
+        metavar="NAME",
+        help="only these series (without it all but those of scans)",
     )
     parser.add_argument("--rounds", type=_positive, metavar="N", help=f"default {ROUNDS}")
     parser.add_argument(
@@ -70,7 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Do what the command line says; return the exit status."""
     options = parse(arguments)
-    chosen = [series for series in SERIES if series.name in options.only]
+    chosen = [series for series in (*SERIES, *SCAN_SERIES) if series.name in options.only]
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     try:
         prepare()

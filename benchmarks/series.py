@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from benchmarks import workers
-from benchmarks.brokers import CLIENT_UID, make_many_rules, make_wildcard_rules, pin
+from benchmarks.brokers import CLIENT_UID, STRANGER_UID, make_many_rules, make_wildcard_rules, pin
+from benchmarks.clamav import compare, verdicts_of_clamdscan, verdicts_of_fdbroker
 from benchmarks.errors import BenchmarkError
 from benchmarks.native import Request, client_command, measure, walk_command
 from benchmarks.tree import DIRECTORIES
@@ -179,6 +180,43 @@ class Hashes:
 
 
 @dataclass(frozen=True)
+class Scans:
+    """A tree scanned with ClamAV's engine: seconds from the start of the command to its end.
+
+    By `fdbroker scan`, which loads the library and its database as well, or by root's clamdscan and a clamd
+    that has them loaded. Every verdict is compared with that of the other, when the clock has stopped.
+    """
+
+    by: Literal["fdbroker", "--fdpass", "--multiscan"]
+    unit: str = "s"
+
+    def measure(self, stage: Stage) -> float:
+        """Return the seconds."""
+        root = str(stage.walked.root)
+        if self.by == "fdbroker":
+            broker = stage.broker("fdbroker-scan")
+            command = [stage.python, "-P", "-m", "fdbroker.cli", "scan", "--json", "--socket"]
+            command += [str(broker.socket), "--worker-uid", str(STRANGER_UID)]
+            command += ["--engine", f"libclamav:database={stage.database}", root]
+        else:
+            command = ["clamdscan", "--config-file", str(stage.clamd), "--no-summary", "--fdpass"]
+            command += [root] if self.by == "--fdpass" else [self.by, root]
+        output = stage.directory / "verdicts"
+        with output.open("wb") as lines:
+            began = time.perf_counter()
+            subprocess.run(
+                command, env=stage.environment, stdout=lines, stdin=subprocess.DEVNULL, check=False
+            )
+            seconds = time.perf_counter() - began
+        text = output.read_text()
+        if self.by == "fdbroker":
+            stage.scanned = verdicts_of_fdbroker(text)
+        elif stage.scanned:
+            compare(stage.scanned, verdicts_of_clamdscan(text), stage.walked.files)
+        return seconds
+
+
+@dataclass(frozen=True)
 class IdleSize:
     """A broker that was started and asked nothing: its resident memory."""
 
@@ -312,6 +350,9 @@ VARIANTS: dict[str, Variant] = {
     "zygote_worker": Starts("worker"),
     "interpreter": Starts("interpreter"),
     "further_worker": PrivateMemory(),
+    "clamdscan_fdpass": Scans("--fdpass"),
+    "fdbroker_scan": Scans("fdbroker"),
+    "clamdscan_multiscan": Scans("--multiscan"),
 }
 
 SERIES = (
@@ -338,4 +379,10 @@ SERIES = (
     Series("rules_10000_start_s", "rules_10000_start", None, "lower", 5.0),
     Series("zygote_vs_exec", "zygote_worker", "interpreter", "lower", 0.1),
     Series("worker_private_mib", "further_worker", None, "lower", 4.0),
+)
+
+# With ClamAV installed, and of some minutes: not among those that are run when none is named.
+SCAN_SERIES = (
+    Series("scan_vs_fdpass", "fdbroker_scan", "clamdscan_fdpass", "lower", 0.4),
+    Series("scan_vs_multiscan", "fdbroker_scan", "clamdscan_multiscan", "lower", 0.6),
 )

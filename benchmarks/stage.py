@@ -10,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from benchmarks import workers
+from benchmarks import clamav, workers
 from benchmarks.brokers import (
     CLIENT_UID,
     STRANGER_UID,
     Broker,
     make_many_rules,
     make_policy,
+    make_policy_for_scans,
     resident_mib,
     start_fdbroker,
     start_floor,
@@ -44,6 +45,7 @@ BrokerName = Literal[
     "fdbroker-copies",
     "fdbroker-rules-10",
     "fdbroker-rules-10000",
+    "fdbroker-scan",
 ]
 _CHECK_BATCH = 64
 
@@ -65,6 +67,8 @@ class Stage:
     python: str
     environment: dict[str, str]
     scale: float = 1.0
+    scanned: clamav.Verdicts = field(default_factory=dict)
+    """What the last scan of fdbroker said of each file."""
     _running: dict[BrokerName, Broker] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
 
@@ -100,6 +104,16 @@ class Stage:
     def zygote(self) -> Zygote:
         """A zygote of the scan's workers, started when it is first asked for."""
         return self._stack.enter_context(workers.zygote())
+
+    @cached_property
+    def database(self) -> Path:
+        """A small database of ClamAV, which has some files of the walked tree."""
+        return clamav.make_database(self.directory / "database", self.walked.root)
+
+    @cached_property
+    def clamd(self) -> Path:
+        """The configuration of a clamd that runs with that database."""
+        return self._stack.enter_context(clamav.running_clamd(self.directory / "clamd", self.database))
 
     def opens(self, wanted: int) -> int:
         """Return how many opens to make where `wanted` is right for a full run."""
@@ -139,6 +153,8 @@ class Stage:
             else:
                 if name in {"fdbroker-rules-10", "fdbroker-rules-10000"}:
                     policy = make_many_rules(root, int(name.rpartition("-")[2]))
+                elif name == "fdbroker-scan":
+                    policy = make_policy_for_scans(root)
                 else:
                     policy = make_policy(root, copies=name == "fdbroker-copies")
                 audit = self.audit_file if name == "fdbroker-audit" else None
@@ -148,7 +164,8 @@ class Stage:
     def _root_of(self, name: BrokerName) -> Path:
         if name == "fdbroker-large":
             return self.large[0]
-        return self.walked.root if name in {"floor-walk", "fdbroker-walk"} else self.tree.root
+        walks = {"floor-walk", "fdbroker-walk", "fdbroker-scan"}
+        return self.walked.root if name in walks else self.tree.root
 
     def _check(self, name: BrokerName, broker: Broker) -> None:
         """See that a broker gives the right files, and fdbroker those of its policy only.
@@ -158,7 +175,7 @@ class Stage:
         if name in {"floor-walk", "fdbroker-walk"}:
             self._check_walk(name, broker)
             return
-        if name == "fdbroker-large":  # its clients look at what they get
+        if name in {"fdbroker-large", "fdbroker-scan"}:  # its clients look at what they get
             return
         batch = 1 if name == "inlined" else _CHECK_BATCH
         every = Request(broker.socket, self.tree.everything, batch, self.tree.files, read=True)

@@ -48,6 +48,9 @@ PDF = b"""\
 trailer <</Root 1 0 R>>
 %%EOF
 """
+# A database of ClamAV with one entry: `digest:size:name`, of the test file.
+DATABASE = "/etc/fdbroker/clamav"
+SIGNATURE = "44d88612fea8a8f36de82e1278abb02f:68:Eicar-Test-Signature\n"
 PEOPLE = ("alice", "bob", "carol")
 PATIENCE = 5.0  # for the broker to end, which takes it some milliseconds
 # From <sched.h> and <sys/prctl.h>: Python has no names for them before 3.12.
@@ -202,7 +205,18 @@ def set_the_stage() -> None:
     Path("/etc/fdbroker").mkdir()
     Path("/etc/fdbroker/policy.yaml").write_text(POLICY, "ascii")
     Path(AUDIT).parent.mkdir()
+    Path(DATABASE).mkdir()
+    Path(DATABASE, "demo.hdb").write_text(SIGNATURE, "ascii")
     lay_out()
+
+
+def has_libclamav() -> bool:
+    """Return whether ClamAV's library is installed."""
+    try:
+        ctypes.CDLL("libclamav.so.12")
+    except OSError:
+        return False
+    return True
 
 
 def install(prefix: Path) -> None:
@@ -376,7 +390,19 @@ def play() -> None:
         it needs: it can't start a program, make a connection or open a file for writing.
         """)
     heading("4. The scanner scans all files, through the broker")
-    shell("scanner", "fdbroker scan /home", expect=2)
+    if has_libclamav():
+        engine = f" --engine libclamav:database={DATABASE}"
+        tell("""
+            ClamAV's library is installed, so it is the engine. To be quick it has a database of one
+            signature, that of the EICAR test file.
+            """)
+    else:
+        engine = ""
+        tell("""
+            ClamAV's library is not installed, so the built-in engine `hashes` scans: it knows the EICAR
+            test file by its digest.
+            """)
+    shell("scanner", f"fdbroker scan{engine} /home", expect=2)
     tell("""
         For each file the scanner sends the path to the broker. The broker asks the kernel who is asking,
         and the policy whether this user may read this file. If so, it opens the file and passes it on,
@@ -388,7 +414,7 @@ def play() -> None:
         It counts as an error, and the exit status is 2: what was not read is never called clean.
         """)
     heading("5. A closer look at two of the users, and at the process that reads the files")
-    shell("scanner", "fdbroker scan --verbose /home/alice /home/bob", expect=2)
+    shell("scanner", f"fdbroker scan --verbose{engine} /home/alice /home/bob", expect=2)
     tell("""
         The scanner has the files read by a second process, the worker. It runs as the user scanner too,
         and can do nothing but read the open files that it is handed, and answer. The lines above with

@@ -27,12 +27,14 @@ from tests.cli.commands import (
     read_terminal,
     run,
     run_as,
+    run_here,
     run_on_terminal,
     verdicts,
 )
 from tests.processes import wait_until
 from tests.running_broker import CLIENT_UID, policy, reachable_directory, rule, running_broker
 from tests.sandbox.confined import WORKER_UID
+from tests.scan.clamav import make_database, running_clamd
 from tests.scan.descriptors import EICAR_NAME
 from tests.scan.trees import Tree, make_tree
 
@@ -72,14 +74,15 @@ def test_clean_files_give_status_0_and_only_a_summary(broker: RunningBroker, tre
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert result.stdout.startswith("1 file, 20971520 bytes, 0 infected, 0 errors, 0 skipped, ")
-    assert result.stdout.count("\n") == 1
+    _, engines = result.stdout.splitlines()
+    assert engines == "Scanned by hashes (hashes 1, 3 digests), in workers of this command."
 
 
 @pytest.mark.root
 def test_infected_tree_gives_status_1_and_names_each_finding(broker: RunningBroker, tree: Tree) -> None:
     result = run("scan", "--socket", str(broker.socket), *AS_ROOT, tree.root)
     assert result.returncode == 1, result.stderr
-    *findings, summary = result.stdout.splitlines()
+    *findings, summary, _ = result.stdout.splitlines()
     assert len(findings) == len(tree.infected)
     assert all(line.endswith(f": infected: {EICAR_NAME}") for line in findings)
     assert home(tree, 2) + f"/hard link: infected: {EICAR_NAME}" in findings
@@ -304,7 +307,7 @@ def test_interrupted_scan_ends_with_a_summary_that_says_so(broker: RunningBroker
     )
     try:
         assert process.stdout is not None
-        early = process.stdout.readline() + process.stdout.readline()
+        early = "".join(process.stdout.readline() for _ in range(3))
         assert verdicts(lines(early, "file")) == {tree.root + b"/home2/empty": "clean"}
         workers = children(process.pid)
         assert len(workers) == 1
@@ -484,3 +487,187 @@ def test_empty_path_is_wrong_use_and_not_the_working_directory() -> None:
     result = run("scan", *arguments, "")
     assert result.returncode == 2
     assert "a path is empty" in result.stderr
+
+
+@pytest.mark.root
+def test_each_of_several_engines_is_named(broker: RunningBroker, tree: Tree, tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yar"
+    rules.write_text('rule fine { strings: $a = "fine" condition: $a }')
+    paths = [home(tree, 1) + "/empty", home(tree, 1) + "/with spaces and 'quotes'"]
+    engines = ("--engine", "hashes", "--engine", f"yara-x:rules={rules}")
+    result = run("scan", *engines, "--json", "--socket", str(broker.socket), *AS_ROOT, *paths)
+    assert result.returncode == 1, result.stderr
+    [line] = lines(result.stdout, "engines")
+    assert line["via"] == "self"
+    assert [(one["engine"], one["where"]) for one in line["engines"]] == [
+        ("hashes", "worker"),
+        ("yara-x", "worker"),
+    ]
+    assert all(one["version"] for one in line["engines"])
+    said = {path_of(one): one for one in lines(result.stdout, "file")}
+    assert said[os.fsencode(paths[1])]["engines"] == [
+        {"engine": "hashes", "verdict": "clean"},
+        {"engine": "yara-x", "verdict": "infected", "name": "fine"},
+    ]
+    result = run("scan", *engines, "--socket", str(broker.socket), *AS_ROOT, *paths)
+    assert f"{paths[1]}: infected: fine (hashes: clean, yara-x: fine)\n" in result.stdout
+
+
+@pytest.mark.root
+def test_infected_leaves_out_all_else(broker: RunningBroker, tree: Tree) -> None:
+    result = run("scan", "--infected", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1))
+    assert result.returncode == 1
+    assert len(result.stdout.splitlines()) == 3
+    assert all(": infected: " in line for line in result.stdout.splitlines())
+    result = run("scan", "-i", "--json", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1))
+    assert {line["verdict"] for line in lines(result.stdout, "file")} == {"infected"}
+    assert lines(result.stdout, "skipped") == []
+    assert len(lines(result.stdout, "summary")) == 1
+    result = run("scan", "-i", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1) + "/empty")
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+@pytest.mark.root
+def test_excluded_and_too_large_files_are_not_scanned(broker: RunningBroker, tree: Tree) -> None:
+    options = ("--exclude", "a directory", "--exclude", "*eicar*", "--exclude", "hard*", "--max-size", "1MiB")
+    result = run("scan", "--json", *options, "--socket", str(broker.socket), *AS_ROOT, home(tree, 0))
+    assert result.returncode == 2
+    files = verdicts(lines(result.stdout, "file"))
+    root = tree.root + b"/home0/"
+    assert files == {
+        root + b"empty": "clean",
+        root + b"with spaces and 'quotes'": "clean",
+        root + b"big": "error",
+    }
+    [error] = [line for line in lines(result.stdout, "file") if line["verdict"] == "error"]
+    assert error["reason"] == "too_large"
+    excluded = {path_of(line) for line in lines(result.stdout, "skipped") if line["kind"] == "excluded"}
+    assert excluded == {
+        root + name for name in (b"a directory", b"nearly eicar", b"eicar with line end", b"hard link")
+    }
+
+
+@pytest.mark.root
+def test_isolated_files_and_many_workers_give_the_same_verdicts(broker: RunningBroker, tree: Tree) -> None:
+    for options in (("--isolate", "file"), ("--jobs", "3"), ("--jobs", "1")):
+        result = run("scan", "--json", *options, "--socket", str(broker.socket), *AS_ROOT, tree.root)
+        expected = dict.fromkeys(tree.clean, "clean") | dict.fromkeys(tree.infected, "infected")
+        assert verdicts(lines(result.stdout, "file")) == expected, options
+
+
+@pytest.mark.root
+def test_report_has_everything_and_is_there_at_once(
+    broker: RunningBroker, tree: Tree, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.jsonl"
+    report.write_text("the last one")
+    socket = ("--socket", str(broker.socket))
+    result = run("scan", "-i", "--report", str(report), *socket, *AS_ROOT, tree.root)
+    assert result.returncode == 1
+    text = report.read_text()
+    expected = dict.fromkeys(tree.clean, "clean") | dict.fromkeys(tree.infected, "infected")
+    assert verdicts(lines(text, "file")) == expected
+    assert [line["exit_status"] for line in lines(text, "summary")] == [1]
+    assert report.stat().st_mode & 0o777 == 0o600
+    assert os.listdir(tmp_path) == ["report.jsonl"]
+    # One that can't be complete does not take the place of the last one.
+    result = run("scan", "--report", str(report), "--socket", str(tmp_path / "none"), *AS_ROOT, tree.root)
+    assert result.returncode == 2
+    assert report.read_text() == text
+    assert os.listdir(tmp_path) == ["report.jsonl"]
+    result = run("scan", "--report", str(tmp_path / "no" / "x"), *socket, *AS_ROOT, tree.root)
+    assert result.returncode == 2
+    assert f"the report {tmp_path}/no/x could not be written: No such file or directory" in result.stderr
+
+
+@pytest.mark.root
+def test_libclamav_and_clamd_scan_through_the_broker(
+    tree: Tree, broker: RunningBroker, tmp_path: Path
+) -> None:
+    database = make_database(tmp_path / "database")
+    target = home(tree, 1)
+    expected = {path: "clean" for path in tree.clean if path.startswith(os.fsencode(target))}
+    alerts = ("AlertExceedsMax yes", "AlertEncrypted yes")
+    with running_clamd(tmp_path, database, *alerts) as clamd:
+        for engine in (f"libclamav:database={database}", f"clamd:socket={clamd}"):
+            result = run(
+                "scan", "--json", "--engine", engine, "--socket", str(broker.socket), *AS_ROOT, target
+            )
+            files = verdicts(lines(result.stdout, "file"))
+            assert {path: verdict for path, verdict in files.items() if path in expected} == expected, engine
+            [line] = lines(result.stdout, "engines")
+            assert "ClamAV 1." in line["engines"][0]["version"]
+            assert line["engines"][0]["where"] == ("outside" if engine.startswith("clamd") else "worker")
+        result = run(
+            "scan", "--engine", f"clamd:socket={clamd}", "--socket", str(broker.socket), target + "/empty"
+        )
+        assert result.stdout.splitlines()[1].startswith("Scanned by clamd (ClamAV 1.")
+        assert result.stdout.endswith(", handed over by this command.\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--engine", "libclamv"), "there is no engine 'libclamv'; did you mean"),
+        (
+            ("--engine", "libclamav:databse=/x"),
+            "engine libclamav: there is no option 'databse'; did you mean",
+        ),
+        (("--engine", "libclamav:max_files=many"), "max_files: a whole number is wanted, not text"),
+        (("--engine", "libclamav:max_files=1,max_files=2"), "max_files is given twice"),
+        (("--engine", "libclamav:database"), "'database' is no option; write NAME, or NAME:option=value"),
+        (("--engine", "hashes:"), "write NAME, or NAME:option=value"),
+        (("--engine", "hashes", "--engine", "hashes"), "--engine hashes is given twice"),
+        (("--accept", "rar"), "--accept rar: no engine that is asked (hashes) looks into containers"),
+        (("--engine", "libclamav", "--accept", "rat"), "accept: 'rat' is none of: encrypted"),
+        (("--exclude", "a//b"), "a//b: the glob has an empty component"),
+        (("--max-size", "many"), "'many' is not a size"),
+        (("--jobs", "0"), "--jobs"),
+        (("--isolate", "tree"), "--isolate"),
+        (("-i", "-v"), "--verbose wants more than is told"),
+    ],
+)
+def test_what_is_wrong_with_an_option_is_told_with_the_cure(arguments: tuple[str, ...], told: str) -> None:
+    result = run_here("scan", *arguments, *(AS_ROOT if os.geteuid() == 0 else ()), "/")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert told in result.stderr
+
+
+@pytest.mark.root
+def test_root_does_not_run_a_program_on_hostile_files() -> None:
+    result = run_here("scan", "--engine", "command:argv=/bin/cat", "/")
+    assert result.returncode == 2
+    assert "--engine command runs its program unconfined" in result.stderr
+
+
+@pytest.mark.root
+def test_commas_lists_and_relative_paths_in_options(
+    broker: RunningBroker, tree: Tree, others: ForOtherUsers
+) -> None:
+    engine = r"command:argv=/bin/sh,argv=-c,argv=cat >/dev/null; exit 3,clean=3,version=a\,b"
+    arguments = ("--json", "--engine", engine, "--socket", str(broker.socket), home(tree, 1) + "/empty")
+    result = run_as(CLIENT_UID, others, "scan", *arguments)
+    assert result.returncode == 0, result.stderr
+    [line] = lines(result.stdout, "engines")
+    assert line["engines"] == [{"engine": "command", "version": "a,b", "where": "outside"}]
+
+
+@pytest.mark.root
+def test_interrupted_before_it_began_is_told_as_that(broker: RunningBroker, tmp_path: Path) -> None:
+    fifo = tmp_path / "rules.yar"
+    os.mkfifo(fifo)  # whoever loads it waits
+    process = subprocess.Popen(
+        command("scan", "--engine", f"yara-x:rules={fifo}", "--socket", str(broker.socket), *AS_ROOT, "/"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    with open(fifo, "wb"):  # it is at that
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert errors == "fdbroker: interrupted, so the scan is incomplete\n"
+    assert output.startswith("0 files, ")
+    assert "The scan is INCOMPLETE." in output

@@ -56,7 +56,7 @@ def bad_workers(
     def spawn() -> Worker:
         if made.workers_started == 0 or all_of_them:
             return zygote.spawn()
-        return made._spawn_from_zygote()
+        return made.spawn_from_zygote()
 
     with Zygote(misbehaving.load, work, {"mode": mode}, confinement=confinement()) as zygote:
         made = supervise(spawn=spawn, timeout=timeout)

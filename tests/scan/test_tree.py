@@ -18,7 +18,7 @@ from fdbroker.client import (
     TooManyFilesError,
     UnavailableError,
 )
-from fdbroker.scan.tree import File, NotAFile, Unlisted, walk
+from fdbroker.scan.tree import EXCLUDED, Exclusions, File, NotAFile, Unlisted, walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -131,3 +131,40 @@ def test_directory_that_can_not_be_listed_is_told_and_the_others_are_listed() ->
 def test_broker_that_is_gone_is_not_an_error_of_a_directory(error: BrokerError) -> None:
     with pytest.raises(type(error), match=os.fsdecode(error.strerror or "")):
         found({b"/t": [entry(b"f", REGULAR), error]}, b"/t")
+
+
+@pytest.mark.parametrize(
+    ("globs", "left_out"),
+    [
+        ([b"*.iso"], {b"/top/a.iso", b"/top/sub/b.iso"}),
+        ([b"/top/*.iso"], {b"/top/a.iso"}),
+        ([b"sub"], {b"/top/sub"}),
+        ([b"/top/sub/**"], {b"/top/sub"}),
+        ([b"/top"], set()),
+        ([b"sub/b.iso", b"c"], {b"/top/sub/b.iso", b"/top/c"}),
+        ([], set()),
+    ],
+)
+def test_what_is_excluded_is_told_and_not_entered(globs: list[bytes], left_out: set[bytes]) -> None:
+    listed: list[bytes] = []
+
+    class Listing(FakeClient):
+        def list(self, path: bytes) -> Iterator[ListEntry]:
+            listed.append(path)
+            return super().list(path)
+
+    table: Table = {
+        b"/top": [entry(b"a.iso", REGULAR), entry(b"c", REGULAR), entry(b"sub", DIRECTORY)],
+        b"/top/sub": [entry(b"b.iso", REGULAR), entry(b"d", REGULAR)],
+    }
+    found = list(walk(cast("Client", Listing(table)), [b"/top"], Exclusions(globs)))
+    assert {one.path for one in found if one == NotAFile(one.path, EXCLUDED)} == left_out
+    assert (b"/top/sub" in listed) == (b"/top/sub" not in left_out)
+    every = {b"/top/a.iso", b"/top/c", b"/top/sub/b.iso", b"/top/sub/d"}
+    below = {path for path in every if any(path.startswith(out) for out in left_out)}
+    assert {one.path for one in found if isinstance(one, File)} == every - below
+
+
+def test_a_wrong_glob_is_named() -> None:
+    with pytest.raises(ValueError, match=r"\[a-: "):
+        Exclusions([b"[a-"])

@@ -6,9 +6,6 @@ is the broker's; here it only gets its form, in a process without any right.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +19,8 @@ from prometheus_client.core import (
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
+
+from fdbroker.cli.whole_file import whole_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -49,25 +48,8 @@ def write_textfile(path: str, text: bytes) -> None:
         OSError: that failed, and the old one is there as before.
 
     """
-    directory, name = os.path.split(path)
-    # In the same directory, to be renamed, and with a name that the collector does not read.
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=directory or ".")
-    try:
-        with open(descriptor, "wb") as file:
-            os.fchmod(descriptor, 0o644)
-            file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-        os.rename(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    held = os.open(directory or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(held)
-    finally:
-        os.close(held)
+    with whole_file(path, 0o644) as file:
+        file.write(text)
 
 
 def _generate(status: Mapping[str, Any] | None, generate: Callable[[CollectorRegistry], bytes]) -> bytes:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -16,35 +17,92 @@ from fdbroker.cli.failure import Failure
 from fdbroker.cli.output import OutputError, ReaderGoneError, complain, complain_printable
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.progress import Ahead, ScanProgress
-from fdbroker.cli.scan_output import HumanOutput, JsonOutput, Output, Totals
+from fdbroker.cli.scan_engines import configured_engines
+from fdbroker.cli.scan_output import HumanOutput, JsonOutput, Output, Outputs, Totals
+from fdbroker.cli.whole_file import whole_file
 from fdbroker.config.names import id_of_number, is_number, printable
+from fdbroker.config.scalars import ScalarError, parse_size
 from fdbroker.sandbox import SandboxError
-from fdbroker.scan.engine import EngineError
-from fdbroker.scan.engines import hashes
-from fdbroker.scan.plugins import configure
+from fdbroker.scan.engine import EngineError, Inside
+from fdbroker.scan.plugins import make
+from fdbroker.scan.pool import MOST_JOBS, Pool
 from fdbroker.scan.run import Scanned, scan
-from fdbroker.scan.supervisor import DEFAULT_TIMEOUT, Supervisor
-from fdbroker.scan.tree import walk
+from fdbroker.scan.supervisor import DEFAULT_TIMEOUT
+from fdbroker.scan.tree import Exclusions, walk
 from fdbroker.scan.verdict import Clean, Error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from fdbroker.sandbox.report import LayerReport
+    from fdbroker.scan.pool import Version
     from fdbroker.scan.tree import Found
 
 WORKER_USER = "fdbroker-worker"
+
+
+def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    try:
+        return parse_size(value)
+    except ScalarError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def _exclusions(_context: click.Context, _parameter: click.Parameter, value: Sequence[str]) -> Exclusions:
+    try:
+        return Exclusions([os.fsencode(glob) for glob in value])
+    except ValueError as error:
+        raise click.BadParameter(printable(str(error))) from error
 
 
 @click.command("scan", short_help="Scan files and trees for what is known to be bad.")
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.UNPROCESSED)
 @broker.socket_option
 @click.option(
+    "--engine",
+    "engines",
+    multiple=True,
+    type=click.UNPROCESSED,
+    metavar="NAME[:OPTION=VALUE,...]",
+    help="Who scans; several times for several engines, and the worst verdict counts.  [default: hashes]",
+)
+@click.option(
     "--hashes",
     "lists",
     multiple=True,
     type=click.UNPROCESSED,
     metavar="FILE",
-    help="Add a list of what is bad: a SHA-256 and a name in each line. May be given more than once.",
+    help="Add a list of what is bad, for the engine hashes. May be given more than once.",
+)
+@click.option(
+    "--accept",
+    multiple=True,
+    metavar="KIND",
+    help="What may be clean though nobody can look into it: encrypted, rar. May be given more than once.",
+)
+@click.option(
+    "--jobs",
+    "-j",
+    type=click.IntRange(1, MOST_JOBS),
+    metavar="N",
+    help="Most workers at a time.  [default: one for each CPU]",
+)
+@click.option("--isolate", type=click.Choice(["file"]), help="A new worker for each file.")
+@click.option(
+    "--exclude",
+    "exclusions",
+    multiple=True,
+    callback=_exclusions,
+    metavar="GLOB",
+    help="Leave out what matches, and all below it: '*.iso', '/srv/cache/**'. May be given more than once.",
+)
+@click.option(
+    "--max-size",
+    callback=_size,
+    metavar="SIZE",
+    help="Larger files are not scanned, and each is an error: 50MiB, 1GB.",
 )
 @click.option(
     "--timeout",
@@ -52,7 +110,7 @@ WORKER_USER = "fdbroker-worker"
     show_default=True,
     type=click.FloatRange(min=0, min_open=True, max=86400),
     metavar="SECONDS",
-    help="How long one file may take.",
+    help="How long one file may take in a worker.",
 )
 @click.option(
     "--worker-uid",
@@ -60,7 +118,16 @@ WORKER_USER = "fdbroker-worker"
     help=f"Who reads the files if root starts the scan: a user's name or number.  [default: {WORKER_USER}]",
 )
 @click.option(
+    "--infected", "-i", "only_infected", is_flag=True, help="Tell of what is infected or an error, alone."
+)
+@click.option(
     "--json", "as_json", is_flag=True, help="Write one JSON object per line (see docs/scanning.md)."
+)
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Write all that there is to tell to FILE as well, as --json does, once the scan has ended.",
 )
 @click.option(
     "-v",
@@ -68,95 +135,137 @@ WORKER_USER = "fdbroker-worker"
     is_flag=True,
     help="List clean files, what was skipped, and the worker's confinement too.",
 )
-def command(
+def command(  # noqa: PLR0913, PLR0917 - as many as options
     paths: Sequence[str],
     socket_path: str,
+    engines: Sequence[str],
     lists: Sequence[str],
+    accept: Sequence[str],
+    jobs: int | None,
+    isolate: str | None,
+    exclusions: Exclusions,
+    max_size: int | None,
     timeout: float,
     worker_uid: str | None,
+    report: str | None,
     *,
+    only_infected: bool,
     as_json: bool,
     verbose: bool,
 ) -> int:
     """Scan files, and directories with all that is below them.
 
-    The broker opens the files, as far as its policy allows you to have them. A
-    worker process that can do nothing else reads them and compares each file's
-    SHA-256 with a list of what is known to be bad. The built-in list has the
-    EICAR test file. What the policy hides from listing is not seen, so it is not
-    scanned: "clean" is said of what was listed.
+    The broker opens the files, as far as its policy allows you to have them.
+    Worker processes that can do nothing else read them, with the engines in them
+    that --engine names: hashes compares each file's digest with lists of what is
+    known to be bad (the built-in one has the EICAR test file), libclamav looks into
+    archives, documents and mail with ClamAV's signatures. What the policy
+    hides from listing is not seen, so it is not scanned: "clean" is said of what
+    was listed.
 
     \b
     Exit status: 0  everything that was listed is clean
                  1  something is infected
                  2  something could not be scanned (also if something else is
-                    infected), or the scan could not be done
+                    infected), the scan was interrupted, or could not be done
 
     \b
     Examples:  fdbroker scan ~/Downloads
                fdbroker scan --hashes bad.sha256 --json /srv/upload
+               fdbroker scan --engine libclamav --exclude '*.iso' /home
+               fdbroker scan --engine libclamav:max_file_size=1GiB --engine yara-x:rules=/etc/rules /srv
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
-    ids = worker_ids(worker_uid)
+    if verbose and only_infected:
+        raise click.UsageError("--verbose wants more than is told, and --infected less: one of them")
     starts = [absolute(path) for path in paths]
-    output: Output = JsonOutput() if as_json else HumanOutput(verbose=verbose)
-    # Lines for each file would push a bar about, and JSON is to be read by programs, also on a terminal.
-    show_progress = not verbose and not (as_json and sys.stdout.isatty())
+    configured = configured_engines(engines, lists, accept)
+    inside = any(isinstance(make(one), Inside) for one in configured)
     try:
-        # Here too, so that what is wrong with a list is told as that, and before a worker is started.
-        files = [absolute(path) for path in lists]
-        hashes.load(files)
-        engine = configure("hashes", {"lists": [os.fsdecode(path) for path in files]})
+        pool = Pool(
+            configured,
+            jobs=jobs or len(os.sched_getaffinity(0)),
+            ids=worker_ids(worker_uid) if inside or worker_uid is not None else None,
+            timeout=timeout,
+            max_size=max_size,
+            isolate=isolate is not None,
+        )
     except EngineError as error:
         raise Failure(printable(str(error))) from error
-    with Supervisor([engine], ids=ids, timeout=timeout) as supervisor:
+    output: Output = (
+        JsonOutput(infected=only_infected)
+        if as_json
+        else HumanOutput(verbose=verbose, infected=only_infected)
+    )
+    request = _Request(
+        starts,
+        exclusions,
+        socket_path,
+        # Lines for each file would push a bar about, and JSON is to be read by programs, also on a terminal.
+        show_progress=not verbose and not (as_json and sys.stdout.isatty()),
+    )
+    with contextlib.ExitStack() as stack:
+        if report is not None:
+            output = Outputs([output, JsonOutput(stack.enter_context(_report_file(report)))])
+        totals, denied = _scan(pool, request, output)
         try:
-            report = supervisor.start()
-        except (SandboxError, OSError) as error:
-            text = f"no worker could be started, so nothing was scanned: {error}"
-            raise Failure(printable(text)) from error
-        with broker.connect(socket_path) as connected:
-            try:
-                output.layers(report)
-                totals, denied = _scan(connected, supervisor, starts, output, show_progress=show_progress)
-                output.totals(totals)
-            except ReaderGoneError as error:
-                # A scan whose findings nobody reads must not end like a program that was asked to stop.
-                raise OutputError(str(error)) from error
+            output.totals(totals)
+        except ReaderGoneError as error:
+            # A scan whose findings nobody reads must not end like a program that was asked to stop.
+            raise OutputError(str(error)) from error
     if denied is not None and not as_json:
         complain_printable(broker.see_why(denied.path, socket_path, "list" if denied.directory else "open"))
     return totals.exit_status()
 
 
-def _scan(
-    connected: client.Client,
-    supervisor: Supervisor,
-    starts: Sequence[bytes],
-    output: Output,
-    *,
-    show_progress: bool,
-) -> tuple[Totals, Scanned | None]:
+class _Request(NamedTuple):
+    """What is to be scanned, and by which broker."""
+
+    starts: Sequence[bytes]
+    exclusions: Exclusions
+    socket_path: str
+    show_progress: bool
+
+
+@contextlib.contextmanager
+def _report_file(path: str) -> Iterator[Callable[[str], None]]:
+    """Give what writes a line of the report, which is there when the block ends without an error."""
+    problem = f"the report {printable(path)} could not be written"
+    stack = contextlib.ExitStack()
+    try:
+        # Names of files are nobody else's business.
+        file = stack.enter_context(whole_file(path, 0o600))
+    except OSError as error:
+        raise Failure(f"{problem}: {error.strerror}") from error
+
+    def write(line: str) -> None:
+        try:
+            file.write(line.encode("ascii") + b"\n")
+        except OSError as error:
+            raise Failure(f"{problem}: {error.strerror}") from error
+
+    try:
+        with stack:
+            yield write
+    except OSError as error:
+        raise Failure(f"{problem}: {error.strerror}") from error
+
+
+def _scan(pool: Pool, request: _Request, output: Output) -> tuple[Totals, Scanned | None]:
     """Scan and return what it came to, and the first path that was denied."""
     totals = Totals()
-    denied = None
+    denied: list[Scanned] = []
     began = time.monotonic()
     try:
-        with ScanProgress(wanted=show_progress) as progress:
-            ahead = Ahead(_once(walk(connected, starts), starts), progress.look_ahead)
-            for event in scan(connected, supervisor, starts, found=ahead):
-                if isinstance(event, Scanned):
-                    totals.add(event)
-                    if isinstance(event.verdict, Clean):
-                        output.scanned(event)
-                    else:
-                        if isinstance(event.verdict, Error) and event.verdict.reason == "denied":
-                            denied = denied or event
-                        progress.refresh(totals, ahead)
-                        with progress.out_of_the_way():
-                            output.scanned(event)
-                else:
-                    totals.skipped += 1
-                    output.skipped(event)
-                progress.update(totals, ahead)
+        with pool:
+            layers, versions = _started(pool)
+            with broker.connect(request.socket_path) as connected:
+                if layers is not None:
+                    output.layers(layers)
+                output.engines(versions)
+                began = time.monotonic()
+                _scan_all(connected, pool, request, output, totals, denied)
+    except ReaderGoneError as error:
+        raise OutputError(str(error)) from error
     except client.BrokerError as error:
         totals.complete = False
         complain(f"the broker does not answer any more, so the scan is incomplete: {error.strerror}")
@@ -164,7 +273,52 @@ def _scan(
         totals.complete = False
         complain("interrupted, so the scan is incomplete")
     totals.seconds = time.monotonic() - began
-    return totals, denied
+    return totals, denied[0] if denied else None
+
+
+def _started(pool: Pool) -> tuple[LayerReport | None, Sequence[Version]]:
+    """Start the first worker; return what confines it, and which engines there are.
+
+    Raises:
+        Failure: there is no worker, or an engine is not there.
+
+    """
+    try:
+        return pool.start(), pool.versions()
+    except (SandboxError, OSError) as error:
+        text = f"no worker could be started, so nothing was scanned: {error}"
+        raise Failure(printable(text)) from error
+    except EngineError as error:
+        raise Failure(printable(f"{error}; nothing was scanned")) from error
+
+
+def _scan_all(
+    connected: client.Client,
+    pool: Pool,
+    request: _Request,
+    output: Output,
+    totals: Totals,
+    denied: list[Scanned],
+) -> None:
+    """Scan, tell and count; `denied` gets the first path that was."""
+    with ScanProgress(wanted=request.show_progress) as progress:
+        found = walk(connected, request.starts, request.exclusions)
+        ahead = Ahead(_once(found, request.starts), progress.look_ahead)
+        for event in scan(connected, pool, request.starts, found=ahead):
+            if isinstance(event, Scanned):
+                totals.add(event)
+                if isinstance(event.verdict, Clean):
+                    output.scanned(event)
+                else:
+                    if not denied and isinstance(event.verdict, Error) and event.verdict.reason == "denied":
+                        denied.append(event)
+                    progress.refresh(totals, ahead)
+                    with progress.out_of_the_way():
+                        output.scanned(event)
+            else:
+                totals.skipped += 1
+                output.skipped(event)
+            progress.update(totals, ahead)
 
 
 def _once(found: Iterable[Found], starts: Sequence[bytes]) -> Iterator[Found]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from fdbroker.cli.broker import DENIED
-from fdbroker.cli.output import complain, path_members, write_json, write_line
+from fdbroker.cli.output import complain, path_members, write_line
 from fdbroker.config.names import counted, printable
 from fdbroker.sandbox.report import Layer
 from fdbroker.scan.verdict import Clean, Error, Infected
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from fdbroker.sandbox.report import LayerReport
+    from fdbroker.scan.pool import Version
     from fdbroker.scan.run import Scanned, Skipped
     from fdbroker.scan.verdict import Verdict
 
@@ -51,7 +55,10 @@ class Output(Protocol):
     """One form of output."""
 
     def layers(self, report: LayerReport) -> None:
-        """Tell what confines the worker."""
+        """Tell what confines the workers."""
+
+    def engines(self, versions: Sequence[Version]) -> None:
+        """Tell who scans."""
 
     def scanned(self, scanned: Scanned) -> None:
         """Tell a verdict."""
@@ -63,11 +70,45 @@ class Output(Protocol):
         """Tell what it came to; the last call."""
 
 
-class HumanOutput:
-    """Findings and errors on standard output; with `verbose` everything else as well."""
+class Outputs:
+    """Several at once."""
 
-    def __init__(self, *, verbose: bool) -> None:
+    def __init__(self, outputs: Sequence[Output]) -> None:
+        self._outputs = outputs
+
+    def layers(self, report: LayerReport) -> None:
+        """Tell what confines the workers."""
+        for output in self._outputs:
+            output.layers(report)
+
+    def engines(self, versions: Sequence[Version]) -> None:
+        """Tell who scans."""
+        for output in self._outputs:
+            output.engines(versions)
+
+    def scanned(self, scanned: Scanned) -> None:
+        """Tell a verdict."""
+        for output in self._outputs:
+            output.scanned(scanned)
+
+    def skipped(self, skipped: Skipped) -> None:
+        """Tell what was not scanned."""
+        for output in self._outputs:
+            output.skipped(skipped)
+
+    def totals(self, totals: Totals) -> None:
+        """Tell what it came to."""
+        for output in self._outputs:
+            output.totals(totals)
+
+
+class HumanOutput:
+    """Findings and errors on standard output; with `verbose` all else too, with `infected` nothing else."""
+
+    def __init__(self, *, verbose: bool, infected: bool) -> None:
         self._verbose = verbose
+        self._infected = infected
+        self._versions: Sequence[Version] = ()
 
     def layers(self, report: LayerReport) -> None:
         """Tell on standard error what this kernel lacks, or all.
@@ -83,10 +124,14 @@ class HumanOutput:
                 note = f": {state.note}" if state.note else ""
                 complain(f"worker: {state.layer.value} {how}{note}")
 
+    def engines(self, versions: Sequence[Version]) -> None:
+        """Keep it for the end, where it is beside what was found."""
+        self._versions = versions
+
     def scanned(self, scanned: Scanned) -> None:
         """Print one line."""
         if self._verbose or not isinstance(scanned.verdict, Clean):
-            write_line(f"{printable(scanned.path)}: {_words(scanned.verdict)}")
+            write_line(f"{printable(scanned.path)}: {_words(scanned.verdict)}{_who(scanned)}")
 
     def skipped(self, skipped: Skipped) -> None:
         """Print one line."""
@@ -94,17 +139,34 @@ class HumanOutput:
             write_line(f"{printable(skipped.path)}: skipped: {skipped.kind}")
 
     def totals(self, totals: Totals) -> None:
-        """Print one line."""
+        """Print a line, and one about who has scanned."""
+        if self._infected:
+            return
         end = "" if totals.complete else " The scan is INCOMPLETE."
         write_line(
             f"{counted(totals.files, 'file')}, {counted(totals.bytes, 'byte')}, {totals.infected} infected,"
             f" {counted(totals.errors, 'error')}, {totals.skipped} skipped,"
             f" {totals.seconds:.2f} seconds.{end}"
         )
+        if self._versions:
+            write_line(f"{_by(self._versions)}.")
 
 
 class JsonOutput:
-    """One JSON object per line. A document without its `summary` line was cut off."""
+    """One JSON object per line. A document without its `summary` line was cut off.
+
+    Args:
+        write: takes a line without its end.
+        infected: leave out what is clean, and what was skipped.
+
+    """
+
+    def __init__(self, write: Callable[[str], None] = write_line, *, infected: bool = False) -> None:
+        self._write_line = write
+        self._infected = infected
+
+    def _write(self, document: dict[str, object]) -> None:
+        self._write_line(json.dumps(document))
 
     def layers(self, report: LayerReport) -> None:
         """Write the `worker` line."""
@@ -112,30 +174,41 @@ class JsonOutput:
             {"name": state.layer.value, "enforced": state.enforced, "note": state.note}
             for state in report.states
         ]
-        write_json({"type": "worker", "layers": layers})
+        self._write({"type": "worker", "layers": layers})
+
+    def engines(self, versions: Sequence[Version]) -> None:
+        """Write the `engines` line."""
+        engines = [
+            {"engine": one.engine, "version": one.version, "where": "worker" if one.inside else "outside"}
+            for one in versions
+        ]
+        self._write({"type": "engines", "via": "self", "engines": engines})
 
     def scanned(self, scanned: Scanned) -> None:
         """Write a `file` or `directory` line."""
+        if self._infected and isinstance(scanned.verdict, Clean):
+            return
         line: dict[str, object] = {
             "type": "directory" if scanned.directory else "file",
             **path_members(scanned.path),
-            "verdict": scanned.verdict.verdict,
+            **_verdict_members(scanned.verdict),
         }
-        if isinstance(scanned.verdict, Infected):
-            line["name"] = scanned.verdict.name
-        elif isinstance(scanned.verdict, Error):
-            line |= {"reason": scanned.verdict.reason, "message": scanned.verdict.text}
         if scanned.size is not None:
             line["size"] = scanned.size
-        write_json(line)
+        if len(scanned.answers) > 1:
+            line["engines"] = [
+                {"engine": answer.engine, **_verdict_members(answer.verdict)} for answer in scanned.answers
+            ]
+        self._write(line)
 
     def skipped(self, skipped: Skipped) -> None:
         """Write a `skipped` line."""
-        write_json({"type": "skipped", **path_members(skipped.path), "kind": skipped.kind})
+        if not self._infected:
+            self._write({"type": "skipped", **path_members(skipped.path), "kind": skipped.kind})
 
     def totals(self, totals: Totals) -> None:
         """Write the `summary` line."""
-        write_json(
+        self._write(
             {
                 "type": "summary",
                 "files": totals.files,
@@ -148,6 +221,39 @@ class JsonOutput:
                 "exit_status": totals.exit_status(),
             }
         )
+
+
+def _verdict_members(verdict: Verdict) -> dict[str, object]:
+    if isinstance(verdict, Infected):
+        more = {"more": list(verdict.more)} if verdict.more else {}
+        return {"verdict": verdict.verdict, "name": verdict.name, **more}
+    if isinstance(verdict, Error):
+        return {"verdict": verdict.verdict, "reason": verdict.reason, "message": verdict.text}
+    return {"verdict": verdict.verdict}
+
+
+def _who(scanned: Scanned) -> str:
+    """Return which of several engines has said it, and what the others have."""
+    if len(scanned.answers) <= 1 or isinstance(scanned.verdict, Clean):
+        return ""
+    return f" ({', '.join(f'{answer.engine}: {_short(answer.verdict)}' for answer in scanned.answers)})"
+
+
+def _short(verdict: Verdict) -> str:
+    if isinstance(verdict, Infected):
+        return ", ".join(map(printable, (verdict.name, *verdict.more)))
+    return f"error, {verdict.reason}" if isinstance(verdict, Error) else "clean"
+
+
+def _by(versions: Sequence[Version]) -> str:
+    """Return a sentence: who has scanned, and where."""
+    places = {"in workers of this command": True, "handed over by this command": False}
+    parts = []
+    for place, inside in places.items():
+        names = [f"{one.engine} ({printable(one.version)})" for one in versions if one.inside is inside]
+        if names:
+            parts.append(f"by {' and '.join(names)}, {place}")
+    return f"Scanned {'; '.join(parts)}"
 
 
 def _words(verdict: Verdict) -> str:

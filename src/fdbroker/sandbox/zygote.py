@@ -239,7 +239,8 @@ class Zygote:
                 said = answer.data[1:].decode("ascii", "backslashreplace")
                 raise ZygoteError(f"the zygote did not start: {said or 'it ended'}")
         except BaseException:
-            self.close()
+            # It has no workers yet, and may be loading something for long.
+            self._end()
             raise
 
     def __enter__(self) -> Self:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from fdbroker.config.errors import did_you_mean
 from fdbroker.config.scalars import ScalarError, parse_duration, parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _Options = TypeVar("_Options")
 
@@ -65,6 +69,55 @@ def read_options(kind: type[_Options], values: object, *, where: str) -> _Option
         return kind(**read)
     except ValueError as error:
         raise OptionsError(f"{where}: {error}") from error
+
+
+def values_of_words(kind: type, words: Iterable[tuple[str, str]], *, where: str) -> dict[str, object]:
+    """Return values for `read_options` from options as a command line has them, names with texts.
+
+    A text becomes what the field of the dataclass `kind` wants: a number, true or false, a path that is
+    absolute, one more item of a list. What can't become that stays as it is, for `read_options` to refuse.
+
+    Raises:
+        OptionsError: an option is not there, or is given twice and takes one value.
+
+    """
+    hints = typing.get_type_hints(kind, include_extras=True)
+    values: dict[str, object] = {}
+    for name, text in words:
+        if name not in hints:
+            cure = did_you_mean(name, hints, f"the options are: {', '.join(hints) or 'none'}")
+            raise OptionsError(f"{where}: there is no option {name!a}; {cure}")
+        hint = hints[name]
+        if typing.get_origin(hint) is tuple:
+            items = values.setdefault(name, [])
+            typing.cast("list[object]", items).append(_of_word(typing.get_args(hint)[0], text))
+        elif name in values:
+            raise OptionsError(f"{where}: {name} is given twice, and takes one value")
+        else:
+            values[name] = _of_word(hint, text)
+    return values
+
+
+def _of_word(hint: Any, text: str) -> object:  # noqa: ANN401 - any annotation
+    marks: tuple[Any, ...] = ()
+    if typing.get_origin(hint) is Annotated:
+        hint, *rest = typing.get_args(hint)
+        marks = tuple(rest)
+    if typing.get_origin(hint) in {typing.Union, types.UnionType}:
+        hint = next(one for one in typing.get_args(hint) if one is not type(None))
+    if hint is bool:
+        return {"true": True, "false": False}.get(text, text)
+    if hint is bytes and text:
+        return os.path.abspath(text)
+    # With a unit it is for `read_options`.
+    if hint in {int, float} and text.isascii() and text.isdigit():
+        return int(text)
+    if hint is float and Duration not in marks:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    return text
 
 
 def _value(hint: Any, value: object, where: str) -> object:  # noqa: ANN401 - any annotation

@@ -67,6 +67,23 @@ def configure(name: str, options: Mapping[str, object] | None = None) -> Configu
         EngineError: there is no such engine, it is not one, or its options are wrong.
 
     """
+    configured = Configured(name, _target(name), dict(options or {}))
+    make(configured)
+    return configured
+
+
+def options_type(name: str) -> type:
+    """Return the dataclass of the options that an engine has.
+
+    Raises:
+        EngineError: there is no such engine, or it is not one.
+
+    """
+    return _kind(name, _target(name)).options_type
+
+
+def _target(name: str) -> str:
+    """Return the `module:Class` of an engine that is installed; EngineError."""
     target = BUILT_IN.get(name)
     if target is None:
         targets = installed()
@@ -74,9 +91,7 @@ def configure(name: str, options: Mapping[str, object] | None = None) -> Configu
         if target is None:
             cure = did_you_mean(name, targets, f"installed are: {', '.join(sorted(targets))}")
             raise EngineError(f"there is no engine {name!a}; {cure}")
-    configured = Configured(name, target, dict(options or {}))
-    make(configured)
-    return configured
+    return target
 
 
 def make(configured: Configured) -> Inside | Outside:
@@ -87,9 +102,22 @@ def make(configured: Configured) -> Inside | Outside:
 
     """
     where = f"engine {configured.name}"
-    if not _TARGET.fullmatch(configured.target):
-        raise EngineError(f"{where}: {configured.target!a} is not module:Class")
-    module, _, attribute = configured.target.partition(":")
+    kind = _kind(configured.name, configured.target)
+    try:
+        made = kind(read_options(kind.options_type, dict(configured.options), where=where))
+    except OptionsError as error:
+        raise EngineError(str(error)) from error
+    if not isinstance(made, Inside | Outside):
+        raise EngineError(f"{where}: {configured.target} is derived from neither Inside nor Outside")
+    return made
+
+
+def _kind(name: str, target: str) -> type[Engine]:
+    """Return the class of an engine; EngineError."""
+    where = f"engine {name}"
+    if not _TARGET.fullmatch(target):
+        raise EngineError(f"{where}: {target!a} is not module:Class")
+    module, _, attribute = target.partition(":")
     try:
         kind = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
@@ -100,16 +128,10 @@ def make(configured: Configured) -> Inside | Outside:
     except AttributeError:
         raise EngineError(f"{where}: {module} has no {attribute}") from None
     if not isinstance(kind, type) or not issubclass(kind, Engine):
-        raise EngineError(f"{where}: {configured.target} is not derived from fdbroker.scan.engine.Engine")
-    if not _NAME.fullmatch(kind.name) or kind.name != configured.name:
+        raise EngineError(f"{where}: {target} is not derived from fdbroker.scan.engine.Engine")
+    if not _NAME.fullmatch(kind.name) or kind.name != name:
         raise EngineError(f"{where}: it calls itself {kind.name!a}")
-    try:
-        made = kind(read_options(kind.options_type, dict(configured.options), where=where))
-    except OptionsError as error:
-        raise EngineError(str(error)) from error
-    if not isinstance(made, Inside | Outside):
-        raise EngineError(f"{where}: {configured.target} is derived from neither Inside nor Outside")
-    return made
+    return kind
 
 
 _EXTRAS = {"yara_x": "yara"}

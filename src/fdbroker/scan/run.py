@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fdbroker.client import BrokerError, DirectoryError
 from fdbroker.scan.tree import File, Found, NotAFile, Unlisted, walk
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from fdbroker.client import Client
     from fdbroker.client.results import OpenedFile
-    from fdbroker.scan.supervisor import Done, Supervisor
+    from fdbroker.scan.supervisor import Done
 
 DEFAULT_BATCH = 64
 
@@ -39,9 +39,19 @@ class Skipped(NamedTuple):
     kind: str
 
 
+class Scanner(Protocol):
+    """Who gives verdicts: a `Supervisor` or a `Pool`."""
+
+    def submit(self, path: bytes, descriptor: int) -> Iterator[Done]:
+        """Hand in a file; yield verdicts of whatever files, as many as it takes to have room for more."""
+
+    def finish(self) -> Iterator[Done]:
+        """Yield the verdicts of all files that are under way."""
+
+
 def scan(
     client: Client,
-    supervisor: Supervisor,
+    scanner: Scanner,
     starts: Iterable[bytes],
     *,
     batch: int = DEFAULT_BATCH,
@@ -75,10 +85,10 @@ def scan(
         try:
             for result in results:
                 yield from _take(aside)
-                yield from _opened(asked.popleft(), result, supervisor)
+                yield from _opened(asked.popleft(), result, scanner)
         except BrokerError as error:
             broken = error
-    for done in supervisor.finish():
+    for done in scanner.finish():
         yield _scanned(done)
     yield from _take(aside)
     if broken is not None:
@@ -95,9 +105,9 @@ def error_of(error: BrokerError) -> Error:
     return Error(Reason(error.reason.name.lower()), text)
 
 
-def _opened(file: File, result: OpenedFile, supervisor: Supervisor) -> Iterator[Scanned]:
+def _opened(file: File, result: OpenedFile, scanner: Scanner) -> Iterator[Scanned]:
     if result.error is None:
-        for done in supervisor.submit(file.path, result.detach()):
+        for done in scanner.submit(file.path, result.detach()):
             yield _scanned(done)
     elif file.unlisted is not None and isinstance(result.error, DirectoryError):
         yield _unlisted(file.path, file.unlisted)

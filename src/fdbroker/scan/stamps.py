@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Stamp(NamedTuple):
-    """What changes when a file's contents do. Size in bytes, times in nanoseconds.
+    """What changes when a file's contents do, and whose it is. Size in bytes, times in nanoseconds.
 
     mtime can be set back by the owner, ctime can't. A store through a mapping that was made dirty before
     moves neither: docs/scanning.md names that gap.
@@ -21,11 +21,12 @@ class Stamp(NamedTuple):
     size: int
     mtime: int
     ctime: int
+    owner: int
 
     @classmethod
     def of(cls, facts: os.stat_result) -> Self:
         """Return the stamp of what fstat(2) said."""
-        return cls(facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+        return cls(facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_uid)
 
 
 _Entry = tuple[bytes, int, int, int, int]  # path, inode, size, mtime, ctime; a missing one has -1

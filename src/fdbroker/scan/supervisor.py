@@ -32,7 +32,8 @@ from fdbroker.scan.engine import EngineError, Inside, combined
 from fdbroker.scan.plugins import make, to_json
 from fdbroker.scan.stamps import Databases
 from fdbroker.scan.verdict import Answer, Error, Reason, Verdict, worst
-from fdbroker.scan.worker import MOST_REQUESTS, REQUEST
+from fdbroker.scan.versions import LONGEST_VERSIONS, decode_versions
+from fdbroker.scan.worker import MOST_REQUESTS, REQUEST, VERSIONS
 
 if TYPE_CHECKING:
     import socket
@@ -51,6 +52,7 @@ DEFAULT_WINDOW = 64
 _SECONDS_OF_A_WORKER = 600.0
 # The whole database of ClamAV takes half a minute, from a slow disk more.
 _SECONDS_TO_LOAD = 300.0
+_SECONDS_TO_TELL = 20.0
 # A worker that closed its channel is about to end.
 _GRACE = 1.0
 _REASONS: dict[int, Reason] = {
@@ -93,6 +95,7 @@ class Supervisor:
         ids: uid and gid of the worker; needed as root, impossible otherwise.
         timeout: seconds for one file.
         window: most files under way to the worker.
+        files_per_worker: after so many files a worker is replaced; None: by its age alone.
         spawn: gives workers; by default they come from a zygote that is started with the first one.
 
     Raises:
@@ -107,6 +110,7 @@ class Supervisor:
         ids: tuple[int, int] | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         window: int = DEFAULT_WINDOW,
+        files_per_worker: int | None = None,
         spawn: Callable[[], Worker] | None = None,
     ) -> None:
         made = [make(one) for one in engines]
@@ -140,7 +144,9 @@ class Supervisor:
             gid=None if ids is None else ids[1],
         )
         self._zygote: Zygote | None = None
-        self._spawn = spawn or self._spawn_from_zygote
+        self._spawn = spawn or self.spawn_from_zygote
+        self._files_per_worker = files_per_worker
+        self._files_left = files_per_worker
         self._worker: Worker | None = None
         self._retire_at = 0.0
         self._number = 0
@@ -164,6 +170,16 @@ class Supervisor:
         """The pid of the worker that runs now, None if there is none."""
         return None if self._worker is None else self._worker.pid
 
+    @property
+    def under_way(self) -> int:
+        """How many files were handed in and have no verdict yet."""
+        return len(self._sent) + len(self._unsent)
+
+    @property
+    def group(self) -> int:
+        """How many files go to the worker in one message, where there are so many."""
+        return self._group
+
     def start(self) -> LayerReport:
         """Start the worker and return what confines it. Later ones start by themselves.
 
@@ -174,8 +190,29 @@ class Supervisor:
         """
         self._worker = self._spawn()
         self._retire_at = time.monotonic() + _SECONDS_OF_A_WORKER
+        self._files_left = self._files_per_worker
         self.workers_started += 1
         return self._worker.report
+
+    def versions(self) -> list[str]:
+        """Return what each engine says of its version, in their order.
+
+        A worker of its own is asked, which never has a file, so that nothing hostile answers.
+
+        Raises:
+            SandboxError: there is no such worker, or it does not answer.
+            OSError: no process or descriptors to be had.
+
+        """
+        with self._spawn() as fresh:
+            sockets.send(fresh.channel, VERSIONS)
+            if not _poll(fresh.channel, _SECONDS_TO_TELL):
+                raise SandboxError("the worker does not tell the versions of its engines")
+            with (message := sockets.receive(fresh.channel, LONGEST_VERSIONS + 1)).descriptors:
+                versions = decode_versions(message.data)
+        if len(versions) != len(self._names):
+            raise SandboxError("the worker told something else than the versions of its engines")
+        return versions
 
     def outdated(self) -> bool:
         """Return whether the databases of the engines changed since they were loaded."""
@@ -211,7 +248,14 @@ class Supervisor:
         )
         return zygote, databases
 
-    def _spawn_from_zygote(self) -> Worker:
+    def spawn_from_zygote(self) -> Worker:
+        """Return a new worker that has the engines, which the caller ends.
+
+        Raises:
+            SandboxError: it can't be confined as it must be, or the engines can't be loaded.
+            OSError: no process or descriptors to be had.
+
+        """
         if self._zygote is None:
             self._zygote, self._databases = self._load()
         try:
@@ -226,11 +270,43 @@ class Supervisor:
 
         `descriptor` is the supervisor's from the call on, also if nobody iterates.
         """
-        job = self._job(path, Descriptors([descriptor]))
-        if isinstance(job, Done):
-            return iter((job,))
-        self._unsent.append(job)
+        before = admit(descriptor)
+        if isinstance(before, Error):
+            Descriptors([descriptor]).close()
+            return iter((Done(path, 0, before),))
+        self.enqueue(path, descriptor, before)
         return self._go_on()
+
+    def enqueue(self, path: bytes, descriptor: int, before: Stamp) -> None:
+        """Hand in a file, for a caller who looks after several supervisors: `advance` goes on with it.
+
+        `descriptor` is the supervisor's from the call on. `before` is what
+        `fdbroker.scan.contract.admit` said.
+        """
+        self._number += 1
+        self._unsent.append(_Job(self._number, path, Descriptors([descriptor]), before))
+
+    def advance(self, least: int = 1) -> list[Done]:
+        """Go on as far as that is possible without waiting; return the verdicts that are there.
+
+        Files go to a worker that has others when there are `least`.
+        """
+        done = []
+        while (one := self._look(least)) is not None:
+            done.append(one)
+        return done
+
+    def fileno(self) -> int | None:
+        """Return what becomes readable when there is something to do, None while nothing is with a worker."""
+        return None if self._worker is None or not self._sent else self._worker.channel.fileno()
+
+    def deadline(self) -> float:
+        """Return when (time.monotonic) the time of the oldest file under way is up."""
+        return self._oldest_since + self._timeout
+
+    def replace_worker(self) -> None:
+        """End the worker; the next file gets a new one. What is under way goes to that."""
+        self._replace()
 
     def finish(self) -> Iterator[Done]:
         """Yield the verdicts of all files that are under way."""
@@ -250,14 +326,6 @@ class Supervisor:
         self._sent.clear()
         self._unsent.clear()
 
-    def _job(self, path: bytes, file: Descriptors) -> _Job | Done:
-        before = admit(file.numbers()[0])
-        if isinstance(before, Error):
-            file.close()
-            return Done(path, 0, before)
-        self._number += 1
-        return _Job(self._number, path, file, before)
-
     def _go_on(self) -> Iterator[Done]:
         """Keep the worker busy with few messages; where the window is full, make room for a message."""
         if not self._sent or len(self._unsent) >= self._group:
@@ -270,22 +338,29 @@ class Supervisor:
 
     def _next(self, least: int = 1) -> Done:
         """Wait for the verdict of the oldest file under way. Send others if there are at least `least`."""
-        while True:
-            if not self._sent or len(self._unsent) >= least:
-                failed = self._send()
-                if failed is not None:
-                    return failed
-            process = self._worker
-            if process is None or not self._sent:
+        while (done := self._look(least)) is None:
+            if self._worker is None or not self._sent:
                 raise RuntimeError("nothing is under way")
-            result = self._receive(process, self._sent[0])
-            if result is not None:
-                return self._done(result)
-            left = self._oldest_since + self._timeout - time.monotonic()
-            if not _poll(process.channel, max(0.0, left)):
-                self._replace()
-                text = f"the worker did not answer within {self._timeout:g} s"
-                return self._done(Error(Reason.TIMED_OUT, text))
+            _poll(self._worker.channel, max(0.0, self.deadline() - time.monotonic()))
+        return done
+
+    def _look(self, least: int) -> Done | None:
+        """Return the verdict of the oldest file under way if it is there. Send others, as `_next`."""
+        if not self._sent or len(self._unsent) >= least:
+            failed = self._send()
+            if failed is not None:
+                return failed
+        process = self._worker
+        if process is None or not self._sent:
+            return None
+        result = self._receive(process, self._sent[0])
+        if result is not None:
+            return self._done(result)
+        if time.monotonic() >= self.deadline():
+            self._replace()
+            text = f"the worker did not answer within {self._timeout:g} s"
+            return self._done(Error(Reason.TIMED_OUT, text))
+        return None
 
     def _send(self) -> Done | None:
         """Send as many files as fit. Return the oldest one, failed, if there is no way to send it."""
@@ -378,7 +453,9 @@ class Supervisor:
         job.file.close()
         now = time.monotonic()
         self._oldest_since = now
-        if self._worker is not None and now >= self._retire_at:
+        if self._files_left is not None:
+            self._files_left -= 1
+        if self._worker is not None and (now >= self._retire_at or self._files_left == 0):
             self._replace()
         if isinstance(result, Error):
             return Done(job.path, job.before.size, result)

@@ -10,11 +10,13 @@ import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.client import BrokerError, BrokerTimeoutError, NotDirectoryError, TooManyFilesError
+from fdbroker.policy.globs import compile_glob
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from fdbroker.client import Client, ListEntry
+    from fdbroker.policy.globs import Glob
 
 # d_type of readdir(3) is what st_mode has in its upper bits.
 _UNKNOWN = 0
@@ -53,15 +55,51 @@ class Unlisted(NamedTuple):
 Found = File | NotAFile | Unlisted
 
 
-def walk(client: Client, starts: Iterable[bytes]) -> Iterator[Found]:
+EXCLUDED = "excluded"
+
+
+class Exclusions:
+    """Paths that are left out, by globs as those of a policy: `*` stays within a name, `**` does not.
+
+    A glob that begins with `/` is about whole paths, any other one about the end of a path at any depth.
+    What is below an excluded directory is excluded with it.
+
+    Raises:
+        ValueError: what is wrong with a glob.
+
+    """
+
+    def __init__(self, globs: Iterable[bytes] = ()) -> None:
+        self._globs: list[Glob] = []
+        for glob in globs:
+            try:
+                self._globs.append(compile_glob(glob[1:] if glob.startswith(b"/") else b"**/" + glob))
+            except ValueError as error:
+                raise ValueError(f"{glob.decode('utf-8', 'backslashreplace')}: {error}") from error
+
+    def have(self, path: bytes) -> bool:
+        """Return whether an absolute path is left out."""
+        if not self._globs:
+            return False
+        components = path[1:].split(b"/")
+        return any(glob.matches(components) for glob in self._globs)
+
+
+_NOTHING = Exclusions()
+
+
+def walk(client: Client, starts: Iterable[bytes], exclusions: Exclusions = _NOTHING) -> Iterator[Found]:
     """Yield what lies below `starts`, which are absolute paths of files or directories.
+
+    What is excluded is not opened, nor entered, and yielded as `NotAFile` of the kind "excluded"; `starts`
+    are never excluded.
 
     Raises:
         BrokerError: the broker does not answer any more; it is not about one directory.
 
     """
     for start in starts:
-        yield from _from(client, start)
+        yield from _from(client, start, exclusions)
 
 
 def is_about_the_connection(error: BrokerError) -> bool:
@@ -69,7 +107,7 @@ def is_about_the_connection(error: BrokerError) -> bool:
     return isinstance(error, (ConnectionError, BrokerTimeoutError, TooManyFilesError))
 
 
-def _from(client: Client, start: bytes) -> Iterator[Found]:
+def _from(client: Client, start: bytes, exclusions: Exclusions) -> Iterator[Found]:
     # What is not known to be a directory is tried as one; what can't be listed may be opened.
     directories = [(start, False)]
     while directories:
@@ -77,8 +115,10 @@ def _from(client: Client, start: bytes) -> Iterator[Found]:
         try:
             for entry in client.list(path):
                 found = _entry(path, entry)
-                if found is None:
-                    directories.append((_join(path, entry.name), _kind(entry) == _DIRECTORY))
+                if exclusions.have(whole := _join(path, entry.name)):
+                    yield NotAFile(whole, EXCLUDED)
+                elif found is None:
+                    directories.append((whole, _kind(entry) == _DIRECTORY))
                 else:
                     yield found
                 known = True

@@ -3,9 +3,10 @@
 Every import and every first use happens before the confinement; `load` is
 called for that in the zygote, which forks the workers.
 
-A message has one or more requests, each a number and the size that the file is
-expected to have, and as many descriptors for reading. Each file gets an answer of
-its own (`fdbroker.scan.answers`), so that it is known which one a worker was at.
+A message asks for the versions of the engines, or has one or more requests, each a
+number and the size that the file is expected to have, and as many descriptors for
+reading. Each file gets an answer of its own (`fdbroker.scan.answers`), so that it is
+known which one a worker was at.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fdbroker.scan.answers import encode
 from fdbroker.scan.engine import EngineError, Inside
 from fdbroker.scan.examine import examine
 from fdbroker.scan.plugins import from_json, make
+from fdbroker.scan.versions import encode_versions
 
 if TYPE_CHECKING:
     import socket
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 REQUEST = struct.Struct("<QQ")  # number, size
 
 MOST_REQUESTS = 16  # in one message; a worker must be allowed as many descriptors, and its own
+
+VERSIONS = b"versions"
 
 DESCRIPTORS = 3  # of a worker itself: its channel, and /dev/null twice
 
@@ -51,6 +55,7 @@ def load(engines: str) -> list[Inside]:
 
 def _use_once(engines: Sequence[Inside]) -> None:
     """Go the way of a file, and that of an error, so that whatever loads lazily is loaded."""
+    encode_versions([engine.version() for engine in engines])
     encode(0, 0, examine(engines, -1, 0, None))
     descriptor = os.memfd_create("fdbroker-warm-up")
     try:
@@ -77,6 +82,9 @@ def serve(channel: socket.socket, engines: Sequence[Inside], scratch: bytes | No
         with message.descriptors as owned:
             if not message.data:
                 return
+            if message.data == VERSIONS:
+                sockets.send(channel, encode_versions([engine.version() for engine in engines]))
+                continue
             count, rest = divmod(len(message.data), REQUEST.size)
             if rest or not 1 <= count <= MOST_REQUESTS or len(owned) != count:
                 raise ValueError("not a request")

@@ -1,0 +1,107 @@
+"""ClamAV's daemon, with which `fdbroker scan` is compared: same database and options, no cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from benchmarks.errors import BenchmarkError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+Verdicts = dict[str, str]  # path -> OK, a name, or error
+_PATIENCE = 60.0
+_EVERY = 97  # of the files, one in so many is in the database
+
+
+def make_database(directory: Path, tree: Path) -> Path:
+    """Write a small database into `directory`: digests of some files below `tree`, two patterns."""
+    directory.mkdir()
+    lines = set()
+    for path in sorted(tree.rglob("*.txt"))[::_EVERY]:
+        data = path.read_bytes()
+        digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        lines.add(f"{digest}:{len(data)}:Bench-{path.parent.name}-{path.stem}\n")
+    (directory / "bench.hdb").write_text("".join(sorted(lines)), "ascii")
+    patterns = [hashlib.sha256(bytes([number])).hexdigest() for number in range(2)]
+    (directory / "bench.ndb").write_text(
+        "".join(f"Bench-Pattern-{n}:0:*:{pattern}\n" for n, pattern in enumerate(patterns)), "ascii"
+    )
+    return directory
+
+
+@contextmanager
+def running_clamd(directory: Path, database: Path) -> Iterator[Path]:
+    """Run a clamd with a tmpfs for its temporary files; give its configuration file."""
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "fdbroker-bench", directory], check=True)
+    try:
+        configuration, socket = directory / "clamd.conf", directory / "clamd.socket"
+        configuration.write_text(
+            f"LocalSocket {socket}\nDatabaseDirectory {database}\nTemporaryDirectory {directory}\n"
+            "Foreground yes\nUser root\nDisableCache yes\nAlertExceedsMax yes\nAlertEncrypted yes\n"
+        )
+        try:
+            process = subprocess.Popen(
+                ["clamd", "--config-file", configuration],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        except FileNotFoundError as error:
+            raise BenchmarkError("there is no clamd: install clamav-daemon and clamdscan") from error
+        try:
+            end = time.monotonic() + _PATIENCE
+            while not socket.exists():
+                if process.poll() is not None or time.monotonic() > end:
+                    raise BenchmarkError("clamd did not start")
+                time.sleep(0.05)
+            yield configuration
+        finally:
+            process.kill()
+            process.wait()
+    finally:
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+def verdicts_of_clamdscan(output: str) -> Verdicts:
+    """Return what clamdscan said of the files that it names: of a tree those that are not OK."""
+    verdicts = {}
+    for line in output.splitlines():
+        path, separator, said = line.rpartition(": ")
+        if separator and said.endswith((" FOUND", " ERROR")):
+            verdicts[path] = "error" if said.endswith(" ERROR") else said.removesuffix(" FOUND")
+    return verdicts
+
+
+def verdicts_of_fdbroker(output: str) -> Verdicts:
+    """Return what `fdbroker scan --json` said of each file."""
+    files = [line for line in map(json.loads, output.splitlines()) if line["type"] == "file"]
+    names = {"clean": "OK", "error": "error"}
+    return {line["path"]: names.get(line["verdict"]) or line["name"] for line in files}
+
+
+def compare(ours: Verdicts, theirs: Verdicts, files: int) -> None:
+    """See that both had every file and say the same.
+
+    One difference is known and meant: what can't be unpacked is an error here, and OK to clamd.
+
+    Raises:
+        BenchmarkError: they differ otherwise.
+
+    """
+    if len(ours) != files or not theirs.keys() <= ours.keys():
+        raise BenchmarkError(f"fdbroker scanned {len(ours)} of {files} files, or others than clamd")
+    different = [path for path, said in ours.items() if said != theirs.get(path, "OK")]
+    wrong = [path for path in different if ours[path] != "error" or path in theirs]
+    if wrong or len(different) > files // 1000:
+        path = (wrong or different)[0]
+        raise BenchmarkError(f"{path}: {ours[path]} by fdbroker, {theirs.get(path, 'OK')} by clamd")
+    if sum(said not in {"OK", "error"} for said in ours.values()) < files // _EVERY:
+        raise BenchmarkError("not everything was found that is in the database")
