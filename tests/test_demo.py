@@ -35,10 +35,10 @@ MOMENTS = [
     "fdbroker lets a program",
     "root# fdbrokerd --daemon",
     "root# grep -E",
-    "scanner$ fdbroker scan /home",
+    "scanner$ fdbroker scan",
     "root# kill",
 ]
-BROKER_RUNS = ["root# grep -E", "scanner$ fdbroker scan /home"]
+BROKER_RUNS = ["root# grep -E", "scanner$ fdbroker scan"]
 ENDINGS = [
     *[(moment, number) for number in (signal.SIGTERM, signal.SIGKILL) for moment in MOMENTS],
     *[(moment, number) for number in (signal.SIGINT, signal.SIGHUP) for moment in BROKER_RUNS],

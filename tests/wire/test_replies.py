@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -334,3 +336,12 @@ def test_a_walk_that_is_incomplete_in_an_unknown_way_is_malformed(missing: int) 
 def test_a_walk_that_is_refused_and_goes_on_is_malformed(reply: Reply) -> None:
     with pytest.raises(MalformedError, match="refused and goes on"):
         decode_reply(encode_reply(reply))
+
+
+@pytest.mark.parametrize("device", [0, 1, 65024, 2**43, 2**63, 2**64 - 1, os.makedev(259, 2**20 - 1)])
+def test_a_device_of_any_number_survives_the_wire(device: int) -> None:
+    facts = STAT_RECORD._replace(device=device)
+    assert FileStat.decode(facts.encode()) == facts
+    *_, major, minor = STAT.unpack(facts.encode())
+    if device < 2**43:  # of larger ones os.major knows nothing
+        assert (major, minor) == (os.major(device), os.minor(device))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 from fdbroker.wire.format import (
@@ -251,7 +250,8 @@ class FileStat(NamedTuple):
         return STAT.pack(
             *(links, uid, gid, mode, inode, size),
             *(*divmod(changed, _SECOND), *divmod(modified, _SECOND)),
-            *(os.major(device), os.minor(device)),
+            # As makedev(3) puts them together.
+            *(device >> 32 & 0xFFFFF000 | device >> 8 & 0xFFF, device >> 12 & 0xFFFFFF00 | device & 0xFF),
         )
 
     @classmethod
@@ -260,7 +260,8 @@ class FileStat(NamedTuple):
         record = STAT.unpack_from(frame, at)
         links, uid, gid, mode, inode, size, c_seconds, c_rest, m_seconds, m_rest, major, minor = record
         changed, modified = c_seconds * _SECOND + c_rest, m_seconds * _SECOND + m_rest
-        return cls(os.makedev(major, minor), inode, mode, links, uid, gid, size, modified, changed)
+        device = (major & 0xFFFFF000) << 32 | (major & 0xFFF) << 8 | (minor & 0xFFFFFF00) << 12 | minor & 0xFF
+        return cls(device, inode, mode, links, uid, gid, size, modified, changed)
 
 
 class ListEntry(NamedTuple):
