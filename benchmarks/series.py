@@ -357,7 +357,7 @@ VARIANTS: dict[str, Variant] = {
 
 SERIES = (
     Series("open_batch1", "fdbroker_1", "floor_1", "lower", 1.9),
-    Series("open_batch1_vs_inlined", "fdbroker_1", "inlined_1", "lower", 1.8),
+    Series("open_batch1_vs_inlined", "fdbroker_1", "inlined_1", "lower", 2.0),
     Series("open_batch64", "fdbroker_64", "floor_64", "lower", 2.0),
     Series("open_batch1_audit", "fdbroker_audit_1", "floor_1", "lower", 2.2),
     Series("open_batch64_audit", "fdbroker_audit_64", "floor_64", "lower", 2.3),

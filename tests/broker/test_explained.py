@@ -75,6 +75,7 @@ def done(broker: SteppedBroker, speaker: Speaker, action: str, path: bytes) -> t
     return record["decision"], record["reason"], record["rule"]
 
 
+@pytest.mark.unmeasured
 def test_explanation_is_what_the_broker_does(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """By name and by object: what is answered, why, and by which rule; and what it explains itself."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")

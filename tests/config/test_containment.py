@@ -45,6 +45,7 @@ def reached() -> set[object]:
     return set()
 
 
+@pytest.mark.unmeasured
 def test_what_is_covered_is_matched_path_for_path(reached: set[object]) -> None:
     @settings(max_examples=400, deadline=None)
     @given(st.lists(globs, min_size=1, max_size=3), globs)
@@ -62,6 +63,7 @@ def test_what_is_covered_is_matched_path_for_path(reached: set[object]) -> None:
     assert {True, False, ("several", True)} <= reached
 
 
+@pytest.mark.unmeasured
 def test_what_is_disjoint_has_no_path_in_common(reached: set[object]) -> None:
     @settings(max_examples=400, deadline=None)
     @given(globs, globs)

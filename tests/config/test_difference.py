@@ -70,6 +70,7 @@ def paths_in(top: Path) -> list[bytes]:
     return found
 
 
+@pytest.mark.unmeasured
 @pytest.mark.root
 def test_differences_are_those_that_explaining_every_path_shows(tree: Path) -> None:
     reached: set[bool] = set()

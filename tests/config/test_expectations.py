@@ -160,6 +160,7 @@ def test_table_is_read_strictly(text: str, said: str) -> None:
     assert said in [str(each) for each in caught.value.problems]
 
 
+@pytest.mark.unmeasured
 def test_outcome_is_that_of_the_policys_own_decision() -> None:
     reached = set()
 

@@ -157,6 +157,7 @@ def test_many_patterns_that_are_tried_on_one_name_are_told_once(
     assert kinds(201) == ([("many-patterns", 1, "r0")] if found else [])
 
 
+@pytest.mark.unmeasured
 def test_patterns_are_not_many_where_each_is_about_another_client_or_they_are_one() -> None:
     rule_of = "  - {{name: r{0}, allow: open, client: {{user: u{1}}}, in: home, paths: '*x{2}*/**'}}\n"
     assert kinds_of("".join(rule_of.format(n, n, n) for n in range(250))) == []

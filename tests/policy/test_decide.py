@@ -65,6 +65,7 @@ def same(one: NameDecision | None, other: NameDecision | None) -> bool:
 thoroughly = settings(max_examples=max(200, settings().max_examples))
 
 
+@pytest.mark.unmeasured
 @thoroughly
 @given(cases(copies=True))
 @example(Case(policy("/"), ASKER, "open", ["//a"]))
@@ -99,6 +100,7 @@ def test_most_names_are_as_one_where_rules_name_some_and_none_by_patterns() -> N
     assert view.decide_most_in(b"/") is view.decide_most_in(b"/a/") is view.decide_most_in(b"a") is None
 
 
+@pytest.mark.unmeasured
 @thoroughly
 @given(cases(copies=True), objects)
 def test_decision_is_that_of_the_plain_evaluator(case: Case, any_objects: list[Facts]) -> None:
@@ -165,6 +167,7 @@ def policies_of_many_globs(draw: st.DrawFn) -> dict[str, Any]:
     return policy("/", roots=roots, rules=rules)
 
 
+@pytest.mark.unmeasured
 @given(
     policies_of_many_globs(),
     st.lists(st.lists(st.sampled_from(FEW_NAMES), max_size=5).map("/".join), min_size=5, max_size=20),
@@ -206,6 +209,7 @@ def looks_of(view: ActionView, paths: Iterable[bytes]) -> int:
     return looks
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(
     "glob",
     [
@@ -236,7 +240,7 @@ def test_ten_thousand_rules_that_differ_in_what_they_spell_out_are_not_looked_at
         for path in (b"/r/d%d/some/where/deep/file", b"/r/x/e%d/a.log", b"/r/y/f%d/g", b"/r/%d-a/b/a/y.7")
     ]
     assert looks_of(many, paths) <= 2 * looks_of(few, paths) <= 30 * len(paths)
-    for path in paths[:40]:
+    for path in paths[:8]:
         assert same(many.decide(path), many.decide_whole(path))
 
 
@@ -813,6 +817,7 @@ def test_client_that_names_ever_new_directories_is_remembered_up_to_the_limit() 
     assert view.decide(b"/r/0/x.log").plain
 
 
+@pytest.mark.unmeasured
 def test_long_directories_are_remembered_up_to_the_limit_of_bytes() -> None:
     view = view_of(policy("/r", rule("logs", paths=["**/*.log"])))
     for number in range(1000):

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -69,6 +70,7 @@ class FakeWorker:
         return Ended(1, None, "it ended with status 1")
 
 
+@pytest.mark.unmeasured
 @settings(max_examples=300)
 @given(st.lists(WORKERS, max_size=6), st.sets(st.integers(1, FILES)))
 def test_no_file_is_clean_without_the_right_answer(
