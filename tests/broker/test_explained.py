@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,6 +32,9 @@ def tree(tmp_path: Path) -> Path:
     for number, name in enumerate(("a/c", "a/b/a", "a/b/.b", "a/b/c/a", "a/b/c/b", "ax/b", "ax/a")):
         path = tmp_path / name
         path.write_bytes(b"x" * (number % 4))
+        # No age that a rule draws is reached between two looks: an hour, or none for what is of the future.
+        moment = time.time() + (86400 if number % 2 else -3600)
+        os.utime(path, (moment, moment))
         path.chmod(0o666 if number % 2 else 0o640)
         if os.getuid() == 0:
             os.chown(path, *owners[number % 3])

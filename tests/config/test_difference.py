@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -51,6 +52,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 path.write_bytes(b"xyz"[: len(directory) % 4])
                 path.chmod(0o640 if name == "f" else 0o604)
                 os.chown(path, *next(owners))
+    # No age that a rule draws is reached while a test looks twice: an hour, or none for the future.
+    for number, path in enumerate(sorted(path for path in top.rglob("*") if path.is_file())):
+        moment = time.time() + (86400 if number % 2 else -3600)
+        os.utime(path, (moment, moment))
     os.link(top / "a" / "f", top / "a" / "b" / "ax")
     (top / "a" / "link").symlink_to("b")
     os.mkfifo(top / "a" / "b" / "a")
