@@ -23,7 +23,7 @@ from time import gmtime, strftime, time_ns
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable
 
 # Longer ones are refused as paths; their beginning is enough to recognise them.
 _MAX_RECORDED_BYTES = 4096
@@ -70,7 +70,7 @@ class Audit:
         self._prefix = f'{{"run":"{self.run}","seq":'
 
     def decisions(
-        self, requester: str, action: str, paths: Sequence[bytes], records: Iterable[str], extra: str = ""
+        self, requester: str, action: str, paths: Collection[bytes], records: Iterable[str], extra: str = ""
     ) -> bool:
         """Record what was decided for the paths of one request.
 

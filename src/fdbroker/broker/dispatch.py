@@ -38,7 +38,7 @@ from fdbroker.wire.replies import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from fdbroker.broker.acting import ServedClient
     from fdbroker.broker.audit import Audit
@@ -360,7 +360,7 @@ class Dispatch:
         client: Client,
         action: str,
         request_id: int,
-        paths: Sequence[bytes],
+        paths: Collection[bytes],
         outcomes: Sequence[Outcome],
         extra: str = "",
         *,

@@ -20,9 +20,9 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.broker.opening import Outcome, failure, file_stat, name_is_lost, object_refusal, refusal
 from fdbroker.broker.watchdog import nothing
@@ -54,7 +54,7 @@ from fdbroker.wire.format import (
 from fdbroker.wire.messages import GIVEN, FileStat, Result, WalkEnd, refused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from fdbroker.broker.dispatch import Asker
     from fdbroker.broker.roots import HeldRoot
@@ -101,7 +101,7 @@ _MAX_GIVEN = 4096
 NONE_OPENED: Mapping[Rule, int] = MappingProxyType({})
 
 
-class Paths(Sequence[bytes]):
+class Paths(Collection[bytes]):
     """The absolute paths of entries, with the start before them if it is given: made for the audit alone."""
 
     __slots__ = ("_entries", "_prefix", "_start")
@@ -123,15 +123,9 @@ class Paths(Sequence[bytes]):
         for entry in self._entries:
             yield self._prefix + entry[_ENTRY_HEAD:]
 
-    @overload
-    def __getitem__(self, at: int) -> bytes: ...
-
-    @overload
-    def __getitem__(self, at: slice) -> list[bytes]: ...
-
-    def __getitem__(self, at: int | slice) -> bytes | list[bytes]:
-        """Return one of them, or some."""
-        return list(self)[at]
+    def __contains__(self, path: object) -> bool:
+        """Return whether it is one of them."""
+        return path in list(self)
 
 
 NO_PATHS = Paths([], b"")

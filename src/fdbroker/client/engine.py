@@ -337,10 +337,7 @@ class Engine:
             ValueError: it can't be expressed (no path, a NUL).
 
         """
-        if self._outstanding or self._services or self._last_id == _LAST_ID:
-            request_id = self._next_id()
-        else:
-            request_id = self._last_id = self._last_id + 1
+        request_id = self._next_id()
         if type(question) is OpenPaths:
             asked, client, copy = question
             frame = encode_open(request_id, asked, client, copy=copy)
@@ -404,7 +401,7 @@ class Engine:
 
         Mostly none; to be asked whenever something is sent or was received.
         """
-        if not self._to_cancel and not self._to_release:
+        if not self.has_afterthoughts:
             return ()
         frames: list[bytes] = []
         if self._state is not State.READY:

@@ -76,15 +76,7 @@ class Session:
             ValueError: the client is closed.
 
         """
-        call = Call(question, bound)
-        began = self._take_turn()
-        try:
-            return self._collect(call, began)
-        except BaseException:
-            call.abandon()
-            raise
-        finally:
-            self._lock.release()
+        return self.ask_by(Call(question, bound))
 
     def ask_by(self, call: Call) -> Answer:
         """Return the first answer to a call. Raises as `ask`."""

@@ -14,10 +14,6 @@ if TYPE_CHECKING:
 def close_all(descriptors: list[int]) -> None:
     """Close every descriptor and empty the list. An error of close(2) changes nothing: the number is free."""
     # Numbers stand in a row, mostly, and close_range(2) takes a whole one.
-    if len(descriptors) == 1:
-        only = descriptors.pop()
-        os.closerange(only, only + 1)
-        return
     if descriptors:
         least, most = min(descriptors), max(descriptors)
         if most - least + 1 == len(descriptors):
