@@ -139,6 +139,19 @@ def test_descriptors_are_the_same_where_something_is_asked_of_the_files(
 
 
 @pytest.mark.parametrize("where", [{}, {"size": {"min": 0, "max": 100}}], ids=["plain", "judged"])
+def test_a_file_of_the_year_1589_is_walked_unless_later_ones_are_asked_for(where: dict[str, Any]) -> None:
+    # On a tmpfs, which keeps such times.
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        early = Path(directory) / "early"
+        early.write_bytes(b"early")
+        os.utime(early, ns=(0, -12_000_000_000 * 1_000_000_000))
+        with ground(Path(directory), rule("all", where=where)) as made:
+            assert made.find(ALL, descriptors=True).contents == {b"early": b"early"}
+            later = WalkFilter(newer_than=-(1 << 63) + 1)
+            assert made.find(later, descriptors=True).contents == {}
+
+
+@pytest.mark.parametrize("where", [{}, {"size": {"min": 0, "max": 100}}], ids=["plain", "judged"])
 def test_a_file_of_the_year_2264_is_walked_as_others_are(tmp_path: Path, where: dict[str, Any]) -> None:
     (tmp_path / "late").write_bytes(b"late")
     os.utime(tmp_path / "late", ns=(0, 9_300_000_000 * 1_000_000_000))

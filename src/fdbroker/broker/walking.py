@@ -39,6 +39,7 @@ from fdbroker.policy.decide import decide_object
 from fdbroker.policy.globs import compile_glob
 from fdbroker.policy.paths import MAX_NAME_BYTES, problem_with_path
 from fdbroker.wire.format import (
+    ANY_TIME,
     HEADER,
     MAX_PATHS,
     MAX_REPLY,
@@ -927,7 +928,7 @@ class Walk:
         return (
             bool(kinds & kind)
             and (kind is not WalkKind.REGULAR or least_size <= facts.st_size <= most_size)
-            and facts.st_mtime_ns > newer_than
+            and (newer_than == ANY_TIME or facts.st_mtime_ns > newer_than)
             and (not visit.remainders or any(remainder.matches(name) for remainder in visit.remainders))
         )
 
