@@ -281,24 +281,10 @@ class Opener:
             if root.cross_mounts or root.helpers:
                 continue
             names = [paths[place][root.skip :] or b"." for place in chosen]
-            plain.update(
-                zip(
-                    chosen,
-                    zip(
-                        *open_regular_entries(
-                            root.descriptor,
-                            names,
-                            self._proc_self_fd,
-                            0,
-                            MAX_COPY,
-                            ANY_TIME,
-                            given_away=False,
-                        ),
-                        strict=True,
-                    ),
-                    strict=True,
-                )
+            opened, found = open_regular_entries(
+                root.descriptor, names, self._proc_self_fd, 0, MAX_COPY, ANY_TIME, given_away=False
             )
+            plain |= zip(chosen, zip(opened, found, strict=True), strict=True)
         return plain
 
     def _copy_plain(
