@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ from fdbroker.broker import limits as limits_module
 from fdbroker.broker import server, walking, walks
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import close_all
+from fdbroker.kernel.errors import SyscallError
+from fdbroker.kernel.files import reopen_for_reading
 from fdbroker.wire.client import (
     OpenReply,
     WalkReply,
@@ -491,6 +495,33 @@ def test_a_step_of_a_walk_asks_once_how_much_a_rule_gives(tmp_path: Path) -> Non
             assert len(batch.descriptors) == 4
             close_all(batch.descriptors)
             assert asked == ["small"] * (number + 1)
+    finally:
+        ground.close()
+
+
+def test_what_a_walk_could_not_open_is_not_counted_as_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = rule("small", where={"size": {"max": 10}}, limits={"in_flight": 9})
+    (tmp_path / "tree").mkdir()
+    for number in range(4):
+        (tmp_path / "tree" / str(number)).touch()
+    ground = Ground(policy(tmp_path / "tree", small, read_only_view="off"))
+
+    def refuse_files(proc_self_fd: int, descriptor: int) -> int:
+        if (
+            stat.S_ISREG(os.fstat(descriptor).st_mode)
+            and os.readlink(f"/proc/self/fd/{descriptor}")[-1] in "13"
+        ):
+            raise SyscallError(errno.EAGAIN, "openat")  # a lease
+        return reopen_for_reading(proc_self_fd, descriptor)
+
+    monkeypatch.setattr(walking, "reopen_for_reading", refuse_files)
+    try:
+        batch = ground.walk(descriptors=True).step(100, lambda _rule: 9)
+        assert len(batch.descriptors) == 2
+        close_all(batch.descriptors)
+        assert {each.name: count for each, count in batch.opened_by.items()} == {"small": 2}
     finally:
         ground.close()
 

@@ -919,10 +919,8 @@ class Walk:
         if is_regular and asks_links and name_is_lost(root, path, held, self._proc_self_fd):
             step.leave_out(Incomplete.CHANGED)
             return
-        if opens and step.most_of is not None:
-            if not step.room_of(rule):
-                return
-            step.count_opened(rule, 1)
+        if opens and step.most_of is not None and not step.room_of(rule):
+            return
         opened = reopen_for_reading(self._proc_self_fd, held) if opens else None
         self._give(step, path, file_stat(facts), rule, opened)
 
@@ -948,6 +946,7 @@ class Walk:
         flags = 0
         if opened is not None:
             step.descriptors.append(opened)
+            step.count_opened(rule, 1)
             flags = WALK_ENTRY_HAS_DESCRIPTOR
         relative = path[self._skip :]
         entry = _PACK_ENTRY(len(relative), facts.mode >> 12, flags) + facts.encode() + relative
