@@ -34,6 +34,7 @@ from tests.broker.conftest import fill, no_descriptor_left
 from tests.broker.speaking import DatagramSpeaker, Speaker, StreamSpeaker
 from tests.broker.stepping import SteppedBroker
 from tests.broker.test_acting import Acting, accepted, acting_broker, acting_policy, open_for
+from tests.broker.test_control import in_child_on
 from tests.broker.walks import Ground
 from tests.running_broker import CLIENT_UID, OTHER_UID, policy, rule
 
@@ -182,6 +183,7 @@ def test_requests_of_all_connections_and_datagrams_of_a_uid_are_counted_together
                 assert one.error(encode_open(7, [file_of(broker)])).limit is not None
 
 
+@pytest.mark.root
 def test_root_can_always_ask_on_a_control_socket_and_others_can_not(reachable: Path) -> None:
     with limited_broker(reachable, **rate("requests", 2)) as broker:
         control = broker.listen(reachable, control=True)
@@ -189,6 +191,13 @@ def test_root_can_always_ask_on_a_control_socket_and_others_can_not(reachable: P
             for _ in range(5):
                 assert speaker.status()["limits"]["requests_per_second"] == 2
             assert speaker.status()["limits_hit"] == []
+        control.chmod(0o666)
+        asked = in_child_on(broker, control, ask_for_status_thrice, uid=CLIENT_UID)
+        assert asked == ["StatusReply", "StatusReply", "ErrorReply"]
+
+
+def ask_for_status_thrice(speaker: Speaker) -> list[str]:
+    return [type(speaker.ask(encode_status(7)).reply).__name__ for _ in range(3)]
 
 
 # Opens
