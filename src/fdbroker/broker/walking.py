@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, overload
 
-from fdbroker.broker.opening import Outcome, failure, file_stat, name_is_lost, object_refusal, refusal
+from fdbroker.broker.opening import Given, Outcome, failure, file_stat, name_is_lost, object_refusal, refusal
 from fdbroker.broker.watchdog import nothing
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.errors import SyscallError
@@ -95,7 +95,6 @@ _OURS = {
 }
 _TOO_LONG = frozenset({"path_too_long", "name_too_long"})
 _NO_ENTRIES: Sequence[tuple[bytes, int, int]] = ()
-_MAX_GIVEN = 4096
 
 
 NONE_OPENED: Mapping[Rule, int] = MappingProxyType({})
@@ -377,7 +376,7 @@ class Walk:
         self._sought = request.behind.split(b"/") if request.behind else []
         self._start: Outcome | None = None  # None until it was looked at; for the audit
         self._start_is_told = False
-        self._given: dict[Rule | None, Outcome] = {}
+        self._given = Given()
         self._end: WalkEnd | None = None
         kinds = request.filter.kinds
         hints = {kind for kind in range(16) if _KIND_OF.get(kind, WalkKind.OTHER) & kinds}
@@ -697,7 +696,7 @@ class Walk:
             return None
         rule = opened.decision.rule
         exceptions = frozenset((*named.exceptions, *opened.exceptions))
-        return _PlainNames(exceptions, self._given.get(rule) or self._given_by(rule))
+        return _PlainNames(exceptions, self._given[rule])
 
     def _objection_to_directory(
         self, decision: NameDecision, root: HeldRoot, held: int, facts: os.stat_result
@@ -951,15 +950,8 @@ class Walk:
         relative = path[self._skip :]
         entry = _PACK_ENTRY(len(relative), facts.mode >> 12, flags) + facts.encode() + relative
         step.entries.append(entry)
-        step.outcomes.append(self._given.get(rule) or self._given_by(rule))
+        step.outcomes.append(self._given[rule])
         step.size += len(entry)
-
-    def _given_by(self, rule: Rule | None) -> Outcome:
-        """Return the outcome for what a rule gives; made once for each rule."""
-        if len(self._given) >= _MAX_GIVEN:
-            self._given.clear()
-        given = self._given[rule] = Outcome(GIVEN, "ok", rule)
-        return given
 
     def _descend(self, level: _Level, name: bytes, path: bytes, number: int, facts: os.stat_result) -> _Level:
         """Go into the directory `name` of the innermost level."""
