@@ -703,6 +703,7 @@ def test_a_connection_on_which_nothing_happens_is_closed_and_recorded(reachable:
         assert hits(broker) == {("idle_timeout", None): 1}
 
 
+@pytest.mark.root
 def test_a_connection_with_something_under_way_is_not_idle(reachable: Path, clock: Clock) -> None:
     with idling_broker(reachable) as (broker, path):
         walker, unread, inherited = broker.call(path), broker.call(path), broker.join()
