@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from fdbroker.broker.audit import Audit, decision_members
 from tests.broker.speaking import Speaker, path_of, read_audit
 from tests.cli.commands import run_here
 from tests.running_broker import policy, reachable_directory, running_broker, with_control
@@ -172,9 +173,7 @@ def test_a_reader_that_is_gone_is_a_denial_for_ever(reachable: Path) -> None:
             assert ask(speaker, reachable / "tree/file", "none") == "audit"
 
 
-def test_a_failure_under_allow_is_told_as_given_also_if_a_reload_denies_since(tmp_path: Path) -> None:
-    from fdbroker.broker.audit import Audit, decision_members  # noqa: PLC0415 - of this test alone
-
+def test_a_failure_under_allow_is_told_as_given_also_if_a_reload_denies_since() -> None:
     written: list[bytes] = []
 
     def write(_descriptor: int, data: bytes) -> int:

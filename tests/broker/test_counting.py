@@ -75,6 +75,7 @@ def two_rules(tree: Path) -> dict[str, Any]:
     )
 
 
+@root
 @settings(
     max_examples=40,
     deadline=None,
@@ -121,6 +122,7 @@ def test_decisions_are_counted_as_they_are_recorded(
         assert sum(row["denied"] for row in by_connection) == totals["denied"]
 
 
+@root
 def test_what_is_not_on_record_is_counted_as_refused_for_that(tree: Path, tmp_path: Path) -> None:
     with SteppedBroker(tree, audit=tmp_path / "audit") as broker:
         speaker, control = broker.join(), broker.call(broker.listen(tmp_path, control=True))
@@ -134,6 +136,7 @@ def test_what_is_not_on_record_is_counted_as_refused_for_that(tree: Path, tmp_pa
         assert control.status()["audit_failures"] >= 1
 
 
+@root
 def test_requests_are_counted_by_transport_and_type_with_the_time_they_took(
     stepped: SteppedBroker, control: Speaker, tmp_path: Path
 ) -> None:
@@ -171,6 +174,7 @@ def test_datagrams_are_counted_as_such(tree: Path, tmp_path: Path) -> None:
         assert (client["allowed"], client["requests"] >= 3) == (3, True)
 
 
+@root
 def test_what_is_under_way_and_what_was_sent_is_told(
     stepped: SteppedBroker, control: Speaker, tree: Path
 ) -> None:
@@ -188,6 +192,7 @@ def test_what_is_under_way_and_what_was_sent_is_told(
     assert control.status()["totals"]["descriptors_sent"] == before + 200
 
 
+@root
 def test_events_are_counted_by_name(stepped: SteppedBroker, control: Speaker) -> None:
     speaker = stepped.join()
     speaker.sock.send(b"nonsense")
@@ -195,6 +200,7 @@ def test_events_are_counted_by_name(stepped: SteppedBroker, control: Speaker) ->
     assert control.status()["events"] == {"malformed": 1}
 
 
+@root
 def test_a_client_that_is_gone_still_counts(stepped: SteppedBroker, control: Speaker, tree: Path) -> None:
     for _ in range(3):
         with stepped.join() as speaker:
@@ -205,6 +211,7 @@ def test_a_client_that_is_gone_still_counts(stepped: SteppedBroker, control: Spe
     assert client["connections"] == 1
 
 
+@root
 def test_counts_of_a_rule_outlive_the_rule_and_go_on_with_one_of_its_name(
     stepped: SteppedBroker, control: Speaker, tree: Path
 ) -> None:
@@ -217,6 +224,7 @@ def test_counts_of_a_rule_outlive_the_rule_and_go_on_with_one_of_its_name(
     assert counted(control) == {("open", "all", "ok"): 2, ("open", "other", "ok"): 1}
 
 
+@root
 def test_counts_of_rules_that_are_gone_are_given_up_where_there_are_very_many(
     stepped: SteppedBroker, control: Speaker, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +252,7 @@ def test_a_rule_that_is_gone_is_not_kept_by_what_it_decided(stepped: SteppedBrok
     assert speaker.open_one(bytes(tree / "file")).content == b"content"
 
 
+@root
 def test_decisions_of_very_many_rules_come_row_by_row(tree: Path, tmp_path: Path) -> None:
     for number in range(900):
         (tree / f"f{number}").touch()

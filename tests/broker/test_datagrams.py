@@ -496,6 +496,7 @@ def test_what_one_process_receives_says_nothing_of_what_waits_for_another_of_its
         assert flight.total >= FILES
 
 
+@pytest.mark.root
 def test_more_uids_than_there_are_sockets_for_answers_are_served_one_after_the_other(dgram: Served) -> None:
     for number in range(40):
         assert as_uid(dgram, CLIENT_UID + number) == ["ok"]

@@ -555,7 +555,6 @@ def test_facts_for_rules_are_ids_and_groups_without_the_overflow_group(
     assert facts == ClientFacts(os.getuid(), frozenset({7, 8, os.getgid()}), frozenset())
 
 
-@pytest.mark.root
 def test_many_groups_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "peer_groups", lambda _sock: tuple(range(100_000, 165_536)))
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -570,6 +569,7 @@ def test_many_groups_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None
         tracemalloc.stop()
 
 
+@pytest.mark.root
 def test_supplementary_groups_are_those_of_connect(reached: SteppedBroker) -> None:
     def client() -> None:
         become(CLIENT_UID, groups=tuple(range(40000, 40300)))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ from fdbroker.broker import limits as limits_module
 from fdbroker.broker import server, walking, walks
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import close_all
+from fdbroker.kernel.errors import SyscallError
+from fdbroker.kernel.files import reopen_for_reading
 from fdbroker.wire.client import (
     OpenReply,
     WalkReply,
@@ -30,6 +34,7 @@ from tests.broker.conftest import fill, no_descriptor_left
 from tests.broker.speaking import DatagramSpeaker, Speaker, StreamSpeaker
 from tests.broker.stepping import SteppedBroker
 from tests.broker.test_acting import Acting, accepted, acting_broker, acting_policy, open_for
+from tests.broker.test_control import in_child_on
 from tests.broker.walks import Ground
 from tests.running_broker import CLIENT_UID, OTHER_UID, policy, rule
 
@@ -178,6 +183,7 @@ def test_requests_of_all_connections_and_datagrams_of_a_uid_are_counted_together
                 assert one.error(encode_open(7, [file_of(broker)])).limit is not None
 
 
+@pytest.mark.root
 def test_root_can_always_ask_on_a_control_socket_and_others_can_not(reachable: Path) -> None:
     with limited_broker(reachable, **rate("requests", 2)) as broker:
         control = broker.listen(reachable, control=True)
@@ -185,6 +191,13 @@ def test_root_can_always_ask_on_a_control_socket_and_others_can_not(reachable: P
             for _ in range(5):
                 assert speaker.status()["limits"]["requests_per_second"] == 2
             assert speaker.status()["limits_hit"] == []
+        control.chmod(0o666)
+        asked = in_child_on(broker, control, ask_for_status_thrice, uid=CLIENT_UID)
+        assert asked == ["StatusReply", "StatusReply", "ErrorReply"]
+
+
+def ask_for_status_thrice(speaker: Speaker) -> list[str]:
+    return [type(speaker.ask(encode_status(7)).reply).__name__ for _ in range(3)]
 
 
 # Opens
@@ -495,6 +508,33 @@ def test_a_step_of_a_walk_asks_once_how_much_a_rule_gives(tmp_path: Path) -> Non
         ground.close()
 
 
+def test_what_a_walk_could_not_open_is_not_counted_as_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = rule("small", where={"size": {"max": 10}}, limits={"in_flight": 9})
+    (tmp_path / "tree").mkdir()
+    for number in range(4):
+        (tmp_path / "tree" / str(number)).touch()
+    ground = Ground(policy(tmp_path / "tree", small, read_only_view="off"))
+
+    def refuse_files(proc_self_fd: int, descriptor: int) -> int:
+        if (
+            stat.S_ISREG(os.fstat(descriptor).st_mode)
+            and os.readlink(f"/proc/self/fd/{descriptor}")[-1] in "13"
+        ):
+            raise SyscallError(errno.EAGAIN, "openat")  # a lease
+        return reopen_for_reading(proc_self_fd, descriptor)
+
+    monkeypatch.setattr(walking, "reopen_for_reading", refuse_files)
+    try:
+        batch = ground.walk(descriptors=True).step(100, lambda _rule: 9)
+        assert len(batch.descriptors) == 2
+        close_all(batch.descriptors)
+        assert {each.name: count for each, count in batch.opened_by.items()} == {"small": 2}
+    finally:
+        ground.close()
+
+
 def test_a_walk_that_opens_nothing_is_not_held_back(tmp_path: Path, clock: Clock) -> None:
     with limited_broker(tmp_path, **rate("opens", 1)) as broker, broker.join() as speaker:
         assert reasons_of(speaker, broker) == ["ok"]
@@ -663,6 +703,7 @@ def test_a_connection_on_which_nothing_happens_is_closed_and_recorded(reachable:
         assert hits(broker) == {("idle_timeout", None): 1}
 
 
+@pytest.mark.root
 def test_a_connection_with_something_under_way_is_not_idle(reachable: Path, clock: Clock) -> None:
     with idling_broker(reachable) as (broker, path):
         walker, unread, inherited = broker.call(path), broker.call(path), broker.join()

@@ -18,6 +18,7 @@ from fdbroker.broker.audit import member_text
 from fdbroker.broker.connection import SEND_BUFFER, State
 from fdbroker.broker.dispatch import NOT_RECORDED, TOO_MANY_IN_FLIGHT
 from fdbroker.broker.helper_pool import Job, JobPath
+from fdbroker.broker.limits import account_of
 from fdbroker.broker.opening import NEEDS_HELPER, Outcome
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.sockets import bytes_not_received
@@ -70,8 +71,7 @@ class Helped:
         over = {place: outcome for place, outcome in enumerate(outcomes) if outcome.result.limit is not None}
         done = partial(self._answer, connection, request, indexes, over, time.monotonic_ns())
         # One client of a service must not take up what the service may have for all of them.
-        uid = asker.uid if asker.on_behalf_of_uid is None else asker.on_behalf_of_uid
-        self._helpers.submit(Job(paths, opens, uid, connection, done))
+        self._helpers.submit(Job(paths, opens, account_of(asker), connection, done))
 
     def _answer(
         self,

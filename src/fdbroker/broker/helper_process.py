@@ -30,12 +30,7 @@ from fdbroker.broker.helper_pool import STEP_SECONDS, ObjectFacts, Report
 from fdbroker.broker.opening import name_is_lost
 from fdbroker.kernel import children, seccomp, sockets
 from fdbroker.kernel.descriptors import close_all
-from fdbroker.kernel.files import (
-    filesystem_of,
-    open_path_beneath,
-    open_proc_self_fd,
-    reopen_for_reading,
-)
+from fdbroker.kernel.files import filesystem_of, open_path_beneath, open_proc_self_fd, reopen_for_reading
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

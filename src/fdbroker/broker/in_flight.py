@@ -77,10 +77,9 @@ class InFlight:
         client.under_way.clear()
         self._take_back(client, client.in_flight)
 
-    def limit_uids(self, most: int | None) -> int:
-        """Let a uid have so many, at most its share (None: its share); return how many that is."""
+    def limit_uids(self, most: int | None) -> None:
+        """Let a uid have so many, at most its share (None: its share); `most_per_uid` is how many that is."""
         self.most_per_uid = self._share if most is None else min(most, self._share)
-        return self.most_per_uid
 
     def room_of_rule(self, rule: str, uid: int, most: int, wanted: int) -> int:
         """Return how many of `most` a rule still gives a uid. Asks the kernel if it is less than `wanted`."""

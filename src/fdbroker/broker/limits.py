@@ -64,7 +64,6 @@ class Limits:
     def __init__(self, dispatch: Dispatch, audit: Audit, flight: InFlight) -> None:
         # By name of the limit, and of the rule whose it is.
         self.hits: dict[tuple[str, str | None], int] = {}
-        self.in_flight_per_uid = flight.most_per_uid
         self._dispatch = dispatch
         self._audit = audit
         self._flight = flight
@@ -83,7 +82,7 @@ class Limits:
         self._opens = settings.opens
         opens = settings.opens is not None or any(rule.limits is not None for rule in rule_set.rules)
         self._dispatch.open_limits = self if opens else None
-        self.in_flight_per_uid = self._flight.limit_uids(settings.in_flight_per_uid)
+        self._flight.limit_uids(settings.in_flight_per_uid)
         for table, handlers, for_control in self._watched:
             for kind, handler in handlers.items():
                 table[kind] = handler
@@ -166,7 +165,7 @@ class Limits:
         if self._flight.has_share(client, count):
             return None
         self.hit("in_flight_per_uid", None, count)
-        return _refusal(LimitReached(Limit.IN_FLIGHT_PER_UID, self.in_flight_per_uid, 0))
+        return _refusal(LimitReached(Limit.IN_FLIGHT_PER_UID, self._flight.most_per_uid, 0))
 
     def charge(
         self,
@@ -252,11 +251,12 @@ class Limits:
 
     def held_back(self, rule: Rule | None) -> None:
         """Count that a walk has to wait: for what `rule` gives, or for what its uid may open in all."""
-        limited_by_rate = rule is None or (rule.limits is not None and rule.limits.opens is not None)
         if rule is None:
             self.hit("opens_per_second")
+        elif rule.limits is not None and rule.limits.opens is not None:
+            self.hit("rule_opens_per_second", rule)
         else:
-            self.hit("rule_opens_per_second" if limited_by_rate else "rule_in_flight", rule)
+            self.hit("rule_in_flight", rule)
 
     def charge_walk(self, asker: Asker, opened_by: Mapping[Rule, int], count: int) -> Shares:
         """Take what one frame of a walk gives: `count` in all, and by rules. Return as `charge`."""

@@ -131,6 +131,17 @@ _OF_HELPERS = {
 }
 
 
+class Given(dict["Rule | None", Outcome]):
+    """The outcome for what a rule gives, by rule: made once for each, not per file."""
+
+    def __missing__(self, rule: Rule | None) -> Outcome:
+        """Make it."""
+        if len(self) >= _MAX_GIVEN:
+            self.clear()
+        outcome = self[rule] = Outcome(GIVEN, "ok", rule)
+        return outcome
+
+
 class Page(NamedTuple):
     """One page of a directory, its entries encoded."""
 
@@ -176,8 +187,7 @@ class Opener:
         # Each look-up may have to wait for a disk: many of them are a long time, and no reason to be ended.
         self._ping = ping
         self._proc_self_fd = proc_self_fd
-        # What is given by one rule is one outcome: made once, not per file.
-        self._given: dict[Rule | None, Outcome] = {}
+        self._given = Given()
         self._copies: dict[tuple[Rule | None, int], Outcome] = {}
         self._left_behind_links = MOST_BEHIND_LINKS  # bytes, of this request
 
@@ -208,7 +218,7 @@ class Opener:
                     outcomes.append(self._open_judged(decision, root, path, asker, descriptors))
                 else:
                     descriptors.append(opened)
-                    outcomes.append(given.get(decision.rule) or self._give(decision.rule))
+                    outcomes.append(given[decision.rule])
             except OSError as error:
                 if error.errno == errno.ELOOP and decision.followed is not None:
                     outcomes.append(self._open_followed(decision, path, asker, descriptors))
@@ -281,24 +291,10 @@ class Opener:
             if root.cross_mounts or root.helpers:
                 continue
             names = [paths[place][root.skip :] or b"." for place in chosen]
-            plain.update(
-                zip(
-                    chosen,
-                    zip(
-                        *open_regular_entries(
-                            root.descriptor,
-                            names,
-                            self._proc_self_fd,
-                            0,
-                            MAX_COPY,
-                            ANY_TIME,
-                            given_away=False,
-                        ),
-                        strict=True,
-                    ),
-                    strict=True,
-                )
+            opened, found = open_regular_entries(
+                root.descriptor, names, self._proc_self_fd, 0, MAX_COPY, ANY_TIME, given_away=False
             )
+            plain |= zip(chosen, zip(opened, found, strict=True), strict=True)
         return plain
 
     def _copy_plain(
@@ -404,7 +400,7 @@ class Opener:
                     return self._open_followed(decision, path, asker, descriptors)
                 return objection
             descriptors.append(reopen_for_reading(self._proc_self_fd, held))
-            return self._given.get(rule) or self._give(rule)
+            return self._given[rule]
         finally:
             os.close(held)
 
@@ -520,12 +516,6 @@ class Opener:
             ):
                 return object_refusal(decision, "lost_its_name")
         return None
-
-    def _give(self, rule: Rule | None) -> Outcome:
-        if len(self._given) >= _MAX_GIVEN:
-            self._given.clear()
-        outcome = self._given[rule] = Outcome(GIVEN, "ok", rule)
-        return outcome
 
     def _judge_file(
         self,

@@ -256,15 +256,12 @@ class Broker:
     def _shorter(self, timeout: float, until: float | None) -> float:
         """Return for how many seconds to wait at most, of a `timeout` (-1: for ever), since others wait."""
         if until is not None:
-            left = max(0.0, until - time.monotonic())
-            if not 0 <= timeout <= left:
-                timeout = left
+            timeout = _at_most(timeout, max(0.0, until - time.monotonic()))
         if self._busy or self._loading:
             return 0
-        if self._deadlines or self._resting or self._acceptor.resting:
-            least = _REST if self._resting or self._acceptor.resting else _LOOK_AT_DEADLINES
-            if not 0 <= timeout < least:
-                timeout = least
+        resting = self._resting or self._acceptor.resting
+        if self._deadlines or resting:
+            timeout = _at_most(timeout, _REST if resting else _LOOK_AT_DEADLINES)
         return timeout
 
     def _serve_all(self, ready: Iterable[tuple[int, int]]) -> None:
@@ -551,8 +548,7 @@ class Broker:
                     self._audit.event("connection_ended", f"{connection.record},{members}")
                     self._dispatch.limits.hit("idle_timeout")
                     self._hang_up(connection)
-        left = max(0.0, self._next_look_for_idle - now)
-        return timeout if 0 <= timeout <= left else left
+        return _at_most(timeout, max(0.0, self._next_look_for_idle - now))
 
     def _is_idle(self, connection: Connection) -> bool:
         """Return whether nothing is under way, and its client can connect anew when it wants something."""
@@ -917,6 +913,11 @@ def settle_memory() -> None:
     gc.collect()
     gc.freeze()
     release_free_memory()
+
+
+def _at_most(timeout: float, seconds: float) -> float:
+    """Return the shorter of a timeout (-1: for ever) and so many seconds."""
+    return timeout if 0 <= timeout <= seconds else seconds
 
 
 def _objection_to_flags(flags: int) -> str:

@@ -24,7 +24,7 @@ from collections.abc import Collection
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.broker.opening import Outcome, failure, file_stat, name_is_lost, object_refusal, refusal
+from fdbroker.broker.opening import Given, Outcome, failure, file_stat, name_is_lost, object_refusal, refusal
 from fdbroker.broker.watchdog import nothing
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.errors import SyscallError
@@ -96,7 +96,6 @@ _OURS = {
 }
 _TOO_LONG = frozenset({"path_too_long", "name_too_long"})
 _NO_ENTRIES: Sequence[tuple[bytes, int, int]] = ()
-_MAX_GIVEN = 4096
 
 
 NONE_OPENED: Mapping[Rule, int] = MappingProxyType({})
@@ -372,7 +371,7 @@ class Walk:
         self._sought = request.behind.split(b"/") if request.behind else []
         self._start: Outcome | None = None  # None until it was looked at; for the audit
         self._start_is_told = False
-        self._given: dict[Rule | None, Outcome] = {}
+        self._given = Given()
         self._end: WalkEnd | None = None
         kinds = request.filter.kinds
         hints = {kind for kind in range(16) if _KIND_OF.get(kind, WalkKind.OTHER) & kinds}
@@ -692,7 +691,7 @@ class Walk:
             return None
         rule = opened.decision.rule
         exceptions = frozenset((*named.exceptions, *opened.exceptions))
-        return _PlainNames(exceptions, self._given.get(rule) or self._given_by(rule))
+        return _PlainNames(exceptions, self._given[rule])
 
     def _objection_to_directory(
         self, decision: NameDecision, root: HeldRoot, held: int, facts: os.stat_result
@@ -914,10 +913,8 @@ class Walk:
         if is_regular and asks_links and name_is_lost(root, path, held, self._proc_self_fd):
             step.leave_out(Incomplete.CHANGED)
             return
-        if opens and step.most_of is not None:
-            if not step.room_of(rule):
-                return
-            step.count_opened(rule, 1)
+        if opens and step.most_of is not None and not step.room_of(rule):
+            return
         opened = reopen_for_reading(self._proc_self_fd, held) if opens else None
         self._give(step, path, file_stat(facts), rule, opened)
 
@@ -943,19 +940,13 @@ class Walk:
         flags = 0
         if opened is not None:
             step.descriptors.append(opened)
+            step.count_opened(rule, 1)
             flags = WALK_ENTRY_HAS_DESCRIPTOR
         relative = path[self._skip :]
         entry = _PACK_ENTRY(len(relative), facts.mode >> 12, flags) + facts.encode() + relative
         step.entries.append(entry)
-        step.outcomes.append(self._given.get(rule) or self._given_by(rule))
+        step.outcomes.append(self._given[rule])
         step.size += len(entry)
-
-    def _given_by(self, rule: Rule | None) -> Outcome:
-        """Return the outcome for what a rule gives; made once for each rule."""
-        if len(self._given) >= _MAX_GIVEN:
-            self._given.clear()
-        given = self._given[rule] = Outcome(GIVEN, "ok", rule)
-        return given
 
     def _descend(self, level: _Level, name: bytes, path: bytes, number: int, facts: os.stat_result) -> _Level:
         """Go into the directory `name` of the innermost level."""

@@ -606,7 +606,7 @@ def _bounds(document: Mapping[str, object], key: str, at: str) -> Bounds:
 def _exact_keys(
     document: Mapping[str, object], at: str, keys: Collection[str], if_wanted: Collection[str] = ()
 ) -> None:
-    odd = sorted((document.keys() ^ set(keys)) - (document.keys() & set(if_wanted)))
+    odd = sorted((document.keys() ^ set(keys)) - set(if_wanted))
     if odd:
         raise PolicyError(f"{at} has missing or unknown keys: {', '.join(map(str, odd))}")
 

@@ -336,23 +336,25 @@ def encode_status(request_id: int, part: str | None = None, row: int = 0) -> byt
     """Return a request for the status, or for a part of it from a row on; ValueError: no such part."""
     if part is None:
         return HEADER.pack(Type.STATUS, 0, 0, request_id, 0)
-    number = next((number for number, name in STATUS_PARTS.items() if name == part), None)
-    if number is None:
-        raise ValueError(f"{part!r} is none of {', '.join(STATUS_PARTS.values())}")
-    return HEADER.pack(Type.STATUS, 0, number, request_id, 0) + ROW.pack(row)
+    return HEADER.pack(Type.STATUS, 0, _number_named(STATUS_PARTS, part), request_id, 0) + ROW.pack(row)
 
 
 def encode_explain(request_id: int, action: str, path: bytes) -> bytes:
     """Return a request to explain; ValueError: no such action, a NUL, or too long."""
-    number = next((number for number, name in ACTIONS.items() if name == action), None)
-    if number is None:
-        raise ValueError(f"{action!r} is none of {', '.join(ACTIONS.values())}")
+    number = _number_named(ACTIONS, action)
     if 0 in path:
         raise ValueError(f"a path can't have a NUL byte: {path!r}")
     frame = HEADER.pack(Type.EXPLAIN, 0, number, request_id, 0) + path
     if len(frame) > MAX_FRAME:
         raise ValueError(f"a path of {len(path)} bytes is too long for a frame")
     return frame
+
+
+def _number_named(names: Mapping[int, str], name: str) -> int:
+    number = next((number for number, known in names.items() if known == name), None)
+    if number is None:
+        raise ValueError(f"{name!r} is none of {', '.join(names.values())}")
+    return number
 
 
 def for_broker(policy: Mapping[str, object]) -> dict[str, object]:
