@@ -10,8 +10,9 @@ import click
 from fdbroker.cli.explanation import lines_of_rules
 from fdbroker.cli.failure import Failure
 from fdbroker.cli.output import coloured, path_members, write_json, write_line
-from fdbroker.cli.policy_file import problems_as_failure
+from fdbroker.cli.policy_file import problems_as_failure, readable
 from fdbroker.config.names import counted, printable
+from fdbroker.config.sources import MAX_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from fdbroker.policy.rules import RuleSet
 
 EXIT_FAILED = 1
-_MAX_BYTES = 1024 * 1024 + 1  # one more than is read of either, so that a longer one is refused as such
+_CURE = "check the path and who runs this"
 
 
 class _Ran(NamedTuple):
@@ -104,20 +105,13 @@ def _run(table: str, policy_path: str | None, *, here: bool) -> _Ran:
 def _rules(path: str, names: Lookups) -> RuleSet:
     from fdbroker.config.explain import load_for_explaining  # noqa: PLC0415 - another extra
 
-    try:
+    with readable(path, _CURE):
         return load_for_explaining(path, names).rules
-    except OSError as error:
-        text = f"{printable(path)}: can't be read: {error.strerror}; check the path and who runs this"
-        raise Failure(text) from error
 
 
 def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(_MAX_BYTES)
-    except OSError as error:
-        text = f"{printable(path)}: can't be read: {error.strerror}; check the path and who runs this"
-        raise Failure(text) from error
+    with readable(path, _CURE), open(path, "rb") as file:
+        return file.read(MAX_BYTES + 1)  # so that a longer one is refused as such
 
 
 def _place(ran: _Ran, case: Case) -> str:
