@@ -17,7 +17,7 @@ from fdbroker.config.sources import MAX_BYTES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fdbroker.config.expectations import Case, Outcome
+    from fdbroker.config.expectations import Outcome
     from fdbroker.config.identities import Lookups
     from fdbroker.policy.rules import RuleSet
 
@@ -114,10 +114,6 @@ def _read(path: str) -> bytes:
         return file.read(MAX_BYTES + 1)  # so that a longer one is refused as such
 
 
-def _place(ran: _Ran, case: Case) -> str:
-    return f"{printable(ran.table)}:{case.mark.line}:{case.mark.column}"
-
-
 # ---- for people ----
 
 
@@ -130,7 +126,7 @@ def _write_text(ran: Sequence[_Ran], *, verbose: bool) -> None:
                     write_line(f"{coloured('ok', 'green')}    {title}")
                 continue
             write_line(f"{coloured('FAIL', 'red')}  {title}")
-            write_line(f"  {_place(each, outcome.case)}: {printable(outcome.problem)}")
+            write_line(f"  {outcome.case.mark}: {printable(outcome.problem)}")
             for line in _why(outcome, each.rules, verbose=verbose):
                 write_line(f"  {line}".rstrip())
             write_line("")
@@ -159,7 +155,7 @@ def _write_tap(ran: Sequence[_Ran]) -> None:
         title = printable(outcome.case.title).replace("\\", "\\\\").replace("#", "\\#")
         write_line(f"{'not ok' if outcome.problem else 'ok'} {number} - {title}")
         if outcome.problem:
-            write_line(f"# {_place(each, outcome.case)}: {printable(outcome.problem)}")
+            write_line(f"# {outcome.case.mark}: {printable(outcome.problem)}")
             for line in _why(outcome, each.rules, verbose=False):
                 write_line(f"# {click.unstyle(line)}".rstrip())
 
