@@ -33,7 +33,7 @@ from fdbroker.config.explain import (
 )
 from fdbroker.config.identities import Fault, SystemLookups
 from fdbroker.config.names import user_text
-from fdbroker.kernel.files import filesystem_of
+from fdbroker.config.surroundings import type_of_filesystem
 from fdbroker.policy.decide import ActionView, NameDecision, Policy, decide_object
 from fdbroker.policy.globs import Glob
 from fdbroker.policy.paths import components_below
@@ -359,23 +359,9 @@ class _Mounts:
     def is_served(self, path: bytes, device: int, *, helpers: bool) -> bool:
         """Return whether files of a file system are ever served; `path` is something on it."""
         if device not in self._types:
-            self._types[device] = _type_at(path)
+            self._types[device] = type_of_filesystem(path) or 0
         kind = self._types[device]
         return kind in SERVED_FILESYSTEMS or (helpers and kind in HELPED_FILESYSTEMS)
-
-
-def _type_at(path: bytes) -> int:
-    """Return the type of the file system at `path`, 0 if it can't be told."""
-    try:
-        descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return 0
-    try:
-        return filesystem_of(descriptor).type
-    except OSError:
-        return 0
-    finally:
-        os.close(descriptor)
 
 
 def _decide(

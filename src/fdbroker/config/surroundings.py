@@ -23,7 +23,6 @@ _NETWORK = frozenset({b"nfs", b"nfs4", b"cifs", b"smb3", b"smbfs", b"autofs", b"
 # first level whose they are, as /home does.
 _MOST_DIRECTORIES = 500
 _LEVELS = 1
-_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class ThisMachine:
@@ -67,17 +66,10 @@ class ThisMachine:
 
     def unserved_filesystem(self, path: bytes) -> str | None:
         """Return the type of the file system at `path` if the broker serves no file of it."""
-        try:
-            descriptor = os.open(path, _FLAGS)
-        except OSError:
+        kind = type_of_filesystem(path)
+        if kind is None or kind in SERVED_FILESYSTEMS or kind in HELPED_FILESYSTEMS:
             return None
-        try:
-            kind = filesystem_of(descriptor).type
-        except OSError:
-            return None
-        finally:
-            os.close(descriptor)
-        return None if kind in SERVED_FILESYSTEMS or kind in HELPED_FILESYSTEMS else f"{kind:#x}"
+        return f"{kind:#x}"
 
     def writers(
         self, root: bytes, glob: Glob, leaving_out: Sequence[tuple[bytes, Glob]]
@@ -108,6 +100,20 @@ class ThisMachine:
                     below += [(path, after) for path, after in steps if after]
             level = below
         return None
+
+
+def type_of_filesystem(path: bytes) -> int | None:
+    """Return the magic number of the type of the file system at `path`, None if it can't be told."""
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return filesystem_of(descriptor).type
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
 
 
 def _is_about_all_in(directory: bytes, root: bytes, glob: Glob) -> bool:
