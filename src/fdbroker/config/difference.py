@@ -289,7 +289,7 @@ def trees_of(old: RuleSet, new: RuleSet) -> list[bytes]:
     paths = sorted({root.path for rules in (old, new) for root in rules.roots})
     outer: list[bytes] = []
     for path in paths:
-        if not any(path == other or path.startswith(other.rstrip(b"/") + b"/") for other in outer):
+        if not any(components_below(other, path) is not None for other in outer):
             outer.append(path)
     return outer
 

@@ -28,6 +28,7 @@ from fdbroker.config.errors import quoted
 from fdbroker.config.names import group_text, printable, user_text
 from fdbroker.config.places import Place, Places, RulePlace
 from fdbroker.policy.globs import Glob, Pattern, compile_glob
+from fdbroker.policy.paths import components_below
 from fdbroker.policy.rule_index import MANY_PATTERNS, where_looked_up
 from fdbroker.policy.rules import ClientMatch, Root, Rule, RuleSet
 
@@ -258,7 +259,7 @@ def _names(path: bytes) -> list[bytes]:
 
 
 def _is_below(path: bytes, other: bytes) -> bool:
-    return path != other and (other == b"/" or path.startswith(other + b"/"))
+    return bool(components_below(other, path))
 
 
 def _excepted(entry: _Whole) -> str:
