@@ -16,12 +16,12 @@ from typing import NamedTuple, Protocol
 
 from fdbroker.broker.roots import HELPED_FILESYSTEMS
 from fdbroker.config.containment import (
-    Component,
     Components,
     covers,
     disjoint,
     leading_names,
     literal,
+    matches_all_of_a_depth,
     parse,
 )
 from fdbroker.config.errors import quoted
@@ -50,7 +50,6 @@ KINDS = (
 _NOTES = frozenset({"not-compared"})
 # Globs that are looked through for what covers others; some seconds' worth.
 _MOST_COMPARED = 2_000_000
-_ANY_NAME = (0,)
 _READABLE_BY_ALL = 0o004
 _MOST_NAMED = 4
 
@@ -354,7 +353,7 @@ def _anybody(entry: _Whole, at: RulePlace) -> Iterator[Finding]:
         return
     if where is not None and (where.owner is not None or where.mode_all & _READABLE_BY_ALL):
         return
-    broad = [glob for glob in rule.paths if all(map(_is_any, parse(glob.pattern)))]
+    broad = [glob for glob in rule.paths if matches_all_of_a_depth(parse(glob.pattern))]
     if not broad:
         return
     who = "whoever a service acts for" if rule.on_behalf_of else "every process on the machine"
@@ -367,10 +366,6 @@ def _anybody(entry: _Whole, at: RulePlace) -> Iterator[Finding]:
         f"name users or groups, or add 'where: {{owner: {word}}}'",
         rule.name,
     )
-
-
-def _is_any(component: Component) -> bool:
-    return component is None or component == _ANY_NAME
 
 
 # ---- what deny rules leave of allow rules ----
