@@ -257,11 +257,11 @@ def compare(
     old: RuleSet, new: RuleSet, kinds: Sequence[ClientKind], trees: Sequence[bytes], walked: Walked
 ) -> Iterator[Found]:
     """Put everything in `trees` to both policies, and yield what comes out otherwise."""
-    pairs = list(_pairs(old, new, kinds))
+    policies = Policy(old), Policy(new)
+    pairs = list(_pairs(*policies, kinds))
     if not pairs:
         return
     mounts = _Mounts()
-    policies = Policy(old), Policy(new)
     for path, facts in _Walk((*old.roots, *new.roots), mounts, walked).over(trees):
         is_link = stat.S_ISLNK(facts.st_mode)
         for kind, action, one, other in pairs:
@@ -294,14 +294,14 @@ def trees_of(old: RuleSet, new: RuleSet) -> list[bytes]:
     return outer
 
 
-def _pairs(old: RuleSet, new: RuleSet, kinds: Sequence[ClientKind]) -> Iterator[_Pair]:
+def _pairs(old: Policy, new: Policy, kinds: Sequence[ClientKind]) -> Iterator[_Pair]:
     """Return whom and what to ask for. Where the rules say the same, so do the policies."""
-    policies = Policy(old), Policy(new)
-    same_roots = _roots(old) == _roots(new)
-    copies = any("copy" in rule.deliver for rules in (old, new) for rule in rules.rules)
+    rule_sets = old.rule_set, new.rule_set
+    same_roots = _roots(old.rule_set) == _roots(new.rule_set)
+    copies = any("copy" in rule.deliver for rules in rule_sets for rule in rules.rules)
     for kind in kinds:
-        views = [policy.view(*kind.asker) for policy in policies]
-        about = [[rule for rule in rules.rules if rule.is_for(*kind.asker)] for rules in (old, new)]
+        views = [policy.view(*kind.asker) for policy in (old, new)]
+        about = [[rule for rule in rules.rules if rule.is_for(*kind.asker)] for rules in rule_sets]
         for action in (*ACTIONS, *(["copy"] if copies else [])):
             asked = "open" if action == "copy" else action
             said = [[_content(rule) for rule in rules if asked in rule.actions] for rules in about]
