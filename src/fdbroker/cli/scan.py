@@ -19,9 +19,9 @@ from fdbroker.cli.paths import absolute
 from fdbroker.cli.progress import Ahead, ScanProgress
 from fdbroker.cli.scan_engines import configured_engines
 from fdbroker.cli.scan_output import HumanOutput, JsonOutput, Output, Outputs, Totals
+from fdbroker.cli.sizes import size_of_option
 from fdbroker.cli.whole_file import whole_file
 from fdbroker.config.names import id_of_number, is_number, printable
-from fdbroker.config.scalars import ScalarError, parse_size
 from fdbroker.sandbox import SandboxError
 from fdbroker.scan.engine import EngineError, Inside
 from fdbroker.scan.plugins import make
@@ -39,15 +39,6 @@ if TYPE_CHECKING:
     from fdbroker.scan.tree import Found
 
 WORKER_USER = "fdbroker-worker"
-
-
-def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    try:
-        return parse_size(value)
-    except ScalarError as error:
-        raise click.BadParameter(str(error)) from error
 
 
 def _exclusions(_context: click.Context, _parameter: click.Parameter, value: Sequence[str]) -> Exclusions:
@@ -100,7 +91,7 @@ def _exclusions(_context: click.Context, _parameter: click.Parameter, value: Seq
 )
 @click.option(
     "--max-size",
-    callback=_size,
+    callback=size_of_option,
     metavar="SIZE",
     help="Larger files are not scanned, and each is an error: 50MiB, 1GB.",
 )
