@@ -29,7 +29,7 @@ from fdbroker.scan.pool import MOST_JOBS, Pool
 from fdbroker.scan.run import Scanned, scan
 from fdbroker.scan.supervisor import DEFAULT_TIMEOUT
 from fdbroker.scan.tree import Exclusions, walk
-from fdbroker.scan.verdict import Clean, Error
+from fdbroker.scan.verdict import Clean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -197,14 +197,15 @@ def command(  # noqa: PLR0913, PLR0917 - as many as options
     with contextlib.ExitStack() as stack:
         if report is not None:
             output = Outputs([output, JsonOutput(stack.enter_context(_report_file(report)))])
-        totals, denied = _scan(pool, request, output)
         try:
+            totals = _scan(pool, request, output)
             output.totals(totals)
         except ReaderGoneError as error:
             # A scan whose findings nobody reads must not end like a program that was asked to stop.
             raise OutputError(str(error)) from error
-    if denied is not None and not as_json:
-        complain_printable(broker.see_why(denied.path, socket_path, "list" if denied.directory else "open"))
+    if totals.denied is not None and not as_json:
+        asked = "list" if totals.denied.directory else "open"
+        complain_printable(broker.see_why(totals.denied.path, socket_path, asked))
     return totals.exit_status()
 
 
@@ -241,10 +242,9 @@ def _report_file(path: str) -> Iterator[Callable[[str], None]]:
         raise Failure(f"{problem}: {error.strerror}") from error
 
 
-def _scan(pool: Pool, request: _Request, output: Output) -> tuple[Totals, Scanned | None]:
-    """Scan and return what it came to, and the first path that was denied."""
+def _scan(pool: Pool, request: _Request, output: Output) -> Totals:
+    """Scan and return what it came to."""
     totals = Totals()
-    denied: list[Scanned] = []
     began = time.monotonic()
     try:
         with pool:
@@ -254,9 +254,7 @@ def _scan(pool: Pool, request: _Request, output: Output) -> tuple[Totals, Scanne
                     output.layers(layers)
                 output.engines(versions)
                 began = time.monotonic()
-                _scan_all(connected, pool, request, output, totals, denied)
-    except ReaderGoneError as error:
-        raise OutputError(str(error)) from error
+                _scan_all(connected, pool, request, output, totals)
     except client.BrokerError as error:
         totals.complete = False
         complain(f"the broker does not answer any more, so the scan is incomplete: {error.strerror}")
@@ -264,7 +262,7 @@ def _scan(pool: Pool, request: _Request, output: Output) -> tuple[Totals, Scanne
         totals.complete = False
         complain("interrupted, so the scan is incomplete")
     totals.seconds = time.monotonic() - began
-    return totals, denied[0] if denied else None
+    return totals
 
 
 def _started(pool: Pool) -> tuple[LayerReport | None, Sequence[Version]]:
@@ -284,14 +282,9 @@ def _started(pool: Pool) -> tuple[LayerReport | None, Sequence[Version]]:
 
 
 def _scan_all(
-    connected: client.Client,
-    pool: Pool,
-    request: _Request,
-    output: Output,
-    totals: Totals,
-    denied: list[Scanned],
+    connected: client.Client, pool: Pool, request: _Request, output: Output, totals: Totals
 ) -> None:
-    """Scan, tell and count; `denied` gets the first path that was."""
+    """Scan, tell and count."""
     with ScanProgress(wanted=request.show_progress) as progress:
         found = walk(connected, request.starts, request.exclusions)
         ahead = Ahead(_once(found, request.starts), progress.look_ahead)
@@ -301,8 +294,6 @@ def _scan_all(
                 if isinstance(event.verdict, Clean):
                     output.scanned(event)
                 else:
-                    if not denied and isinstance(event.verdict, Error) and event.verdict.reason == "denied":
-                        denied.append(event)
                     progress.refresh(totals, ahead)
                     with progress.out_of_the_way():
                         output.scanned(event)
