@@ -221,25 +221,16 @@ class _Request(NamedTuple):
 @contextlib.contextmanager
 def _report_file(path: str) -> Iterator[Callable[[str], None]]:
     """Give what writes a line of the report, which is there when the block ends without an error."""
-    problem = f"the report {printable(path)} could not be written"
-    stack = contextlib.ExitStack()
     try:
         # Names of files are nobody else's business.
-        file = stack.enter_context(whole_file(path, 0o600))
-    except OSError as error:
-        raise Failure(f"{problem}: {error.strerror}") from error
+        with whole_file(path, 0o600) as file:
 
-    def write(line: str) -> None:
-        try:
-            file.write(line.encode("ascii") + b"\n")
-        except OSError as error:
-            raise Failure(f"{problem}: {error.strerror}") from error
+            def write(line: str) -> None:
+                file.write(line.encode("ascii") + b"\n")
 
-    try:
-        with stack:
             yield write
     except OSError as error:
-        raise Failure(f"{problem}: {error.strerror}") from error
+        raise Failure(f"the report {printable(path)} could not be written: {error.strerror}") from error
 
 
 def _scan(pool: Pool, request: _Request, output: Output) -> Totals:
