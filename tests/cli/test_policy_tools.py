@@ -179,6 +179,7 @@ def test_wrong_use_of_diff_is_told(directory: Path) -> None:
     files = (f"{directory}/policy.yaml", f"{directory}/new.yaml")
     for options, said in (
         (("--as", "no-such-user", *files), "there is no such user"),
+        (("--as", "4294967295", *files), "there is no such user"),
         (("--tree", f"{directory}/none", *files), "is no directory"),
         (("/nowhere", files[1]), "/nowhere: can't be read: No such file or directory"),
         ((f"{directory}/table.yaml", files[1]), "unknown key 'tests'"),

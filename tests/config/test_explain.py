@@ -434,6 +434,8 @@ def test_user_is_taken_by_name_or_number() -> None:
     assert 0 in root.gids
     assert client_of_user("54321") == ClientFacts(54321, frozenset())
     assert client_of_user("no-such-user") is None
+    for number in ("4294967295", "9" * 5000):  # what no user can have
+        assert client_of_user(number) is None
 
 
 def test_client_is_in_the_named_control_groups_that_hold_it() -> None:

@@ -25,6 +25,7 @@ from fdbroker.policy.globs import compile_glob
 from fdbroker.policy.rules import RuleSet, read_policy
 from fdbroker.wire.client import for_broker
 from tests.descriptors.mounting import mounted
+from tests.hanging.fuse import Operation, fuse_mounted
 from tests.policy.decision_cases import Case, cases, objects
 from tests.running_broker import CLIENT_UID
 
@@ -332,9 +333,22 @@ def test_mounts_are_told_apart_without_asking_them(tmp_path: Path) -> None:
         machine = ThisMachine()
         assert machine.network_filesystem(bytes(tmp_path / "a b")) is None
         assert machine.unserved_filesystem(bytes(tmp_path / "a b")) is None
-        assert any(mount.path == bytes(tmp_path / "a b") for mount in machine._mounts)
+        assert any(mount.point == bytes(tmp_path / "a b") for mount in machine._mounts)
     assert ThisMachine().unserved_filesystem(b"/proc") == "0x9fa0"
     assert ThisMachine().unserved_filesystem(b"/nowhere") is None
+
+
+@pytest.mark.root
+def test_mount_whose_files_others_answer_for_is_known_by_its_type_whatever_its_name(tmp_path: Path) -> None:
+    for name in ("plain", "with a blank", "with\na line's end", "with\ra carriage return", "with \\ and \xff"):
+        (tmp_path / name).mkdir()
+        with fuse_mounted(tmp_path / name, {}) as server:
+            machine = ThisMachine()
+            there = bytes(tmp_path / name)
+            assert machine.network_filesystem(there) == "fuse"
+            assert machine.network_filesystem(there + b"/below") == "fuse"
+            assert machine.network_filesystem(there + b"beside") is None
+            assert server.asked(Operation.GETATTR, "") == 0
 
 
 def test_groups_without_members_are_known(monkeypatch: pytest.MonkeyPatch) -> None:

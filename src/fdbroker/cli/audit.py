@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fdbroker.cli import broker
+from fdbroker.cli import audit_schema, broker
 from fdbroker.cli.audit_file import follow_lines, lines_of, read_lines, with_rotated
 from fdbroker.cli.audit_records import Filter, Gaps, NotARecordError, moment, path_of, read_record
-from fdbroker.cli.audit_schema import EVENTS
 from fdbroker.cli.control import connected
 from fdbroker.cli.failure import Failure
 from fdbroker.cli.group import SuggestingGroup
@@ -227,8 +226,8 @@ def read(  # noqa: PLR0913 - one for each option
                fdbroker audit --json | jq -r 'select(.event == "reloaded")'
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
     wanted = _filter(**asked)
-    if wanted.event is not None and wanted.event not in EVENTS:
-        cure = did_you_mean(wanted.event, EVENTS, "fdbroker audit schema has all")
+    if wanted.event is not None and wanted.event not in audit_schema.EVENTS:
+        cure = did_you_mean(wanted.event, audit_schema.EVENTS, "fdbroker audit schema has all")
         complain_printable(f"--event {wanted.event}: this version knows no such event; {cure}")
     source = _Source(files, unit, directory, rotated=rotated, journal=journal)
     shown = _Shown(wanted, as_json=as_json)
@@ -392,8 +391,6 @@ def schema(*, closed: bool) -> int:
     \b
     Examples:  fdbroker audit schema >audit.schema.json
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
-    from fdbroker.cli import audit_schema  # noqa: PLC0415 - only here
-
     write_line(json.dumps(audit_schema.schema(closed=closed), indent=1))
     return 0
 

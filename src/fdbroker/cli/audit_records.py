@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
+from fdbroker.policy.paths import components_below
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -126,8 +128,7 @@ _EQUAL = ("uid", "for_uid", "event", "decision", "rule", "reason", "request", "c
 
 
 def _is_below(path: bytes, start: bytes) -> bool:
-    start = start.rstrip(b"/")
-    return path == start or path.startswith(start + b"/")
+    return components_below(start.rstrip(b"/") or b"/", path) is not None
 
 
 def _is_denial(record: Mapping[str, object]) -> bool:

@@ -58,15 +58,16 @@ def command(
         return status
     width = max(len(check.name) for check in checks)
     for check in checks:
-        _write(check, width, verbose=verbose)
+        write_check(check, width, verbose=verbose)
     text = f"{len(checks)} checks: {', '.join(f'{count} {state}' for state, count in counts.items())}."
     write_line(f"{text}" if os.geteuid() == 0 else f"{text} As root more can be seen.")
     return status
 
 
-def _write(check: Check, width: int, *, verbose: bool) -> None:
+def write_check(check: Check, width: int, *, verbose: bool) -> None:
+    """Write what was found, and below it what that means and what to do; names take `width` columns."""
     state = coloured(check.state.ljust(len(MISSING)), _COLOURS[check.state])
-    write_line(f"{state}  {check.name.ljust(width)}  {check.found}")
+    write_line(f"{state}  {check.name.ljust(width)}  {check.found}".rstrip())
     if check.state != OK or verbose:
         write_line(f"{' ' * len(MISSING)}    it means: {check.meaning}")
     if check.cure:

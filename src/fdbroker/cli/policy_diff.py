@@ -11,7 +11,7 @@ import click
 from fdbroker.cli.failure import EXIT_ERROR, Failure
 from fdbroker.cli.output import coloured, complain_printable, path_members, write_json, write_line
 from fdbroker.cli.paths import absolute
-from fdbroker.cli.policy_file import problems_as_failure
+from fdbroker.cli.policy_file import problems_as_failure, readable
 from fdbroker.config.names import counted, printable
 
 if TYPE_CHECKING:
@@ -94,12 +94,8 @@ def command(
 def _load(path: str) -> Loaded:
     from fdbroker.config.difference import load  # noqa: PLC0415 - another extra
 
-    try:
-        with problems_as_failure():
-            return load(path)
-    except OSError as error:
-        text = f"{printable(path)}: can't be read: {error.strerror}; run it as root, or name another"
-        raise Failure(text) from error
+    with readable(path, "run it as root, or name another"), problems_as_failure():
+        return load(path)
 
 
 def _kinds(users: Sequence[str], old: Loaded, new: Loaded) -> list[ClientKind]:

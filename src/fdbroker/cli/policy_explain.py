@@ -30,7 +30,7 @@ from fdbroker.cli.paths import absolute
 from fdbroker.cli.policy_file import problems_as_failure
 from fdbroker.client.control import DEFAULT_TIMEOUT
 from fdbroker.config import DEFAULT_POLICY
-from fdbroker.config.names import id_of_number, is_number, primary_gid, printable
+from fdbroker.config.names import primary_gid, printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -329,8 +329,7 @@ def _client(
 def _user(name: str, option: str) -> ClientFacts:
     from fdbroker.config.explain import client_of_user  # noqa: PLC0415 - another extra
 
-    possible = not is_number(name) or id_of_number(name) is not None
-    client = client_of_user(name) if possible else None
+    client = client_of_user(name)
     if client is None:
         raise click.UsageError(f"{option} {name}: there is no such user")
     return _checked(client)

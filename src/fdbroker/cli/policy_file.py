@@ -6,6 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from fdbroker.cli.failure import Failure
+from fdbroker.config.names import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,6 +36,15 @@ def problems_as_failure() -> Iterator[None]:
         yield
     except ConfigError as error:
         raise Failure(str(error)) from error  # printable as it is
+
+
+@contextlib.contextmanager
+def readable(path: str, cure: str) -> Iterator[None]:
+    """Turn what keeps a file from being read into a Failure that names it, the reason and the cure."""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"{printable(path)}: can't be read: {error.strerror}; {cure}") from error
 
 
 def changes_for_restart(compiled: CompiledPolicy, status: Mapping[str, object]) -> list[str]:

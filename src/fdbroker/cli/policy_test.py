@@ -10,18 +10,19 @@ import click
 from fdbroker.cli.explanation import lines_of_rules
 from fdbroker.cli.failure import Failure
 from fdbroker.cli.output import coloured, path_members, write_json, write_line
-from fdbroker.cli.policy_file import problems_as_failure
+from fdbroker.cli.policy_file import problems_as_failure, readable
 from fdbroker.config.names import counted, printable
+from fdbroker.config.sources import MAX_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fdbroker.config.expectations import Case, Outcome
+    from fdbroker.config.expectations import Outcome
     from fdbroker.config.identities import Lookups
     from fdbroker.policy.rules import RuleSet
 
 EXIT_FAILED = 1
-_MAX_BYTES = 1024 * 1024 + 1  # one more than is read of either, so that a longer one is refused as such
+_CURE = "check the path and who runs this"
 
 
 class _Ran(NamedTuple):
@@ -104,24 +105,13 @@ def _run(table: str, policy_path: str | None, *, here: bool) -> _Ran:
 def _rules(path: str, names: Lookups) -> RuleSet:
     from fdbroker.config.explain import load_for_explaining  # noqa: PLC0415 - another extra
 
-    try:
+    with readable(path, _CURE):
         return load_for_explaining(path, names).rules
-    except OSError as error:
-        text = f"{printable(path)}: can't be read: {error.strerror}; check the path and who runs this"
-        raise Failure(text) from error
 
 
 def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(_MAX_BYTES)
-    except OSError as error:
-        text = f"{printable(path)}: can't be read: {error.strerror}; check the path and who runs this"
-        raise Failure(text) from error
-
-
-def _place(ran: _Ran, case: Case) -> str:
-    return f"{printable(ran.table)}:{case.mark.line}:{case.mark.column}"
+    with readable(path, _CURE), open(path, "rb") as file:
+        return file.read(MAX_BYTES + 1)  # so that a longer one is refused as such
 
 
 # ---- for people ----
@@ -136,7 +126,7 @@ def _write_text(ran: Sequence[_Ran], *, verbose: bool) -> None:
                     write_line(f"{coloured('ok', 'green')}    {title}")
                 continue
             write_line(f"{coloured('FAIL', 'red')}  {title}")
-            write_line(f"  {_place(each, outcome.case)}: {printable(outcome.problem)}")
+            write_line(f"  {outcome.case.mark}: {printable(outcome.problem)}")
             for line in _why(outcome, each.rules, verbose=verbose):
                 write_line(f"  {line}".rstrip())
             write_line("")
@@ -165,7 +155,7 @@ def _write_tap(ran: Sequence[_Ran]) -> None:
         title = printable(outcome.case.title).replace("\\", "\\\\").replace("#", "\\#")
         write_line(f"{'not ok' if outcome.problem else 'ok'} {number} - {title}")
         if outcome.problem:
-            write_line(f"# {_place(each, outcome.case)}: {printable(outcome.problem)}")
+            write_line(f"# {outcome.case.mark}: {printable(outcome.problem)}")
             for line in _why(outcome, each.rules, verbose=False):
                 write_line(f"# {click.unstyle(line)}".rstrip())
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import click
 
-from fdbroker.cli.checks import MISSING, OK, WEAKER
+from fdbroker.cli.checks import MISSING, OK, WEAKER, Check
+from fdbroker.cli.doctor import write_check
 from fdbroker.cli.failure import Failure
 from fdbroker.cli.group import SuggestingGroup
-from fdbroker.cli.output import coloured, write_json, write_line
+from fdbroker.cli.output import write_json, write_line
 from fdbroker.config.names import printable
 from fdbroker.sandbox import Confinement, Layer, Profile, SandboxError
 from fdbroker.sandbox.machine import report_of
 
-_COLOURS = {OK: "green", WEAKER: "yellow", MISSING: "red"}
 _NEWER = "a newer kernel"
 
 # What a layer is for, and what helps where it is missing.
@@ -116,14 +116,10 @@ def report(profile: str, landlock_abi: int | None, *, as_json: bool, verbose: bo
         return status
     width = max(len(layer.value) for layer in Layer)
     for state in found.states:
-        shown = states[state.layer]
-        start = coloured(shown.ljust(len(MISSING)), _COLOURS[shown])
-        write_line(f"{start}  {state.layer.value.ljust(width)}  {state.note}".rstrip())
         meaning, cure = _LAYERS[state.layer]
-        if shown != OK or verbose:
-            write_line(f"{' ' * len(MISSING)}    it means: {meaning}")
-        if shown != OK:
-            write_line(f"{' ' * len(MISSING)}    to do:    {cure}")
+        shown = states[state.layer]
+        check = Check(state.layer.value, shown, state.note, meaning, "" if shown == OK else cure)
+        write_check(check, width, verbose=verbose)
     starts = "start" if status == 0 else "do not start"
     write_line(f"Workers of the profile {profile} {starts} here.")
     return status

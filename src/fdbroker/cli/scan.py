@@ -19,9 +19,9 @@ from fdbroker.cli.paths import absolute
 from fdbroker.cli.progress import Ahead, ScanProgress
 from fdbroker.cli.scan_engines import configured_engines
 from fdbroker.cli.scan_output import HumanOutput, JsonOutput, Output, Outputs, Totals
+from fdbroker.cli.sizes import size_of_option
 from fdbroker.cli.whole_file import whole_file
 from fdbroker.config.names import id_of_number, is_number, printable
-from fdbroker.config.scalars import ScalarError, parse_size
 from fdbroker.sandbox import SandboxError
 from fdbroker.scan.engine import EngineError, Inside
 from fdbroker.scan.plugins import make
@@ -29,7 +29,7 @@ from fdbroker.scan.pool import MOST_JOBS, Pool
 from fdbroker.scan.run import Scanned, scan
 from fdbroker.scan.supervisor import DEFAULT_TIMEOUT
 from fdbroker.scan.tree import Exclusions, walk
-from fdbroker.scan.verdict import Clean, Error
+from fdbroker.scan.verdict import Clean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,15 +39,6 @@ if TYPE_CHECKING:
     from fdbroker.scan.tree import Found
 
 WORKER_USER = "fdbroker-worker"
-
-
-def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    try:
-        return parse_size(value)
-    except ScalarError as error:
-        raise click.BadParameter(str(error)) from error
 
 
 def _exclusions(_context: click.Context, _parameter: click.Parameter, value: Sequence[str]) -> Exclusions:
@@ -100,7 +91,7 @@ def _exclusions(_context: click.Context, _parameter: click.Parameter, value: Seq
 )
 @click.option(
     "--max-size",
-    callback=_size,
+    callback=size_of_option,
     metavar="SIZE",
     help="Larger files are not scanned, and each is an error: 50MiB, 1GB.",
 )
@@ -206,14 +197,15 @@ def command(  # noqa: PLR0913, PLR0917 - as many as options
     with contextlib.ExitStack() as stack:
         if report is not None:
             output = Outputs([output, JsonOutput(stack.enter_context(_report_file(report)))])
-        totals, denied = _scan(pool, request, output)
         try:
+            totals = _scan(pool, request, output)
             output.totals(totals)
         except ReaderGoneError as error:
             # A scan whose findings nobody reads must not end like a program that was asked to stop.
             raise OutputError(str(error)) from error
-    if denied is not None and not as_json:
-        complain_printable(broker.see_why(denied.path, socket_path, "list" if denied.directory else "open"))
+    if totals.denied is not None and not as_json:
+        asked = "list" if totals.denied.directory else "open"
+        complain_printable(broker.see_why(totals.denied.path, socket_path, asked))
     return totals.exit_status()
 
 
@@ -229,31 +221,21 @@ class _Request(NamedTuple):
 @contextlib.contextmanager
 def _report_file(path: str) -> Iterator[Callable[[str], None]]:
     """Give what writes a line of the report, which is there when the block ends without an error."""
-    problem = f"the report {printable(path)} could not be written"
-    stack = contextlib.ExitStack()
     try:
         # Names of files are nobody else's business.
-        file = stack.enter_context(whole_file(path, 0o600))
-    except OSError as error:
-        raise Failure(f"{problem}: {error.strerror}") from error
+        with whole_file(path, 0o600) as file:
 
-    def write(line: str) -> None:
-        try:
-            file.write(line.encode("ascii") + b"\n")
-        except OSError as error:
-            raise Failure(f"{problem}: {error.strerror}") from error
+            def write(line: str) -> None:
+                file.write(line.encode("ascii") + b"\n")
 
-    try:
-        with stack:
             yield write
     except OSError as error:
-        raise Failure(f"{problem}: {error.strerror}") from error
+        raise Failure(f"the report {printable(path)} could not be written: {error.strerror}") from error
 
 
-def _scan(pool: Pool, request: _Request, output: Output) -> tuple[Totals, Scanned | None]:
-    """Scan and return what it came to, and the first path that was denied."""
+def _scan(pool: Pool, request: _Request, output: Output) -> Totals:
+    """Scan and return what it came to."""
     totals = Totals()
-    denied: list[Scanned] = []
     began = time.monotonic()
     try:
         with pool:
@@ -263,9 +245,7 @@ def _scan(pool: Pool, request: _Request, output: Output) -> tuple[Totals, Scanne
                     output.layers(layers)
                 output.engines(versions)
                 began = time.monotonic()
-                _scan_all(connected, pool, request, output, totals, denied)
-    except ReaderGoneError as error:
-        raise OutputError(str(error)) from error
+                _scan_all(connected, pool, request, output, totals)
     except client.BrokerError as error:
         totals.complete = False
         complain(f"the broker does not answer any more, so the scan is incomplete: {error.strerror}")
@@ -273,7 +253,7 @@ def _scan(pool: Pool, request: _Request, output: Output) -> tuple[Totals, Scanne
         totals.complete = False
         complain("interrupted, so the scan is incomplete")
     totals.seconds = time.monotonic() - began
-    return totals, denied[0] if denied else None
+    return totals
 
 
 def _started(pool: Pool) -> tuple[LayerReport | None, Sequence[Version]]:
@@ -293,14 +273,9 @@ def _started(pool: Pool) -> tuple[LayerReport | None, Sequence[Version]]:
 
 
 def _scan_all(
-    connected: client.Client,
-    pool: Pool,
-    request: _Request,
-    output: Output,
-    totals: Totals,
-    denied: list[Scanned],
+    connected: client.Client, pool: Pool, request: _Request, output: Output, totals: Totals
 ) -> None:
-    """Scan, tell and count; `denied` gets the first path that was."""
+    """Scan, tell and count."""
     with ScanProgress(wanted=request.show_progress) as progress:
         found = walk(connected, request.starts, request.exclusions)
         ahead = Ahead(_once(found, request.starts), progress.look_ahead)
@@ -310,8 +285,6 @@ def _scan_all(
                 if isinstance(event.verdict, Clean):
                     output.scanned(event)
                 else:
-                    if not denied and isinstance(event.verdict, Error) and event.verdict.reason == "denied":
-                        denied.append(event)
                     progress.refresh(totals, ahead)
                     with progress.out_of_the_way():
                         output.scanned(event)

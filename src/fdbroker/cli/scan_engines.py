@@ -36,9 +36,10 @@ def configured_engines(texts: Sequence[str], lists: Sequence[str], accept: Seque
 
     """
     try:
-        wanted = dict([_read(text) for text in texts] or [(DEFAULT, [])])
-        if len(wanted) < len(texts):
-            names = [_read(text)[0] for text in texts]
+        named = [_read(text) for text in texts] or [(DEFAULT, [])]
+        wanted = dict(named)
+        if len(wanted) < len(named):
+            names = [name for name, _ in named]
             twice = next(name for name in names if names.count(name) > 1)
             raise click.UsageError(
                 f"--engine {printable(twice)} is given twice: give all its options at once"

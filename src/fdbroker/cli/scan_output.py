@@ -10,7 +10,7 @@ from fdbroker.cli.broker import DENIED
 from fdbroker.cli.output import complain, path_members, write_line
 from fdbroker.config.names import counted, printable
 from fdbroker.sandbox.report import Layer
-from fdbroker.scan.verdict import Clean, Error, Infected
+from fdbroker.scan.verdict import Clean, Error, Infected, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ _WHY_IDS = "only root can change them, and the other layers hold without that"
 
 @dataclass
 class Totals:
-    """What a scan came to. `complete`: all that there is was seen."""
+    """What a scan came to. `complete`: all that there is was seen. `denied`: the first that was."""
 
     files: int = 0
     bytes: int = 0
@@ -35,14 +35,18 @@ class Totals:
     skipped: int = 0
     seconds: float = 0.0
     complete: bool = True
+    denied: Scanned | None = None
 
     def add(self, scanned: Scanned) -> None:
         """Count a verdict. Bytes are those that were read to the end."""
         self.files += not scanned.directory
         self.infected += isinstance(scanned.verdict, Infected)
-        self.errors += isinstance(scanned.verdict, Error)
         if not isinstance(scanned.verdict, Error):
             self.bytes += scanned.size or 0
+            return
+        self.errors += 1
+        if scanned.verdict.reason == Reason.DENIED:
+            self.denied = self.denied or scanned
 
     def exit_status(self) -> int:
         """Return 2 after any error, else 1 if something is infected, else 0."""

@@ -25,9 +25,10 @@ from fdbroker.cli.output import (
 )
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.progress import WalkProgress
+from fdbroker.cli.sizes import size_of_option
 from fdbroker.client import BrokerError, WalkInterrupted
 from fdbroker.config.names import printable
-from fdbroker.config.scalars import ScalarError, parse_duration, parse_size
+from fdbroker.config.scalars import parse_duration
 from fdbroker.policy.globs import compile_glob
 from fdbroker.scan.tree import is_about_the_connection
 from fdbroker.wire.format import ANY_TIME, MAX_GLOB, MAX_WALK_GLOBS, Incomplete, WalkKind
@@ -54,15 +55,6 @@ _EXIT_NOT_GIVEN = 1
 _EXIT_INTERRUPTED = 2
 _EXIT_INCOMPLETE = 3
 _HELP_OF_TIMES = "write a duration (30s, 5min, 2h, 7d) or a date (2026-01-31, or 2026-01-31T12:00:00, in UTC)"
-
-
-def _size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    try:
-        return parse_size(value)
-    except ScalarError as error:
-        raise click.BadParameter(str(error)) from error
 
 
 def _time(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
@@ -143,7 +135,7 @@ def _globs(_context: click.Context, _parameter: click.Parameter, value: Sequence
     "--min-size",
     "least",
     type=click.UNPROCESSED,
-    callback=_size,
+    callback=size_of_option,
     default="0",
     metavar="SIZE",
     help="Only files of at least SIZE, as 10kB or 1MiB.",
@@ -152,7 +144,7 @@ def _globs(_context: click.Context, _parameter: click.Parameter, value: Sequence
     "--max-size",
     "most",
     type=click.UNPROCESSED,
-    callback=_size,
+    callback=size_of_option,
     metavar="SIZE",
     help="Only files of at most SIZE.",
 )

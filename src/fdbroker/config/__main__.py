@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from fdbroker.cli.streams import give_up
-from fdbroker.config.check import check
+from fdbroker.cli.whole_file import whole_file
+from fdbroker.config.check import EXIT_OK, EXIT_REFUSED, check
 from fdbroker.config.compile import compile_files
 from fdbroker.config.compiled import dumps
 from fdbroker.config.errors import ConfigError
@@ -23,8 +21,6 @@ from fdbroker.config.names import printable
 from fdbroker.config.schema import json_schema
 from fdbroker.config.sources import read_policy_files
 
-EXIT_OK = 0
-EXIT_REFUSED = 2
 _CURES = {
     errno.ENOENT: "make its directory first",
     errno.ENOTDIR: "name a file in a directory that exists",
@@ -73,10 +69,13 @@ def run(arguments: Sequence[str] | None = None) -> Result:
         compiled = compile_files(read_policy_files(options.file, dev=options.dev), SystemLookups())
     except ConfigError as error:
         return Result("", f"{error}\n", EXIT_REFUSED)
+    text = dumps(compiled)
     if options.output == "-":
-        return Result(dumps(compiled))
+        return Result(text)
     try:
-        _replace(options.output, dumps(compiled).encode())
+        # Nobody but root needs to read a compiled policy.
+        with whole_file(options.output, 0o600) as file:
+            file.write(text.encode())
     except OSError as error:
         raise UnwrittenError(options.output, error) from error
     return Result("")
@@ -136,27 +135,6 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--json", action="store_true", help="write one JSON object")
     commands.add_parser("schema", help="write the JSON Schema of the policy file, for editors")
     return parser
-
-
-def _replace(path: str, text: bytes) -> None:
-    """Write a file so that whoever reads it meets the old or the new one, whole.
-
-    Raises:
-        OSError: it can't be written; the old file is as it was.
-
-    """
-    # mkstemp: a new name, never followed, mode 0600. Nobody but root needs to read a compiled policy.
-    descriptor, temporary = tempfile.mkstemp(prefix=".policy-", dir=os.path.dirname(path) or ".")
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 if __name__ == "__main__":

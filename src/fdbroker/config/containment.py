@@ -38,6 +38,11 @@ def parse(pattern: bytes) -> Components:
     return tuple(components)
 
 
+def matches_all_of_a_depth(components: Components) -> bool:
+    """Return whether no component leaves out any name: what is matched depends on how many there are alone."""
+    return all(component is None or component == _ANY_NAME for component in components)
+
+
 def literal(names: Iterable[bytes]) -> Components:
     """Return the components that match just these names, one after another."""
     return tuple(tuple(1 << byte for byte in name) for name in names)

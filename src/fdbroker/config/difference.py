@@ -33,7 +33,7 @@ from fdbroker.config.explain import (
 )
 from fdbroker.config.identities import Fault, SystemLookups
 from fdbroker.config.names import user_text
-from fdbroker.kernel.files import filesystem_of
+from fdbroker.config.surroundings import type_of_filesystem
 from fdbroker.policy.decide import ActionView, NameDecision, Policy, decide_object
 from fdbroker.policy.globs import Glob
 from fdbroker.policy.paths import components_below
@@ -257,11 +257,11 @@ def compare(
     old: RuleSet, new: RuleSet, kinds: Sequence[ClientKind], trees: Sequence[bytes], walked: Walked
 ) -> Iterator[Found]:
     """Put everything in `trees` to both policies, and yield what comes out otherwise."""
-    pairs = list(_pairs(old, new, kinds))
+    policies = Policy(old), Policy(new)
+    pairs = list(_pairs(*policies, kinds))
     if not pairs:
         return
     mounts = _Mounts()
-    policies = Policy(old), Policy(new)
     for path, facts in _Walk((*old.roots, *new.roots), mounts, walked).over(trees):
         is_link = stat.S_ISLNK(facts.st_mode)
         for kind, action, one, other in pairs:
@@ -289,19 +289,19 @@ def trees_of(old: RuleSet, new: RuleSet) -> list[bytes]:
     paths = sorted({root.path for rules in (old, new) for root in rules.roots})
     outer: list[bytes] = []
     for path in paths:
-        if not any(path == other or path.startswith(other.rstrip(b"/") + b"/") for other in outer):
+        if not any(components_below(other, path) is not None for other in outer):
             outer.append(path)
     return outer
 
 
-def _pairs(old: RuleSet, new: RuleSet, kinds: Sequence[ClientKind]) -> Iterator[_Pair]:
+def _pairs(old: Policy, new: Policy, kinds: Sequence[ClientKind]) -> Iterator[_Pair]:
     """Return whom and what to ask for. Where the rules say the same, so do the policies."""
-    policies = Policy(old), Policy(new)
-    same_roots = _roots(old) == _roots(new)
-    copies = any("copy" in rule.deliver for rules in (old, new) for rule in rules.rules)
+    rule_sets = old.rule_set, new.rule_set
+    same_roots = _roots(old.rule_set) == _roots(new.rule_set)
+    copies = any("copy" in rule.deliver for rules in rule_sets for rule in rules.rules)
     for kind in kinds:
-        views = [policy.view(*kind.asker) for policy in policies]
-        about = [[rule for rule in rules.rules if rule.is_for(*kind.asker)] for rules in (old, new)]
+        views = [policy.view(*kind.asker) for policy in (old, new)]
+        about = [[rule for rule in rules.rules if rule.is_for(*kind.asker)] for rules in rule_sets]
         for action in (*ACTIONS, *(["copy"] if copies else [])):
             asked = "open" if action == "copy" else action
             said = [[_content(rule) for rule in rules if asked in rule.actions] for rules in about]
@@ -359,23 +359,9 @@ class _Mounts:
     def is_served(self, path: bytes, device: int, *, helpers: bool) -> bool:
         """Return whether files of a file system are ever served; `path` is something on it."""
         if device not in self._types:
-            self._types[device] = _type_at(path)
+            self._types[device] = type_of_filesystem(path) or 0
         kind = self._types[device]
         return kind in SERVED_FILESYSTEMS or (helpers and kind in HELPED_FILESYSTEMS)
-
-
-def _type_at(path: bytes) -> int:
-    """Return the type of the file system at `path`, 0 if it can't be told."""
-    try:
-        descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return 0
-    try:
-        return filesystem_of(descriptor).type
-    except OSError:
-        return 0
-    finally:
-        os.close(descriptor)
 
 
 def _decide(

@@ -21,11 +21,13 @@ class Mark(NamedTuple):
     column: int
     file: str
 
+    def __str__(self) -> str:
+        """Return `file:line:column`, printable."""
+        return f"{printable(self.file)}:{self.line}:{self.column}"
+
     def seen_from(self, other: Mark) -> str:
         """Return this place in words, for a message about `other`."""
-        if self.file == other.file:
-            return f"in line {self.line}"
-        return f"at {printable(self.file)}:{self.line}:{self.column}"
+        return f"in line {self.line}" if self.file == other.file else f"at {self}"
 
 
 class Problem(NamedTuple):

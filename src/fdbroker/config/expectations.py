@@ -17,7 +17,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from fdbroker.config.conditions import FILESYSTEMS
-from fdbroker.config.errors import ConfigError, Mark, Problem, ProblemList, did_you_mean, quoted
+from fdbroker.config.errors import Mark, ProblemList, did_you_mean, quoted
 from fdbroker.config.explain import (
     ALLOW,
     REASONS,
@@ -503,9 +503,3 @@ def _words(node: Node) -> str:
         first, *others = [_words(entry.value) for entry in node.entries.values()] or ["?"]
         return f"{first} ({', '.join(others)})" if others else first
     return "?"
-
-
-def unreadable(file: str, error: OSError) -> ConfigError:
-    """Return the error for a file that can't be read."""
-    cure = "check the path and who runs this"
-    return ConfigError([Problem(file, None, None, f"can't be read: {error.strerror}", cure)])

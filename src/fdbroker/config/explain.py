@@ -31,7 +31,7 @@ from fdbroker.config.compile import compile_files
 from fdbroker.config.compiled import MAX_FILE
 from fdbroker.config.errors import ConfigError, Problem
 from fdbroker.config.identities import OVERFLOW_ID, Lookups, SystemLookups
-from fdbroker.config.names import group_text, user_text
+from fdbroker.config.names import group_text, id_of_number, is_number, user_text
 from fdbroker.config.sources import PolicyFile, directory_of_parts, parts_among, read_policy_files
 from fdbroker.kernel.files import filesystem_of, open_path_beneath
 from fdbroker.policy.decide import NameDecision, Policy, decide_object
@@ -247,10 +247,13 @@ def client_of_user(name: str) -> ClientFacts | None:
 
     A number that no user has is in no group.
     """
+    uid = id_of_number(name) if is_number(name) else None
+    if is_number(name) and uid is None:
+        return None
     try:
-        user = pwd.getpwuid(int(name)) if name.isascii() and name.isdigit() else pwd.getpwnam(name)
-    except (KeyError, OverflowError):
-        return ClientFacts(int(name), frozenset()) if name.isascii() and name.isdigit() else None
+        user = pwd.getpwnam(name) if uid is None else pwd.getpwuid(uid)
+    except KeyError:
+        return None if uid is None else ClientFacts(uid, frozenset())
     groups = os.getgrouplist(user.pw_name, user.pw_gid)
     return ClientFacts(user.pw_uid, frozenset(groups) - {OVERFLOW_ID})
 

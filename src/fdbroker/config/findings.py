@@ -16,18 +16,19 @@ from typing import NamedTuple, Protocol
 
 from fdbroker.broker.roots import HELPED_FILESYSTEMS
 from fdbroker.config.containment import (
-    Component,
     Components,
     covers,
     disjoint,
     leading_names,
     literal,
+    matches_all_of_a_depth,
     parse,
 )
 from fdbroker.config.errors import quoted
 from fdbroker.config.names import group_text, printable, user_text
 from fdbroker.config.places import Place, Places, RulePlace
 from fdbroker.policy.globs import Glob, Pattern, compile_glob
+from fdbroker.policy.paths import components_below
 from fdbroker.policy.rule_index import MANY_PATTERNS, where_looked_up
 from fdbroker.policy.rules import ClientMatch, Root, Rule, RuleSet
 
@@ -49,7 +50,6 @@ KINDS = (
 _NOTES = frozenset({"not-compared"})
 # Globs that are looked through for what covers others; some seconds' worth.
 _MOST_COMPARED = 2_000_000
-_ANY_NAME = (0,)
 _READABLE_BY_ALL = 0o004
 _MOST_NAMED = 4
 
@@ -258,7 +258,7 @@ def _names(path: bytes) -> list[bytes]:
 
 
 def _is_below(path: bytes, other: bytes) -> bool:
-    return path != other and (other == b"/" or path.startswith(other + b"/"))
+    return bool(components_below(other, path))
 
 
 def _excepted(entry: _Whole) -> str:
@@ -353,7 +353,7 @@ def _anybody(entry: _Whole, at: RulePlace) -> Iterator[Finding]:
         return
     if where is not None and (where.owner is not None or where.mode_all & _READABLE_BY_ALL):
         return
-    broad = [glob for glob in rule.paths if all(map(_is_any, parse(glob.pattern)))]
+    broad = [glob for glob in rule.paths if matches_all_of_a_depth(parse(glob.pattern))]
     if not broad:
         return
     who = "whoever a service acts for" if rule.on_behalf_of else "every process on the machine"
@@ -366,10 +366,6 @@ def _anybody(entry: _Whole, at: RulePlace) -> Iterator[Finding]:
         f"name users or groups, or add 'where: {{owner: {word}}}'",
         rule.name,
     )
-
-
-def _is_any(component: Component) -> bool:
-    return component is None or component == _ANY_NAME
 
 
 # ---- what deny rules leave of allow rules ----

@@ -22,8 +22,6 @@ MAX_ID = 2**32 - 2
 
 _UNIT = re.compile(r"[A-Za-z0-9:_.\\@-]+")
 _MAX_UNIT_NAME = 255
-# Names of cgroup v1 files and prefixes of controller files, which systemd
-# keeps free by a "_" before the unit's name.
 # Units that come with systemd and set a slice of their own; UID stands for a user's number.
 _IN_OTHER_SLICES = (
     (re.compile(r"user(-runtime-dir)?@.*\.service"), "/user.slice/user-UID.slice"),
@@ -31,6 +29,8 @@ _IN_OTHER_SLICES = (
     (re.compile(r"systemd-nspawn@.*\.service|machine-.*\.scope"), "/machine.slice"),
     (re.compile(r"capsule@.*\.service"), "/capsule.slice"),
 )
+# Names of cgroup v1 files and prefixes of controller files, which systemd
+# keeps free by a "_" before the unit's name.
 _RESERVED_CGROUP_NAME = re.compile(
     r"[_.]|(notify_on_release|release_agent|tasks)$"
     r"|(cgroup|cpu|cpuacct|cpuset|io|blkio|memory|devices|pids"

@@ -24,8 +24,7 @@ class Place(NamedTuple):
 
     def __str__(self) -> str:
         """Return `file:line:column`, printable."""
-        file = printable(self.file)
-        return file if self.mark is None else f"{file}:{self.mark.line}:{self.mark.column}"
+        return printable(self.file) if self.mark is None else str(self.mark)
 
 
 class RulePlace(NamedTuple):

@@ -8,44 +8,32 @@ import os
 import pwd
 import stat
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from fdbroker.broker.roots import HELPED_FILESYSTEMS, SERVED_FILESYSTEMS
 from fdbroker.config.containment import leading_names, parse
 from fdbroker.config.names import group_text, user_text
 from fdbroker.kernel.files import filesystem_of
+from fdbroker.launcher.mounts import Mount, read_mounts
 from fdbroker.policy.globs import NOTHING, Glob
 from fdbroker.policy.paths import components_below
 
 # As in /proc/self/mountinfo. By name, since asking the file system itself may take for ever.
-_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "autofs", "9p"})
+_NETWORK = frozenset({b"nfs", b"nfs4", b"cifs", b"smb3", b"smbfs", b"autofs", b"9p"})
 # Directories that are looked at, and how far below the names that a glob begins with. Most trees show in the
 # first level whose they are, as /home does.
 _MOST_DIRECTORIES = 500
 _LEVELS = 1
-_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-class _Mount(NamedTuple):
-    path: bytes
-    type: str
 
 
 class ThisMachine:
     """The answers of this machine. What can't be looked at is not told; nothing here raises."""
 
     @functools.cached_property
-    def _mounts(self) -> list[_Mount]:
+    def _mounts(self) -> list[Mount]:
         try:
-            with open("/proc/self/mountinfo", "rb") as file:
-                lines = file.read().splitlines()
+            return read_mounts()
         except OSError:
             return []
-        mounts = []
-        for line in lines:
-            before, _, after = line.partition(b" - ")
-            mounts.append(_Mount(_unescaped(before.split(b" ")[4]), os.fsdecode(after.split(b" ")[0])))
-        return mounts
 
     @functools.cached_property
     def _primary_gids(self) -> frozenset[int]:
@@ -70,24 +58,18 @@ class ThisMachine:
         """Return the type of the file system at `path` if its answers come from elsewhere."""
         found = None
         for mount in self._mounts:  # later ones lie on top of earlier ones
-            if path == mount.path or path.startswith(mount.path.rstrip(b"/") + b"/"):
-                found = mount if found is None or len(mount.path) >= len(found.path) else found
-        is_network = found is not None and (found.type in _NETWORK or found.type.startswith("fuse"))
-        return found.type if found is not None and is_network else None
+            if components_below(mount.point, path) is not None:
+                found = mount if found is None or len(mount.point) >= len(found.point) else found
+        if found is None or not (found.type in _NETWORK or found.type.startswith(b"fuse")):
+            return None
+        return os.fsdecode(found.type)
 
     def unserved_filesystem(self, path: bytes) -> str | None:
         """Return the type of the file system at `path` if the broker serves no file of it."""
-        try:
-            descriptor = os.open(path, _FLAGS)
-        except OSError:
+        kind = type_of_filesystem(path)
+        if kind is None or kind in SERVED_FILESYSTEMS or kind in HELPED_FILESYSTEMS:
             return None
-        try:
-            kind = filesystem_of(descriptor).type
-        except OSError:
-            return None
-        finally:
-            os.close(descriptor)
-        return None if kind in SERVED_FILESYSTEMS or kind in HELPED_FILESYSTEMS else f"{kind:#x}"
+        return f"{kind:#x}"
 
     def writers(
         self, root: bytes, glob: Glob, leaving_out: Sequence[tuple[bytes, Glob]]
@@ -120,6 +102,20 @@ class ThisMachine:
         return None
 
 
+def type_of_filesystem(path: bytes) -> int | None:
+    """Return the magic number of the type of the file system at `path`, None if it can't be told."""
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return filesystem_of(descriptor).type
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
 def _is_about_all_in(directory: bytes, root: bytes, glob: Glob) -> bool:
     """Return whether a glob, relative to `root`, matches every name in a directory."""
     components = components_below(root, directory)
@@ -129,12 +125,6 @@ def _is_about_all_in(directory: bytes, root: bytes, glob: Glob) -> bool:
     for name in components:
         states = glob.step(states, name)
     return glob.remainder(states).anything
-
-
-def _unescaped(path: bytes) -> bytes:
-    """Return a path of mountinfo, where blanks and backslashes are octal."""
-    head, *tails = path.split(b"\\")
-    return head + b"".join(bytes([int(tail[:3], 8)]) + tail[3:] for tail in tails)
 
 
 def _writer(directory: bytes) -> str | None:
