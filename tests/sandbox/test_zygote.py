@@ -15,7 +15,7 @@ from fdbroker.kernel import process_state, sockets
 from fdbroker.sandbox import ConfinementError, Ended, Worker, Zygote, ZygoteError
 from fdbroker.sandbox import zygote as zygote_module
 from fdbroker.sandbox.names import find, name_of
-from fdbroker.sandbox.zygote import is_readable
+from fdbroker.sandbox.waiting import is_readable
 from tests.processes import in_child, wait_until
 from tests.sandbox import puppets as functions
 from tests.sandbox.confined import PUPPETS, ask, confinement, puppet, puppets, started_ids

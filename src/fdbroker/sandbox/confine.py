@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import resource
-import select
 import signal
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +23,7 @@ from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.sandbox.confinement import MEBIBYTE, SCRATCH, Confinement, Profile
 from fdbroker.sandbox.errors import ConfinementError
 from fdbroker.sandbox.report import Layer, LayerReport, LayerState
+from fdbroker.sandbox.waiting import is_readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,9 +155,7 @@ def _change_ids(context: _Context) -> tuple[bool, str]:
 def _die_with_zygote(context: _Context) -> tuple[bool, str]:
     children.set_parent_death_signal(signal.SIGKILL)
     # Whoever died before that call sends nothing.
-    died = select.poll()
-    died.register(context.given.zygote, select.POLLIN)
-    if died.poll(0):
+    if is_readable(context.given.zygote, 0.0):
         os._exit(1)
     return True, ""
 

@@ -10,12 +10,12 @@ that owner, and has none of another one.
 
 from __future__ import annotations
 
-import select
 import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel.descriptors import Descriptors
+from fdbroker.sandbox.waiting import any_is_readable
 from fdbroker.scan.contract import admit
 from fdbroker.scan.engine import EngineError, Inside, Outside
 from fdbroker.scan.outside import Handover
@@ -316,18 +316,17 @@ class Pool:
             self._wait()
 
     def _wait(self) -> None:
-        readable = select.poll()
+        descriptors = []
         deadlines = []
         for lane in self._lanes:
             fileno = lane.supervisor.fileno()
             if fileno is not None:
-                readable.register(fileno, select.POLLIN)
+                descriptors.append(fileno)
                 deadlines.append(lane.supervisor.deadline())
         for _, handover in self._handovers:
-            for fileno in handover.filenos():
-                readable.register(fileno, select.POLLIN)
+            descriptors += handover.filenos()
             deadline = handover.deadline()
             if deadline is not None:
                 deadlines.append(deadline)
         left = min(deadlines, default=None)
-        readable.poll(None if left is None else max(0, int((left - time.monotonic()) * 1000) + 1))
+        any_is_readable(descriptors, None if left is None else left - time.monotonic())

@@ -14,8 +14,6 @@ file runs from the moment it is the oldest one.
 from __future__ import annotations
 
 import errno
-import math
-import select
 import signal
 import time
 from collections import deque
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.sandbox import Confinement, Ended, Limits, Profile, SandboxError, Worker, Zygote, ZygoteError
+from fdbroker.sandbox.waiting import is_readable
 from fdbroker.scan import worker
 from fdbroker.scan.answers import LONGEST_ANSWER, MOST_ENGINES, AnswerError, decode
 from fdbroker.scan.contract import admit, confirm
@@ -36,7 +35,6 @@ from fdbroker.scan.versions import LONGEST_VERSIONS, decode_versions
 from fdbroker.scan.worker import MOST_REQUESTS, REQUEST, VERSIONS
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
     from typing import Self
@@ -206,7 +204,7 @@ class Supervisor:
         """
         with self._spawn() as fresh:
             sockets.send(fresh.channel, VERSIONS)
-            if not _poll(fresh.channel, _SECONDS_TO_TELL):
+            if not is_readable(fresh.channel.fileno(), _SECONDS_TO_TELL):
                 raise SandboxError("the worker does not tell the versions of its engines")
             with (message := sockets.receive(fresh.channel, LONGEST_VERSIONS + 1)).descriptors:
                 versions = decode_versions(message.data)
@@ -341,7 +339,7 @@ class Supervisor:
         while (done := self._look(least)) is None:
             if self._worker is None or not self._sent:
                 raise RuntimeError("nothing is under way")
-            _poll(self._worker.channel, max(0.0, self.deadline() - time.monotonic()))
+            is_readable(self._worker.channel.fileno(), self.deadline() - time.monotonic())
         return done
 
     def _look(self, least: int) -> Done | None:
@@ -466,10 +464,3 @@ def _reason_of(ended: Ended) -> Reason:
     if ended.signal_number is None:
         return Reason.CRASHED
     return _REASONS.get(ended.signal_number, Reason.CRASHED)
-
-
-def _poll(channel: socket.socket, seconds: float) -> bool:
-    """Return whether there is something to receive, or the end, after waiting for it."""
-    readable = select.poll()
-    readable.register(channel, select.POLLIN)
-    return bool(readable.poll(math.ceil(seconds * 1000)))

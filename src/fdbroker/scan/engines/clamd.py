@@ -12,7 +12,6 @@ import errno
 import io
 import os
 import re
-import select
 import socket
 import time
 import zipfile
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fdbroker.kernel import sockets
+from fdbroker.sandbox.waiting import any_is_readable
 from fdbroker.scan.engine import MEBIBYTE, EngineError, Outside, Progress, Session, SessionLostError
 from fdbroker.scan.engines.containers import MAGIC, kind_of
 from fdbroker.scan.options import Bytes, Seconds
@@ -246,9 +246,7 @@ def _probe(session: ClamdSession, contents: bytes, what: str, cure: str) -> None
     try:
         os.write(descriptor, contents)
         session.submit(_PROBE, descriptor, len(contents))
-        readable = select.poll()
-        readable.register(session.filenos()[0], select.POLLIN)
-        readable.poll(_SECONDS_FOR_A_PROBE * 1000)
+        any_is_readable(session.filenos(), _SECONDS_FOR_A_PROBE)
         answers = session.answers()
     except SessionLostError as error:
         raise EngineError(f"clamd: {error.text}") from error
