@@ -89,12 +89,8 @@ def confine(wanted: Confinement, given: Given) -> LayerReport:
 
 
 def _check(wanted: Confinement, state: LayerState) -> None:
-    """Raise ConfinementError for a layer that is not in force and must be.
-
-    Ids that nobody may change are no gap, unless whoever starts the worker says that they are.
-    """
-    may_stay = state.layer is Layer.IDS and state.layer not in wanted.strict
-    if not state.enforced and not may_stay and state.layer in wanted.must_hold():
+    """Raise ConfinementError for a layer that is not in force and must be."""
+    if not state.enforced and wanted.insists_on(state.layer):
         raise ConfinementError(f"{state.layer.value}: {state.note}")
 
 

@@ -146,11 +146,9 @@ class Worker:
             self._report = decode_report(data[1:])
         except ReportError as error:
             raise ConfinementError(str(error)) from error
-        missing = {state.layer for state in self._report.missing()} & wanted.must_hold()
-        if Layer.IDS not in wanted.strict:
-            missing -= {Layer.IDS}
+        missing = [state.layer.value for state in self._report.missing() if wanted.insists_on(state.layer)]
         if missing:
-            raise ConfinementError(f"missing: {', '.join(layer.value for layer in missing)}")
+            raise ConfinementError(f"missing: {', '.join(missing)}")
         self._check_by_the_kernel(wanted)
 
     def _check_by_the_kernel(self, wanted: Confinement) -> None:
