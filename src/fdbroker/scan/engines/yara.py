@@ -11,12 +11,11 @@ import yara_x
 
 from fdbroker.scan.engine import MEBIBYTE, EngineError, Inside, Needs
 from fdbroker.scan.options import Bytes
+from fdbroker.scan.reading import chunks, wrong_size
 from fdbroker.scan.verdict import Clean, Error, Reason, Verdict, found
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,9 @@ class YaraX(Inside):
             return Error(Reason.NOT_LOADED, "the rules were not compiled")
         if size > self.options.max_file_size:
             return Error(Reason.TOO_LARGE, f"{size} bytes are more than max_file_size")
-        data = _read(descriptor, size)
-        if len(data) > size:
-            return Error(Reason.CHANGED, f"the file has more than its {size} bytes")
-        if len(data) < size:
-            return Error(Reason.SHORT_READ, f"only {len(data)} of {size} bytes could be read")
+        data = b"".join(chunks(descriptor, size))
+        if (wrong := wrong_size(len(data), size)) is not None:
+            return wrong
         try:
             results = self._scanner.scan(data)
         except yara_x.TimeoutError as error:
@@ -120,15 +117,3 @@ def _files(paths: Sequence[bytes]) -> list[bytes]:
         else:
             files.append(path)
     return files
-
-
-def _read(descriptor: int, size: int) -> bytes:
-    """Return the file's bytes, and one more if there are more."""
-    parts = []
-    read = 0
-    while chunk := os.pread(descriptor, min(_CHUNK, size - read + 1), read):
-        parts.append(chunk)
-        read += len(chunk)
-        if read > size:
-            break
-    return b"".join(parts)
