@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.scan.engine import EngineError, Inside
+from fdbroker.scan.engine import EngineError, Inside, shown
 from fdbroker.scan.reading import chunks, wrong_size
 from fdbroker.scan.verdict import LONGEST_NAME, Clean, Error, Reason, Verdict, found
 
@@ -131,13 +131,13 @@ def load(files: Iterable[bytes] = ()) -> HashList:
     """
     entries = [Entry(bytes.fromhex(digest), None, name) for digest, name in _EMBEDDED]
     for path in files:
-        shown = ascii(path.decode("utf-8", "backslashreplace"))[1:-1]
+        source = shown(path)
         try:
             with open(path, "rb") as file:
                 text = file.read()
         except OSError as error:
-            raise HashListError(f"{shown}: {error.strerror}") from error
-        entries += parse(text, shown)
+            raise HashListError(f"{source}: {error.strerror}") from error
+        entries += parse(text, source)
     return HashList(entries)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import yara_x
 
-from fdbroker.scan.engine import MEBIBYTE, EngineError, Inside, Needs
+from fdbroker.scan.engine import MEBIBYTE, EngineError, Inside, Needs, shown
 from fdbroker.scan.options import Bytes
 from fdbroker.scan.reading import chunks, wrong_size
 from fdbroker.scan.verdict import Clean, Error, Reason, Verdict, found
@@ -62,19 +62,19 @@ class YaraX(Inside):
         # What is read is what was named: a rule must not bring in other files.
         compiler.enable_includes(False)  # noqa: FBT003 - it has no name
         for path in _files(self.options.rules):
-            shown = ascii(path.decode("utf-8", "backslashreplace"))[1:-1]
+            origin = shown(path)
             try:
                 with open(path, "rb") as file:
                     source = file.read().decode("utf-8")
                 # Rules of two files may have one name.
-                compiler.new_namespace(shown)
-                compiler.add_source(source, origin=shown)
+                compiler.new_namespace(origin)
+                compiler.add_source(source, origin=origin)
             except OSError as error:
-                raise EngineError(f"rules: {shown}: {error.strerror}") from error
+                raise EngineError(f"rules: {origin}: {error.strerror}") from error
             except UnicodeDecodeError as error:
-                raise EngineError(f"rules: {shown}: not UTF-8") from error
+                raise EngineError(f"rules: {origin}: not UTF-8") from error
             except yara_x.CompileError as error:
-                raise EngineError(f"rules: {shown}: {error}") from error
+                raise EngineError(f"rules: {origin}: {error}") from error
         rules = compiler.build()
         self._rules = sum(1 for _rule in rules)
         if not self._rules:
