@@ -27,8 +27,8 @@ from fdbroker.sandbox.waiting import is_readable
 from fdbroker.scan import worker
 from fdbroker.scan.answers import LONGEST_ANSWER, MOST_ENGINES, AnswerError, decode
 from fdbroker.scan.contract import admit, confirm
-from fdbroker.scan.engine import EngineError, Inside, combined
-from fdbroker.scan.plugins import make, to_json
+from fdbroker.scan.engine import EngineError, combined
+from fdbroker.scan.plugins import make_inside, to_json
 from fdbroker.scan.stamps import Databases
 from fdbroker.scan.verdict import Answer, Error, Reason, Verdict, worst
 from fdbroker.scan.versions import LONGEST_VERSIONS, decode_versions
@@ -111,13 +111,10 @@ class Supervisor:
         files_per_worker: int | None = None,
         spawn: Callable[[], Worker] | None = None,
     ) -> None:
-        made = [make(one) for one in engines]
-        if not 1 <= len(made) <= MOST_ENGINES:
-            raise EngineError(f"1 to {MOST_ENGINES} engines are needed, not {len(made)}")
-        for one in made:
-            if not isinstance(one, Inside):
-                raise EngineError(f"engine {one.name}: it does not run in a worker")
-        needs = combined(one.needs() for one in made if isinstance(one, Inside))
+        if not 1 <= len(engines) <= MOST_ENGINES:
+            raise EngineError(f"1 to {MOST_ENGINES} engines are needed, not {len(engines)}")
+        made = [make_inside(one) for one in engines]
+        needs = combined(one.needs() for one in made)
         self._engines = tuple(engines)
         self._made = made
         self._databases: Databases | None = None
