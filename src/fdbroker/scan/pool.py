@@ -75,7 +75,7 @@ class _Lane:
 
     def load(self, owner: int) -> int:
         """Return how many files it has; as if it had some if it is still to be started for this owner."""
-        ready = self.owner is None if self.supervisor.workers_started else False
+        ready = self.owner is None and self.supervisor.workers_started > 0
         return self.supervisor.under_way if owner == self.owner or ready else self.supervisor.group
 
 
@@ -218,9 +218,13 @@ class Pool:
     def _hand_over(self, file: _File) -> None:
         """Give a file to the outside engine whose turn it is."""
         _, handover = self._handovers[len(file.answers)]
+        handover.submit(self._remembered(file), file.owned.numbers()[0])
+
+    def _remembered(self, file: _File) -> int:
+        """Keep a file for its answer; return the number by which it is found."""
         self._number += 1
         self._files[self._number] = file
-        handover.submit(self._number, file.owned.numbers()[0])
+        return self._number
 
     def _make_room(self) -> Iterator[Done]:
         """Go on until whoever has files has room for more."""
@@ -245,9 +249,7 @@ class Pool:
             file = self._ready.popleft()
             name = file.path
             if self._handovers:
-                self._number += 1
-                self._files[self._number] = file
-                name = b"%d" % self._number
+                name = b"%d" % self._remembered(file)
             lane.bytes += file.before.size
             lane.gathered += 1
             lane.supervisor.enqueue(name, file.owned.take(), file.before)

@@ -226,7 +226,7 @@ class Supervisor:
         """
         zygote, databases = self._load()
         outgoing, self._zygote, self._databases = self._zygote, zygote, databases
-        self._replace()
+        self.replace_worker()
         if outgoing is not None:
             outgoing.close()
 
@@ -300,12 +300,16 @@ class Supervisor:
         return self._oldest_since + self._timeout
 
     def replace_worker(self) -> None:
-        """End the worker; the next file gets a new one. What is under way goes to that."""
-        self._replace()
+        """End the worker; the next file gets a new one. What is under way goes to that, oldest first."""
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+        self._unsent.extendleft(reversed(self._sent))
+        self._sent.clear()
 
     def finish(self) -> Iterator[Done]:
         """Yield the verdicts of all files that are under way."""
-        while self._sent or self._unsent:
+        while self.under_way:
             yield self._next()
 
     def close(self) -> None:
@@ -327,8 +331,8 @@ class Supervisor:
             failed = self._send()
             if failed is not None:
                 yield failed
-        if len(self._sent) + len(self._unsent) >= self._window:
-            while len(self._sent) + len(self._unsent) > self._window - self._group:
+        if self.under_way >= self._window:
+            while self.under_way > self._window - self._group:
                 yield self._next(self._group)
 
     def _next(self, least: int = 1) -> Done:
@@ -352,7 +356,7 @@ class Supervisor:
         if result is not None:
             return self._done(result)
         if time.monotonic() >= self.deadline():
-            self._replace()
+            self.replace_worker()
             text = f"the worker did not answer within {self._timeout:g} s"
             return self._done(Error(Reason.TIMED_OUT, text))
         return None
@@ -376,7 +380,7 @@ class Supervisor:
                     text = f"the worker could not be given the file: {error.strerror}"
                     return self._done(Error(Reason.NOT_LOADED, text))
                 ended = Ended(None, None, "") if self._worker is None else self._worker.stop(grace=_GRACE)
-                self._replace()
+                self.replace_worker()
                 text = f"the worker took no file ({error.strerror}): {ended}"
                 return self._done(Error(_reason_of(ended), text))
             if not self._sent:
@@ -391,14 +395,6 @@ class Supervisor:
             descriptors = [number for job in jobs for number in job.file.numbers()]
             sockets.send(self._worker.channel, requests, descriptors, wait=False)
 
-    def _replace(self) -> None:
-        """End the worker. What it had goes to the next one, oldest first."""
-        if self._worker is not None:
-            self._worker.stop()
-            self._worker = None
-        self._unsent.extendleft(reversed(self._sent))
-        self._sent.clear()
-
     def _receive(self, process: Worker, job: _Job) -> list[Answer] | Error | None:
         """Read one message of the worker; None: there was none after all."""
         try:
@@ -409,16 +405,16 @@ class Supervisor:
             # Reported once, ahead of what is queued, when it died with requests unread.
             return None
         except OSError as error:
-            self._replace()
+            self.replace_worker()
             return Error(Reason.UNKNOWN_ANSWER, f"the worker's answer could not be received: {error}")
         with message.descriptors as sent_along:
             if not message.data and not sent_along:
                 ended = process.stop(grace=_GRACE)
-                self._replace()
+                self.replace_worker()
                 return Error(_reason_of(ended), f"the worker ended while it had this file: {ended}")
             answers = None if sent_along else self._judge(message.data, job)
         if answers is None:
-            self._replace()
+            self.replace_worker()
             return Error(Reason.UNKNOWN_ANSWER, "the worker's answer is none")
         if any(isinstance(verdict, Error) and verdict.reason in _SPOILING for _, verdict in answers):
             # What an engine did not survive unharmed must not scan on. The files behind it are scanned again.
@@ -438,7 +434,7 @@ class Supervisor:
 
     def _replace_after(self, job: _Job) -> None:
         """End the worker; it is done with this file, and keeps the place of the oldest."""
-        self._replace()
+        self.replace_worker()
         self._unsent.remove(job)
         self._sent.append(job)
 
@@ -451,7 +447,7 @@ class Supervisor:
         if self._files_left is not None:
             self._files_left -= 1
         if self._worker is not None and (now >= self._retire_at or self._files_left == 0):
-            self._replace()
+            self.replace_worker()
         if isinstance(result, Error):
             return Done(job.path, job.before.size, result)
         return Done(job.path, job.before.size, worst(result), tuple(result))
