@@ -156,8 +156,8 @@ def start_fdbroker(
 def start_floor(binary: Path, socket_dir: Path, root: Path) -> Iterator[Broker]:
     """Start the broker in C and wait until it accepts connections."""
     socket = socket_dir / "floor.seqpacket"
-    with _start_and_wait("the floor broker", [binary, socket, root, str(FLOOR_UID)]) as process:
-        yield Broker(socket=socket, pid=process.pid)
+    with _start_and_read_ready("the floor broker", [binary, socket, root, str(FLOOR_UID)]) as pid:
+        yield Broker(socket=socket, pid=pid)
 
 
 @contextmanager
@@ -165,18 +165,18 @@ def start_inlined(python: str, socket_dir: Path, root: Path) -> Iterator[Broker]
     """Start benchmarks/inlined_broker.py and wait until it accepts connections."""
     socket = socket_dir / "inlined.seqpacket"
     program = Path(__file__).resolve().with_name("inlined_broker.py")
-    command = [python, "-I", "-S", program, _SOURCES, socket, root, str(CLIENT_UID)]
-    with _start_and_wait("the inlined broker", command) as process:
-        yield Broker(socket=socket, pid=process.pid)
+    command: list[str | Path] = [python, "-I", "-S", program, _SOURCES, socket, root, str(CLIENT_UID)]
+    with _start_and_read_ready("the inlined broker", command) as pid:
+        yield Broker(socket=socket, pid=pid)
 
 
 @contextmanager
-def _start_and_wait(name: str, command: Sequence[str | Path]) -> Iterator[subprocess.Popen[str]]:
-    """Start a broker that writes `ready`; stop it at the end."""
+def _start_and_read_ready(name: str, command: Sequence[str | Path]) -> Iterator[int]:
+    """Start what writes `ready` on its standard output when it accepts connections; give its pid."""
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         started = process.stdout is not None and process.stdout.readline() == "ready\n"
         with _until_stopped(name, process, started=started):
-            yield process
+            yield process.pid
 
 
 @contextmanager

@@ -80,23 +80,32 @@ def fdbroker_reader(uid: int, socket: Path, batch: int, *, copies: bool) -> Iter
 def main(arguments: list[str]) -> int:
     """Measure; return the exit status."""
     kind, socket, paths_name, batch, opens_text, cpu, uid = arguments
-    opens = int(opens_text)
     # Before anything is forked or connected.
     os.sched_setaffinity(0, {int(cpu)})
-    paths = list(itertools.islice(itertools.cycle(read_list(Path(paths_name))), opens))
+    paths = listed(paths_name, int(opens_text))
     with (
         privsep_reader(int(uid))
         if kind == "privsep"
         else fdbroker_reader(int(uid), Path(socket), int(batch), copies=kind == "copies")
     ) as read:
-        read(paths[:WARM_UP])
-        began = time.perf_counter()
-        size = read(paths)
-        seconds = time.perf_counter() - began
-    if size != opens * EXACT_SIZE:
-        sys.stderr.write(f"read {size} bytes of {opens} files of {EXACT_SIZE}\n")
+        return measure(read, paths, WARM_UP, EXACT_SIZE)
+
+
+def listed(name: str, count: int) -> list[bytes]:
+    """Return so many paths of a list, from its beginning again where it ends."""
+    return list(itertools.islice(itertools.cycle(read_list(Path(name))), count))
+
+
+def measure(read: Reader, paths: list[bytes], warm_up: int, size_of_each: int) -> int:
+    """Have some files read, then all of them by the clock; write the line; return the exit status."""
+    read(paths[:warm_up])
+    began = time.perf_counter()
+    size = read(paths)
+    seconds = time.perf_counter() - began
+    if size != len(paths) * size_of_each:
+        sys.stderr.write(f"read {size} bytes of {len(paths)} files of {size_of_each}\n")
         return 1
-    sys.stdout.write(json.dumps({"seconds": seconds, "opens": opens}) + "\n")
+    sys.stdout.write(json.dumps({"seconds": seconds, "opens": len(paths)}) + "\n")
     return 0
 
 

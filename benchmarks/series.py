@@ -184,7 +184,7 @@ class Scans:
     """A tree scanned with ClamAV's engine: seconds from the start of the command to its end.
 
     By `fdbroker scan`, which loads the library and its database as well, or by root's clamdscan and a clamd
-    that has them loaded. Every verdict is compared with that of the other, when the clock has stopped.
+    that has them loaded. Every verdict is compared with the other's last one, when the clock has stopped.
     """
 
     by: Literal["fdbroker", "--fdpass", "--multiscan"]
@@ -210,9 +210,11 @@ class Scans:
             seconds = time.perf_counter() - began
         text = output.read_text()
         if self.by == "fdbroker":
-            stage.scanned = verdicts_of_fdbroker(text)
-        elif stage.scanned:
-            compare(stage.scanned, verdicts_of_clamdscan(text), stage.walked.files)
+            stage.scanned["fdbroker"] = verdicts_of_fdbroker(text)
+        else:
+            stage.scanned["clamd"] = verdicts_of_clamdscan(text)
+        if len(stage.scanned) > 1:
+            compare(stage.scanned["fdbroker"], stage.scanned["clamd"], stage.walked.files)
         return seconds
 
 

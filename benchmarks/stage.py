@@ -67,8 +67,8 @@ class Stage:
     python: str
     environment: dict[str, str]
     scale: float = 1.0
-    scanned: clamav.Verdicts = field(default_factory=dict)
-    """What the last scan of fdbroker said of each file."""
+    scanned: dict[str, clamav.Verdicts] = field(default_factory=dict)
+    """What the last scan by fdbroker, and by clamd, said of each file."""
     _running: dict[BrokerName, Broker] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
 

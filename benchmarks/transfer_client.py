@@ -10,19 +10,16 @@ as bench_client does.
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import socket
 import struct
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.python_client import become
-from benchmarks.tree import LARGE_SIZE, read_list
+from benchmarks.python_client import become, listed, measure
+from benchmarks.tree import LARGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,21 +33,11 @@ _WARM_UP = 8
 def main(arguments: list[str]) -> int:
     """Measure; return the exit status."""
     kind, broker, paths_name, files_text, cpu, uid = arguments
-    files = int(files_text)
     os.sched_setaffinity(0, {int(cpu)})
-    paths = list(itertools.islice(itertools.cycle(read_list(Path(paths_name))), files))
+    paths = listed(paths_name, int(files_text))
     buffer = memoryview(bytearray(LARGE_SIZE))
     with tcp_reader(int(uid)) if kind == "tcp" else fdbroker_reader(int(uid), Path(broker)) as read:
-        for path in paths[:_WARM_UP]:
-            read(path, buffer)
-        began = time.perf_counter()
-        size = sum(read(path, buffer) for path in paths)
-        seconds = time.perf_counter() - began
-    if size != files * LARGE_SIZE:
-        sys.stderr.write(f"read {size} bytes of {files} files of {LARGE_SIZE}\n")
-        return 1
-    sys.stdout.write(json.dumps({"seconds": seconds, "opens": files}) + "\n")
-    return 0
+        return measure(lambda some: sum(read(path, buffer) for path in some), paths, _WARM_UP, LARGE_SIZE)
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from fdbroker.kernel import sockets
 from fdbroker.sandbox import Confinement, Layer, Limits, Profile, Zygote
+from fdbroker.sandbox.waiting import is_readable
 from tests.uids import FIRST_UID
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ def ask(worker: Worker, function: str, *descriptors: int, **arguments: object) -
     """Have a puppet call a function with descriptors; return its answer, None if it ended instead."""
     order = json.dumps({"function": function, "arguments": arguments}).encode()
     sockets.send(worker.channel, order, descriptors)
-    readable = select.poll()
-    readable.register(worker.channel, select.POLLIN)
-    assert readable.poll(20_000), "no answer"
+    assert is_readable(worker.channel.fileno(), 20.0), "no answer"
     try:
         with (message := sockets.receive(worker.channel, 65536)).descriptors:
             answer: object = json.loads(message.data) if message.data else None

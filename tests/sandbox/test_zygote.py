@@ -12,10 +12,19 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.kernel import process_state, sockets
-from fdbroker.sandbox import ConfinementError, Ended, Worker, Zygote, ZygoteError
+from fdbroker.sandbox import (
+    ConfinementError,
+    Ended,
+    Layer,
+    LayerReport,
+    LayerState,
+    Worker,
+    Zygote,
+    ZygoteError,
+)
 from fdbroker.sandbox import zygote as zygote_module
 from fdbroker.sandbox.names import find, name_of
-from fdbroker.sandbox.zygote import is_readable
+from fdbroker.sandbox.waiting import is_readable
 from tests.processes import in_child, wait_until
 from tests.sandbox import puppets as functions
 from tests.sandbox.confined import PUPPETS, ask, confinement, puppet, puppets, started_ids
@@ -314,6 +323,26 @@ def test_worker_that_reports_no_layers_is_none(said: tuple[bytes, ...], text: st
     worker = speaking_worker(*said)
     with pytest.raises(ConfinementError, match=text):
         worker.confirm(confinement(), time.monotonic() + 5.0)
+    worker.wait(1.0)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "strict", "text"),
+    [
+        ({Layer.SECCOMP, Layer.LANDLOCK, Layer.CAPABILITIES}, {}, "missing: capabilities, seccomp$"),
+        ({Layer.LANDLOCK}, {Layer.LANDLOCK}, "missing: landlock$"),
+        ({Layer.IDS}, {Layer.IDS}, "missing: ids$"),
+        # That of nobody who may not change them; this process is no worker, which is seen next.
+        ({Layer.IDS}, {}, "otherwise than the worker"),
+    ],
+)
+def test_worker_that_says_itself_that_it_lacks_a_strict_layer_is_none(
+    lacks: set[Layer], strict: set[Layer], text: str
+) -> None:
+    report = LayerReport(tuple(LayerState(layer, layer not in lacks, "") for layer in Layer))
+    worker = speaking_worker(b"\1" + report.encode())
+    with pytest.raises(ConfinementError, match=text):
+        worker.confirm(confinement(strict=frozenset(strict)), time.monotonic() + 5.0)
     worker.wait(1.0)
 
 

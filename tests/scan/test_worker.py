@@ -14,7 +14,7 @@ from fdbroker.scan.engines.hashes import Hashes, HashesOptions
 from fdbroker.scan.examine import examine
 from fdbroker.scan.plugins import Configured, configure, to_json
 from fdbroker.scan.verdict import Answer, Clean, Error, Infected, Reason
-from fdbroker.scan.worker import REQUEST, load, serve
+from fdbroker.scan.worker import REQUEST, load, work
 from tests.scan.descriptors import EICAR, EICAR_NAME, make_and_open, open_descriptors
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def test_requests_are_answered_in_order_until_the_other_end_closes(
         two = REQUEST.pack(2**64 - 1, len(EICAR)) + REQUEST.pack(8, 4)
         sockets.send(ours, two, [infected, clean])
         ours.shutdown(socket.SHUT_WR)
-        serve(theirs, [engine], None)
+        work([engine], theirs, None)
         answers = [decode(ours.recv(1000), ["hashes"]) for _ in range(3)]
         assert open_descriptors() == before
     assert answers == [
@@ -177,7 +177,7 @@ def test_what_is_no_request_ends_the_worker(
         sockets.send(ours, b"\0" * length, [opened(b"")] * count)
         before = open_descriptors()
         with pytest.raises(ValueError, match="not a request"):
-            serve(theirs, [engine], None)
+            work([engine], theirs, None)
         assert open_descriptors() == before
 
 

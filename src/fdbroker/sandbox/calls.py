@@ -11,7 +11,8 @@ from fdbroker.sandbox.call_worker import IS_BYTES, IS_ERROR, IS_JSON, MORE, PART
 from fdbroker.sandbox.confinement import Confinement, Profile
 from fdbroker.sandbox.errors import SandboxError
 from fdbroker.sandbox.names import name_of
-from fdbroker.sandbox.zygote import Zygote, is_readable
+from fdbroker.sandbox.waiting import is_readable
+from fdbroker.sandbox.zygote import Zygote
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import resource
-import select
 import signal
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +23,7 @@ from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.sandbox.confinement import MEBIBYTE, SCRATCH, Confinement, Profile
 from fdbroker.sandbox.errors import ConfinementError
 from fdbroker.sandbox.report import Layer, LayerReport, LayerState
+from fdbroker.sandbox.waiting import is_readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,12 +89,8 @@ def confine(wanted: Confinement, given: Given) -> LayerReport:
 
 
 def _check(wanted: Confinement, state: LayerState) -> None:
-    """Raise ConfinementError for a layer that is not in force and must be.
-
-    Ids that nobody may change are no gap, unless whoever starts the worker says that they are.
-    """
-    may_stay = state.layer is Layer.IDS and state.layer not in wanted.strict
-    if not state.enforced and not may_stay and state.layer in wanted.must_hold():
+    """Raise ConfinementError for a layer that is not in force and must be."""
+    if not state.enforced and wanted.insists_on(state.layer):
         raise ConfinementError(f"{state.layer.value}: {state.note}")
 
 
@@ -155,9 +151,7 @@ def _change_ids(context: _Context) -> tuple[bool, str]:
 def _die_with_zygote(context: _Context) -> tuple[bool, str]:
     children.set_parent_death_signal(signal.SIGKILL)
     # Whoever died before that call sends nothing.
-    died = select.poll()
-    died.register(context.given.zygote, select.POLLIN)
-    if died.poll(0):
+    if is_readable(context.given.zygote, 0.0):
         os._exit(1)
     return True, ""
 

@@ -118,6 +118,13 @@ class Confinement:
             return frozenset()
         return (_STRICT_OF[self.profile] | self.strict) - self.unsafe_without
 
+    def insists_on(self, layer: Layer) -> bool:
+        """Return whether there is no worker without this layer.
+
+        Ids that nobody may change are no gap, unless whoever starts the worker says that they are.
+        """
+        return layer in self.must_hold() and (layer is not Layer.IDS or layer in self.strict)
+
     def to_json(self) -> dict[str, object]:
         """Return what `from_json` makes it of again."""
         return {

@@ -75,8 +75,8 @@ _RUNTIME = (
     "exit_group",
 )
 
-# In its own directory. Of chmod those by name alone: by descriptor it would reach what was passed. No links.
-_SCRATCH = (
+# Opening, looking at, reading and writing what there is.
+_OPENING = (
     "open",
     "openat",
     "stat",
@@ -85,16 +85,6 @@ _SCRATCH = (
     "faccessat",
     "faccessat2",
     "newfstatat",
-    "mkdir",
-    "mkdirat",
-    "rmdir",
-    "unlink",
-    "unlinkat",
-    "rename",
-    "renameat",
-    "renameat2",
-    "chmod",
-    "fchmodat",
     "ftruncate",
     "write",
     "pwrite64",
@@ -106,12 +96,28 @@ _SCRATCH = (
     "rt_sigprocmask",
 )
 
+# Making, changing and removing. Of chmod those by name alone: by descriptor it would reach what was
+# passed. No links.
+_CHANGING = (
+    "mkdir",
+    "mkdirat",
+    "rmdir",
+    "unlink",
+    "unlinkat",
+    "rename",
+    "renameat",
+    "renameat2",
+    "chmod",
+    "fchmodat",
+)
+
 # What compiles while it runs handles signals on stacks of its own.
 _JIT = ("sigaltstack", "rt_sigprocmask")
 
 # For a program that knows nothing of all this, and its loader: reading, writing what it has open, itself.
+# It makes, changes and removes nothing, whatever Landlock says.
 _PROGRAM = (
-    *_SCRATCH,
+    *_OPENING,
     *_JIT,
     "arch_prctl",
     "dup",
@@ -145,21 +151,6 @@ _PROGRAM = (
     "sysinfo",
     "uname",
 )
-# It makes, changes and removes nothing, whatever Landlock says.
-_NOT_OF_PROGRAMS = frozenset(
-    (
-        "mkdir",
-        "mkdirat",
-        "rmdir",
-        "unlink",
-        "unlinkat",
-        "rename",
-        "renameat",
-        "renameat2",
-        "chmod",
-        "fchmodat",
-    )
-)
 
 _AT_EMPTY_PATH = 0x1000  # linux/fcntl.h
 _MAP_ANONYMOUS = 0x20
@@ -182,7 +173,7 @@ def filter_for(confinement: Confinement, machine: str | None = None) -> bytes:
         allowed["mmap"] = [either(without_bits(2, mmap.PROT_EXEC), masked(3, _MAP_ANONYMOUS, _MAP_ANONYMOUS))]
         allowed["mprotect"] = None
     if confinement.profile is Profile.SCRATCH:
-        allowed |= dict.fromkeys(_SCRATCH)
+        allowed |= dict.fromkeys((*_OPENING, *_CHANGING))
         allowed["fcntl"] = [one_int_of(1, _FCNTL)]
         # Who opens a file asks whether it is a terminal.
         errnos["ioctl"] = errno.ENOTTY
@@ -199,7 +190,7 @@ def filter_for(confinement: Confinement, machine: str | None = None) -> bytes:
 
 
 def _program_calls() -> Allowed:
-    calls: Allowed = dict.fromkeys(name for name in _PROGRAM if name not in _NOT_OF_PROGRAMS)
+    calls: Allowed = dict.fromkeys(_PROGRAM)
     calls["open"] = [without_bits(1, _OPEN_READING)]
     calls["openat"] = [without_bits(2, _OPEN_READING)]
     # The loader maps libraries so, and may only open what Landlock lets it.

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
-import select
 import signal
 import socket
 import sys
@@ -28,6 +26,7 @@ from fdbroker.sandbox.confinement import UNUSED_UIDS, Confinement
 from fdbroker.sandbox.errors import ConfinementError, ZygoteError
 from fdbroker.sandbox.names import name_of
 from fdbroker.sandbox.report import LONGEST_REPORT, Layer, LayerReport, ReportError, decode_report
+from fdbroker.sandbox.waiting import is_readable
 from fdbroker.sandbox.zygote_process import END, FAILED, GOOD, LONGEST_TEXT, SPAWN
 
 if TYPE_CHECKING:
@@ -147,11 +146,9 @@ class Worker:
             self._report = decode_report(data[1:])
         except ReportError as error:
             raise ConfinementError(str(error)) from error
-        missing = {state.layer for state in self._report.missing()} & wanted.must_hold()
-        if Layer.IDS not in wanted.strict:
-            missing -= {Layer.IDS}
+        missing = [state.layer.value for state in self._report.missing() if wanted.insists_on(state.layer)]
         if missing:
-            raise ConfinementError(f"missing: {', '.join(layer.value for layer in missing)}")
+            raise ConfinementError(f"missing: {', '.join(missing)}")
         self._check_by_the_kernel(wanted)
 
     def _check_by_the_kernel(self, wanted: Confinement) -> None:
@@ -378,13 +375,6 @@ def _send_setup(control: socket.socket, text: str) -> None:
             file.write(text.encode())
         os.lseek(setup, 0, os.SEEK_SET)
         sockets.send(control, b"\0", owned.numbers())
-
-
-def is_readable(descriptor: int, timeout: float | None) -> bool:
-    """Return whether there is something to read, or the end, within `timeout` seconds (None: for ever)."""
-    readable = select.poll()
-    readable.register(descriptor, select.POLLIN)
-    return bool(readable.poll(None if timeout is None else math.ceil(max(0.0, timeout) * 1000)))
 
 
 def _pid_of(pidfd: int) -> int | None:

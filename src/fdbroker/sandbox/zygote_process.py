@@ -41,6 +41,7 @@ from fdbroker.sandbox.surroundings import (
     readable_places,
     surround,
 )
+from fdbroker.sandbox.waiting import is_readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +93,7 @@ def _first_process() -> int:
         control.close()
         return _wait_for(pid, parent)
     children.set_parent_death_signal(signal.SIGKILL)
-    if _has_ended(pidfd):
+    if is_readable(pidfd, 0.0):
         return 1
     os.close(pidfd)
     os.close(parent)
@@ -316,9 +317,3 @@ def _live(ground: _Ground, descriptor: int, ids: tuple[int, int] | None) -> NoRe
             _tell_failure(channel, str(error))
     finally:
         os._exit(status)
-
-
-def _has_ended(pidfd: int) -> bool:
-    ended = select.poll()
-    ended.register(pidfd, select.POLLIN)
-    return bool(ended.poll(0))

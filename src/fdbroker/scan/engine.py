@@ -26,6 +26,11 @@ class EngineError(Exception):
     """An engine can't be had as it is configured; the text names what is missing and the cure."""
 
 
+def shown(path: bytes) -> str:
+    """Return a path as the text of an error has it: ASCII, the rest escaped."""
+    return ascii(path.decode("utf-8", "backslashreplace"))[1:-1]
+
+
 @dataclass(frozen=True)
 class Needs:
     """What an inside engine needs of its worker.

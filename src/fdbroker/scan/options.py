@@ -12,7 +12,7 @@ from fdbroker.config.errors import did_you_mean
 from fdbroker.config.scalars import ScalarError, parse_duration, parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 _Options = TypeVar("_Options")
 
@@ -57,9 +57,7 @@ def read_options(kind: type[_Options], values: object, *, where: str) -> _Option
     fields = {field.name: field for field in dataclasses.fields(typing.cast("Any", kind))}
     for name in values:
         if name not in fields:
-            known = ", ".join(fields) or "none"
-            cure = did_you_mean(str(name), fields, f"the options are: {known}")
-            raise OptionsError(f"{where}: there is no option {name!a}; {cure}")
+            raise _unknown(name, fields, where)
     read = {name: _value(hints[name], value, f"{where}: {name}") for name, value in values.items()}
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -85,8 +83,7 @@ def values_of_words(kind: type, words: Iterable[tuple[str, str]], *, where: str)
     values: dict[str, object] = {}
     for name, text in words:
         if name not in hints:
-            cure = did_you_mean(name, hints, f"the options are: {', '.join(hints) or 'none'}")
-            raise OptionsError(f"{where}: there is no option {name!a}; {cure}")
+            raise _unknown(name, hints, where)
         hint = hints[name]
         if typing.get_origin(hint) is tuple:
             items = values.setdefault(name, [])
@@ -98,13 +95,29 @@ def values_of_words(kind: type, words: Iterable[tuple[str, str]], *, where: str)
     return values
 
 
+def _unknown(name: object, known: Collection[str], where: str) -> OptionsError:
+    cure = did_you_mean(str(name), known, f"the options are: {', '.join(known) or 'none'}")
+    return OptionsError(f"{where}: there is no option {name!a}; {cure}")
+
+
+def _without_marks(hint: Any) -> tuple[Any, tuple[Any, ...]]:  # noqa: ANN401 - any annotation
+    """Return the type of an annotation, and what marks it (`Size`, `Duration`)."""
+    if typing.get_origin(hint) is not Annotated:
+        return hint, ()
+    hint, *marks = typing.get_args(hint)
+    return hint, tuple(marks)
+
+
+def _but_for_none(hint: Any) -> Any:  # noqa: ANN401 - any annotation
+    """Return the other type of a union with None, None if it is no union."""
+    if typing.get_origin(hint) not in {typing.Union, types.UnionType}:
+        return None
+    return next(one for one in typing.get_args(hint) if one is not type(None))
+
+
 def _of_word(hint: Any, text: str) -> object:  # noqa: ANN401 - any annotation
-    marks: tuple[Any, ...] = ()
-    if typing.get_origin(hint) is Annotated:
-        hint, *rest = typing.get_args(hint)
-        marks = tuple(rest)
-    if typing.get_origin(hint) in {typing.Union, types.UnionType}:
-        hint = next(one for one in typing.get_args(hint) if one is not type(None))
+    hint, marks = _without_marks(hint)
+    hint = _but_for_none(hint) or hint
     if hint is bool:
         return {"true": True, "false": False}.get(text, text)
     if hint is bytes and text:
@@ -121,15 +134,10 @@ def _of_word(hint: Any, text: str) -> object:  # noqa: ANN401 - any annotation
 
 
 def _value(hint: Any, value: object, where: str) -> object:  # noqa: ANN401 - any annotation
-    marks: tuple[Any, ...] = ()
+    hint, marks = _without_marks(hint)
+    if (inner := _but_for_none(hint)) is not None:
+        return None if value is None else _value(inner, value, where)
     origin = typing.get_origin(hint)
-    if origin is Annotated:
-        hint, *rest = typing.get_args(hint)
-        marks = tuple(rest)
-        origin = typing.get_origin(hint)
-    if origin in {typing.Union, types.UnionType}:
-        inner = [one for one in typing.get_args(hint) if one is not type(None)]
-        return None if value is None else _value(inner[0], value, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise OptionsError(f"{where}: a list is wanted, not {_called(value)}")

@@ -7,11 +7,11 @@ the one: it has an error, and the others have their answers.
 
 from __future__ import annotations
 
-import select
 import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from fdbroker.sandbox.waiting import any_is_readable
 from fdbroker.scan.contract import admit, confirm
 from fdbroker.scan.engine import EngineError, Progress, SessionLostError
 from fdbroker.scan.verdict import Error, Reason
@@ -117,11 +117,8 @@ class Handover:
             done = self.answers()
             if done or not self._files:
                 return done
-            readable = select.poll()
-            for descriptor in self.filenos():
-                readable.register(descriptor, select.POLLIN)
             deadline = self.deadline()
-            readable.poll(None if deadline is None else max(0, int((deadline - time.monotonic()) * 1000) + 1))
+            any_is_readable(self.filenos(), None if deadline is None else deadline - time.monotonic())
 
     def finish(self) -> list[Progress]:
         """Wait for the answers of all files that are under way."""

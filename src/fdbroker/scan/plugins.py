@@ -112,6 +112,19 @@ def make(configured: Configured) -> Inside | Outside:
     return made
 
 
+def make_inside(configured: Configured) -> Inside:
+    """Return the engine, not loaded, if it is one for a worker.
+
+    Raises:
+        EngineError: as `make`; or it runs elsewhere.
+
+    """
+    engine = make(configured)
+    if not isinstance(engine, Inside):
+        raise EngineError(f"engine {configured.name}: it does not run in a worker")
+    return engine
+
+
 def _kind(name: str, target: str) -> type[Engine]:
     """Return the class of an engine; EngineError."""
     where = f"engine {name}"

@@ -10,12 +10,12 @@ that owner, and has none of another one.
 
 from __future__ import annotations
 
-import select
 import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel.descriptors import Descriptors
+from fdbroker.sandbox.waiting import any_is_readable
 from fdbroker.scan.contract import admit
 from fdbroker.scan.engine import EngineError, Inside, Outside
 from fdbroker.scan.outside import Handover
@@ -75,7 +75,7 @@ class _Lane:
 
     def load(self, owner: int) -> int:
         """Return how many files it has; as if it had some if it is still to be started for this owner."""
-        ready = self.owner is None if self.supervisor.workers_started else False
+        ready = self.owner is None and self.supervisor.workers_started > 0
         return self.supervisor.under_way if owner == self.owner or ready else self.supervisor.group
 
 
@@ -218,9 +218,13 @@ class Pool:
     def _hand_over(self, file: _File) -> None:
         """Give a file to the outside engine whose turn it is."""
         _, handover = self._handovers[len(file.answers)]
+        handover.submit(self._remembered(file), file.owned.numbers()[0])
+
+    def _remembered(self, file: _File) -> int:
+        """Keep a file for its answer; return the number by which it is found."""
         self._number += 1
         self._files[self._number] = file
-        handover.submit(self._number, file.owned.numbers()[0])
+        return self._number
 
     def _make_room(self) -> Iterator[Done]:
         """Go on until whoever has files has room for more."""
@@ -245,9 +249,7 @@ class Pool:
             file = self._ready.popleft()
             name = file.path
             if self._handovers:
-                self._number += 1
-                self._files[self._number] = file
-                name = b"%d" % self._number
+                name = b"%d" % self._remembered(file)
             lane.bytes += file.before.size
             lane.gathered += 1
             lane.supervisor.enqueue(name, file.owned.take(), file.before)
@@ -316,18 +318,17 @@ class Pool:
             self._wait()
 
     def _wait(self) -> None:
-        readable = select.poll()
+        descriptors = []
         deadlines = []
         for lane in self._lanes:
             fileno = lane.supervisor.fileno()
             if fileno is not None:
-                readable.register(fileno, select.POLLIN)
+                descriptors.append(fileno)
                 deadlines.append(lane.supervisor.deadline())
         for _, handover in self._handovers:
-            for fileno in handover.filenos():
-                readable.register(fileno, select.POLLIN)
+            descriptors += handover.filenos()
             deadline = handover.deadline()
             if deadline is not None:
                 deadlines.append(deadline)
         left = min(deadlines, default=None)
-        readable.poll(None if left is None else max(0, int((left - time.monotonic()) * 1000) + 1))
+        any_is_readable(descriptors, None if left is None else left - time.monotonic())

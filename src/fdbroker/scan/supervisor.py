@@ -14,8 +14,6 @@ file runs from the moment it is the oldest one.
 from __future__ import annotations
 
 import errno
-import math
-import select
 import signal
 import time
 from collections import deque
@@ -25,18 +23,18 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.sandbox import Confinement, Ended, Limits, Profile, SandboxError, Worker, Zygote, ZygoteError
+from fdbroker.sandbox.waiting import is_readable
 from fdbroker.scan import worker
 from fdbroker.scan.answers import LONGEST_ANSWER, MOST_ENGINES, AnswerError, decode
 from fdbroker.scan.contract import admit, confirm
-from fdbroker.scan.engine import EngineError, Inside, combined
-from fdbroker.scan.plugins import make, to_json
+from fdbroker.scan.engine import EngineError, combined
+from fdbroker.scan.plugins import make_inside, to_json
 from fdbroker.scan.stamps import Databases
 from fdbroker.scan.verdict import Answer, Error, Reason, Verdict, worst
 from fdbroker.scan.versions import LONGEST_VERSIONS, decode_versions
 from fdbroker.scan.worker import MOST_REQUESTS, REQUEST, VERSIONS
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
     from typing import Self
@@ -113,13 +111,10 @@ class Supervisor:
         files_per_worker: int | None = None,
         spawn: Callable[[], Worker] | None = None,
     ) -> None:
-        made = [make(one) for one in engines]
-        if not 1 <= len(made) <= MOST_ENGINES:
-            raise EngineError(f"1 to {MOST_ENGINES} engines are needed, not {len(made)}")
-        for one in made:
-            if not isinstance(one, Inside):
-                raise EngineError(f"engine {one.name}: it does not run in a worker")
-        needs = combined(one.needs() for one in made if isinstance(one, Inside))
+        if not 1 <= len(engines) <= MOST_ENGINES:
+            raise EngineError(f"1 to {MOST_ENGINES} engines are needed, not {len(engines)}")
+        made = [make_inside(one) for one in engines]
+        needs = combined(one.needs() for one in made)
         self._engines = tuple(engines)
         self._made = made
         self._databases: Databases | None = None
@@ -206,7 +201,7 @@ class Supervisor:
         """
         with self._spawn() as fresh:
             sockets.send(fresh.channel, VERSIONS)
-            if not _poll(fresh.channel, _SECONDS_TO_TELL):
+            if not is_readable(fresh.channel.fileno(), _SECONDS_TO_TELL):
                 raise SandboxError("the worker does not tell the versions of its engines")
             with (message := sockets.receive(fresh.channel, LONGEST_VERSIONS + 1)).descriptors:
                 versions = decode_versions(message.data)
@@ -231,7 +226,7 @@ class Supervisor:
         """
         zygote, databases = self._load()
         outgoing, self._zygote, self._databases = self._zygote, zygote, databases
-        self._replace()
+        self.replace_worker()
         if outgoing is not None:
             outgoing.close()
 
@@ -305,12 +300,16 @@ class Supervisor:
         return self._oldest_since + self._timeout
 
     def replace_worker(self) -> None:
-        """End the worker; the next file gets a new one. What is under way goes to that."""
-        self._replace()
+        """End the worker; the next file gets a new one. What is under way goes to that, oldest first."""
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+        self._unsent.extendleft(reversed(self._sent))
+        self._sent.clear()
 
     def finish(self) -> Iterator[Done]:
         """Yield the verdicts of all files that are under way."""
-        while self._sent or self._unsent:
+        while self.under_way:
             yield self._next()
 
     def close(self) -> None:
@@ -332,8 +331,8 @@ class Supervisor:
             failed = self._send()
             if failed is not None:
                 yield failed
-        if len(self._sent) + len(self._unsent) >= self._window:
-            while len(self._sent) + len(self._unsent) > self._window - self._group:
+        if self.under_way >= self._window:
+            while self.under_way > self._window - self._group:
                 yield self._next(self._group)
 
     def _next(self, least: int = 1) -> Done:
@@ -341,7 +340,7 @@ class Supervisor:
         while (done := self._look(least)) is None:
             if self._worker is None or not self._sent:
                 raise RuntimeError("nothing is under way")
-            _poll(self._worker.channel, max(0.0, self.deadline() - time.monotonic()))
+            is_readable(self._worker.channel.fileno(), self.deadline() - time.monotonic())
         return done
 
     def _look(self, least: int) -> Done | None:
@@ -357,7 +356,7 @@ class Supervisor:
         if result is not None:
             return self._done(result)
         if time.monotonic() >= self.deadline():
-            self._replace()
+            self.replace_worker()
             text = f"the worker did not answer within {self._timeout:g} s"
             return self._done(Error(Reason.TIMED_OUT, text))
         return None
@@ -381,7 +380,7 @@ class Supervisor:
                     text = f"the worker could not be given the file: {error.strerror}"
                     return self._done(Error(Reason.NOT_LOADED, text))
                 ended = Ended(None, None, "") if self._worker is None else self._worker.stop(grace=_GRACE)
-                self._replace()
+                self.replace_worker()
                 text = f"the worker took no file ({error.strerror}): {ended}"
                 return self._done(Error(_reason_of(ended), text))
             if not self._sent:
@@ -396,14 +395,6 @@ class Supervisor:
             descriptors = [number for job in jobs for number in job.file.numbers()]
             sockets.send(self._worker.channel, requests, descriptors, wait=False)
 
-    def _replace(self) -> None:
-        """End the worker. What it had goes to the next one, oldest first."""
-        if self._worker is not None:
-            self._worker.stop()
-            self._worker = None
-        self._unsent.extendleft(reversed(self._sent))
-        self._sent.clear()
-
     def _receive(self, process: Worker, job: _Job) -> list[Answer] | Error | None:
         """Read one message of the worker; None: there was none after all."""
         try:
@@ -414,16 +405,16 @@ class Supervisor:
             # Reported once, ahead of what is queued, when it died with requests unread.
             return None
         except OSError as error:
-            self._replace()
+            self.replace_worker()
             return Error(Reason.UNKNOWN_ANSWER, f"the worker's answer could not be received: {error}")
         with message.descriptors as sent_along:
             if not message.data and not sent_along:
                 ended = process.stop(grace=_GRACE)
-                self._replace()
+                self.replace_worker()
                 return Error(_reason_of(ended), f"the worker ended while it had this file: {ended}")
             answers = None if sent_along else self._judge(message.data, job)
         if answers is None:
-            self._replace()
+            self.replace_worker()
             return Error(Reason.UNKNOWN_ANSWER, "the worker's answer is none")
         if any(isinstance(verdict, Error) and verdict.reason in _SPOILING for _, verdict in answers):
             # What an engine did not survive unharmed must not scan on. The files behind it are scanned again.
@@ -443,7 +434,7 @@ class Supervisor:
 
     def _replace_after(self, job: _Job) -> None:
         """End the worker; it is done with this file, and keeps the place of the oldest."""
-        self._replace()
+        self.replace_worker()
         self._unsent.remove(job)
         self._sent.append(job)
 
@@ -456,7 +447,7 @@ class Supervisor:
         if self._files_left is not None:
             self._files_left -= 1
         if self._worker is not None and (now >= self._retire_at or self._files_left == 0):
-            self._replace()
+            self.replace_worker()
         if isinstance(result, Error):
             return Done(job.path, job.before.size, result)
         return Done(job.path, job.before.size, worst(result), tuple(result))
@@ -466,10 +457,3 @@ def _reason_of(ended: Ended) -> Reason:
     if ended.signal_number is None:
         return Reason.CRASHED
     return _REASONS.get(ended.signal_number, Reason.CRASHED)
-
-
-def _poll(channel: socket.socket, seconds: float) -> bool:
-    """Return whether there is something to receive, or the end, after waiting for it."""
-    readable = select.poll()
-    readable.register(channel, select.POLLIN)
-    return bool(readable.poll(math.ceil(seconds * 1000)))

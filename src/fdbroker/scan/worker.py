@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING
 
 from fdbroker.kernel import sockets
 from fdbroker.scan.answers import encode
-from fdbroker.scan.engine import EngineError, Inside
 from fdbroker.scan.examine import examine
-from fdbroker.scan.plugins import from_json, make
+from fdbroker.scan.plugins import from_json, make_inside
 from fdbroker.scan.versions import encode_versions
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
+
+    from fdbroker.scan.engine import Inside
 
 REQUEST = struct.Struct("<QQ")  # number, size
 
@@ -44,9 +45,7 @@ def load(engines: str) -> list[Inside]:
     """
     made = []
     for configured in from_json(engines):
-        engine = make(configured)
-        if not isinstance(engine, Inside):
-            raise EngineError(f"engine {configured.name}: it does not run in a worker")
+        engine = make_inside(configured)
         engine.warm()
         made.append(engine)
     _use_once(made)
@@ -65,13 +64,8 @@ def _use_once(engines: Sequence[Inside]) -> None:
         os.close(descriptor)
 
 
-def work(engines: list[Inside], channel: socket.socket, scratch: bytes | None) -> None:
-    """Be a worker of the sandbox."""
-    serve(channel, engines, scratch)
-
-
-def serve(channel: socket.socket, engines: Sequence[Inside], scratch: bytes | None) -> None:
-    """Answer requests until the other end closes.
+def work(engines: Sequence[Inside], channel: socket.socket, scratch: bytes | None) -> None:
+    """Be a worker of the sandbox: answer requests until the other end closes.
 
     Raises:
         ValueError: a request that is none; the process should end.

@@ -12,7 +12,6 @@ import errno
 import io
 import os
 import re
-import select
 import socket
 import time
 import zipfile
@@ -20,7 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fdbroker.kernel import sockets
-from fdbroker.scan.engine import MEBIBYTE, EngineError, Outside, Progress, Session, SessionLostError
+from fdbroker.sandbox.waiting import any_is_readable
+from fdbroker.scan.engine import MEBIBYTE, EngineError, Outside, Progress, Session, SessionLostError, shown
 from fdbroker.scan.engines.containers import MAGIC, kind_of
 from fdbroker.scan.options import Bytes, Seconds
 from fdbroker.scan.verdict import Clean, Error, Reason, Verdict, found
@@ -188,8 +188,8 @@ class ClamdSession(Session):
         match = _ANSWER.fullmatch(answer)
         number = self._numbers.pop(int(match[1]), None) if match else None
         if match is None or number is None:
-            shown = ascii(answer[:80].decode("utf-8", "backslashreplace"))
-            raise SessionLostError(Reason.UNKNOWN_ANSWER, f"clamd answered {shown}")
+            text = answer[:80].decode("utf-8", "backslashreplace")
+            raise SessionLostError(Reason.UNKNOWN_ANSWER, f"clamd answered {text!a}")
         self._last = time.monotonic()
         self._done.append(Progress(number, verdict_of(match[2])))
 
@@ -229,8 +229,7 @@ def _connect(options: ClamdOptions) -> socket.socket:
         sock.connect(options.socket)
     except OSError as error:
         sock.close()
-        shown = ascii(options.socket.decode("utf-8", "backslashreplace"))[1:-1]
-        text = f"clamd: {shown}: {error.strerror or error}; does clamd run? (option socket)"
+        text = f"clamd: {shown(options.socket)}: {error.strerror or error}; does clamd run? (option socket)"
         raise EngineError(text) from error
     return sock
 
@@ -246,9 +245,7 @@ def _probe(session: ClamdSession, contents: bytes, what: str, cure: str) -> None
     try:
         os.write(descriptor, contents)
         session.submit(_PROBE, descriptor, len(contents))
-        readable = select.poll()
-        readable.register(session.filenos()[0], select.POLLIN)
-        readable.poll(_SECONDS_FOR_A_PROBE * 1000)
+        any_is_readable(session.filenos(), _SECONDS_FOR_A_PROBE)
         answers = session.answers()
     except SessionLostError as error:
         raise EngineError(f"clamd: {error.text}") from error

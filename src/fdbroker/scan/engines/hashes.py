@@ -7,12 +7,12 @@ test file is always in it, so that a configuration can be tried out.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.scan.engine import EngineError, Inside
+from fdbroker.scan.engine import EngineError, Inside, shown
+from fdbroker.scan.reading import chunks, wrong_size
 from fdbroker.scan.verdict import LONGEST_NAME, Clean, Error, Reason, Verdict, found
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ _ALGORITHMS = {32: "md5", 40: "sha1", 64: "sha256"}
 _HEX = re.compile(rb"[0-9a-fA-F]+")
 # What sha256sum writes: a name after two spaces, or after a space and a star.
 _PLAIN = re.compile(rb"([0-9a-fA-F]+)(?:[ \t]+\*?(.*))?", re.DOTALL)
-_CHUNK = 128 * 1024
 _LAST_SIZE = 2**63 - 1
 _FIELDS = (3, 4, 5)
 
@@ -113,15 +112,12 @@ class Hashes(Inside):
             return Error(Reason.NOT_LOADED, "the lists were not read")
         digests = [hashlib.new(algorithm, usedforsecurity=False) for algorithm in known.algorithms]
         read = 0
-        # One byte more than there should be, so that growth shows; no further, since it may go on growing.
-        while chunk := os.pread(descriptor, min(_CHUNK, size - read + 1), read):
+        for chunk in chunks(descriptor, size):
             read += len(chunk)
-            if read > size:
-                return Error(Reason.CHANGED, f"the file has more than its {size} bytes")
             for digest in digests:
                 digest.update(chunk)
-        if read < size:
-            return Error(Reason.SHORT_READ, f"only {read} of {size} bytes could be read")
+        if (wrong := wrong_size(read, size)) is not None:
+            return wrong
         names = [name for digest in digests if (name := known.find(digest.digest(), size)) is not None]
         return found(names) if names else Clean()
 
@@ -135,13 +131,13 @@ def load(files: Iterable[bytes] = ()) -> HashList:
     """
     entries = [Entry(bytes.fromhex(digest), None, name) for digest, name in _EMBEDDED]
     for path in files:
-        shown = ascii(path.decode("utf-8", "backslashreplace"))[1:-1]
+        source = shown(path)
         try:
             with open(path, "rb") as file:
                 text = file.read()
         except OSError as error:
-            raise HashListError(f"{shown}: {error.strerror}") from error
-        entries += parse(text, shown)
+            raise HashListError(f"{source}: {error.strerror}") from error
+        entries += parse(text, source)
     return HashList(entries)
 
 

@@ -38,7 +38,7 @@ import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fdbroker.scan.engine import MEBIBYTE, EngineError, Inside, Needs
+from fdbroker.scan.engine import MEBIBYTE, EngineError, Inside, Needs, shown
 from fdbroker.scan.engines.containers import MAGIC
 from fdbroker.scan.options import Bytes, Seconds
 from fdbroker.scan.verdict import Clean, Error, Reason, Verdict, found
@@ -246,8 +246,8 @@ class LibClamAV(Inside):
         self._set_limits()
         self._signatures = self._load(self.options.database)
         if not self._signatures:
-            shown = _shown(self.options.database)
-            raise EngineError(f"libclamav: no signature in {shown}; has freshclam run? (option database)")
+            where = shown(self.options.database)
+            raise EngineError(f"libclamav: no signature in {where}; has freshclam run? (option database)")
         with tempfile.TemporaryDirectory(prefix="fdbroker-libclamav-") as directory:
             own = os.path.join(os.fsencode(directory), b"fdbroker.ndb")
             with open(own, "wb") as file:
@@ -386,7 +386,7 @@ class LibClamAV(Inside):
         self._messages.clear()
         options = _DB_OPTIONS | (_DB_PUA if self.options.possibly_unwanted else 0)
         status = self._library.cl_load(path, self._engine, ctypes.byref(count), options)
-        self._check(f"the database {_shown(path)}", status)
+        self._check(f"the database {shown(path)}", status)
         return count.value
 
     def _own_signatures(self) -> bytes:
@@ -491,10 +491,6 @@ def _has_unrar() -> bool:
 
 def _texts(said: Sequence[bytes]) -> list[str]:
     return [one.decode("utf-8", "replace") for one in said]
-
-
-def _shown(path: bytes) -> str:
-    return ascii(path.decode("utf-8", "backslashreplace"))[1:-1]
 
 
 def _date(seconds: int) -> str:

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 import yara_x
 
-from fdbroker.scan.engine import MEBIBYTE, EngineError, Inside, Needs
+from fdbroker.scan.engine import MEBIBYTE, EngineError, Inside, Needs, shown
 from fdbroker.scan.options import Bytes
+from fdbroker.scan.reading import chunks, wrong_size
 from fdbroker.scan.verdict import Clean, Error, Reason, Verdict, found
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -63,19 +62,19 @@ class YaraX(Inside):
         # What is read is what was named: a rule must not bring in other files.
         compiler.enable_includes(False)  # noqa: FBT003 - it has no name
         for path in _files(self.options.rules):
-            shown = ascii(path.decode("utf-8", "backslashreplace"))[1:-1]
+            origin = shown(path)
             try:
                 with open(path, "rb") as file:
                     source = file.read().decode("utf-8")
                 # Rules of two files may have one name.
-                compiler.new_namespace(shown)
-                compiler.add_source(source, origin=shown)
+                compiler.new_namespace(origin)
+                compiler.add_source(source, origin=origin)
             except OSError as error:
-                raise EngineError(f"rules: {shown}: {error.strerror}") from error
+                raise EngineError(f"rules: {origin}: {error.strerror}") from error
             except UnicodeDecodeError as error:
-                raise EngineError(f"rules: {shown}: not UTF-8") from error
+                raise EngineError(f"rules: {origin}: not UTF-8") from error
             except yara_x.CompileError as error:
-                raise EngineError(f"rules: {shown}: {error}") from error
+                raise EngineError(f"rules: {origin}: {error}") from error
         rules = compiler.build()
         self._rules = sum(1 for _rule in rules)
         if not self._rules:
@@ -96,11 +95,9 @@ class YaraX(Inside):
             return Error(Reason.NOT_LOADED, "the rules were not compiled")
         if size > self.options.max_file_size:
             return Error(Reason.TOO_LARGE, f"{size} bytes are more than max_file_size")
-        data = _read(descriptor, size)
-        if len(data) > size:
-            return Error(Reason.CHANGED, f"the file has more than its {size} bytes")
-        if len(data) < size:
-            return Error(Reason.SHORT_READ, f"only {len(data)} of {size} bytes could be read")
+        data = b"".join(chunks(descriptor, size))
+        if (wrong := wrong_size(len(data), size)) is not None:
+            return wrong
         try:
             results = self._scanner.scan(data)
         except yara_x.TimeoutError as error:
@@ -120,15 +117,3 @@ def _files(paths: Sequence[bytes]) -> list[bytes]:
         else:
             files.append(path)
     return files
-
-
-def _read(descriptor: int, size: int) -> bytes:
-    """Return the file's bytes, and one more if there are more."""
-    parts = []
-    read = 0
-    while chunk := os.pread(descriptor, min(_CHUNK, size - read + 1), read):
-        parts.append(chunk)
-        read += len(chunk)
-        if read > size:
-            break
-    return b"".join(parts)
