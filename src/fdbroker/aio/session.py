@@ -38,7 +38,7 @@ class Session:
         timeout: float | None,
         name: str,
     ) -> None:
-        self._link: WatchedLink | None = link
+        self._link = link
         self._connect_again = connect_again
         self._connecting = asyncio.Lock()
         self.timeout = timeout
@@ -50,8 +50,7 @@ class Session:
     def close(self) -> None:
         """Close the connection."""
         self.closed = True
-        if self._link is not None:
-            self._link.end(ConnectionLost("the client was closed"))
+        self._link.end(ConnectionLost("the client was closed"))
 
     async def ask(self, question: Question, bound: Link | None = None) -> Answer:
         """Return the answer to a question, which the caller owns. Raises BrokerError, ValueError."""
@@ -112,25 +111,25 @@ class Session:
     async def next_of_walk(self, call: WalkCall, consumed: int) -> Answer:
         """Return the next frame of a walk; so many that were delivered make room for others."""
         link = self._link
-        if consumed and link is not None and link.ended is None and call.link is link:
+        if consumed and link.ended is None and call.link is link:
             link.queue_more(call, consumed)
             link.send_queued()
         return await self._collect(call)
 
     def send_afterthoughts(self) -> None:
         """Tell the broker what is not wanted any more."""
-        if self._link is not None:
-            self._link.send_queued()
+        self._link.send_queued()
 
     def check_bound(self, call: Call) -> None:
         """Raise what ended the connection on which a call was sent, if it has ended; ValueError if closed."""
         self._check_open()
         link = self._link
-        if link is None or call.link is not link or link.ended is not None:
-            why = None if link is None or call.link is not link else link.ended
-            if isinstance(why, BrokerError):
-                raise copy.copy(why) from why
-            raise disconnected("the connection was lost by which clients came") from why
+        if call.link is link and link.ended is None:
+            return
+        why = link.ended if call.link is link else None
+        if isinstance(why, BrokerError):
+            raise copy.copy(why) from why
+        raise disconnected("the connection was lost by which clients came") from why
 
     def _check_open(self) -> None:
         if self.closed:
@@ -205,7 +204,7 @@ class Session:
 
         """
         link = self._link
-        if link is None or link.ended is not None:
+        if link.ended is not None:
             return None
         if link.loop is not asyncio.get_running_loop():
             raise RuntimeError(
@@ -255,8 +254,7 @@ class Session:
     def _forked(self) -> None:
         """In the child: let go of the parent's connection, and of a lock that a task of it may hold."""
         self._connecting = asyncio.Lock()
-        if self._link is not None:
-            self._link.let_go()
+        self._link.let_go()
 
 
 # Those that a child after fork would otherwise share with its parent.
