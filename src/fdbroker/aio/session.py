@@ -15,7 +15,7 @@ from fdbroker.client.answers import limits_of
 from fdbroker.client.engine import TooLargeError, batches
 from fdbroker.client.errors import BrokerError, UnavailableError, disconnected, timed_out
 from fdbroker.client.link import Call, ConnectionLost, Deadline
-from fdbroker.client.session import MAY_COME_BACK, MOST_LOSSES, PAUSES
+from fdbroker.client.session import MAY_COME_BACK, PAUSES, count_loss
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable
@@ -154,7 +154,7 @@ class Session:
                 await self._wait(call, link, deadline)
                 continue
             if call.link is not None:
-                self._count_loss(call)
+                self._lost(call, call.link)
             if call.bound is not None and call.bound is not link:
                 raise disconnected("the connection has ended on which this was handed over")
             link = await self._connected(deadline)
@@ -182,19 +182,13 @@ class Session:
             link.end(ConnectionLost("nothing came on it, and it was given up"))
         raise late
 
-    def _count_loss(self, call: Call) -> None:
-        link, call.link = call.link, None
+    def _lost(self, call: Call, link: Link) -> None:
+        """Raise what ended the connection on which a call was sent, if it was an error; or count the loss."""
+        call.link = None
         why = link.ended if isinstance(link, WatchedLink) else None
         if isinstance(why, BrokerError):
             raise copy.copy(why) from why
-        call.losses += 1
-        if call.bound is not None:
-            raise disconnected(f"the connection ended on which this was handed over: {why}") from why
-        if self._connect_again is None:
-            raise disconnected(f"the connection ended, and it was not made by connect(): {why}") from why
-        if call.losses > MOST_LOSSES:
-            text = f"the broker closed {call.losses} connections without answering this request: {why}"
-            raise disconnected(text) from why
+        count_loss(call, str(why), why, final=self._connect_again is None)
 
     def _live(self) -> WatchedLink | None:
         """Return the connection, None if it has ended.
