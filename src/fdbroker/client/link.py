@@ -54,9 +54,11 @@ class Deadline(NamedTuple):
     seconds: float
 
     @classmethod
-    def after(cls, seconds: float | None) -> Deadline:
-        """Return the deadline `seconds` from now."""
-        return cls(None, math.inf) if seconds is None else cls(time.monotonic() + seconds, seconds)
+    def after(cls, seconds: float | None, began: float | None = None) -> Deadline:
+        """Return the deadline `seconds` after a moment of the monotonic clock, or after now."""
+        if seconds is None:
+            return cls(None, math.inf)
+        return cls((time.monotonic() if began is None else began) + seconds, seconds)
 
     @classmethod
     def first(cls, timeout: float | None) -> Deadline:

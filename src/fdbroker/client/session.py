@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import threading
 import time
@@ -232,8 +231,7 @@ class Session:
 
     def _deadline(self, began: float) -> Deadline:
         """Return until when something may take that began then."""
-        timeout = self.timeout
-        return Deadline(None, math.inf) if timeout is None else Deadline(began + timeout, timeout)
+        return Deadline.after(self.timeout, began)
 
     def _send_ahead(self, call: Call, deadline: Deadline) -> None:
         """Send if there is a connection; `_collect` does what is left to do."""
