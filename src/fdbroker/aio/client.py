@@ -12,8 +12,7 @@ from fdbroker.aio.session import Session
 from fdbroker.client.answers import check_served, status_of
 from fdbroker.client.blocking import DEFAULT_SOCKET, DEFAULT_TIMEOUT
 from fdbroker.client.engine import AskStatus
-from fdbroker.client.errors import disconnected
-from fdbroker.client.link import ConnectionLost, Deadline, adopt_socket
+from fdbroker.client.link import ConnectionLost, Deadline, adopt_socket, not_greeted
 from fdbroker.client.serve_call import ServeCall
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ async def connect(
     try:
         link = await connect_once(deadline)
     except ConnectionLost as lost:
-        raise disconnected(f"the broker closed the connection before its welcome: {lost}") from lost
+        raise not_greeted(lost) from lost
     return Client(Session(link, connect_once, timeout, repr(os.fsdecode(path))))
 
 
@@ -77,7 +76,7 @@ class Client(FileRequests):
         try:
             link = await WatchedLink.greet(owned, deadline)
         except ConnectionLost as lost:
-            raise disconnected(f"the other end closed the connection before its welcome: {lost}") from lost
+            raise not_greeted(lost, "the other end") from lost
         return cls(Session(link, None, timeout, "a given socket"))
 
     def __repr__(self) -> str:

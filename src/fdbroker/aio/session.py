@@ -14,7 +14,7 @@ from fdbroker.aio.link import WatchedLink, waking
 from fdbroker.client.answers import limits_of
 from fdbroker.client.engine import TooLargeError, batches
 from fdbroker.client.errors import BrokerError, UnavailableError, disconnected, timed_out
-from fdbroker.client.link import Call, ConnectionLost, Deadline
+from fdbroker.client.link import Call, ConnectionLost, Deadline, not_greeted
 from fdbroker.client.session import MAY_COME_BACK, PAUSES, count_loss
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ class Session:
                     raise
                 last = error
             except ConnectionLost as lost:
-                last = disconnected(f"the broker closed the connection before its welcome: {lost}")
+                last = not_greeted(lost)
         raise last or timed_out(deadline.seconds, "the broker did not come back")
 
     def _forked(self) -> None:

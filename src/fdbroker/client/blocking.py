@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 from fdbroker.client.answers import check_served, status_of
 from fdbroker.client.connection import Connection
 from fdbroker.client.engine import AskStatus
-from fdbroker.client.errors import disconnected
 from fdbroker.client.files import FileRequests
-from fdbroker.client.link import ConnectionLost, Deadline, adopt_socket, connect_socket
+from fdbroker.client.link import ConnectionLost, Deadline, adopt_socket, connect_socket, not_greeted
 from fdbroker.client.serve_call import ServeCall
 from fdbroker.client.service import Service
 from fdbroker.client.session import Session
@@ -52,7 +51,7 @@ def connect(path: StrOrBytesPath = DEFAULT_SOCKET, *, timeout: float | None = DE
     try:
         connection = connect_once(deadline)
     except ConnectionLost as lost:
-        raise disconnected(f"the broker closed the connection before its welcome: {lost}") from lost
+        raise not_greeted(lost) from lost
     return Client(Session(connection, connect_once, timeout, repr(os.fsdecode(path))))
 
 
@@ -102,7 +101,7 @@ class Client(FileRequests):
         try:
             connection = Connection.greet(owned, deadline)
         except ConnectionLost as lost:
-            raise disconnected(f"the other end closed the connection before its welcome: {lost}") from lost
+            raise not_greeted(lost, "the other end") from lost
         return cls(Session(connection, None, timeout, "a given socket"))
 
     def __repr__(self) -> str:

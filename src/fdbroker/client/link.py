@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker.client.engine import ROOM, Engine
 from fdbroker.client.errors import (
     BrokerTimeoutError,
+    DisconnectedError,
+    disconnected,
     protocol_error,
     timed_out,
     too_many_files,
@@ -384,6 +386,11 @@ def _connect(path: bytes, prepare: Callable[[socket.socket], None]) -> socket.so
             return sock
     assert last is not None  # noqa: S101 - for the type checker; there is a kind to try
     raise last
+
+
+def not_greeted(lost: ConnectionLost, who: str = "the broker") -> DisconnectedError:
+    """Return the exception for a connection that `who` closed without a word."""
+    return disconnected(f"{who} closed the connection before its welcome: {lost}")
 
 
 def not_accepted(path: bytes, deadline: Deadline) -> BrokerTimeoutError:

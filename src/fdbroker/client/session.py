@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from fdbroker.client.answers import limits_of
 from fdbroker.client.engine import TooLargeError, batches
 from fdbroker.client.errors import BrokerError, UnavailableError, disconnected, timed_out
-from fdbroker.client.link import Call, ConnectionLost, Deadline
+from fdbroker.client.link import Call, ConnectionLost, Deadline, not_greeted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -315,7 +315,7 @@ def _reconnect(connect_again: Callable[[Deadline], Connection], deadline: Deadli
                 raise
             last = error
         except ConnectionLost as lost:
-            last = disconnected(f"the broker closed the connection before its welcome: {lost}")
+            last = not_greeted(lost)
     raise last or timed_out(deadline.seconds, "the broker did not come back")
 
 
