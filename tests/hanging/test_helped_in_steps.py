@@ -8,7 +8,6 @@ import select
 import signal
 import socket
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,10 +28,12 @@ from fdbroker.wire.stream import FrameBuffer, framed
 from tests.broker.conftest import fill, no_descriptor_left
 from tests.broker.speaking import read_opened
 from tests.broker.stepping import SteppedBroker
+from tests.processes import children_of
 from tests.running_broker import policy, rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 
 class Helped(SteppedBroker):
@@ -59,9 +60,7 @@ class Helped(SteppedBroker):
     @contextlib.contextmanager
     def helpers_hang(self) -> Iterator[None]:
         """Keep those helpers that there are now from doing anything."""
-        starter = self.helpers._starter.pid
-        children = Path(f"/proc/{starter}/task/{starter}/children").read_text().split()
-        pidfds = [os.pidfd_open(int(child)) for child in children]
+        pidfds = [os.pidfd_open(child) for child in children_of(self.helpers._starter.pid)]
         try:
             for pidfd in pidfds:
                 signal.pidfd_send_signal(pidfd, signal.SIGSTOP)

@@ -18,7 +18,7 @@ from fdbroker.wire.format import Status
 from tests.broker.speaking import Speaker, read_opened
 from tests.hanging.fanotify import held_opens
 from tests.hanging.fuse import FuseServer, Operation, abort, fuse_mounted
-from tests.processes import wait_until
+from tests.processes import children_of, wait_until
 from tests.running_broker import CLIENT_UID, RunningBroker, policy, reachable_directory, rule, running_broker
 
 if TYPE_CHECKING:
@@ -78,10 +78,6 @@ def processes_of(broker: RunningBroker) -> tuple[int, list[int]]:
     [starter] = children_of(broker.pid)
     wait_until(lambda: len(children_of(starter)) == HELPERS, "all helpers")
     return starter, children_of(starter)
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def events(broker: RunningBroker) -> list[str]:

@@ -18,10 +18,9 @@ import pytest
 
 from fdbroker.broker.helper_pool import HELPERS
 from tests.broker.speaking import path_of
-from tests.hostile.processes import children_of
 from tests.hostile.sessions import CONTENT, NEVER, SESSIONS, Served, Session, served
 from tests.hostile.tracing import INJECTED, calls, failing, traced
-from tests.processes import wait_until
+from tests.processes import children_of, wait_until
 from tests.running_broker import reachable_directory
 
 if TYPE_CHECKING:

@@ -24,11 +24,10 @@ from fdbroker.launcher import broker_seccomp, helper_seccomp
 from fdbroker.sandbox import Confinement, filters
 from fdbroker.scan.plugins import configure
 from fdbroker.scan.supervisor import Supervisor
-from tests.hostile.processes import children_of
 from tests.hostile.sessions import SESSIONS, served
 from tests.hostile.tracing import calls, traced
 from tests.kernel.bpf_interpreter import Call, decide
-from tests.processes import wait_until
+from tests.processes import children_of, wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.descriptors import make_and_open
 from tests.uids import FIRST_UID
