@@ -97,6 +97,17 @@ def whose_command_line_names(path: Path) -> list[int]:
     return found
 
 
+def children_of(pid: int) -> list[int]:
+    """Return the processes that a process with one thread has forked.
+
+    Raises:
+        FileNotFoundError: it has ended.
+
+    """
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        return [int(child) for child in file.read().split()]
+
+
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> None:
     """Ask again and again until `condition` holds; fail after `seconds`, naming `what`.
 

@@ -13,7 +13,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fdbroker.broker.helper_pool import HELPERS
 from tests.audit_records import check_lines
+from tests.processes import children_of, wait_until
 from tests.uids import FIRST_UID
 
 if TYPE_CHECKING:
@@ -99,6 +101,12 @@ class RunningBroker:
     def decisions(self) -> list[dict[str, Any]]:
         """Return the records of decisions on paths."""
         return [record for record in self.records() if "decision" in record]
+
+    def starter_and_helpers(self) -> tuple[int, list[int]]:
+        """Return who starts the open helpers, and them: not all may be forked when the broker is ready."""
+        [starter] = children_of(self.pid)
+        wait_until(lambda: len(children_of(starter)) == HELPERS, "all helpers are there")
+        return starter, children_of(starter)
 
     def descriptors(self) -> dict[int, str]:
         """Return its open descriptors and what they are."""

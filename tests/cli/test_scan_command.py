@@ -31,7 +31,7 @@ from tests.cli.commands import (
     run_on_terminal,
     verdicts,
 )
-from tests.processes import wait_until
+from tests.processes import children_of, wait_until
 from tests.running_broker import CLIENT_UID, policy, reachable_directory, rule, running_broker
 from tests.sandbox.confined import WORKER_UID
 from tests.scan.clamav import make_database, running_clamd
@@ -309,7 +309,7 @@ def test_interrupted_scan_ends_with_a_summary_that_says_so(broker: RunningBroker
         assert process.stdout is not None
         early = "".join(process.stdout.readline() for _ in range(3))
         assert verdicts(lines(early, "file")) == {tree.root + b"/home2/empty": "clean"}
-        workers = children(process.pid)
+        workers = children_of(process.pid)
         assert len(workers) == 1
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=30)
@@ -320,11 +320,6 @@ def test_interrupted_scan_ends_with_a_summary_that_says_so(broker: RunningBroker
     [summary] = lines(output, "summary")
     assert (summary["complete"], summary["exit_status"]) == (False, 2)
     wait_until(lambda: not os.path.exists(f"/proc/{workers[0]}"), "the worker is gone")
-
-
-def children(pid: int) -> list[int]:
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(child) for child in file.read().split()]
 
 
 @pytest.mark.root

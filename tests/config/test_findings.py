@@ -340,7 +340,13 @@ def test_mounts_are_told_apart_without_asking_them(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_mount_whose_files_others_answer_for_is_known_by_its_type_whatever_its_name(tmp_path: Path) -> None:
-    for name in ("plain", "with a blank", "with\na line's end", "with\ra carriage return", "with \\ and \xff"):
+    for name in (
+        "plain",
+        "with a blank",
+        "with\na line's end",
+        "with\ra carriage return",
+        "with \\ and \xff",
+    ):
         (tmp_path / name).mkdir()
         with fuse_mounted(tmp_path / name, {}) as server:
             machine = ThisMachine()

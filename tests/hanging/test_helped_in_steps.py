@@ -8,7 +8,6 @@ import select
 import signal
 import socket
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,18 +28,32 @@ from fdbroker.wire.stream import FrameBuffer, framed
 from tests.broker.conftest import fill, no_descriptor_left
 from tests.broker.speaking import read_opened
 from tests.broker.stepping import SteppedBroker
+from tests.processes import children_of
 from tests.running_broker import policy, rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+def filled(tree: Path) -> Path:
+    """Make a tree with a file of each kind; return its path."""
+    tree.mkdir()
+    fill(tree)
+    return tree
+
+
+def root_at(path: Path, name: str, opens: str) -> dict[str, Any]:
+    """Return a root of a policy."""
+    return {"name": name, "path": str(path), "cross_mounts": False, "opens": opens}
 
 
 class Helped(SteppedBroker):
     """A stepped broker whose tree is served by helpers, or some roots of another policy; not confined."""
 
     def __init__(self, tree: Path, audit: Path, compiled: dict[str, Any] | None = None) -> None:
-        root = {"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "helpers"}
-        super().__init__(tree, compiled or policy(tree, roots=[root]), audit=audit)
+        helped = policy(tree, roots=[root_at(tree, "tree", "helpers")])
+        super().__init__(tree, compiled or helped, audit=audit)
         served = [root for root in self.roots if root.helpers]
         self.helpers = OpenHelpers.start(served, None, self.audit.event)
         self.broker.use_helpers(self.helpers, HelpedRequests)
@@ -59,9 +72,7 @@ class Helped(SteppedBroker):
     @contextlib.contextmanager
     def helpers_hang(self) -> Iterator[None]:
         """Keep those helpers that there are now from doing anything."""
-        starter = self.helpers._starter.pid
-        children = Path(f"/proc/{starter}/task/{starter}/children").read_text().split()
-        pidfds = [os.pidfd_open(int(child)) for child in children]
+        pidfds = [os.pidfd_open(child) for child in children_of(self.helpers._starter.pid)]
         try:
             for pidfd in pidfds:
                 signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
@@ -75,10 +86,7 @@ class Helped(SteppedBroker):
 
 @pytest.fixture
 def helped(tmp_path: Path) -> Iterator[Helped]:
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    fill(tree)
-    with no_descriptor_left(), Helped(tree, tmp_path / "audit") as broker:
+    with no_descriptor_left(), Helped(filled(tmp_path / "tree"), tmp_path / "audit") as broker:
         yield broker
 
 
@@ -271,13 +279,8 @@ def test_a_connection_may_end_by_the_first_of_several_answers_that_come_at_once(
 def test_a_policy_by_which_the_loop_opens_what_a_helper_was_asked_for_gives_what_it_opened(
     tmp_path: Path,
 ) -> None:
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    fill(tree)
-    outer, inner = (
-        {"name": name, "path": str(path), "cross_mounts": False, "opens": opens}
-        for name, path, opens in (("tree", tree, "loop"), ("inner", tree / "directory", "helpers"))
-    )
+    tree = filled(tmp_path / "tree")
+    outer, inner = root_at(tree, "tree", "loop"), root_at(tree / "directory", "inner", "helpers")
     rules = [rule("all"), rule("inner", root="inner")]
     with (
         no_descriptor_left(),
@@ -328,13 +331,8 @@ def rates(per_second: int) -> dict[str, int]:
 def test_limits_hold_for_what_helpers_open_and_each_file_is_counted_once(
     tmp_path: Path, *, of_rule: bool, mixed: bool
 ) -> None:
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    fill(tree)
-    outer, inner = (
-        {"name": name, "path": str(path), "cross_mounts": False, "opens": opens}
-        for name, path, opens in (("tree", tree, "loop"), ("inner", tree / "directory", "helpers"))
-    )
+    tree = filled(tmp_path / "tree")
+    outer, inner = root_at(tree, "tree", "loop"), root_at(tree / "directory", "inner", "helpers")
     limited = {"limits": rates(10)} if of_rule else {}
     compiled = policy(
         tree,
@@ -358,11 +356,9 @@ def test_limits_hold_for_what_helpers_open_and_each_file_is_counted_once(
 
 
 def test_what_a_rule_gives_by_helpers_is_under_way_until_it_is_received(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    fill(tree)
-    root = {"name": "tree", "path": str(tree), "cross_mounts": False, "opens": "helpers"}
-    compiled = policy(tree, rule("all", limits={"in_flight": 3}), roots=[root])
+    tree = filled(tmp_path / "tree")
+    limited = rule("all", limits={"in_flight": 3})
+    compiled = policy(tree, limited, roots=[root_at(tree, "tree", "helpers")])
     path = bytes(tree / "file")
     with no_descriptor_left(), Helped(tree, tmp_path / "audit", compiled) as helped:
         stalled, other = helped.join(), helped.join()

@@ -18,7 +18,7 @@ from fdbroker.wire.format import Status
 from tests.broker.speaking import Speaker, read_opened
 from tests.hanging.fanotify import held_opens
 from tests.hanging.fuse import FuseServer, Operation, abort, fuse_mounted
-from tests.processes import wait_until
+from tests.processes import children_of, wait_until
 from tests.running_broker import CLIENT_UID, RunningBroker, policy, reachable_directory, rule, running_broker
 
 if TYPE_CHECKING:
@@ -71,17 +71,6 @@ def place() -> Iterator[Place]:
         (directory / "local" / "file").write_bytes(b"local")
         with fuse_mounted(directory / "far", FILES) as server:
             yield Place(directory, server)
-
-
-def processes_of(broker: RunningBroker) -> tuple[int, list[int]]:
-    """Return the starter and the helpers, of which it may not have forked all when the broker is ready."""
-    [starter] = children_of(broker.pid)
-    wait_until(lambda: len(children_of(starter)) == HELPERS, "all helpers")
-    return starter, children_of(starter)
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def events(broker: RunningBroker) -> list[str]:
@@ -172,7 +161,7 @@ def sockets_of(pid: int) -> list[str]:
 
 def test_helpers_hold_nothing_of_the_brokers_and_are_confined(place: Place) -> None:
     with place.broker() as broker, Speaker.connect(broker.socket):
-        starter, helpers = processes_of(broker)
+        starter, helpers = broker.starter_and_helpers()
         # Those that were forked a moment ago may not have closed yet what is for the others.
         wait_until(lambda: all(len(sockets_of(pid)) == 1 for pid in helpers), "helpers with one socket each")
         for pid in (starter, *helpers):
@@ -193,7 +182,7 @@ def test_helpers_hold_nothing_of_the_brokers_and_are_confined(place: Place) -> N
 def test_helpers_end_with_the_broker_however_it_ends(place: Place) -> None:
     compiled = two_roots(place.local, place.far)
     with running_broker(place.directory, compiled, stop=False) as broker:
-        starter, helpers = processes_of(broker)
+        starter, helpers = broker.starter_and_helpers()
         watched = [os.pidfd_open(pid) for pid in (starter, *helpers)]
         broker.process.kill()
         broker.process.wait()
@@ -207,7 +196,7 @@ def test_helpers_end_with_the_broker_however_it_ends(place: Place) -> None:
 def test_a_helper_that_dies_is_noticed_and_another_one_starts_when_it_is_needed(place: Place) -> None:
     place.server.never.add((Operation.OPEN, "stuck"))
     with place.broker() as broker, Speaker.connect(broker.socket) as speaker:
-        starter, helpers = processes_of(broker)
+        starter, helpers = broker.starter_and_helpers()
         for pid in helpers:
             os.kill(pid, signal.SIGKILL)
         for _ in range(8):
@@ -219,7 +208,7 @@ def test_a_helper_that_dies_is_noticed_and_another_one_starts_when_it_is_needed(
 
 def test_without_its_starter_the_broker_says_so_and_serves_the_rest(place: Place) -> None:
     with place.broker() as broker, Speaker.connect(broker.socket) as speaker:
-        starter, _ = processes_of(broker)
+        starter, _ = broker.starter_and_helpers()
         os.kill(starter, signal.SIGKILL)
         while "helpers_gone" not in events(broker):
             assert speaker.open_one(bytes(place.local / "file")).content == b"local"
@@ -260,7 +249,7 @@ def test_an_open_that_a_fanotify_listener_never_answers_times_out(place: Place) 
         Speaker.connect(broker.socket) as other,
         held_opens(held / "watched") as listener,
     ):
-        starter, helpers = processes_of(broker)
+        starter, helpers = broker.starter_and_helpers()
         hung.send(encode_open(7, [bytes(held / "watched")]))
         assert listener.wait_until_asked() in helpers
         assert other.open_one(bytes(place.local / "file")).content == b"local"

@@ -284,9 +284,8 @@ def send_datagrams(served: Served) -> Session:
             if getattr(answer.reply, "id", None) == 7:
                 return _read("open", WITHOUT_HELPERS, answer)
             answer.descriptors.close()
-            if not speaker.is_silent():
-                continue
-            return Session([], answered=False)
+            if speaker.is_silent():
+                break
     return Session([], answered=False)
 
 

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from fdbroker.broker.helper_pool import HELPERS
 from tests.broker.speaking import path_of
-from tests.hostile.processes import children_of
 from tests.hostile.sessions import CONTENT, NEVER, SESSIONS, Served, Session, served
 from tests.hostile.tracing import INJECTED, calls, failing, traced
-from tests.processes import wait_until
+from tests.processes import children_of, wait_until
 from tests.running_broker import reachable_directory
 
 if TYPE_CHECKING:
@@ -65,7 +63,7 @@ class Case(NamedTuple):
 @pytest.fixture
 def place() -> Iterator[Served]:
     with reachable_directory() as directory, served(directory) as made:
-        wait_until(lambda: len(helpers_of(made)) == HELPERS, "all helpers are there")
+        made.broker.starter_and_helpers()  # all of them are there
         yield made
 
 

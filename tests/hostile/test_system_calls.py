@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fdbroker.broker.helper_pool import HELPERS
 from fdbroker.kernel.bpf import KILL_PROCESS
 from fdbroker.kernel.libc import MACHINE
 from fdbroker.kernel.syscall_table import AUDIT_ARCH, SYSCALLS
@@ -24,11 +23,10 @@ from fdbroker.launcher import broker_seccomp, helper_seccomp
 from fdbroker.sandbox import Confinement, filters
 from fdbroker.scan.plugins import configure
 from fdbroker.scan.supervisor import Supervisor
-from tests.hostile.processes import children_of
 from tests.hostile.sessions import SESSIONS, served
 from tests.hostile.tracing import calls, traced
 from tests.kernel.bpf_interpreter import Call, decide
-from tests.processes import wait_until
+from tests.processes import children_of, wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.descriptors import make_and_open
 from tests.uids import FIRST_UID
@@ -128,9 +126,7 @@ def test_broker_and_helpers_make_each_call_of_their_lists_or_it_has_its_reason(t
         directory = after.enter_context(reachable_directory())
         place = running.enter_context(served(directory))
         broker = place.broker.pid
-        [starter] = children_of(broker)
-        wait_until(lambda: len(children_of(starter)) == HELPERS, "all helpers are there")
-        helpers = children_of(starter)
+        starter, helpers = place.broker.starter_and_helpers()
         after.enter_context(traced([broker, starter, *helpers], tmp_path / "calls", forks=True))
         for session in SESSIONS.values():
             assert session(place).answered

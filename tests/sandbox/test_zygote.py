@@ -25,7 +25,7 @@ from fdbroker.sandbox import (
 from fdbroker.sandbox import zygote as zygote_module
 from fdbroker.sandbox.names import find, name_of
 from fdbroker.sandbox.waiting import is_readable
-from tests.processes import in_child, wait_until
+from tests.processes import children_of, in_child, wait_until
 from tests.sandbox import puppets as functions
 from tests.sandbox.confined import PUPPETS, ask, confinement, puppet, puppets, started_ids
 
@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 def start(warm: str | None = None, *, timeout: float = 60.0) -> Zygote:
     name = None if warm is None else f"{PUPPETS}:{warm}"
     return Zygote(name, f"{PUPPETS}:wait_for_the_end", confinement=confinement(), timeout=timeout)
+
+
+def zygote_itself(zygote: Zygote) -> int:
+    """Return the process that forks workers: a child of the one that was started."""
+    assert zygote.pid is not None
+    return children_of(zygote.pid)[0]
 
 
 def is_running(pid: int | None) -> bool:
@@ -133,8 +139,8 @@ def test_many_threads_may_spawn() -> None:
 
 
 def test_zygote_keeps_what_starts_workers_and_no_other_capability() -> None:
-    with start() as zygote, open(f"/proc/{zygote.pid}/task/{zygote.pid}/children") as file:
-        state = process_state.read_process_state(file.read().split()[0])
+    with start() as zygote:
+        state = process_state.read_process_state(zygote_itself(zygote))
         assert state.permitted | state.effective | state.inheritable == (1 << 6 | 1 << 7 | 1 << 21)
         assert state.no_new_privs
 
@@ -271,8 +277,7 @@ def test_siblings_have_no_descriptor_of_each_other() -> None:
 def test_nothing_stays_open_after_many_workers() -> None:
     before = open_descriptors()
     with puppets("wait_for_the_end") as zygote:
-        with open(f"/proc/{zygote.pid}/task/{zygote.pid}/children") as file:
-            proper = file.read().split()[0]
+        proper = zygote_itself(zygote)
         held = len(os.listdir(f"/proc/{proper}/fd"))
         for _ in range(20):
             with zygote.spawn():
@@ -288,8 +293,7 @@ def test_nothing_stays_open_after_many_workers() -> None:
 
 def test_parent_waits_for_no_zygote_that_does_not_answer() -> None:
     with start() as zygote:
-        with open(f"/proc/{zygote.pid}/task/{zygote.pid}/children") as file:
-            proper = int(file.read().split()[0])
+        proper = zygote_itself(zygote)
         os.kill(proper, signal.SIGSTOP)
         with pytest.raises(ZygoteError, match="did not answer in time, so it was ended"):
             zygote.spawn(timeout=0.5)

@@ -39,7 +39,7 @@ def main(shared: Path, uid: int) -> None:
     seen["verified"] = json.loads(run("audit", "verify", "--journal", "--json").stdout)
     seen["forged"] = _lines(run("audit", "--unit", "forger.service", "--json"))
     seen["text"] = run("audit", "--journal").stdout
-    seen["in_the_journal"] = _matching("MESSAGE")
+    seen["in_the_journal"] = _like_records()
     seen["followed"] = _follow(shared)
     done = run("audit", "reopen", "--control", str(shared / "control"))
     seen["reopen"] = [done.returncode, done.stderr]
@@ -58,10 +58,10 @@ def _lines(result: subprocess.CompletedProcess[str]) -> list[Any]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def _matching(field: str) -> int:
+def _like_records() -> int:
     """Return how many messages in the whole journal look like a record."""
     shown = subprocess.run(["journalctl", "-o", "json"], check=True, capture_output=True).stdout
-    messages = [json.loads(line).get(field) for line in shown.splitlines()]
+    messages = [json.loads(line).get("MESSAGE") for line in shown.splitlines()]
     return sum(isinstance(message, str) and message.startswith('{"run"') for message in messages)
 
 

@@ -12,8 +12,8 @@ from fdbroker.aio.session import Session
 from fdbroker.client.answers import check_served, status_of
 from fdbroker.client.blocking import DEFAULT_SOCKET, DEFAULT_TIMEOUT
 from fdbroker.client.engine import AskStatus
-from fdbroker.client.errors import disconnected
-from fdbroker.client.link import ConnectionLost, Deadline, adopt_socket
+from fdbroker.client.link import ConnectionLost, Deadline, adopt_socket, not_greeted
+from fdbroker.client.requester import Connected
 from fdbroker.client.serve_call import ServeCall
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from fdbroker.client.engine import StrOrBytesPath
-    from fdbroker.wire.messages import Welcome
 
 
 async def connect(
@@ -43,11 +42,11 @@ async def connect(
     try:
         link = await connect_once(deadline)
     except ConnectionLost as lost:
-        raise disconnected(f"the broker closed the connection before its welcome: {lost}") from lost
+        raise not_greeted(lost) from lost
     return Client(Session(link, connect_once, timeout, repr(os.fsdecode(path))))
 
 
-class Client(FileRequests):
+class Client(Connected[Session], FileRequests):
     """A connection to the broker, made by `connect` or `Client.from_socket`; for one event loop.
 
     It survives a restart of the broker as `fdbroker.Client` does. After a fork the child's client connects
@@ -57,8 +56,7 @@ class Client(FileRequests):
     given up if nothing came on it meanwhile. The next request opens another one.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._asks = session
+    _shown_as = "fdbroker.aio.Client"
 
     @classmethod
     async def from_socket(
@@ -77,12 +75,8 @@ class Client(FileRequests):
         try:
             link = await WatchedLink.greet(owned, deadline)
         except ConnectionLost as lost:
-            raise disconnected(f"the other end closed the connection before its welcome: {lost}") from lost
+            raise not_greeted(lost, "the other end") from lost
         return cls(Session(link, None, timeout, "a given socket"))
-
-    def __repr__(self) -> str:
-        """Return where it leads and whether it is closed."""
-        return f"<fdbroker.aio.Client of {self._asks.name}{' (closed)' if self.closed else ''}>"
 
     async def __aenter__(self) -> Self:
         """Return itself."""
@@ -93,21 +87,6 @@ class Client(FileRequests):
     ) -> None:
         """Close it."""
         self.close()
-
-    @property
-    def welcome(self) -> Welcome:
-        """What the broker said when it was connected to last: version, identity level, limits."""
-        return self._asks.welcome
-
-    @property
-    def timeout(self) -> float | None:
-        """Seconds that each request may take; None: no limit."""
-        return self._asks.timeout
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._asks.closed
 
     def close(self) -> None:
         """Close the connection; tasks that wait for an answer get ValueError, as does any later request.
@@ -127,7 +106,3 @@ class Client(FileRequests):
         check_served(await self._asks.ask_by(call), name)
         call.bound = call.link
         return Service(self._asks, call, listener)
-
-    @property
-    def _session(self) -> Session:
-        return self._asks

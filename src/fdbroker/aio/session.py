@@ -14,8 +14,8 @@ from fdbroker.aio.link import WatchedLink, waking
 from fdbroker.client.answers import limits_of
 from fdbroker.client.engine import TooLargeError, batches
 from fdbroker.client.errors import BrokerError, UnavailableError, disconnected, timed_out
-from fdbroker.client.link import Call, ConnectionLost, Deadline
-from fdbroker.client.session import MAY_COME_BACK, MOST_LOSSES, PAUSES
+from fdbroker.client.link import Call, ConnectionLost, Deadline, not_greeted
+from fdbroker.client.session import MAY_COME_BACK, PAUSES, count_loss
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable
@@ -38,7 +38,7 @@ class Session:
         timeout: float | None,
         name: str,
     ) -> None:
-        self._link: WatchedLink | None = link
+        self._link = link
         self._connect_again = connect_again
         self._connecting = asyncio.Lock()
         self.timeout = timeout
@@ -50,8 +50,7 @@ class Session:
     def close(self) -> None:
         """Close the connection."""
         self.closed = True
-        if self._link is not None:
-            self._link.end(ConnectionLost("the client was closed"))
+        self._link.end(ConnectionLost("the client was closed"))
 
     async def ask(self, question: Question, bound: Link | None = None) -> Answer:
         """Return the answer to a question, which the caller owns. Raises BrokerError, ValueError."""
@@ -112,25 +111,25 @@ class Session:
     async def next_of_walk(self, call: WalkCall, consumed: int) -> Answer:
         """Return the next frame of a walk; so many that were delivered make room for others."""
         link = self._link
-        if consumed and link is not None and link.ended is None and call.link is link:
+        if consumed and link.ended is None and call.link is link:
             link.queue_more(call, consumed)
             link.send_queued()
         return await self._collect(call)
 
     def send_afterthoughts(self) -> None:
         """Tell the broker what is not wanted any more."""
-        if self._link is not None:
-            self._link.send_queued()
+        self._link.send_queued()
 
     def check_bound(self, call: Call) -> None:
         """Raise what ended the connection on which a call was sent, if it has ended; ValueError if closed."""
         self._check_open()
         link = self._link
-        if link is None or call.link is not link or link.ended is not None:
-            why = None if link is None or call.link is not link else link.ended
-            if isinstance(why, BrokerError):
-                raise copy.copy(why) from why
-            raise disconnected("the connection was lost by which clients came") from why
+        if call.link is link and link.ended is None:
+            return
+        why = link.ended if call.link is link else None
+        if isinstance(why, BrokerError):
+            raise copy.copy(why) from why
+        raise disconnected("the connection was lost by which clients came") from why
 
     def _check_open(self) -> None:
         if self.closed:
@@ -155,7 +154,7 @@ class Session:
                 await self._wait(call, link, deadline)
                 continue
             if call.link is not None:
-                self._count_loss(call)
+                self._lost(call, call.link)
             if call.bound is not None and call.bound is not link:
                 raise disconnected("the connection has ended on which this was handed over")
             link = await self._connected(deadline)
@@ -183,19 +182,13 @@ class Session:
             link.end(ConnectionLost("nothing came on it, and it was given up"))
         raise late
 
-    def _count_loss(self, call: Call) -> None:
-        link, call.link = call.link, None
+    def _lost(self, call: Call, link: Link) -> None:
+        """Raise what ended the connection on which a call was sent, if it was an error; or count the loss."""
+        call.link = None
         why = link.ended if isinstance(link, WatchedLink) else None
         if isinstance(why, BrokerError):
             raise copy.copy(why) from why
-        call.losses += 1
-        if call.bound is not None:
-            raise disconnected(f"the connection ended on which this was handed over: {why}") from why
-        if self._connect_again is None:
-            raise disconnected(f"the connection ended, and it was not made by connect(): {why}") from why
-        if call.losses > MOST_LOSSES:
-            text = f"the broker closed {call.losses} connections without answering this request: {why}"
-            raise disconnected(text) from why
+        count_loss(call, str(why), why, final=self._connect_again is None)
 
     def _live(self) -> WatchedLink | None:
         """Return the connection, None if it has ended.
@@ -205,7 +198,7 @@ class Session:
 
         """
         link = self._link
-        if link is None or link.ended is not None:
+        if link.ended is not None:
             return None
         if link.loop is not asyncio.get_running_loop():
             raise RuntimeError(
@@ -249,14 +242,13 @@ class Session:
                     raise
                 last = error
             except ConnectionLost as lost:
-                last = disconnected(f"the broker closed the connection before its welcome: {lost}")
+                last = not_greeted(lost)
         raise last or timed_out(deadline.seconds, "the broker did not come back")
 
     def _forked(self) -> None:
         """In the child: let go of the parent's connection, and of a lock that a task of it may hold."""
         self._connecting = asyncio.Lock()
-        if self._link is not None:
-            self._link.let_go()
+        self._link.let_go()
 
 
 # Those that a child after fork would otherwise share with its parent.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fdbroker.client.errors import DisconnectedError, UnavailableError
+from fdbroker.client.walk_call import WalkSoFar
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -14,10 +15,9 @@ if TYPE_CHECKING:
     from fdbroker.aio.session import Session
     from fdbroker.client.results import WalkedFile
     from fdbroker.client.walk_call import WalkCall
-    from fdbroker.wire.messages import WalkEnd
 
 
-class Walk:
+class Walk(WalkSoFar):
     """What is below a directory, one entry after the other; an async iterator that should be closed.
 
     As `fdbroker.client.Walk`: `aclose`, the end of an `async with` block, or a task that is cancelled while
@@ -25,8 +25,8 @@ class Walk:
     """
 
     def __init__(self, session: Session, call: WalkCall) -> None:
+        super().__init__(call)
         self._session = session
-        self._call = call
         self._steps = self._go()
 
     def __aiter__(self) -> AsyncIterator[WalkedFile]:
@@ -52,21 +52,6 @@ class Walk:
     ) -> None:
         """Close it."""
         await self.aclose()
-
-    @property
-    def end(self) -> WalkEnd | None:
-        """What was named in all and what is missing, once it is exhausted. As `fdbroker.client.Walk.end`."""
-        return self._call.end
-
-    @property
-    def last(self) -> bytes:
-        """The path, relative to the start, of the entry that was delivered last; empty: none was."""
-        return self._call.last
-
-    @property
-    def resumed(self) -> int:
-        """How many times it went on on another connection."""
-        return self._call.resumed
 
     async def aclose(self) -> None:
         """Cancel it, unless it has ended; close what was not delivered. May be called again."""

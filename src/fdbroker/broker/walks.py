@@ -106,10 +106,7 @@ class Walks:
         if objection is not None:
             return self._stop(connection, active, Reason.IDENTITY, objection)
         active.walk.decide_by(asker, self._dispatch.generation.opener.roots)
-        if limits is None:
-            batch = active.walk.step(active.most)
-        else:
-            batch = self._limited_step(active, asker, limits)
+        batch = active.walk.step(active.most) if limits is None else self._limited_step(active, asker, limits)
         try:
             recorded = not batch.paths or self._dispatch.record(
                 asker, connection, "walk", request_id, batch.paths, batch.outcomes

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from fdbroker.client.answers import check_served, status_of
 from fdbroker.client.connection import Connection
 from fdbroker.client.engine import AskStatus
-from fdbroker.client.errors import disconnected
 from fdbroker.client.files import FileRequests
-from fdbroker.client.link import ConnectionLost, Deadline, adopt_socket, connect_socket
+from fdbroker.client.link import ConnectionLost, Deadline, adopt_socket, connect_socket, not_greeted
+from fdbroker.client.requester import Connected
 from fdbroker.client.serve_call import ServeCall
 from fdbroker.client.service import Service
 from fdbroker.client.session import Session
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from fdbroker.client.engine import StrOrBytesPath
-    from fdbroker.wire.messages import Welcome
 
 DEFAULT_SOCKET = "/run/fdbroker/broker.seqpacket"
 DEFAULT_TIMEOUT = 30.0
@@ -52,11 +51,11 @@ def connect(path: StrOrBytesPath = DEFAULT_SOCKET, *, timeout: float | None = DE
     try:
         connection = connect_once(deadline)
     except ConnectionLost as lost:
-        raise disconnected(f"the broker closed the connection before its welcome: {lost}") from lost
+        raise not_greeted(lost) from lost
     return Client(Session(connection, connect_once, timeout, repr(os.fsdecode(path))))
 
 
-class Client(FileRequests):
+class Client(Connected[Session], FileRequests):
     """A connection to the broker, made by `connect` or `Client.from_socket`.
 
     It may be shared by threads: a lock is held while a request is sent and
@@ -77,8 +76,7 @@ class Client(FileRequests):
     alone and the caller's to close.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._asks = session
+    _shown_as = "fdbroker.Client"
 
     @classmethod
     def from_socket(cls, sock: socket.socket, *, timeout: float | None = DEFAULT_TIMEOUT) -> Client:
@@ -102,12 +100,8 @@ class Client(FileRequests):
         try:
             connection = Connection.greet(owned, deadline)
         except ConnectionLost as lost:
-            raise disconnected(f"the other end closed the connection before its welcome: {lost}") from lost
+            raise not_greeted(lost, "the other end") from lost
         return cls(Session(connection, None, timeout, "a given socket"))
-
-    def __repr__(self) -> str:
-        """Return where it leads and whether it is closed."""
-        return f"<fdbroker.Client of {self._asks.name}{' (closed)' if self.closed else ''}>"
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -118,21 +112,6 @@ class Client(FileRequests):
     ) -> None:
         """Close it."""
         self.close()
-
-    @property
-    def welcome(self) -> Welcome:
-        """What the broker said when it was connected to last: version, identity level, limits."""
-        return self._asks.welcome
-
-    @property
-    def timeout(self) -> float | None:
-        """Seconds that each request may take; None: no limit."""
-        return self._asks.timeout
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._asks.closed
 
     def close(self) -> None:
         """Close the connection, after the request that another thread may be waiting for.
@@ -177,7 +156,3 @@ class Client(FileRequests):
         # Clients are known on this connection alone.
         call.bound = call.link
         return Service(self._asks, call, listener)
-
-    @property
-    def _session(self) -> Session:
-        return self._asks

@@ -23,7 +23,7 @@ from fdbroker.client.errors import (
     error_of_reply,
     protocol_error,
 )
-from fdbroker.client.link import Call, ConnectionLost, Deadline, connect_socket
+from fdbroker.client.link import Call, ConnectionLost, Deadline, connect_socket, not_greeted
 from fdbroker.wire.client import ExplainReply, ReloadReply, ReopenReply, StatusReply, for_broker
 from fdbroker.wire.format import ACTIONS, HEADER, MAX_POLICY, PIECE, STATUS_PARTS, Reason
 from fdbroker.wire.messages import ErrorReply
@@ -59,7 +59,7 @@ def connect(path: StrOrBytesPath = DEFAULT_CONTROL, *, timeout: float | None = D
     try:
         return Control(Connection.greet(sock, deadline), timeout)
     except ConnectionLost as lost:
-        raise disconnected(f"the broker closed the connection before its welcome: {lost}") from lost
+        raise not_greeted(lost) from lost
 
 
 class Control:

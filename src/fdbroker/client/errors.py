@@ -245,15 +245,12 @@ _TEXTS_OF_LISTENERS: dict[Reason, str] = {
     Reason.BUSY: "this connection serves the listener already",
 }
 _RECEIVE = "receive or close some of what was opened, then try again"
-# Of limits that time alone does not help against.
+# Of limits by rate there is none but to wait, for so long as the broker says.
 _CURES_OF_LIMITS: dict[Limit, str] = {
     Limit.CONNECTIONS: "try again when others have closed theirs",
     Limit.CONNECTIONS_PER_UID: "close some connections of this user, then try again",
     Limit.MESSAGE_WITHIN: "connect anew, and send what was begun",
-    Limit.REQUESTS_PER_SECOND: "try again",
-    Limit.OPENS_PER_SECOND: "try again",
     Limit.IN_FLIGHT_PER_UID: _RECEIVE,
-    Limit.RULE_OPENS_PER_SECOND: "try again",
     Limit.RULE_IN_FLIGHT: _RECEIVE,
 }
 _BAD_GLOB = (
@@ -295,7 +292,9 @@ def error_in_its_words(reply: ErrorReply) -> BrokerError:
 def _error_of_limit(reached: LimitReached, number: int, path: bytes | None, request_id: int) -> LimitError:
     """Return the exception for a limit of which the broker said which one it is."""
     name, seconds = reached.limit.name.lower(), reached.retry_after / 1000 or None
-    cure = _CURES_OF_LIMITS[reached.limit] if seconds is None else f"try again in {seconds:g} s"
+    cure = (
+        _CURES_OF_LIMITS.get(reached.limit, "try again") if seconds is None else f"try again in {seconds:g} s"
+    )
     text = f"the broker's limit {name} is reached, which is {reached.value}; {cure}"
     number = number or ERRNO_OF[Reason.LIMIT]
     return LimitError(number, text, path, Reason.LIMIT, request_id, name, reached.value, seconds)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker.client.engine import ROOM, Engine
 from fdbroker.client.errors import (
     BrokerTimeoutError,
+    DisconnectedError,
+    disconnected,
     protocol_error,
     timed_out,
     too_many_files,
@@ -54,9 +56,11 @@ class Deadline(NamedTuple):
     seconds: float
 
     @classmethod
-    def after(cls, seconds: float | None) -> Deadline:
-        """Return the deadline `seconds` from now."""
-        return cls(None, math.inf) if seconds is None else cls(time.monotonic() + seconds, seconds)
+    def after(cls, seconds: float | None, began: float | None = None) -> Deadline:
+        """Return the deadline `seconds` after a moment of the monotonic clock, or after now."""
+        if seconds is None:
+            return cls(None, math.inf)
+        return cls((time.monotonic() if began is None else began) + seconds, seconds)
 
     @classmethod
     def first(cls, timeout: float | None) -> Deadline:
@@ -382,6 +386,11 @@ def _connect(path: bytes, prepare: Callable[[socket.socket], None]) -> socket.so
             return sock
     assert last is not None  # noqa: S101 - for the type checker; there is a kind to try
     raise last
+
+
+def not_greeted(lost: ConnectionLost, who: str = "the broker") -> DisconnectedError:
+    """Return the exception for a connection that `who` closed without a word."""
+    return disconnected(f"{who} closed the connection before its welcome: {lost}")
 
 
 def not_accepted(path: bytes, deadline: Deadline) -> BrokerTimeoutError:

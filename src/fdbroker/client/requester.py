@@ -16,7 +16,27 @@ if TYPE_CHECKING:
 
     from fdbroker.client.engine import Batch
     from fdbroker.client.link import Link
-    from fdbroker.wire.messages import AcceptedClient
+    from fdbroker.wire.messages import AcceptedClient, Welcome
+
+
+class _OwnSession(Protocol):
+    """What a session must tell of itself to the client that owns it."""
+
+    @property
+    def name(self) -> str:
+        """Where it leads."""
+
+    @property
+    def welcome(self) -> Welcome:
+        """What the broker said when it was connected to last."""
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that each request may take."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
 
 
 class _SendsAfterthoughts(Protocol):
@@ -27,6 +47,7 @@ class _SendsAfterthoughts(Protocol):
 
 
 _Session = TypeVar("_Session")
+_SessionOfClient = TypeVar("_SessionOfClient", bound=_OwnSession)
 _SessionOfServed = TypeVar("_SessionOfServed", bound=_SendsAfterthoughts)
 
 
@@ -53,6 +74,38 @@ class Requester(ABC, Generic[_Session]):
 
     def _stat_paths(self, asked: Batch) -> StatPaths:
         return StatPaths(asked.paths, self._acting_for)
+
+
+class Connected(Requester[_SessionOfClient]):
+    """Asks for itself, by a session that it owns."""
+
+    _shown_as: ClassVar[str]
+
+    def __init__(self, session: _SessionOfClient) -> None:
+        self._asks = session
+
+    def __repr__(self) -> str:
+        """Return where it leads and whether it is closed."""
+        return f"<{self._shown_as} of {self._asks.name}{' (closed)' if self.closed else ''}>"
+
+    @property
+    def welcome(self) -> Welcome:
+        """What the broker said when it was connected to last: version, identity level, limits."""
+        return self._asks.welcome
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that each request may take; None: no limit."""
+        return self._asks.timeout
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._asks.closed
+
+    @property
+    def _session(self) -> _SessionOfClient:
+        return self._asks
 
 
 class HandedOver(Requester[_SessionOfServed]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import threading
 import time
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from fdbroker.client.answers import limits_of
 from fdbroker.client.engine import TooLargeError, batches
 from fdbroker.client.errors import BrokerError, UnavailableError, disconnected, timed_out
-from fdbroker.client.link import Call, ConnectionLost, Deadline
+from fdbroker.client.link import Call, ConnectionLost, Deadline, not_greeted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 # Connections that one request may be lost with: a request that kills the broker must not go on doing so.
-MOST_LOSSES = 3
+_MOST_LOSSES = 3
 # Seconds before each try to connect again: a broker that is restarted by hand has no socket for a moment.
 PAUSES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
 MAY_COME_BACK = frozenset({errno.ENOENT, errno.ECONNREFUSED})
@@ -232,8 +231,7 @@ class Session:
 
     def _deadline(self, began: float) -> Deadline:
         """Return until when something may take that began then."""
-        timeout = self.timeout
-        return Deadline(None, math.inf) if timeout is None else Deadline(began + timeout, timeout)
+        return Deadline.after(self.timeout, began)
 
     def _send_ahead(self, call: Call, deadline: Deadline) -> None:
         """Send if there is a connection; `_collect` does what is left to do."""
@@ -260,7 +258,9 @@ class Session:
                     connection.wait(self._deadline(began))
                 else:
                     if call.link is not None:
-                        self._count_loss(call, "the connection was given up meanwhile")
+                        count_loss(
+                            call, "the connection was given up meanwhile", final=self._connect_again is None
+                        )
                     if call.bound is not None and call.bound is not connection:
                         raise disconnected("the connection has ended on which this was handed over")
                     if connection is None:
@@ -272,7 +272,7 @@ class Session:
                     connection.send_queued(self._deadline(began))
             except ConnectionLost as lost:
                 self._drop()
-                self._count_loss(call, str(lost), lost)
+                count_loss(call, str(lost), lost, final=self._connect_again is None)
             except BrokerError:
                 # Whatever it was, a late answer could come on this connection.
                 self._drop()
@@ -280,17 +280,6 @@ class Session:
             except TooLargeError as error:
                 raise disconnected(f"the broker was restarted with other limits: {error}") from error
         return call.answers.pop(0)
-
-    def _count_loss(self, call: Call, how: str, lost: ConnectionLost | None = None) -> None:
-        call.link = None
-        call.losses += 1
-        if call.bound is not None:
-            raise disconnected(f"the connection ended on which this was handed over: {how}") from lost
-        if self._connect_again is None:
-            raise disconnected(f"the connection ended, and it was not made by connect(): {how}") from lost
-        if call.losses > MOST_LOSSES:
-            text = f"the broker closed {call.losses} connections without answering this request: {how}"
-            raise disconnected(text) from lost
 
     def _connected(self, deadline: Deadline) -> Connection:
         """Return the connection, a new one if there is none."""
@@ -326,8 +315,28 @@ def _reconnect(connect_again: Callable[[Deadline], Connection], deadline: Deadli
                 raise
             last = error
         except ConnectionLost as lost:
-            last = disconnected(f"the broker closed the connection before its welcome: {lost}")
+            last = not_greeted(lost)
     raise last or timed_out(deadline.seconds, "the broker did not come back")
+
+
+def count_loss(call: Call, how: str, lost: Exception | None = None, *, final: bool) -> None:
+    """Note that a connection was lost with a call under way on it.
+
+    `final`: no other connection can take its place.
+
+    Raises:
+        DisconnectedError: the call can't be repeated, from `lost`.
+
+    """
+    call.link = None
+    call.losses += 1
+    if call.bound is not None:
+        raise disconnected(f"the connection ended on which this was handed over: {how}") from lost
+    if final:
+        raise disconnected(f"the connection ended, and it was not made by connect(): {how}") from lost
+    if call.losses > _MOST_LOSSES:
+        text = f"the broker closed {call.losses} connections without answering this request: {how}"
+        raise disconnected(text) from lost
 
 
 # Those that a child after fork would otherwise share with its parent.

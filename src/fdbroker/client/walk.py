@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fdbroker.client.errors import DisconnectedError, UnavailableError
+from fdbroker.client.walk_call import WalkSoFar
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -14,10 +15,9 @@ if TYPE_CHECKING:
     from fdbroker.client.results import WalkedFile
     from fdbroker.client.session import Session
     from fdbroker.client.walk_call import WalkCall
-    from fdbroker.wire.messages import WalkEnd
 
 
-class Walk:
+class Walk(WalkSoFar):
     """What is below a directory, one entry after the other; an iterator that should be closed.
 
     `close` (or the end of a `with` block, or of the iterator's life) cancels
@@ -26,8 +26,8 @@ class Walk:
     """
 
     def __init__(self, session: Session, call: WalkCall) -> None:
+        super().__init__(call)
         self._session = session
-        self._call = call
         self._steps = self._go()
 
     def __iter__(self) -> Iterator[WalkedFile]:
@@ -53,25 +53,6 @@ class Walk:
     ) -> None:
         """Close it."""
         self.close()
-
-    @property
-    def end(self) -> WalkEnd | None:
-        """What was named in all and what is missing, once it is exhausted; None: it is not.
-
-        Of a walk that went on on another connection `incomplete` always says
-        `FAILED`: what the lost one had left out was never told.
-        """
-        return self._call.end
-
-    @property
-    def last(self) -> bytes:
-        """The path, relative to the start, of the entry that was delivered last; empty: none was."""
-        return self._call.last
-
-    @property
-    def resumed(self) -> int:
-        """How many times it went on on another connection."""
-        return self._call.resumed
 
     def close(self) -> None:
         """Cancel it, unless it has ended; close what was not delivered. May be called again."""

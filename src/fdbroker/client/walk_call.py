@@ -206,3 +206,29 @@ class WalkCall(Call):
         # What the connections that were lost had left out until then was never told.
         missing = said.incomplete | Incomplete.FAILED
         return WalkEnd(self.entries, self.descriptors, said.directories, missing)
+
+
+class WalkSoFar:
+    """What can be asked about a walk at any time. Base of the iterators of both clients."""
+
+    def __init__(self, call: WalkCall) -> None:
+        self._call = call
+
+    @property
+    def end(self) -> WalkEnd | None:
+        """What was named in all and what is missing, once it is exhausted; None: it is not.
+
+        Of a walk that went on on another connection `incomplete` always says
+        `FAILED`: what the lost one had left out was never told.
+        """
+        return self._call.end
+
+    @property
+    def last(self) -> bytes:
+        """The path, relative to the start, of the entry that was delivered last; empty: none was."""
+        return self._call.last
+
+    @property
+    def resumed(self) -> int:
+        """How many times it went on on another connection."""
+        return self._call.resumed

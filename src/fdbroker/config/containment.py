@@ -39,7 +39,7 @@ def parse(pattern: bytes) -> Components:
 
 
 def matches_all_of_a_depth(components: Components) -> bool:
-    """Return whether no component leaves out any name: what is matched depends on how many there are alone."""
+    """Return whether no component leaves out any name: only how many there are decides what is matched."""
     return all(component is None or component == _ANY_NAME for component in components)
 
 
