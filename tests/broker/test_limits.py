@@ -265,6 +265,58 @@ def test_what_a_rule_gives_is_counted_and_what_it_does_not_give_is_not(tmp_path:
         assert (last["reason"], last["rule"], last["limit"]) == ("rule_opens_per_second", "some", 10)
 
 
+def test_requests_to_which_a_rule_gives_something_have_a_rate_of_their_own(
+    tmp_path: Path, clock: Clock
+) -> None:
+    some = rule("some", paths=["file", "missing"], limits=rate("requests", 10, 3))
+    others = rule("others", paths=["empty"])
+    with limited_broker(tmp_path, some, others) as broker, broker.join() as speaker:
+        file, missing, empty = (bytes(broker.tree / name) for name in ("file", "missing", "empty"))
+        for _ in range(5):  # it gives nothing
+            assert [one.reason for one in speaker.open(missing, empty)] == ["not_found", "ok"]
+        assert [one.reason for one in speaker.open(file, file, empty)] == ["ok"] * 3
+        assert speaker.stat(file, missing).results[0][0].status is Status.GIVEN
+        assert [one.reason for one in speaker.open(file)] == ["ok"]
+        assert [one.reason for one in speaker.open(file, empty, file)] == ["limit", "ok", "limit"]
+        [(told, facts), (other, _)] = speaker.stat(file, empty).results
+        assert told.limit == LimitReached(Limit.RULE_REQUESTS_PER_SECOND, 10, 100)
+        assert facts is None
+        assert other.status is Status.GIVEN
+        clock.now += 0.1
+        assert [one.reason for one in speaker.open(file, file)] == ["ok", "ok"]
+        assert [one.reason for one in speaker.open(file)] == ["limit"]
+        assert hits(broker) == {("rule_requests_per_second", "some"): 3}
+        last = broker.records()[-1]
+        assert (last["reason"], last["rule"], last["limit"]) == ("rule_requests_per_second", "some", 10)
+
+
+def test_a_listing_is_a_request_of_its_rule(tmp_path: Path, clock: Clock) -> None:
+    with limited_broker(tmp_path, rule("all", limits=rate("requests", 10, 1))) as broker:
+        tree = bytes(broker.tree)
+        with broker.join() as speaker:
+            assert speaker.page(tree).entries
+            for wait, left in ((0.0, 100), (0.06, 40)):
+                clock.now += wait
+                page = speaker.page(tree)
+                assert page.entries == []
+                assert page.result.limit == LimitReached(Limit.RULE_REQUESTS_PER_SECOND, 10, left)
+            clock.now += 0.04
+            assert speaker.page(tree).entries
+
+
+def test_a_walk_waits_for_the_requests_of_its_rule_frame_by_frame(tmp_path: Path, clock: Clock) -> None:
+    with limited_broker(tmp_path, rule("all", limits=rate("requests", 10, 2))) as broker:
+        (broker.tree / "many").mkdir()
+        for number in range(57):
+            (broker.tree / "many" / str(number)).touch()
+        with broker.join() as speaker:
+            names, seconds = walk_all(speaker, broker, clock, most=10)
+            assert len(names) == len(set(names)) == 60
+            assert 0.35 <= seconds <= 0.55  # six frames, two of them at once
+            assert reasons_of(speaker, broker) == ["LIMIT"]
+        assert ("rule_requests_per_second", "all") in hits(broker)
+
+
 def test_an_empty_bucket_does_not_tell_of_files_that_the_client_may_not_have(tmp_path: Path) -> None:
     """Where a rule has conditions, missing and refused are one answer, with and without tokens."""
     small = rule("small", where={"size": {"max": 3}}, limits=rate("opens", 2))

@@ -149,12 +149,14 @@ listeners:
 
 
 def test_limits_are_compiled_where_they_are_written_and_a_rate_has_a_burst() -> None:
-    text = allowing("limits: {opens_per_second: 20000, in_flight: 256}") + (
+    text = allowing("limits: {requests_per_second: 50, opens_per_second: 20000, in_flight: 256}") + (
         "limits: {requests_per_second: 100, opens_per_second: 1000, opens_burst: 64,"
         " in_flight_per_uid: 1000, idle_timeout: 5min}\n"
     )
     policy = compiled(text)
     assert policy["rules"][0]["limits"] == {
+        "requests_per_second": 50,
+        "requests_burst": 50,
         "opens_per_second": 20000,
         "opens_burst": 20000,
         "in_flight": 256,
@@ -172,7 +174,9 @@ def test_limits_are_compiled_where_they_are_written_and_a_rate_has_a_burst() -> 
     }
     read = read_policy(for_broker(json.loads(dumps(policy))))
     assert read.settings[7:] == (1000, Rate("requests", 100, 100), Rate("opens", 1000, 64), 300.0)
-    assert read.rules[0].limits == RuleLimits(Rate("opens: r", 20000, 20000), 256)
+    assert read.rules[0].limits == RuleLimits(
+        Rate("requests: r", 50, 50), Rate("opens: r", 20000, 20000), 256
+    )
 
 
 def test_every_key_is_compiled_as_the_format_says() -> None:
@@ -405,7 +409,7 @@ SIZE = "is not a size; write bytes (4096) or digits with a unit: KiB, MiB, GiB, 
 MODE = 'is not a file mode; write octal digits that begin with 0, as in "0640" or "02000"'
 COUNT = "is not a number; write decimal digits only, as in 512"
 OVERFLOW = "is not allowed: every id that a user namespace does not map shows as 65534"
-RULE_LIMITS = "write some of opens_per_second, opens_burst, in_flight, or leave limits out"
+RULE_LIMITS = "write some of requests_per_second, requests_burst, opens_per_second, opens_burst, in_flight, or leave limits out"
 LIMITS = "connections_per_uid, in_flight_per_connection, message_within, in_flight_per_uid, requests_per_second, requests_burst, opens_per_second, opens_burst, idle_timeout"  # fmt: skip
 
 
@@ -515,7 +519,7 @@ LIMITS = "connections_per_uid, in_flight_per_connection, message_within, in_flig
         ("limits: {opens_burst: 5}", "4:27: rule 'r': limits: opens_burst says nothing without opens_per_second; write opens_per_second as well, or remove it"),
         ("limits: {opens_per_second: 0}", "4:32: rule 'r': limits: opens_per_second: 0 is out of range; write a number from 1 to 1000000"),
         ("limits: {in_flight: 0}", "4:25: rule 'r': limits: in_flight: 0 is out of range; write a number from 1 to 1000000"),
-        ("limits: {requests_per_second: 5}", "4:14: rule 'r': limits: unknown key 'requests_per_second'; did you mean 'opens_per_second'?"),
+        ("limits: {open_per_second: 5}", "4:14: rule 'r': limits: unknown key 'open_per_second'; did you mean 'opens_per_second'?"),
         ("symlinks: [refuse]", "4:15: rule 'r': symlinks must be text, not a list; write refuse or within-root"),
         ("symlinks: yes", "4:15: rule 'r': symlinks: 'yes' is not a choice here; write refuse or within-root"),
         ("age: 1", "4:5: rule 'r': unknown key 'age'; the keys here are name, allow, deny, client, on_behalf_of, in, paths, except, where, deliver, limits, symlinks"),

@@ -168,6 +168,28 @@ def test_copies_are_compared_where_a_policy_delivers_them(tree: Path) -> None:
     assert {action for _, action, _ in differences(policy(tree), new, tree)} == {"copy"}
 
 
+def test_root_that_is_given_to_helpers_lists_and_walks_no_more_and_opens_as_before(tree: Path) -> None:
+    def opening(opens: str) -> dict[str, Any]:
+        return policy(
+            tree,
+            rule("all", actions=list(ACTIONS)),
+            roots=[{"name": "tree", "path": str(tree), "cross_mounts": False, "opens": opens}],
+        )
+
+    files = sum(os.path.isfile(path) and not os.path.islink(path) for path in paths_in(tree))
+    directories = sum(os.path.isdir(path) and not os.path.islink(path) for path in paths_in(tree))
+    lost = differences(opening("loop"), opening("helpers"), tree)
+    assert lost == {
+        ("everybody else", "list", False): directories,
+        ("everybody else", "walk", False): len(paths_in(tree)),
+    }
+    assert differences(opening("helpers"), opening("loop"), tree) == {
+        (who, action, True): count for (who, action, _), count in lost.items()
+    }
+    gone = differences(opening("helpers"), policy(tree, rule("none", effect="deny")), tree)
+    assert gone["everybody else", "open", False] == files
+
+
 def test_changed_settings_are_named_by_their_keys() -> None:
     old = policy("/x", rule("a", where={"size": {"max": 1}}))
     new = policy("/x", rule("a", where={"size": {"max": 2}}), limits={"connections_per_uid": 3})

@@ -23,7 +23,7 @@ from fdbroker.wire.client import (
     encode_stat,
     encode_status,
 )
-from fdbroker.wire.format import MAX_FRAME, Reason, Status
+from fdbroker.wire.format import MAX_FRAME, Limit, Reason, Status
 from fdbroker.wire.stream import FrameBuffer, framed
 from tests.broker.conftest import fill, no_descriptor_left
 from tests.broker.speaking import read_opened
@@ -353,6 +353,22 @@ def test_limits_hold_for_what_helpers_open_and_each_file_is_counted_once(
         assert given == (5 if mixed and not of_rule else 10)
         reason = "rule_opens_per_second" if of_rule else "opens_per_second"
         assert helped.reasons().count(reason) == (14 if mixed and not of_rule else 2)
+
+
+def test_what_helpers_find_is_a_request_of_its_rule(tmp_path: Path) -> None:
+    tree = filled(tmp_path / "tree")
+    limited = rule("all", limits={"requests_per_second": 1, "requests_burst": 2})
+    compiled = policy(tree, limited, roots=[root_at(tree, "tree", "helpers")])
+    path = bytes(tree / "file")
+    with no_descriptor_left(), Helped(tree, tmp_path / "audit", compiled) as helped:
+        speaker = helped.join()
+        assert speaker.stat(path, path).results[1][0].status is Status.GIVEN
+        assert [opened.reason for opened in speaker.open(path, path)] == ["ok", "ok"]
+        [(told, facts)] = speaker.stat(path).results
+        assert told.limit is not None
+        assert told.limit.limit is Limit.RULE_REQUESTS_PER_SECOND
+        assert facts is None
+        assert [opened.reason for opened in speaker.open(path)] == ["limit"]
 
 
 def test_what_a_rule_gives_by_helpers_is_under_way_until_it_is_received(tmp_path: Path) -> None:

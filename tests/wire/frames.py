@@ -218,7 +218,7 @@ limits = st.builds(LimitReached, st.sampled_from(list(Limit)), u32, u32)
 copies = st.binary(max_size=40) | st.integers(0, MAX_COPY).map(bytes)
 times = st.builds(lambda seconds, rest: seconds * 10**9 + rest, i64, st.integers(0, 10**9 - 1))
 stats = st.builds(FileStat, u64, u64, u16, u32, u32, u32, u64, times, times)
-described = st.tuples(st.just(GIVEN), stats) | st.tuples(not_given, st.none())
+described = st.tuples(st.just(GIVEN), stats) | st.tuples(not_given | limits.map(limited), st.none())
 entries = st.builds(ListEntry, names, st.integers(0, 255), st.none() | stats)
 walked = st.builds(
     WalkEntry,
@@ -249,6 +249,7 @@ replies_of_all_kinds: st.SearchStrategy[Reply] = st.one_of(
     open_replies(),
     st.builds(StatReply, u32, u32, st.lists(described, max_size=40)),
     st.builds(ListReply, u32, u32, results, st.lists(entries, max_size=20), u64, st.booleans()),
+    st.builds(ListReply, u32, u32, limits.map(limited), st.just([]), u64, st.booleans()),
     st.builds(WalkReply, u32, u32, st.just(GIVEN), st.lists(walked, max_size=20), st.none() | ends),
     st.builds(WalkReply, u32, u32, not_given, st.just([]), ends),
     st.builds(ServeReply, u32, u32, results),

@@ -84,6 +84,8 @@ EXAMPLES: list[Reply] = [
     ReleaseReply(11, 7, refused(Reason.NOT_FOUND)),
     ReopenReply(12, 7, taken=True),
     OpenReply(2, 7, [limited(REACHED), copied(1), limited(REACHED), GIVEN], (b"a",)),
+    StatReply(4, 7, [(limited(REACHED), None), (DENIED, None), (limited(REACHED), None)]),
+    ListReply(5, 7, limited(REACHED), [], 0, last=True),
     ErrorReply(6, 7, Kind.REFUSED, Reason.LIMIT, 11, "", REACHED),
 ]
 # Text without a length of its own: its end is the frame's end.

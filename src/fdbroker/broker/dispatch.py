@@ -98,7 +98,7 @@ class Dispatch:
         self.generation = parts.generation
         self.helped: Helped | None = None  # where some root is served by helpers
         self.counts = Counts()
-        self.open_limits: Limits | None = None  # where the policy limits what is opened
+        self.open_limits: Limits | None = None  # where the policy limits what is opened, or what rules give
         self.malformed_messages = 0
         self._audit = parts.audit
         self._layers = parts.layers
@@ -241,6 +241,8 @@ class Dispatch:
             outcomes = opener.describe(asker, paths)
         if self._is_for_helpers(connection, request, asker, outcomes):
             return None
+        if self.open_limits is not None and not isinstance(asker, str):
+            self.open_limits.charge_request(asker, outcomes)
         if not self.record(asker, connection, "stat", request.id, paths, outcomes, number=request.client):
             outcomes = [NOT_RECORDED] * len(paths)
         results = [(outcome.result, outcome.facts) for outcome in outcomes]
@@ -253,6 +255,11 @@ class Dispatch:
             page = Page(Outcome(refused(Reason.IDENTITY), asker))
         else:
             page = self.generation.opener.list(asker, request.path, request.cookie, request.most)
+            if self.open_limits is not None:
+                outcomes = [page.outcome]
+                self.open_limits.charge_request(asker, outcomes)
+                if outcomes[0] is not page.outcome:
+                    page = Page(outcomes[0])
         outcome, shown = page.outcome, f',"entries":{len(page.entries)}'
         if not self.record(
             asker,

@@ -199,6 +199,8 @@ class Helped:
             for index, report in reports.items():
                 if outcomes[index] is NEEDS_HELPER:
                     outcomes[index] = opener.judge_report(asker, "stat", paths[index], report)
+            if self._dispatch.open_limits is not None:
+                self._dispatch.open_limits.charge_request(asker, outcomes)
         if not self._dispatch.record(
             asker, connection, "stat", request.id, paths, outcomes, number=request.client
         ):

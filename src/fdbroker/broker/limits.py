@@ -4,7 +4,7 @@ Each is of one uid, however many connections, processes and datagrams it uses.
 Where a service acts for a client it is the client's: one of them can't use up
 what the service has for the others.
 
-Requests are counted before they are looked at. What a uid opens in all is
+Requests of a uid are counted before they are looked at. What a uid opens in all is
 counted by the paths it asks for, so that refusals are not free either. What a
 rule gives is counted when it is given: no number depends on files that the
 client may not have.
@@ -180,22 +180,39 @@ class Limits:
         `elsewhere`: places of outcomes whose descriptors are not among `descriptors`.
         Return for which rules the rest counts as under way.
         """
-        given_by: dict[Rule, list[int]] = {}
-        for place, outcome in enumerate(outcomes):
-            if outcome.rule is not None and outcome.rule.limits is not None and outcome.reason == "ok":
-                given_by.setdefault(outcome.rule, []).append(place)
+        given_by = _given_by(outcomes)
         if not given_by:
             return _NO_SHARES
         uid, shares = account_of(asker), []
-        refused: dict[int, Outcome] = {}
-        for rule, places in given_by.items():
-            assert rule.limits is not None  # noqa: S101 - for the type checker: only those are here
-            kept = self._keep(rule, rule.limits, uid, places, outcomes, refused)
-            if kept and rule.limits.in_flight is not None:
+        refused = self._above_requests(given_by, uid)
+        for (rule, limits), places in given_by.items():
+            if places[0] in refused:
+                continue
+            kept = self._keep(rule, limits, uid, places, outcomes, refused)
+            if kept and limits.in_flight is not None:
                 shares.append(((rule.name, uid), kept))
         if refused:
             _take_out(refused, outcomes, descriptors, copies, elsewhere)
         return tuple(shares)
+
+    def charge_request(self, asker: Asker, outcomes: list[Outcome]) -> None:
+        """Take one request from each rule by which something is told; refuse what is told above its rate."""
+        for place, refusal in self._above_requests(_given_by(outcomes), account_of(asker)).items():
+            outcomes[place] = refusal
+
+    def _above_requests(
+        self, given_by: Mapping[tuple[Rule, RuleLimits], Sequence[int]], uid: int
+    ) -> dict[int, Outcome]:
+        """Take one request from each rule; return the refusals for what those give that have none left."""
+        refused: dict[int, Outcome] = {}
+        for (rule, limits), places in given_by.items():
+            rate, now = limits.requests, time.monotonic_ns()
+            if rate is not None and not self._buckets.take(rate, uid, 1, now):
+                wait = self._buckets.wait(rate, uid, now)
+                reached = _reached(Limit.RULE_REQUESTS_PER_SECOND, rate.per_second, wait)
+                refused.update(dict.fromkeys(places, _refusal(reached, rule)))
+                self.hit("rule_requests_per_second", rule)
+        return refused
 
     def _keep(
         self,
@@ -237,6 +254,8 @@ class Limits:
         limits, uid = rule.limits, account_of(asker)
         if limits is None:
             return _UNLIMITED
+        if self._has_no_request(limits, uid):
+            return 0
         room = self._room(limits.opens, uid)
         if limits.in_flight is not None:
             room = min(room, max(0, self._flight.room_of_rule(rule.name, uid, limits.in_flight, MAX_PATHS)))
@@ -249,11 +268,18 @@ class Limits:
         left = self._buckets.left(rate, uid, time.monotonic_ns())
         return left if left >= min(rate.burst, max(1, rate.burst // 4), _WORTH_A_FRAME) else 0
 
-    def held_back(self, rule: Rule | None) -> None:
+    def _has_no_request(self, limits: RuleLimits, uid: int) -> bool:
+        rate = limits.requests
+        return rate is not None and not self._buckets.left(rate, uid, time.monotonic_ns())
+
+    def held_back(self, asker: Asker, rule: Rule | None) -> None:
         """Count that a walk has to wait: for what `rule` gives, or for what its uid may open in all."""
-        if rule is None:
+        limits = None if rule is None else rule.limits
+        if limits is None:
             self.hit("opens_per_second")
-        elif rule.limits is not None and rule.limits.opens is not None:
+        elif self._has_no_request(limits, account_of(asker)):
+            self.hit("rule_requests_per_second", rule)
+        elif limits.opens is not None:
             self.hit("rule_opens_per_second", rule)
         else:
             self.hit("rule_in_flight", rule)
@@ -265,9 +291,13 @@ class Limits:
             self._buckets.take(self._opens, uid, count, now)
         for rule, number in opened_by.items():
             limits = rule.limits
-            if limits is not None and limits.opens is not None:
+            if limits is None:
+                continue
+            if limits.requests is not None:
+                self._buckets.take(limits.requests, uid, 1, now)
+            if limits.opens is not None:
                 self._buckets.take(limits.opens, uid, number, now)
-            if limits is not None and limits.in_flight is not None:
+            if limits.in_flight is not None:
                 shares.append(((rule.name, uid), number))
         return tuple(shares)
 
@@ -275,6 +305,16 @@ class Limits:
 def account_of(asker: Asker) -> int:
     """Return whose limits hold: those of the client that is acted for, or of who asks."""
     return asker.uid if asker.on_behalf_of_uid is None else asker.on_behalf_of_uid
+
+
+def _given_by(outcomes: Sequence[Outcome]) -> dict[tuple[Rule, RuleLimits], list[int]]:
+    """Return the places of what rules with limits give, by those."""
+    given_by: dict[tuple[Rule, RuleLimits], list[int]] = {}
+    for place, outcome in enumerate(outcomes):
+        rule = outcome.rule
+        if rule is not None and rule.limits is not None and outcome.reason == "ok":
+            given_by.setdefault((rule, rule.limits), []).append(place)
+    return given_by
 
 
 def _noted(handler: Handler) -> Handler:

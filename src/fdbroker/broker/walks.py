@@ -141,7 +141,7 @@ class Walks:
             batch = active.walk.step(room, partial(limits.room_of, asker))
             if batch.entries or batch.end is not None or batch.held_back_by is None:
                 return batch
-        limits.held_back(batch.held_back_by)
+        limits.held_back(asker, batch.held_back_by)
         active.not_before = time.monotonic() + _HELD_BACK
         self.held_back = True
         return batch

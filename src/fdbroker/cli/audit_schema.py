@@ -82,6 +82,7 @@ _CLIENT = "socket connection? pid uid gid identity"
 _FOR = "for_number? for_pid? for_uid? for_gid?"
 _DECISION = f"{_CLIENT} {_FOR} request generation path path_hex? path_length?"
 _RESOLVED = "resolved? resolved_hex?"
+_LIMIT = "limit? retry_after_ms?"
 
 
 class Event(NamedTuple):
@@ -92,12 +93,11 @@ class Event(NamedTuple):
 
 
 EVENTS: dict[str, Event] = {
-    "open": Event(
-        f"{_DECISION} decision reason rule {_RESOLVED} limit? retry_after_ms?", "a file was asked for"
-    ),
-    "stat": Event(f"{_DECISION} decision reason rule {_RESOLVED}", "what a name is was asked for"),
+    "open": Event(f"{_DECISION} decision reason rule {_RESOLVED} {_LIMIT}", "a file was asked for"),
+    "stat": Event(f"{_DECISION} decision reason rule {_RESOLVED} {_LIMIT}", "what a name is was asked for"),
     "list": Event(
-        f"{_DECISION} entries decision reason rule {_RESOLVED}", "a page of a directory was asked for"
+        f"{_DECISION} entries decision reason rule {_RESOLVED} {_LIMIT}",
+        "a page of a directory was asked for",
     ),
     "walk": Event(f"{_DECISION} decision reason rule", "a walk began, was refused, or opened a file"),
     "walk_ended": Event(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import time
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import click
 from rich.console import Console, Group
@@ -124,10 +125,10 @@ def command(
     Examples:  fdbroker top --sort denied
                fdbroker top --interval 10 --count 6 --json | jq .requests_per_s
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
-    with _ended_by_signals():
+    with _signals_kept() as signals:
         try:
             with connected(control_path) as connection:
-                samples = _samples(connection, interval, count)
+                samples = _samples(connection, interval, count, signals)
                 if as_json:
                     for sample in samples:
                         write_json(_sorted(sample, sorted_by, rows).as_document())
@@ -142,19 +143,52 @@ def command(
     return 0
 
 
+class _Signals:
+    """What ends this, kept until it waits: raised anywhere it might be lost, in a finalizer for one.
+
+    A second signal does not wait, so that a terminal or a broker that is stuck can be left.
+    """
+
+    def __init__(self) -> None:
+        self._readable, self._writable = os.pipe()
+        self._arrived: int | None = None
+
+    def keep(self, number: int, _frame: object) -> None:
+        """Take a signal."""
+        if self._arrived is not None:
+            _end_by(number)
+        self._arrived = number
+        os.write(self._writable, b"\0")
+
+    def wait(self, seconds: float) -> None:
+        """Wait; KeyboardInterrupt or SystemExit as soon as a signal has come."""
+        select.select([self._readable], [], [], seconds)
+        if self._arrived is not None:
+            _end_by(self._arrived)
+
+    def close(self) -> None:
+        os.close(self._readable)
+        os.close(self._writable)
+
+
+def _end_by(number: int) -> NoReturn:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
+
+
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP give the terminal back before they end this."""
-
-    def end(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+def _signals_kept() -> Iterator[_Signals]:
+    """Have SIGINT, SIGTERM and SIGHUP give the terminal back before they end this."""
+    signals = _Signals()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signals.keep) for number in numbers}
     try:
-        yield
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signals.close()
 
 
 class _Seen(NamedTuple):
@@ -185,7 +219,7 @@ def _look(control: Control) -> _Seen:
     return _Seen(time.monotonic(), status, others)
 
 
-def _samples(control: Control, interval: float, count: int | None) -> Iterator[Sample]:
+def _samples(control: Control, interval: float, count: int | None, signals: _Signals) -> Iterator[Sample]:
     """Yield a sample after each interval."""
     before = _look(control)
     following = before.at
@@ -193,7 +227,7 @@ def _samples(control: Control, interval: float, count: int | None) -> Iterator[S
     while count is None or made < count:
         # The next one is not late because this one was.
         following = max(following + interval, time.monotonic())
-        time.sleep(max(0.0, following - time.monotonic()))
+        signals.wait(max(0.0, following - time.monotonic()))
         now = _look(control)
         yield _difference(before, now)
         before = now

@@ -156,6 +156,13 @@ _Rate: TypeAlias = Annotated[int, Meta(ge=PER_SECOND[0], le=PER_SECOND[-1])]
 class RuleLimits(_Keys):
     """What one user may have by a rule."""
 
+    requests_per_second: Annotated[
+        _Rate | UnsetType, Meta(description="Requests in a second to which the rule gives something.")
+    ] = UNSET
+    requests_burst: Annotated[
+        _Rate | UnsetType,
+        Meta(description="Such requests at once after a rest; as many as in a second where left out."),
+    ] = UNSET
     opens_per_second: Annotated[
         _Rate | UnsetType, Meta(description="Files that the rule gives in a second.")
     ] = UNSET

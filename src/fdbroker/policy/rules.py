@@ -261,6 +261,7 @@ class Rate(NamedTuple):
 class RuleLimits(NamedTuple):
     """What one uid may have by one rule; None: as much as it likes."""
 
+    requests: Rate | None
     opens: Rate | None
     in_flight: int | None
 
@@ -575,12 +576,14 @@ def _read_conditions(document: Mapping[str, object], at: str) -> Conditions | No
 
 def _read_rule_limits(document: Mapping[str, object], at: str, name: str) -> RuleLimits:
     limits, at = _get(document, "limits", dict, at), f"{at}.limits"
-    _exact_keys(limits, at, frozenset(), {"opens_per_second", "opens_burst", "in_flight"})
+    rates = {"requests_per_second", "requests_burst", "opens_per_second", "opens_burst"}
+    _exact_keys(limits, at, frozenset(), rates | {"in_flight"})
     if not limits:
         raise PolicyError(f"{at} needs at least one limit")
     # No rate of the whole policy has a colon in its name.
-    opens = _read_rate(limits, "opens", at, f"opens: {name}")
-    return RuleLimits(opens, _count(limits, "in_flight", at, 1) if "in_flight" in limits else None)
+    requests, opens = (_read_rate(limits, what, at, f"{what}: {name}") for what in ("requests", "opens"))
+    in_flight = _count(limits, "in_flight", at, 1) if "in_flight" in limits else None
+    return RuleLimits(requests, opens, in_flight)
 
 
 def _read_rate(document: Mapping[str, object], what: str, at: str, of: str) -> Rate | None:

@@ -441,11 +441,19 @@ def _decode_result(frame: bytes, at: int) -> Result:
     return Result(Status(status), Reason(reason), number)
 
 
+def _decode_uncopied_result(frame: bytes, at: int) -> Result:
+    """Decode a result of something that can't be copied."""
+    result = _decode_result(frame, at)
+    if result.status is Status.COPIED:
+        raise ValueError("a copy where none can be")
+    return result
+
+
 def _decode_own_result(frame: bytes, at: int) -> Result:
     """Decode a result of something that can't be copied, and has nothing behind it."""
-    result = _decode_result(frame, at)
-    if result.length or result.status is Status.COPIED:
-        raise ValueError("a copy where none can be, or a limit")
+    result = _decode_uncopied_result(frame, at)
+    if result.length:
+        raise ValueError("a limit where none can be")
     return result
 
 
@@ -491,34 +499,47 @@ def _decode_open(frame: bytes, _flags: int, count: int, request_id: int, generat
         if result.status is Status.COPIED:
             copies.append(body[at : at + result.length])
             at += result.length
-    _expect(body, at + _bytes_of_limits(results), "the body of an open reply", request_id)
-    for index, result in enumerate(results):
-        if result.length and result.status is Status.REFUSED:
-            results[index] = result._replace(limit=_decode_limit(body, at))
-            at += LIMIT.size
+    results = _decode_limits(body, at, results, "the body of an open reply", request_id)
     return OpenReply(request_id, generation, results, tuple(copies))
 
 
-def _bytes_of_limits(results: Sequence[Result]) -> int:
-    return sum(result.length for result in results if result.status is Status.REFUSED)
+def _decode_limits(
+    body: bytes, at: int, results: Sequence[Result], what: str, request_id: int
+) -> list[Result]:
+    """Return results with the limits that they say follow; these end `body`, which is `what`."""
+    read = []
+    for result in results:
+        if not result.length or result.status is not Status.REFUSED:
+            read.append(result)
+            continue
+        if len(body) < at + LIMIT.size:
+            raise MalformedError(f"{what} ends within its limits", request_id)
+        read.append(result._replace(limit=_decode_limit(body, at)))
+        at += LIMIT.size
+    _expect(body, at, what, request_id)
+    return read
 
 
 def _decode_stat(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> StatReply:
     size = RESULT.size + STAT.size
-    _expect(frame, HEADER.size + count * size, "a stat reply", request_id)
-    results: list[tuple[Result, FileStat | None]] = []
-    for at in range(HEADER.size, len(frame), size):
-        result = _decode_own_result(frame, at)
-        facts = _decode_stat_record(frame, at + RESULT.size, filled=result is GIVEN)
-        results.append((result, facts))
-    return StatReply(request_id, generation, results)
+    limits_at = HEADER.size + count * size
+    if len(frame) < limits_at:
+        raise MalformedError("a stat reply that ends within its results", request_id)
+    results: list[Result] = []
+    records: list[FileStat | None] = []
+    for at in range(HEADER.size, limits_at, size):
+        result = _decode_uncopied_result(frame, at)
+        results.append(result)
+        records.append(_decode_stat_record(frame, at + RESULT.size, filled=result is GIVEN))
+    results = _decode_limits(frame, limits_at, results, "a stat reply", request_id)
+    return StatReply(request_id, generation, list(zip(results, records, strict=True)))
 
 
 def _decode_list(frame: bytes, flags: int, count: int, request_id: int, generation: int) -> ListReply:
     at = HEADER.size + RESULT.size + COOKIE.size
     if len(frame) < at:
         raise MalformedError("a list reply without its result and cookie", request_id)
-    result = _decode_own_result(frame, HEADER.size)
+    result = _decode_uncopied_result(frame, HEADER.size)
     (cookie,) = COOKIE.unpack_from(frame, HEADER.size + RESULT.size)
     entries = []
     for _ in range(count):
@@ -536,7 +557,7 @@ def _decode_list(frame: bytes, flags: int, count: int, request_id: int, generati
         if len(name) != length or b"/" in name or b"\0" in name or name in _NOT_NAMES:
             raise MalformedError("a list reply with an impossible name", request_id)
         entries.append(ListEntry(name, kind, facts))
-    _expect(frame, at, "a list reply", request_id)
+    [result] = _decode_limits(frame, at, [result], "a list reply", request_id)
     return ListReply(request_id, generation, result, entries, cookie, bool(flags & LIST_LAST_PAGE))
 
 

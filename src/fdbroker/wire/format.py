@@ -118,6 +118,7 @@ class Limit(IntEnum):
     IN_FLIGHT_PER_UID = 6
     RULE_OPENS_PER_SECOND = 7
     RULE_IN_FLIGHT = 8
+    RULE_REQUESTS_PER_SECOND = 9
 
 
 class Kind(IntEnum):

@@ -67,8 +67,11 @@ def encode_open_reply(
     """
     entries = [_GIVEN if result is GIVEN else result.encode() for result in results]
     head = HEADER.pack(_OPEN_REPLY, 0, len(entries), request_id, generation)
-    limits = [result.limit.encode() for result in results if result.limit is not None]
-    return head + b"".join(entries) + b"".join(copies) + b"".join(limits)
+    return head + b"".join(entries) + b"".join(copies) + _limits_of(results)
+
+
+def _limits_of(results: Sequence[Result]) -> bytes:
+    return b"".join(result.limit.encode() for result in results if result.limit is not None)
 
 
 def encode_open_given(request_id: int, generation: int, count: int) -> bytes:
@@ -81,7 +84,8 @@ def encode_stat_reply(
 ) -> bytes:
     """Return the frame."""
     entries = [result.encode() + (_NO_STAT if facts is None else facts.encode()) for result, facts in results]
-    return HEADER.pack(Type.STAT | REPLY, 0, len(entries), request_id, generation) + b"".join(entries)
+    head = HEADER.pack(Type.STAT | REPLY, 0, len(entries), request_id, generation)
+    return head + b"".join(entries) + _limits_of([result for result, _ in results])
 
 
 def encode_list_entry(entry: ListEntry) -> bytes:
@@ -97,7 +101,7 @@ def encode_list_reply(
     """Return the frame from entries that `encode_list_entry` made."""
     flags = LIST_LAST_PAGE if last else 0
     head = HEADER.pack(Type.LIST | REPLY, flags, len(entries), request_id, generation)
-    return head + result.encode() + COOKIE.pack(cookie) + b"".join(entries)
+    return head + result.encode() + COOKIE.pack(cookie) + b"".join(entries) + _limits_of([result])
 
 
 def encode_walk_entry(entry: WalkEntry) -> bytes:
