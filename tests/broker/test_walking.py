@@ -313,6 +313,7 @@ def is_named(tree: Path, path: bytes, asked: WalkFilter) -> bool:
     )
 
 
+@pytest.mark.unmeasured
 @given(plan=_TREES, asked=_FILTERS, room=st.integers(1, 5), data=st.data())
 def test_any_filter_of_any_tree_gives_the_same_sequence_wherever_the_walk_was_taken_up_again(
     plan: dict[bytes, Any], asked: WalkFilter, room: int, data: st.DataObject
@@ -373,6 +374,7 @@ def test_where_something_is_asked_of_the_start_not_there_and_refused_are_one_ans
     assert results.pop().reason is Reason.DENIED
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("room", [1, 3, 64])
 def test_a_walk_that_is_taken_up_behind_any_path_goes_on_as_the_first_one_did(bush: Path, room: int) -> None:
     everything = list(in_order(bush))
@@ -999,6 +1001,7 @@ def test_a_walk_without_descriptors_left_ends_by_the_limit(bush: Path) -> None:
         assert batch.end == (len(first.entries), len(first.entries), walk.directories, Incomplete.LIMIT)
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(
     ("number", "allowed"),
     [

@@ -78,6 +78,7 @@ def test_remembered_decision_is_that_of_the_whole(case: Case) -> None:
         assert same(view.decide(path.encode()), view.decide_whole(path.encode())), path
 
 
+@pytest.mark.unmeasured
 @given(cases(copies=True))
 def test_what_is_said_of_most_names_in_a_directory_is_said_of_each_of_them(case: Case) -> None:
     view = view_of(*case[:3])
@@ -387,6 +388,7 @@ def test_every_outcome_has_its_share_of_the_cases() -> None:
     assert {what: share for what, share in shares.items() if share < SHARES[what]} == {}
 
 
+@pytest.mark.unmeasured
 @given(documents, clients, st.none() | clients)
 def test_view_is_shared_by_clients_that_the_same_rules_are_about(
     document: dict[str, Any], client: ClientFacts, acted_for: ClientFacts | None
