@@ -71,7 +71,7 @@ settings.register_profile(
 )
 settings.load_profile("ci")
 
-# It is ignored where a shell without job control starts the tests in the background, and in all that they start.
+# Ignored where a shell without job control starts the tests in the background, so in all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Many tests make what another uid, the broker or a client, has to reach. Under a stricter umask of whoever

@@ -49,7 +49,8 @@ def for_other_users() -> Iterator[ForOtherUsers]:
             assert spec.origin is not None
             # With its bytecode and the times that this is checked by ...
             shutil.copytree(Path(spec.origin).parent, directory / name, ignore=_BEING_WRITTEN)
-        compileall.compile_dir(directory, quiet=1)  # ... and with what is missing: the other user can't write any
+        # ... and with what is missing of it, as the other user can't write any.
+        compileall.compile_dir(directory, quiet=1)
         for parent, _, files in os.walk(directory):
             os.chmod(parent, 0o755)
             for file in files:
