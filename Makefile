@@ -4,7 +4,7 @@ PYTHON ?= /usr/bin/python3
 EXTRAS := daemon,cli,metrics,yara,dev
 VENV := build/venv
 BIN := $(VENV)/bin
-# For pytest or the benchmarks: make test ARGS='-k policy -x'. When nothing is given, two processes run all tests, and
+# For pytest or the benchmarks: make test ARGS='-k policy -x'. When nothing is given, three processes run all tests, and
 # coverage is measured.
 ARGS ?=
 

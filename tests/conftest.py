@@ -145,8 +145,8 @@ def pytest_fixture_setup() -> Generator[None, object, object]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """... what tests do, but those that are marked ..."""
-    if pyfuncitem.get_closest_marker("unmeasured"):
+    """... what tests do, but not properties, each tried on a hundred examples, nor what is marked ..."""
+    if pyfuncitem.get_closest_marker("unmeasured") or getattr(pyfuncitem.obj, "is_hypothesis_test", False):
         return (yield)
     with coverage_again():
         return (yield)

@@ -92,7 +92,6 @@ EXAMPLES: list[Reply] = [
 OF_ANY_LENGTH = (StatusReply, ErrorReply, ExplainReply)
 
 
-@pytest.mark.unmeasured
 @given(replies_of_all_kinds)
 def test_a_reply_survives_the_wire(reply: Reply) -> None:
     decoded = decode_reply(encode_reply(reply))
