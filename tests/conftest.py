@@ -31,6 +31,7 @@ LONG_FILES = [
     f"tests/{name}.py"
     for name in (
         "test_demo",
+        "test_quick_start",
         "soak/test_bystander",
         "broker/test_walking",
         "policy/test_decide",

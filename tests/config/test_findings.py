@@ -270,7 +270,7 @@ def test_what_is_said_to_be_of_no_use_changes_no_decision_when_it_goes(reached: 
 
     actions = ("stat", "list", "walk", "open", "copy")
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=600, deadline=None)
     @given(cases(), objects)
     def check(case: Case, found: list[Facts]) -> None:
         service = {"name": "s", "clients": [{"uids": [1]}]}
