@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import os
+import pkgutil
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +17,7 @@ from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.database import DirectoryBasedExampleDatabase
 
+import fdbroker
 from tests.for_other_users import ForOtherUsers, for_other_users
 from tests.uids import with_uids_of_first_block
 
@@ -20,6 +25,40 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
 HYPOTHESIS_HOME = Path(__file__).resolve().parent.parent / "build" / "hypothesis"
+
+# What takes more than some ten seconds, in the order in which it is begun: one that came last is waited for.
+LONG_FILES = [
+    f"tests/{name}.py"
+    for name in (
+        "test_demo",
+        "test_quick_start",
+        "soak/test_bystander",
+        "broker/test_walking",
+        "policy/test_decide",
+        "launcher/test_fdbrokerd",
+        "cli/test_scan_command",
+        "cli/test_control_commands",
+        "config/test_json_schema",
+        "broker/test_running",
+        "broker/test_walks",
+        "broker/test_limits_running",
+        "broker/test_reopen",
+        "ucspi/test_ucspi",
+        "scan/test_supervisor",
+        "broker/test_reload",
+        "races/test_names",
+        "sandbox/test_attacks",
+        "hanging/test_open_helpers",
+        "client/test_contract",
+        "broker/test_control",
+        "config/test_findings",
+        "config/test_explain",
+        "cli/test_streams",
+        "hostile/test_hidden_files",
+        "hostile/test_failing_calls",
+        "hostile/test_neighbours",
+    )
+]
 
 set_hypothesis_home_dir(HYPOTHESIS_HOME)
 # The default: the same examples in each run, so that a red run can be repeated. No deadline: machines differ.
@@ -33,6 +72,9 @@ settings.register_profile(
 )
 settings.load_profile("ci")
 
+# Ignored where a shell without job control starts the tests in the background, so in all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Many tests make what another uid, the broker or a client, has to reach. Under a stricter umask of whoever
 # runs them (077 is not rare for root) it could not, as mkdir(mode=...), bind(2) and the like obey it.
 os.umask(0o022)
@@ -45,22 +87,77 @@ def others() -> Iterator[ForOtherUsers]:
         yield made
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """Measure no coverage where it is marked so.
-
-    `no_cover` of pytest-cov does not do that in the workers of xdist.
-    """
+@contextlib.contextmanager
+def no_coverage() -> Iterator[None]:
+    """Measure no coverage in the block. `no_cover` of pytest-cov does not do that in the workers of xdist."""
     stopped = []
-    if item.get_closest_marker("unmeasured"):
-        while measuring := Coverage.current():  # a worker has two, and stopping one resumes the other
-            measuring.stop()
-            stopped.append(measuring)
+    while measuring := Coverage.current():  # a worker has two, and stopping one resumes the other
+        measuring.stop()
+        stopped.append(measuring)
+    _stopped.append(stopped)
     try:
         yield
     finally:
+        _stopped.pop()
         for measuring in reversed(stopped):
             measuring.start()
+
+
+@contextlib.contextmanager
+def coverage_again() -> Iterator[None]:
+    """Within `no_coverage`, measure it in the block."""
+    stopped = _stopped[-1] if _stopped else []
+    for measuring in reversed(stopped):
+        measuring.start()
+    try:
+        yield
+    finally:
+        for measuring in stopped:
+            measuring.stop()
+
+
+# What `no_coverage` has stopped, the innermost last.
+_stopped: list[list[Coverage]] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """Measure of the collection what the sources do when they are imported; the rest is pytest's own."""
+    if Coverage.current() and not session.config.pluginmanager.has_plugin("dsession"):
+        for module in pkgutil.walk_packages(fdbroker.__path__, "fdbroker."):
+            importlib.import_module(module.name)
+    with no_coverage():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)  # within what begins and ends the measuring
+def pytest_runtestloop() -> Generator[None, object, object]:
+    """Measure what tests and their fixtures do, and not what pytest does between them."""
+    with no_coverage():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup() -> Generator[None, object, object]:
+    """Measure what fixtures do ..."""
+    with coverage_again():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """... what tests do, but not properties, each tried on a hundred examples, nor what is marked ..."""
+    if pyfuncitem.get_closest_marker("unmeasured") or getattr(pyfuncitem.obj, "is_hypothesis_test", False):
+        return (yield)
+    with coverage_again():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Generator[None, None, None]:
+    """... and the ends of fixtures."""
+    with coverage_again():
+        return (yield)
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -72,13 +169,14 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs root, and say so, where the run has none."""
-    if os.geteuid() == 0:
-        return
-    skip = pytest.mark.skip(reason="needs root: run `sudo make test`")
-    for item in items:
-        if item.get_closest_marker("root"):
-            item.add_marker(skip)
+    """Skip what needs root, and say so, where the run has none; begin with the files that take longest."""
+    if os.geteuid() != 0:
+        skip = pytest.mark.skip(reason="needs root: run `sudo make test`")
+        for item in items:
+            if item.get_closest_marker("root"):
+                item.add_marker(skip)
+    rank = {file: at for at, file in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(item.location[0], len(rank)))  # by pytest's order otherwise
 
 
 def pytest_collection_finish() -> None:

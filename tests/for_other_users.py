@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import importlib.util
 import os
@@ -46,8 +47,10 @@ def for_other_users() -> Iterator[ForOtherUsers]:
             spec = importlib.util.find_spec(name)
             assert spec is not None
             assert spec.origin is not None
-            # With its bytecode and the times that this is checked by, as the other user can't write any.
+            # With its bytecode and the times that this is checked by ...
             shutil.copytree(Path(spec.origin).parent, directory / name, ignore=_BEING_WRITTEN)
+        # ... and with what is missing of it, as the other user can't write any.
+        compileall.compile_dir(directory, quiet=1)
         for parent, _, files in os.walk(directory):
             os.chmod(parent, 0o755)
             for file in files:

@@ -443,6 +443,7 @@ def holds(where: dict[str, Any], path: bytes) -> bool:
     }[next(iter(where))]
 
 
+@pytest.mark.unmeasured
 def test_explanation_agrees_with_what_open_does(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Refused by the name: never given. Nothing asked: given if it can be. Else: if the conditions hold."""
     directory = tmp_path_factory.mktemp("explained")

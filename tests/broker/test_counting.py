@@ -224,6 +224,7 @@ def test_counts_of_a_rule_outlive_the_rule_and_go_on_with_one_of_its_name(
     assert counted(control) == {("open", "all", "ok"): 2, ("open", "other", "ok"): 1}
 
 
+@pytest.mark.unmeasured
 @root
 def test_counts_of_rules_that_are_gone_are_given_up_where_there_are_very_many(
     stepped: SteppedBroker, control: Speaker, tree: Path, monkeypatch: pytest.MonkeyPatch

@@ -153,7 +153,7 @@ def open_for_ever(running: RunningBroker, path: Path) -> None:
             answer.descriptors.close()
 
 
-@pytest.mark.parametrize(("how", "rotations"), [("by hand", 20), ("logrotate", 6)])
+@pytest.mark.parametrize(("how", "rotations"), [("by hand", 20), ("logrotate", 4)])
 def test_no_record_is_lost_or_split_over_rotations_while_clients_ask(
     running: RunningBroker, reachable: Path, how: str, rotations: int
 ) -> None:

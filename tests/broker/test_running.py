@@ -305,6 +305,7 @@ def mixed(seeded: random.Random, tree: Path) -> bytes:
     return encode_list(7, paths[0], seeded.choice([0, 0, 5, 2**62])) if kind == 6 else encode_status(7)
 
 
+@pytest.mark.unmeasured
 def test_ten_thousand_requests_leave_what_was_open_before(
     running: RunningBroker, shared_directory: Path
 ) -> None:
@@ -335,6 +336,7 @@ def test_ten_thousand_requests_leave_what_was_open_before(
     assert len(running.decisions()) - decided == asked
 
 
+@pytest.mark.unmeasured
 def test_ten_thousand_names_of_any_bytes_come_back_from_the_audit_once_each(
     running: RunningBroker, shared_directory: Path
 ) -> None:

@@ -486,6 +486,7 @@ def test_client_that_goes_in_the_middle_leaves_nothing_behind(walked: SteppedBro
     assert sum(int(str(record["entries"])) for record in ended(walked)) == named
 
 
+@pytest.mark.unmeasured
 def test_four_walks_of_one_uid_keep_nobody_waiting(tmp_path: Path) -> None:
     tree = make_tree(tmp_path / "tree", 4000, 1000)
     with SteppedBroker(tree, audit=tmp_path / "audit") as broker:

@@ -447,7 +447,7 @@ def test_nobody_asks_the_broker_about_others(served: Served, others: ForOtherUse
 
 def asked_running(served: Served, *options: str) -> tuple[int, dict[str, Any], str]:
     fixed = ("--running", "--json", "--policy", str(served.policy), "--control", served.control)
-    result = run("policy", "explain", *fixed, *options)
+    result = run_here("policy", "explain", *fixed, *options)
     return result.returncode, json.loads(result.stdout or "{}"), result.stderr
 
 

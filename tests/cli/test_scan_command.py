@@ -199,7 +199,7 @@ def test_file_below_several_arguments_is_scanned_once(broker: RunningBroker, tre
 
 @pytest.mark.root
 def test_help_and_documents_say_that_what_is_hidden_is_not_scanned() -> None:
-    help_text = " ".join(run("scan", "--help").stdout.split())
+    help_text = " ".join(run_here("scan", "--help").stdout.split())
     assert "What the policy hides from listing is not seen, so it is not scanned" in help_text
     for name in ("README.md", "docs/quick-start.md", "docs/scanning.md"):
         text = " ".join((Path(__file__).parents[2] / name).read_text().split())
@@ -227,7 +227,7 @@ def test_wrong_list_is_an_error_with_its_place(tmp_path: Path) -> None:
     wrong = tmp_path / "list"
     wrong.write_text("\nnonsense\n")
     arguments = AS_ROOT if os.geteuid() == 0 else ()
-    result = run("scan", "--hashes", str(wrong), *arguments, "/")
+    result = run_here("scan", "--hashes", str(wrong), *arguments, "/")
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.startswith(f"fdbroker: {wrong}:2: not a digest")
@@ -235,7 +235,7 @@ def test_wrong_list_is_an_error_with_its_place(tmp_path: Path) -> None:
 
 def test_missing_broker_is_told_with_what_to_do(tmp_path: Path) -> None:
     arguments = AS_ROOT if os.geteuid() == 0 else ()
-    result = run("scan", "--json", "--socket", str(tmp_path / "none"), *arguments, "/")
+    result = run_here("scan", "--json", "--socket", str(tmp_path / "none"), *arguments, "/")
     assert result.returncode == 2
     assert result.stdout == ""
     assert str(tmp_path / "none") in result.stderr
@@ -443,14 +443,14 @@ def test_only_root_chooses_the_worker(others: ForOtherUsers) -> None:
     "arguments", [("scan",), ("scan", "--no-such-option", "/"), ("scan", "--timeout", "0", "/"), ("no",)]
 )
 def test_wrong_use_gives_status_2(arguments: tuple[str, ...]) -> None:
-    result = run(*arguments)
+    result = run_here(*arguments)
     assert result.returncode == 2
     assert result.stdout == ""
     assert "Error: " in result.stderr
 
 
 def test_help_tells_what_a_newcomer_needs() -> None:
-    result = run("scan", "--help")
+    result = run_here("scan", "--help")
     assert result.returncode == 0
     for expected in (
         "Exit status: 0",
@@ -461,7 +461,7 @@ def test_help_tells_what_a_newcomer_needs() -> None:
         "/run/fdbroker/broker.seqpacket",
     ):
         assert expected in result.stdout
-    assert "scan" in run("--help").stdout
+    assert "scan" in run_here("--help").stdout
 
 
 def test_unforeseen_failure_is_status_2_with_a_traceback() -> None:
@@ -479,7 +479,7 @@ def test_unforeseen_failure_is_status_2_with_a_traceback() -> None:
 
 def test_empty_path_is_wrong_use_and_not_the_working_directory() -> None:
     arguments = AS_ROOT if os.geteuid() == 0 else ()
-    result = run("scan", *arguments, "")
+    result = run_here("scan", *arguments, "")
     assert result.returncode == 2
     assert "a path is empty" in result.stderr
 

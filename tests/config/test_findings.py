@@ -125,6 +125,7 @@ def test_each_kind_is_found_and_nothing_else(rules: str, expected: list[str]) ->
     assert [kind for kind, _, _ in kinds_of(rules)] == expected
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize(
     ("glob", "found"),
     [

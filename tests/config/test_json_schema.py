@@ -106,6 +106,18 @@ def found(document: Any, at: tuple[str | int, ...]) -> Any:  # noqa: ANN401 - JS
     return document
 
 
+def around(document: Any, at: tuple[str | int, ...]) -> Any:  # noqa: ANN401 - JSON
+    """Return of a document the change at a place, and what that can be about: the rest takes most of the time."""
+    if not isinstance(document, dict) or not at or at[0] in {"roots", "version"}:
+        return document
+    kept = {key: value for key, value in document.items() if key in {"version", "roots", "rules", at[0]}}
+    if at[0] != "rules":
+        kept["rules"] = WHOLE["rules"][-1:]
+    elif len(at) > 1:
+        kept["rules"] = [document["rules"][at[1]]]
+    return kept
+
+
 def changed(at: tuple[str | int, ...], value: object) -> Any:  # noqa: ANN401 - JSON
     document = copy.deepcopy(WHOLE)
     if not at:
@@ -168,8 +180,9 @@ def test_reader_and_schema_refuse_the_same_as_far_as_a_schema_can_say() -> None:
     wrong = []
     refused = 0
     for what, at, document in mutations():
-        said = accepted_by_reader(document)
-        valid = VALIDATOR.is_valid(document)
+        seen = around(document, at)
+        said = accepted_by_reader(seen)
+        valid = VALIDATOR.is_valid(seen)
         refused += not valid
         # To YAML in an editor a plain true or 7 is no text; to the reader everything is one.
         value = found(document, at)

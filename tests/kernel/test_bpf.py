@@ -96,7 +96,6 @@ def calls_about(allowed: Allowed, machine: str) -> st.SearchStrategy[Call]:
     )
 
 
-@pytest.mark.unmeasured
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 @given(data=st.data())
 def test_a_program_decides_what_was_asked_for(machine: str, data: st.DataObject) -> None:

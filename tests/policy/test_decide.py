@@ -65,7 +65,6 @@ def same(one: NameDecision | None, other: NameDecision | None) -> bool:
 thoroughly = settings(max_examples=max(200, settings().max_examples))
 
 
-@pytest.mark.unmeasured
 @thoroughly
 @given(cases(copies=True))
 @example(Case(policy("/"), ASKER, "open", ["//a"]))
@@ -100,7 +99,6 @@ def test_most_names_are_as_one_where_rules_name_some_and_none_by_patterns() -> N
     assert view.decide_most_in(b"/") is view.decide_most_in(b"/a/") is view.decide_most_in(b"a") is None
 
 
-@pytest.mark.unmeasured
 @thoroughly
 @given(cases(copies=True), objects)
 def test_decision_is_that_of_the_plain_evaluator(case: Case, any_objects: list[Facts]) -> None:
@@ -167,7 +165,6 @@ def policies_of_many_globs(draw: st.DrawFn) -> dict[str, Any]:
     return policy("/", roots=roots, rules=rules)
 
 
-@pytest.mark.unmeasured
 @given(
     policies_of_many_globs(),
     st.lists(st.lists(st.sampled_from(FEW_NAMES), max_size=5).map("/".join), min_size=5, max_size=20),
@@ -690,6 +687,7 @@ def sets_of_conditions() -> Iterator[tuple[str, ...]]:
         yield from itertools.combinations(names, size)
 
 
+@pytest.mark.unmeasured
 @pytest.mark.parametrize("effect", ["allow", "deny"])
 @pytest.mark.parametrize("kind", [FILE, DIRECTORY, stat.S_IFLNK | 0o640, stat.S_IFIFO | 0o640])
 def test_every_combination_of_conditions_and_of_what_meets_them(effect: str, kind: int) -> None:

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,7 +69,6 @@ class FakeWorker:
         return Ended(1, None, "it ended with status 1")
 
 
-@pytest.mark.unmeasured
 @settings(max_examples=300)
 @given(st.lists(WORKERS, max_size=6), st.sets(st.integers(1, FILES)))
 def test_no_file_is_clean_without_the_right_answer(
