@@ -777,7 +777,8 @@ class Broker:
             return
         if self._deadlines and connection.greeted:
             self._deadlines.pop(connection, None)
-        self._send(connection, *answered, request_id)
+        reply, descriptors = answered
+        self._send(connection, reply, descriptors, request_id)
         connection.requests += 1
         connection.durations[kind].append(monotonic_ns() - self._watchdog.now)
         if kind is ServeRequest or kind is ReleaseRequest:
