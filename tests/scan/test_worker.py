@@ -157,7 +157,7 @@ def test_requests_are_answered_in_order_until_the_other_end_closes(
         sockets.send(ours, two, [infected, clean])
         ours.shutdown(socket.SHUT_WR)
         work([engine], theirs, None)
-        answers = [decode(ours.recv(1000), ["hashes"]) for _ in range(3)]
+        answers = [answer for _ in range(2) for answer in decode(ours.recv(1000), ["hashes"])]
         assert open_descriptors() == before
     assert answers == [
         (7, 4, [Answer("hashes", Clean())]),
