@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, cast
 import pytest
 import rich.console
 
-from fdbroker.cli.progress import Ahead, ScanProgress, _Left, _size, _words
+from fdbroker.cli.ahead import Ahead
+from fdbroker.cli.progress import ScanProgress, _Left, _size, _words
 from fdbroker.cli.scan_output import Totals
 from fdbroker.client import UnavailableError
 from fdbroker.scan.tree import File, Found, NotAFile

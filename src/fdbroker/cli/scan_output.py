@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from json.encoder import encode_basestring_ascii as json_string
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -190,8 +191,14 @@ class JsonOutput:
 
     def scanned(self, scanned: Scanned) -> None:
         """Write a `file` or `directory` line."""
-        if self._infected and isinstance(scanned.verdict, Clean):
-            return
+        if isinstance(scanned.verdict, Clean):
+            if self._infected:
+                return
+            if len(scanned.answers) == 1 and scanned.size is not None:
+                # Nearly all lines are such.
+                path = ", ".join([f'"{name}": {json_string(text)}' for name, text in path_members(scanned.path).items()])
+                self._write_line(f'{{"type": "file", {path}, "verdict": "clean", "size": {scanned.size}}}')
+                return
         line: dict[str, object] = {
             "type": "directory" if scanned.directory else "file",
             **path_members(scanned.path),

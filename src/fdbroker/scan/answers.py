@@ -74,18 +74,22 @@ def decode(data: bytes, engines: Sequence[str]) -> list[FileAnswer]:
         AnswerError: it is none, or something in it is none.
 
     """
-    at = 0
+    at, end, wanted = 0, len(data), len(engines)
     said = []
     while True:
-        if len(data) < at + _HEAD.size:
-            raise AnswerError(f"{len(data) - at} bytes are no answer")
+        if end < at + _HEAD.size:
+            raise AnswerError(f"{end - at} bytes are no answer")
         number, size, count = _HEAD.unpack_from(data, at)
-        if count != len(engines):
-            raise AnswerError(f"{count} engines answer, not {len(engines)}")
+        if count != wanted:
+            raise AnswerError(f"{count} engines answer, not {wanted}")
         at += _HEAD.size
         answers = []
         for engine in engines:
-            if len(data) < at + _ENGINE.size:
+            if data.startswith(_CLEAN_BYTES, at):
+                at += _ENGINE.size
+                answers.append(Answer(engine, _CLEAN_VERDICT))
+                continue
+            if end < at + _ENGINE.size:
                 raise AnswerError("it ends too early")
             kind, reason, length = _ENGINE.unpack_from(data, at)
             at += _ENGINE.size
@@ -95,13 +99,11 @@ def decode(data: bytes, engines: Sequence[str]) -> list[FileAnswer]:
                 raise AnswerError("a text that ends too early, or is too long")
             answers.append(Answer(engine, _decode_verdict(kind, reason, text)))
         said.append(FileAnswer(number, size, answers))
-        if at == len(data):
+        if at == end:
             return said
 
 
 def _decode_verdict(kind: int, reason: int, data: bytes) -> Verdict:
-    if kind == _CLEAN and not reason and not data:
-        return _CLEAN_VERDICT
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -184,6 +184,21 @@ class Supervisor:
         """How many files go to the worker in one message, where there are so many."""
         return self._group
 
+    def begin(self) -> None:
+        """Begin to load the engines, for a caller who has something to do meanwhile; `start` waits for it.
+
+        Raises:
+            SandboxError, OSError: as `start`, of what is known by now.
+
+        """
+        if self._zygote is None:
+            self._zygote, self._databases = self._load(wait=False)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the loading that `begin` has begun is over, well or not."""
+        return self._zygote is None or self._zygote.has_started
+
     def start(self) -> LayerReport:
         """Start the worker and return what confines it. Later ones start by themselves.
 
@@ -239,7 +254,7 @@ class Supervisor:
         if outgoing is not None:
             outgoing.close()
 
-    def _load(self) -> tuple[Zygote, Databases]:
+    def _load(self, *, wait: bool = True) -> tuple[Zygote, Databases]:
         # First the look, so that what changes while it is loaded counts as changed.
         databases = Databases(self._made)
         arguments = {"engines": to_json(self._engines)}
@@ -249,6 +264,7 @@ class Supervisor:
             arguments,
             confinement=self._confinement,
             timeout=_SECONDS_TO_LOAD,
+            wait=wait,
         )
         return zygote, databases
 
@@ -432,10 +448,10 @@ class Supervisor:
         """Return the verdicts in a message, up to what can be none of this worker."""
         done: list[Done] = []
         try:
-            said = decode(data, self._names)
+            received = decode(data, self._names)
         except AnswerError:
             return self._blame(_NO_ANSWER)
-        for number, size, verdicts in said:
+        for number, size, verdicts in received:
             # Otherwise another worker has the files by now, or none, and the rest is not about them.
             if self._worker is not process:
                 break
@@ -443,8 +459,8 @@ class Supervisor:
             if job is None or number != job.number or size != job.before.size:
                 return done + self._blame(_NO_ANSWER)
             descriptor = job.file.numbers()[0]
-            answers = [Answer(name, confirm(verdict, descriptor, job.before)) for name, verdict in verdicts]
-            if any(isinstance(verdict, Error) and verdict.reason in _SPOILING for _, verdict in answers):
+            answers = [Answer(name, confirm(said, descriptor, job.before)) for name, said in verdicts]
+            if any([isinstance(said, Error) and said.reason in _SPOILING for _, said in answers]):
                 # What an engine did not survive unharmed must not scan on. Files behind it are scanned again.
                 self._replace_after(job)
             done += self._done(answers)
