@@ -88,7 +88,7 @@ def map_and_read(_state: tuple[str, str], channel: socket.socket, _scratch: byte
 
 
 def crash_at_a_file(_state: tuple[str, str], channel: socket.socket, _scratch: bytes | None) -> None:
-    """Answer the files of a message together, and crash at each that begins with `crash`, or wait at `wait`."""
+    """Answer the files of a message together; crash, or wait, at each that begins with that word."""
     while True:
         with (message := sockets.receive(channel, 1024)).descriptors as owned:
             if not message.data:

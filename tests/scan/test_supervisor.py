@@ -168,9 +168,12 @@ def test_of_files_in_one_message_those_that_a_worker_fails_at_are_errors_and_no_
     wanted[5] = wanted[8] = "infected"
     contents[5] = contents[8] = b"found"
     before = open_descriptors()
-    with Zygote(
-        misbehaving.load, misbehaving.crash_at_a_file, {"mode": ""}, confinement=confinement()
-    ) as zygote, supervise(spawn=zygote.spawn, timeout=0.5, window=window) as supervisor:
+    with (
+        Zygote(
+            misbehaving.load, misbehaving.crash_at_a_file, {"mode": ""}, confinement=confinement()
+        ) as zygote,
+        supervise(spawn=zygote.spawn, timeout=0.5, window=window) as supervisor,
+    ):
         done = scan_all(supervisor, tmp_path, *contents)
     assert [one.path for one in done] == [b"%d" % number for number in range(40)]
     assert verdicts(done) == wanted
@@ -178,9 +181,12 @@ def test_of_files_in_one_message_those_that_a_worker_fails_at_are_errors_and_no_
 
 
 def test_what_a_worker_says_behind_an_engine_that_is_spoilt_is_not_believed(tmp_path: Path) -> None:
-    with Zygote(
-        misbehaving.load, misbehaving.crash_at_a_file, {"mode": ""}, confinement=confinement()
-    ) as zygote, supervise(spawn=zygote.spawn) as supervisor:
+    with (
+        Zygote(
+            misbehaving.load, misbehaving.crash_at_a_file, {"mode": ""}, confinement=confinement()
+        ) as zygote,
+        supervise(spawn=zygote.spawn) as supervisor,
+    ):
         done = scan_all(supervisor, tmp_path, b"fine", b"fine", b"spoil", b"found", b"fine")
         assert supervisor.workers_started == 2
     assert verdicts(done) == ["clean", "clean", "memory", "infected", "clean"]

@@ -301,7 +301,7 @@ def _progress(*, shown: bool) -> AbstractContextManager[ScanProgress | None]:
     return ScanProgress(wanted=True)
 
 
-def _scan_all(  # noqa: PLR0913, PLR0917 - all that there is
+def _scan_all(
     connected: client.Client,
     pool: Pool,
     starts: Sequence[bytes],

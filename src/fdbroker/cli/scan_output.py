@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from json.encoder import encode_basestring_ascii as json_string
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as json_string
 from typing import TYPE_CHECKING, Protocol
 
 from fdbroker.cli.broker import DENIED
@@ -196,7 +196,9 @@ class JsonOutput:
                 return
             if len(scanned.answers) == 1 and scanned.size is not None:
                 # Nearly all lines are such.
-                path = ", ".join([f'"{name}": {json_string(text)}' for name, text in path_members(scanned.path).items()])
+                path = ", ".join(
+                    [f'"{name}": {json_string(text)}' for name, text in path_members(scanned.path).items()]
+                )
                 self._write_line(f'{{"type": "file", {path}, "verdict": "clean", "size": {scanned.size}}}')
                 return
         line: dict[str, object] = {

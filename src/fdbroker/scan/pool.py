@@ -74,7 +74,7 @@ class _Lane:
         return owner == self.owner and under_way < self.window and self.bytes < _MOST_BYTES
 
     def gathers_more(self, file: Stamp) -> bool:
-        """Return whether a file can be added to those that it was handed in, and is not the one to send them."""
+        """Return whether it can have this file too, and waits for more before they are sent."""
         gathered = self.gathered
         return (
             0 < gathered < self.supervisor.group - 1
@@ -254,7 +254,7 @@ class Pool:
     def _hand_over(self, file: _File) -> None:
         """Give a file to the outside engine whose turn it is."""
         _, handover = self._handovers[len(file.answers)]
-        handover.submit(self._remembered(file), file.owned.numbers()[0])
+        handover.submit(self._remembered(file), file.owned.numbers()[0], file.before)
 
     def _remembered(self, file: _File) -> int:
         """Keep a file for its answer; return the number by which it is found."""
@@ -313,6 +313,8 @@ class Pool:
         return self._all_said(file, (*file.answers, *inside))
 
     def _all_said(self, file: _File, answers: tuple[Answer, ...]) -> Done:
+        if len(answers) == 1:
+            return Done(file.path, file.before.size, answers[0].verdict, answers)
         by_name = {answer.engine: answer for answer in answers}
         ordered = tuple(by_name[name] for name in self._names)
         return Done(file.path, file.before.size, worst(ordered), ordered)
@@ -322,14 +324,14 @@ class Pool:
         for name, handover in self._handovers:
             for number, verdict in handover.answers():
                 file = self._files.pop(number)
-                file = file._replace(answers=(*file.answers, Answer(name, verdict)))
-                if len(file.answers) < len(self._handovers):
-                    self._hand_over(file)
+                answers = (*file.answers, Answer(name, verdict))
+                if len(answers) < len(self._handovers):
+                    self._hand_over(file._replace(answers=answers))
                 elif self._lanes:
-                    self._ready.append(file)
+                    self._ready.append(file._replace(answers=answers))
                 else:
                     file.owned.close()
-                    yield self._all_said(file, file.answers)
+                    yield self._all_said(file, answers)
 
     def _go_on(self, least: int) -> Iterator[Done]:
         """Yield the verdicts that are there; if there is none, wait until there may be one.

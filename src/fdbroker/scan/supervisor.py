@@ -34,12 +34,12 @@ from fdbroker.scan.contract import admit, confirm
 from fdbroker.scan.engine import EngineError, combined
 from fdbroker.scan.plugins import make_inside, to_json
 from fdbroker.scan.stamps import Databases
-from fdbroker.scan.verdict import Answer, Error, Reason, Verdict, worst
+from fdbroker.scan.verdict import Answer, Clean, Error, Reason, Verdict, worst
 from fdbroker.scan.versions import LONGEST_VERSIONS, decode_versions
 from fdbroker.scan.worker import MOST_REQUESTS, REQUEST, VERSIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -391,7 +391,7 @@ class Supervisor:
                 try:
                     self.start()
                 except (SandboxError, OSError) as error:
-                    return self._done(Error(Reason.NOT_LOADED, f"no worker could be started: {error}"))
+                    return self._failed(Error(Reason.NOT_LOADED, f"no worker could be started: {error}"))
             count = 1
             if self._unsent[0].number > self._alone_until:
                 count = min(self._group, self._window - len(self._sent))
@@ -404,11 +404,11 @@ class Supervisor:
                     return []
                 if error.errno in _FULL:
                     text = f"the worker could not be given the file: {error.strerror}"
-                    return self._done(Error(Reason.NOT_LOADED, text))
+                    return self._failed(Error(Reason.NOT_LOADED, text))
                 ended = Ended(None, None, "") if self._worker is None else self._worker.stop(grace=_GRACE)
                 self.replace_worker()
                 text = f"the worker took no file ({error.strerror}): {ended}"
-                return self._done(Error(_reason_of(ended), text))
+                return self._failed(Error(_reason_of(ended), text))
             if not self._sent:
                 self._oldest_since = time.monotonic()
             self._ends.append(jobs[-1].number)
@@ -451,19 +451,25 @@ class Supervisor:
             received = decode(data, self._names)
         except AnswerError:
             return self._blame(_NO_ANSWER)
-        for number, size, verdicts in received:
-            # Otherwise another worker has the files by now, or none, and the rest is not about them.
-            if self._worker is not process:
-                break
-            job = self._sent[0] if self._sent else None
-            if job is None or number != job.number or size != job.before.size:
-                return done + self._blame(_NO_ANSWER)
-            descriptor = job.file.numbers()[0]
-            answers = [Answer(name, confirm(said, descriptor, job.before)) for name, said in verdicts]
-            if any([isinstance(said, Error) and said.reason in _SPOILING for _, said in answers]):
-                # What an engine did not survive unharmed must not scan on. Files behind it are scanned again.
-                self._replace_after(job)
-            done += self._done(answers)
+        # Descriptors of files that are done, closed with one call.
+        with Descriptors() as spent:
+            for number, size, said in received:
+                # Otherwise another worker has the files by now, or none, and the rest is not about them.
+                if self._worker is not process:
+                    break
+                job = self._sent[0] if self._sent else None
+                if job is None or number != job.number or size != job.before.size:
+                    done += self._blame(_NO_ANSWER)
+                    break
+                [descriptor] = job.file.numbers()
+                answers = tuple([Answer(name, confirm(one, descriptor, job.before)) for name, one in said])
+                verdict = worst(answers)
+                if not isinstance(verdict, Clean) and _is_spoilt_by(answers):
+                    # What an engine did not survive unharmed must not scan on. Files behind it are scanned
+                    # again.
+                    self._replace_after(job)
+                self._take_out(spent)
+                done.append(Done(job.path, job.before.size, verdict, answers))
         return done
 
     def _blame(self, error: Error) -> list[Done]:
@@ -478,7 +484,7 @@ class Supervisor:
         number, end = self._sent[0].number, self._ends[0]
         self.replace_worker()
         if number == end:
-            return self._done(error)
+            return self._failed(error)
         self._alone_until = max(self._alone_until, end)
         return []
 
@@ -489,24 +495,32 @@ class Supervisor:
         self._sent.append(job)
         self._ends.append(job.number)
 
-    def _done(self, result: list[Answer] | Error) -> list[Done]:
-        """Take the oldest file out, with this result; the time of the next one begins."""
+    def _failed(self, error: Error) -> list[Done]:
+        """Take the oldest file out; return its verdict, which no engine gave."""
+        with Descriptors() as spent:
+            job = self._take_out(spent)
+        return [Done(job.path, job.before.size, error)]
+
+    def _take_out(self, spent: Descriptors) -> _Job:
+        """Take the oldest file out, with its descriptor; the time of the next one begins."""
         if self._sent:
             job = self._sent.popleft()
             if self._ends[0] == job.number:
                 self._ends.popleft()
         else:
             job = self._unsent.popleft()
-        job.file.close()
+        spent.add(job.file.take())
         now = time.monotonic()
         self._oldest_since = now
         if self._files_left is not None:
             self._files_left -= 1
         if self._worker is not None and (now >= self._retire_at or self._files_left == 0):
             self.replace_worker()
-        if isinstance(result, Error):
-            return [Done(job.path, job.before.size, result)]
-        return [Done(job.path, job.before.size, worst(result), tuple(result))]
+        return job
+
+
+def _is_spoilt_by(answers: Iterable[Answer]) -> bool:
+    return any(isinstance(said, Error) and said.reason in _SPOILING for _, said in answers)
 
 
 def _reason_of(ended: Ended) -> Reason:

@@ -137,4 +137,3 @@ def _from(client: Client, start: bytes, exclusions: Exclusions) -> Iterator[Foun
 
 def _kind(entry: ListEntry) -> int:
     return entry.kind if entry.stat is None else stat.S_IFMT(entry.stat.mode) >> 12
-

@@ -91,7 +91,11 @@ def work(engines: Sequence[Inside], channel: socket.socket, scratch: bytes | Non
 
 
 def _answer(
-    engines: Sequence[Inside], channel: socket.socket, scratch: bytes | None, requests: bytes, owned: Descriptors
+    engines: Sequence[Inside],
+    channel: socket.socket,
+    scratch: bytes | None,
+    requests: bytes,
+    owned: Descriptors,
 ) -> None:
     """Answer the requests of a message. Their descriptors stay the caller's, who closes all at once."""
     answers = b""

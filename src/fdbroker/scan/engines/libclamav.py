@@ -298,15 +298,12 @@ class LibClamAV(Inside):
         self._names.clear()
         self._layers.clear()
         self._without_parts, self._cut_off = None, False
-        name = self._name
-        name.value = None
+        self._name.value = None
         status = self._scan_descriptor(
             descriptor, None, self._name_pointer, None, self._engine, self._options_pointer, None
         )
         self._close_layers(0)
-        found_last = name.value
-        if found_last and found_last not in self._names:
-            self._names.append(found_last)
+        self._take_name(descriptor, self._last_name(), None)
         verdict: Verdict = _NOTHING_FOUND
         # The short way for nearly all files: the library says clean, and there is nothing else to look at.
         if status or self._names or self._messages or self._cut_off or self._without_parts:
@@ -345,6 +342,9 @@ class LibClamAV(Inside):
             text = f"libclamav: damaged, or packed as it can't unpack: nothing came out of {kind}"
             return Error(Reason.UNSCANNABLE_CONTAINER, text)
         return _NOTHING_FOUND
+
+    def _last_name(self) -> bytes | None:
+        return self._name.value
 
     def _take_message(self, severity: int, _full: bytes, message: bytes | None, _context: object) -> None:
         if severity >= _MESSAGE_ERROR and len(self._messages) < _MOST_MESSAGES:

@@ -10,8 +10,8 @@ _PROBE = b"fdbroker-probe"
 class Scratch:
     """A directory, and whether there is anything in it.
 
-    It is looked at after each scan, and nearly always empty. On tmpfs the size of a directory grows with each entry,
-    so that one stat(2) says so. Elsewhere it need not, which is tried once: then it is read.
+    It is looked at after each scan, and nearly always empty. On tmpfs the size of a directory grows with
+    each entry, so that one stat(2) says so. Elsewhere it need not, which is tried once: then it is read.
 
     Raises:
         OSError: nothing can be made in it, or removed from it.
