@@ -4,8 +4,8 @@
 
 As root. The library is loaded and warmed up as by `fdbroker scan`, with the same options. Then each process
 opens its share of the files by name and hands them to the library, one after the other: no broker, no
-confinement, none of the callbacks by which fdbroker sees what the library passes over, no verdicts. Prints how
-many files were scanned, and of how many the library says that something is in them.
+confinement, none of the callbacks by which fdbroker sees what the library passes over, no verdicts. Prints
+how many files were scanned, and of how many the library says that something is in them.
 """
 
 from __future__ import annotations

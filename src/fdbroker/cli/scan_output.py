@@ -196,9 +196,10 @@ class JsonOutput:
                 return
             if len(scanned.answers) == 1 and scanned.size is not None:
                 # Nearly all lines are such.
-                path = ", ".join(
-                    [f'"{name}": {json_string(text)}' for name, text in path_members(scanned.path).items()]
-                )
+                names = path_members(scanned.path)
+                path = f'"path": {json_string(names["path"])}'
+                if len(names) > 1:
+                    path += f', "path_hex": "{names["path_hex"]}"'
                 self._write_line(f'{{"type": "file", {path}, "verdict": "clean", "size": {scanned.size}}}')
                 return
         line: dict[str, object] = {
