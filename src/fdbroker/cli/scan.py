@@ -244,7 +244,7 @@ def _scan(pool: Pool, request: _Request, output: Output) -> Totals:
         with pool:
             # The engines are loaded by another process, and meanwhile the tree is listed.
             _begun(pool)
-            with broker.connect(request.socket_path) as connected:
+            with _connected(pool, request.socket_path) as connected:
                 found = _once(walk(connected, request.starts, request.exclusions), request.starts)
                 ahead = Ahead(found, LOOK_AHEAD if request.shows_progress else 0)
                 ahead.read_until(lambda: pool.is_loaded)
@@ -271,6 +271,15 @@ def _begun(pool: Pool) -> None:
         pool.begin()
     except (SandboxError, OSError) as error:
         raise _no_worker(error) from error
+
+
+def _connected(pool: Pool, socket_path: str) -> client.Client:
+    """Connect to the broker. Without one, what is wrong with the engines is told first; Failure."""
+    try:
+        return broker.connect(socket_path)
+    except Failure:
+        _started(pool)
+        raise
 
 
 def _started(pool: Pool) -> tuple[LayerReport | None, Sequence[Version]]:

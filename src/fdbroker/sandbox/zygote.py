@@ -227,12 +227,13 @@ class Zygote:
         }
         self._lock = threading.Lock()
         self._pid: int | None = None
+        self._started_by: float | None = None  # when it must have started, until it has
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
                 _send_setup(self._control, json.dumps(setup))
                 self._pid = _start_interpreter(theirs.fileno())
-            self._started_by: float | None = time.monotonic() + timeout
+            self._started_by = time.monotonic() + timeout
             if wait:
                 self._wait_for_start()
         except BaseException:
@@ -291,6 +292,11 @@ class Zygote:
 
     def close(self) -> None:
         """End it, and all its workers. May be called again."""
+        if self._started_by is not None:
+            # It may be loading something for long, and would not see that the channel is closed.
+            self._started_by = None
+            self._end()
+            return
         self._control.close()
         pid, self._pid = self._pid, None
         if pid is None:

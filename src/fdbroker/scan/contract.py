@@ -11,7 +11,7 @@ import os
 import stat
 
 from fdbroker.scan.stamps import Stamp
-from fdbroker.scan.verdict import Clean, Error, Infected, Reason, Verdict
+from fdbroker.scan.verdict import Clean, Error, Reason, Verdict
 
 
 def admit(descriptor: int) -> Stamp | Error:
@@ -32,13 +32,6 @@ def admit(descriptor: int) -> Stamp | Error:
     return Stamp.of(facts)
 
 
-def checked(verdict: object) -> Verdict:
-    """Return what an engine said, if that is a verdict; what is none is an error."""
-    if isinstance(verdict, (Clean, Infected, Error)):
-        return verdict
-    return Error(Reason.UNKNOWN_ANSWER, f"the engine answered {ascii(verdict)[:80]}, which is no verdict")
-
-
 def confirm(verdict: object, descriptor: int, before: Stamp) -> Verdict:
     """Return the verdict that stands, after one more look at the file.
 
@@ -46,7 +39,9 @@ def confirm(verdict: object, descriptor: int, before: Stamp) -> Verdict:
     stands, whatever became of the file.
     """
     if not isinstance(verdict, Clean):
-        return checked(verdict)
+        if isinstance(verdict, Verdict):
+            return verdict
+        return Error(Reason.UNKNOWN_ANSWER, f"the engine answered {ascii(verdict)[:80]}, which is no verdict")
     try:
         after = Stamp.of(os.fstat(descriptor))
     except OSError as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from fdbroker.scan.contract import checked
+from fdbroker.scan.contract import confirm
+from fdbroker.scan.stamps import Stamp
 from fdbroker.scan.verdict import Answer, Error, Reason, Verdict
 
 if TYPE_CHECKING:
@@ -18,16 +19,18 @@ def examine(engines: Sequence[Inside], descriptor: int, size: int, scratch: byte
     """Return what each engine says of the file behind a descriptor, in their order.
 
     `size`: bytes that the file is expected to have. The descriptor stays the caller's. Raises nothing: what
-    an engine raises is an error of this file. Whether the file stayed the same meanwhile is for
-    whoever handed it in to say (`fdbroker.scan.contract.confirm`), who looked at it before and looks after.
+    an engine raises is an error of this file.
     """
     try:
-        had = os.fstat(descriptor).st_size
+        before = Stamp.of(os.fstat(descriptor))
     except OSError as error:
         return _all(engines, Error(Reason.READ_FAILED, f"fstat: {error.strerror}"))
-    if had != size:
-        return _all(engines, Error(Reason.CHANGED, f"the file has {had} bytes, not {size}"))
-    return [Answer(engine.name, checked(_ask(engine, descriptor, size, scratch))) for engine in engines]
+    if before.size != size:
+        return _all(engines, Error(Reason.CHANGED, f"the file has {before.size} bytes, not {size}"))
+    return [
+        Answer(engine.name, confirm(_ask(engine, descriptor, size, scratch), descriptor, before))
+        for engine in engines
+    ]
 
 
 def _ask(engine: Inside, descriptor: int, size: int, scratch: bytes | None) -> object:
