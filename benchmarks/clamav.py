@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import subprocess
 import time
 from contextlib import contextmanager
@@ -18,10 +19,16 @@ if TYPE_CHECKING:
 Verdicts = dict[str, str]  # path -> OK, a name, or error
 _PATIENCE = 60.0
 _EVERY = 97  # of the files, one in so many is in the database
+_MANY_DIGESTS, _MANY_PATTERNS = 300_000, 20_000
+_SIZES = (1024, 16384)  # those of the files: a digest is looked up among those of its size
+_SEED = 1
 
 
-def make_database(directory: Path, tree: Path) -> Path:
-    """Write a small database into `directory`: digests of some files below `tree`, two patterns."""
+def make_database(directory: Path, tree: Path, *, large: bool = False) -> Path:
+    """Write a database into `directory`: digests of some files below `tree`, two patterns.
+
+    A large one has 300,000 more digests and 20,000 more patterns, of nothing that is there.
+    """
     directory.mkdir()
     lines = set()
     for path in sorted(tree.rglob("*.txt"))[::_EVERY]:
@@ -33,6 +40,15 @@ def make_database(directory: Path, tree: Path) -> Path:
     (directory / "bench.ndb").write_text(
         "".join(f"Bench-Pattern-{n}:0:*:{pattern}\n" for n, pattern in enumerate(patterns)), "ascii"
     )
+    if large:
+        chance = random.Random(_SEED)  # noqa: S311 - to have the same ones again
+        with (directory / "many.hdb").open("w", encoding="ascii") as file:
+            for number in range(_MANY_DIGESTS):
+                size = chance.randint(*_SIZES)
+                file.write(f"{chance.getrandbits(128):032x}:{size}:Bench-Digest-{number}\n")
+        with (directory / "many.ndb").open("w", encoding="ascii") as file:
+            for number in range(_MANY_PATTERNS):
+                file.write(f"Bench-Many-{number}:0:*:{chance.getrandbits(256):064x}\n")
     return directory
 
 
@@ -85,6 +101,18 @@ def verdicts_of_fdbroker(output: str) -> Verdicts:
     files = [line for line in map(json.loads, output.splitlines()) if line["type"] == "file"]
     names = {"clean": "OK", "error": "error"}
     return {line["path"]: names.get(line["verdict"]) or line["name"] for line in files}
+
+
+def check_alone(output: str, files: int) -> None:
+    """See that the library alone had every file and found what it should.
+
+    Raises:
+        BenchmarkError: it did not.
+
+    """
+    scanned, found = map(int, output.split())
+    if scanned != files or found < files // _EVERY:
+        raise BenchmarkError(f"the library scanned {scanned} of {files} files and found {found}")
 
 
 def compare(ours: Verdicts, theirs: Verdicts, files: int) -> None:

@@ -42,13 +42,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description="Measure fdbroker against its bars.",
         epilog=f"Series: {', '.join(names)}.",
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--only",
         nargs="+",
         choices=names,
         default=[series.name for series in SERIES],
         metavar="NAME",
         help="only these series (without it all but those of scans)",
+    )
+    which.add_argument(
+        "--scans",
+        action="store_const",
+        dest="only",
+        const=[series.name for series in SCAN_SERIES],
+        help="only those of scans, which need ClamAV",
     )
     parser.add_argument("--rounds", type=_positive, metavar="N", help=f"default {ROUNDS}")
     parser.add_argument(

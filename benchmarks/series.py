@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from benchmarks import workers
 from benchmarks.brokers import CLIENT_UID, STRANGER_UID, make_many_rules, make_wildcard_rules, pin
-from benchmarks.clamav import compare, verdicts_of_clamdscan, verdicts_of_fdbroker
+from benchmarks.clamav import check_alone, compare, verdicts_of_clamdscan, verdicts_of_fdbroker
 from benchmarks.errors import BenchmarkError
 from benchmarks.native import Request, client_command, measure, walk_command
 from benchmarks.tree import DIRECTORIES
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from benchmarks.stage import BrokerName, Stage
 
 _WALK_CLIENT = Path(__file__).resolve().parent / "walk_client.py"
+_LIBRARY = _WALK_CLIENT.with_name("libclamav_alone.py")
 _SOURCES = _WALK_CLIENT.parent.parent / "src"
 _BATCH1_OPENS = 10_000
 _BATCH64_OPENS = 32_000
@@ -183,39 +184,59 @@ class Hashes:
 class Scans:
     """A tree scanned with ClamAV's engine: seconds from the start of the command to its end.
 
-    By `fdbroker scan`, which loads the library and its database as well, or by root's clamdscan and a clamd
-    that has them loaded. Every verdict is compared with the other's last one, when the clock has stopped.
+    By `fdbroker scan` with workers, which load the library and its database as well; by `fdbroker scan` or
+    root's clamdscan through a clamd that has them loaded; or by the bare library. Every verdict is compared
+    with the other's last one, when the clock has stopped.
     """
 
-    by: Literal["fdbroker", "--fdpass", "--multiscan"]
+    by: Literal["fdbroker", "fildes", "--fdpass", "--multiscan", "library"]
+    large: bool = False
     unit: str = "s"
 
     def measure(self, stage: Stage) -> float:
         """Return the seconds."""
-        root = str(stage.walked.root)
-        if self.by == "fdbroker":
-            broker = stage.broker("fdbroker-scan")
-            command = [stage.python, "-P", "-m", "fdbroker.cli", "scan", "--json", "--socket"]
-            command += [str(broker.socket), "--worker-uid", str(STRANGER_UID)]
-            command += ["--engine", f"libclamav:database={stage.database}", root]
-        else:
-            command = ["clamdscan", "--config-file", str(stage.clamd), "--no-summary", "--fdpass"]
-            command += [root] if self.by == "--fdpass" else [self.by, root]
+        command = self._command(stage)
         output = stage.directory / "verdicts"
+        # As installed programs have it, fdbroker finds its bytecode ready; in round 0 it is made.
+        environment = {**stage.environment, "PYTHONPYCACHEPREFIX": str(stage.directory / "bytecode")}
+        del environment["PYTHONDONTWRITEBYTECODE"]
         with output.open("wb") as lines:
             began = time.perf_counter()
-            subprocess.run(
-                command, env=stage.environment, stdout=lines, stdin=subprocess.DEVNULL, check=False
-            )
+            subprocess.run(command, env=environment, stdout=lines, stdin=subprocess.DEVNULL, check=False)
             seconds = time.perf_counter() - began
-        text = output.read_text()
-        if self.by == "fdbroker":
-            stage.scanned["fdbroker"] = verdicts_of_fdbroker(text)
-        else:
-            stage.scanned["clamd"] = verdicts_of_clamdscan(text)
-        if len(stage.scanned) > 1:
-            compare(stage.scanned["fdbroker"], stage.scanned["clamd"], stage.walked.files)
+        self._compare(stage, output.read_text())
         return seconds
+
+    def _command(self, stage: Stage) -> list[str]:
+        root = str(stage.walked.root)
+        database = stage.large_database if self.large else stage.small_database
+        if self.by == "library":
+            return [stage.python, "-P", str(_LIBRARY), str(database), root, str(len(os.sched_getaffinity(0)))]
+        if self.by in {"fdbroker", "fildes"}:
+            command = [stage.python, "-P", "-m", "fdbroker.cli", "scan", "--json"]
+            command += ["--socket", str(stage.broker("fdbroker-scan").socket)]
+            if self.by == "fdbroker":
+                command += ["--worker-uid", str(STRANGER_UID), "--engine", f"libclamav:database={database}"]
+            else:
+                command += ["--engine", f"clamd:socket={self._clamd(stage).with_name('clamd.socket')}"]
+            return [*command, root]
+        command = ["clamdscan", "--config-file", str(self._clamd(stage)), "--no-summary", "--fdpass"]
+        return [*command, root] if self.by == "--fdpass" else [*command, self.by, root]
+
+    def _clamd(self, stage: Stage) -> Path:
+        return stage.large_clamd if self.large else stage.small_clamd
+
+    def _compare(self, stage: Stage, text: str) -> None:
+        files = stage.walked.files
+        if self.by == "library":
+            check_alone(text, files)
+            return
+        ours = self.by in {"fdbroker", "fildes"}
+        verdicts = verdicts_of_fdbroker(text) if ours else verdicts_of_clamdscan(text)
+        stage.scanned["fdbroker" if ours else "clamd", self.large] = verdicts
+        both = [stage.scanned.get((side, self.large)) for side in ("fdbroker", "clamd")]
+        if both[0] is not None and both[1] is not None:
+            compare(both[0], both[1], files)
 
 
 @dataclass(frozen=True)
@@ -353,8 +374,13 @@ VARIANTS: dict[str, Variant] = {
     "interpreter": Starts("interpreter"),
     "further_worker": PrivateMemory(),
     "clamdscan_fdpass": Scans("--fdpass"),
-    "fdbroker_scan": Scans("fdbroker"),
+    "fdbroker_fildes": Scans("fildes"),
     "clamdscan_multiscan": Scans("--multiscan"),
+    "fdbroker_scan": Scans("fdbroker"),
+    "libclamav_alone": Scans("library"),
+    "clamdscan_large_fdpass": Scans("--fdpass", large=True),
+    "fdbroker_scan_large": Scans("fdbroker", large=True),
+    "clamdscan_large_multiscan": Scans("--multiscan", large=True),
 }
 
 SERIES = (
@@ -387,4 +413,9 @@ SERIES = (
 SCAN_SERIES = (
     Series("scan_vs_fdpass", "fdbroker_scan", "clamdscan_fdpass", "lower", 0.4),
     Series("scan_vs_multiscan", "fdbroker_scan", "clamdscan_multiscan", "lower", 0.6),
+    Series("scan_vs_libclamav", "fdbroker_scan", "libclamav_alone", "lower", 1.5),
+    Series("scan_large_vs_fdpass", "fdbroker_scan_large", "clamdscan_large_fdpass", "lower", 0.55),
+    Series("scan_large_vs_multiscan", "fdbroker_scan_large", "clamdscan_large_multiscan", "lower", 1.0),
+    Series("fildes_vs_fdpass", "fdbroker_fildes", "clamdscan_fdpass", "lower", 0.65),
+    Series("fildes_vs_multiscan", "fdbroker_fildes", "clamdscan_multiscan", "lower", 1.1),
 )

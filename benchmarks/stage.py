@@ -67,8 +67,8 @@ class Stage:
     python: str
     environment: dict[str, str]
     scale: float = 1.0
-    scanned: dict[str, clamav.Verdicts] = field(default_factory=dict)
-    """What the last scan by fdbroker, and by clamd, said of each file."""
+    scanned: dict[tuple[str, bool], clamav.Verdicts] = field(default_factory=dict)
+    """What the last scan by fdbroker, and by clamd, said of each file; True: with the large database."""
     _running: dict[BrokerName, Broker] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
 
@@ -106,14 +106,25 @@ class Stage:
         return self._stack.enter_context(workers.zygote())
 
     @cached_property
-    def database(self) -> Path:
-        """A small database of ClamAV, which has some files of the walked tree."""
+    def small_database(self) -> Path:
+        """A database of ClamAV, which has some files of the walked tree."""
         return clamav.make_database(self.directory / "database", self.walked.root)
 
     @cached_property
-    def clamd(self) -> Path:
-        """The configuration of a clamd that runs with that database."""
-        return self._stack.enter_context(clamav.running_clamd(self.directory / "clamd", self.database))
+    def large_database(self) -> Path:
+        """The same with very much else in it."""
+        return clamav.make_database(self.directory / "large-database", self.walked.root, large=True)
+
+    @cached_property
+    def small_clamd(self) -> Path:
+        """The configuration of a clamd that runs with the small database."""
+        return self._stack.enter_context(clamav.running_clamd(self.directory / "clamd", self.small_database))
+
+    @cached_property
+    def large_clamd(self) -> Path:
+        """The configuration of a clamd that runs with the large database."""
+        directory = self.directory / "large-clamd"
+        return self._stack.enter_context(clamav.running_clamd(directory, self.large_database))
 
     def opens(self, wanted: int) -> int:
         """Return how many opens to make where `wanted` is right for a full run."""

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import sys
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdbroker.cli.output import path_members, shell_word
-from fdbroker.cli.scan_output import Totals
+from fdbroker.cli.output import flush, held_back, path_members, shell_word, write_line
+from fdbroker.cli.scan_output import JsonOutput, Totals
 from fdbroker.config.names import counted, printable
 from fdbroker.scan.run import Scanned
-from fdbroker.scan.verdict import Clean, Error, Infected, Reason
+from fdbroker.scan.verdict import Answer, Clean, Error, Infected, Reason
 from tests.cli.commands import path_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 CLEAN = Scanned(b"/a", Clean(), 10)
 INFECTED = Scanned(b"/b", Infected("Name"), 5)
@@ -81,6 +87,34 @@ def test_shell_reads_the_same_path_back(paths: list[bytes]) -> None:
     assert words.isprintable()
     shown = subprocess.run(["bash", "-c", f"printf '%s\\0' {words}"], capture_output=True, check=True).stdout
     assert shown.split(b"\0")[:-1] == paths
+
+
+@given(st.binary(), st.integers(0, 2**63), st.booleans())
+def test_a_clean_file_is_told_in_json_as_all_others_are(path: bytes, size: int, infected: bool) -> None:  # noqa: FBT001 - drawn
+    lines: list[str] = []
+    clean = Scanned(path, Clean(), size, answers=(Answer("hashes", Clean()),))
+    JsonOutput(lines.append, infected=infected).scanned(clean)
+    document = {"type": "file", **path_members(path), "verdict": "clean", "size": size}
+    assert lines == ([] if infected else [json.dumps(document)])
+
+
+def test_lines_are_held_back_from_what_is_no_terminal_until_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lines"
+    with path.open("w", buffering=1) as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        write_line("before")
+        assert path.read_text() == "before\n"
+        with held_back():
+            write_line("held back")
+            assert path.read_text() == "before\n"
+            flush()
+            assert path.read_text() == "before\nheld back\n"
+            write_line("the last")
+        assert path.read_text() == "before\nheld back\nthe last\n"
+        write_line("after")
+        assert path.read_text().endswith("after\n")
 
 
 @given(st.binary())

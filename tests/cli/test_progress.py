@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, cast
 import pytest
 import rich.console
 
-from fdbroker.cli.progress import Ahead, ScanProgress, _Left, _size, _words
+from fdbroker.cli.ahead import Ahead
+from fdbroker.cli.progress import ScanProgress, _Left, _size, _words
 from fdbroker.cli.scan_output import Totals
 from fdbroker.client import UnavailableError
 from fdbroker.scan.tree import File, Found, NotAFile
@@ -54,6 +55,16 @@ def test_it_looks_ahead_step_by_step_and_no_further_than_it_may() -> None:
     alone = Ahead(iter(FILES), 0)
     next(alone)
     assert (alone.files, alone.complete) == (1, False)
+
+
+def test_it_reads_ahead_for_who_waits_for_something_else_and_no_longer() -> None:
+    ahead = Ahead(iter(FILES), 0)
+    asked = iter([False, False, True])
+    ahead.read_until(lambda: next(asked))
+    assert (ahead.files, ahead.complete) == (128, False)
+    ahead.read_until(lambda: False)
+    assert (ahead.files, ahead.complete) == (300, True)
+    assert list(ahead) == FILES
 
 
 def test_error_of_the_walk_comes_behind_what_was_found_before() -> None:

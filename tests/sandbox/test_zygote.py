@@ -60,6 +60,40 @@ def open_descriptors() -> list[str]:
 # ---- starting ----
 
 
+def begin(warm: str) -> Zygote:
+    """Begin to start one, and do not wait for it."""
+    return Zygote(f"{PUPPETS}:{warm}", f"{PUPPETS}:wait_for_the_end", confinement=confinement(), wait=False)
+
+
+def test_who_does_not_wait_for_the_start_waits_for_the_first_worker() -> None:
+    work = f"{PUPPETS}:wait_for_the_end"
+    with (
+        Zygote(None, work, confinement=confinement(), wait=False) as zygote,
+        zygote.spawn() as worker,
+    ):
+        assert zygote.has_started
+        assert is_running(worker.pid)
+
+
+def test_what_goes_wrong_while_nobody_waits_is_told_with_the_first_worker() -> None:
+    before = open_descriptors()
+    with begin("raise_an_error") as zygote:
+        with pytest.raises(ZygoteError, match="the zygote did not start: "):
+            zygote.spawn()
+        with pytest.raises(ZygoteError, match="closed"):
+            zygote.spawn()
+    assert open_descriptors() == before
+
+
+def test_one_that_is_still_loading_is_ended_at_once() -> None:
+    began = time.monotonic()
+    with begin("be_slow") as zygote:
+        pid = zygote.pid
+        assert not zygote.has_started
+    assert not is_running(pid)
+    assert time.monotonic() - began < zygote_module._SECONDS_TO_DIE
+
+
 def test_state_and_arguments_reach_the_worker() -> None:
     with (
         Zygote(functions.load, functions.answer, {"word": ["x", 1]}, confinement=confinement()) as zygote,

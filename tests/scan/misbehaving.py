@@ -87,6 +87,29 @@ def map_and_read(_state: tuple[str, str], channel: socket.socket, _scratch: byte
             ctypes.string_at(address, size)
 
 
+def crash_at_a_file(_state: tuple[str, str], channel: socket.socket, _scratch: bytes | None) -> None:
+    """Answer the files of a message together; crash, or wait, at each that begins with that word."""
+    while True:
+        with (message := sockets.receive(channel, 1024)).descriptors as owned:
+            if not message.data:
+                return
+            answers = b""
+            for descriptor, (number, size) in zip(
+                owned.numbers(), REQUEST.iter_unpack(message.data), strict=True
+            ):
+                head = os.pread(descriptor, 5, 0)
+                if head == b"crash":
+                    ctypes.string_at(0)
+                while head == b"wait":
+                    os.getpid()
+                verdict = FOUND if head == b"found" else Clean()
+                if head == b"spoil":
+                    answers += encode(number, size, [Answer("hashes", Error(Reason.MEMORY, "used up"))])
+                else:
+                    answers += encode(number, size, [Answer("hashes", verdict)])
+            sockets.send(channel, answers)
+
+
 def misbehave(state: tuple[str, str], channel: socket.socket, _scratch: bytes | None) -> None:
     if state[0] == "end at once":
         return

@@ -149,10 +149,47 @@ def test_right_answer_that_carries_a_descriptor_is_an_error(tmp_path: Path) -> N
     assert open_descriptors() == before
 
 
-def test_answer_before_the_question_is_an_error(tmp_path: Path) -> None:
+def test_answer_before_the_question_is_not_believed(tmp_path: Path) -> None:
     with bad_workers("early") as supervisor:
         done = scan_all(supervisor, tmp_path, b"x" * SIZE, EICAR, b"fine")
-    assert verdicts(done) == ["clean", "unknown_answer", "clean"]
+        assert supervisor.workers_started == 2
+    assert verdicts(done) == ["clean", "infected", "clean"]
+
+
+@pytest.mark.parametrize(("content", "verdict"), [(b"crash", "crashed"), (b"wait", "timed_out")])
+@pytest.mark.parametrize("window", [1, 8, 64])
+def test_of_files_in_one_message_those_that_a_worker_fails_at_are_errors_and_no_others(
+    content: bytes, verdict: str, window: int, tmp_path: Path
+) -> None:
+    wanted = ["clean"] * 40
+    contents = [b"fine"] * 40
+    for number in (0, 7, 9, 38):
+        contents[number], wanted[number] = content, verdict
+    wanted[5] = wanted[8] = "infected"
+    contents[5] = contents[8] = b"found"
+    before = open_descriptors()
+    with (
+        Zygote(
+            misbehaving.load, misbehaving.crash_at_a_file, {"mode": ""}, confinement=confinement()
+        ) as zygote,
+        supervise(spawn=zygote.spawn, timeout=0.5, window=window) as supervisor,
+    ):
+        done = scan_all(supervisor, tmp_path, *contents)
+    assert [one.path for one in done] == [b"%d" % number for number in range(40)]
+    assert verdicts(done) == wanted
+    assert open_descriptors() == before
+
+
+def test_what_a_worker_says_behind_an_engine_that_is_spoilt_is_not_believed(tmp_path: Path) -> None:
+    with (
+        Zygote(
+            misbehaving.load, misbehaving.crash_at_a_file, {"mode": ""}, confinement=confinement()
+        ) as zygote,
+        supervise(spawn=zygote.spawn) as supervisor,
+    ):
+        done = scan_all(supervisor, tmp_path, b"fine", b"fine", b"spoil", b"found", b"fine")
+        assert supervisor.workers_started == 2
+    assert verdicts(done) == ["clean", "clean", "memory", "infected", "clean"]
 
 
 def test_stuck_worker_is_a_timeout_and_is_replaced(tmp_path: Path) -> None:
@@ -175,7 +212,8 @@ def test_worker_that_ends_with_each_file_costs_each_file_and_ends(mode: str, tmp
 def test_answers_that_a_worker_gave_before_it_died_count(tmp_path: Path) -> None:
     with bad_workers("answer and end") as supervisor:
         done = scan_all(supervisor, tmp_path, *[b"x" * SIZE] * 4)
-    assert verdicts(done) == ["clean", "crashed", "clean", "clean"]
+        assert supervisor.workers_started == 2
+    assert verdicts(done) == ["clean"] * 4
 
 
 @pytest.mark.parametrize(

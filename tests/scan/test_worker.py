@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.kernel import sockets
-from fdbroker.scan.answers import decode
+from fdbroker.scan import worker as worker_module
+from fdbroker.scan.answers import LONGEST_ANSWER, decode
 from fdbroker.scan.engine import EngineError
 from fdbroker.scan.engines.hashes import Hashes, HashesOptions
 from fdbroker.scan.examine import examine
 from fdbroker.scan.plugins import Configured, configure, to_json
-from fdbroker.scan.verdict import Answer, Clean, Error, Infected, Reason
-from fdbroker.scan.worker import REQUEST, load, work
+from fdbroker.scan.verdict import LONGEST_NAME, MOST_NAMES, Answer, Clean, Error, Infected, Reason
+from fdbroker.scan.worker import MOST_REQUESTS, REQUEST, load, work
 from tests.scan.descriptors import EICAR, EICAR_NAME, make_and_open, open_descriptors
 
 if TYPE_CHECKING:
@@ -157,13 +158,49 @@ def test_requests_are_answered_in_order_until_the_other_end_closes(
         sockets.send(ours, two, [infected, clean])
         ours.shutdown(socket.SHUT_WR)
         work([engine], theirs, None)
-        answers = [decode(ours.recv(1000), ["hashes"]) for _ in range(3)]
+        answers = [answer for _ in range(2) for answer in decode(ours.recv(1000), ["hashes"])]
         assert open_descriptors() == before
     assert answers == [
         (7, 4, [Answer("hashes", Clean())]),
         (2**64 - 1, len(EICAR), [Answer("hashes", Infected(EICAR_NAME))]),
         (8, 4, [Answer("hashes", Clean())]),
     ]
+
+
+def answered(engine: Hashes, *opened: int) -> list[list[int]]:
+    """Return the numbers of the files that each message of a worker answers, after one with all of these."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        requests = [REQUEST.pack(number, os.fstat(one).st_size) for number, one in enumerate(opened)]
+        sockets.send(ours, b"".join(requests), opened)
+        ours.shutdown(socket.SHUT_WR)
+        work([engine], theirs, None)
+        theirs.close()
+        messages = []
+        while data := ours.recv(LONGEST_ANSWER + 1):
+            assert len(data) <= LONGEST_ANSWER
+            messages.append([answer.number for answer in decode(data, ["hashes"])])
+    return messages
+
+
+def test_files_of_one_message_are_answered_together(
+    engine: Hashes, opened: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [opened(b"fine") for _ in range(MOST_REQUESTS)]
+    assert answered(engine, *files) == [[*range(MOST_REQUESTS)]]
+    # Unless each takes long.
+    monkeypatch.setattr(worker_module, "_SECONDS_HELD_BACK", 0.0)
+    assert answered(engine, *files) == [[number] for number in range(MOST_REQUESTS)]
+
+
+def test_no_message_of_answers_is_longer_than_it_may_be(
+    engine: Hashes, opened: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = tuple(chr(0x61 + number) * LONGEST_NAME for number in range(MOST_NAMES))
+    monkeypatch.setattr(engine, "scan", lambda *_: Infected(names[0], names[1:]))
+    messages = answered(engine, *[opened(b"x") for _ in range(MOST_REQUESTS)])
+    assert 1 < len(messages) < MOST_REQUESTS
+    assert [number for message in messages for number in message] == [*range(MOST_REQUESTS)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -83,8 +84,13 @@ def write_line(line: str) -> None:
 
 def write_text(text: str) -> None:
     """Write lines, or nothing, to standard output; raises as `write_line`."""
-    with _told():
+    # As `_told`, which would take longer than to write.
+    try:
         sys.stdout.write(text)
+    except BrokenPipeError as error:
+        raise ReaderGoneError(error.strerror) from error
+    except OSError as error:
+        raise OutputError(error.strerror) from error
 
 
 def write_bytes(data: bytes) -> None:
@@ -97,6 +103,25 @@ def flush() -> None:
     """See to it that all that was written has arrived; raises as `write_line`."""
     with _told():
         sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Hold back lines to what is no terminal, until there are many, `flush` is called, or the block ends.
+
+    A write for each line would take longer than to make it.
+    """
+    stdout = sys.stdout
+    if not isinstance(stdout, io.TextIOWrapper) or not stdout.line_buffering or stdout.isatty():
+        yield
+        return
+    stdout.reconfigure(line_buffering=False)
+    try:
+        yield
+        flush()
+    finally:
+        with _told():
+            stdout.reconfigure(line_buffering=True)
 
 
 @contextlib.contextmanager

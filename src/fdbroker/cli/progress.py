@@ -6,75 +6,27 @@ import contextlib
 import os
 import sys
 import time
-from collections import deque
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from fdbroker.cli.ahead import LOOK_AHEAD
 from fdbroker.config.names import counted
-from fdbroker.scan.tree import File
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
     from typing import Self
 
     from rich.progress import Task
 
+    from fdbroker.cli.ahead import Ahead
     from fdbroker.cli.scan_output import Totals
-    from fdbroker.scan.tree import Found
 
 _INTERVAL = 0.1  # seconds
-_LOOK_AHEAD = 200_000  # entries, some 200 bytes each: the end of any larger tree is told when it is nearer
-_AT_A_TIME = 64
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
-
-
-class Ahead:
-    """What a walk finds, read further than was asked for, so that a bar knows how much there is.
-
-    An iterator over the same. It goes `limit` entries ahead at most, some
-    for each that is taken: nobody waits for the listing of a whole tree. An
-    error of the walk is raised in its place, behind all that came before it.
-    """
-
-    def __init__(self, found: Iterable[Found], limit: int) -> None:
-        self._found = iter(found)
-        self._limit = limit
-        self._waiting: deque[Found] = deque()
-        self._error: Exception | None = None
-        self.files = 0
-        self.complete = False
-
-    def __iter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __next__(self) -> Found:
-        """Return the next one; raises as the walk does."""
-        self._read(1 if not self._waiting else 0)
-        self._read(min(_AT_A_TIME, self._limit - len(self._waiting)))
-        if self._waiting:
-            return self._waiting.popleft()
-        if self._error is not None:
-            raise self._error
-        raise StopIteration
-
-    def _read(self, count: int) -> None:
-        while count > 0 and not self.complete:
-            count -= 1
-            try:
-                found = next(self._found)
-            except StopIteration:
-                self.complete = True
-            except OSError as error:
-                self._error = error
-                self.complete = True
-            else:
-                self.files += isinstance(found, File)
-                self._waiting.append(found)
 
 
 class _Left(TextColumn):
@@ -172,7 +124,7 @@ class ScanProgress:
     @property
     def look_ahead(self) -> int:
         """How far it is worth to read ahead for the bar."""
-        return 0 if self._progress.disable else _LOOK_AHEAD
+        return 0 if self._progress.disable else LOOK_AHEAD
 
     def update(self, totals: Totals, ahead: Ahead) -> None:
         """Show the counts, a few times a second."""

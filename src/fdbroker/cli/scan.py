@@ -13,10 +13,10 @@ import click
 
 from fdbroker import client
 from fdbroker.cli import broker
+from fdbroker.cli.ahead import LOOK_AHEAD, Ahead
 from fdbroker.cli.failure import Failure
-from fdbroker.cli.output import OutputError, ReaderGoneError, complain, complain_printable
+from fdbroker.cli.output import OutputError, ReaderGoneError, complain, complain_printable, flush, held_back
 from fdbroker.cli.paths import absolute
-from fdbroker.cli.progress import Ahead, ScanProgress
 from fdbroker.cli.scan_engines import configured_engines
 from fdbroker.cli.scan_output import HumanOutput, JsonOutput, Output, Outputs, Totals
 from fdbroker.cli.sizes import size_of_option
@@ -33,12 +33,15 @@ from fdbroker.scan.verdict import Clean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
+    from fdbroker.cli.progress import ScanProgress
     from fdbroker.sandbox.report import LayerReport
     from fdbroker.scan.pool import Version
     from fdbroker.scan.tree import Found
 
 WORKER_USER = "fdbroker-worker"
+_SECONDS_HELD_BACK = 0.1  # a line about what is clean, at most
 
 
 def _exclusions(_context: click.Context, _parameter: click.Parameter, value: Sequence[str]) -> Exclusions:
@@ -192,7 +195,7 @@ def command(  # noqa: PLR0913, PLR0917 - as many as options
         exclusions,
         socket_path,
         # Lines for each file would push a bar about, and JSON is to be read by programs, also on a terminal.
-        show_progress=not verbose and not (as_json and sys.stdout.isatty()),
+        shows_progress=sys.stderr.isatty() and not verbose and not (as_json and sys.stdout.isatty()),
     )
     with contextlib.ExitStack() as stack:
         if report is not None:
@@ -215,7 +218,7 @@ class _Request(NamedTuple):
     starts: Sequence[bytes]
     exclusions: Exclusions
     socket_path: str
-    show_progress: bool
+    shows_progress: bool
 
 
 @contextlib.contextmanager
@@ -239,13 +242,19 @@ def _scan(pool: Pool, request: _Request, output: Output) -> Totals:
     began = time.monotonic()
     try:
         with pool:
-            layers, versions = _started(pool)
-            with broker.connect(request.socket_path) as connected:
+            # The engines are loaded by another process, and meanwhile the tree is listed.
+            _begun(pool)
+            with _connected(pool, request.socket_path) as connected:
+                found = _once(walk(connected, request.starts, request.exclusions), request.starts)
+                ahead = Ahead(found, LOOK_AHEAD if request.shows_progress else 0)
+                ahead.read_until(lambda: pool.is_loaded)
+                layers, versions = _started(pool)
                 if layers is not None:
                     output.layers(layers)
                 output.engines(versions)
                 began = time.monotonic()
-                _scan_all(connected, pool, request, output, totals)
+                with _progress(shown=request.shows_progress) as progress, held_back():
+                    _scan_all(connected, pool, request.starts, ahead, output, totals, progress)
     except client.BrokerError as error:
         totals.complete = False
         complain(f"the broker does not answer any more, so the scan is incomplete: {error.strerror}")
@@ -254,6 +263,23 @@ def _scan(pool: Pool, request: _Request, output: Output) -> Totals:
         complain("interrupted, so the scan is incomplete")
     totals.seconds = time.monotonic() - began
     return totals
+
+
+def _begun(pool: Pool) -> None:
+    """Begin to load the engines; Failure."""
+    try:
+        pool.begin()
+    except (SandboxError, OSError) as error:
+        raise _no_worker(error) from error
+
+
+def _connected(pool: Pool, socket_path: str) -> client.Client:
+    """Connect to the broker. Without one, what is wrong with the engines is told first; Failure."""
+    try:
+        return broker.connect(socket_path)
+    except Failure:
+        _started(pool)
+        raise
 
 
 def _started(pool: Pool) -> tuple[LayerReport | None, Sequence[Version]]:
@@ -266,31 +292,56 @@ def _started(pool: Pool) -> tuple[LayerReport | None, Sequence[Version]]:
     try:
         return pool.start(), pool.versions()
     except (SandboxError, OSError) as error:
-        text = f"no worker could be started, so nothing was scanned: {error}"
-        raise Failure(printable(text)) from error
+        raise _no_worker(error) from error
     except EngineError as error:
         raise Failure(printable(f"{error}; nothing was scanned")) from error
 
 
+def _no_worker(error: Exception) -> Failure:
+    return Failure(printable(f"no worker could be started, so nothing was scanned: {error}"))
+
+
+def _progress(*, shown: bool) -> AbstractContextManager[ScanProgress | None]:
+    """Return the bar, None where there is none to be shown."""
+    if not shown:
+        return contextlib.nullcontext()
+    from fdbroker.cli.progress import ScanProgress  # noqa: PLC0415 - it takes as long as to load an engine
+
+    return ScanProgress(wanted=True)
+
+
 def _scan_all(
-    connected: client.Client, pool: Pool, request: _Request, output: Output, totals: Totals
+    connected: client.Client,
+    pool: Pool,
+    starts: Sequence[bytes],
+    ahead: Ahead,
+    output: Output,
+    totals: Totals,
+    progress: ScanProgress | None,
 ) -> None:
     """Scan, tell and count."""
-    with ScanProgress(wanted=request.show_progress) as progress:
-        found = walk(connected, request.starts, request.exclusions)
-        ahead = Ahead(_once(found, request.starts), progress.look_ahead)
-        for event in scan(connected, pool, request.starts, found=ahead):
-            if isinstance(event, Scanned):
-                totals.add(event)
-                if isinstance(event.verdict, Clean):
-                    output.scanned(event)
-                else:
-                    progress.refresh(totals, ahead)
-                    with progress.out_of_the_way():
-                        output.scanned(event)
+    told = time.monotonic()
+    for event in scan(connected, pool, starts, found=ahead):
+        if isinstance(event, Scanned):
+            totals.add(event)
+            if isinstance(event.verdict, Clean):
+                output.scanned(event)
+                now = time.monotonic()
+                if now - told > _SECONDS_HELD_BACK:
+                    told = now
+                    flush()
+            elif progress is None:
+                output.scanned(event)
+                flush()
             else:
-                totals.skipped += 1
-                output.skipped(event)
+                progress.refresh(totals, ahead)
+                with progress.out_of_the_way():
+                    output.scanned(event)
+                    flush()
+        else:
+            totals.skipped += 1
+            output.skipped(event)
+        if progress is not None:
             progress.update(totals, ahead)
 
 
@@ -301,6 +352,9 @@ def _once(found: Iterable[Found], starts: Sequence[bytes]) -> Iterator[Found]:
     """
     within = [start for start in starts if any(_is_below(start, other) for other in starts)]
     within += [start for start in set(starts) if starts.count(start) > 1]
+    if not within:
+        yield from found
+        return
     seen: set[bytes] = set()
     for each in found:
         # Nothing else can come twice, so nothing else is remembered.

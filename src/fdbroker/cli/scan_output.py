@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as json_string
 from typing import TYPE_CHECKING, Protocol
 
 from fdbroker.cli.broker import DENIED
@@ -190,8 +191,17 @@ class JsonOutput:
 
     def scanned(self, scanned: Scanned) -> None:
         """Write a `file` or `directory` line."""
-        if self._infected and isinstance(scanned.verdict, Clean):
-            return
+        if isinstance(scanned.verdict, Clean):
+            if self._infected:
+                return
+            if len(scanned.answers) == 1 and scanned.size is not None:
+                # Nearly all lines are such.
+                names = path_members(scanned.path)
+                path = f'"path": {json_string(names["path"])}'
+                if len(names) > 1:
+                    path += f', "path_hex": "{names["path_hex"]}"'
+                self._write_line(f'{{"type": "file", {path}, "verdict": "clean", "size": {scanned.size}}}')
+                return
         line: dict[str, object] = {
             "type": "directory" if scanned.directory else "file",
             **path_members(scanned.path),

@@ -199,6 +199,7 @@ class Zygote:
         arguments: values that JSON has.
         confinement: of each worker.
         timeout: seconds for starting it, `warm` included.
+        wait: until it has started; otherwise the first `spawn` does, and raises what this would.
 
     Raises:
         ZygoteError: it did not start; the text has what `warm` raised.
@@ -215,6 +216,7 @@ class Zygote:
         *,
         confinement: Confinement | None = None,
         timeout: float = 60.0,
+        wait: bool = True,
     ) -> None:
         self.confinement = _with_ids(confinement or Confinement())
         setup = {
@@ -225,16 +227,15 @@ class Zygote:
         }
         self._lock = threading.Lock()
         self._pid: int | None = None
+        self._started_by: float | None = None  # when it must have started, until it has
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
                 _send_setup(self._control, json.dumps(setup))
                 self._pid = _start_interpreter(theirs.fileno())
-            answer = self._receive(time.monotonic() + timeout)
-            answer.descriptors.close()
-            if answer.data[:1] != GOOD:
-                said = answer.data[1:].decode("ascii", "backslashreplace")
-                raise ZygoteError(f"the zygote did not start: {said or 'it ended'}")
+            self._started_by = time.monotonic() + timeout
+            if wait:
+                self._wait_for_start()
         except BaseException:
             # It has no workers yet, and may be loading something for long.
             self._end()
@@ -255,6 +256,11 @@ class Zygote:
         """The process that this one started, which lives as long as the zygote; None if closed."""
         return self._pid
 
+    @property
+    def has_started(self) -> bool:
+        """Whether `spawn` would not wait for its start, but for the worker alone."""
+        return self._started_by is None or self._pid is None or is_readable(self._control.fileno(), 0.0)
+
     def spawn(self, *, timeout: float = DEFAULT_TIMEOUT) -> Worker:
         """Return a new worker, confined, with its report received and checked.
 
@@ -264,6 +270,8 @@ class Zygote:
             OSError: no descriptors to be had.
 
         """
+        with self._lock:
+            self._wait_for_start()
         deadline = time.monotonic() + timeout
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.settimeout(0.0)
@@ -284,6 +292,11 @@ class Zygote:
 
     def close(self) -> None:
         """End it, and all its workers. May be called again."""
+        if self._started_by is not None:
+            # It may be loading something for long, and would not see that the channel is closed.
+            self._started_by = None
+            self._end()
+            return
         self._control.close()
         pid, self._pid = self._pid, None
         if pid is None:
@@ -297,6 +310,21 @@ class Zygote:
             finally:
                 os.close(pidfd)
             os.waitpid(pid, os.WNOHANG)
+
+    def _wait_for_start(self) -> None:
+        if self._started_by is None or self._pid is None:
+            return
+        try:
+            answer = self._receive(self._started_by)
+            answer.descriptors.close()
+            if answer.data[:1] != GOOD:
+                said = answer.data[1:].decode("ascii", "backslashreplace")
+                raise ZygoteError(f"the zygote did not start: {said or 'it ended'}")
+        except BaseException:
+            # It has no workers yet, and may be loading something for long.
+            self._end()
+            raise
+        self._started_by = None
 
     def _ask(self, ours: socket.socket, theirs: int, deadline: float) -> Worker:
         if self._pid is None:
@@ -342,6 +370,12 @@ def _with_ids(confinement: Confinement) -> Confinement:
     return confinement
 
 
+def _bytecode_options() -> list[str]:
+    """Return what has another interpreter find and leave its bytecode where this one does."""
+    options = ["-B"] if sys.dont_write_bytecode else []
+    return options if sys.pycache_prefix is None else [*options, "-X", f"pycache_prefix={sys.pycache_prefix}"]
+
+
 def _start_interpreter(channel: int) -> int:
     """Start the zygote with this descriptor as its standard input; return the pid.
 
@@ -354,7 +388,7 @@ def _start_interpreter(channel: int) -> int:
     places = [place for place in sys.path if os.path.isabs(place)]
     return os.posix_spawn(
         sys.executable,
-        [sys.executable, "-I", *(["-B"] if sys.dont_write_bytecode else []), "-c", _START, *places],
+        [sys.executable, "-I", *_bytecode_options(), "-c", _START, *places],
         {},
         file_actions=[
             (os.POSIX_SPAWN_DUP2, channel, 0),

@@ -3,7 +3,7 @@
 An answer is a head (the number of the file, the bytes it had, how many engines
 answer), and for each engine, in the order in which both sides know them, a kind, a
 reason, and text: names with a NUL between them, or a sentence. All little-endian,
-exact to the byte.
+exact to the byte. A message has one answer or several, one after the other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _REASONS = tuple(Reason)
 _NUMBERS = {reason: number for number, reason in enumerate(_REASONS)}
 # Of one engine. The longest name, or sentence, has a quarter of it; names beyond it are left out.
 _MOST_TEXT = 4096
+# And of a message, however many answers are in it.
 LONGEST_ANSWER = _HEAD.size + MOST_ENGINES * (_ENGINE.size + _MOST_TEXT)
+_CLEAN_BYTES = _ENGINE.pack(_CLEAN, 0, 0)
+_CLEAN_VERDICT = Clean()
 
 
 class AnswerError(ValueError):
@@ -42,12 +45,13 @@ class FileAnswer(NamedTuple):
 
 def encode(number: int, size: int, answers: Sequence[Answer]) -> bytes:
     """Return the answer as bytes."""
-    return _HEAD.pack(number, size, len(answers)) + b"".join(_encode_verdict(one.verdict) for one in answers)
+    head = _HEAD.pack(number, size, len(answers))
+    return head + b"".join([_encode_verdict(one.verdict) for one in answers])
 
 
 def _encode_verdict(verdict: Verdict) -> bytes:
     if isinstance(verdict, Clean):
-        return _ENGINE.pack(_CLEAN, 0, 0)
+        return _CLEAN_BYTES
     if isinstance(verdict, Infected):
         text = _text(verdict.name)
         for name in verdict.more:
@@ -63,33 +67,40 @@ def _text(text: str) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def decode(data: bytes, engines: Sequence[str]) -> FileAnswer:
-    """Return the answer of a worker that has these engines.
+def decode(data: bytes, engines: Sequence[str]) -> list[FileAnswer]:
+    """Return the answers in a message of a worker that has these engines, at least one.
 
     Raises:
-        AnswerError: it is none.
+        AnswerError: it is none, or something in it is none.
 
     """
-    if len(data) < _HEAD.size:
-        raise AnswerError(f"{len(data)} bytes are no answer")
-    number, size, count = _HEAD.unpack_from(data)
-    if count != len(engines):
-        raise AnswerError(f"{count} engines answer, not {len(engines)}")
-    at = _HEAD.size
-    answers = []
-    for engine in engines:
-        if len(data) < at + _ENGINE.size:
-            raise AnswerError("it ends too early")
-        kind, reason, length = _ENGINE.unpack_from(data, at)
-        at += _ENGINE.size
-        text = data[at : at + length]
-        at += length
-        if len(text) != length or length > _MOST_TEXT:
-            raise AnswerError("a text that ends too early, or is too long")
-        answers.append(Answer(engine, _decode_verdict(kind, reason, text)))
-    if at != len(data):
-        raise AnswerError(f"{len(data) - at} bytes behind it")
-    return FileAnswer(number, size, answers)
+    at, end, wanted = 0, len(data), len(engines)
+    said = []
+    while True:
+        if end < at + _HEAD.size:
+            raise AnswerError(f"{end - at} bytes are no answer")
+        number, size, count = _HEAD.unpack_from(data, at)
+        if count != wanted:
+            raise AnswerError(f"{count} engines answer, not {wanted}")
+        at += _HEAD.size
+        answers = []
+        for engine in engines:
+            if data.startswith(_CLEAN_BYTES, at):
+                at += _ENGINE.size
+                answers.append(Answer(engine, _CLEAN_VERDICT))
+                continue
+            if end < at + _ENGINE.size:
+                raise AnswerError("it ends too early")
+            kind, reason, length = _ENGINE.unpack_from(data, at)
+            at += _ENGINE.size
+            text = data[at : at + length]
+            at += length
+            if len(text) != length or length > _MOST_TEXT:
+                raise AnswerError("a text that ends too early, or is too long")
+            answers.append(Answer(engine, _decode_verdict(kind, reason, text)))
+        said.append(FileAnswer(number, size, answers))
+        if at == end:
+            return said
 
 
 def _decode_verdict(kind: int, reason: int, data: bytes) -> Verdict:
@@ -97,8 +108,6 @@ def _decode_verdict(kind: int, reason: int, data: bytes) -> Verdict:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise AnswerError("a text that is not UTF-8") from error
-    if kind == _CLEAN and not reason and not data:
-        return Clean()
     if kind == _INFECTED and not reason:
         first, *more = text.split("\0", MOST_NAMES)
         try:

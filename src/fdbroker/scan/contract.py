@@ -38,10 +38,10 @@ def confirm(verdict: object, descriptor: int, before: Stamp) -> Verdict:
     Clean is not said of a file that changed since `before`. What is no verdict is an error. A finding
     stands, whatever became of the file.
     """
-    if not isinstance(verdict, Verdict):
-        return Error(Reason.UNKNOWN_ANSWER, f"the engine answered {ascii(verdict)[:80]}, which is no verdict")
     if not isinstance(verdict, Clean):
-        return verdict
+        if isinstance(verdict, Verdict):
+            return verdict
+        return Error(Reason.UNKNOWN_ANSWER, f"the engine answered {ascii(verdict)[:80]}, which is no verdict")
     try:
         after = Stamp.of(os.fstat(descriptor))
     except OSError as error:

@@ -68,8 +68,10 @@ class Handover:
             return 0
         return 1 if self._session is None else self._session.room()
 
-    def submit(self, number: int, descriptor: int) -> None:
+    def submit(self, number: int, descriptor: int, before: Stamp | None = None) -> None:
         """Hand in a file; its answer comes from `answers`.
+
+        `before` is what `fdbroker.scan.contract.admit` said of it, where that was asked already.
 
         Raises:
             ValueError: a file with this number is under way.
@@ -77,11 +79,11 @@ class Handover:
         """
         if number in self._files:
             raise ValueError(f"file {number} is under way")
-        before = admit(descriptor)
-        if isinstance(before, Error):
-            self._done.append(Progress(number, before))
+        stamp = admit(descriptor) if before is None else before
+        if isinstance(stamp, Error):
+            self._done.append(Progress(number, stamp))
             return
-        self._files[number] = _File(descriptor, before)
+        self._files[number] = _File(descriptor, stamp)
         self._waiting.append(number)
         self._go_on()
 

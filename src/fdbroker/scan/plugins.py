@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.config.errors import did_you_mean
@@ -50,6 +49,8 @@ def installed() -> dict[str, str]:
         EngineError: two packages have an engine of one name.
 
     """
+    from importlib import metadata  # noqa: PLC0415 - it takes as long as all else here, and a worker has no use for it
+
     targets = dict(BUILT_IN)
     for entry in metadata.entry_points(group=GROUP):
         known = targets.setdefault(entry.name, entry.value)

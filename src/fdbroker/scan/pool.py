@@ -73,6 +73,22 @@ class _Lane:
             return True
         return owner == self.owner and under_way < self.window and self.bytes < _MOST_BYTES
 
+    def gathers_more(self, file: Stamp) -> bool:
+        """Return whether it can have this file too, and waits for more before they are sent."""
+        gathered = self.gathered
+        return (
+            0 < gathered < self.supervisor.group - 1
+            and self.takes(file.owner)
+            and self.bytes + file.size < _MOST_BYTES
+            and self.supervisor.fileno() is not None
+        )
+
+    def gather(self, name: bytes, owned: Descriptors, file: Stamp) -> None:
+        """Hand in a file, which is not sent yet."""
+        self.bytes += file.size
+        self.gathered += 1
+        self.supervisor.enqueue(name, owned.take(), file)
+
     def load(self, owner: int) -> int:
         """Return how many files it has; as if it had some if it is still to be started for this owner."""
         ready = self.owner is None and self.supervisor.workers_started > 0
@@ -153,6 +169,21 @@ class Pool:
         """Most workers that there are at a time; 0 where all engines are outside ones."""
         return len(self._lanes)
 
+    def begin(self) -> None:
+        """Begin to load the engines of workers, for a caller who has something to do meanwhile.
+
+        Raises:
+            SandboxError, OSError: as `start`, of what is known by now.
+
+        """
+        if self._lanes:
+            self._lanes[0].supervisor.begin()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the loading that `begin` has begun is over, well or not."""
+        return not self._lanes or self._lanes[0].supervisor.is_loaded
+
     def start(self) -> LayerReport | None:
         """Load the engines, start the first worker and return what confines it; None: there are no workers.
 
@@ -190,6 +221,11 @@ class Pool:
         if isinstance(before, Error):
             owned.close()
             return iter((Done(path, 0, before),))
+        lane = self._last
+        if lane is not None and not self._handovers and not self._ready and lane.gathers_more(before):
+            # As `_to_workers` would do with it, without asking which worker, or for verdicts.
+            lane.gather(path, owned, before)
+            return iter(())
         file = _File(path, owned, before)
         if self._handovers:
             self._hand_over(file)
@@ -218,7 +254,7 @@ class Pool:
     def _hand_over(self, file: _File) -> None:
         """Give a file to the outside engine whose turn it is."""
         _, handover = self._handovers[len(file.answers)]
-        handover.submit(self._remembered(file), file.owned.numbers()[0])
+        handover.submit(self._remembered(file), file.owned.numbers()[0], file.before)
 
     def _remembered(self, file: _File) -> int:
         """Keep a file for its answer; return the number by which it is found."""
@@ -250,9 +286,7 @@ class Pool:
             name = file.path
             if self._handovers:
                 name = b"%d" % self._remembered(file)
-            lane.bytes += file.before.size
-            lane.gathered += 1
-            lane.supervisor.enqueue(name, file.owned.take(), file.before)
+            lane.gather(name, file.owned, file.before)
             # Few messages to who is busy, and none that waits for others where nobody is.
             if (
                 lane.gathered >= lane.supervisor.group
@@ -279,6 +313,8 @@ class Pool:
         return self._all_said(file, (*file.answers, *inside))
 
     def _all_said(self, file: _File, answers: tuple[Answer, ...]) -> Done:
+        if len(answers) == 1:
+            return Done(file.path, file.before.size, answers[0].verdict, answers)
         by_name = {answer.engine: answer for answer in answers}
         ordered = tuple(by_name[name] for name in self._names)
         return Done(file.path, file.before.size, worst(ordered), ordered)
@@ -288,14 +324,14 @@ class Pool:
         for name, handover in self._handovers:
             for number, verdict in handover.answers():
                 file = self._files.pop(number)
-                file = file._replace(answers=(*file.answers, Answer(name, verdict)))
-                if len(file.answers) < len(self._handovers):
-                    self._hand_over(file)
+                answers = (*file.answers, Answer(name, verdict))
+                if len(answers) < len(self._handovers):
+                    self._hand_over(file._replace(answers=answers))
                 elif self._lanes:
-                    self._ready.append(file)
+                    self._ready.append(file._replace(answers=answers))
                 else:
                     file.owned.close()
-                    yield self._all_said(file, file.answers)
+                    yield self._all_said(file, answers)
 
     def _go_on(self, least: int) -> Iterator[Done]:
         """Yield the verdicts that are there; if there is none, wait until there may be one.

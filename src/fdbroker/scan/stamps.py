@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
     from fdbroker.scan.engine import Engine
 
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python; there are four for each file
+
 
 class Stamp(NamedTuple):
     """What changes when a file's contents do, and whose it is. Size in bytes, times in nanoseconds.
@@ -26,7 +28,7 @@ class Stamp(NamedTuple):
     @classmethod
     def of(cls, facts: os.stat_result) -> Self:
         """Return the stamp of what fstat(2) said."""
-        return cls(facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_uid)
+        return _new(cls, (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_uid))
 
 
 _Entry = tuple[bytes, int, int, int, int]  # path, inode, size, mtime, ctime; a missing one has -1

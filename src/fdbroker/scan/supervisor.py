@@ -7,8 +7,12 @@ happens (a dead worker, one that is late, one that can't be started) is an error
 of the file that it happened to. The other files under way go to a new worker:
 their descriptors are still held here.
 
+A worker has several files in one message, and answers them together. If it fails it was at one of
+them, and nobody knows at which. So they go to a new worker, in a message each, and the one that
+is the oldest when that fails as well is the one.
+
 A worker is one process with one thread and answers in order, so the time of a
-file runs from the moment it is the oldest one.
+message runs from the moment it is the oldest one, and anew from each answer to it.
 """
 
 from __future__ import annotations
@@ -30,12 +34,12 @@ from fdbroker.scan.contract import admit, confirm
 from fdbroker.scan.engine import EngineError, combined
 from fdbroker.scan.plugins import make_inside, to_json
 from fdbroker.scan.stamps import Databases
-from fdbroker.scan.verdict import Answer, Error, Reason, Verdict, worst
+from fdbroker.scan.verdict import Answer, Clean, Error, Reason, Verdict, worst
 from fdbroker.scan.versions import LONGEST_VERSIONS, decode_versions
 from fdbroker.scan.worker import MOST_REQUESTS, REQUEST, VERSIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -62,6 +66,7 @@ _REASONS: dict[int, Reason] = {
 _SPOILING = frozenset({Reason.MEMORY, Reason.ENGINE_FAILED, Reason.SCRATCH_FULL, Reason.UNKNOWN_ANSWER})
 # The kernel's "not now": the socket is full, or too many descriptors of this user are under way.
 _FULL = frozenset({errno.EAGAIN, errno.ETOOMANYREFS})
+_NO_ANSWER = Error(Reason.UNKNOWN_ANSWER, "the worker's answer is none")
 
 
 class Done(NamedTuple):
@@ -148,6 +153,10 @@ class Supervisor:
         self._oldest_since = 0.0
         self._unsent: deque[_Job] = deque()
         self._sent: deque[_Job] = deque()
+        # Of each message under way the number of its last file.
+        self._ends: deque[int] = deque()
+        # Files up to this number go in a message each.
+        self._alone_until = 0
         self.workers_started = 0
 
     def __enter__(self) -> Self:
@@ -174,6 +183,21 @@ class Supervisor:
     def group(self) -> int:
         """How many files go to the worker in one message, where there are so many."""
         return self._group
+
+    def begin(self) -> None:
+        """Begin to load the engines, for a caller who has something to do meanwhile; `start` waits for it.
+
+        Raises:
+            SandboxError, OSError: as `start`, of what is known by now.
+
+        """
+        if self._zygote is None:
+            self._zygote, self._databases = self._load(wait=False)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the loading that `begin` has begun is over, well or not."""
+        return self._zygote is None or self._zygote.has_started
 
     def start(self) -> LayerReport:
         """Start the worker and return what confines it. Later ones start by themselves.
@@ -230,7 +254,7 @@ class Supervisor:
         if outgoing is not None:
             outgoing.close()
 
-    def _load(self) -> tuple[Zygote, Databases]:
+    def _load(self, *, wait: bool = True) -> tuple[Zygote, Databases]:
         # First the look, so that what changes while it is loaded counts as changed.
         databases = Databases(self._made)
         arguments = {"engines": to_json(self._engines)}
@@ -240,6 +264,7 @@ class Supervisor:
             arguments,
             confinement=self._confinement,
             timeout=_SECONDS_TO_LOAD,
+            wait=wait,
         )
         return zygote, databases
 
@@ -286,9 +311,9 @@ class Supervisor:
 
         Files go to a worker that has others when there are `least`.
         """
-        done = []
-        while (one := self._look(least)) is not None:
-            done.append(one)
+        done: list[Done] = []
+        while (some := self._look(least)) is not None:
+            done += some
         return done
 
     def fileno(self) -> int | None:
@@ -306,11 +331,12 @@ class Supervisor:
             self._worker = None
         self._unsent.extendleft(reversed(self._sent))
         self._sent.clear()
+        self._ends.clear()
 
     def finish(self) -> Iterator[Done]:
         """Yield the verdicts of all files that are under way."""
         while self.under_way:
-            yield self._next()
+            yield from self._next()
 
     def close(self) -> None:
         """End the worker and close the files that are under way; their verdicts are lost."""
@@ -323,134 +349,178 @@ class Supervisor:
         for job in (*self._sent, *self._unsent):
             job.file.close()
         self._sent.clear()
+        self._ends.clear()
         self._unsent.clear()
 
     def _go_on(self) -> Iterator[Done]:
         """Keep the worker busy with few messages; where the window is full, make room for a message."""
         if not self._sent or len(self._unsent) >= self._group:
-            failed = self._send()
-            if failed is not None:
-                yield failed
+            yield from self._send()
         if self.under_way >= self._window:
             while self.under_way > self._window - self._group:
-                yield self._next(self._group)
+                yield from self._next(self._group)
 
-    def _next(self, least: int = 1) -> Done:
-        """Wait for the verdict of the oldest file under way. Send others if there are at least `least`."""
-        while (done := self._look(least)) is None:
-            if self._worker is None or not self._sent:
-                raise RuntimeError("nothing is under way")
-            is_readable(self._worker.channel.fileno(), self.deadline() - time.monotonic())
+    def _next(self, least: int = 1) -> list[Done]:
+        """Wait for verdicts. Send others if there are at least `least`."""
+        while not (done := self._look(least)):
+            if done is None:
+                if self._worker is None or not self._sent:
+                    raise RuntimeError("nothing is under way")
+                is_readable(self._worker.channel.fileno(), self.deadline() - time.monotonic())
         return done
 
-    def _look(self, least: int) -> Done | None:
-        """Return the verdict of the oldest file under way if it is there. Send others, as `_next`."""
-        if not self._sent or len(self._unsent) >= least:
+    def _look(self, least: int) -> list[Done] | None:
+        """Do one thing that can be done now; return the verdicts it gave. None: there is nothing to do."""
+        if self._unsent and (not self._sent or len(self._unsent) >= least):
             failed = self._send()
-            if failed is not None:
+            if failed:
                 return failed
         process = self._worker
         if process is None or not self._sent:
             return None
-        result = self._receive(process, self._sent[0])
-        if result is not None:
-            return self._done(result)
-        if time.monotonic() >= self.deadline():
-            self.replace_worker()
+        done = self._receive(process)
+        if done is None and time.monotonic() >= self.deadline():
             text = f"the worker did not answer within {self._timeout:g} s"
-            return self._done(Error(Reason.TIMED_OUT, text))
-        return None
+            return self._blame(Error(Reason.TIMED_OUT, text))
+        return done
 
-    def _send(self) -> Done | None:
+    def _send(self) -> list[Done]:
         """Send as many files as fit. Return the oldest one, failed, if there is no way to send it."""
         while self._unsent and len(self._sent) < self._window:
             if self._worker is None:
                 try:
                     self.start()
                 except (SandboxError, OSError) as error:
-                    return self._done(Error(Reason.NOT_LOADED, f"no worker could be started: {error}"))
-            jobs = [*islice(self._unsent, min(self._group, self._window - len(self._sent)))]
+                    return self._failed(Error(Reason.NOT_LOADED, f"no worker could be started: {error}"))
+            count = 1
+            if self._unsent[0].number > self._alone_until:
+                count = min(self._group, self._window - len(self._sent))
+            jobs = [*islice(self._unsent, count)]
             try:
                 self._send_one_message(jobs)
             except OSError as error:
                 # Full, or dead: whoever reads the answers finds out, and knows which file is to blame.
                 if self._sent:
-                    return None
+                    return []
                 if error.errno in _FULL:
                     text = f"the worker could not be given the file: {error.strerror}"
-                    return self._done(Error(Reason.NOT_LOADED, text))
+                    return self._failed(Error(Reason.NOT_LOADED, text))
                 ended = Ended(None, None, "") if self._worker is None else self._worker.stop(grace=_GRACE)
                 self.replace_worker()
                 text = f"the worker took no file ({error.strerror}): {ended}"
-                return self._done(Error(_reason_of(ended), text))
+                return self._failed(Error(_reason_of(ended), text))
             if not self._sent:
                 self._oldest_since = time.monotonic()
+            self._ends.append(jobs[-1].number)
             for _ in jobs:
                 self._sent.append(self._unsent.popleft())
-        return None
+        return []
 
     def _send_one_message(self, jobs: list[_Job]) -> None:
         if self._worker is not None:
-            requests = b"".join(REQUEST.pack(job.number, job.before.size) for job in jobs)
+            requests = b"".join([REQUEST.pack(job.number, job.before.size) for job in jobs])
             descriptors = [number for job in jobs for number in job.file.numbers()]
             sockets.send(self._worker.channel, requests, descriptors, wait=False)
 
-    def _receive(self, process: Worker, job: _Job) -> list[Answer] | Error | None:
-        """Read one message of the worker; None: there was none after all."""
+    def _receive(self, process: Worker) -> list[Done] | None:
+        """Read one message of the worker and return the verdicts in it; None: there was none after all."""
         try:
             message = sockets.receive(process.channel, LONGEST_ANSWER + 1)
         except BlockingIOError:
             return None
         except ConnectionResetError:
             # Reported once, ahead of what is queued, when it died with requests unread.
-            return None
+            return []
         except OSError as error:
-            self.replace_worker()
-            return Error(Reason.UNKNOWN_ANSWER, f"the worker's answer could not be received: {error}")
+            return self._blame(
+                Error(Reason.UNKNOWN_ANSWER, f"the worker's answer could not be received: {error}")
+            )
         with message.descriptors as sent_along:
-            if not message.data and not sent_along:
+            if sent_along:
+                return self._blame(_NO_ANSWER)
+            if not message.data:
                 ended = process.stop(grace=_GRACE)
-                self.replace_worker()
-                return Error(_reason_of(ended), f"the worker ended while it had this file: {ended}")
-            answers = None if sent_along else self._judge(message.data, job)
-        if answers is None:
-            self.replace_worker()
-            return Error(Reason.UNKNOWN_ANSWER, "the worker's answer is none")
-        if any(isinstance(verdict, Error) and verdict.reason in _SPOILING for _, verdict in answers):
-            # What an engine did not survive unharmed must not scan on. The files behind it are scanned again.
-            self._replace_after(job)
-        return answers
+                text = f"the worker ended while it had this file: {ended}"
+                return self._blame(Error(_reason_of(ended), text))
+        return self._take(process, message.data)
 
-    def _judge(self, data: bytes, job: _Job) -> list[Answer] | None:
-        """Return the verdicts of an answer, None if it is no answer to this file."""
+    def _take(self, process: Worker, data: bytes) -> list[Done]:
+        """Return the verdicts in a message, up to what can be none of this worker."""
+        done: list[Done] = []
         try:
-            number, size, answers = decode(data, self._names)
+            received = decode(data, self._names)
         except AnswerError:
-            return None
-        if number != job.number or size != job.before.size:
-            return None
-        descriptor = job.file.numbers()[0]
-        return [Answer(name, confirm(verdict, descriptor, job.before)) for name, verdict in answers]
+            return self._blame(_NO_ANSWER)
+        # Descriptors of files that are done, closed with one call.
+        with Descriptors() as spent:
+            for number, size, said in received:
+                # Otherwise another worker has the files by now, or none, and the rest is not about them.
+                if self._worker is not process:
+                    break
+                job = self._sent[0] if self._sent else None
+                if job is None or number != job.number or size != job.before.size:
+                    done += self._blame(_NO_ANSWER)
+                    break
+                [descriptor] = job.file.numbers()
+                answers = tuple([Answer(name, confirm(one, descriptor, job.before)) for name, one in said])
+                verdict = worst(answers)
+                if not isinstance(verdict, Clean) and _is_spoilt_by(answers):
+                    # What an engine did not survive unharmed must not scan on. Files behind it are scanned
+                    # again.
+                    self._replace_after(job)
+                self._take_out(spent)
+                done.append(Done(job.path, job.before.size, verdict, answers))
+        return done
+
+    def _blame(self, error: Error) -> list[Done]:
+        """End the worker, which failed at a file of the oldest message: its error, if that has one file.
+
+        Otherwise all of them are tried again, each alone.
+        """
+        if not self._sent:
+            # It said something though it had nothing.
+            self.replace_worker()
+            return []
+        number, end = self._sent[0].number, self._ends[0]
+        self.replace_worker()
+        if number == end:
+            return self._failed(error)
+        self._alone_until = max(self._alone_until, end)
+        return []
 
     def _replace_after(self, job: _Job) -> None:
         """End the worker; it is done with this file, and keeps the place of the oldest."""
         self.replace_worker()
         self._unsent.remove(job)
         self._sent.append(job)
+        self._ends.append(job.number)
 
-    def _done(self, result: list[Answer] | Error) -> Done:
-        """Take the oldest file out, with this result; the time of the next one begins."""
-        job = self._sent.popleft() if self._sent else self._unsent.popleft()
-        job.file.close()
+    def _failed(self, error: Error) -> list[Done]:
+        """Take the oldest file out; return its verdict, which no engine gave."""
+        with Descriptors() as spent:
+            job = self._take_out(spent)
+        return [Done(job.path, job.before.size, error)]
+
+    def _take_out(self, spent: Descriptors) -> _Job:
+        """Take the oldest file out, with its descriptor; the time of the next one begins."""
+        if self._sent:
+            job = self._sent.popleft()
+            if self._ends[0] == job.number:
+                self._ends.popleft()
+        else:
+            job = self._unsent.popleft()
+        spent.add(job.file.take())
         now = time.monotonic()
         self._oldest_since = now
         if self._files_left is not None:
             self._files_left -= 1
         if self._worker is not None and (now >= self._retire_at or self._files_left == 0):
             self.replace_worker()
-        if isinstance(result, Error):
-            return Done(job.path, job.before.size, result)
-        return Done(job.path, job.before.size, worst(result), tuple(result))
+        return job
+
+
+def _is_spoilt_by(answers: Iterable[Answer]) -> bool:
+    return any(isinstance(said, Error) and said.reason in _SPOILING for _, said in answers)
 
 
 def _reason_of(ended: Ended) -> Reason:

@@ -112,15 +112,19 @@ def _from(client: Client, start: bytes, exclusions: Exclusions) -> Iterator[Foun
     directories = [(start, False)]
     while directories:
         path, known = directories.pop()
+        prefix = path if path == b"/" else path + b"/"
         try:
             for entry in client.list(path):
-                found = _entry(path, entry)
-                if exclusions.have(whole := _join(path, entry.name)):
+                whole = prefix + entry.name
+                kind = _kind(entry)
+                if exclusions.have(whole):
                     yield NotAFile(whole, EXCLUDED)
-                elif found is None:
-                    directories.append((whole, _kind(entry) == _DIRECTORY))
+                elif kind == _REGULAR:
+                    yield File(whole)
+                elif kind in {_DIRECTORY, _UNKNOWN}:
+                    directories.append((whole, kind == _DIRECTORY))
                 else:
-                    yield found
+                    yield NotAFile(whole, _KINDS.get(kind, "of an unknown kind"))
                 known = True
         except BrokerError as error:
             if is_about_the_connection(error):
@@ -131,20 +135,5 @@ def _from(client: Client, start: bytes, exclusions: Exclusions) -> Iterator[Foun
                 yield File(path, None if isinstance(error, NotDirectoryError) else error)
 
 
-def _entry(directory: bytes, entry: ListEntry) -> File | NotAFile | None:
-    """Return what an entry is, None if it is to be listed, or to be tried."""
-    kind = _kind(entry)
-    if kind in {_DIRECTORY, _UNKNOWN}:
-        return None
-    path = _join(directory, entry.name)
-    if kind == _REGULAR:
-        return File(path)
-    return NotAFile(path, _KINDS.get(kind, "of an unknown kind"))
-
-
 def _kind(entry: ListEntry) -> int:
     return entry.kind if entry.stat is None else stat.S_IFMT(entry.stat.mode) >> 12
-
-
-def _join(directory: bytes, name: bytes) -> bytes:
-    return directory + name if directory == b"/" else directory + b"/" + name

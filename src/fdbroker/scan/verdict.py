@@ -147,6 +147,8 @@ def worst(answers: Iterable[Answer]) -> Verdict:
     engines found is added to `more`. No answer at all is an error.
     """
     verdicts = [answer.verdict for answer in answers]
+    if len(verdicts) == 1 and not isinstance(verdicts[0], Infected):
+        return verdicts[0]
     names: dict[str, None] = {}
     for verdict in verdicts:
         if isinstance(verdict, Infected):

@@ -5,18 +5,20 @@ called for that in the zygote, which forks the workers.
 
 A message asks for the versions of the engines, or has one or more requests, each a
 number and the size that the file is expected to have, and as many descriptors for
-reading. Each file gets an answer of its own (`fdbroker.scan.answers`), so that it is
-known which one a worker was at.
+reading. Each file gets an answer of its own (`fdbroker.scan.answers`). Those of one message
+are sent together, unless it takes so long that somebody could wait for one: who has many files
+would otherwise be woken for each.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+import time
 from typing import TYPE_CHECKING
 
 from fdbroker.kernel import sockets
-from fdbroker.scan.answers import encode
+from fdbroker.scan.answers import LONGEST_ANSWER, encode
 from fdbroker.scan.examine import examine
 from fdbroker.scan.plugins import from_json, make_inside
 from fdbroker.scan.versions import encode_versions
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Sequence
 
+    from fdbroker.kernel.descriptors import Descriptors
     from fdbroker.scan.engine import Inside
 
 REQUEST = struct.Struct("<QQ")  # number, size
@@ -32,6 +35,8 @@ REQUEST = struct.Struct("<QQ")  # number, size
 MOST_REQUESTS = 16  # in one message; a worker must be allowed as many descriptors, and its own
 
 VERSIONS = b"versions"
+
+_SECONDS_HELD_BACK = 0.02  # an answer, at most, but for the time that the next file takes
 
 DESCRIPTORS = 3  # of a worker itself: its channel, and /dev/null twice
 
@@ -82,10 +87,28 @@ def work(engines: Sequence[Inside], channel: socket.socket, scratch: bytes | Non
             count, rest = divmod(len(message.data), REQUEST.size)
             if rest or not 1 <= count <= MOST_REQUESTS or len(owned) != count:
                 raise ValueError("not a request")
-            for number, size in REQUEST.iter_unpack(message.data):
-                descriptor = owned.take()
-                try:
-                    answer = encode(number, size, examine(engines, descriptor, size, scratch))
-                finally:
-                    os.close(descriptor)
-                sockets.send(channel, answer)
+            _answer(engines, channel, scratch, message.data, owned)
+
+
+def _answer(
+    engines: Sequence[Inside],
+    channel: socket.socket,
+    scratch: bytes | None,
+    requests: bytes,
+    owned: Descriptors,
+) -> None:
+    """Answer the requests of a message. Their descriptors stay the caller's, who closes all at once."""
+    answers = b""
+    since = time.monotonic()
+    for (number, size), descriptor in zip(REQUEST.iter_unpack(requests), owned.numbers(), strict=True):
+        answer = encode(number, size, examine(engines, descriptor, size, scratch))
+        if len(answers) + len(answer) > LONGEST_ANSWER:
+            sockets.send(channel, answers)
+            answers = b""
+        answers += answer
+        now = time.monotonic()
+        if now - since >= _SECONDS_HELD_BACK:
+            sockets.send(channel, answers)
+            answers, since = b"", now
+    if answers:
+        sockets.send(channel, answers)

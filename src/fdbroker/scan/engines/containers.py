@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 # kind -> (offset, bytes); libclamav is given the same as signatures, for what is inside of others too.
 MAGIC = {
@@ -18,6 +19,12 @@ MAGIC = {
     "squashfs": (0, b"hsqs"),
 }
 _LONGEST = 24
+# All at once: the file is asked about before each scan.
+_BEGINNING = re.compile(
+    b"|".join(
+        b"(?s:.{%d})(?P<%s>%s)" % (at, kind.encode(), re.escape(magic)) for kind, (at, magic) in MAGIC.items()
+    )
+)
 
 
 def kind_of(descriptor: int) -> str | None:
@@ -27,8 +34,5 @@ def kind_of(descriptor: int) -> str | None:
         OSError: it can't be read.
 
     """
-    head = os.pread(descriptor, _LONGEST, 0)
-    for kind, (offset, magic) in MAGIC.items():
-        if head.startswith(magic, offset):
-            return kind
-    return None
+    match = _BEGINNING.match(os.pread(descriptor, _LONGEST, 0))
+    return match.lastgroup if match else None

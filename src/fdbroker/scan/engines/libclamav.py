@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdbroker.scan.engine import MEBIBYTE, EngineError, Inside, Needs, shown
 from fdbroker.scan.engines.containers import MAGIC
+from fdbroker.scan.engines.scratch import Scratch
 from fdbroker.scan.options import Bytes, Seconds
 from fdbroker.scan.verdict import Clean, Error, Reason, Verdict, found
 
@@ -103,6 +104,7 @@ _KINDS["rar"] += [
 _MUST_HAVE_PARTS = frozenset(
     b"CL_TYPE_" + kind for kind in (b"7Z", b"ARJ", b"BZ", b"GZ", b"MSCAB", b"MSCHM", b"XZ", b"ZIP")
 )
+_NOTHING_FOUND = Clean()
 _DAMAGED = "damaged"
 # What the option `accept` may name.
 KINDS = (*_KINDS, _DAMAGED)
@@ -177,12 +179,14 @@ _OnPart = ctypes.CFUNCTYPE(
 )
 
 
-@dataclass
 class _Layer:
     """The file, or a part that was unpacked from it."""
 
-    kind: bytes
-    parts: int = 0
+    __slots__ = ("kind", "parts")
+
+    def __init__(self, kind: bytes) -> None:
+        self.kind = kind
+        self.parts = 0
 
 
 class LibClamAV(Inside):
@@ -197,7 +201,7 @@ class LibClamAV(Inside):
         self._library: Any = None
         self._engine: ctypes.c_void_p | None = None
         self._signatures = 0
-        self._scratch: bytes | None = None
+        self._scratch: Scratch | None = None
         self._messages: list[bytes] = []
         self._names: list[bytes] = []
         self._layers: list[_Layer] = []
@@ -205,6 +209,10 @@ class LibClamAV(Inside):
         self._cut_off = False
         heuristic = _ALERT_EXCEEDS_MAX | (0 if "encrypted" in options.accept else _ALERT_ENCRYPTED)
         self._scan_options = _ScanOptions(_GENERAL, _PARSE_ALL, heuristic, 0, 0)
+        self._options_pointer = ctypes.byref(self._scan_options)
+        self._name = ctypes.c_char_p()
+        self._name_pointer = ctypes.byref(self._name)
+        self._scan_descriptor: Any = None
         # The library keeps pointers to these.
         self._on_message = _OnMessage(self._take_message)
         self._on_found = _OnFound(self._take_name)
@@ -237,6 +245,7 @@ class LibClamAV(Inside):
 
         """
         self._library = _load_library(self.options.library)
+        self._scan_descriptor = self._library.cl_scandesc_callback
         self._library.cl_set_clcb_msg(self._on_message)
         self._check("cl_init", self._library.cl_init(0))
         engine = self._library.cl_engine_new()
@@ -282,22 +291,24 @@ class LibClamAV(Inside):
             return Error(Reason.TOO_LARGE, f"{size} bytes are more than max_file_size")
         if scratch is None:
             return Error(Reason.NOT_LOADED, "libclamav: it needs a scratch directory, profile `scratch`")
-        if scratch != self._scratch:
+        if self._scratch is None or scratch != self._scratch.path:
             self._check("TMPDIR", self._library.cl_engine_set_str(self._engine, _TMPDIR, scratch))
-            self._scratch = scratch
+            self._scratch = Scratch(scratch)
         self._messages.clear()
         self._names.clear()
         self._layers.clear()
         self._without_parts, self._cut_off = None, False
-        name = ctypes.c_char_p()
-        status = self._library.cl_scandesc_callback(
-            descriptor, None, ctypes.byref(name), None, self._engine, ctypes.byref(self._scan_options), None
+        self._name.value = None
+        status = self._scan_descriptor(
+            descriptor, None, self._name_pointer, None, self._engine, self._options_pointer, None
         )
         self._close_layers(0)
-        if name.value and name.value not in self._names:
-            self._names.append(name.value)
-        verdict = self._verdict(status, _texts(self._names), _texts(self._messages))
-        _empty(scratch)
+        self._take_name(descriptor, self._last_name(), None)
+        verdict: Verdict = _NOTHING_FOUND
+        # The short way for nearly all files: the library says clean, and there is nothing else to look at.
+        if status or self._names or self._messages or self._cut_off or self._without_parts:
+            verdict = self._verdict(status, _texts(self._names), _texts(self._messages))
+        self._scratch.clear()
         return verdict
 
     def _verdict(self, status: int, names: list[str], messages: list[str]) -> Verdict:
@@ -330,7 +341,10 @@ class LibClamAV(Inside):
             kind = self._without_parts.removeprefix(b"CL_TYPE_").decode("ascii", "replace")
             text = f"libclamav: damaged, or packed as it can't unpack: nothing came out of {kind}"
             return Error(Reason.UNSCANNABLE_CONTAINER, text)
-        return Clean()
+        return _NOTHING_FOUND
+
+    def _last_name(self) -> bytes | None:
+        return self._name.value
 
     def _take_message(self, severity: int, _full: bytes, message: bytes | None, _context: object) -> None:
         if severity >= _MESSAGE_ERROR and len(self._messages) < _MOST_MESSAGES:
@@ -363,9 +377,10 @@ class LibClamAV(Inside):
         return _CL_CLEAN
 
     def _close_layers(self, depth: int) -> None:
-        while len(self._layers) > depth:
-            layer = self._layers.pop()
-            if layer.kind in _MUST_HAVE_PARTS and not layer.parts:
+        layers = self._layers
+        while len(layers) > depth:
+            layer = layers.pop()
+            if not layer.parts and layer.kind in _MUST_HAVE_PARTS:
                 self._without_parts = layer.kind
 
     def _set_limits(self) -> None:
@@ -462,22 +477,6 @@ def _load_library(name: str) -> Any:  # noqa: ANN401 - a library has no type
     library.cl_load.argtypes = (text, pointer, pointer, ctypes.c_uint)
     library.cl_scandesc_callback.argtypes = (number, text, pointer, pointer, pointer, pointer, pointer)
     return library
-
-
-def _empty(directory: bytes) -> None:
-    """Remove what a scan left behind: the next one must have all the room.
-
-    Raises:
-        OSError: something can't be removed.
-
-    """
-    for name in os.listdir(directory):
-        path = os.path.join(directory, name)
-        if os.path.isdir(path) and not os.path.islink(path):
-            _empty(path)
-            os.rmdir(path)
-        else:
-            os.unlink(path)
 
 
 def _has_unrar() -> bool:
