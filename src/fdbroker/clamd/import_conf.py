@@ -263,9 +263,10 @@ RULES: dict[str, Rule] = {
     ),
     # Of clients.
     **_all(
-        "OnAccessMountPath OnAccessIncludePath OnAccessExcludePath OnAccessExcludeRootUID OnAccessExcludeUID"
-        " OnAccessExcludeUname OnAccessMaxFileSize OnAccessDisableDDD OnAccessPrevention"
-        " OnAccessExtraScanning OnAccessCurlTimeout OnAccessMaxThreads OnAccessRetryAttempts OnAccessDenyOnError",
+        "OnAccessMountPath OnAccessIncludePath OnAccessExcludePath OnAccessExcludeRootUID"
+        " OnAccessExcludeUID OnAccessExcludeUname OnAccessMaxFileSize OnAccessDisableDDD"
+        " OnAccessPrevention OnAccessExtraScanning OnAccessCurlTimeout OnAccessMaxThreads"
+        " OnAccessRetryAttempts OnAccessDenyOnError",
         _CLIENT,
     ),
     # What clamd still reads, or once did.
