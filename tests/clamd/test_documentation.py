@@ -14,7 +14,7 @@ MIGRATION = Path("docs/from-clamd.md").read_text()
 
 
 def blocks(text: str, begin: str) -> list[str]:
-    """Return the indented or fenced blocks that begin with this."""
+    """Return the fenced blocks that begin with this."""
     return [
         block
         for block in re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
