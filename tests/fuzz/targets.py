@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from fdbroker.clamd.protocol import LONGEST_COMMAND, Asked, Chunk, Conversation, Kind, Limits, Streamed
 from fdbroker.wire.client import OpenReply, WalkReply, decode_reply
 from fdbroker.wire.format import HEADER, LENGTH, MAX_FRAME, REPLY, WALK, Status, Type
 from fdbroker.wire.messages import MalformedError
@@ -92,6 +93,40 @@ def reply(data: bytes) -> None:
     except MalformedError:
         return
     assert decoded.id == HEADER.unpack_from(data)[3]
+
+
+def clamd(data: bytes) -> None:
+    """Say anything in clamd's protocol, with descriptors: each read is settled, little of it is kept."""
+    choices = Choices(data)
+    conversation = Conversation(Limits(stream_length=1000), 0.0)
+    now, streamed, owed = 0.0, 0, set()
+    while choices:
+        size, count = choices.number(255), choices.number(3)
+        conversation.receive(choices.take(size), count if size else 0, now)
+        while (event := conversation.next_event(now)) is not None:
+            if isinstance(event, Asked):
+                streamed = 0
+                owed |= {event.number} if event.kind is not Kind.INSTREAM else set()
+            elif isinstance(event, Chunk):
+                streamed += len(event.data)
+                assert 0 < streamed <= 1000
+            elif isinstance(event, Streamed):
+                owed.add(event.number)
+        assert conversation.under_way == len(owed)
+        assert len(conversation._data) < LONGEST_COMMAND
+        assert not (conversation.is_over and conversation.descriptors_wanted)
+        if owed and choices.number(1):
+            number = owed.pop()
+            assert conversation.answer(number, b"OK", data[:9]).count(b": OK") >= 1
+            conversation.finish(number, now)
+        deadline = conversation.deadline
+        if deadline is not None and choices.number(7) == 1:
+            now = max(now, deadline)
+            conversation.expire(now)
+            while conversation.next_event(now) is not None:
+                pass
+    for number in owed:
+        conversation.finish(number, now)
 
 
 class EndToEnd:
@@ -235,4 +270,9 @@ class _Asked:
 
 
 # Those of bytes alone.
-PURE: dict[str, Callable[[bytes], None]] = {"request": request, "stream": stream, "reply": reply}
+PURE: dict[str, Callable[[bytes], None]] = {
+    "request": request,
+    "stream": stream,
+    "reply": reply,
+    "clamd": clamd,
+}

@@ -1,0 +1,77 @@
+"""The texts of clamd's protocol: what is said of a file, and of the service."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fdbroker.scan.verdict import Clean, Infected, Reason
+
+if TYPE_CHECKING:
+    from fdbroker.scan.verdict import Verdict
+
+OK = b"OK"
+STREAM = b"stream"  # the name of what INSTREAM brought
+# Reasons for which clamd, as it is installed, says OK: it stopped looking, or could not look.
+CLAMD_SAYS_OK = frozenset(
+    {
+        Reason.TOO_LARGE,
+        Reason.LIMIT_EXCEEDED,
+        Reason.UNSCANNABLE_ENCRYPTED,
+        Reason.UNSCANNABLE_CONTAINER,
+    }
+)
+# clamd's words for what its clients meet daily; of everything else the error's own text is said.
+_TEXTS = {
+    Reason.DENIED: b"Access denied.",
+    Reason.NOT_FOUND: b"File path check failure: No such file or directory.",
+    Reason.NOT_REGULAR: b"Not a regular file",
+}
+_CONTROLS = frozenset([*range(0x20), 0x7F])
+_ESCAPES = {byte: b"\\x%02x" % byte for byte in _CONTROLS} | {ord("\\"): b"\\\\"}
+
+
+def escaped(name: bytes) -> bytes:
+    r"""Return a name as it stands in a line of text, which it can't end or forge.
+
+    A control byte is `\xNN` and a backslash `\\`: `printf %b` gives the name back. Other bytes stay.
+    """
+    if name.isascii() and name.isalnum():
+        return name
+    return b"".join(_ESCAPES.get(byte) or bytes((byte,)) for byte in name)
+
+
+def said(verdict: Verdict, *, limits_pass: bool = False) -> list[bytes]:
+    """Return what is said of a file: `OK`, `NAME FOUND` for each name, or `TEXT ERROR`.
+
+    `limits_pass`: an error that clamd knows nothing of is OK (`CLAMD_SAYS_OK`).
+    """
+    if isinstance(verdict, Clean):
+        return [OK]
+    if isinstance(verdict, Infected):
+        return [name.encode() + b" FOUND" for name in (verdict.name, *verdict.more)]
+    if limits_pass and verdict.reason in CLAMD_SAYS_OK:
+        return [OK]
+    text = _TEXTS.get(verdict.reason) or (verdict.text.rstrip(".") or verdict.reason).encode() + b"."
+    return [text + b" ERROR"]
+
+
+def version(clamav: str, database: int, built: str) -> bytes:
+    """Return the answer to VERSION: `ClamAV 1.4.6/27800/Wed Oct 22 ...`; `database` may be 0, for none."""
+    return f"ClamAV {clamav}/{database}/{built}".encode() if database else f"ClamAV {clamav}".encode()
+
+
+def commands(version_text: bytes, names: list[bytes]) -> bytes:
+    """Return the answer to VERSIONCOMMANDS."""
+    return version_text + b"| COMMANDS: " + b" ".join(names)
+
+
+def statistics(*, live: int, idle: int, most: int, queued: int) -> bytes:
+    """Return the answer to STATS: of workers, and of files that wait for one."""
+    return (
+        b"POOLS: 1\n\nSTATE: VALID PRIMARY\n"
+        b"THREADS: live %d  idle %d max %d idle-timeout 30\n"
+        b"QUEUE: %d items\n\n"
+        b"MEMSTATS: heap N/A mmap N/A used N/A free N/A releasable N/A"
+        b" pools 1 pools_used N/A pools_total N/A\n"
+        b"END" % (live, idle, most, queued)
+    )
