@@ -13,7 +13,7 @@ from fdbroker.launcher.errors import LaunchError
 from fdbroker.launcher.inherited import check_connection, check_listener
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Mapping
 
 _NAMES_CURE = (
     "name them by FileDescriptorName= of the .socket unit: seqpacket, stream or dgram for requests, control,"
@@ -77,20 +77,20 @@ def take_from_systemd() -> Activation:
     return Activation(listeners, services, connections, control, notify, watchdog)
 
 
-def check_services(activation: Activation, names: Collection[str]) -> None:
-    """Check the listeners of services, whose names the policy has.
+def check_services(activation: Activation, kinds: Mapping[str, str]) -> None:
+    """Check the listeners of services, whose names the policy has: of each it says the kind of socket.
 
     Raises:
         LaunchError: one has another name, or is not what a service's listener is.
 
     """
     for number, name in activation.services:
-        if name not in names:
+        if name not in kinds:
             raise LaunchError(
                 f"{_what(name)}: no socket of fdbroker has this name, and no service in listeners of the"
                 f" policy; {_NAMES_CURE}"
             )
-        check_listener(number, _what(name), "stream")
+        check_listener(number, _what(name), kinds[name])
 
 
 def _what(name: str) -> str:
