@@ -71,8 +71,8 @@ def take_from_systemd() -> Activation:
             raise LaunchError(f"{what}: no socket of fdbroker has this name; {_NAMES_CURE}")
     if len(controls) > 1:
         raise LaunchError(f"systemd passed {len(controls)} sockets with the name 'control'; keep one")
-    notify = _connect_notify_socket()
-    watchdog = None if notify is None else _watchdog_usec()
+    notify = connect_notify_socket()
+    watchdog = None if notify is None else watchdog_usec()
     control = controls[0] if controls else None
     return Activation(listeners, services, connections, control, notify, watchdog)
 
@@ -114,7 +114,7 @@ def _passed_descriptors() -> dict[int, str]:
     return passed
 
 
-def _connect_notify_socket() -> int | None:
+def connect_notify_socket() -> int | None:
     """Return a socket that is connected to where the service manager listens, None if it does not."""
     address = os.environ.pop("NOTIFY_SOCKET", "")
     if not address:
@@ -132,7 +132,7 @@ def _connect_notify_socket() -> int | None:
         return sock.detach()
 
 
-def _watchdog_usec() -> int | None:
+def watchdog_usec() -> int | None:
     """Return within how many microseconds a ping is expected; sd_watchdog_enabled(3)."""
     text = os.environ.pop("WATCHDOG_USEC", "")
     if not text or os.environ.pop("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):

@@ -75,6 +75,7 @@ class _File(NamedTuple):
     path: bytes
     owned: Descriptors  # of one
     before: Stamp
+    owner: int
     answers: tuple[Answer, ...] = ()
 
 
@@ -262,11 +263,19 @@ class Pool:
             yield from self._go_on(1)
 
     def enqueue(
-        self, source: Source, ticket: object, path: bytes, descriptor: int, *, max_size: int | None = None
+        self,
+        source: Source,
+        ticket: object,
+        path: bytes,
+        descriptor: int,
+        *,
+        max_size: int | None = None,
+        owner: int | None = None,
     ) -> None:
         """Hand in a file of a client; `advance` goes on with it, and returns its verdict with the ticket.
 
-        `descriptor` is the pool's from the call on. `max_size`: as that of the pool, for this file.
+        `descriptor` is the pool's from the call on. `max_size`: as that of the pool, for this file. `owner`:
+        whose file it is, where the descriptor is that of a copy.
         """
         owned = Descriptors([descriptor])
         before = admit(descriptor)
@@ -280,7 +289,7 @@ class Pool:
             owned.close()
             self._finished.append(Finished(source, ticket, Done(path, 0, before)))
             return
-        file = _File(source, ticket, path, owned, before)
+        file = _File(source, ticket, path, owned, before, before.owner if owner is None else owner)
         (self._arrived if self._handovers else self._ready).add(source, file)
 
     def advance(self, least: int = 1) -> list[Finished]:
@@ -299,9 +308,7 @@ class Pool:
 
     def filenos(self) -> list[int]:
         """Return the descriptors that become readable when there is something to do."""
-        descriptors = [
-            fileno for lane in self._lanes if (fileno := lane.supervisor.fileno()) is not None
-        ]
+        descriptors = [fileno for lane in self._lanes if (fileno := lane.supervisor.fileno()) is not None]
         for _, handover in self._handovers:
             descriptors += handover.filenos()
         return descriptors
@@ -310,7 +317,9 @@ class Pool:
         """Return when (time.monotonic) `advance` must be called even if nothing became readable."""
         if self._finished:
             return 0.0
-        deadlines = [lane.supervisor.deadline() for lane in self._lanes if lane.supervisor.fileno() is not None]
+        deadlines = [
+            lane.supervisor.deadline() for lane in self._lanes if lane.supervisor.fileno() is not None
+        ]
         deadlines += [left for _, handover in self._handovers if (left := handover.deadline()) is not None]
         return min(deadlines, default=None)
 
@@ -403,7 +412,7 @@ class Pool:
                 file = self._ready.first(user)
                 if file is None:
                     continue
-                lane = self._lane_for(Domain(user, file.before.owner))
+                lane = self._lane_for(Domain(user, file.owner))
                 if lane is not None:
                     self._ready.take(user)
                     self._give(lane, file)
@@ -412,7 +421,7 @@ class Pool:
             self._promise()
 
     def _give(self, lane: _Lane, file: _File) -> None:
-        domain = Domain(file.source.user, file.before.owner)
+        domain = Domain(file.source.user, file.owner)
         if lane.domain != domain:
             if lane.domain is not None:
                 lane.supervisor.replace_worker()

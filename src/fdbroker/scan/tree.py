@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _UNKNOWN = 0
 _DIRECTORY = stat.S_IFDIR >> 12
 _REGULAR = stat.S_IFREG >> 12
-_KINDS = {
+# What is never opened, by the kind of its entry.
+KINDS = {
     stat.S_IFIFO >> 12: "fifo",
     stat.S_IFCHR >> 12: "character device",
     stat.S_IFBLK >> 12: "block device",
@@ -139,7 +140,7 @@ def _entry(directory: bytes, entry: ListEntry) -> File | NotAFile | None:
     path = _join(directory, entry.name)
     if kind == _REGULAR:
         return File(path)
-    return NotAFile(path, _KINDS.get(kind, "of an unknown kind"))
+    return NotAFile(path, KINDS.get(kind, "of an unknown kind"))
 
 
 def _kind(entry: ListEntry) -> int:
