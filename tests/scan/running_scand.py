@@ -136,7 +136,9 @@ def scand_and_broker(
 ) -> Iterator[tuple[RunningScand, RunningBroker]]:
     """Run both, and wait until clients can come."""
     with (
-        running_broker(directory, policy_text(directory), "--socket-group=" + str(SCAND_UID), own_socket=False) as broker,
+        running_broker(
+            directory, policy_text(directory), "--socket-group=" + str(SCAND_UID), own_socket=False
+        ) as broker,
         running_scand(others, directory, configuration) as scand,
     ):
         scand.wait_for("scan: serving")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -20,7 +19,7 @@ from tests.scan.descriptors import EICAR, EICAR_NAME
 from tests.scan.running_scand import ANN, BOB, RunningScand, client_of, own, reasons, scand_and_broker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.for_other_users import ForOtherUsers
@@ -39,6 +38,7 @@ def directory() -> Iterator[Path]:
                 (home / file).write_bytes(contents)
                 own(home / file, uid)
             os.mkfifo(home / "fifo")
+            own(home / "fifo", uid)
             own(home, uid, 0o700)
         yield path
 
@@ -54,7 +54,11 @@ def test_users_get_verdicts_of_their_own_files_and_of_no_others(scand: RunningSc
 
     def ask() -> dict[bytes, str]:
         with client_of(scand.socket) as service:
-            paths = [tree + b"/" + who + b"/" + name for who in (b"ann", b"bob") for name in (b"clean", b"bad", b"no")]
+            paths = [
+                tree + b"/" + who + b"/" + name
+                for who in (b"ann", b"bob")
+                for name in (b"clean", b"bad", b"no")
+            ]
             return reasons(service.scan_paths(paths))
 
     for uid, mine, other in ((ANN, b"ann", b"bob"), (BOB, b"bob", b"ann")):
@@ -161,7 +165,9 @@ def test_what_is_no_message_ends_the_connection_with_the_reason(
     assert said in farewell["message"]
 
 
-def test_descriptors_that_are_of_no_use_are_errors_and_never_clean(scand: RunningScand, directory: Path) -> None:
+def test_descriptors_that_are_of_no_use_are_errors_and_never_clean(
+    scand: RunningScand, directory: Path
+) -> None:
     file = directory / "tree" / "ann" / "clean"
 
     def ask() -> list[str]:
@@ -182,20 +188,8 @@ def test_descriptors_that_are_of_no_use_are_errors_and_never_clean(scand: Runnin
 def test_client_that_reads_nothing_stops_its_own_files_alone(scand: RunningScand, directory: Path) -> None:
     before = scand.descriptors()
     file = os.fsencode(directory / "tree" / "bob" / "clean")
-    paths = json.dumps([os.fsdecode(file)] * 1000)
-
-    def flood() -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        sock.connect(scand.socket)
-        sock.send(b'{"type":"hello","version":1}')
-        sock.settimeout(2)
-        with contextlib.suppress(TimeoutError):
-            for number in range(300):
-                sock.send(b'{"type":"scan_paths","id":%d,"paths":%s}' % (number, paths.encode()))
-        return sock
-
     with Puppet(lambda: None, uid=BOB) as bob:
-        bob.do(run, flood)
+        bob.do(flood, scand.socket, file)
         assert in_child(lambda: ask_status(scand)["clients"], uid=ANN) == 2
         started = time.monotonic()
         assert in_child(lambda: scan_one(scand, file.replace(b"bob", b"ann")), uid=ANN) == "clean"
@@ -231,25 +225,37 @@ def test_cancelled_tree_ends_at_once_and_says_so(scand: RunningScand, directory:
 def test_single_file_is_not_kept_waiting_by_another_users_tree(scand: RunningScand, directory: Path) -> None:
     ann, bob = directory / "tree" / "ann" / "many", os.fsencode(directory / "tree" / "bob" / "bad")
 
-    def tree() -> object:
-        with client_of(scand.socket) as service:
-            scan = service.scan_tree(os.fsencode(ann))
-            list(scan)
-            return scan.end
-
     with Puppet(lambda: None, uid=ANN) as puppet:
-        puppet.begin(run, tree)
-        wait_until(lambda: in_child(lambda: ask_status(scand)["files_under_way"], uid=BOB), "the tree is scanned")
+        puppet.begin(scan_tree, scand.socket, os.fsencode(ann))
+        wait_until(
+            lambda: in_child(lambda: ask_status(scand)["files_under_way"], uid=BOB), "the tree is scanned"
+        )
         assert in_child(lambda: scan_one(scand, bob), uid=BOB) == "infected"
         assert in_child(lambda: ask_status(scand)["files_under_way"], uid=BOB) > 0, "the tree goes on"
         end = puppet.result()
     assert (end.files, end.errors, end.complete) == (3000, 0, True)
 
 
-def run(memory: dict[str, object], function: Callable[[], object]) -> object:
-    """Have a puppet call something; what it returns lives as long as the puppet, if it can't be told."""
-    result = memory["result"] = function()
-    return None if isinstance(result, socket.socket) else result
+def flood(memory: dict[str, object], path: str, file: bytes) -> int:
+    """Ask for far more than anybody gets, and read none of it; return how many requests were taken."""
+    sock = memory["socket"] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.connect(path)
+    sock.send(b'{"type":"hello","version":1}')
+    sock.settimeout(2)
+    paths = json.dumps([os.fsdecode(file)] * min(1000, 60_000 // (len(file) + 4))).encode()
+    for number in range(300):
+        try:
+            sock.send(b'{"type":"scan_paths","id":%d,"paths":%s}' % (number, paths))
+        except TimeoutError:
+            return number
+    raise AssertionError("all of it was taken")
+
+
+def scan_tree(memory: dict[str, object], path: str, start: bytes) -> object:
+    with client_of(path) as service:
+        scan = service.scan_tree(start)
+        assert "infected" not in reasons(scan).values()
+        return scan.end
 
 
 def ask_status(scand: RunningScand) -> dict[str, Any]:

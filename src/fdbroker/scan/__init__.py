@@ -1,7 +1,7 @@
 """Scanning: files come open from the broker, a confined worker reads them, a verdict comes back.
 
-`connect` gives a connection to the scan service of this machine. Nothing is imported before it is asked for: a
-worker, which imports parts of this package, has no business with the rest.
+`connect` gives a connection to the scan service of this machine. Nothing is imported before it is asked
+for: a worker, which imports parts of this package, has no business with the rest.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ _MOST_BYTES = LONGEST_MESSAGE // 8
 
 
 class ScanServiceError(OSError):
-    """Base of what goes wrong between a client and a scan service; `errno` and `strerror` as in each OSError."""
+    """Base of what goes wrong between a client and a scan service; an OSError with its `errno`."""
 
 
 class ServiceUnavailableError(ScanServiceError, ConnectionError):

@@ -128,7 +128,7 @@ class Pool:
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a choice of its own
         self,
         engines: Sequence[Configured],
         *,
@@ -242,7 +242,7 @@ class Pool:
         return self._lanes[0].supervisor.load() if self._lanes else None
 
     def adopt(self, loaded: Loaded | None) -> None:
-        """Go on with workers of engines that `load` gave. What is under way goes to them; nothing is missed."""
+        """Go on with workers of engines that `load` gave. What is under way goes to them."""
         if loaded is None:
             return
         for lane in self._lanes[1:]:

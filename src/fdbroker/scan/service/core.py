@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Connection(Protocol):
-    """A client of the service, in whatever protocol it speaks. It owns the `ServedClient` that it was made for.
+    """A client of the service, in whatever protocol it speaks. It owns its `ServedClient`.
 
     Made by a `Speaks`; it takes itself out of `core.connections` when it is over.
     """
@@ -118,7 +118,7 @@ class HangUps:
         asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._look)
 
     def watch(self, sock: socket.socket, gone: Callable[[], None]) -> None:
-        """Call `gone` when the peer of a socket has closed it. To be let go of before the socket is closed."""
+        """Call `gone` when the peer of a socket has closed it. Let go of it before it is closed here."""
         if sock.fileno() not in self._called:
             self._called[sock.fileno()] = gone
             self._epoll.register(sock, select.EPOLLRDHUP)

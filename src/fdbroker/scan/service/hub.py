@@ -70,7 +70,7 @@ class Hub:
             self._soon = self._loop.call_soon(self._advance)
 
     def has_room(self, files: ClientFiles, part: int) -> bool:
-        """Return whether a client may have one more file here, if it may use the `part`th part of its room."""
+        """Return whether a client may have one more file here, of the `part`th part of its room."""
         share = self.limits.total // (len(self._of_user) + 1)
         user = files.source.user
         return (
@@ -176,7 +176,7 @@ class ClientFiles:
         return self._hub.has_room(self, 1)
 
     def may_open(self) -> bool:
-        """Return whether there is room for one more file that is opened for it, and it wants to hear of it."""
+        """Return whether there is room for one more file that is opened for it, and it hears of them."""
         return not self.source.held and self._hub.has_room(self, 2)
 
     async def room(self) -> None:

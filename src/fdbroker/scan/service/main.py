@@ -64,9 +64,7 @@ def command(path: str, *, check: bool, dev: bool) -> int:
     Exit status: 0 it was told to end, 2 it could not start, or what it needs is gone.
     """
     if os.geteuid() == 0 and not check:
-        say(
-            "it reads hostile files, so it does not run as root; start it as a user of its own: fdbroker-scand"
-        )
+        say("it has hostile files read, so it does not run as root; start it as a user of its own")
         return EXIT_NOT_STARTED
     try:
         configuration = load_configuration(path, dev=dev)
@@ -86,20 +84,21 @@ def command(path: str, *, check: bool, dev: bool) -> int:
 def _run(configuration: Configuration) -> int:
     limits = limits_within(configuration, _most_descriptors())
     if limits != configuration.limits:
-        say(
-            f"queue: total: {limits.total} files, since the process may have so few descriptors (RLIMIT_NOFILE)"
-        )
+        say(f"queue: total: {limits.total} files, as the process may have so few descriptors")
     configuration = configuration._replace(limits=limits)
     socket_of_manager = connect_notify_socket()
     watchdog = None if socket_of_manager is None else watchdog_usec()
-    with contextlib.closing(Notifier(socket_of_manager, watchdog)) as notifier, Pool(
-        configuration.engines,
-        jobs=configuration.workers,
-        spare=configuration.spare_workers,
-        timeout=configuration.timeout,
-        max_size=configuration.max_size,
-        files_per_worker=configuration.files_per_worker,
-    ) as pool:
+    with (
+        contextlib.closing(Notifier(socket_of_manager, watchdog)) as notifier,
+        Pool(
+            configuration.engines,
+            jobs=configuration.workers,
+            spare=configuration.spare_workers,
+            timeout=configuration.timeout,
+            max_size=configuration.max_size,
+            files_per_worker=configuration.files_per_worker,
+        ) as pool,
+    ):
         report = pool.start()
         if report is not None:
             missing = ", ".join(state.layer.value for state in report.missing())

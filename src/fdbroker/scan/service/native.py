@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from fdbroker.scan.service.opening import Opened
     from fdbroker.scan.supervisor import Done
 
+FAILED = "failed"  # why something is missing if nobody thought of it
 MOST_REQUESTS = 256  # of one connection under way
 _MESSAGES_AT_ONCE = 16  # before others have their turn
 _MOST_COPIES = 4  # that one connection may have in memory
@@ -271,7 +272,7 @@ class NativeClient:
 
     def _renew(self, request: Renew) -> None:
         if self._served.uid not in self._core.configuration.may_renew:
-            text = "this user may not have the engines loaded anew; `may_renew` of the configuration says who may"
+            text = "this user may not have the engines loaded anew; see `may_renew` of the configuration"
             self._send(encode_answer(Refused(request.id, "denied", text)))
             return
 
@@ -303,6 +304,7 @@ class NativeClient:
 
     async def _scan_copy(self, scan: _Scan, descriptor: int, owner: int) -> None:
         """Scan a copy of the file, which nobody can change, of which a worker gets no way to write."""
+        scan.missing = (FAILED,)  # until it is known otherwise, whatever happens here
         try:
             async with self._copies:
                 copy = None
@@ -310,6 +312,8 @@ class NativeClient:
                     copy = await self._copy_of(scan, descriptor)
                 finally:
                     os.close(descriptor)
+                if not scan.over:
+                    scan.missing = ()
                 if copy is not None:
                     scan.copy = self._loop.create_future()
                     self._hand_in(scan, b"", copy, owner=owner)
@@ -320,7 +324,9 @@ class NativeClient:
 
     async def _copy_of(self, scan: _Scan, descriptor: int) -> int | None:
         """Return a sealed copy of a file, which the caller owns; None: it has an error instead."""
-        most = min(self._core.configuration.max_copy, *([] if scan.max_size is None else [scan.max_size]))
+        most = self._core.configuration.max_copy
+        if scan.max_size is not None:
+            most = min(most, scan.max_size)
         steps = seal_in_steps(descriptor, most, self._loop.time() + self._core.configuration.timeout, None)
         try:
             with contextlib.closing(steps):
@@ -357,6 +363,7 @@ class NativeClient:
 
     async def _open(self, scan: _Scan, request: ScanPaths | ScanTree) -> None:
         tree = None
+        scan.missing = (FAILED,)  # until it is known otherwise, whatever happens here
         try:
             if isinstance(request, ScanPaths):
                 entries = files_at(self._served, request.paths)
@@ -364,16 +371,18 @@ class NativeClient:
                 tree = TreeOfFiles(self._served, request.path, Exclusions(request.exclude))
                 entries = tree.entries()
             await self._hand_in_all(scan, entries)
-            if tree is not None:
-                scan.missing = tree.missing
+            if not scan.over:
+                scan.missing = () if tree is None else tree.missing
         except BrokerError:
-            scan.missing = ("broker_gone",)
+            if not scan.over:
+                scan.missing = ("broker_gone",)
         except ValueError as error:
             # A glob that is none; or the client is closed, and nobody is told.
             self._scans.pop(scan.number, None)
             scan.over = True
             self._send(encode_answer(Refused(scan.number, "bad_glob", str(error))))
-        self._all_handed_in(scan)
+        finally:
+            self._all_handed_in(scan)
 
     async def _hand_in_all(self, scan: _Scan, entries: AsyncGenerator[Opened, None]) -> None:
         async with contextlib.aclosing(entries):
@@ -415,6 +424,7 @@ class NativeClient:
         """End a request now; what it has no verdict of by then has none."""
         if scan.task is not None:
             scan.task.cancel()
+        scan.over = True  # what comes for it from now on is let go of
         self._files.cancel(scan)
         scan.let_go_of_copy()
         scan.missing = (why,)

@@ -76,22 +76,24 @@ async def _renew(core: Core, notifier: Notifier) -> None:
 
 
 async def _tell(notifier: Notifier) -> None:
-    """Ping the watchdog of a service manager, for ever: by the loop alone, so that one that hangs is silent."""
+    """Ping the watchdog of a service manager, for ever: by the loop, so that one that hangs is silent."""
     while True:
         left = notifier.before_waiting()
         await asyncio.sleep(60.0 if left < 0 else left)
 
 
 async def _serve_listener(core: Core, name: str, protocol: str, notifier: Notifier) -> None:
-    """Serve the clients of a listener; connect to the broker again whenever it is lost. Never ends by itself."""
+    """Serve the clients of a listener, for ever; connect to the broker again whenever it is lost."""
     attempts = 0
     while True:
         try:
-            async with await aio.connect(core.configuration.broker) as client:
-                async with await client.serve(name) as service:
-                    attempts = 0
-                    _note(core, notifier, name, _WELL)
-                    await _take_clients(core, protocol, service)
+            async with (
+                await aio.connect(core.configuration.broker) as client,
+                await client.serve(name) as service,
+            ):
+                attempts = 0
+                _note(core, notifier, name, _WELL)
+                await _take_clients(core, protocol, service)
         except BrokerError as error:
             _note(core, notifier, name, f"not served: {error.strerror}")
         await asyncio.sleep(_PAUSES[min(attempts, len(_PAUSES) - 1)])
