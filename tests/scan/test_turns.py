@@ -237,18 +237,18 @@ class Scans(RuleBasedStateMachine):
             self.told[one.ticket] = one.done.verdict
 
     @precondition(lambda self: hasattr(self, "pool"))
-    @rule()
-    def whoever_waits_is_served_before_others_have_had_much(self) -> None:
-        """Each round all that is under way is answered; a user has a file under way or answered soon."""
+    @rule(busy=st.integers(0, 5))
+    def whoever_waits_is_served_before_others_have_had_much(self, busy: int) -> None:
+        """One file after the other is answered, so that no worker is ever without; and one user has many."""
         for source in self.sources:
             source.held = False
-        self._go_on()
+        self.hand_in(busy, [OWNERS[0]] * 20 * WINDOW)
         pending = {whose.user for whose in self.waiting.values()}
         before = {user: self._waiting_of(user) for user in pending}
-        # Those that are ahead have their turns first, each at most a window, and what was begun is ended.
-        for _ in range(2 * len(pending) + 1):
+        # Those that are ahead have their turns first, each a window at most beside what was under way.
+        for _ in range(2 * len(pending) * WINDOW + WINDOW):
             for lane in self.lanes:
-                while lane.files:
+                if lane.files:
                     self.said[self._ticket(lane.files[0][0])] = Clean()
                     lane.answer(Clean())
             self._go_on()
