@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from fdbroker.scan.verdict import Verdict
     from tests.for_other_users import ForOtherUsers
 
 pytestmark = pytest.mark.root
@@ -76,7 +77,7 @@ def test_users_get_verdicts_of_their_own_files_and_of_no_others(scand: RunningSc
 def test_tree_is_scanned_as_far_as_the_client_may_have_it(scand: RunningScand, directory: Path) -> None:
     tree = os.fsencode(directory / "tree")
 
-    def ask() -> list[tuple[dict[bytes, str], object]]:
+    def ask() -> list[tuple[dict[bytes, str], Any]]:
         with client_of(scand.socket) as service:
             told = []
             for start in (b"/ann", b"/bob", b"", b"/ann/bad"):
@@ -104,7 +105,7 @@ def test_tree_of_which_something_is_refused_is_not_complete(scand: RunningScand,
     with open(start + b"/of bob", "wb") as file:
         os.fchown(file.fileno(), BOB, BOB)
 
-    def ask() -> tuple[dict[bytes, str], object]:
+    def ask() -> tuple[dict[bytes, str], Any]:
         with client_of(scand.socket) as service, service.scan_tree(start) as scan:
             return reasons(scan), scan.end
 
@@ -116,9 +117,9 @@ def test_tree_of_which_something_is_refused_is_not_complete(scand: RunningScand,
 
 
 def test_descriptors_are_scanned_for_who_has_them(scand: RunningScand, directory: Path) -> None:
-    def ask() -> list[object]:
+    def ask() -> list[Verdict]:
         with client_of(scand.socket) as service:
-            made = []
+            made: list[Verdict] = []
             for contents, flags in ((b"fine", os.O_RDONLY), (EICAR, os.O_RDONLY), (EICAR, os.O_RDWR)):
                 descriptor = os.memfd_create("x")
                 os.write(descriptor, contents)
@@ -171,7 +172,7 @@ def test_descriptors_that_are_of_no_use_are_errors_and_never_clean(
     file = directory / "tree" / "ann" / "clean"
 
     def ask() -> list[str]:
-        reading, writing = os.pipe()
+        reading, _ = os.pipe()
         made = [
             os.open(file, os.O_PATH),
             os.open(file, os.O_WRONLY),
@@ -208,7 +209,7 @@ def test_cancelled_tree_ends_at_once_and_says_so(scand: RunningScand, directory:
     own(start, ANN, 0o700)
     before = scand.descriptors()
 
-    def ask() -> tuple[int, object]:
+    def ask() -> tuple[int, Any]:
         with client_of(scand.socket) as service:
             scan = service.scan_tree(os.fsencode(start))
             next(scan)

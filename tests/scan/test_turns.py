@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -122,8 +122,10 @@ class PuppetSupervisor:
             self.domains.add(PuppetSupervisor.look_up(name))
 
     def abandon(self) -> None:
-        for _, descriptor, *_ in (*self.files, *self.answers):
-            os.close(descriptor)
+        for file in self.files:
+            os.close(file[1])
+        for answer in self.answers:
+            os.close(answer[1])
         self.files.clear()
         self.answers.clear()
         self.domains.clear()
@@ -149,7 +151,7 @@ class Scans(RuleBasedStateMachine):
     @initialize(jobs=st.integers(1, 2), spare=st.integers(0, 1))
     def begin(self, jobs: int, spare: int) -> None:
         self.before = open_descriptors()
-        self.patches = [
+        self.patches: list[Any] = [
             mock.patch.object(pool_module, "Supervisor", PuppetSupervisor),
             mock.patch.object(pool_module, "DEFAULT_WINDOW", WINDOW),
             mock.patch.object(pool_module, "admit", lambda descriptor: self.stamps[descriptor]),

@@ -71,8 +71,9 @@ class Exclusions:
     """
 
     def __init__(self, globs: Iterable[bytes] = ()) -> None:
+        self.globs = tuple(globs)
         self._globs: list[Glob] = []
-        for glob in globs:
+        for glob in self.globs:
             try:
                 self._globs.append(compile_glob(glob[1:] if glob.startswith(b"/") else b"**/" + glob))
             except ValueError as error:
