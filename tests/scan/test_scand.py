@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
+import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -267,3 +269,73 @@ def ask_status(scand: RunningScand) -> dict[str, Any]:
 def scan_one(scand: RunningScand, path: bytes) -> str:
     with client_of(scand.socket) as service:
         return service.scan_path(path).verdict.verdict
+
+
+def command(scand: RunningScand, others: ForOtherUsers, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `fdbroker scan` as one of the users."""
+    return subprocess.run(
+        [others.python, "-P", "-m", "fdbroker.cli", "scan", *arguments],
+        env={"PYTHONPATH": str(others.directory), "LANG": "C.UTF-8", "FDBROKER_SCAN_SOCKET": scand.socket},
+        capture_output=True,
+        encoding="utf-8",
+        user=ANN,
+        group=ANN,
+        extra_groups=[],
+        timeout=60,
+        check=False,
+    )
+
+
+def test_command_goes_by_the_service_where_it_is_and_says_so(
+    scand: RunningScand, others: ForOtherUsers, directory: Path
+) -> None:
+    home = f"{directory}/tree/ann"
+    for via in ([], ["--via", "scand"]):
+        done = command(scand, others, *via, "--exclude", "many", "--verbose", home)
+        assert done.returncode == 1, done.stdout + done.stderr
+        *lines, summary, engines = done.stdout.splitlines()
+        assert sorted(lines)[:3] == [
+            rf"{home}/\xff\x0a: clean",
+            f"{home}/bad: infected: {EICAR_NAME}",
+            f"{home}/clean: clean",
+        ]
+        assert f"{home}/fifo: skipped: fifo" in lines
+        assert summary.startswith("3 files, 76 bytes, 1 infected, 0 errors, ")
+        assert engines == "Scanned by hashes (hashes 1, 3 digests), in workers of fdbroker-scand."
+
+
+def test_command_names_a_file_once_and_an_incomplete_scan_is_an_error(
+    scand: RunningScand, others: ForOtherUsers, directory: Path
+) -> None:
+    start = directory / "tree" / "ann" / "shared with bob"
+    start.mkdir()
+    for name, uid in (("mine", ANN), ("of bob", BOB)):
+        (start / name).write_bytes(b"fine")
+        own(start / name, uid)
+    own(start, ANN, 0o700)
+    done = command(scand, others, "--json", str(start), f"{start}/mine")
+    shutil.rmtree(start)
+    assert done.returncode == 2
+    first, *files, summary = map(json.loads, done.stdout.splitlines())
+    assert (first["type"], first["via"]) == ("engines", "scand")
+    assert [(file["path"], file["verdict"]) for file in files] == [(f"{start}/mine", "clean")]
+    assert (summary["files"], summary["complete"], summary["exit_status"]) == (1, False, 2)
+    assert done.stderr == f"fdbroker: not all below {start} was scanned: refused\n"
+
+
+def test_command_says_what_it_can_not_ask_of_the_service(
+    scand: RunningScand, others: ForOtherUsers, directory: Path
+) -> None:
+    done = command(scand, others, "--via", "scand", "--jobs", "2", "/")
+    assert done.returncode == 2
+    assert "--jobs is for scans by the command's own workers" in done.stderr
+    done = command(scand, others, "--jobs", "2", "--socket", f"{directory}/none", "/")
+    assert done.returncode == 2, "and without --via it goes the other way"
+    assert "no broker has its socket there" in done.stderr
+    scand.socket += "-not-there"
+    try:
+        done = command(scand, others, "--via", "scand", "/")
+    finally:
+        scand.socket = scand.socket.removesuffix("-not-there")
+    assert done.returncode == 2
+    assert "start fdbroker-scand, or say --via self" in done.stderr

@@ -1,4 +1,4 @@
-"""The scan service when something goes wrong: engines that hang, crash and lie, a broker that ends, itself."""
+"""The scan service in trouble: engines that hang, crash and lie, a broker that ends, its own end."""
 
 from __future__ import annotations
 

@@ -69,14 +69,18 @@ class TreeOfFiles:
         """
         kinds = WalkKind.REGULAR | WalkKind.SYMLINK | WalkKind.OTHER
         begun = False
+        told: set[bytes] = set()
         try:
             async with self._served.walk(self._start, kinds=kinds, batch=_BATCH, ahead=1) as walk:
                 async for entry in walk:
                     begun = True
                     path = bytes(entry.path)  # type: ignore[arg-type]
-                    if self._exclusions.have(path):
+                    excluded = self._excluded(path)
+                    if excluded is not None:
                         entry.close()
-                        yield Skipped(path, EXCLUDED)
+                        if excluded not in told:
+                            told.add(excluded)
+                            yield Skipped(excluded, EXCLUDED)
                     elif entry.kind != _REGULAR:
                         yield Skipped(path, KINDS.get(entry.kind, "of an unknown kind"))
                     elif entry.is_open:
@@ -98,6 +102,17 @@ class TreeOfFiles:
             async with contextlib.aclosing(self._as_a_file(error)) as entries:
                 async for each in entries:
                     yield each
+
+    def _excluded(self, path: bytes) -> bytes | None:
+        """Return what is left out with a path: itself, or a directory on its way; None: it is not."""
+        if not self._exclusions.globs:
+            return None
+        at = path.find(b"/", len(self._start.rstrip(b"/")) + 1)
+        while at >= 0:
+            if self._exclusions.have(path[:at]):
+                return path[:at]
+            at = path.find(b"/", at + 1)
+        return path if self._exclusions.have(path) else None
 
     async def _as_a_file(self, error: BrokerError) -> AsyncGenerator[Opened, None]:
         """Yield the start as what it may be, a file, after `error` said that it can't be walked."""
