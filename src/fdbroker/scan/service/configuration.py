@@ -200,9 +200,13 @@ class _Whole:
         mapping = self._reader.mapping(self._found.get("engines"), "engines", cure)
         accept = self._reader.texts(self._found.get("accept"), "accept", "write kinds, as in [encrypted]")
         if mapping is None:
-            if "engines" not in self._found:
-                return (configure("hashes"),)
-            return ()
+            if accept:
+                self._reader.add(
+                    accept[0].mark,
+                    "accept: no engine here looks into containers",
+                    "remove it, or add libclamav",
+                )
+            return () if "engines" in self._found else (configure("hashes"),)
         engines = []
         accepting = False
         for name, entry in mapping.entries.items():
