@@ -35,7 +35,7 @@ broker: /run/b
 listeners: {a: {protocol: scan}, b: {protocol: scan}}
 engines:
   libclamav: {max_file_size: 1MiB, accept: [encrypted]}
-  command: {argv: [/bin/true, x], clean: 0}
+  command: {argv: [/bin/true, x], clean: [0]}
 accept: [rar]
 workers: 3
 spare_workers: 0
@@ -50,7 +50,7 @@ may_renew: {user: [app]}
     assert configuration == Configuration(
         engines=(
             configure("libclamav", {"max_file_size": "1MiB", "accept": ["encrypted", "rar"]}),
-            configure("command", {"argv": ["/bin/true", "x"], "clean": 0}),
+            configure("command", {"argv": ["/bin/true", "x"], "clean": [0]}),
         ),
         broker="/run/b",
         listeners={"a": "scan", "b": "scan"},

@@ -198,7 +198,9 @@ class _Whole:
     def _engines(self) -> tuple[Configured, ...]:
         cure = "write names with options, as in 'libclamav: {}'"
         mapping = self._reader.mapping(self._found.get("engines"), "engines", cure)
-        accept = self._reader.texts(self._found.get("accept"), "accept", "write kinds, as in [encrypted]")
+        node = self._found.get("accept")
+        nothing = isinstance(node, List) and not node.items
+        accept = self._reader.texts(None if nothing else node, "accept", "write kinds, as in [encrypted]")
         if mapping is None:
             if accept:
                 self._reader.add(
