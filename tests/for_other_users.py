@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 # The command with what it needs, all of it pure Python.
-_PACKAGES = ("fdbroker", "click", "rich", "pygments", "markdown_it", "mdurl", "prometheus_client")
+_PACKAGES = (
+    "fdbroker",
+    "click",
+    "rich",
+    "pygments",
+    "markdown_it",
+    "mdurl",
+    "prometheus_client",
+    "msgspec",
+    "yaml",
+)
 _BEING_WRITTEN = shutil.ignore_patterns(
     "*.pyc.*"
 )  # bytecode before it gets its name, by whoever runs beside us

@@ -278,6 +278,15 @@ def test_any_other_listener_is_that_of_a_service() -> None:
     assert set(read_policy(for_broker(policy)).services) == {b"b2", b"clamd"}
 
 
+def test_the_listener_of_a_service_is_of_the_type_that_is_asked_for() -> None:
+    listeners = compiled(
+        SMALLEST
+        + "listeners: {scan: {service: {user: app}, type: seqpacket},"
+        + " b: {service: {user: app}, type: stream}}"
+    )["daemon"]["listeners"]
+    assert (listeners["scan"]["kind"], listeners["b"]["kind"]) == ("seqpacket", "stream")
+
+
 def test_a_default_that_this_system_does_not_have_is_left_open_until_the_start() -> None:
     class Bare(FakeLookups):
         def account(self, name: str) -> tuple[int, int] | None:
@@ -596,6 +605,7 @@ def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, prob
         (SMALLEST + "listeners: {}", "4:12: listeners is empty; write some of seqpacket, stream, dgram, control, names of services, or leave listeners out"),
         (SMALLEST + "listeners: {clamd: {}}", "4:20: listeners: clamd is empty; write {service: {user: NAME}}"),
         (SMALLEST + "listeners: {clamd: {path: /run/clamd}}", "4:20: listeners: clamd: key 'service' is missing; add 'service: ...'"),
+        (SMALLEST + "listeners: {clamd: {service: {user: app}, type: dgram}}", "4:49: listeners: clamd: type: 'dgram' is not a choice here; write stream or seqpacket"),
         (SMALLEST + "listeners: {clamd: {service: any}}", "4:30: listeners: clamd: service: everybody could take its clients, and act for them; write who the service is: {user: NAME}, {unit: NAME.service}"),
         (SMALLEST + "listeners: {clamd: {service: clamav}}", "4:30: listeners: clamd: service: 'clamav' is neither any nor a mapping; write any, or {user: clamav} if that is meant"),
         (SMALLEST + "listeners: {clamd: {service: {user: clamva}}}", "4:37: listeners: clamd: service: user: there is no user 'clamva' on this system; did you mean 'clamav'?"),

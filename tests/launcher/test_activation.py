@@ -49,7 +49,7 @@ def passing(
         os.environ |= {name: text.replace("PID", str(os.getpid())) for name, text in variables.items()}
         try:
             taken = take_from_systemd()
-            check_services(taken, ["clamd", "other"])
+            check_services(taken, {"clamd": "stream", "other": "stream", "scan": "seqpacket"})
         except LaunchError as error:
             return str(error)
         sockets = (*taken.listeners, *taken.services)
@@ -127,6 +127,7 @@ def test_datagrams_tell_who_sends_them_from_the_first_moment(tmp_path: Path, in_
         (["dgram"], [socket.SOCK_STREAM], "make it SOCK_DGRAM (ListenDatagram=)"),
         (["clamd"], [SEQPACKET], "socket 'clamd' of systemd: descriptor 3 is a SOCK_SEQPACKET socket"),
         (["clamd"], [socket.SOCK_DGRAM], "make it SOCK_STREAM (ListenStream=)"),
+        (["scan"], [socket.SOCK_STREAM], "make it SOCK_SEQPACKET (ListenSequentialPacket=)"),
         (
             ["scand"],
             [socket.SOCK_STREAM],

@@ -162,7 +162,8 @@ class ScanProgress:
 
 def _words(totals: Totals, ahead: Ahead) -> str:
     of = f"{ahead.files}" if ahead.complete else f"{ahead.files}+"
-    return f"{totals.files}/{of} files, {totals.infected} infected, {counted(totals.errors, 'error')}"
+    files = f"{totals.files}/{of} files" if ahead.files else counted(totals.files, "file")
+    return f"{files}, {totals.infected} infected, {counted(totals.errors, 'error')}"
 
 
 def _size(count: float) -> str:

@@ -19,10 +19,12 @@ from fdbroker.cli.output import OutputError, ReaderGoneError, complain, complain
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.scan_engines import configured_engines
 from fdbroker.cli.scan_output import HumanOutput, JsonOutput, Output, Outputs, Totals
+from fdbroker.cli.scan_via import SCAND, SELF, scan_by, service_for, versions_of
 from fdbroker.cli.sizes import size_of_option
 from fdbroker.cli.whole_file import whole_file
 from fdbroker.config.names import id_of_number, is_number, printable
 from fdbroker.sandbox import SandboxError
+from fdbroker.scan.client import ScanServiceError
 from fdbroker.scan.engine import EngineError, Inside
 from fdbroker.scan.plugins import make
 from fdbroker.scan.pool import MOST_JOBS, Pool
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
 
     from fdbroker.cli.progress import ScanProgress
     from fdbroker.sandbox.report import LayerReport
+    from fdbroker.scan.client import ScanService
     from fdbroker.scan.pool import Version
+    from fdbroker.scan.run import Skipped
     from fdbroker.scan.tree import Found
 
 WORKER_USER = "fdbroker-worker"
@@ -54,6 +58,12 @@ def _exclusions(_context: click.Context, _parameter: click.Parameter, value: Seq
 @click.command("scan", short_help="Scan files and trees for what is known to be bad.")
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.UNPROCESSED)
 @broker.socket_option
+@click.option(
+    "--via",
+    type=click.Choice(["scand", "self"]),
+    help="By the scan service, or by workers of this command.  [default: the service, if it is there and"
+    " takes this user, and nothing is asked for that it does not do]",
+)
 @click.option(
     "--engine",
     "engines",
@@ -132,6 +142,7 @@ def _exclusions(_context: click.Context, _parameter: click.Parameter, value: Seq
 def command(  # noqa: PLR0913, PLR0917 - as many as options
     paths: Sequence[str],
     socket_path: str,
+    via: str | None,
     engines: Sequence[str],
     lists: Sequence[str],
     accept: Sequence[str],
@@ -172,6 +183,23 @@ def command(  # noqa: PLR0913, PLR0917 - as many as options
     if verbose and only_infected:
         raise click.UsageError("--verbose wants more than is told, and --infected less: one of them")
     starts = [absolute(path) for path in paths]
+    output: Output = (
+        JsonOutput(infected=only_infected)
+        if as_json
+        else HumanOutput(verbose=verbose, infected=only_infected)
+    )
+    request = _Request(
+        starts,
+        exclusions,
+        socket_path,
+        max_size,
+        # Lines for each file would push a bar about, and JSON is to be read by programs, also on a terminal.
+        shows_progress=sys.stderr.isatty() and not verbose and not (as_json and sys.stdout.isatty()),
+    )
+    service = service_for(via, socket_path)
+    if service is not None:
+        with service:
+            return _told(lambda told: _scan_by_service(service, request, told), output, report).exit_status()
     configured = configured_engines(engines, lists, accept)
     inside = any(isinstance(make(one), Inside) for one in configured)
     try:
@@ -185,27 +213,7 @@ def command(  # noqa: PLR0913, PLR0917 - as many as options
         )
     except EngineError as error:
         raise Failure(printable(str(error))) from error
-    output: Output = (
-        JsonOutput(infected=only_infected)
-        if as_json
-        else HumanOutput(verbose=verbose, infected=only_infected)
-    )
-    request = _Request(
-        starts,
-        exclusions,
-        socket_path,
-        # Lines for each file would push a bar about, and JSON is to be read by programs, also on a terminal.
-        shows_progress=sys.stderr.isatty() and not verbose and not (as_json and sys.stdout.isatty()),
-    )
-    with contextlib.ExitStack() as stack:
-        if report is not None:
-            output = Outputs([output, JsonOutput(stack.enter_context(_report_file(report)))])
-        try:
-            totals = _scan(pool, request, output)
-            output.totals(totals)
-        except ReaderGoneError as error:
-            # A scan whose findings nobody reads must not end like a program that was asked to stop.
-            raise OutputError(str(error)) from error
+    totals = _told(lambda output: _scan(pool, request, output), output, report)
     if totals.denied is not None and not as_json:
         asked = "list" if totals.denied.directory else "open"
         complain_printable(broker.see_why(totals.denied.path, socket_path, asked))
@@ -218,7 +226,22 @@ class _Request(NamedTuple):
     starts: Sequence[bytes]
     exclusions: Exclusions
     socket_path: str
+    max_size: int | None
     shows_progress: bool
+
+
+def _told(scan: Callable[[Output], Totals], output: Output, report: str | None) -> Totals:
+    """Scan, tell what it came to, in the report as well, and return it."""
+    with contextlib.ExitStack() as stack:
+        if report is not None:
+            output = Outputs([output, JsonOutput(stack.enter_context(_report_file(report)))])
+        try:
+            totals = scan(output)
+            output.totals(totals)
+        except ReaderGoneError as error:
+            # A scan whose findings nobody reads must not end like a program that was asked to stop.
+            raise OutputError(str(error)) from error
+    return totals
 
 
 @contextlib.contextmanager
@@ -251,7 +274,7 @@ def _scan(pool: Pool, request: _Request, output: Output) -> Totals:
                 layers, versions = _started(pool)
                 if layers is not None:
                     output.layers(layers)
-                output.engines(versions)
+                output.engines(versions, SELF)
                 began = time.monotonic()
                 with _progress(shown=request.shows_progress) as progress, held_back():
                     _scan_all(connected, pool, request.starts, ahead, output, totals, progress)
@@ -280,6 +303,30 @@ def _connected(pool: Pool, socket_path: str) -> client.Client:
     except Failure:
         _started(pool)
         raise
+
+
+def _scan_by_service(service: ScanService, request: _Request, output: Output) -> Totals:
+    """Have the scan service scan, and return what it came to."""
+    totals = Totals()
+    began = time.monotonic()
+
+    def missing(start: bytes, why: Sequence[str]) -> None:
+        totals.complete = False
+        complain_printable(f"not all below {printable(start)} was scanned: {', '.join(map(printable, why))}")
+
+    try:
+        output.engines(versions_of(service), SCAND)
+        results = scan_by(service, request.starts, request.exclusions.globs, request.max_size, missing)
+        with _progress(shown=request.shows_progress) as progress, held_back():
+            _tell(results, Ahead((), 0), progress, output, totals)
+    except ScanServiceError as error:
+        totals.complete = False
+        complain(f"the scan service does not go on, so the scan is incomplete: {error.strerror}")
+    except KeyboardInterrupt:
+        totals.complete = False
+        complain("interrupted, so the scan is incomplete")
+    totals.seconds = time.monotonic() - began
+    return totals
 
 
 def _started(pool: Pool) -> tuple[LayerReport | None, Sequence[Version]]:
@@ -320,8 +367,19 @@ def _scan_all(
     progress: ScanProgress | None,
 ) -> None:
     """Scan, tell and count."""
+    _tell(scan(connected, pool, starts, found=ahead), ahead, progress, output, totals)
+
+
+def _tell(
+    events: Iterable[Scanned | Skipped],
+    ahead: Ahead,
+    progress: ScanProgress | None,
+    output: Output,
+    totals: Totals,
+) -> None:
+    """Tell what comes, and count it."""
     told = time.monotonic()
-    for event in scan(connected, pool, starts, found=ahead):
+    for event in events:
         if isinstance(event, Scanned):
             totals.add(event)
             if isinstance(event.verdict, Clean):

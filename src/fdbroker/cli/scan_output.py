@@ -62,8 +62,8 @@ class Output(Protocol):
     def layers(self, report: LayerReport) -> None:
         """Tell what confines the workers."""
 
-    def engines(self, versions: Sequence[Version]) -> None:
-        """Tell who scans."""
+    def engines(self, versions: Sequence[Version], via: str) -> None:
+        """Tell who scans: engines of the service (`scand`), or of this command (`self`)."""
 
     def scanned(self, scanned: Scanned) -> None:
         """Tell a verdict."""
@@ -86,10 +86,10 @@ class Outputs:
         for output in self._outputs:
             output.layers(report)
 
-    def engines(self, versions: Sequence[Version]) -> None:
-        """Tell who scans."""
+    def engines(self, versions: Sequence[Version], via: str) -> None:
+        """Tell who scans: engines of the service (`scand`), or of this command (`self`)."""
         for output in self._outputs:
-            output.engines(versions)
+            output.engines(versions, via)
 
     def scanned(self, scanned: Scanned) -> None:
         """Tell a verdict."""
@@ -114,6 +114,7 @@ class HumanOutput:
         self._verbose = verbose
         self._infected = infected
         self._versions: Sequence[Version] = ()
+        self._via = "self"
 
     def layers(self, report: LayerReport) -> None:
         """Tell on standard error what this kernel lacks, or all.
@@ -129,9 +130,10 @@ class HumanOutput:
                 note = f": {state.note}" if state.note else ""
                 complain(f"worker: {state.layer.value} {how}{note}")
 
-    def engines(self, versions: Sequence[Version]) -> None:
+    def engines(self, versions: Sequence[Version], via: str) -> None:
         """Keep it for the end, where it is beside what was found."""
         self._versions = versions
+        self._via = via
 
     def scanned(self, scanned: Scanned) -> None:
         """Print one line."""
@@ -154,7 +156,7 @@ class HumanOutput:
             f" {totals.seconds:.2f} seconds.{end}"
         )
         if self._versions:
-            write_line(f"{_by(self._versions)}.")
+            write_line(f"{_by(self._versions, self._via)}.")
 
 
 class JsonOutput:
@@ -181,13 +183,13 @@ class JsonOutput:
         ]
         self._write({"type": "worker", "layers": layers})
 
-    def engines(self, versions: Sequence[Version]) -> None:
+    def engines(self, versions: Sequence[Version], via: str) -> None:
         """Write the `engines` line."""
         engines = [
             {"engine": one.engine, "version": one.version, "where": "worker" if one.inside else "outside"}
             for one in versions
         ]
-        self._write({"type": "engines", "via": "self", "engines": engines})
+        self._write({"type": "engines", "via": via, "engines": engines})
 
     def scanned(self, scanned: Scanned) -> None:
         """Write a `file` or `directory` line."""
@@ -259,9 +261,10 @@ def _short(verdict: Verdict) -> str:
     return f"error, {verdict.reason}" if isinstance(verdict, Error) else "clean"
 
 
-def _by(versions: Sequence[Version]) -> str:
+def _by(versions: Sequence[Version], via: str) -> str:
     """Return a sentence: who has scanned, and where."""
-    places = {"in workers of this command": True, "handed over by this command": False}
+    whose = "fdbroker-scand" if via == "scand" else "this command"
+    places = {f"in workers of {whose}": True, f"handed over by {whose}": False}
     parts = []
     for place, inside in places.items():
         names = [f"{one.engine} ({printable(one.version)})" for one in versions if one.inside is inside]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 from fdbroker.config.clients import ClientReader
 from fdbroker.config.compiled import CompiledDaemon, CompiledListener, CompiledService
@@ -22,7 +23,13 @@ from fdbroker.config.errors import Mark, closest, did_you_mean, quoted
 from fdbroker.config.identities import OVERFLOW_ID, Lookups
 from fdbroker.config.reader import Reader
 from fdbroker.config.scalars import ScalarError, parse_mode, parse_path
-from fdbroker.config.schema import NAME_PATTERN, Listener, ServiceListener
+from fdbroker.config.schema import (
+    NAME_PATTERN,
+    SOCKET_TYPE_DEFAULT,
+    Listener,
+    ServiceListener,
+    SocketType,
+)
 from fdbroker.config.yaml_tree import Entry, Mapping, Node, Text
 from fdbroker.wire.format import MAX_LISTENER_NAME
 
@@ -113,7 +120,7 @@ class DaemonReader:
     def _service_listener(self, entry: Entry, name: str) -> tuple[CompiledListener, CompiledService]:
         what = f"listeners: {name}"
         listener: CompiledListener = {
-            "kind": "stream",
+            "kind": SOCKET_TYPE_DEFAULT,
             "path": f"{DIRECTORY}/{name}",
             "gid": 0,
             "mode": SERVICE_MODE,
@@ -123,6 +130,8 @@ class DaemonReader:
         if mapping is not None:
             found = self._reader.entries(mapping, what, ServiceListener)
             self._read_listener(found, what, listener)
+            of_type = self._reader.choice(found.get("type"), f"{what}: type", get_args(SocketType))
+            listener["kind"] = of_type or SOCKET_TYPE_DEFAULT
             who = found.get("service")
             if isinstance(who, Text) and who.value == "any":
                 self._reader.add(

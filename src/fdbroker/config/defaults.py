@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 DEFAULT_USER = "fdbroker"
 DEFAULT_GROUP_OF_CLIENTS = "fdbroker-clients"
 DIRECTORY = "/run/fdbroker"
@@ -13,6 +15,7 @@ PATHS = {
 }
 MODES = {"seqpacket": 0o660, "stream": 0o660, "dgram": 0o660, "control": 0o666}
 SERVICE_MODE = 0o666  # whoever may connect to a service; what is then done for whom the policy says
+SERVICE_KIND: Final = "stream"  # what its clients connect to, unless the policy says another type
 # By which requests come; what a socket's name says of its type.
 FOR_REQUESTS = ("seqpacket", "stream", "dgram")
 # What systemd calls sockets that have no FileDescriptorName=, or were stored or accepted; sd_listen_fds(3).

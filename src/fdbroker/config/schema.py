@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from fdbroker.config.defaults import DEFAULT_USER
+from fdbroker.config.defaults import DEFAULT_USER, SERVICE_KIND
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 
@@ -28,10 +28,12 @@ Opens: TypeAlias = Literal["loop", "helpers"]
 Symlinks: TypeAlias = Literal["refuse", "within-root"]
 ReadOnlyView: TypeAlias = Literal["required", "off"]
 Identity: TypeAlias = Literal["available", "strict"]
+SocketType: TypeAlias = Literal["stream", "seqpacket"]
 
 READ_ONLY_VIEW_DEFAULT: ReadOnlyView = "required"
 IDENTITY_DEFAULT: Identity = "available"
 OPENS_DEFAULT: Opens = "loop"
+SOCKET_TYPE_DEFAULT: SocketType = SERVICE_KIND
 SYMLINKS_DEFAULT: Symlinks = "refuse"
 CONNECTIONS_PER_UID = range(1, 10_000 + 1)
 # One full reply has 253 descriptors: with less, a request for it could never be answered.
@@ -277,6 +279,9 @@ class ServiceListener(Listener, kw_only=True):
         Client | Annotated[list[Client], Meta(min_length=1)],
         Meta(description="Who may take the clients, written as the client of a rule."),
     ]
+    type: Annotated[SocketType, Meta(description="What the service's clients speak on.")] = (
+        SOCKET_TYPE_DEFAULT
+    )
 
 
 class Listeners(_Keys):

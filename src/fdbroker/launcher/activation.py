@@ -13,7 +13,7 @@ from fdbroker.launcher.errors import LaunchError
 from fdbroker.launcher.inherited import check_connection, check_listener
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Mapping
 
 _NAMES_CURE = (
     "name them by FileDescriptorName= of the .socket unit: seqpacket, stream or dgram for requests, control,"
@@ -71,26 +71,26 @@ def take_from_systemd() -> Activation:
             raise LaunchError(f"{what}: no socket of fdbroker has this name; {_NAMES_CURE}")
     if len(controls) > 1:
         raise LaunchError(f"systemd passed {len(controls)} sockets with the name 'control'; keep one")
-    notify = _connect_notify_socket()
-    watchdog = None if notify is None else _watchdog_usec()
+    notify = connect_notify_socket()
+    watchdog = None if notify is None else watchdog_usec()
     control = controls[0] if controls else None
     return Activation(listeners, services, connections, control, notify, watchdog)
 
 
-def check_services(activation: Activation, names: Collection[str]) -> None:
-    """Check the listeners of services, whose names the policy has.
+def check_services(activation: Activation, kinds: Mapping[str, str]) -> None:
+    """Check the listeners of services, whose names the policy has: of each it says the kind of socket.
 
     Raises:
         LaunchError: one has another name, or is not what a service's listener is.
 
     """
     for number, name in activation.services:
-        if name not in names:
+        if name not in kinds:
             raise LaunchError(
                 f"{_what(name)}: no socket of fdbroker has this name, and no service in listeners of the"
                 f" policy; {_NAMES_CURE}"
             )
-        check_listener(number, _what(name), "stream")
+        check_listener(number, _what(name), kinds[name])
 
 
 def _what(name: str) -> str:
@@ -114,7 +114,7 @@ def _passed_descriptors() -> dict[int, str]:
     return passed
 
 
-def _connect_notify_socket() -> int | None:
+def connect_notify_socket() -> int | None:
     """Return a socket that is connected to where the service manager listens, None if it does not."""
     address = os.environ.pop("NOTIFY_SOCKET", "")
     if not address:
@@ -132,7 +132,7 @@ def _connect_notify_socket() -> int | None:
         return sock.detach()
 
 
-def _watchdog_usec() -> int | None:
+def watchdog_usec() -> int | None:
     """Return within how many microseconds a ping is expected; sd_watchdog_enabled(3)."""
     text = os.environ.pop("WATCHDOG_USEC", "")
     if not text or os.environ.pop("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):

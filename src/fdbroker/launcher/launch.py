@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from fdbroker.config.compiled import launcher_fingerprint
+from fdbroker.config.defaults import SERVICE_KIND
 from fdbroker.kernel.capabilities import capget
 from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH
 from fdbroker.launcher.activation import check_services, take_from_systemd
@@ -90,7 +91,12 @@ def _run(options: Options) -> int:
     except BaseException:
         pending.abandon()
         raise
-    check_services(passed.activation, [service["name"] for service in policies.broker["services"]])
+    made = policies.daemon["listeners"] if policies.daemon else {}
+    kinds = {
+        service["name"]: str(made.get(service["name"], {"kind": SERVICE_KIND})["kind"])
+        for service in policies.broker["services"]
+    }
+    check_services(passed.activation, kinds)
     plan = make_plan(
         policies.daemon,
         options,

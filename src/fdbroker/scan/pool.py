@@ -4,14 +4,17 @@ An outside engine has a file first, one after the other, and then a worker with 
 program that reads the file as its standard input shares the offset with whoever has the descriptor, and
 nobody else may move it meanwhile.
 
-A worker has files of one owner (st_uid). One that was turned by a hostile file can lie about later files of
-that owner, and has none of another one.
+A worker serves one domain: files that one user has handed in and that have one owner (st_uid). One that was
+turned by a hostile file can lie about later files of that domain, and has none of another one.
+
+Users take turns (`fdbroker.scan.turns`). There are more workers to be had than work at a time for one user:
+who has nothing under way gets one at once, as long as there are some. Where there are none, one that has
+had a window of files takes no more of its user, and goes to who has none.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel.descriptors import Descriptors
@@ -21,17 +24,19 @@ from fdbroker.scan.engine import EngineError, Inside, Outside
 from fdbroker.scan.outside import Handover
 from fdbroker.scan.plugins import make
 from fdbroker.scan.supervisor import DEFAULT_TIMEOUT, DEFAULT_WINDOW, Done, Supervisor
+from fdbroker.scan.turns import Source, Turns
 from fdbroker.scan.verdict import Answer, Error, Reason, worst
 from fdbroker.scan.versions import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
     from typing import Self
 
     from fdbroker.sandbox.report import LayerReport
     from fdbroker.scan.plugins import Configured
     from fdbroker.scan.stamps import Stamp
+    from fdbroker.scan.supervisor import Loaded
 
 MOST_JOBS = 256
 # Of the files that are with one worker. Small ones are handed over many at a time; of large ones so few that
@@ -47,12 +52,30 @@ class Version(NamedTuple):
     inside: bool
 
 
+class Domain(NamedTuple):
+    """Whose files a worker has: who handed them in, and who owns them."""
+
+    user: int
+    owner: int
+
+
+class Finished(NamedTuple):
+    """A file of a client, with its verdict; `ticket` is what it was handed in with."""
+
+    source: Source
+    ticket: object
+    done: Done
+
+
 class _File(NamedTuple):
     """A file, with the answers of the outside engines that are done with it."""
 
+    source: Source
+    ticket: object
     path: bytes
     owned: Descriptors  # of one
     before: Stamp
+    owner: int
     answers: tuple[Answer, ...] = ()
 
 
@@ -62,66 +85,77 @@ class _Lane:
     def __init__(self, supervisor: Supervisor, window: int) -> None:
         self.supervisor = supervisor
         self.window = window
-        self.owner: int | None = None  # of its files; None: it had none yet
+        self.domain: Domain | None = None  # of its files; None: it had none yet
+        self.numbers: set[int] = set()  # of the files it has
         self.bytes = 0
         self.gathered = 0  # files that were handed in since it was last seen to
+        self.taken = 0  # files of this domain since it had those of another one
+        self.promised: int | None = None  # the user who has it next
 
-    def takes(self, owner: int) -> bool:
-        """Return whether it may have one more file, of this owner."""
-        under_way = self.supervisor.under_way
-        if not under_way:
-            return True
-        return owner == self.owner and under_way < self.window and self.bytes < _MOST_BYTES
+    def takes(self, domain: Domain) -> bool:
+        """Return whether it may have one more file, of this domain."""
+        if not self.numbers:
+            return self.promised is None or self.promised == domain.user
+        if self.promised is not None and self.taken >= self.window:
+            return False
+        return domain == self.domain and len(self.numbers) < self.window and self.bytes < _MOST_BYTES
 
-    def gathers_more(self, file: Stamp) -> bool:
+    def gathers_more(self, file: _File) -> bool:
         """Return whether it can have this file too, and waits for more before they are sent."""
-        gathered = self.gathered
         return (
-            0 < gathered < self.supervisor.group - 1
-            and self.takes(file.owner)
-            and self.bytes + file.size < _MOST_BYTES
+            0 < self.gathered < self.supervisor.group - 1
+            and self.takes(Domain(file.source.user, file.owner))
+            and self.bytes + file.before.size < _MOST_BYTES
             and self.supervisor.fileno() is not None
         )
 
-    def gather(self, name: bytes, owned: Descriptors, file: Stamp) -> None:
+    def gather(self, number: int, file: _File) -> None:
         """Hand in a file, which is not sent yet."""
-        self.bytes += file.size
+        self.numbers.add(number)
+        self.bytes += file.before.size
         self.gathered += 1
-        self.supervisor.enqueue(name, owned.take(), file)
+        self.taken += 1
+        self.supervisor.enqueue(b"%d" % number, file.owned.take(), file.before)
 
-    def load(self, owner: int) -> int:
-        """Return how many files it has; as if it had some if it is still to be started for this owner."""
-        ready = self.owner is None and self.supervisor.workers_started > 0
-        return self.supervisor.under_way if owner == self.owner or ready else self.supervisor.group
+    def load(self, domain: Domain) -> int:
+        """Return how many files it has; as if it had some if it is still to be started for this domain."""
+        ready = self.domain is None and self.supervisor.workers_started > 0
+        return len(self.numbers) if domain == self.domain or ready else self.supervisor.group
 
 
 class Pool:
     """Gives files to engines and returns verdicts, in any order.
 
-    As a context manager it ends all workers and sessions, and closes what is under way.
+    As a context manager it ends all workers and sessions, and closes what is under way. Who has files of one
+    user and can wait calls `submit` and `finish`. Who has clients and an event loop calls `enqueue` and
+    `advance`, and waits for `filenos` until `deadline`.
 
     Args:
         engines: whose verdicts are wanted, of either kind, each once.
-        jobs: most workers at a time; they are started as they are needed.
+        jobs: most workers at a time of one user; they are started as they are needed.
+        spare: workers besides, for users who have none.
         ids: uid and gid of the workers; needed as root, impossible otherwise.
         timeout: seconds for one file in a worker.
         max_size: bytes; a file that is larger is an error, and no engine has it. None: no limit but theirs.
         isolate: a new worker for each file.
+        files_per_worker: after so many files a worker is replaced; None: by its age alone.
 
     Raises:
         EngineError: an engine can't be had as it is configured, or is there twice.
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is a choice of its own
         self,
         engines: Sequence[Configured],
         *,
         jobs: int = 1,
+        spare: int = 0,
         ids: tuple[int, int] | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         max_size: int | None = None,
         isolate: bool = False,
+        files_per_worker: int | None = None,
     ) -> None:
         names = [one.name for one in engines]
         twice = [name for name in names if names.count(name) > 1]
@@ -136,23 +170,30 @@ class Pool:
         self._inside = [one.name for one in inside]
         # The first one has the zygote, from which all workers come.
         self._lanes: list[_Lane] = []
+        self._jobs = jobs
         window = 1 if isolate else DEFAULT_WINDOW
-        for _ in range(jobs if inside else 0):
+        for _ in range(jobs + spare if inside else 0):
             supervisor = Supervisor(
                 inside,
                 ids=ids,
                 timeout=timeout,
                 window=window,
-                files_per_worker=1 if isolate else None,
+                files_per_worker=1 if isolate else files_per_worker,
                 spawn=self._lanes[0].supervisor.spawn_from_zygote if self._lanes else None,
             )
             self._lanes.append(_Lane(supervisor, window))
         self._last: _Lane | None = None
-        # By numbers: what outside engines have, and, where there are such, what workers have.
+        # By numbers: what engines have.
         self._files: dict[int, _File] = {}
         self._number = 0
-        # For a worker, as soon as one may have it.
-        self._ready: deque[_File] = deque()
+        # For the first outside engine, and for a worker, as soon as one may have it.
+        self._arrived: Turns[_File] = Turns()
+        self._ready: Turns[_File] = Turns()
+        # Verdicts that nobody has been told yet, and the numbers of files that nobody wants to be told of.
+        self._finished: list[Finished] = []
+        self._unwanted: set[int] = set()
+        # Of `submit`, which has one user.
+        self._own = Source(0)
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -168,6 +209,16 @@ class Pool:
     def workers(self) -> int:
         """Most workers that there are at a time; 0 where all engines are outside ones."""
         return len(self._lanes)
+
+    @property
+    def under_way(self) -> int:
+        """How many files engines have."""
+        return len(self._files)
+
+    @property
+    def waiting(self) -> int:
+        """How many files wait for an engine."""
+        return len(self._arrived) + len(self._ready)
 
     def begin(self) -> None:
         """Begin to load the engines of workers, for a caller who has something to do meanwhile.
@@ -208,53 +259,168 @@ class Pool:
             told |= zip(self._inside, self._lanes[0].supervisor.versions(), strict=True)
         return [Version(name, told[name], name in self._inside) for name in self._names]
 
+    def outdated(self) -> bool:
+        """Return whether the databases of the engines changed since they were loaded."""
+        return bool(self._lanes) and self._lanes[0].supervisor.outdated()
+
+    def load(self) -> Loaded | None:
+        """Return the inside engines, loaded anew, for `adopt`; takes its time, so another thread may do it.
+
+        Raises:
+            SandboxError: they can't be loaded. All goes on with what was loaded before.
+            OSError: no process or descriptors to be had; likewise.
+
+        """
+        return self._lanes[0].supervisor.load() if self._lanes else None
+
+    def adopt(self, loaded: Loaded | None) -> None:
+        """Go on with workers of engines that `load` gave. What is under way goes to them."""
+        if loaded is None:
+            return
+        for lane in self._lanes[1:]:
+            lane.supervisor.replace_worker()
+        self._lanes[0].supervisor.adopt(loaded)
+
     def submit(self, path: bytes, descriptor: int) -> Iterator[Done]:
         """Hand in a file; yield verdicts of whatever files, as many as it takes to have room for more.
 
         `descriptor` is the pool's from the call on, also if nobody iterates.
         """
-        owned = Descriptors([descriptor])
-        before = admit(descriptor)
-        if not isinstance(before, Error) and self._max_size is not None and before.size > self._max_size:
-            text = f"{before.size} bytes are more than the {self._max_size} that are asked for"
-            before = Error(Reason.TOO_LARGE, text)
-        if isinstance(before, Error):
-            owned.close()
-            return iter((Done(path, 0, before),))
-        lane = self._last
-        if lane is not None and not self._handovers and not self._ready and lane.gathers_more(before):
-            # As `_to_workers` would do with it, without asking which worker, or for verdicts.
-            lane.gather(path, owned, before)
-            return iter(())
-        file = _File(path, owned, before)
-        if self._handovers:
-            self._hand_over(file)
-        else:
-            self._ready.append(file)
+        file = self._admitted(self._own, path, path, descriptor, self._max_size, None)
+        if file is not None:
+            lane = self._last
+            if lane is not None and not self._handovers and not self.waiting and lane.gathers_more(file):
+                # As `_to_workers` would do with it, without asking which worker, or for verdicts.
+                lane.gather(self._remembered(file), file)
+                return iter(())
+            self._queue(file)
         return self._make_room()
 
     def finish(self) -> Iterator[Done]:
         """Yield the verdicts of all files that are under way."""
-        while self._files or self._ready or any(lane.supervisor.under_way for lane in self._lanes):
+        while self._files or self.waiting or self._finished:
             yield from self._go_on(1)
+
+    def enqueue(
+        self,
+        source: Source,
+        ticket: object,
+        path: bytes,
+        descriptor: int,
+        *,
+        max_size: int | None = None,
+        owner: int | None = None,
+    ) -> None:
+        """Hand in a file of a client; `advance` goes on with it, and returns its verdict with the ticket.
+
+        `descriptor` is the pool's from the call on. `max_size`: as that of the pool, for this file. `owner`:
+        whose file it is, where the descriptor is that of a copy.
+        """
+        mosts = [most for most in (self._max_size, max_size) if most is not None]
+        file = self._admitted(source, ticket, path, descriptor, min(mosts, default=None), owner)
+        if file is not None:
+            self._queue(file)
+
+    def _admitted(  # noqa: PLR0913, PLR0917 - all that is known of a file
+        self,
+        source: Source,
+        ticket: object,
+        path: bytes,
+        descriptor: int,
+        max_size: int | None,
+        owner: int | None,
+    ) -> _File | None:
+        """Return a file that engines may have; None: its verdict, an error, is there."""
+        owned = Descriptors([descriptor])
+        before = admit(descriptor)
+        if not isinstance(before, Error) and max_size is not None and before.size > max_size:
+            text = f"{before.size} bytes are more than the {max_size} that are asked for"
+            before = Error(Reason.TOO_LARGE, text)
+        if isinstance(before, Error):
+            owned.close()
+            self._finished.append(Finished(source, ticket, Done(path, 0, before)))
+            return None
+        return _File(source, ticket, path, owned, before, before.owner if owner is None else owner)
+
+    def _queue(self, file: _File) -> None:
+        (self._arrived if self._handovers else self._ready).add(file.source, file)
+
+    def advance(self, least: int = 1) -> list[Finished]:
+        """Go on as far as that is possible without waiting; return the verdicts that are there.
+
+        Workers that have files are given more when there are `least`.
+        """
+        self._distribute()
+        for lane in self._lanes:
+            if lane.numbers:
+                self._advance(lane, least)
+        self._collect()
+        self._distribute()
+        finished, self._finished = self._finished, []
+        return finished
+
+    def filenos(self) -> list[int]:
+        """Return the descriptors that become readable when there is something to do."""
+        descriptors = [fileno for lane in self._lanes if (fileno := lane.supervisor.fileno()) is not None]
+        for _, handover in self._handovers:
+            descriptors += handover.filenos()
+        return descriptors
+
+    def deadline(self) -> float | None:
+        """Return when (time.monotonic) `advance` must be called even if nothing became readable."""
+        if self._finished:
+            return 0.0
+        deadlines = [
+            lane.supervisor.deadline() for lane in self._lanes if lane.supervisor.fileno() is not None
+        ]
+        deadlines += [left for _, handover in self._handovers if (left := handover.deadline()) is not None]
+        return min(deadlines, default=None)
+
+    def cancel(self, source: Source, wanted: Callable[[object], bool] = lambda _: True) -> list[object]:
+        """Drop files of a client, those whose ticket is `wanted`; return the tickets.
+
+        No verdict of these comes any more. A worker all of whose files are dropped is ended.
+        """
+
+        def of_file(file: _File) -> bool:
+            return wanted(file.ticket)
+
+        dropped = self._arrived.remove(source, of_file) + self._ready.remove(source, of_file)
+        for file in dropped:
+            file.owned.close()
+        tickets = [file.ticket for file in dropped]
+        for number, file in self._files.items():
+            if file.source is source and number not in self._unwanted and wanted(file.ticket):
+                self._unwanted.add(number)
+                tickets.append(file.ticket)
+        for lane in self._lanes:
+            if lane.numbers and lane.numbers <= self._unwanted:
+                lane.supervisor.abandon()
+                for number in lane.numbers:
+                    del self._files[number]
+                self._unwanted -= lane.numbers
+                lane.numbers.clear()
+                lane.bytes = lane.gathered = 0
+        kept = []
+        for one in self._finished:
+            if one.source is source and wanted(one.ticket):
+                tickets.append(one.ticket)
+            else:
+                kept.append(one)
+        self._finished = kept
+        return tickets
 
     def close(self) -> None:
         """End all workers and sessions and close the files that are under way; their verdicts are lost."""
         for _, handover in self._handovers:
             handover.close()
         # Of what a worker has, its supervisor has the descriptor.
-        for file in (*self._files.values(), *self._ready):
+        for file in (*self._files.values(), *self._arrived.clear(), *self._ready.clear()):
             file.owned.close()
         self._files.clear()
-        self._ready.clear()
         # The first one last: it has the zygote, with which all workers end.
         for lane in reversed(self._lanes):
             lane.supervisor.close()
-
-    def _hand_over(self, file: _File) -> None:
-        """Give a file to the outside engine whose turn it is."""
-        _, handover = self._handovers[len(file.answers)]
-        handover.submit(self._remembered(file), file.owned.numbers()[0], file.before)
 
     def _remembered(self, file: _File) -> int:
         """Keep a file for its answer; return the number by which it is found."""
@@ -264,107 +430,166 @@ class Pool:
 
     def _make_room(self) -> Iterator[Done]:
         """Go on until whoever has files has room for more."""
-        yield from self._to_workers()
-        while self._ready or any(handover.room() < 1 for _, handover in self._handovers):
+        self._distribute()
+        yield from self._told()
+        while self.waiting:
             yield from self._go_on(self._lanes[0].supervisor.group if self._lanes else 1)
 
-    def _to_workers(self) -> Iterator[Done]:
-        """Give workers the files that are ready, as far as they may have them."""
-        while self._ready:
-            owner = self._ready[0].before.owner
-            lane = self._last
-            if lane is None or not lane.gathered or not lane.takes(owner):
-                lane = self._choose(owner)
-                if lane is None:
-                    return
-                self._last = lane
-            if lane.owner != owner:
-                if lane.owner is not None:
-                    lane.supervisor.replace_worker()
-                lane.owner = owner
-            file = self._ready.popleft()
-            name = file.path
-            if self._handovers:
-                name = b"%d" % self._remembered(file)
-            lane.gather(name, file.owned, file.before)
-            # Few messages to who is busy, and none that waits for others where nobody is.
-            if (
-                lane.gathered >= lane.supervisor.group
-                or lane.bytes >= _MOST_BYTES
-                or lane.supervisor.fileno() is None
-            ):
-                yield from self._advance(lane, 1)
+    def _told(self) -> Iterator[Done]:
+        finished, self._finished = self._finished, []
+        for one in finished:
+            yield one.done
 
-    def _choose(self, owner: int) -> _Lane | None:
-        """Return the worker that should have the next files of this owner; None: all are busy."""
-        able = [lane for lane in self._lanes if lane.takes(owner)]
-        return min(able, key=lambda lane: lane.load(owner), default=None)
+    def _distribute(self) -> None:
+        """Give engines the files that wait, as far as they may have them."""
+        self._to_outside()
+        self._to_workers()
 
-    def _advance(self, lane: _Lane, least: int) -> Iterator[Done]:
+    def _to_outside(self) -> None:
+        while self._arrived and self._handovers[0][1].room() > 0:
+            users = self._arrived.users()
+            if not users:
+                return
+            self._hand_over(self._arrived.take(users[0]))
+
+    def _hand_over(self, file: _File) -> None:
+        """Give a file to the outside engine whose turn it is."""
+        _, handover = self._handovers[len(file.answers)]
+        handover.submit(self._remembered(file), file.owned.numbers()[0], file.before)
+
+    def _to_workers(self) -> None:
+        placed = True
+        while placed and self._ready:
+            placed = False
+            for user in self._ready.users():
+                file = self._ready.first(user)
+                if file is None:
+                    continue
+                lane = self._lane_for(Domain(user, file.owner))
+                if lane is not None:
+                    self._ready.take(user)
+                    self._give(lane, file)
+                    placed = True
+        if self._ready:
+            self._promise()
+
+    def _give(self, lane: _Lane, file: _File) -> None:
+        domain = Domain(file.source.user, file.owner)
+        if lane.domain != domain:
+            if lane.domain is not None:
+                lane.supervisor.replace_worker()
+            lane.domain = domain
+            lane.taken = 0
+        if lane.promised == domain.user:
+            lane.promised = None
+            lane.taken = 0
+        self._last = lane
+        lane.gather(self._remembered(file), file)
+        # Few messages to who is busy, and none that waits for others where nobody is.
+        if (
+            lane.gathered >= lane.supervisor.group
+            or lane.bytes >= _MOST_BYTES
+            or lane.supervisor.fileno() is None
+        ):
+            self._advance(lane, 1)
+
+    def _lane_for(self, domain: Domain) -> _Lane | None:
+        """Return the worker that should have the next file of this domain; None: it has to wait."""
+        last = self._last
+        if last is not None and last.gathered and last.domain == domain and last.takes(domain):
+            return last
+        able = [lane for lane in self._lanes if lane.takes(domain)]
+        if not able:
+            return None
+        mine = busy = 0
+        for lane in self._lanes:
+            if lane.numbers:
+                busy += 1
+                mine += lane.domain is not None and lane.domain.user == domain.user
+        if mine and busy >= self._jobs:
+            # What is left is for those who have none.
+            able = [lane for lane in able if lane.numbers]
+        return min(able, key=lambda lane: lane.load(domain), default=None)
+
+    def _promise(self) -> None:
+        """See to it that whoever has no worker gets the next one."""
+        waiting = self._ready.users()
+        having: dict[int, int] = {}
+        promised = set()
+        for lane in self._lanes:
+            if lane.promised is not None and lane.promised not in waiting:
+                lane.promised = None
+            if lane.promised is not None:
+                promised.add(lane.promised)
+            if lane.numbers and lane.domain is not None:
+                having[lane.domain.user] = having.get(lane.domain.user, 0) + 1
+        for user in waiting:
+            if user in having or user in promised:
+                continue
+            free = [lane for lane in self._lanes if lane.promised is None and lane.domain is not None]
+            if not free:
+                return
+
+            def cost(lane: _Lane) -> tuple[int, int]:
+                held = having.get(lane.domain.user, 0) if lane.domain is not None else 0
+                return -held, len(lane.numbers) + max(0, lane.window - lane.taken)
+
+            min(free, key=cost).promised = user
+
+    def _advance(self, lane: _Lane, least: int) -> None:
         lane.gathered = 0
         for done in lane.supervisor.advance(least):
+            number = int(done.path)
+            file = self._files.pop(number)
+            lane.numbers.discard(number)
             lane.bytes -= done.size
-            yield self._combined(done) if self._handovers else done
+            if not self._handovers:
+                self._tell(number, file, done._replace(path=file.path))
+            else:
+                inside = done.answers or tuple(Answer(name, done.verdict) for name in self._inside)
+                self._all_said(number, file, (*file.answers, *inside))
 
-    def _combined(self, done: Done) -> Done:
-        """Return the verdict of a worker with what outside engines had said, in the order of the engines."""
-        file = self._files.pop(int(done.path))
-        inside = done.answers or tuple(Answer(name, done.verdict) for name in self._inside)
-        return self._all_said(file, (*file.answers, *inside))
+    def _tell(self, number: int, file: _File, done: Done) -> None:
+        if number in self._unwanted:
+            self._unwanted.discard(number)
+            return
+        self._finished.append(Finished(file.source, file.ticket, done))
 
-    def _all_said(self, file: _File, answers: tuple[Answer, ...]) -> Done:
+    def _all_said(self, number: int, file: _File, answers: tuple[Answer, ...]) -> None:
+        """Tell what outside and inside engines had said, in the order of the engines."""
         if len(answers) == 1:
-            return Done(file.path, file.before.size, answers[0].verdict, answers)
+            self._tell(number, file, Done(file.path, file.before.size, answers[0].verdict, answers))
+            return
         by_name = {answer.engine: answer for answer in answers}
         ordered = tuple(by_name[name] for name in self._names)
-        return Done(file.path, file.before.size, worst(ordered), ordered)
+        self._tell(number, file, Done(file.path, file.before.size, worst(ordered), ordered))
 
-    def _collect(self) -> Iterator[Done]:
+    def _collect(self) -> None:
         """Take what outside engines have answered, and pass those files on."""
         for name, handover in self._handovers:
             for number, verdict in handover.answers():
                 file = self._files.pop(number)
-                answers = (*file.answers, Answer(name, verdict))
-                if len(answers) < len(self._handovers):
-                    self._hand_over(file._replace(answers=answers))
+                file = file._replace(answers=(*file.answers, Answer(name, verdict)))
+                if number in self._unwanted:
+                    self._unwanted.discard(number)
+                    file.owned.close()
+                elif len(file.answers) < len(self._handovers):
+                    self._hand_over(file)
                 elif self._lanes:
-                    self._ready.append(file._replace(answers=answers))
+                    self._ready.add(file.source, file)
                 else:
                     file.owned.close()
-                    yield self._all_said(file, answers)
+                    self._all_said(number, file, file.answers)
 
     def _go_on(self, least: int) -> Iterator[Done]:
         """Yield the verdicts that are there; if there is none, wait until there may be one.
 
         Workers that have files are given more when there are `least`.
         """
-        found = False
-        for lane in self._lanes:
-            for done in self._advance(lane, least):
-                found = True
-                yield done
-        for done in self._collect():
-            found = True
-            yield done
-        if self._ready:
-            before = len(self._ready)
-            yield from self._to_workers()
-            found = found or len(self._ready) < before
-        if not found:
-            self._wait()
-
-    def _wait(self) -> None:
-        descriptors = []
-        deadlines = []
-        for lane in self._lanes:
-            fileno = lane.supervisor.fileno()
-            if fileno is not None:
-                descriptors.append(fileno)
-                deadlines.append(lane.supervisor.deadline())
-        for _, handover in self._handovers:
-            descriptors += handover.filenos()
-            deadline = handover.deadline()
-            if deadline is not None:
-                deadlines.append(deadline)
-        left = min(deadlines, default=None)
-        any_is_readable(descriptors, None if left is None else left - time.monotonic())
+        before = self.waiting
+        finished = self.advance(least)
+        for one in finished:
+            yield one.done
+        if not finished and self.waiting >= before and (self._files or self.waiting):
+            left = self.deadline()
+            any_is_readable(self.filenos(), None if left is None else left - time.monotonic())

@@ -81,6 +81,13 @@ class Done(NamedTuple):
     answers: tuple[Answer, ...] = ()
 
 
+class Loaded(NamedTuple):
+    """Engines, loaded: where workers come from that have them, and what they were loaded from."""
+
+    zygote: Zygote
+    databases: Databases
+
+
 class _Job(NamedTuple):
     number: int
     path: bytes
@@ -248,13 +255,26 @@ class Supervisor:
             OSError: no process or descriptors to be had; likewise.
 
         """
-        zygote, databases = self._load()
-        outgoing, self._zygote, self._databases = self._zygote, zygote, databases
+        self.adopt(self.load())
+
+    def adopt(self, loaded: Loaded) -> None:
+        """Go on with workers of engines that `load` gave, which are the supervisor's from the call on."""
+        outgoing, self._zygote, self._databases = self._zygote, *loaded
         self.replace_worker()
         if outgoing is not None:
             outgoing.close()
 
-    def _load(self, *, wait: bool = True) -> tuple[Zygote, Databases]:
+    def load(self) -> Loaded:
+        """Return the engines, loaded anew; changes nothing here, so another thread may do it.
+
+        Raises:
+            SandboxError: they can't be loaded.
+            OSError: no process or descriptors to be had.
+
+        """
+        return self._load(wait=True)
+
+    def _load(self, *, wait: bool) -> Loaded:
         # First the look, so that what changes while it is loaded counts as changed.
         databases = Databases(self._made)
         arguments = {"engines": to_json(self._engines)}
@@ -266,7 +286,7 @@ class Supervisor:
             timeout=_SECONDS_TO_LOAD,
             wait=wait,
         )
-        return zygote, databases
+        return Loaded(zygote, databases)
 
     def spawn_from_zygote(self) -> Worker:
         """Return a new worker that has the engines, which the caller ends.
@@ -277,7 +297,7 @@ class Supervisor:
 
         """
         if self._zygote is None:
-            self._zygote, self._databases = self._load()
+            self._zygote, self._databases = self.load()
         try:
             return self._zygote.spawn()
         except ZygoteError:
@@ -333,6 +353,13 @@ class Supervisor:
         self._sent.clear()
         self._ends.clear()
 
+    def abandon(self) -> None:
+        """End the worker and close the files that are under way; nobody wants their verdicts any more."""
+        self.replace_worker()
+        for job in self._unsent:
+            job.file.close()
+        self._unsent.clear()
+
     def finish(self) -> Iterator[Done]:
         """Yield the verdicts of all files that are under way."""
         while self.under_way:
@@ -346,11 +373,7 @@ class Supervisor:
         if self._zygote is not None:
             self._zygote.close()
             self._zygote = None
-        for job in (*self._sent, *self._unsent):
-            job.file.close()
-        self._sent.clear()
-        self._ends.clear()
-        self._unsent.clear()
+        self.abandon()
 
     def _go_on(self) -> Iterator[Done]:
         """Keep the worker busy with few messages; where the window is full, make room for a message."""

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _UNKNOWN = 0
 _DIRECTORY = stat.S_IFDIR >> 12
 _REGULAR = stat.S_IFREG >> 12
-_KINDS = {
+# What is never opened, by the kind of its entry.
+KINDS = {
     stat.S_IFIFO >> 12: "fifo",
     stat.S_IFCHR >> 12: "character device",
     stat.S_IFBLK >> 12: "block device",
@@ -70,8 +71,9 @@ class Exclusions:
     """
 
     def __init__(self, globs: Iterable[bytes] = ()) -> None:
+        self.globs = tuple(globs)
         self._globs: list[Glob] = []
-        for glob in globs:
+        for glob in self.globs:
             try:
                 self._globs.append(compile_glob(glob[1:] if glob.startswith(b"/") else b"**/" + glob))
             except ValueError as error:
@@ -124,7 +126,7 @@ def _from(client: Client, start: bytes, exclusions: Exclusions) -> Iterator[Foun
                 elif kind in {_DIRECTORY, _UNKNOWN}:
                     directories.append((whole, kind == _DIRECTORY))
                 else:
-                    yield NotAFile(whole, _KINDS.get(kind, "of an unknown kind"))
+                    yield NotAFile(whole, KINDS.get(kind, "of an unknown kind"))
                 known = True
         except BrokerError as error:
             if is_about_the_connection(error):

@@ -1,0 +1,146 @@
+"""What all clients of the service share, whatever they speak: the pool, who it is, how it renews itself."""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import sys
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from fdbroker.config.names import printable
+from fdbroker.sandbox import SandboxError
+from fdbroker.scan.engine import EngineError
+from fdbroker.scan.service.hub import Hub
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from fdbroker.aio import ServedClient
+    from fdbroker.scan.pool import Pool, Version
+    from fdbroker.scan.service.configuration import Configuration
+
+
+class Connection(Protocol):
+    """A client of the service, in whatever protocol it speaks. It owns its `ServedClient`.
+
+    Made by a `Speaks`; it takes itself out of `core.connections` when it is over.
+    """
+
+    def end(self, reason: str, text: str) -> None:
+        """Say so, as far as that can be done at once, and close. `reason`: broker_gone or stopping."""
+
+
+class Speaks(Protocol):
+    """What serves the clients of a listener: a protocol."""
+
+    def __call__(self, core: Core, served: ServedClient) -> Connection:
+        """Serve a client that the broker has handed over."""
+
+
+class Core:
+    """The service without its listeners. For one event loop, the one that runs when it is made."""
+
+    def __init__(self, configuration: Configuration, pool: Pool, versions: list[Version]) -> None:
+        self.configuration = configuration
+        self.hub = Hub(pool, configuration.limits)
+        self.versions = versions
+        self.connections: set[Connection] = set()
+        self.hang_ups = HangUps()
+        self.began = time.monotonic()
+        self.renewed = 0
+        self.listeners: dict[str, str] = {}  # each with how it is
+        self._renewing: asyncio.Task[str | None] | None = None
+
+    async def renew(self) -> str | None:
+        """Load the engines anew and go on with them; return why not, None if that is done.
+
+        Files are scanned meanwhile, and none is missed. Who asks while it is done already gets its outcome.
+        """
+        if self._renewing is None or self._renewing.done():
+            self._renewing = asyncio.create_task(self._renew())
+        return await asyncio.shield(self._renewing)
+
+    async def _renew(self) -> str | None:
+        pool = self.hub.pool
+        try:
+            loaded = await asyncio.to_thread(pool.load)
+            pool.adopt(loaded)
+            self.versions = pool.versions()
+        except (SandboxError, EngineError, OSError) as error:
+            say(f"the engines could not be loaded anew, so those from before go on: {error}")
+            return str(error)
+        finally:
+            self.hub.go_on()
+        self.renewed += 1
+        say(
+            "the engines were loaded anew: "
+            + ", ".join(f"{one.engine} {one.version}" for one in self.versions)
+        )
+        return None
+
+    async def watch_databases(self) -> None:
+        """Renew the engines whenever what they were loaded from has changed; for ever."""
+        while True:
+            await asyncio.sleep(self.configuration.check_databases)
+            if self.hub.pool.outdated():
+                await self.renew()
+
+    def status(self) -> dict[str, object]:
+        """Return how the service is, as its clients are told."""
+        pool = self.hub.pool
+        return {
+            "seconds": round(time.monotonic() - self.began, 3),
+            "clients": self.hub.clients,
+            "files_waiting": pool.waiting,
+            "files_under_way": pool.under_way,
+            "files_scanned": self.hub.scanned,
+            "workers": self.configuration.workers,
+            "renewed": self.renewed,
+            "outdated": pool.outdated(),
+            "listeners": dict(self.listeners),
+            "engines": [one._asdict() for one in self.versions],
+        }
+
+    def close(self) -> None:
+        """Let go of the loop."""
+        self.hub.close()
+        self.hang_ups.close()
+
+
+class HangUps:
+    """Watches sockets that are not read from, for their other end to go away."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._called: dict[int, Callable[[], None]] = {}
+        asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._look)
+
+    def watch(self, sock: socket.socket, gone: Callable[[], None]) -> None:
+        """Call `gone` when the peer of a socket has closed it. Let go of it before it is closed here."""
+        if sock.fileno() not in self._called:
+            self._called[sock.fileno()] = gone
+            self._epoll.register(sock, select.EPOLLRDHUP)
+
+    def let_go(self, sock: socket.socket) -> None:
+        """Watch it no more."""
+        if self._called.pop(sock.fileno(), None) is not None:
+            self._epoll.unregister(sock)
+
+    def close(self) -> None:
+        """Let go of all."""
+        asyncio.get_running_loop().remove_reader(self._epoll.fileno())
+        self._epoll.close()
+
+    def _look(self) -> None:
+        for fileno, _ in self._epoll.poll(0):
+            gone = self._called.get(fileno)
+            if gone is not None:
+                gone()
+
+
+def say(text: str) -> None:
+    """Write a line for whoever looks after the service."""
+    sys.stderr.write(f"fdbroker-scand: {printable(text)}\n")
+    sys.stderr.flush()

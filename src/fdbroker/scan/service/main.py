@@ -1,0 +1,149 @@
+"""`fdbroker-scand`: the command."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+import fdbroker
+from fdbroker.broker.notify import Notifier
+from fdbroker.config.errors import ConfigError
+from fdbroker.config.names import printable
+from fdbroker.launcher.activation import connect_notify_socket, watchdog_usec
+from fdbroker.launcher.errors import LaunchError
+from fdbroker.sandbox import SandboxError
+from fdbroker.scan.engine import EngineError
+from fdbroker.scan.pool import Pool
+from fdbroker.scan.service.configuration import (
+    DEFAULT_CONFIGURATION,
+    Configuration,
+    Limits,
+    load_configuration,
+)
+from fdbroker.scan.service.core import say
+from fdbroker.scan.service.serving import serve
+from fdbroker.scan.supervisor import DEFAULT_WINDOW
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fdbroker.scan.pool import Version
+
+EXIT_NOT_STARTED = 2
+# Descriptors of the process that are no files to scan: standard ones, the loop's, the broker's, the zygote's.
+_ITS_OWN = 64
+_OF_A_WORKER = 4
+# Connections of clients: as many as the broker hands over at most on one connection.
+_CLIENTS = 1024
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--config",
+    "path",
+    default=DEFAULT_CONFIGURATION,
+    show_default=True,
+    metavar="FILE",
+    help="What it is to do. Only root may be able to write it.",
+)
+@click.option("--check", is_flag=True, help="Say what is wrong with the configuration, and end.")
+@click.option("--dev", is_flag=True, help="For trying: who starts it may own the configuration, too.")
+@click.version_option(fdbroker.__version__, prog_name="fdbroker-scand")
+def command(path: str, *, check: bool, dev: bool) -> int:
+    """Scan files for the clients of the broker's listeners.
+
+    Started by a service manager or by hand, in the foreground, as a user of its
+    own and never as root. SIGHUP has the engines loaded anew, SIGTERM ends it.
+
+    Exit status: 0 it was told to end, 2 it could not start, or what it needs is gone.
+    """
+    if os.geteuid() == 0 and not check:
+        say("it has hostile files read, so it does not run as root; start it as a user of its own")
+        return EXIT_NOT_STARTED
+    try:
+        configuration = load_configuration(path, dev=dev)
+    except ConfigError as error:
+        for problem in error.problems:
+            sys.stderr.write(f"{printable(str(problem))}\n")
+        return EXIT_NOT_STARTED
+    if check:
+        return 0
+    try:
+        return _run(configuration)
+    except (EngineError, SandboxError, LaunchError, OSError) as error:
+        say(f"it can't start: {error}")
+        return EXIT_NOT_STARTED
+
+
+def _run(configuration: Configuration) -> int:
+    limits = limits_within(configuration, _most_descriptors())
+    if limits != configuration.limits:
+        say(f"queue: total: {limits.total} files, as the process may have so few descriptors")
+    configuration = configuration._replace(limits=limits)
+    socket_of_manager = connect_notify_socket()
+    watchdog = None if socket_of_manager is None else watchdog_usec()
+    with (
+        contextlib.closing(Notifier(socket_of_manager, watchdog)) as notifier,
+        Pool(
+            configuration.engines,
+            jobs=configuration.workers,
+            spare=configuration.spare_workers,
+            timeout=configuration.timeout,
+            max_size=configuration.max_size,
+            files_per_worker=configuration.files_per_worker,
+        ) as pool,
+    ):
+        report = pool.start()
+        if report is not None:
+            missing = ", ".join(state.layer.value for state in report.missing())
+            say("its workers are confined" + (f", but for: {missing}" if missing else " by all layers"))
+        versions: list[Version] = pool.versions()
+        asyncio.run(serve(configuration, pool, versions, notifier))
+    return 0
+
+
+def limits_within(configuration: Configuration, descriptors: int) -> Limits:
+    """Return how many files may wait where the process may have so many descriptors.
+
+    The kernel counts those under way to the workers besides, against the same number: those of all processes
+    of this user, as they are sent and not received. Two lanes of a window must fit in any case.
+
+    Raises:
+        LaunchError: there is no room for any.
+
+    """
+    workers = configuration.workers + configuration.spare_workers
+    room = descriptors - _ITS_OWN - _OF_A_WORKER * workers - _CLIENTS
+    under_way = DEFAULT_WINDOW * workers
+    if room < DEFAULT_WINDOW or under_way > descriptors:
+        raise LaunchError(
+            f"the process may have {descriptors} descriptors (RLIMIT_NOFILE), too few for {workers} workers;"
+            " raise LimitNOFILE= of its unit, or lower `workers` and `spare_workers`"
+        )
+    limits = configuration.limits
+    return limits._replace(total=min(limits.total, room), per_client=min(limits.per_client, room))
+
+
+def _most_descriptors() -> int:
+    """Have as many descriptors as may be had, and return how many."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return 1 << 20 if most == resource.RLIM_INFINITY else most
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    try:
+        status = command.main(arguments, prog_name="fdbroker-scand", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return EXIT_NOT_STARTED
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_NOT_STARTED
+    return status if isinstance(status, int) else 0

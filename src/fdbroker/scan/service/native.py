@@ -1,0 +1,456 @@
+"""A client that speaks the protocol of docs/scan-protocol.md: its requests, and what it is told of them.
+
+Nothing that it does holds up another one. What it asks is read as far as there is room for it, what it does
+not read is kept for it, a little, and until it does so its files stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import stat
+from collections import deque
+from typing import TYPE_CHECKING
+
+import fdbroker
+from fdbroker.client import BrokerError, ChangedError, FileTooLargeError
+from fdbroker.client.sealed import seal_in_steps
+from fdbroker.kernel import sockets
+from fdbroker.scan.messages import (
+    LONGEST_MESSAGE,
+    VERSION,
+    AskStatus,
+    Cancel,
+    End,
+    EngineState,
+    Farewell,
+    Hello,
+    MessageError,
+    Refused,
+    Renew,
+    ScanDescriptor,
+    ScanPaths,
+    ScanTree,
+    StatusReply,
+    Welcome,
+    decode_request,
+    encode_answer,
+    encode_results,
+)
+from fdbroker.scan.run import Scanned, Skipped
+from fdbroker.scan.service.opening import ToScan, TreeOfFiles, files_at
+from fdbroker.scan.tree import Exclusions
+from fdbroker.scan.verdict import Error, Infected, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from fdbroker.aio import ServedClient
+    from fdbroker.kernel.descriptors import Descriptors
+    from fdbroker.scan.messages import Request
+    from fdbroker.scan.service.core import Core
+    from fdbroker.scan.service.opening import Opened
+    from fdbroker.scan.supervisor import Done
+
+FAILED = "failed"  # why something is missing if nobody thought of it
+MOST_REQUESTS = 256  # of one connection under way
+_MESSAGES_AT_ONCE = 16  # before others have their turn
+_MOST_COPIES = 4  # that one connection may have in memory
+
+
+class _Scan:
+    """A request that scans, as far as it got."""
+
+    def __init__(self, number: int, max_size: int | None) -> None:
+        self.number = number
+        self.max_size = max_size
+        self.results: list[Scanned | Skipped] = []  # not told yet
+        self.under_way = 0
+        self.all_handed_in = False
+        self.over = False
+        self.missing: tuple[str, ...] = ()
+        self.task: asyncio.Task[None] | None = None
+        self.copy: asyncio.Future[None] | None = None  # done when no engine has it any more
+        self._counts = dict.fromkeys(("files", "bytes", "infected", "errors", "skipped"), 0)
+
+    def add(self, result: Scanned | Skipped) -> None:
+        """Have it told, and counted."""
+        self.results.append(result)
+        counts = self._counts
+        if isinstance(result, Skipped):
+            counts["skipped"] += 1
+            return
+        counts["files"] += not result.directory
+        counts["infected"] += isinstance(result.verdict, Infected)
+        if isinstance(result.verdict, Error):
+            counts["errors"] += 1
+        else:
+            counts["bytes"] += result.size or 0
+
+    def let_go_of_copy(self) -> None:
+        """Note that no engine has it any more."""
+        if self.copy is not None and not self.copy.done():
+            self.copy.set_result(None)
+
+    def end(self) -> End:
+        """Return what it came to."""
+        return End(self.number, **self._counts, missing=self.missing)
+
+
+class NativeClient:
+    """A connection of a client; owns it. See `fdbroker.scan.service.core.Speaks`."""
+
+    def __init__(self, core: Core, served: ServedClient) -> None:
+        self._core = core
+        self._served = served
+        self._sock = served.socket
+        self._loop = asyncio.get_running_loop()
+        self._files = core.hub.client(served.uid)
+        self._files.on_room = self._read_again
+        self._greeted = False
+        self._closed = False
+        self._reading = False
+        self._scans: dict[int, _Scan] = {}
+        # Those whose files the broker opens: one after the other.
+        self._to_open: deque[tuple[_Scan, ScanPaths | ScanTree]] = deque()
+        self._opener: asyncio.Task[None] | None = None
+        self._copying: set[asyncio.Task[None]] = set()
+        self._copies = asyncio.Semaphore(_MOST_COPIES)
+        self._outbox: deque[bytes] = deque()
+        self._flushing: asyncio.Handle | None = None
+        core.connections.add(self)
+        self._read_again()
+
+    # ---- the socket ----
+
+    def _may_read(self) -> bool:
+        return not self._outbox and len(self._scans) < MOST_REQUESTS and self._files.may_be_given()
+
+    def _read_again(self) -> None:
+        if not self._reading and not self._closed and self._may_read():
+            self._reading = True
+            self._core.hang_ups.let_go(self._sock)
+            self._loop.add_reader(self._sock, self._read)
+
+    def _read_no_more(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._sock)
+        # Nothing is heard of it otherwise.
+        self._core.hang_ups.watch(self._sock, self._close)
+
+    def _read(self) -> None:
+        for _ in range(_MESSAGES_AT_ONCE):
+            if self._closed:
+                return
+            if not self._may_read():
+                self._read_no_more()
+                return
+            try:
+                message = sockets.receive(self._sock, LONGEST_MESSAGE + 1)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                self._close()
+                return
+            except OSError as error:
+                self.end("malformed", f"what came could not be received: {error.strerror}")
+                return
+            with message.descriptors as owned:
+                if not message.data and not owned:
+                    self._close()
+                    return
+                try:
+                    self._take(message.data, owned)
+                except MessageError as error:
+                    self.end("malformed", str(error))
+                    return
+
+    def _send(self, *messages: bytes) -> None:
+        if self._closed or not messages:
+            return
+        self._outbox.extend(messages)
+        if len(self._outbox) == len(messages):
+            self._write()
+
+    def _write(self) -> None:
+        while self._outbox:
+            try:
+                sockets.send(self._sock, self._outbox[0], wait=False)
+            except BlockingIOError:
+                self._files.hold(held=True)
+                self._read_no_more()
+                self._loop.add_writer(self._sock, self._write)
+                return
+            except OSError:
+                self._close()
+                return
+            self._outbox.popleft()
+        self._loop.remove_writer(self._sock)
+        self._files.hold(held=False)
+        self._flush_soon()
+        self._read_again()
+
+    def end(self, reason: str, text: str) -> None:
+        """Tell a last time how far its requests are, and why there is no more; close."""
+        if self._closed:
+            return
+        for scan in list(self._scans.values()):
+            self._stop(scan, reason)
+        messages = [*self._outbox, encode_answer(Farewell(reason, text))]
+        with contextlib.suppress(OSError):
+            for message in messages:
+                sockets.send(self._sock, message, wait=False)
+        self._close()
+
+    def _close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._core.connections.discard(self)
+        if self._reading:
+            self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._core.hang_ups.let_go(self._sock)
+        for task in (self._opener, *self._copying):
+            if task is not None:
+                task.cancel()
+        for scan in self._scans.values():
+            scan.over = True
+        self._scans.clear()
+        self._files.close()
+        self._served.close()
+
+    # ---- requests ----
+
+    def _take(self, data: bytes, owned: Descriptors) -> None:
+        request = decode_request(data)
+        wanted = 1 if isinstance(request, ScanDescriptor) else 0
+        if len(owned) != wanted:
+            raise MessageError(f"{len(owned)} descriptors came with it, and it takes {wanted or 'none'}")
+        if isinstance(request, Hello):
+            self._greet(request)
+            return
+        if not self._greeted:
+            raise MessageError("the first message is hello")
+        self._answer(request, owned)
+
+    def _greet(self, request: Hello) -> None:
+        if self._greeted:
+            raise MessageError("hello is said once")
+        if request.version != VERSION:
+            raise MessageError(f"version {request.version} is not spoken here: {VERSION} is")
+        self._greeted = True
+        engines = tuple(EngineState(*one) for one in self._core.versions)
+        service = f"fdbroker-scand {fdbroker.__version__}"
+        self._send(encode_answer(Welcome(VERSION, service, engines, self._core.configuration.max_size)))
+
+    def _answer(self, request: Request, owned: Descriptors) -> None:
+        assert not isinstance(request, Hello)  # noqa: S101 - for the type checker
+        if isinstance(request, Cancel):
+            scan = self._scans.get(request.request)
+            if scan is not None:
+                self._stop(scan, "cancelled")
+            self._send(encode_answer(_Scan(request.id, None).end()))
+        elif isinstance(request, AskStatus):
+            self._send(encode_answer(StatusReply(request.id, self._core.status())))
+        elif isinstance(request, Renew):
+            self._renew(request)
+        elif request.id in self._scans:
+            text = "another request of this id is under way"
+            self._send(encode_answer(Refused(request.id, "id_in_use", text)))
+        else:
+            scan = self._scans[request.id] = _Scan(request.id, request.max_size)
+            if isinstance(request, ScanDescriptor):
+                self._scan_descriptor(scan, owned)
+            else:
+                self._to_open.append((scan, request))
+                if self._opener is None or self._opener.done():
+                    self._opener = asyncio.create_task(self._open_all())
+
+    def _renew(self, request: Renew) -> None:
+        if self._served.uid not in self._core.configuration.may_renew:
+            text = "this user may not have the engines loaded anew; see `may_renew` of the configuration"
+            self._send(encode_answer(Refused(request.id, "denied", text)))
+            return
+
+        async def renew() -> None:
+            failure = await self._core.renew()
+            if failure is None:
+                self._send(encode_answer(_Scan(request.id, None).end()))
+            else:
+                self._send(encode_answer(Refused(request.id, "not_loaded", failure)))
+
+        self._keep(asyncio.create_task(renew()))
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._copying.add(task)
+        task.add_done_callback(self._copying.discard)
+
+    # ---- descriptors that the client has opened ----
+
+    def _scan_descriptor(self, scan: _Scan, owned: Descriptors) -> None:
+        descriptor = owned.numbers()[0]
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        facts = os.fstat(descriptor)
+        if flags & os.O_ACCMODE == os.O_RDWR and not flags & os.O_PATH and stat.S_ISREG(facts.st_mode):
+            # With it a worker could write; and the client may go on doing so.
+            self._keep(asyncio.create_task(self._scan_copy(scan, owned.take(), facts.st_uid)))
+            return
+        self._hand_in(scan, b"", owned.take())
+        self._all_handed_in(scan)
+
+    async def _scan_copy(self, scan: _Scan, descriptor: int, owner: int) -> None:
+        """Scan a copy of the file, which nobody can change, of which a worker gets no way to write."""
+        scan.missing = (FAILED,)  # until it is known otherwise, whatever happens here
+        try:
+            async with self._copies:
+                copy = None
+                try:
+                    copy = await self._copy_of(scan, descriptor)
+                finally:
+                    os.close(descriptor)
+                if not scan.over:
+                    scan.missing = ()
+                if copy is not None:
+                    scan.copy = self._loop.create_future()
+                    self._hand_in(scan, b"", copy, owner=owner)
+                    self._all_handed_in(scan)
+                    await scan.copy
+        finally:
+            self._all_handed_in(scan)
+
+    async def _copy_of(self, scan: _Scan, descriptor: int) -> int | None:
+        """Return a sealed copy of a file, which the caller owns; None: it has an error instead."""
+        most = self._core.configuration.max_copy
+        if scan.max_size is not None:
+            most = min(most, scan.max_size)
+        steps = seal_in_steps(descriptor, most, self._loop.time() + self._core.configuration.timeout, None)
+        try:
+            with contextlib.closing(steps):
+                while True:
+                    try:
+                        pause = next(steps)
+                    except StopIteration as end:
+                        return int(end.value)
+                    await asyncio.sleep(pause)
+        except FileTooLargeError as error:
+            self._tell(
+                scan,
+                Scanned(b"", Error(Reason.TOO_LARGE, f"{error.strerror}, for a file that can be written")),
+            )
+        except ChangedError as error:
+            self._tell(scan, Scanned(b"", Error(Reason.CHANGED, str(error.strerror))))
+        except (OSError, ValueError) as error:
+            self._tell(scan, Scanned(b"", Error(Reason.READ_FAILED, f"it could not be copied: {error}")))
+        return None
+
+    # ---- files that the broker opens ----
+
+    async def _open_all(self) -> None:
+        while self._to_open:
+            scan, request = self._to_open[0]
+            if not scan.over:
+                scan.task = asyncio.create_task(self._open(scan, request))
+                try:
+                    await asyncio.wait([scan.task])
+                except asyncio.CancelledError:
+                    scan.task.cancel()
+                    raise
+            self._to_open.popleft()
+
+    async def _open(self, scan: _Scan, request: ScanPaths | ScanTree) -> None:
+        tree = None
+        scan.missing = (FAILED,)  # until it is known otherwise, whatever happens here
+        try:
+            if isinstance(request, ScanPaths):
+                entries = files_at(self._served, request.paths)
+            else:
+                tree = TreeOfFiles(self._served, request.path, Exclusions(request.exclude))
+                entries = tree.entries()
+            await self._hand_in_all(scan, entries)
+            if not scan.over:
+                scan.missing = () if tree is None else tree.missing
+        except BrokerError:
+            if not scan.over:
+                scan.missing = ("broker_gone",)
+        except ValueError as error:
+            # A glob that is none; or the client is closed, and nobody is told.
+            self._scans.pop(scan.number, None)
+            scan.over = True
+            self._send(encode_answer(Refused(scan.number, "bad_glob", str(error))))
+        finally:
+            self._all_handed_in(scan)
+
+    async def _hand_in_all(self, scan: _Scan, entries: AsyncGenerator[Opened, None]) -> None:
+        async with contextlib.aclosing(entries):
+            async for entry in entries:
+                if isinstance(entry, ToScan):
+                    self._hand_in(scan, entry.path, entry.descriptor)
+                else:
+                    self._tell(scan, entry)
+                if not self._files.may_open():
+                    await self._files.room()
+
+    # ---- verdicts ----
+
+    def _hand_in(self, scan: _Scan, path: bytes, descriptor: int, *, owner: int | None = None) -> None:
+        """Have a file scanned; the descriptor is the pool's from now on."""
+
+        def tell(done: Done) -> None:
+            scan.under_way -= 1
+            scan.let_go_of_copy()
+            self._tell(scan, Scanned(path, done.verdict, done.size, answers=done.answers))
+
+        if scan.over:
+            os.close(descriptor)
+            scan.let_go_of_copy()
+            return
+        scan.under_way += 1
+        self._files.submit(scan, tell, path, descriptor, max_size=scan.max_size, owner=owner)
+
+    def _tell(self, scan: _Scan, result: Scanned | Skipped) -> None:
+        if not scan.over:
+            scan.add(result)
+            self._flush_soon()
+
+    def _all_handed_in(self, scan: _Scan) -> None:
+        scan.all_handed_in = True
+        self._flush_soon()
+
+    def _stop(self, scan: _Scan, why: str) -> None:
+        """End a request now; what it has no verdict of by then has none."""
+        if scan.task is not None:
+            scan.task.cancel()
+        scan.over = True  # what comes for it from now on is let go of
+        self._files.cancel(scan)
+        scan.let_go_of_copy()
+        scan.missing = (why,)
+        scan.under_way = 0
+        scan.all_handed_in = True
+        self._flush()
+
+    def _flush_soon(self) -> None:
+        if self._flushing is None and not self._closed:
+            self._flushing = self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """Tell what there is to tell, unless something waits to be read: then it waits as well."""
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
+        if self._closed or self._outbox:
+            return
+        messages: list[bytes] = []
+        for scan in list(self._scans.values()):
+            if scan.results:
+                messages += encode_results(scan.number, scan.results)
+                scan.results = []
+            if scan.all_handed_in and not scan.under_way:
+                scan.over = True
+                del self._scans[scan.number]
+                messages.append(encode_answer(scan.end()))
+        self._send(*messages)
+        self._read_again()

@@ -1,0 +1,128 @@
+"""What a client wants to have scanned by its name, opened by the broker on behalf of that client."""
+
+from __future__ import annotations
+
+import contextlib
+import stat
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdbroker.client import BrokerError, DirectoryError, NotDirectoryError, WalkInterrupted, WalkKind
+from fdbroker.scan.run import Scanned, Skipped, error_of
+from fdbroker.scan.tree import EXCLUDED, KINDS, Exclusions, is_about_the_connection
+from fdbroker.scan.verdict import Error, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterable
+
+    from fdbroker.aio import ServedClient
+
+_REGULAR = stat.S_IFREG >> 12
+_BATCH = 64
+
+
+class ToScan(NamedTuple):
+    """A file that was opened; `descriptor` belongs to who has this."""
+
+    path: bytes
+    descriptor: int
+
+
+Opened = ToScan | Scanned | Skipped
+
+
+async def files_at(served: ServedClient, paths: Iterable[bytes]) -> AsyncGenerator[Opened, None]:
+    """Yield what becomes of each path: a file, or the error that it has.
+
+    Raises:
+        BrokerError: the broker is gone, or does not know the client any more.
+
+    """
+    async with served.open_many(list(paths), batch=_BATCH) as results:
+        async for result in results:
+            path = bytes(result.path)  # type: ignore[arg-type]
+            if result.error is None:
+                yield ToScan(path, result.detach())
+            elif is_about_the_connection(result.error):
+                raise result.error
+            else:
+                yield Scanned(path, error_of(result.error))
+
+
+class TreeOfFiles:
+    """Everything at a path and below it, as the policy lets the client have it.
+
+    `missing` says, at the end, why that is not all that there is; empty: it is.
+    """
+
+    def __init__(self, served: ServedClient, start: bytes, exclusions: Exclusions) -> None:
+        self.missing: tuple[str, ...] = ()
+        self._served = served
+        self._start = start
+        self._exclusions = exclusions
+
+    async def entries(self) -> AsyncGenerator[Opened, None]:
+        """Yield what the broker meets. A start that is no directory is a file.
+
+        Raises:
+            BrokerError: the broker is gone, or does not know the client any more.
+
+        """
+        kinds = WalkKind.REGULAR | WalkKind.SYMLINK | WalkKind.OTHER
+        begun = False
+        told: set[bytes] = set()
+        try:
+            async with self._served.walk(self._start, kinds=kinds, batch=_BATCH, ahead=1) as walk:
+                async for entry in walk:
+                    begun = True
+                    path = bytes(entry.path)  # type: ignore[arg-type]
+                    excluded = self._excluded(path)
+                    if excluded is not None:
+                        entry.close()
+                        if excluded not in told:
+                            told.add(excluded)
+                            yield Skipped(excluded, EXCLUDED)
+                    elif entry.kind != _REGULAR:
+                        yield Skipped(path, KINDS.get(entry.kind, "of an unknown kind"))
+                    elif entry.is_open:
+                        yield ToScan(path, entry.detach())
+                    else:
+                        yield Scanned(
+                            path, Error(Reason.DENIED, "the policy names this file, and does not open it")
+                        )
+                if walk.end is not None:
+                    self.missing = tuple(
+                        sorted(flag.name.lower() for flag in walk.end.incomplete if flag.name)
+                    )
+        except BrokerError as error:
+            if isinstance(error, WalkInterrupted) or is_about_the_connection(error):
+                raise
+            if begun:
+                yield Scanned(self._start, error_of(error), directory=True)
+                return
+            async with contextlib.aclosing(self._as_a_file(error)) as entries:
+                async for each in entries:
+                    yield each
+
+    def _excluded(self, path: bytes) -> bytes | None:
+        """Return what is left out with a path: itself, or a directory on its way; None: it is not."""
+        if not self._exclusions.globs:
+            return None
+        at = path.find(b"/", len(self._start.rstrip(b"/")) + 1)
+        while at >= 0:
+            if self._exclusions.have(path[:at]):
+                return path[:at]
+            at = path.find(b"/", at + 1)
+        return path if self._exclusions.have(path) else None
+
+    async def _as_a_file(self, error: BrokerError) -> AsyncGenerator[Opened, None]:
+        """Yield the start as what it may be, a file, after `error` said that it can't be walked."""
+        async with self._served.open_many([self._start]) as results:
+            async for result in results:
+                if result.error is None:
+                    yield ToScan(self._start, result.detach())
+                elif is_about_the_connection(result.error):
+                    raise result.error
+                elif isinstance(result.error, DirectoryError) and not isinstance(error, NotDirectoryError):
+                    yield Scanned(self._start, error_of(error), directory=True)
+                else:
+                    yield Scanned(self._start, error_of(result.error))

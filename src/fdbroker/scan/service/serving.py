@@ -1,0 +1,121 @@
+"""The service as it runs: its listeners, by way of the broker, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from fdbroker import aio
+from fdbroker.client import BrokerError
+from fdbroker.scan.service.core import Core, say
+from fdbroker.scan.service.native import NativeClient
+
+if TYPE_CHECKING:
+    from fdbroker.broker.notify import Notifier
+    from fdbroker.scan.pool import Pool, Version
+    from fdbroker.scan.service.configuration import Configuration
+    from fdbroker.scan.service.core import Connection, Speaks
+
+# By the words of the configuration.
+PROTOCOLS: dict[str, Speaks] = {"scan": NativeClient}
+
+_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between attempts to reach the broker; the last one goes on
+_WELL = "serving"
+
+
+async def serve(
+    configuration: Configuration, pool: Pool, versions: list[Version], notifier: Notifier
+) -> None:
+    """Serve until SIGTERM or SIGINT. The pool has been started, and is the caller's.
+
+    `notifier` is told what a service manager wants to know.
+    """
+    loop = asyncio.get_running_loop()
+    core = Core(configuration, pool, versions)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    tasks = [
+        asyncio.create_task(_serve_listener(core, name, protocol, notifier))
+        for name, protocol in configuration.listeners.items()
+    ]
+    tasks += [asyncio.create_task(core.watch_databases()), asyncio.create_task(_tell(notifier))]
+    renewals: set[asyncio.Task[None]] = set()
+
+    def renew() -> None:
+        task = asyncio.create_task(_renew(core, notifier))
+        renewals.add(task)
+        task.add_done_callback(renewals.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, renew)
+    try:
+        notifier.say(READY="1", STATUS="The engines are loaded.")
+        waiting = asyncio.create_task(stop.wait())
+        done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        if waiting not in done:
+            waiting.cancel()
+            for task in done:
+                task.result()
+    finally:
+        notifier.say(STOPPING="1")
+        for connection in tuple(core.connections):
+            connection.end("stopping", "the service is being stopped")
+        for task in (*tasks, *renewals):
+            task.cancel()
+        await asyncio.gather(*tasks, *renewals, return_exceptions=True)
+        core.close()
+
+
+async def _renew(core: Core, notifier: Notifier) -> None:
+    notifier.say(RELOADING="1", MONOTONIC_USEC=str(time.monotonic_ns() // 1000))
+    await core.renew()
+    notifier.say(READY="1")
+
+
+async def _tell(notifier: Notifier) -> None:
+    """Ping the watchdog of a service manager, for ever: by the loop, so that one that hangs is silent."""
+    while True:
+        left = notifier.before_waiting()
+        await asyncio.sleep(60.0 if left < 0 else left)
+
+
+async def _serve_listener(core: Core, name: str, protocol: str, notifier: Notifier) -> None:
+    """Serve the clients of a listener, for ever; connect to the broker again whenever it is lost."""
+    attempts = 0
+    while True:
+        try:
+            async with (
+                await aio.connect(core.configuration.broker) as client,
+                await client.serve(name) as service,
+            ):
+                attempts = 0
+                _note(core, notifier, name, _WELL)
+                await _take_clients(core, protocol, service)
+        except BrokerError as error:
+            _note(core, notifier, name, f"not served: {error.strerror}")
+        await asyncio.sleep(_PAUSES[min(attempts, len(_PAUSES) - 1)])
+        attempts += 1
+
+
+async def _take_clients(core: Core, protocol: str, service: aio.Service) -> None:
+    """Serve who comes. Raises BrokerError when nobody can come any more; then those that came are gone."""
+    mine: set[Connection] = set()
+    try:
+        async for served in service:
+            mine &= core.connections
+            mine.add(PROTOCOLS[protocol](core, served))
+    finally:
+        # What the broker knew of them it does not know on another connection.
+        for connection in mine & core.connections:
+            connection.end("broker_gone", "the broker was lost by which this connection came; connect again")
+
+
+def _note(core: Core, notifier: Notifier, name: str, how: str) -> None:
+    if core.listeners.get(name) != how:
+        core.listeners[name] = how
+        say(f"listener {name}: {how}")
+        with contextlib.suppress(ValueError):
+            notifier.say(STATUS=", ".join(f"{one}: {state}" for one, state in core.listeners.items()))
