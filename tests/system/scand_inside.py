@@ -30,8 +30,8 @@ def main(shared: Path, uid: int, service: str) -> None:
     file = os.fsencode(shared / "tree" / "file")
 
     def scan() -> str:
-        with connect(str(shared / "scan"), timeout=30.0) as service:
-            return service.scan_path(file).verdict.verdict
+        with connect(str(shared / "scan"), timeout=30.0) as connected:
+            return connected.scan_path(file).verdict.verdict
 
     seen: dict[str, object] = {"started": started}
     if not started:
