@@ -321,7 +321,7 @@ class Pool:
         if file is not None:
             self._queue(file)
 
-    def _admitted(  # noqa: PLR0913, PLR0917 - all that is known of a file
+    def _admitted(
         self,
         source: Source,
         ticket: object,
