@@ -100,7 +100,7 @@ def test_explanation_is_what_the_broker_does(tree: Path, tmp_path_factory: pytes
 
         # A failure names policy, path and action; to shrink it would take minutes.
         @settings(
-            max_examples=30,
+            max_examples=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),
             phases=[Phase.explicit, Phase.generate],

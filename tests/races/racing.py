@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from tests.running_broker import RunningBroker
 
 LONG = os.environ.get("FDBROKER_RACES") == "long"
-LEAST_OPENS = 40_000 if LONG else 2_000
-LEAST_STEPS = 20_000 if LONG else 1_500
+LEAST_OPENS = 40_000 if LONG else 3_000
+LEAST_STEPS = 20_000 if LONG else 2_000
 SECONDS = 300 if LONG else 60  # more than any machine should need
 GOOD, SECRET = b"good", b"secret"
 _BATCH = 64

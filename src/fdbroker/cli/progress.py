@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from fdbroker.cli.ahead import LOOK_AHEAD
 from fdbroker.config.names import counted
 
 if TYPE_CHECKING:
@@ -120,11 +119,6 @@ class ScanProgress:
     ) -> None:
         """Remove it."""
         self._progress.stop()
-
-    @property
-    def look_ahead(self) -> int:
-        """How far it is worth to read ahead for the bar."""
-        return 0 if self._progress.disable else LOOK_AHEAD
 
     def update(self, totals: Totals, ahead: Ahead) -> None:
         """Show the counts, a few times a second."""

@@ -11,7 +11,6 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from fdbroker.config.compiled import launcher_fingerprint
-from fdbroker.config.defaults import SERVICE_KIND
 from fdbroker.kernel.capabilities import capget
 from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH
 from fdbroker.launcher.activation import check_services, take_from_systemd
@@ -27,7 +26,7 @@ from fdbroker.launcher.inherited import (
 from fdbroker.launcher.listening import MadeSockets
 from fdbroker.launcher.locking import PidFile, stop_holder
 from fdbroker.launcher.options import STANDARD_OUTPUT, read_options
-from fdbroker.launcher.plan import make_plan
+from fdbroker.launcher.plan import kinds_of_services, make_plan
 from fdbroker.launcher.policies import CompileError, PendingPolicy
 from fdbroker.launcher.until_ready import Made, Watcher, start_watcher, tell
 
@@ -91,12 +90,7 @@ def _run(options: Options) -> int:
     except BaseException:
         pending.abandon()
         raise
-    made = policies.daemon["listeners"] if policies.daemon else {}
-    kinds = {
-        service["name"]: str(made.get(service["name"], {"kind": SERVICE_KIND})["kind"])
-        for service in policies.broker["services"]
-    }
-    check_services(passed.activation, kinds)
+    check_services(passed.activation, kinds_of_services(policies.daemon, policies.broker["services"]))
     plan = make_plan(
         policies.daemon,
         options,

@@ -12,6 +12,7 @@ from fdbroker.config.defaults import (
     FOR_REQUESTS,
     MAX_SOCKET_PATH,
     MODES,
+    SERVICE_KIND,
 )
 from fdbroker.launcher.errors import LaunchError
 from fdbroker.launcher.inherited import KINDS
@@ -19,7 +20,7 @@ from fdbroker.launcher.listening import WantedSocket
 from fdbroker.launcher.options import NONE, STANDARD_OUTPUT
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from fdbroker.launcher.options import Options
 
@@ -71,9 +72,7 @@ def make_plan(
         control = _control_of(daemon, options, use_policy=use_policy)
         audit = options.audit or daemon.get("audit") or STANDARD_OUTPUT
     except (KeyError, TypeError, ValueError) as error:
-        raise LaunchError(
-            f"the policy's part for the launcher can't be used ({error!r}); compile it anew"
-        ) from error
+        raise _unusable(error) from error
     if control_passed and options.control is not None:
         raise LaunchError(
             "systemd passed a control socket, and --control says otherwise; leave --control out, or stop and"
@@ -98,6 +97,25 @@ def make_plan(
 
 def _or(value: int | None, default: int) -> int:
     return default if value is None else value
+
+
+def kinds_of_services(daemon: Mapping[str, Any], services: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Return of which kind the listener of each service is; `services` as in the broker's policy.
+
+    Raises:
+        LaunchError: `daemon` is no launcher's part of a compiled policy.
+
+    """
+    try:
+        listeners = daemon["listeners"] if daemon else {}
+        unnamed = {"kind": SERVICE_KIND}
+        return {one["name"]: str(listeners.get(one["name"], unnamed)["kind"]) for one in services}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise _unusable(error) from error
+
+
+def _unusable(error: Exception) -> LaunchError:
+    return LaunchError(f"the policy's part for the launcher can't be used ({error!r}); compile it anew")
 
 
 def _user_of(daemon: Mapping[str, Any]) -> tuple[int, int]:
