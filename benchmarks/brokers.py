@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -122,13 +123,21 @@ def _rule(name: str, effect: str, client: dict[str, object], paths: list[str]) -
     }
 
 
+def copy_sources(directory: Path) -> Path:
+    """Return a copy of the sources without bytecode: where there is some, `--dev` lets the broker take it."""
+    sources = directory / "sources"
+    shutil.copytree(_SOURCES, sources, ignore=shutil.ignore_patterns("__pycache__"))
+    return sources
+
+
 @contextmanager
 def start_fdbroker(
-    policy: dict[str, object], socket_dir: Path, audit: Path | None = None
+    policy: dict[str, object], sources: Path, socket_dir: Path, audit: Path | None = None
 ) -> Iterator[Broker]:
     """Start fdbroker as it runs in earnest, with everything that it checks and confines.
 
-    `socket_dir` exists and is root's; `audit` is a file to be written, or None for no audit.
+    `sources`: what `copy_sources` made. `socket_dir` exists and is root's; `audit` is a file to be written,
+    or None for no audit.
     """
     socket = socket_dir / "broker.seqpacket"
     policy_file = socket_dir / "policy.json"
@@ -140,7 +149,11 @@ def start_fdbroker(
     command += ["--ready-fd", str(ready_there)]
     with subprocess.Popen(
         command,
-        env={"PATH": os.defpath, "PYTHONPATH": _SOURCES},
+        env={
+            "PATH": os.defpath,
+            "PYTHONPATH": str(sources),
+            "PYTHONPYCACHEPREFIX": str(sources.with_suffix(".bytecode")),
+        },
         stdin=subprocess.DEVNULL,
         pass_fds=[ready_there],
     ) as process:

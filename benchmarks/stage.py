@@ -15,6 +15,7 @@ from benchmarks.brokers import (
     CLIENT_UID,
     STRANGER_UID,
     Broker,
+    copy_sources,
     make_many_rules,
     make_policy,
     make_policy_for_scans,
@@ -149,6 +150,11 @@ class Stage:
         with self._start(name):
             return time.perf_counter() - began
 
+    @cached_property
+    def sources(self) -> Path:
+        """What brokers run from."""
+        return copy_sources(self.directory)
+
     @contextmanager
     def _start(self, name: BrokerName) -> Iterator[Broker]:
         with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.directory) as sockets:
@@ -169,7 +175,7 @@ class Stage:
                 else:
                     policy = make_policy(root, copies=name == "fdbroker-copies")
                 audit = self.audit_file if name == "fdbroker-audit" else None
-                with start_fdbroker(policy, socket_dir, audit) as broker:
+                with start_fdbroker(policy, self.sources, socket_dir, audit) as broker:
                     yield broker
 
     def _root_of(self, name: BrokerName) -> Path:

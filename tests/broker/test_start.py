@@ -529,11 +529,25 @@ def test_finder_finds_the_trusted_folders_and_nothing_else() -> None:
         assert finder.find_spec(other, None) is None, other
 
 
-def test_finder_takes_sources_and_never_a_compiled_file_beside_them(tmp_path: Path) -> None:
-    folder = tmp_path / "kernel"
-    folder.mkdir()
+@pytest.fixture
+def roots_own(tmp_path: Path) -> Iterator[Path]:
+    """Give a directory that nobody but root can change, nor those above it."""
+    outside = Path("/root") if Path("/root").is_dir() else tmp_path
+    base = outside / f"fdbroker-test-{os.getpid()}"
+    base.mkdir(mode=0o755)
+    try:
+        yield base
+    finally:
+        shutil.rmtree(base)
+
+
+@pytest.mark.root
+def test_finder_takes_sources_and_never_a_compiled_file_beside_them(roots_own: Path) -> None:
+    folder = roots_own / "kernel"
+    folder.mkdir(mode=0o755)
     source = folder / "libc.py"
     source.write_text("WHO = 'source'\n")
+    source.chmod(0o644)
     # A .pyc that matches its source in time and size, with other code.
     cached = Path(importlib.util.cache_from_source(str(source)))
     cached.parent.mkdir()
@@ -543,7 +557,7 @@ def test_finder_takes_sources_and_never_a_compiled_file_beside_them(tmp_path: Pa
     poison = compile("WHO = 'poison'\n", str(source), "exec")
     cached.write_bytes(head + marshal.dumps(poison))
     assert who(importlib.util.spec_from_file_location("poisoned", source)) == "poison"  # what Python does
-    found = TrustedFinder(str(tmp_path), check=False).find_spec("fdbroker.kernel.libc", None)
+    found = TrustedFinder(str(roots_own), check=True).find_spec("fdbroker.kernel.libc", None)
     assert who(found) == "source"
     assert cached.read_bytes() == head + marshal.dumps(poison)
 
@@ -558,31 +572,25 @@ def who(spec: importlib.machinery.ModuleSpec | None) -> str:
 
 @pytest.mark.root
 @pytest.mark.parametrize("what", ["file", "folder", "base", "owner", "link"])
-def test_finder_refuses_what_somebody_else_can_change(tmp_path: Path, what: str) -> None:
-    outside = Path("/root") if Path("/root").is_dir() else tmp_path
-    base = outside / f"fdbroker-test-{os.getpid()}"
-    base.mkdir(mode=0o755)
-    try:
-        folder = base / "kernel"
-        folder.mkdir(mode=0o755)
-        source = folder / "libc.py"
-        source.write_text("")
-        source.chmod(0o644)
-        finder = TrustedFinder(str(base), check=True)
-        assert finder.find_spec("fdbroker.kernel.libc", None) is not None
-        if what == "owner":
-            os.chown(source, BROKER_UID, 0)
-        elif what == "link":
-            source.rename(folder / "real.py")
-            source.symlink_to("real.py")
-        else:
-            {"file": source, "folder": folder, "base": base}[what].chmod(0o775 if what != "file" else 0o664)
-        with pytest.raises(UntrustedSourceError, match=r"somebody other than root.*--dev"):
-            finder.find_spec("fdbroker.kernel.libc", None)
-        # Tried out from a checkout, anything goes.
-        assert TrustedFinder(str(base), check=False).find_spec("fdbroker.kernel.libc", None) is not None
-    finally:
-        shutil.rmtree(base)
+def test_finder_refuses_what_somebody_else_can_change(roots_own: Path, what: str) -> None:
+    folder = roots_own / "kernel"
+    folder.mkdir(mode=0o755)
+    source = folder / "libc.py"
+    source.write_text("")
+    source.chmod(0o644)
+    finder = TrustedFinder(str(roots_own), check=True)
+    assert finder.find_spec("fdbroker.kernel.libc", None) is not None
+    if what == "owner":
+        os.chown(source, BROKER_UID, 0)
+    elif what == "link":
+        source.rename(folder / "real.py")
+        source.symlink_to("real.py")
+    else:
+        {"file": source, "folder": folder, "base": roots_own}[what].chmod(0o775 if what != "file" else 0o664)
+    with pytest.raises(UntrustedSourceError, match=r"somebody other than root.*--dev"):
+        finder.find_spec("fdbroker.kernel.libc", None)
+    # Tried out from a checkout, anything goes.
+    assert TrustedFinder(str(roots_own), check=False).find_spec("fdbroker.kernel.libc", None) is not None
 
 
 def test_directory_that_all_can_write_is_no_place_for_sources(tmp_path: Path) -> None:
