@@ -589,11 +589,11 @@ def large(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.unmeasured
 @pytest.mark.root
-@pytest.mark.parametrize("make", [os.mkdir, os.mknod])
+@pytest.mark.parametrize(("make", "count"), [(os.mknod, 100_000), (os.mkdir, 30_000)])
 def test_a_directory_of_100_000_entries_is_walked_in_bounded_steps_and_memory(
-    large: Path, make: Callable[[bytes], None]
+    large: Path, make: Callable[[bytes], None], count: int
 ) -> None:
-    for number in range(100_000):
+    for number in range(count):
         make(bytes(large) + b"/%06d" % number)
     with ground(large) as here:
         walk = here.walk(ALL, most=253)
@@ -604,7 +604,7 @@ def test_a_directory_of_100_000_entries_is_walked_in_bounded_steps_and_memory(
         tracemalloc.stop()
         while (end := walk.step(253).end) is None:
             pass
-        assert end == (100_000, 0, walk.directories, COMPLETE)
+        assert end == (count, 0, walk.directories, COMPLETE)
         assert peak < 2_000_000
         last = b"%06d" % 25_000
         walk = here.walk(ALL, behind=last)

@@ -12,6 +12,7 @@ import pytest
 
 from fdbroker.kernel import sockets
 from fdbroker.sandbox import Confinement, Worker, Zygote, ZygoteError
+from fdbroker.sandbox.waiting import is_readable
 from fdbroker.scan import supervisor as supervisor_module
 from fdbroker.scan.engine import EngineError
 from fdbroker.scan.plugins import configure
@@ -214,6 +215,16 @@ def test_answers_that_a_worker_gave_before_it_died_count(tmp_path: Path) -> None
         done = scan_all(supervisor, tmp_path, *[b"x" * SIZE] * 4)
         assert supervisor.workers_started == 2
     assert verdicts(done) == ["clean"] * 4
+
+
+def test_worker_that_ended_behind_its_files_costs_no_other_file(tmp_path: Path) -> None:
+    with bad_workers("answer and end") as supervisor:
+        done = scan_all(supervisor, tmp_path, b"x")
+        assert supervisor._worker is not None
+        assert is_readable(supervisor._worker.channel.fileno(), 20)  # its end
+        done += scan_all(supervisor, tmp_path, b"x")
+        assert supervisor.workers_started == 2
+    assert verdicts(done) == ["clean"] * 2
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,7 @@ class Supervisor:
         self._files_per_worker = files_per_worker
         self._files_left = files_per_worker
         self._worker: Worker | None = None
+        self._has_had_files = False
         self._retire_at = 0.0
         self._number = 0
         self._oldest_since = 0.0
@@ -215,6 +216,7 @@ class Supervisor:
 
         """
         self._worker = self._spawn()
+        self._has_had_files = False
         self._retire_at = time.monotonic() + _SECONDS_OF_A_WORKER
         self._files_left = self._files_per_worker
         self.workers_started += 1
@@ -428,10 +430,15 @@ class Supervisor:
                 if error.errno in _FULL:
                     text = f"the worker could not be given the file: {error.strerror}"
                     return self._failed(Error(Reason.NOT_LOADED, text))
+                if self._has_had_files:
+                    # It ended behind those, and never had this one.
+                    self.replace_worker()
+                    continue
                 ended = Ended(None, None, "") if self._worker is None else self._worker.stop(grace=_GRACE)
                 self.replace_worker()
                 text = f"the worker took no file ({error.strerror}): {ended}"
                 return self._failed(Error(_reason_of(ended), text))
+            self._has_had_files = True
             if not self._sent:
                 self._oldest_since = time.monotonic()
             self._ends.append(jobs[-1].number)
