@@ -37,7 +37,7 @@ pytestmark = pytest.mark.root
 
 SECONDS = 60.0 if os.environ.get("FDBROKER_SOAK") else 1.0
 WITHIN = 0.5  # of 99 of 100 answers to a bystander, by design
-# Answers, however long they take where others have the CPUs: of fewer, the 99th of 100 is the last.
+# Answers, however long they take where others have the CPUs: of so few, all must come in time.
 LEAST = 100
 FILES = 253
 ATTACKERS_UID = CLIENT_UID + 10  # of the first
