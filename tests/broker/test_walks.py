@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from fdbroker.wire.messages import WalkEnd
 
 LEVELS = list(range(probe_level().level + 1))
-BATCH = 128  # what the broker chooses
+BATCH = 250  # what the broker chooses
 FILES = 5 * BATCH
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """Return a tree of 5 directories of 128 files, each with its own name as contents."""
+    """Return a tree of directories of 250 files, each with its own name as contents."""
     return make_tree(tmp_path / "tree", FILES, BATCH)
 
 

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from fdbroker.policy.rules import Rule
     from fdbroker.wire.messages import WalkRequest
 
-BATCH = 128  # entries where the client leaves it to us: more of them cost a file hardly less
+BATCH = 250  # entries where the client leaves it to us: a frame has its price, and 253 descriptors at most
 _AT_A_TIME = 32  # entries, of which each may wait for a disk, until the watchdog is told that it goes on
 MOST_ENTRIES = 1024  # that one step looks at, so that the loop gets to others
 MOST_DIRECTORIES = 64  # that one step opens, and so holds
