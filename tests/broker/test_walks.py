@@ -481,7 +481,7 @@ def test_client_that_goes_in_the_middle_leaves_nothing_behind(walked: SteppedBro
         assert walked.in_flight == 0
         assert descriptors_of() == before
     # What they were sent is on record, whether they read it or not, and so is where they ended.
-    assert len(ended(walked)) >= 4 * 8  # in the first rounds not all began
+    assert len(ended(walked)) > 4 * 5  # in the first rounds not all began
     named = len(given(walked)) - sum(1 for path in given(walked) if path == bytes(walked.tree))
     assert sum(int(str(record["entries"])) for record in ended(walked)) == named
 
