@@ -12,6 +12,7 @@ from fdbroker.config.names import printable
 from fdbroker.sandbox import SandboxError
 from fdbroker.scan.engine import EngineError
 from fdbroker.scan.service.hub import Hub
+from fdbroker.scan.service.memory import Memory
 
 if TYPE_CHECKING:
     import socket
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from fdbroker.aio import ServedClient
     from fdbroker.scan.pool import Pool, Version
-    from fdbroker.scan.service.configuration import Configuration
+    from fdbroker.scan.service.configuration import Configuration, Listener
 
 
 class Connection(Protocol):
@@ -35,7 +36,7 @@ class Connection(Protocol):
 class Speaks(Protocol):
     """What serves the clients of a listener: a protocol."""
 
-    def __call__(self, core: Core, served: ServedClient) -> Connection:
+    def __call__(self, core: Core, served: ServedClient, listener: Listener) -> Connection:
         """Serve a client that the broker has handed over."""
 
 
@@ -45,6 +46,8 @@ class Core:
     def __init__(self, configuration: Configuration, pool: Pool, versions: list[Version]) -> None:
         self.configuration = configuration
         self.hub = Hub(pool, configuration.limits)
+        self.memory = Memory(configuration.stream_memory)
+        self.stop = asyncio.Event()  # the service is to end
         self.versions = versions
         self.connections: set[Connection] = set()
         self.hang_ups = HangUps()
@@ -58,9 +61,13 @@ class Core:
 
         Files are scanned meanwhile, and none is missed. Who asks while it is done already gets its outcome.
         """
+        return await asyncio.shield(self.begin_renewal())
+
+    def begin_renewal(self) -> asyncio.Task[str | None]:
+        """Begin to do as `renew`, for a caller who does not wait; cancel not what is returned."""
         if self._renewing is None or self._renewing.done():
             self._renewing = asyncio.create_task(self._renew())
-        return await asyncio.shield(self._renewing)
+        return self._renewing
 
     async def _renew(self) -> str | None:
         pool = self.hub.pool
@@ -117,11 +124,14 @@ class HangUps:
         self._called: dict[int, Callable[[], None]] = {}
         asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._look)
 
-    def watch(self, sock: socket.socket, gone: Callable[[], None]) -> None:
-        """Call `gone` when the peer of a socket has closed it. Let go of it before it is closed here."""
+    def watch(self, sock: socket.socket, gone: Callable[[], None], *, listens: bool = False) -> None:
+        """Call `gone` when the peer of a socket has closed it. Let go of it before it is closed here.
+
+        With `listens`, a peer that says no more, by shutdown(2), may still be there to be told something.
+        """
         if sock.fileno() not in self._called:
             self._called[sock.fileno()] = gone
-            self._epoll.register(sock, select.EPOLLRDHUP)
+            self._epoll.register(sock, 0 if listens else select.EPOLLRDHUP)  # EPOLLHUP comes in any case
 
     def let_go(self, sock: socket.socket) -> None:
         """Watch it no more."""

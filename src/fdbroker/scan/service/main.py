@@ -41,6 +41,8 @@ _ITS_OWN = 64
 _OF_A_WORKER = 4
 # Connections of clients: as many as the broker hands over at most on one connection.
 _CLIENTS = 1024
+# What one of clamd's clients may have besides: a stream that is not whole, and a descriptor that just came.
+_OF_A_CLAMD_CLIENT = 2
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -119,7 +121,11 @@ def limits_within(configuration: Configuration, descriptors: int) -> Limits:
 
     """
     workers = configuration.workers + configuration.spare_workers
-    room = descriptors - _ITS_OWN - _OF_A_WORKER * workers - _CLIENTS
+    of_clients = sum(
+        _CLIENTS * (1 + _OF_A_CLAMD_CLIENT * (listener.protocol == "clamd"))
+        for listener in configuration.listeners.values()
+    )
+    room = descriptors - _ITS_OWN - _OF_A_WORKER * workers - of_clients
     under_way = DEFAULT_WINDOW * workers
     if room < DEFAULT_WINDOW or under_way > descriptors:
         raise LaunchError(

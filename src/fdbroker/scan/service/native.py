@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
-import stat
 from collections import deque
 from typing import TYPE_CHECKING
 
 import fdbroker
-from fdbroker.client import BrokerError, ChangedError, FileTooLargeError
-from fdbroker.client.sealed import seal_in_steps
+from fdbroker.client import BrokerError
 from fdbroker.kernel import sockets
 from fdbroker.scan.messages import (
     LONGEST_MESSAGE,
@@ -40,9 +37,10 @@ from fdbroker.scan.messages import (
     encode_results,
 )
 from fdbroker.scan.run import Scanned, Skipped
+from fdbroker.scan.service.copying import needs_copy, sealed_copy
 from fdbroker.scan.service.opening import ToScan, TreeOfFiles, files_at
 from fdbroker.scan.tree import Exclusions
-from fdbroker.scan.verdict import Error, Infected, Reason
+from fdbroker.scan.verdict import Error, Infected
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -50,6 +48,7 @@ if TYPE_CHECKING:
     from fdbroker.aio import ServedClient
     from fdbroker.kernel.descriptors import Descriptors
     from fdbroker.scan.messages import Request
+    from fdbroker.scan.service.configuration import Listener
     from fdbroker.scan.service.core import Core
     from fdbroker.scan.service.opening import Opened
     from fdbroker.scan.supervisor import Done
@@ -102,7 +101,7 @@ class _Scan:
 class NativeClient:
     """A connection of a client; owns it. See `fdbroker.scan.service.core.Speaks`."""
 
-    def __init__(self, core: Core, served: ServedClient) -> None:
+    def __init__(self, core: Core, served: ServedClient, listener: Listener) -> None:  # noqa: ARG002 - nothing to choose
         self._core = core
         self._served = served
         self._sock = served.socket
@@ -293,10 +292,8 @@ class NativeClient:
 
     def _scan_descriptor(self, scan: _Scan, owned: Descriptors) -> None:
         descriptor = owned.numbers()[0]
-        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         facts = os.fstat(descriptor)
-        if flags & os.O_ACCMODE == os.O_RDWR and not flags & os.O_PATH and stat.S_ISREG(facts.st_mode):
-            # With it a worker could write; and the client may go on doing so.
+        if needs_copy(descriptor, facts):
             self._keep(asyncio.create_task(self._scan_copy(scan, owned.take(), facts.st_uid)))
             return
         self._hand_in(scan, b"", owned.take())
@@ -327,25 +324,11 @@ class NativeClient:
         most = self._core.configuration.max_copy
         if scan.max_size is not None:
             most = min(most, scan.max_size)
-        steps = seal_in_steps(descriptor, most, self._loop.time() + self._core.configuration.timeout, None)
-        try:
-            with contextlib.closing(steps):
-                while True:
-                    try:
-                        pause = next(steps)
-                    except StopIteration as end:
-                        return int(end.value)
-                    await asyncio.sleep(pause)
-        except FileTooLargeError as error:
-            self._tell(
-                scan,
-                Scanned(b"", Error(Reason.TOO_LARGE, f"{error.strerror}, for a file that can be written")),
-            )
-        except ChangedError as error:
-            self._tell(scan, Scanned(b"", Error(Reason.CHANGED, str(error.strerror))))
-        except (OSError, ValueError) as error:
-            self._tell(scan, Scanned(b"", Error(Reason.READ_FAILED, f"it could not be copied: {error}")))
-        return None
+        copy = await sealed_copy(descriptor, most, self._core.configuration.timeout)
+        if isinstance(copy, Error):
+            self._tell(scan, Scanned(b"", copy))
+            return None
+        return copy
 
     # ---- files that the broker opens ----
 
