@@ -30,7 +30,7 @@ from fdbroker.clamd.protocol import (
     Reply,
     Streamed,
 )
-from fdbroker.clamd.replies import OK, STREAM, commands, escaped, said, statistics, version_of
+from fdbroker.clamd.replies import OK, STREAM, commands, said, statistics, version_of
 from fdbroker.client import BrokerError
 from fdbroker.config.names import printable
 from fdbroker.kernel import sockets
@@ -542,7 +542,7 @@ class ClamdClient:
         if isinstance(verdict, Error) and verdict.reason in _IN_THE_AUDIT:
             return
         shown = name if command.kind in _PATHS else command.shown
-        line = printable((escaped(shown) + b": " + text).decode("utf-8", "backslashreplace"))
+        line = f"{printable(shown)}: {text.decode()}"
         if self._core.configuration.log == "clamd":
             sys.stderr.write(f"{time.strftime('%a %b %e %H:%M:%S %Y')} -> {line}\n")
         else:

@@ -1,0 +1,66 @@
+"""The scan service in the place of a clamd that runs as root: what its clients see, side by side."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.clamd.scenarios import LIMIT, SCENARIOS, fill, rows
+from tests.running_broker import reachable_directory
+from tests.scan.clamav import make_database, running_clamd
+from tests.scan.running_scand import scand_and_broker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.for_other_users import ForOtherUsers
+    from tests.scan.running_scand import RunningScand
+
+pytestmark = pytest.mark.root
+
+MIGRATION = Path("docs/from-clamd.md")
+_CONFIGURATION = """
+engines: {{libclamav: {{database: {database}, max_file_size: {limit}}}}}
+listeners: {{scan: {{protocol: scan}}, clamd: {{protocol: clamd, max_stream: {limit}}}}}
+workers: 1
+spare_workers: 1
+"""
+
+
+@contextlib.contextmanager
+def both(others: ForOtherUsers, directory: Path) -> Iterator[tuple[Path, Path, Path, RunningScand]]:
+    """Run clamd as root, and a service that has for each user what is the user's: sockets, tree, service."""
+    tree = directory / "tree"
+    tree.mkdir()
+    fill(tree)
+    database = make_database(directory / "database")
+    for path in (database, *database.iterdir()):
+        path.chmod(0o755)
+    place = directory / "clamd-of-root"
+    place.mkdir()
+    configuration = _CONFIGURATION.format(database=database, limit=LIMIT)
+    with (
+        running_clamd(place, database, f"MaxFileSize {LIMIT}", f"StreamMaxLength {LIMIT}") as clamd,
+        scand_and_broker(others, directory, configuration) as (scand, _),
+    ):
+        yield clamd, scand.clamd, tree, scand
+
+
+@pytest.fixture(scope="module")
+def table(others: ForOtherUsers) -> Iterator[list[str]]:
+    with reachable_directory() as directory, both(others, directory) as (clamd, ours, tree, _):
+        yield rows(clamd, ours, tree)
+
+
+def test_what_clients_see_is_the_same_or_better_for_a_reason(table: list[str]) -> None:
+    for scenario, row in zip(SCENARIOS, table, strict=True):
+        assert ("| the same | |" in row) is (not scenario.why), row
+
+
+def test_the_documentation_has_the_table_of_what_clients_see(table: list[str]) -> None:
+    text = MIGRATION.read_text()
+    written = text[text.index("| client | asks |") :].split("\n\n")[0].splitlines()[2:]
+    assert written == table
