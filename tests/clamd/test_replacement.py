@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +12,8 @@ import pytest
 
 from tests.clamd.scenarios import LIMIT, SCENARIOS, fill, rows
 from tests.running_broker import reachable_directory
-from tests.scan.clamav import make_database, running_clamd
-from tests.scan.running_scand import scand_and_broker
+from tests.scan.clamav import BAD, make_database, running_clamd
+from tests.scan.running_scand import ANN, own, scand_and_broker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,9 +52,14 @@ def both(others: ForOtherUsers, directory: Path) -> Iterator[tuple[Path, Path, P
 
 
 @pytest.fixture(scope="module")
-def table(others: ForOtherUsers) -> Iterator[list[str]]:
+def running(others: ForOtherUsers) -> Iterator[tuple[Path, Path, Path]]:
     with reachable_directory() as directory, both(others, directory) as (clamd, ours, tree, _):
-        yield rows(clamd, ours, tree)
+        yield clamd, ours, tree
+
+
+@pytest.fixture(scope="module")
+def table(running: tuple[Path, Path, Path]) -> list[str]:
+    return rows(*running)
 
 
 def test_what_clients_see_is_the_same_or_better_for_a_reason(table: list[str]) -> None:
@@ -64,3 +71,30 @@ def test_the_documentation_has_the_table_of_what_clients_see(table: list[str]) -
     text = MIGRATION.read_text()
     written = text[text.index("| client | asks |") :].split("\n\n")[0].splitlines()[2:]
     assert written == table
+
+
+def test_clients_need_one_line_changed(running: tuple[Path, Path, Path]) -> None:
+    """The example of the documentation, with its very commands and what they say."""
+    clamd, ours, tree = running
+    mail = tree / "ann" / "mail"
+    (mail / "sent").mkdir(parents=True)
+    for name, content in (("invoice", BAD), ("sent/letter", b"fine")):
+        (mail / name).write_bytes(content)
+    for name in (".", "sent", "invoice", "sent/letter"):
+        own(mail / name, ANN, 0o755)
+    conf = tree.parent / "clamd.conf"
+    conf.write_text(f"LocalSocket {clamd}\nMaxFileSize 25M\n")
+    [example] = re.findall(r"^```\n(\$ sed .*?)^```$", MIGRATION.read_text(), re.MULTILINE | re.DOTALL)
+    places = {"/etc/clamav/clamd.conf": conf, "/run/fdbroker/clamd": ours, "/srv/mail": mail}
+    said = ""
+    for command in re.findall(r"^\$ (.*)$", example, re.MULTILINE):
+        text = command.replace("clamdscan", f"clamdscan --config-file={conf}")
+        for place, path in places.items():
+            text = text.replace(place, str(path))
+        conf.chmod(0o644)
+        uid = 0 if command.startswith("sed") else ANN
+        done = subprocess.run(
+            ["sh", "-c", text], capture_output=True, text=True, check=False, cwd="/", user=uid, group=uid
+        )
+        said += f"$ {command}\n{done.stdout}{done.stderr}".replace(str(mail), "/srv/mail")
+    assert said == example

@@ -151,3 +151,9 @@ def test_a_configuration_is_checked_by_whoever_may_read_it(
     assert capsys.readouterr().err == f"{path}:2:1: unknown key 'worker'; did you mean 'workers'?\n"
     path.write_text("version: 1\n")
     assert main(["--check", "--dev", "--config", str(path)]) == 0
+
+
+def test_each_key_is_documented() -> None:
+    text = (ROOT / "docs" / "scand.md").read_text()
+    for name in (*Configuration._fields, *Listener._fields[1:]):
+        assert f"| `{'queue' if name == 'limits' else name}` |" in text
