@@ -89,6 +89,8 @@ class ClamdClient:
         self._core = core
         self._served = served
         self._sock = served.socket
+        # By number: of a socket that it does not know the loop makes a text, for an error that nobody sees.
+        self._fileno = self._sock.fileno()
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._files = core.hub.client(served.uid)
@@ -111,12 +113,12 @@ class ClamdClient:
         self._write_timer: asyncio.TimerHandle | None = None
         self._dry = True  # no event can be made of what was received
         self._pulling = False
-        self._reading = False
+        self._reading = True  # what comes is wanted
+        self._watched = False  # the loop looks for it
         self._finishing = False
         self._closed = False
         core.connections.add(self)
-        self._reading = True
-        self._loop.add_reader(self._sock, self._read)
+        self._watch(reading=True)
         self._arm()
 
     # ---- the socket ----
@@ -131,7 +133,25 @@ class ClamdClient:
             and (self._stream is None or self._stream.kept.may_grow(_MOST_BYTES))
         )
 
+    def _watch(self, *, reading: bool) -> None:
+        """Be called when there is something to read, or no more."""
+        if reading and not self._watched:
+            self._core.hang_ups.let_go(self._sock)
+            self._loop.add_reader(self._fileno, self._read)
+        elif self._watched and not reading:
+            self._loop.remove_reader(self._fileno)
+            # Nothing is heard of it otherwise.
+            self._core.hang_ups.watch(self._sock, self._close, listens=True)
+        self._watched = reading
+
     def _read(self) -> None:
+        if self._finishing:
+            self._drain()
+            return
+        if not self._reading:
+            # Mostly a client waits for its answer, so this was left until there is something to be left alone.
+            self._watch(reading=False)
+            return
         for _ in range(_READS_AT_ONCE):
             if not self._reading:
                 return
@@ -191,16 +211,9 @@ class ClamdClient:
         if self._conversation.is_over and not self._outbox:
             self._finish()
             return
-        reading = self._dry and self._conversation.reads_more and self._may_go_on()
-        if reading and not self._reading:
-            self._core.hang_ups.let_go(self._sock)
-            self._loop.add_reader(self._sock, self._read)
-        elif not reading:
-            if self._reading:
-                self._loop.remove_reader(self._sock)
-            # Nothing is heard of it otherwise.
-            self._core.hang_ups.watch(self._sock, self._close, listens=True)
-        self._reading = reading
+        self._reading = self._dry and self._conversation.reads_more and self._may_go_on()
+        if self._reading:
+            self._watch(reading=True)
         self._arm()
 
     def _arm(self) -> None:
@@ -249,7 +262,7 @@ class ClamdClient:
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
-            self._loop.remove_writer(self._sock)
+            self._loop.remove_writer(self._fileno)
             self._files.hold(held=False)
             self._go_on()
         self._settle()
@@ -258,7 +271,7 @@ class ClamdClient:
         """Wait for a client to read what it was told; its files stop until then."""
         if self._write_timer is None:
             self._files.hold(held=True)
-            self._loop.add_writer(self._sock, self._write)
+            self._loop.add_writer(self._fileno, self._write)
         elif progress:
             self._write_timer.cancel()
         else:
@@ -269,16 +282,14 @@ class ClamdClient:
     def _finish(self) -> None:
         """Say that this was all, and give the client a moment to read it and to close."""
         self._finishing = True
-        self._core.hang_ups.let_go(self._sock)
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
         if self._timer is not None:
             self._timer.cancel()
         self._owned.close()
         self._reading = False
-        self._loop.add_reader(self._sock, self._drain)
         self._timer = self._loop.call_later(_DRAINING, self._close)
-        self._drain()
+        self._watch(reading=True)
 
     def _drain(self) -> None:
         try:
@@ -312,8 +323,8 @@ class ClamdClient:
             return
         self._closed = True
         self._core.connections.discard(self)
-        self._loop.remove_reader(self._sock)
-        self._loop.remove_writer(self._sock)
+        self._loop.remove_reader(self._fileno)
+        self._loop.remove_writer(self._fileno)
         self._reading = False
         self._core.hang_ups.let_go(self._sock)
         for handle in (self._timer, self._write_timer, self._flushing):
