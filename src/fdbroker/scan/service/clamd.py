@@ -109,6 +109,7 @@ class ClamdClient:
         self._copying: set[asyncio.Task[None]] = set()
         self._outbox = bytearray()
         self._flushing: asyncio.Handle | None = None
+        self._resuming: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._dry = True  # no event can be made of what was received
@@ -117,9 +118,11 @@ class ClamdClient:
         self._watched = False  # the loop looks for it
         self._finishing = False
         self._closed = False
+        self._refused = False
         core.connections.add(self)
-        self._watch(reading=True)
-        self._arm()
+        # Mostly it has said by now what it wants, and is answered and gone before anybody has to wait for it.
+        self._read()
+        self._settle()
 
     # ---- the socket ----
 
@@ -137,21 +140,23 @@ class ClamdClient:
         """Be called when there is something to read, or no more."""
         if reading and not self._watched:
             self._core.hang_ups.let_go(self._sock)
-            self._loop.add_reader(self._fileno, self._read)
+            self._loop.add_reader(self._fileno, self._on_readable)
         elif self._watched and not reading:
             self._loop.remove_reader(self._fileno)
             # Nothing is heard of it otherwise.
             self._core.hang_ups.watch(self._sock, self._close, listens=True)
         self._watched = reading
 
-    def _read(self) -> None:
+    def _on_readable(self) -> None:
         if self._finishing:
             self._drain()
-            return
-        if not self._reading:
-            # Mostly a client waits for its answer, so this was left until there is something to be left alone.
+        elif self._reading:
+            self._read()
+        else:
+            # Mostly a client says nothing while it waits, so this was left until it does.
             self._watch(reading=False)
-            return
+
+    def _read(self) -> None:
         for _ in range(_READS_AT_ONCE):
             if not self._reading:
                 return
@@ -200,6 +205,10 @@ class ClamdClient:
     def _on_room(self) -> None:
         if not self._reading and (not self._dry or self._conversation.reads_more):
             self._go_on()
+
+    def _resume(self) -> None:
+        self._resuming = None
+        self._go_on()
 
     def _on_memory(self) -> None:
         self._loop.call_soon(self._go_on)  # later: who makes room is not done yet
@@ -280,8 +289,15 @@ class ClamdClient:
         self._settle()
 
     def _finish(self) -> None:
-        """Say that this was all, and give the client a moment to read it and to close."""
+        """Say that this was all, and close; who was refused may be in the middle of a sentence.
+
+        The kernel makes a reset of what is not read at the end, and a client that meets one may not look at
+        the reply: so what such a client still says is read for a moment.
+        """
         self._finishing = True
+        if self._all_is_read():
+            self._close()
+            return
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
         if self._timer is not None:
@@ -290,6 +306,14 @@ class ClamdClient:
         self._reading = False
         self._timer = self._loop.call_later(_DRAINING, self._close)
         self._watch(reading=True)
+
+    def _all_is_read(self) -> bool:
+        if self._refused:
+            return False
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK)
+        except OSError:  # mostly that nothing is there
+            return True
 
     def _drain(self) -> None:
         try:
@@ -327,7 +351,7 @@ class ClamdClient:
         self._loop.remove_writer(self._fileno)
         self._reading = False
         self._core.hang_ups.let_go(self._sock)
-        for handle in (self._timer, self._write_timer, self._flushing):
+        for handle in (self._timer, self._write_timer, self._flushing, self._resuming):
             if handle is not None:
                 handle.cancel()
         for task in (self._opener, *self._copying):
@@ -350,6 +374,7 @@ class ClamdClient:
             case Reply(data) | Refusal(data):
                 self._send(data)
                 if isinstance(event, Refusal):
+                    self._refused = True
                     self._owned.close()
             case Chunk(_, data):
                 assert self._stream is not None  # noqa: S101 - of the protocol
@@ -546,8 +571,12 @@ class ClamdClient:
         _let_go(command)
         del self._commands[command.number]
         self._conversation.finish(command.number, self._loop.time())
-        if not self._pulling:
-            self._loop.call_soon(self._go_on)
+        if self._pulling:
+            return
+        if self._conversation.is_over:
+            self._flush()
+        elif self._resuming is None:
+            self._resuming = self._loop.call_soon(self._resume)
 
     def _log(self, command: _Command, name: bytes, verdict: Verdict, text: bytes) -> None:
         if isinstance(verdict, Error) and verdict.reason in _IN_THE_AUDIT:
