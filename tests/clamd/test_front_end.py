@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,11 +19,10 @@ from tests.clamd.talks import chunks
 from tests.processes import in_child, wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.clamav import BAD, BAD_NAME, make_database
-from tests.scan.running_scand import ANN, BOB, RunningScand, own, scand_and_broker
+from tests.scan.running_scand import ANN, BOB, RunningScand, client_of, own, scand_and_broker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.clamd.speaking import Step
     from tests.for_other_users import ForOtherUsers
@@ -249,3 +250,32 @@ def test_the_service_ends_though_clients_are_there(others: ForOtherUsers) -> Non
         assert sock.recv(100) == b"1: PONG\0"
         assert scand.stop() == 0
         assert sock.recv(100) == b""
+
+
+def test_a_client_that_goes_takes_its_hanging_file_with_it(others: ForOtherUsers) -> None:
+    """It has said all at once, so nothing more is read from it; that it goes is seen all the same."""
+    treacherous = """
+engines: {{treacherous: {{word: {directory}/word}}}}
+listeners: {{scan: {{protocol: scan}}, clamd: {{protocol: clamd}}}}
+workers: 1
+"""
+
+    def ask() -> None:
+        for _ in range(3):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(str(scand.clamd))
+                sock.sendall(b"zINSTREAM\0" + chunks(b"hang"))
+                wait_until(under_way, "it hangs")
+            wait_until(lambda: not under_way(), "it is let go of", 2.0)
+
+    def under_way() -> bool:
+        with client_of(scand.socket) as service:
+            return bool(service.status()["files_under_way"])
+
+    with prepared() as directory:
+        (directory / "word").write_bytes(b"word")
+        shutil.copytree(Path(__file__).parents[1] / "scan" / "treacherous", directory / "engines")
+        with scand_and_broker(
+            others, directory, treacherous.format(directory=directory), str(directory / "engines")
+        ) as (scand, _):
+            in_child(ask, uid=ANN)

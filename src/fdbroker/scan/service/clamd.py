@@ -36,7 +36,7 @@ from fdbroker.config.names import printable
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.scan.run import Scanned
-from fdbroker.scan.service.copying import needs_copy, sealed_copy
+from fdbroker.scan.service.copying import sealed_copy, writable_file
 from fdbroker.scan.service.opening import ToScan, TreeOfFiles
 from fdbroker.scan.service.streams import Stream
 from fdbroker.scan.tree import Exclusions
@@ -115,7 +115,9 @@ class ClamdClient:
         self._dry = True  # no event can be made of what was received
         self._pulling = False
         self._reading = True  # what comes is wanted
-        self._watched = False  # the loop looks for it
+        self._watched: bool | None = (
+            None  # the loop looks for it; False: for its end alone; None: nobody does
+        )
         self._finishing = False
         self._closed = False
         self._refused = False
@@ -141,7 +143,7 @@ class ClamdClient:
         if reading and not self._watched:
             self._core.hang_ups.let_go(self._sock)
             self._loop.add_reader(self._fileno, self._on_readable)
-        elif self._watched and not reading:
+        elif not reading and self._watched is not False:
             self._loop.remove_reader(self._fileno)
             # Nothing is heard of it otherwise.
             self._core.hang_ups.watch(self._sock, self._close, listens=True)
@@ -221,7 +223,7 @@ class ClamdClient:
             self._finish()
             return
         self._reading = self._dry and self._conversation.reads_more and self._may_go_on()
-        if self._reading:
+        if self._reading or self._watched is None:
             self._watch(reading=True)
         self._arm()
 
@@ -431,8 +433,8 @@ class ClamdClient:
     def _scan_descriptor(self, asked: Asked, descriptor: int) -> None:
         name = b"fd[%d]" % descriptor
         command = self._commands[asked.number] = _Command(asked, name, _path_of(descriptor) or name)
-        facts = os.fstat(descriptor)
-        if needs_copy(descriptor, facts):
+        facts = writable_file(descriptor)
+        if facts is not None:
             task = command.task = asyncio.create_task(self._scan_copy(command, descriptor, facts))
             self._copying.add(task)
             task.add_done_callback(self._copying.discard)

@@ -13,14 +13,21 @@ from fdbroker.client.sealed import seal_in_steps
 from fdbroker.scan.verdict import Error, Reason
 
 
-def needs_copy(descriptor: int, facts: os.stat_result) -> bool:
-    """Return whether a file is open for reading and writing, so that no worker may have it.
+def writable_file(descriptor: int) -> os.stat_result | None:
+    """Return what a file is that is open for reading and writing, so that no worker may have it; else None.
 
     With it a worker could write; and who has opened it may go on doing so. Everything else that can't be
-    scanned as it is has an error of its own, from the pool.
+    scanned as it is has an error of its own, from the pool; so has what can't even be looked at, as a file of
+    somebody else's FUSE.
     """
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    return flags & os.O_ACCMODE == os.O_RDWR and not flags & os.O_PATH and stat.S_ISREG(facts.st_mode)
+    if flags & os.O_ACCMODE != os.O_RDWR or flags & os.O_PATH:
+        return None
+    try:
+        facts = os.fstat(descriptor)
+    except OSError:
+        return None
+    return facts if stat.S_ISREG(facts.st_mode) else None
 
 
 async def sealed_copy(descriptor: int, most: int, seconds: float) -> int | Error:

@@ -37,7 +37,7 @@ from fdbroker.scan.messages import (
     encode_results,
 )
 from fdbroker.scan.run import Scanned, Skipped
-from fdbroker.scan.service.copying import needs_copy, sealed_copy
+from fdbroker.scan.service.copying import sealed_copy, writable_file
 from fdbroker.scan.service.opening import ToScan, TreeOfFiles, files_at
 from fdbroker.scan.tree import Exclusions
 from fdbroker.scan.verdict import Error, Infected
@@ -292,8 +292,8 @@ class NativeClient:
 
     def _scan_descriptor(self, scan: _Scan, owned: Descriptors) -> None:
         descriptor = owned.numbers()[0]
-        facts = os.fstat(descriptor)
-        if needs_copy(descriptor, facts):
+        facts = writable_file(descriptor)
+        if facts is not None:
             self._keep(asyncio.create_task(self._scan_copy(scan, owned.take(), facts.st_uid)))
             return
         self._hand_in(scan, b"", owned.take())
