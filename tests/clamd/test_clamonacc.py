@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
-# Whoever scans must not be asked about: here that is the service, by its uid.
 _CONFIGURATION = """
 LocalSocket {socket}
 OnAccessIncludePath {watched}
@@ -33,13 +32,13 @@ OnAccessMaxFileSize 5M
 
 
 @contextlib.contextmanager
-def clamonacc(directory: Path, socket: Path, watched: Path) -> Iterator[Path]:
-    """Run it, with descriptors passed; give what it says."""
+def clamonacc(directory: Path, socket: Path, watched: Path, mode: str) -> Iterator[Path]:
+    """Run it; give what it says. Opens of the service, and of root, it lets pass without asking."""
     configuration, said = directory / "clamonacc.conf", directory / "clamonacc.said"
     configuration.write_text(_CONFIGURATION.format(socket=socket, watched=watched, scand=SCAND_UID))
     with open(said, "wb") as output:
         process = subprocess.Popen(
-            ["/usr/sbin/clamonacc", "--foreground", "--fdpass", f"--config-file={configuration}"],
+            ["/usr/sbin/clamonacc", "--foreground", mode, f"--config-file={configuration}"],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -52,6 +51,14 @@ def clamonacc(directory: Path, socket: Path, watched: Path) -> Iterator[Path]:
         process.wait()
 
 
+def files_to_watch(directory: Path) -> Path:
+    directory.mkdir()
+    for name, content in (("clean", b"nothing bad"), ("bad", BAD)):
+        (directory / name).write_bytes(content)
+        own(directory / name, ANN, 0o644)
+    return directory
+
+
 def may_read(path: Path) -> bool:
     try:
         path.read_bytes()
@@ -60,19 +67,17 @@ def may_read(path: Path) -> bool:
     return True
 
 
+@pytest.mark.parametrize("mode", ["--fdpass", "--stream"])
 def test_a_file_in_which_something_is_found_can_not_be_opened(
-    directory: Path, scand: RunningScand, ours: Path
+    directory: Path, scand: RunningScand, ours: Path, mode: str
 ) -> None:
-    watched = directory / "watched"
-    watched.mkdir()
-    for name, content in (("clean", b"nothing bad"), ("bad", BAD)):
-        (watched / name).write_bytes(content)
-        own(watched / name, ANN, 0o644)
+    watched = files_to_watch(directory / f"watched{mode}")
     assert in_child(lambda: may_read(watched / "bad"), uid=ANN)
-    with clamonacc(directory, ours, watched) as said:
+    with clamonacc(directory, ours, watched, mode) as said:
         wait_until(lambda: not in_child(lambda: may_read(watched / "bad"), uid=ANN), "it watches")
         assert in_child(lambda: may_read(watched / "clean"), uid=ANN)
         wait_until(lambda: f"{watched}/bad: {BAD_NAME} FOUND" in said.read_text(), "it says so")
-    assert f"{watched}/bad: {BAD_NAME} FOUND" in scand.errors()
+    logged = f"{watched}/bad" if mode == "--fdpass" else "instream(local)"
+    assert f"{logged}: {BAD_NAME} FOUND" in scand.errors()
     assert in_child(lambda: may_read(watched / "bad"), uid=ANN)
     assert os.path.exists(watched / "bad")
