@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import shutil
 import socket
 import time
@@ -19,7 +20,7 @@ from tests.clamd.talks import chunks
 from tests.processes import in_child, wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.clamav import BAD, BAD_NAME, make_database
-from tests.scan.running_scand import ANN, BOB, RunningScand, client_of, own, scand_and_broker
+from tests.scan.running_scand import ANN, BOB, SCAND_UID, RunningScand, client_of, own, scand_and_broker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -176,6 +177,29 @@ def test_who_reads_nothing_keeps_nobody_waiting(scand: RunningScand, directory: 
     assert in_child(ask, uid=ANN).endswith(b" FOUND\0")
 
 
+def test_who_hands_over_what_can_not_be_received_is_told_so(scand: RunningScand, directory: Path) -> None:
+    """The kernel throws descriptors away for which the process has no number left."""
+    with socket.socket(socket.AF_UNIX) as sock, open(directory / "tree/ann/bad", "rb") as file:
+        sock.settimeout(20)
+        sock.connect(str(scand.clamd))
+        sock.sendall(b"zIDSESSION\0zPING\0")
+        assert sock.recv(100) == b"1: PONG\0"
+        soft, hard = in_child(lambda: resource.prlimit(scand.pid, resource.RLIMIT_NOFILE), uid=SCAND_UID)
+        set_most_descriptors(scand, 3, hard)
+        try:
+            socket.send_fds(sock, [b"zFILDES\0\0"], [file.fileno()])
+            assert sock.recv(100) == b"File descriptors could not be received. ERROR\n"
+            assert sock.recv(100) == b""
+        finally:
+            set_most_descriptors(scand, soft, hard)
+    assert asked(scand, b"zPING\0") == b"PONG\0"
+
+
+def set_most_descriptors(scand: RunningScand, soft: int, hard: int) -> None:
+    """Set the limit of the service, as its own user: root may lack the capability."""
+    in_child(lambda: resource.prlimit(scand.pid, resource.RLIMIT_NOFILE, (soft, hard)), uid=SCAND_UID)
+
+
 def test_streams_that_have_no_room_wait_for_it(scand: RunningScand) -> None:
     """Each has 4 MiB, there are 8 for all, and a user has half of that; all are scanned in the end."""
 
@@ -223,7 +247,9 @@ def test_old_answers_are_given_where_that_is_configured(others: ForOtherUsers) -
     with (
         prepared() as directory,
         scand_and_broker(
-            others, directory, configuration(directory, ", limits_pass: true") + "log: clamd\n"
+            others,
+            directory,
+            configuration(directory, ", limits_pass: true, write_timeout: 1s") + "log: clamd\n",
         ) as (scand, _),
     ):
         home = directory / "tree" / "ann"
@@ -237,6 +263,21 @@ def test_old_answers_are_given_where_that_is_configured(others: ForOtherUsers) -
         assert re.fullmatch(
             r"\w{3} \w{3} [ \d]\d \d\d:\d\d:\d\d \d{4} -> " + re.escape(f"{home}/bad: {BAD_NAME} FOUND"), line
         )
+        assert in_child(lambda: ended_for_not_reading(scand), uid=ANN)
+
+
+def ended_for_not_reading(scand: RunningScand) -> bool:
+    """Ask for much and read nothing until the connection has ended."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(20)
+        sock.connect(str(scand.clamd))
+        sock.sendall(b"zIDSESSION\0")
+        try:
+            for _ in range(10_000):
+                sock.sendall(b"zSTATS\0" * 1000)
+        except (BrokenPipeError, ConnectionResetError):
+            return True
+    return False
 
 
 def test_the_service_ends_though_clients_are_there(others: ForOtherUsers) -> None:
