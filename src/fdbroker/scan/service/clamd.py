@@ -124,7 +124,6 @@ class ClamdClient:
         core.connections.add(self)
         # Mostly it has said by now what it wants, and is answered and gone before anybody has to wait for it.
         self._read()
-        self._settle()
 
     # ---- the socket ----
 
@@ -160,12 +159,10 @@ class ClamdClient:
 
     def _read(self) -> None:
         for _ in range(_READS_AT_ONCE):
-            if not self._reading:
-                return
             try:
                 message = sockets.receive(self._sock, _MOST_BYTES)
             except BlockingIOError:
-                return
+                break
             except ConnectionError:
                 self._close()
                 return
@@ -178,7 +175,13 @@ class ClamdClient:
                 self._owned.add(descriptor)
             self._conversation.receive(message.data, count, self._loop.time())
             self._dry = False
-            self._go_on()
+            self._pull()
+            if not self._wants_more():
+                break
+        self._go_on()
+
+    def _wants_more(self) -> bool:
+        return self._dry and self._conversation.reads_more and self._may_go_on()
 
     def _go_on(self) -> None:
         """Do what was asked, as far as there is room for it, and see what is to be waited for."""
@@ -222,7 +225,7 @@ class ClamdClient:
         if self._conversation.is_over and not self._outbox:
             self._finish()
             return
-        self._reading = self._dry and self._conversation.reads_more and self._may_go_on()
+        self._reading = self._wants_more()
         if self._reading or self._watched is None:
             self._watch(reading=True)
         self._arm()
