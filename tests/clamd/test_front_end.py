@@ -243,6 +243,28 @@ def test_a_client_that_goes_takes_its_scan_with_it(scand: RunningScand, director
     assert asked(scand, b"zSCAN " + home + b"/clean\0").endswith(b" OK\0")
 
 
+def test_files_to_be_copied_are_closed_though_their_client_is_gone_at_once(
+    scand: RunningScand, directory: Path
+) -> None:
+    """It closes with answers unread, so its end is seen in the round in which its files are."""
+    idle = scand.descriptors()
+
+    def ask() -> None:
+        with open(directory / "tree/ann/bad", "r+b") as file:
+            for _ in range(50):
+                with socket.socket(socket.AF_UNIX) as sock:
+                    sock.settimeout(20)
+                    sock.connect(str(scand.clamd))
+                    sock.sendall(b"zIDSESSION\0zPING\0")
+                    sock.recv(1)
+                    for _ in range(5):
+                        socket.send_fds(sock, [b"zFILDES\0\0"], [file.fileno()])
+
+    in_child(ask, uid=ANN)
+    wait_until(lambda: scand.descriptors() <= idle, "its descriptors are closed")
+    assert "Traceback" not in scand.errors()
+
+
 def test_old_answers_are_given_where_that_is_configured(others: ForOtherUsers) -> None:
     with (
         prepared() as directory,

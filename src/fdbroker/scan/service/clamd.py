@@ -438,16 +438,18 @@ class ClamdClient:
         command = self._commands[asked.number] = _Command(asked, name, _path_of(descriptor) or name)
         facts = writable_file(descriptor)
         if facts is not None:
-            task = command.task = asyncio.create_task(self._scan_copy(command, descriptor, facts))
+            owned = Descriptors([descriptor])
+            task = command.task = asyncio.create_task(self._scan_copy(command, owned, facts))
+            task.add_done_callback(lambda _: owned.close())  # it may be cancelled before it begins
             self._copying.add(task)
             task.add_done_callback(self._copying.discard)
             return
         command.all_handed_in = True
         self._hand_in(command, b"", descriptor)
 
-    async def _scan_copy(self, command: _Command, descriptor: int, facts: os.stat_result) -> None:
-        """Scan a copy, which nobody can change, when there is room for it. Owns the descriptor."""
-        with Descriptors([descriptor]):
+    async def _scan_copy(self, command: _Command, owned: Descriptors, facts: os.stat_result) -> None:
+        """Scan a copy, which nobody can change, when there is room for it. `owned`: of one."""
+        with owned:
             room = asyncio.Event()
             kept = command.kept = self._core.memory.keep(self._served.uid, room.set)
             configuration = self._core.configuration
@@ -456,7 +458,7 @@ class ClamdClient:
                 room.clear()
                 await room.wait()
             kept.grow(min(facts.st_size, most))
-            copy = await sealed_copy(descriptor, most, configuration.timeout)
+            copy = await sealed_copy(owned.numbers()[0], most, configuration.timeout)
             kept.end()
         command.all_handed_in = True
         if isinstance(copy, Error):

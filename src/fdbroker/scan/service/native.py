@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import fdbroker
 from fdbroker.client import BrokerError
 from fdbroker.kernel import sockets
+from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.scan.messages import (
     LONGEST_MESSAGE,
     VERSION,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from fdbroker.aio import ServedClient
-    from fdbroker.kernel.descriptors import Descriptors
     from fdbroker.scan.messages import Request
     from fdbroker.scan.service.configuration import Listener
     from fdbroker.scan.service.core import Core
@@ -294,21 +294,24 @@ class NativeClient:
         descriptor = owned.numbers()[0]
         facts = writable_file(descriptor)
         if facts is not None:
-            self._keep(asyncio.create_task(self._scan_copy(scan, owned.take(), facts.st_uid)))
+            one = Descriptors([owned.take()])
+            task = asyncio.create_task(self._scan_copy(scan, one, facts.st_uid))
+            task.add_done_callback(lambda _: one.close())  # it may be cancelled before it begins
+            self._keep(task)
             return
         self._hand_in(scan, b"", owned.take())
         self._all_handed_in(scan)
 
-    async def _scan_copy(self, scan: _Scan, descriptor: int, owner: int) -> None:
-        """Scan a copy of the file, which nobody can change, of which a worker gets no way to write."""
+    async def _scan_copy(self, scan: _Scan, owned: Descriptors, owner: int) -> None:
+        """Scan a copy of the file, which nobody can change, of which a worker gets no way to write.
+
+        `owned`: of one.
+        """
         scan.missing = (FAILED,)  # until it is known otherwise, whatever happens here
         try:
             async with self._copies:
-                copy = None
-                try:
-                    copy = await self._copy_of(scan, descriptor)
-                finally:
-                    os.close(descriptor)
+                with owned:
+                    copy = await self._copy_of(scan, owned.numbers()[0])
                 if not scan.over:
                     scan.missing = ()
                 if copy is not None:
