@@ -52,8 +52,8 @@ FOUND = b": " + BAD_NAME.encode() + b" FOUND\0"
 def connected(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     try:
+        sock.connect(path)  # before it has a time-out, with which a full backlog is an error at once
         sock.settimeout(PATIENCE)
-        sock.connect(path)
     except BaseException:
         sock.close()
         raise
