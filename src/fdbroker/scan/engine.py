@@ -144,7 +144,13 @@ class Progress(NamedTuple):
 
 
 class Outside(Engine):
-    """An engine that runs somewhere else and is handed open files."""
+    """An engine that runs somewhere else and is handed open files.
+
+    `moves_offset`: it reads by the offset of the descriptor, which all share who have that open file. Whoever
+    was given a descriptor by somebody else hands in a copy, then.
+    """
+
+    moves_offset: ClassVar[bool] = False
 
     @abstractmethod
     def connect(self) -> Session:

@@ -211,6 +211,11 @@ class Pool:
         return len(self._lanes)
 
     @property
+    def moves_offsets(self) -> bool:
+        """Whether an engine reads by the offset of what it is given (`Outside.moves_offset`)."""
+        return any(one.moves_offset for one in self._outside)
+
+    @property
     def under_way(self) -> int:
         """How many files engines have."""
         return len(self._files)

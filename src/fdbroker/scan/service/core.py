@@ -6,6 +6,7 @@ import asyncio
 import select
 import sys
 import time
+import weakref
 from typing import TYPE_CHECKING, Protocol
 
 from fdbroker.config.names import printable
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from fdbroker.aio import ServedClient
     from fdbroker.scan.pool import Pool, Version
     from fdbroker.scan.service.configuration import Configuration
+
+_MOST_COPIES = 4  # of a user's files in memory, whatever the number of its connections
 
 
 class Connection(Protocol):
@@ -52,6 +55,11 @@ class Core:
         self.renewed = 0
         self.listeners: dict[str, str] = {}  # each with how it is
         self._renewing: asyncio.Task[str | None] | None = None
+        self._copies: weakref.WeakValueDictionary[int, asyncio.Semaphore] = weakref.WeakValueDictionary()
+
+    def copies_of(self, user: int) -> asyncio.Semaphore:
+        """Return what each copy of a file of this user's is made under; held by its connections."""
+        return self._copies.setdefault(user, asyncio.Semaphore(_MOST_COPIES))
 
     async def renew(self) -> str | None:
         """Load the engines anew and go on with them; return why not, None if that is done.

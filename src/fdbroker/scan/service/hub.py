@@ -105,7 +105,7 @@ class Hub:
         if dropped:
             self.count(files, -dropped)
             self.go_on()
-            self._make_room_known()
+            self.make_room_known()
         return dropped
 
     def _advance(self) -> None:
@@ -129,14 +129,15 @@ class Hub:
         if deadline is not None:
             self._timer = self._loop.call_later(max(0.0, deadline - time.monotonic()), self._advance)
         if finished:
-            self._make_room_known()
+            self.make_room_known()
 
     def _unwatch(self) -> None:
         for fileno in self._watched:
             self._loop.remove_reader(fileno)
         self._watched.clear()
 
-    def _make_room_known(self) -> None:
+    def make_room_known(self) -> None:
+        """Have clients that wait for room look whether there is some."""
         for files in tuple(self._clients.values()):
             files.look_again()
 
@@ -170,6 +171,12 @@ class ClientFiles:
         self._hub.count(self, 1)
         self._hub.pool.enqueue(self.source, ticket, path, descriptor, max_size=max_size, owner=owner)
         self._hub.go_on()
+
+    def keep_waiting(self, change: int) -> None:
+        """Count so many files more, or fewer, that wait for something else before they are handed in."""
+        self._hub.count(self, change)
+        if change < 0:
+            self._hub.make_room_known()
 
     def may_be_given(self) -> bool:
         """Return whether there is room for one more descriptor that the client sends."""

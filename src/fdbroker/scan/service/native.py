@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import stat
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,8 @@ import fdbroker
 from fdbroker.client import BrokerError, ChangedError, FileTooLargeError
 from fdbroker.client.sealed import seal_in_steps
 from fdbroker.kernel import sockets
+from fdbroker.kernel.descriptors import Descriptors
+from fdbroker.scan.contract import admit
 from fdbroker.scan.messages import (
     LONGEST_MESSAGE,
     VERSION,
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from fdbroker.aio import ServedClient
-    from fdbroker.kernel.descriptors import Descriptors
     from fdbroker.scan.messages import Request
     from fdbroker.scan.service.core import Core
     from fdbroker.scan.service.opening import Opened
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 FAILED = "failed"  # why something is missing if nobody thought of it
 MOST_REQUESTS = 256  # of one connection under way
 _MESSAGES_AT_ONCE = 16  # before others have their turn
-_MOST_COPIES = 4  # that one connection may have in memory
 
 
 class _Scan:
@@ -117,7 +116,7 @@ class NativeClient:
         self._to_open: deque[tuple[_Scan, ScanPaths | ScanTree]] = deque()
         self._opener: asyncio.Task[None] | None = None
         self._copying: set[asyncio.Task[None]] = set()
-        self._copies = asyncio.Semaphore(_MOST_COPIES)
+        self._copies = core.copies_of(served.uid)
         self._outbox: deque[bytes] = deque()
         self._flushing: asyncio.Handle | None = None
         core.connections.add(self)
@@ -126,7 +125,12 @@ class NativeClient:
     # ---- the socket ----
 
     def _may_read(self) -> bool:
-        return not self._outbox and len(self._scans) < MOST_REQUESTS and self._files.may_be_given()
+        return (
+            not self._outbox
+            and len(self._scans) < MOST_REQUESTS
+            and len(self._copying) < MOST_REQUESTS
+            and self._files.may_be_given()
+        )
 
     def _read_again(self) -> None:
         if not self._reading and not self._closed and self._may_read():
@@ -286,32 +290,49 @@ class NativeClient:
         self._keep(asyncio.create_task(renew()))
 
     def _keep(self, task: asyncio.Task[None]) -> None:
+        def over(_: asyncio.Task[None]) -> None:
+            self._copying.discard(task)
+            self._read_again()
+
         self._copying.add(task)
-        task.add_done_callback(self._copying.discard)
+        task.add_done_callback(over)
 
     # ---- descriptors that the client has opened ----
 
     def _scan_descriptor(self, scan: _Scan, owned: Descriptors) -> None:
-        descriptor = owned.numbers()[0]
+        [descriptor] = owned.numbers()
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-        facts = os.fstat(descriptor)
-        if flags & os.O_ACCMODE == os.O_RDWR and not flags & os.O_PATH and stat.S_ISREG(facts.st_mode):
+        before = admit(descriptor)
+        if not isinstance(before, Error) and (
             # With it a worker could write; and the client may go on doing so.
-            self._keep(asyncio.create_task(self._scan_copy(scan, owned.take(), facts.st_uid)))
+            flags & os.O_ACCMODE == os.O_RDWR
+            # The client can move it, to the end, and nothing would be read.
+            or self._core.hub.pool.moves_offsets
+        ):
+            kept = Descriptors(owned.take_all())
+            self._files.keep_waiting(1)
+            task = asyncio.create_task(self._scan_copy(scan, kept, before.owner))
+            self._keep(task)
+
+            def over(_: asyncio.Task[None]) -> None:
+                # Not in the task: one that is cancelled before its first step never runs.
+                kept.close()
+                self._files.keep_waiting(-1)
+
+            task.add_done_callback(over)
             return
         self._hand_in(scan, b"", owned.take())
         self._all_handed_in(scan)
 
-    async def _scan_copy(self, scan: _Scan, descriptor: int, owner: int) -> None:
+    async def _scan_copy(self, scan: _Scan, kept: Descriptors, owner: int) -> None:
         """Scan a copy of the file, which nobody can change, of which a worker gets no way to write."""
         scan.missing = (FAILED,)  # until it is known otherwise, whatever happens here
         try:
             async with self._copies:
-                copy = None
-                try:
-                    copy = await self._copy_of(scan, descriptor)
-                finally:
-                    os.close(descriptor)
+                if scan.over:
+                    return
+                copy = await self._copy_of(scan, *kept.numbers())
+                kept.close()
                 if not scan.over:
                     scan.missing = ()
                 if copy is not None:
@@ -351,15 +372,13 @@ class NativeClient:
 
     async def _open_all(self) -> None:
         while self._to_open:
-            scan, request = self._to_open[0]
-            if not scan.over:
-                scan.task = asyncio.create_task(self._open(scan, request))
-                try:
-                    await asyncio.wait([scan.task])
-                except asyncio.CancelledError:
-                    scan.task.cancel()
-                    raise
-            self._to_open.popleft()
+            scan, request = self._to_open.popleft()
+            scan.task = asyncio.create_task(self._open(scan, request))
+            try:
+                await asyncio.wait([scan.task])
+            except asyncio.CancelledError:
+                scan.task.cancel()
+                raise
 
     async def _open(self, scan: _Scan, request: ScanPaths | ScanTree) -> None:
         tree = None
@@ -425,6 +444,7 @@ class NativeClient:
         if scan.task is not None:
             scan.task.cancel()
         scan.over = True  # what comes for it from now on is let go of
+        self._to_open = deque(one for one in self._to_open if one[0] is not scan)
         self._files.cancel(scan)
         scan.let_go_of_copy()
         scan.missing = (why,)

@@ -1,0 +1,224 @@
+"""Clients of the scan service that want to harm it, or the others, or to hear of a file what is not so."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.broker.puppets import Puppet
+from tests.processes import in_child, wait_until
+from tests.running_broker import reachable_directory
+from tests.scan.running_scand import ANN, BOB, RunningScand, client_of, own, scand_and_broker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.for_other_users import ForOtherUsers
+
+pytestmark = pytest.mark.root
+
+_CONFIGURATION = """
+engines:
+  treacherous: {{word: {word}}}
+workers: 1
+spare_workers: 1
+queue: {{per_client: 40}}
+timeout: 60s
+"""
+_HELLO = b'{"type":"hello","version":1}'
+
+
+@pytest.fixture(scope="module")
+def directory() -> Iterator[Path]:
+    with reachable_directory() as path:
+        for name, uid in (("ann", ANN), ("bob", BOB)):
+            (path / "tree" / name).mkdir(parents=True)
+            own(path / "tree" / name, uid, 0o755)
+        shutil.copytree(Path(__file__).parent / "treacherous", path / "engines")
+        (path / "word").write_bytes(b"Smoke")
+        yield path
+
+
+@pytest.fixture(scope="module")
+def scand(others: ForOtherUsers, directory: Path) -> Iterator[RunningScand]:
+    configuration = _CONFIGURATION.format(word=directory / "word")
+    with scand_and_broker(others, directory, configuration, str(directory / "engines")) as (running, _):
+        yield running
+
+
+def connected(path: str) -> socket.socket:
+    """Return a connection that was greeted."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.settimeout(20)
+    sock.connect(path)
+    sock.send(_HELLO)
+    sock.recv(70_000)
+    return sock
+
+
+def memory_of(pid: int) -> int:
+    """Return how many KiB a process has in memory."""
+    with open(f"/proc/{pid}/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS:"))
+
+
+def keep_copies_waiting(memory: dict[str, object], path: str, count: int) -> None:
+    """Hand in files that can be written, and an engine hangs at; leave the connection open."""
+    sock = memory["socket"] = connected(path)
+    for number in range(count):
+        descriptor = os.memfd_create("x")
+        os.write(descriptor, b"hang")
+        socket.send_fds(sock, [b'{"type":"scan_descriptor","id":%d}' % number], [descriptor])
+        os.close(descriptor)
+
+
+def under_way(scand: RunningScand) -> int:
+    def ask() -> int:
+        with client_of(scand.socket) as service:
+            return int(str(service.status()["files_under_way"]))
+
+    return in_child(ask, uid=BOB)
+
+
+def test_files_that_wait_to_be_copied_are_closed_when_their_client_goes(scand: RunningScand) -> None:
+    before = scand.descriptors()
+    with Puppet(lambda: None, uid=ANN) as ann:
+        ann.do(keep_copies_waiting, scand.socket, 15)
+        wait_until(lambda: under_way(scand), "it scans")
+    wait_until(lambda: scand.descriptors() <= before + 3, "its descriptors are closed")  # of a worker
+
+
+def test_files_that_wait_to_be_copied_count_as_files_that_wait(scand: RunningScand) -> None:
+    def hand_in_many() -> int:
+        with connected(scand.socket) as sock:
+            sock.settimeout(1)
+            for number in range(250):
+                descriptor = os.memfd_create("x")
+                os.write(descriptor, b"hang")
+                try:
+                    socket.send_fds(sock, [b'{"type":"scan_descriptor","id":%d}' % number], [descriptor])
+                except (TimeoutError, OSError):
+                    return number
+                finally:
+                    os.close(descriptor)
+                most = max(0, scand.descriptors() - before)
+                assert most < 60, number
+        return 250
+
+    before = scand.descriptors()
+    assert in_child(hand_in_many) < 250
+
+
+def test_requests_that_were_cancelled_before_their_turn_are_forgotten(
+    scand: RunningScand, directory: Path
+) -> None:
+    home = directory / "tree" / "ann"
+    names = [home / f"hang{number}" for number in range(30)]
+    for name in names:
+        name.write_bytes(b"hang")
+        own(name, ANN)
+
+    def ask_and_cancel() -> int:
+        with connected(scand.socket) as sock:
+            paths = json.dumps([os.fsdecode(name) for name in names]).encode()
+            sock.send(b'{"type":"scan_paths","id":1,"paths":%s}' % paths)
+            many = json.dumps([f"/{number:055d}" for number in range(1000)]).encode()
+            for number in range(2, 1202):
+                sock.send(b'{"type":"scan_paths","id":%d,"paths":%s}' % (number, many))
+                sock.send(b'{"type":"cancel","id":9999,"request":%d}' % number)
+                for _ in range(2):
+                    assert b'"end"' in sock.recv(70_000)
+            return memory_of(scand.pid)
+
+    before = memory_of(scand.pid)
+    assert in_child(ask_and_cancel, uid=ANN) - before < 30_000
+
+
+def test_descriptor_with_the_access_mode_that_reads_nothing_is_not_handed_to_any_engine(
+    scand: RunningScand, directory: Path
+) -> None:
+    path = directory / "tree" / "ann" / "modes"
+    path.write_bytes(b"Smoke")
+    own(path, ANN)
+
+    def ask() -> str:
+        with client_of(scand.socket) as service:
+            return str(service.scan_descriptor(os.open(path, 3)).verdict.reason)  # type: ignore[union-attr]
+
+    assert in_child(ask, uid=ANN) == "not_readable"
+
+
+def test_who_passes_a_descriptor_can_not_move_the_offset_under_an_engine_that_reads_by_it(
+    others: ForOtherUsers,
+) -> None:
+    script = "sleep 0.3; grep -q Smoke && exit 1; exit 0"
+    configuration = f"engines:\n  command: {{argv: [/bin/sh, -c, {json.dumps(script)}]}}\n"
+
+    def ask() -> str:
+        descriptor = os.open(path, os.O_RDONLY)
+        over = threading.Event()
+
+        def move() -> None:
+            while not over.is_set():
+                os.lseek(descriptor, 0, os.SEEK_END)
+
+        thread = threading.Thread(target=move)
+        thread.start()
+        try:
+            with client_of(str(directory / "scan")) as service:
+                return service.scan_descriptor(descriptor).verdict.verdict
+        finally:
+            over.set()
+            thread.join()
+
+    with reachable_directory() as directory:
+        path = directory / "tree"
+        path.mkdir()
+        path /= "moved"
+        path.write_bytes(b"x" * 100_000 + b"Smoke\n")
+        own(path, ANN)
+        with scand_and_broker(others, directory, configuration):
+            assert in_child(ask, uid=ANN) == "infected"
+
+
+def test_exclusions_of_one_client_hold_up_nobody_else(scand: RunningScand, directory: Path) -> None:
+    start = directory / "tree" / "ann" / "deep"
+    start.mkdir()
+    own(start, ANN, 0o755)
+
+    def make_deep() -> None:
+        os.chdir(start)
+        for _ in range(200):
+            for number in range(3):
+                os.close(os.open(str(number), os.O_CREAT | os.O_WRONLY, 0o600))
+            os.mkdir("a")
+            os.chdir("a")
+
+    in_child(make_deep, uid=ANN)
+    globs = ["/".join(["a", "**"] * 600) + "/q"] * 20
+    with Puppet(lambda: None, uid=ANN) as ann:
+        ann.do(ask_for_tree, scand.socket, os.fspath(start), globs)
+        for _ in range(10):
+            assert in_child(lambda: seconds_of_a_status(scand), uid=BOB) < 0.5
+    shutil.rmtree(start)
+
+
+def ask_for_tree(memory: dict[str, object], path: str, start: str, globs: list[str]) -> None:
+    sock = memory["socket"] = connected(path)
+    sock.send(json.dumps({"type": "scan_tree", "id": 1, "path": start, "exclude": globs}).encode())
+
+
+def seconds_of_a_status(scand: RunningScand) -> float:
+    """Return how long a client waits that connects and asks how the service is."""
+    began = time.monotonic()
+    with client_of(scand.socket) as service:
+        service.status()
+    return time.monotonic() - began
