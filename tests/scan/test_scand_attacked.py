@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.broker.puppets import Puppet
-from tests.processes import in_child, wait_until
+from tests.processes import children_of, in_child, wait_until
 from tests.running_broker import reachable_directory
-from tests.scan.running_scand import ANN, BOB, RunningScand, client_of, own, scand_and_broker
+from tests.scan.running_scand import ANN, BOB, RunningScand, client_of, own, reasons, scand_and_broker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -222,3 +223,46 @@ def seconds_of_a_status(scand: RunningScand) -> float:
     with client_of(scand.socket) as service:
         service.status()
     return time.monotonic() - began
+
+
+def test_worker_that_closes_its_channel_and_lives_holds_up_nobody_else(
+    scand: RunningScand, directory: Path
+) -> None:
+    names = [directory / "tree" / "ann" / f"close{number}" for number in range(5)]
+    for name in names:
+        name.write_bytes(b"close")
+        own(name, ANN)
+    with Puppet(lambda: None, uid=ANN) as ann:
+        ann.begin(reasons_of, scand.socket, [os.fsencode(name) for name in names])
+        wait_until(lambda: under_way(scand), "it scans")
+        for _ in range(30):
+            assert in_child(lambda: seconds_of_a_status(scand), uid=BOB) < 0.5
+        assert set(ann.result().values()) == {"killed"}
+
+
+def test_engines_are_loaded_anew_for_a_zygote_that_ended_while_others_are_answered(
+    scand: RunningScand, directory: Path
+) -> None:
+    path = directory / "tree" / "ann" / "smoke"
+    path.write_bytes(b"Smoke")
+    own(path, ANN)
+    (directory / "word.slow").touch()
+    try:
+        for child in children_of(scand.pid):
+            os.kill(child, signal.SIGKILL)
+        with Puppet(lambda: None, uid=ANN) as ann:
+            ann.begin(reasons_of, scand.socket, [os.fsencode(path)])
+            wait_until(lambda: under_way(scand), "it waits")
+            for _ in range(10):
+                assert in_child(lambda: seconds_of_a_status(scand), uid=BOB) < 0.5
+            (directory / "word.slow").unlink()
+            # A worker that is gone costs the file that it is at, or would be.
+            assert set(ann.result().values()) <= {"infected", "crashed", "killed", "not_loaded"}
+            assert ann.do(reasons_of, scand.socket, [os.fsencode(path)]) == {os.fsencode(path): "infected"}
+    finally:
+        (directory / "word.slow").unlink(missing_ok=True)
+
+
+def reasons_of(_memory: dict[str, object], path: str, paths: list[bytes]) -> dict[bytes, str]:
+    with client_of(path) as service:
+        return reasons(service.scan_paths(paths))

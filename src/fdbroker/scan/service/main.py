@@ -97,6 +97,7 @@ def _run(configuration: Configuration) -> int:
             timeout=configuration.timeout,
             max_size=configuration.max_size,
             files_per_worker=configuration.files_per_worker,
+            in_background=True,
         ) as pool,
     ):
         report = pool.start()
