@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.broker.puppets import Puppet
+from tests.hanging.fuse import Operation, abort, fuse_mounted
 from tests.processes import children_of, in_child, wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.running_scand import ANN, BOB, RunningScand, client_of, own, reasons, scand_and_broker
@@ -243,16 +244,19 @@ def test_worker_that_closes_its_channel_and_lives_holds_up_nobody_else(
 def test_engines_are_loaded_anew_for_a_zygote_that_ended_while_others_are_answered(
     scand: RunningScand, directory: Path
 ) -> None:
-    path = directory / "tree" / "ann" / "smoke"
-    path.write_bytes(b"Smoke")
-    own(path, ANN)
+    path, *others = [directory / "tree" / "ann" / f"smoke{number}" for number in range(20)]
+    for name in (path, *others):
+        name.write_bytes(b"Smoke")
+        own(name, ANN)
     (directory / "word.slow").touch()
     try:
         for child in children_of(scand.pid):
             os.kill(child, signal.SIGKILL)
         with Puppet(lambda: None, uid=ANN) as ann:
-            ann.begin(reasons_of, scand.socket, [os.fsencode(path)])
-            wait_until(lambda: under_way(scand), "it waits")
+            # The first one finds out.
+            begin = [os.fsencode(path), *map(os.fsencode, others)]
+            ann.begin(reasons_of, scand.socket, begin)
+            wait_until(lambda: under_way(scand), "they wait")
             for _ in range(10):
                 assert in_child(lambda: seconds_of_a_status(scand), uid=BOB) < 0.5
             (directory / "word.slow").unlink()
@@ -266,3 +270,59 @@ def test_engines_are_loaded_anew_for_a_zygote_that_ended_while_others_are_answer
 def reasons_of(_memory: dict[str, object], path: str, paths: list[bytes]) -> dict[bytes, str]:
     with client_of(path) as service:
         return reasons(service.scan_paths(paths))
+
+
+@pytest.mark.parametrize("operation", ["FLUSH", "GETATTR", "STATFS", "READ"])
+@pytest.mark.parametrize("times", [1, 3])
+def test_descriptor_of_a_users_own_file_system_that_never_answers_holds_up_nobody_else(
+    scand: RunningScand, directory: Path, operation: str, times: int
+) -> None:
+    target = directory / "fuse"
+    target.mkdir(exist_ok=True)
+    with (
+        fuse_mounted(target, {"file": b"fine"}, owner=ANN) as server,
+        Puppet(lambda: None, uid=ANN) as ann,
+    ):
+        ann.do(open_for_both, os.fspath(target / "file"))
+        server.never.add((Operation[operation], "" if operation == "STATFS" else "file"))
+        ann.do(pass_it_on, scand.socket, times)
+        try:
+            for _ in range(10):
+                assert in_child(lambda: seconds_of_a_status(scand), uid=BOB) < 0.5
+        finally:
+            abort(target)
+
+
+def test_descriptor_of_a_users_own_file_system_is_not_scanned(scand: RunningScand, directory: Path) -> None:
+    target = directory / "fuse"
+    target.mkdir(exist_ok=True)
+
+    def ask() -> list[str]:
+        with client_of(scand.socket) as service:
+            descriptors = [os.open(target / "file", flags) for flags in (os.O_RDONLY, os.O_RDWR, os.O_PATH)]
+            return [str(service.scan_descriptor(each).verdict.reason) for each in descriptors]  # type: ignore[union-attr]
+
+    before = scand.descriptors()
+    with fuse_mounted(target, {"file": b"fine"}, owner=ANN):
+        assert in_child(ask, uid=ANN) == ["filesystem"] * 3
+    wait_until(lambda: scand.descriptors() <= before, "its descriptors are closed")
+
+
+def open_for_both(memory: dict[str, object], path: str) -> None:
+    memory["descriptor"] = os.open(path, os.O_RDWR)
+
+
+def pass_it_on(memory: dict[str, object], path: str, times: int) -> None:
+    """Hand the descriptor in by several connections: as it should be, too early, and too often."""
+    sockets: list[socket.socket] = []
+    memory["sockets"] = sockets
+    for number in range(times):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.connect(path)
+        if number == 0:
+            sock.send(_HELLO)
+        message = b'{"type":"scan_descriptor","id":1}' if number != 1 else _HELLO
+        descriptor = memory["descriptor"]
+        assert isinstance(descriptor, int)
+        socket.send_fds(sock, [message], [descriptor] * (1 if number < 2 else 100))
+        sockets.append(sock)

@@ -127,6 +127,30 @@ def receive_data(sock: socket.socket, size: int) -> tuple[bytes, bytes | None, i
     return data, credentials, flags & _TRUNCATED
 
 
+def receive_few(sock: socket.socket, size: int, most: int) -> tuple[bytes, Descriptors, bool]:
+    """Receive one message, with room for few descriptors; return data, descriptors, and whether more came.
+
+    No descriptor is closed here, whatever happens, as `close(2)` may have to
+    wait for a file system of the sender's; the kernel does not wait when it
+    drops those for which there is no room (or that this process may not have).
+    There may be a few more than `most`. Otherwise as `receive`.
+    """
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(
+            size, _SPACE_FOR_CREDENTIALS + socket.CMSG_SPACE(_NUMBER * most), _RECEIVE_FLAGS
+        )
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise renamed(error, "recvmsg", descriptor=sock.fileno(), size=size) from None
+    descriptors = Descriptors()
+    for level, kind, content in ancillary:
+        if kind == _SCM_RIGHTS and level == _SOL_SOCKET:
+            for number in _numbers(content):
+                descriptors.add(number)
+    return data, descriptors, bool(flags & CONTROL_TRUNCATED)
+
+
 def _numbers(content: bytes) -> array.array[int]:
     """Return the descriptors of an SCM_RIGHTS message."""
     return array.array("i", content[: len(content) // _NUMBER * _NUMBER])

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_SECONDS_BETWEEN_TRIES = 0.5
 
 _T = TypeVar("_T")
 
@@ -22,6 +25,10 @@ def run_aside(function: Callable[[], _T]) -> asyncio.Future[_T]:
     """Have a function called by a thread; return what becomes its result.
 
     It is called in any case, also where nobody waits for the result any more.
+
+    Raises:
+        OSError: there is no thread to be had.
+
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
@@ -43,7 +50,10 @@ def run_aside(function: Callable[[], _T]) -> asyncio.Future[_T]:
             else:
                 loop.call_soon_threadsafe(settle, result)
 
-    threading.Thread(target=work, name="fdbroker-aside", daemon=True).start()
+    try:
+        threading.Thread(target=work, name="fdbroker-aside", daemon=True).start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, f"no thread to be had: {error}") from error
     return future
 
 
@@ -57,12 +67,19 @@ class AsideForUsers:
         self._running: dict[int, int] = {}
 
     def run(self, user: int, function: Callable[[], _T]) -> asyncio.Future[_T]:
-        """Have a function called, in its turn; as `run_aside`."""
-        future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        """Have a function called, in its turn; as `run_aside`, but that it waits for a thread."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_T] = loop.create_future()
 
         def begin() -> None:
             self._running[user] = self._running.get(user, 0) + 1
-            run_aside(function).add_done_callback(over)
+            start()
+
+        def start() -> None:
+            try:
+                run_aside(function).add_done_callback(over)
+            except OSError:
+                loop.call_later(_SECONDS_BETWEEN_TRIES, start)
 
         def over(done: asyncio.Future[_T]) -> None:
             self._running[user] -= 1

@@ -13,6 +13,7 @@ from fdbroker.config.names import printable
 from fdbroker.sandbox import SandboxError
 from fdbroker.scan.engine import EngineError
 from fdbroker.scan.service.aside import AsideForUsers, run_aside
+from fdbroker.scan.service.filesystems import Mounted
 from fdbroker.scan.service.hub import Hub
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Core:
         self.connections: set[Connection] = set()
         self.hang_ups = HangUps()
         self.aside = AsideForUsers()
+        self.mounted = Mounted()
         self.began = time.monotonic()
         self.renewed = 0
         self.outdated = False  # as it was seen last
@@ -120,6 +122,7 @@ class Core:
         """Let go of the loop."""
         self.hub.close()
         self.hang_ups.close()
+        self.mounted.close()
 
 
 def _load(pool: Pool) -> tuple[Loaded | None, list[Version]]:

@@ -41,6 +41,7 @@ from fdbroker.scan.messages import (
     encode_results,
 )
 from fdbroker.scan.run import Scanned, Skipped
+from fdbroker.scan.service.filesystems import Sorted, sort_out
 from fdbroker.scan.service.opening import ToScan, TreeOfFiles, files_at
 from fdbroker.scan.tree import Exclusions
 from fdbroker.scan.verdict import Error, Infected, Reason
@@ -56,6 +57,11 @@ if TYPE_CHECKING:
 
 FAILED = "failed"  # why something is missing if nobody thought of it
 MOST_REQUESTS = 256  # of one connection under way
+_MOST_DESCRIPTORS = 2  # that are received of a message: one, and one that is too many
+_OF_A_USER = (
+    "its file system may be a program of a user's, which can hold up whoever asks it anything;"
+    " have it scanned by its path, or copy it"
+)
 _MESSAGES_AT_ONCE = 16  # before others have their turn
 
 
@@ -111,6 +117,7 @@ class NativeClient:
         self._greeted = False
         self._closed = False
         self._reading = False
+        self._sorting = False
         self._scans: dict[int, _Scan] = {}
         # Those whose files the broker opens: one after the other.
         self._to_open: deque[tuple[_Scan, ScanPaths | ScanTree]] = deque()
@@ -127,6 +134,7 @@ class NativeClient:
     def _may_read(self) -> bool:
         return (
             not self._outbox
+            and not self._sorting
             and len(self._scans) < MOST_REQUESTS
             and len(self._copying) < MOST_REQUESTS
             and self._files.may_be_given()
@@ -153,7 +161,7 @@ class NativeClient:
                 self._read_no_more()
                 return
             try:
-                message = sockets.receive(self._sock, LONGEST_MESSAGE + 1)
+                data, owned, dropped = sockets.receive_few(self._sock, LONGEST_MESSAGE + 1, _MOST_DESCRIPTORS)
             except BlockingIOError:
                 return
             except ConnectionError:
@@ -162,15 +170,37 @@ class NativeClient:
             except OSError as error:
                 self.end("malformed", f"what came could not be received: {error.strerror}")
                 return
-            with message.descriptors as owned:
-                if not message.data and not owned:
-                    self._close()
-                    return
-                try:
-                    self._take(message.data, owned)
-                except MessageError as error:
-                    self.end("malformed", str(error))
-                    return
+            if not data and not owned:
+                self._close()
+                return
+            if not all(map(self._core.mounted.have, owned.numbers())):
+                self._sort_out(data, owned, dropped=dropped)
+                return
+            self._take_with(data, Sorted(owned, 0), dropped=dropped)
+
+    def _sort_out(self, data: bytes, owned: Descriptors, *, dropped: bool) -> None:
+        """Go on with a message when it is known whether its descriptors are of use; read no other before."""
+        self._sorting = True
+        self._read_no_more()
+
+        def known(over: asyncio.Future[Sorted]) -> None:
+            self._sorting = False
+            with over.result().kept:
+                if not self._closed:
+                    self._take_with(data, over.result(), dropped=dropped)
+            self._read_again()
+
+        descriptors = owned.take_all()
+        self._core.aside.run(self._served.uid, lambda: sort_out(descriptors)).add_done_callback(known)
+
+    def _take_with(self, data: bytes, came: Sorted, *, dropped: bool) -> None:
+        with came.kept:
+            try:
+                if dropped:
+                    raise MessageError("more descriptors came with it than there is room for")
+                self._take(data, came)
+            except MessageError as error:
+                self.end("malformed", str(error))
 
     def _send(self, *messages: bytes) -> None:
         if self._closed or not messages:
@@ -229,17 +259,18 @@ class NativeClient:
 
     # ---- requests ----
 
-    def _take(self, data: bytes, owned: Descriptors) -> None:
+    def _take(self, data: bytes, came: Sorted) -> None:
         request = decode_request(data)
         wanted = 1 if isinstance(request, ScanDescriptor) else 0
-        if len(owned) != wanted:
-            raise MessageError(f"{len(owned)} descriptors came with it, and it takes {wanted or 'none'}")
+        count = len(came.kept) + came.refused
+        if count != wanted:
+            raise MessageError(f"{count} descriptors came with it, and it takes {wanted or 'none'}")
         if isinstance(request, Hello):
             self._greet(request)
             return
         if not self._greeted:
             raise MessageError("the first message is hello")
-        self._answer(request, owned)
+        self._answer(request, came.kept)
 
     def _greet(self, request: Hello) -> None:
         if self._greeted:
@@ -300,6 +331,10 @@ class NativeClient:
     # ---- descriptors that the client has opened ----
 
     def _scan_descriptor(self, scan: _Scan, owned: Descriptors) -> None:
+        if not owned:
+            self._tell(scan, Scanned(b"", Error(Reason.FILESYSTEM, _OF_A_USER)))
+            self._all_handed_in(scan)
+            return
         [descriptor] = owned.numbers()
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         before = admit(descriptor)
