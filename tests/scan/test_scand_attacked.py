@@ -272,6 +272,45 @@ def reasons_of(_memory: dict[str, object], path: str, paths: list[bytes]) -> dic
         return reasons(service.scan_paths(paths))
 
 
+def test_trees_of_a_client_that_reads_nothing_keep_nobody_from_having_a_tree_scanned(
+    scand: RunningScand, directory: Path
+) -> None:
+    home = directory / "tree" / "ann" / "many"
+    home.mkdir()
+    for number in range(300):
+        (home / str(number)).write_bytes(b"hang")
+        own(home / str(number), ANN)
+    own(home, ANN, 0o755)
+    path = directory / "tree" / "bob" / "smoke"
+    path.write_bytes(b"Smoke")
+    own(path, BOB)
+
+    def scan() -> dict[bytes, str]:
+        with client_of(scand.socket) as service:
+            tree = service.scan_tree(os.fspath(path.parent))
+            told = reasons(tree)
+            assert tree.end is not None
+            assert tree.end.complete
+            return told
+
+    before = scand.descriptors()
+    with Puppet(lambda: None, uid=ANN) as ann:
+        ann.do(begin_trees, scand.socket, os.fspath(home), 40)
+        wait_until(lambda: under_way(scand), "it scans")
+        for _ in range(3):
+            assert in_child(scan, uid=BOB) == {os.fsencode(path): "infected"}
+        # For each connection one, and for four requests what was opened for them.
+        assert scand.descriptors() - before < 40 + 4 * 128
+    path.unlink()
+
+
+def begin_trees(memory: dict[str, object], path: str, start: str, count: int) -> None:
+    made = [connected(path) for _ in range(count)]
+    for sock in made:
+        sock.send(json.dumps({"type": "scan_tree", "id": 1, "path": start}).encode())
+    memory["sockets"] = made
+
+
 @pytest.mark.parametrize("operation", ["FLUSH", "GETATTR", "STATFS", "READ"])
 @pytest.mark.parametrize("times", [1, 3])
 def test_descriptor_of_a_users_own_file_system_that_never_answers_holds_up_nobody_else(

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from fdbroker.scan.service.configuration import Configuration
     from fdbroker.scan.supervisor import Loaded
 
-_MOST_COPIES = 4  # of a user's files in memory, whatever the number of its connections
+# Of a user, whatever the number of its connections: its files in memory, and requests whose files are opened.
+_MOST_COPIES = 4
+_MOST_OPENINGS = 4
 
 
 class Connection(Protocol):
@@ -61,11 +63,18 @@ class Core:
         self.outdated = False  # as it was seen last
         self.listeners: dict[str, str] = {}  # each with how it is
         self._renewing: asyncio.Task[str | None] | None = None
+        # Each has batches of descriptors that wait for room.
+        self.openings = asyncio.Semaphore(configuration.openings)
+        self._openings: weakref.WeakValueDictionary[int, asyncio.Semaphore] = weakref.WeakValueDictionary()
         self._copies: weakref.WeakValueDictionary[int, asyncio.Semaphore] = weakref.WeakValueDictionary()
 
     def copies_of(self, user: int) -> asyncio.Semaphore:
         """Return what each copy of a file of this user's is made under; held by its connections."""
         return self._copies.setdefault(user, asyncio.Semaphore(_MOST_COPIES))
+
+    def openings_of(self, user: int) -> asyncio.Semaphore:
+        """Return what the files of a request of this user's are opened under; held by its connections."""
+        return self._openings.setdefault(user, asyncio.Semaphore(_MOST_OPENINGS))
 
     async def renew(self) -> str | None:
         """Load the engines anew and go on with them; return why not, None if that is done.

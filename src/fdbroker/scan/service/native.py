@@ -124,6 +124,7 @@ class NativeClient:
         self._opener: asyncio.Task[None] | None = None
         self._copying: set[asyncio.Task[None]] = set()
         self._copies = core.copies_of(served.uid)
+        self._openings = core.openings_of(served.uid)
         self._outbox: deque[bytes] = deque()
         self._flushing: asyncio.Handle | None = None
         core.connections.add(self)
@@ -424,7 +425,8 @@ class NativeClient:
             else:
                 tree = TreeOfFiles(self._served, request.path, Exclusions(request.exclude))
                 entries = tree.entries()
-            await self._hand_in_all(scan, entries)
+            async with self._openings, self._core.openings:
+                await self._hand_in_all(scan, entries)
             if not scan.over:
                 scan.missing = () if tree is None else tree.missing
         except BrokerError:

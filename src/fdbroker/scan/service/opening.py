@@ -8,7 +8,14 @@ import stat
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.client import BrokerError, DirectoryError, NotDirectoryError, WalkInterrupted, WalkKind
+from fdbroker.client import (
+    BrokerError,
+    DirectoryError,
+    LimitError,
+    NotDirectoryError,
+    WalkInterrupted,
+    WalkKind,
+)
 from fdbroker.scan.run import Scanned, Skipped, error_of
 from fdbroker.scan.tree import EXCLUDED, KINDS, Exclusions, is_about_the_connection
 from fdbroker.scan.verdict import Error, Reason
@@ -20,6 +27,7 @@ if TYPE_CHECKING:
 
 _REGULAR = stat.S_IFREG >> 12
 _BATCH = 64
+DESCRIPTORS_OF_A_REQUEST = 2 * _BATCH  # that are opened and not handed in yet, at most
 _SECONDS_AT_A_TIME = 0.005  # before other clients have their turn
 
 
@@ -103,7 +111,8 @@ class TreeOfFiles:
         except BrokerError as error:
             if isinstance(error, WalkInterrupted) or is_about_the_connection(error):
                 raise
-            if begun:
+            # What a limit refuses would be refused for another reason as a file.
+            if begun or isinstance(error, LimitError):
                 yield Scanned(self._start, error_of(error), directory=True)
                 return
             async with contextlib.aclosing(self._as_a_file(error)) as entries:
