@@ -213,6 +213,25 @@ def test_exclusions_of_one_client_hold_up_nobody_else(scand: RunningScand, direc
     shutil.rmtree(start)
 
 
+def test_globs_of_one_client_are_compiled_while_others_are_answered(
+    scand: RunningScand, directory: Path
+) -> None:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    names = [f"{one}{two}{three}?" for one in letters for two in letters for three in letters]
+    globs = ["/".join(names[begin : begin + 800]) for begin in range(0, 12_000, 800)]
+    with Puppet(lambda: None, uid=ANN) as ann:
+        ann.do(ask_for_trees, scand.socket, os.fspath(directory / "tree" / "ann"), globs, 30)
+        for _ in range(5):
+            assert in_child(lambda: seconds_of_a_status(scand), uid=BOB) < 1
+
+
+def ask_for_trees(memory: dict[str, object], path: str, start: str, globs: list[str], count: int) -> None:
+    made = [connected(path) for _ in range(count)]
+    for sock in made:
+        sock.send(json.dumps({"type": "scan_tree", "id": 1, "path": start, "exclude": globs}).encode())
+    memory["sockets"] = made
+
+
 def ask_for_tree(memory: dict[str, object], path: str, start: str, globs: list[str]) -> None:
     sock = memory["socket"] = connected(path)
     sock.send(json.dumps({"type": "scan_tree", "id": 1, "path": start, "exclude": globs}).encode())

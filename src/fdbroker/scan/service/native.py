@@ -41,6 +41,7 @@ from fdbroker.scan.messages import (
     encode_results,
 )
 from fdbroker.scan.run import Scanned, Skipped
+from fdbroker.scan.service.aside import run_aside
 from fdbroker.scan.service.filesystems import Sorted, sort_out
 from fdbroker.scan.service.opening import ToScan, TreeOfFiles, files_at
 from fdbroker.scan.tree import Exclusions
@@ -420,12 +421,15 @@ class NativeClient:
         tree = None
         scan.missing = (FAILED,)  # until it is known otherwise, whatever happens here
         try:
-            if isinstance(request, ScanPaths):
-                entries = files_at(self._served, request.paths)
-            else:
-                tree = TreeOfFiles(self._served, request.path, Exclusions(request.exclude))
-                entries = tree.entries()
             async with self._openings, self._core.openings:
+                if isinstance(request, ScanPaths):
+                    entries = files_at(self._served, request.paths)
+                else:
+                    globs = request.exclude
+                    # Of many it takes a third of a second.
+                    exclusions = await run_aside(lambda: Exclusions(globs)) if globs else Exclusions()
+                    tree = TreeOfFiles(self._served, request.path, exclusions)
+                    entries = tree.entries()
                 await self._hand_in_all(scan, entries)
             if not scan.over:
                 scan.missing = () if tree is None else tree.missing
