@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.broker.puppets import Puppet
 from tests.hanging.fuse import Operation, abort, fuse_mounted
 from tests.processes import children_of, in_child, wait_until
 from tests.running_broker import reachable_directory
+from tests.scan.clamav import BAD, make_database, running_clamd
 from tests.scan.running_scand import ANN, BOB, RunningScand, client_of, own, reasons, scand_and_broker
 
 if TYPE_CHECKING:
@@ -189,6 +191,37 @@ def test_who_passes_a_descriptor_can_not_move_the_offset_under_an_engine_that_re
         own(path, ANN)
         with scand_and_broker(others, directory, configuration):
             assert in_child(ask, uid=ANN) == "infected"
+
+
+def test_who_passes_a_descriptor_can_not_make_reads_of_a_clamd_fail(others: ForOtherUsers) -> None:
+    def ask() -> set[str]:
+        descriptor = os.open(path, os.O_RDONLY)
+        toggle = (
+            "import fcntl, os\nwhile True:\n"
+            " fcntl.fcntl(0, fcntl.F_SETFL, os.O_DIRECT); fcntl.fcntl(0, fcntl.F_SETFL, 0)"
+        )
+        with (
+            subprocess.Popen([others.python, "-c", toggle], stdin=descriptor) as toggling,
+            client_of(str(directory / "scan")) as service,
+        ):
+            try:
+                return {service.scan_descriptor(descriptor).verdict.verdict for _ in range(400)}
+            finally:
+                toggling.kill()
+
+    with reachable_directory() as directory:
+        (directory / "tree").mkdir()
+        path = directory / "tree" / "bad"
+        path.write_bytes(BAD)
+        own(path, ANN)
+        database = make_database(directory / "database")
+        with (
+            running_clamd(directory, database, "AlertExceedsMax yes", "AlertEncrypted yes") as clamd,
+            scand_and_broker(others, directory, f"engines:\n  clamd: {{socket: {clamd}}}\n"),
+        ):
+            said = in_child(ask, uid=ANN)
+    assert "infected" in said
+    assert "clean" not in said
 
 
 def test_exclusions_of_one_client_hold_up_nobody_else(scand: RunningScand, directory: Path) -> None:

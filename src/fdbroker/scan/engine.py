@@ -146,11 +146,9 @@ class Progress(NamedTuple):
 class Outside(Engine):
     """An engine that runs somewhere else and is handed open files.
 
-    `moves_offset`: it reads by the offset of the descriptor, which all share who have that open file. Whoever
-    was given a descriptor by somebody else hands in a copy, then.
+    Each is an open file that nobody else has: somebody who had it too could move its offset to the end, or
+    set O_DIRECT, with which reads fail, and there are programs that take that for the end of the file.
     """
-
-    moves_offset: ClassVar[bool] = False
 
     @abstractmethod
     def connect(self) -> Session:

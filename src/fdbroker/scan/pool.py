@@ -216,9 +216,9 @@ class Pool:
         return len(self._lanes)
 
     @property
-    def moves_offsets(self) -> bool:
-        """Whether an engine reads by the offset of what it is given (`Outside.moves_offset`)."""
-        return any(one.moves_offset for one in self._outside)
+    def has_outside_engines(self) -> bool:
+        """Whether files must be open files that nobody else has (`fdbroker.scan.engine.Outside`)."""
+        return bool(self._outside)
 
     @property
     def under_way(self) -> int:

@@ -43,7 +43,8 @@ class Starting:
     @property
     def is_over(self) -> bool:
         """Whether there is a result."""
-        return self._over
+        with self._lock:  # or the bell could be closed while it is rung
+            return self._over
 
     def fileno(self) -> int:
         """Return what is readable when it is over. Until `result` or `give_up`."""

@@ -77,7 +77,6 @@ class Command(Outside):
     name = "command"
     options_type = CommandOptions
     options: CommandOptions
-    moves_offset = True
 
     def databases(self) -> Sequence[bytes]:
         """Return the program: when it is replaced, answers are of another engine."""

@@ -343,8 +343,8 @@ class NativeClient:
         if not isinstance(before, Error) and (
             # With it a worker could write; and the client may go on doing so.
             flags & os.O_ACCMODE == os.O_RDWR
-            # The client can move it, to the end, and nothing would be read.
-            or self._core.hub.pool.moves_offsets
+            # The client has this open file, too.
+            or self._core.hub.pool.has_outside_engines
         ):
             kept = Descriptors(owned.take_all())
             self._files.keep_waiting(1)
@@ -397,7 +397,9 @@ class NativeClient:
         except FileTooLargeError as error:
             self._tell(
                 scan,
-                Scanned(b"", Error(Reason.TOO_LARGE, f"{error.strerror}, for a file that can be written")),
+                Scanned(
+                    b"", Error(Reason.TOO_LARGE, f"{error.strerror}, for a descriptor that must be copied")
+                ),
             )
         except ChangedError as error:
             self._tell(scan, Scanned(b"", Error(Reason.CHANGED, str(error.strerror))))
