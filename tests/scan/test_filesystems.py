@@ -11,6 +11,7 @@ import pytest
 
 from fdbroker.kernel import namespaces
 from fdbroker.scan.service.filesystems import Mounted, sort_out
+from fdbroker.scan.verdict import Reason
 from tests.descriptors.mounting import mount, unmount
 from tests.hanging.fuse import fuse_mounted
 from tests.processes import in_child
@@ -54,7 +55,7 @@ def test_number_of_a_file_system_that_is_gone_is_not_that_of_a_users_own(
     with fuse_mounted(tmp_path, {"file": b""}):
         assert not open_and(mounted, tmp_path / "file")
         opened = os.open(tmp_path / "file", os.O_RDONLY)
-        assert sort_out([opened]).refused == 1
+        assert [one.reason for one in sort_out([opened]).refused] == [Reason.FILESYSTEM]
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(opened)
 
@@ -82,7 +83,7 @@ def test_overlay_is_a_users_own_unless_it_is_mounted_here(mounted: Mounted, tmp_
         _, descriptors, *_ = socket.recv_fds(ours, 1, 2)
     assert [mounted.have(each) for each in descriptors] == [False, False]
     found = sort_out(descriptors)
-    assert found.refused == 1, "tmpfs is no program"
+    assert len(found.refused) == 1, "tmpfs is no program"
     with found.kept:
         assert len(found.kept) == 1
     here = os.getcwd()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import threading
 import time
@@ -382,6 +384,38 @@ def test_descriptor_of_a_users_own_file_system_that_never_answers_holds_up_nobod
                 assert in_child(lambda: seconds_of_a_status(scand), uid=BOB) < 0.5
         finally:
             abort(target)
+
+
+@pytest.mark.parametrize("count", [1, 2, 100])
+def test_socket_that_lingers_when_it_is_closed_holds_up_nobody_else(scand: RunningScand, count: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, Puppet(lambda: None, uid=ANN) as ann:
+        ann.do(connect_for_later, scand.socket)
+        # So that it is the service that closes it for the last time.
+        scand.process.send_signal(signal.SIGSTOP)
+        try:
+            ann.do(pass_on_a_lingering_socket, listener.getsockname(), count)
+        finally:
+            scand.process.send_signal(signal.SIGCONT)
+        for _ in range(10):
+            assert in_child(lambda: seconds_of_a_status(scand), uid=BOB) < 0.5
+
+
+def connect_for_later(memory: dict[str, object], path: str) -> None:
+    memory["socket"] = connected(path)
+
+
+def pass_on_a_lingering_socket(memory: dict[str, object], address: tuple[str, int], count: int) -> None:
+    """Have the service close a socket whose bytes nobody reads."""
+    sock = memory["socket"]
+    assert isinstance(sock, socket.socket)
+    lingering = socket.create_connection(address)
+    lingering.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+    lingering.settimeout(0)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            lingering.send(bytes(1 << 16))
+    socket.send_fds(sock, [b'{"type":"scan_descriptor","id":1}'], [lingering.fileno()] * count)
+    os.close(lingering.detach())
 
 
 def test_descriptor_of_a_users_own_file_system_is_not_scanned(scand: RunningScand, directory: Path) -> None:

@@ -127,18 +127,15 @@ def receive_data(sock: socket.socket, size: int) -> tuple[bytes, bytes | None, i
     return data, credentials, flags & _TRUNCATED
 
 
-def receive_few(sock: socket.socket, size: int, most: int) -> tuple[bytes, Descriptors, bool]:
-    """Receive one message, with room for few descriptors; return data, descriptors, and whether more came.
+def receive_unclosed(sock: socket.socket, size: int) -> tuple[bytes, Descriptors, bool]:
+    """Receive one message; return data, descriptors, and whether the kernel dropped some.
 
-    No descriptor is closed here, whatever happens, as `close(2)` may have to
-    wait for a file system of the sender's; the kernel does not wait when it
-    drops those for which there is no room (or that this process may not have).
-    There may be a few more than `most`. Otherwise as `receive`.
+    As `receive`, but that none is closed here: close(2) may have to wait for a
+    file system of the sender's, or a socket that lingers. It drops those that
+    this process may not have.
     """
     try:
-        data, ancillary, flags, _ = sock.recvmsg(
-            size, _SPACE_FOR_CREDENTIALS + socket.CMSG_SPACE(_NUMBER * most), _RECEIVE_FLAGS
-        )
+        data, ancillary, flags, _ = sock.recvmsg(size, _ANCILLARY_SPACE, _RECEIVE_FLAGS)
     except BlockingIOError:
         raise
     except OSError as error:

@@ -58,11 +58,7 @@ if TYPE_CHECKING:
 
 FAILED = "failed"  # why something is missing if nobody thought of it
 MOST_REQUESTS = 256  # of one connection under way
-_MOST_DESCRIPTORS = 2  # that are received of a message: one, and one that is too many
-_OF_A_USER = (
-    "its file system may be a program of a user's, which can hold up whoever asks it anything;"
-    " have it scanned by its path, or copy it"
-)
+_MOST_MESSAGES_ASIDE = 2  # of a user, whose descriptors have to be looked at; each may have 253
 _MESSAGES_AT_ONCE = 16  # before others have their turn
 
 
@@ -137,6 +133,7 @@ class NativeClient:
         return (
             not self._outbox
             and not self._sorting
+            and self._core.aside.of_user(self._served.uid) < _MOST_MESSAGES_ASIDE
             and len(self._scans) < MOST_REQUESTS
             and len(self._copying) < MOST_REQUESTS
             and self._files.may_be_given()
@@ -163,7 +160,7 @@ class NativeClient:
                 self._read_no_more()
                 return
             try:
-                data, owned, dropped = sockets.receive_few(self._sock, LONGEST_MESSAGE + 1, _MOST_DESCRIPTORS)
+                data, owned, dropped = sockets.receive_unclosed(self._sock, LONGEST_MESSAGE + 1)
             except BlockingIOError:
                 return
             except ConnectionError:
@@ -178,7 +175,7 @@ class NativeClient:
             if not all(map(self._core.mounted.have, owned.numbers())):
                 self._sort_out(data, owned, dropped=dropped)
                 return
-            self._take_with(data, Sorted(owned, 0), dropped=dropped)
+            self._take_with(data, Sorted(owned), dropped=dropped)
 
     def _sort_out(self, data: bytes, owned: Descriptors, *, dropped: bool) -> None:
         """Go on with a message when it is known whether its descriptors are of use; read no other before."""
@@ -191,6 +188,8 @@ class NativeClient:
                 if not self._closed:
                     self._take_with(data, over.result(), dropped=dropped)
             self._read_again()
+            # Its user's other connections may be read from, too.
+            self._core.hub.make_room_known()
 
         descriptors = owned.take_all()
         self._core.aside.run(self._served.uid, lambda: sort_out(descriptors)).add_done_callback(known)
@@ -199,7 +198,9 @@ class NativeClient:
         with came.kept:
             try:
                 if dropped:
-                    raise MessageError("more descriptors came with it than there is room for")
+                    raise MessageError(
+                        "descriptors came with it that this process may not have: too many are open"
+                    )
                 self._take(data, came)
             except MessageError as error:
                 self.end("malformed", str(error))
@@ -264,7 +265,7 @@ class NativeClient:
     def _take(self, data: bytes, came: Sorted) -> None:
         request = decode_request(data)
         wanted = 1 if isinstance(request, ScanDescriptor) else 0
-        count = len(came.kept) + came.refused
+        count = len(came.kept) + len(came.refused)
         if count != wanted:
             raise MessageError(f"{count} descriptors came with it, and it takes {wanted or 'none'}")
         if isinstance(request, Hello):
@@ -272,7 +273,7 @@ class NativeClient:
             return
         if not self._greeted:
             raise MessageError("the first message is hello")
-        self._answer(request, came.kept)
+        self._answer(request, came)
 
     def _greet(self, request: Hello) -> None:
         if self._greeted:
@@ -284,7 +285,7 @@ class NativeClient:
         service = f"fdbroker-scand {fdbroker.__version__}"
         self._send(encode_answer(Welcome(VERSION, service, engines, self._core.configuration.max_size)))
 
-    def _answer(self, request: Request, owned: Descriptors) -> None:
+    def _answer(self, request: Request, came: Sorted) -> None:
         assert not isinstance(request, Hello)  # noqa: S101 - for the type checker
         if isinstance(request, Cancel):
             scan = self._scans.get(request.request)
@@ -301,7 +302,7 @@ class NativeClient:
         else:
             scan = self._scans[request.id] = _Scan(request.id, request.max_size)
             if isinstance(request, ScanDescriptor):
-                self._scan_descriptor(scan, owned)
+                self._scan_descriptor(scan, came)
             else:
                 self._to_open.append((scan, request))
                 if self._opener is None or self._opener.done():
@@ -332,9 +333,10 @@ class NativeClient:
 
     # ---- descriptors that the client has opened ----
 
-    def _scan_descriptor(self, scan: _Scan, owned: Descriptors) -> None:
-        if not owned:
-            self._tell(scan, Scanned(b"", Error(Reason.FILESYSTEM, _OF_A_USER)))
+    def _scan_descriptor(self, scan: _Scan, came: Sorted) -> None:
+        owned = came.kept
+        if came.refused:
+            self._tell(scan, Scanned(b"", came.refused[0]))
             self._all_handed_in(scan)
             return
         [descriptor] = owned.numbers()
