@@ -112,7 +112,7 @@ def test_a_mistake_is_shown_with_place_reason_and_cure(text: str, problem: str |
 def test_what_may_wait_follows_from_the_descriptors_that_there_may_be() -> None:
     configuration = Configuration((), workers=2, spare_workers=2)
     assert limits_within(configuration, 1 << 20) == Limits()
-    assert limits_within(configuration, 2048) == Limits(256, 2048 - 64 - 16 - 1024)
+    assert limits_within(configuration, 2048) == Limits(256, 2048 - 64 - 16 - 1024 - 4 * 128)
     with pytest.raises(LaunchError, match="too few for 4 workers; raise LimitNOFILE="):
         limits_within(configuration, 1024)
 

@@ -94,6 +94,7 @@ class Configuration(NamedTuple):
     limits: Limits = Limits()
     check_databases: float = 60.0
     may_renew: frozenset[int] = frozenset({0})
+    openings: int = 32  # requests whose files are opened at a time; follows from the descriptors there may be
 
 
 def load_configuration(path: str, *, dev: bool = False, lookups: Lookups | None = None) -> Configuration:
