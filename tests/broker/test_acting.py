@@ -615,6 +615,23 @@ def test_walk_for_a_client_ends_when_the_client_is_released(made: Acting) -> Non
     assert service.do(walk_and_release, number, bytes(made.tree / "client")) == ["ok", "identity"]
 
 
+def test_walks_of_one_client_of_a_service_keep_no_other_client_from_its_own(made: Acting) -> None:
+    service = made.serving()
+    made.client(), made.client()
+    one, other = [service.do(accepted).number for _ in range(2)]
+    start = bytes(made.tree / "client")
+    assert service.do(begin_walks_for, one, start, 5) == ["limit"]
+    assert service.do(walk_for, other, start) == [(b"file", b"client")]
+
+
+def begin_walks_for(memory: Memory, number: int, start: bytes, count: int) -> list[str]:
+    """Begin walks that wait for credit; return what is said of the last one."""
+    speaker = memory["speaker"]
+    for request_id in range(100, 100 + count):
+        speaker.begin_walk(start, credit=0, client=number, request_id=request_id)
+    return [read_walked(speaker.receive()).reason]
+
+
 def walk_and_release(memory: Memory, number: int, start: bytes) -> list[str]:
     """Walk with frames of one entry; release the client behind the first."""
     speaker = memory["speaker"]

@@ -128,7 +128,7 @@ def running_scand(
             if not scand.stopped:
                 assert process.poll() is None, f"it died: {scand.errors()}"
                 assert scand.stop() == 0, scand.errors()
-            assert "Traceback" not in scand.errors()
+            assert "Traceback" not in scand.errors(), scand.errors()
         finally:
             if process.poll() is None:
                 process.kill()

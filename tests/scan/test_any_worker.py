@@ -63,16 +63,22 @@ class FakeWorker:
         self.theirs.shutdown(socket.SHUT_WR)
         self.report = None
 
-    def stop(self, grace: float = 0.0) -> Ended:
+    def let_go(self) -> None:
         self.channel.close()
         self.theirs.close()
+
+    stop = let_go
+
+    def wait(self, _timeout: float) -> Ended:
         return Ended(1, None, "it ended with status 1")
 
 
 @settings(max_examples=300)
-@given(st.lists(WORKERS, max_size=6), st.sets(st.integers(1, FILES)))
+@given(st.lists(WORKERS, max_size=6), st.sets(st.integers(1, FILES)), st.booleans())
 def test_no_file_is_clean_without_the_right_answer(
-    workers: list[tuple[int, list[Verdict], list[Said | bytes]]], changed: set[int]
+    workers: list[tuple[int, list[Verdict], list[Said | bytes]]],
+    changed: set[int],
+    in_background: bool,  # noqa: FBT001 - a parameter
 ) -> None:
     said_clean: set[int] = set()
     coming = iter(workers)
@@ -88,7 +94,12 @@ def test_no_file_is_clean_without_the_right_answer(
 
     before = open_descriptors()
     with tempfile.TemporaryDirectory() as directory:
-        supervisor = Supervisor([configure("hashes")], spawn=spawn, window=FILES * 4)  # type: ignore[arg-type]
+        supervisor = Supervisor(
+            [configure("hashes")],
+            spawn=spawn,  # type: ignore[arg-type]
+            window=FILES * 4,
+            in_background=in_background,
+        )
         with supervisor:
             done: list[Done] = []
             for number in range(1, FILES + 1):

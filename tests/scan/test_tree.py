@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import stat
 from typing import TYPE_CHECKING, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fdbroker.client import (
     BrokerError,
@@ -18,6 +21,7 @@ from fdbroker.client import (
     TooManyFilesError,
     UnavailableError,
 )
+from fdbroker.scan.service.opening import ExclusionsOnTheWay
 from fdbroker.scan.tree import EXCLUDED, Exclusions, File, NotAFile, Unlisted, walk
 
 if TYPE_CHECKING:
@@ -168,3 +172,26 @@ def test_what_is_excluded_is_told_and_not_entered(globs: list[bytes], left_out: 
 def test_a_wrong_glob_is_named() -> None:
     with pytest.raises(ValueError, match=r"\[a-: "):
         Exclusions([b"[a-"])
+
+
+_NAMES_OF_FEW = st.lists(st.sampled_from([b"a", b"b", b"ab"]), min_size=1, max_size=5)
+
+
+@given(
+    st.lists(st.sampled_from([b"a", b"*", b"/t/**/b", b"**", b"a/b", b"/t/a*", b"b/**/ab"]), max_size=3),
+    st.lists(_NAMES_OF_FEW, max_size=12),
+)
+def test_exclusions_on_the_way_say_of_each_path_what_the_globs_say_of_it_and_its_directories(
+    globs: list[bytes], below: list[list[bytes]]
+) -> None:
+    exclusions = Exclusions(globs)
+    way = ExclusionsOnTheWay(exclusions, b"/t/")
+
+    async def ask() -> None:
+        for names in below:
+            path = b"/t/" + b"/".join(names)
+            parts = [b"/t/" + b"/".join(names[: count + 1]) for count in range(len(names))]
+            wanted = next((part for part in parts if exclusions.have(part)), None)
+            assert await way.excluded(path) == wanted
+
+    asyncio.run(ask())

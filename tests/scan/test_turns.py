@@ -113,6 +113,9 @@ class PuppetSupervisor:
             done.append(Done(name, before.size, verdict, (Answer("hashes", verdict),)))
         return done
 
+    def start_anew(self) -> None:
+        self.replace_worker()
+
     def replace_worker(self) -> None:
         while self.answers:  # that nobody had received
             name, descriptor, before, _ = self.answers.pop()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fdbroker.broker.dispatch import Answer, Asker, Dispatch, Parts
     from fdbroker.broker.limits import Limits
 
-MOST_WALKS = 4  # of one connection
+MOST_WALKS = 4  # of one connection, or of one client of a service on it
 # A walk that waits for credit keeps its place: up to a megabyte, 2,000 directories deep.
 MOST_WALKS_OF_UID = 32
 MOST_WALKS_IN_ALL = 256
@@ -51,10 +51,11 @@ _LEFT_OUT = {
 class ActiveWalk:
     """A walk of one connection, what it has sent and what it may still send."""
 
-    __slots__ = ("credit", "descriptors", "entries", "most", "not_before", "request", "sent", "walk")
+    __slots__ = ("credit", "descriptors", "entries", "most", "not_before", "request", "sent", "uid", "walk")
 
-    def __init__(self, request: WalkRequest, walk: Walk) -> None:
+    def __init__(self, request: WalkRequest, walk: Walk, uid: int) -> None:
         self.request = request
+        self.uid = uid  # that it counts for
         self.walk = walk
         self.credit = request.credit
         self.most = request.most or BATCH
@@ -161,8 +162,7 @@ class Walks:
             self._note_end(self._dispatch.who(connection, active.request.client), active, end)
 
     def _forget(self, connection: Connection, request_id: int) -> None:
-        del connection.walks[request_id]
-        uid = connection.peer.uid
+        uid = connection.walks.pop(request_id).uid
         self.count -= 1
         self._walks_of[uid] -= 1
         if not self._walks_of[uid]:
@@ -175,18 +175,17 @@ class Walks:
         asker = self._dispatch.asker(connection, request.client) if objection is None else objection
         if isinstance(asker, str):
             return self._refuse(connection, request, Reason.IDENTITY, asker), []
-        of_uid = self._walks_of.get(connection.peer.uid, 0)
-        if (
-            len(connection.walks) >= MOST_WALKS
-            or of_uid >= MOST_WALKS_OF_UID
-            or self.count >= MOST_WALKS_IN_ALL
-        ):
+        # Of a service each client has its own, or one of them would keep the others from any.
+        of_client = sum(one.request.client == request.client for one in connection.walks.values())
+        uid = asker.uid if asker.on_behalf_of_uid is None else asker.on_behalf_of_uid
+        of_uid = self._walks_of.get(uid, 0)
+        if of_client >= MOST_WALKS or of_uid >= MOST_WALKS_OF_UID or self.count >= MOST_WALKS_IN_ALL:
             return self._refuse(connection, request, Reason.LIMIT, "walks"), []
         roots = self._dispatch.generation.opener.roots
         walk = Walk(request, roots, asker.view, asker.uid, self._proc_self_fd, self._ping)
-        connection.walks[request.id] = ActiveWalk(request, walk)
+        connection.walks[request.id] = ActiveWalk(request, walk, uid)
         self.count += 1
-        self._walks_of[connection.peer.uid] = of_uid + 1
+        self._walks_of[uid] = of_uid + 1
         return None
 
     def _more(self, connection: Connection, request: Request, objection: str | None) -> None:

@@ -127,6 +127,27 @@ def receive_data(sock: socket.socket, size: int) -> tuple[bytes, bytes | None, i
     return data, credentials, flags & _TRUNCATED
 
 
+def receive_unclosed(sock: socket.socket, size: int) -> tuple[bytes, Descriptors, bool]:
+    """Receive one message; return data, descriptors, and whether the kernel dropped some.
+
+    As `receive`, but that none is closed here: close(2) may have to wait for a
+    file system of the sender's, or a socket that lingers. It drops those that
+    this process may not have.
+    """
+    try:
+        data, ancillary, flags, _ = sock.recvmsg(size, _ANCILLARY_SPACE, _RECEIVE_FLAGS)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise renamed(error, "recvmsg", descriptor=sock.fileno(), size=size) from None
+    descriptors = Descriptors()
+    for level, kind, content in ancillary:
+        if kind == _SCM_RIGHTS and level == _SOL_SOCKET:
+            for number in _numbers(content):
+                descriptors.add(number)
+    return data, descriptors, bool(flags & CONTROL_TRUNCATED)
+
+
 def _numbers(content: bytes) -> array.array[int]:
     """Return the descriptors of an SCM_RIGHTS message."""
     return array.array("i", content[: len(content) // _NUMBER * _NUMBER])

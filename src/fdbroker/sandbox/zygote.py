@@ -124,6 +124,23 @@ class Worker:
                 self._owned.close()
         return self._ended or Ended(None, None, "")
 
+    @property
+    def end_fileno(self) -> int:
+        """What is readable when `wait` knows how it ended; -1 when that is known."""
+        return self._end if self._ended is None else -1
+
+    def let_go(self) -> None:
+        """Close the channel and kill it, and wait for nothing: nobody will know how it ended.
+
+        For whoever has something else to do than to wait for a process that a file system holds. May be
+        called again, and after `stop`.
+        """
+        self.channel.close()
+        self.kill()
+        if self._ended is None:
+            self._ended = Ended(None, None, "it was let go of")
+            self._owned.close()
+
     def confirm(self, wanted: Confinement, deadline: float) -> None:
         """Receive its report, and compare it with what is wanted and with the kernel's word.
 

@@ -156,15 +156,12 @@ class ScanService:
             ScanServiceError: there is no verdict.
 
         """
-        [result] = self.begin(ScanDescriptor(self._new_id(), max_size), descriptor)
-        assert isinstance(result, Scanned)  # noqa: S101 - for the type checker; the service skips names alone
-        return result
+        scan = self.begin(ScanDescriptor(self._new_id(), max_size), descriptor)
+        return _the_one(list(scan), scan.end)
 
     def scan_path(self, path: str | bytes, *, max_size: int | None = None) -> Scanned:
         """Return the verdict on a file, which the broker opens on behalf of this user. Raises as above."""
-        [result] = self.scan_paths([path], max_size=max_size)
-        assert isinstance(result, Scanned)  # noqa: S101 - as above
-        return result
+        return _the_one(list(self.scan_paths([path], max_size=max_size)), None)
 
     def scan_paths(
         self, paths: Iterable[str | bytes], *, max_size: int | None = None
@@ -364,6 +361,15 @@ class Scan:
             self.end = answer
         elif isinstance(answer, Refused):
             self._refused = answer
+
+
+def _the_one(results: list[Scanned | Skipped], end: End | None) -> Scanned:
+    """Return the verdict on the one file that was asked for; ServiceGoneError."""
+    if end is not None and end.missing:
+        raise ServiceGoneError(end.missing[0], f"the scan was cut off: {', '.join(end.missing)}")
+    if len(results) != 1 or not isinstance(results[0], Scanned):
+        raise ServiceGoneError("malformed", f"the scan service has {len(results)} answers for one file")
+    return results[0]
 
 
 def _in_messages(paths: list[bytes]) -> Iterator[tuple[bytes, ...]]:

@@ -27,7 +27,8 @@ def admit(descriptor: int) -> Stamp | Error:
         return Error(Reason.READ_FAILED, f"the descriptor is of no use: {error.strerror}")
     if not stat.S_ISREG(facts.st_mode):
         return Error(Reason.NOT_REGULAR, "what was handed in is no regular file")
-    if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
+    # Of the four access modes two can read: 3 is for neither, and lets ioctl(2) alone; open(2).
+    if flags & os.O_PATH or flags & os.O_ACCMODE not in {os.O_RDONLY, os.O_RDWR}:
         return Error(Reason.NOT_READABLE, "what was handed in is not open for reading")
     return Stamp.of(facts)
 

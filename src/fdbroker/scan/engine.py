@@ -144,7 +144,11 @@ class Progress(NamedTuple):
 
 
 class Outside(Engine):
-    """An engine that runs somewhere else and is handed open files."""
+    """An engine that runs somewhere else and is handed open files.
+
+    Each is an open file that nobody else has: somebody who had it too could move its offset to the end, or
+    set O_DIRECT, with which reads fail, and there are programs that take that for the end of the file.
+    """
 
     @abstractmethod
     def connect(self) -> Session:

@@ -14,6 +14,7 @@ had a window of files takes no more of its user, and goes to who has none.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from fdbroker.sandbox import Zygote
     from fdbroker.sandbox.report import LayerReport
     from fdbroker.scan.plugins import Configured
     from fdbroker.scan.stamps import Stamp
@@ -139,6 +141,7 @@ class Pool:
         max_size: bytes; a file that is larger is an error, and no engine has it. None: no limit but theirs.
         isolate: a new worker for each file.
         files_per_worker: after so many files a worker is replaced; None: by its age alone.
+        in_background: as of `Supervisor`: `advance` and `cancel` wait for no process.
 
     Raises:
         EngineError: an engine can't be had as it is configured, or is there twice.
@@ -156,6 +159,7 @@ class Pool:
         max_size: int | None = None,
         isolate: bool = False,
         files_per_worker: int | None = None,
+        in_background: bool = False,
     ) -> None:
         names = [one.name for one in engines]
         twice = [name for name in names if names.count(name) > 1]
@@ -180,6 +184,7 @@ class Pool:
                 window=window,
                 files_per_worker=1 if isolate else files_per_worker,
                 spawn=self._lanes[0].supervisor.spawn_from_zygote if self._lanes else None,
+                in_background=in_background,
             )
             self._lanes.append(_Lane(supervisor, window))
         self._last: _Lane | None = None
@@ -209,6 +214,11 @@ class Pool:
     def workers(self) -> int:
         """Most workers that there are at a time; 0 where all engines are outside ones."""
         return len(self._lanes)
+
+    @property
+    def has_outside_engines(self) -> bool:
+        """Whether files must be open files that nobody else has (`fdbroker.scan.engine.Outside`)."""
+        return bool(self._outside)
 
     @property
     def under_way(self) -> int:
@@ -245,8 +255,10 @@ class Pool:
         """
         return self._lanes[0].supervisor.start() if self._lanes else None
 
-    def versions(self) -> list[Version]:
+    def versions(self, loaded: Loaded | None = None) -> list[Version]:
         """Return the versions of all engines, in the order in which they were given.
+
+        `loaded`: what `load` gave, to ask that; takes its time, so another thread may do it.
 
         Raises:
             EngineError: an outside engine is not there.
@@ -256,7 +268,7 @@ class Pool:
         """
         told = {engine.name: one_line(engine.version()) for engine in self._outside}
         if self._lanes:
-            told |= zip(self._inside, self._lanes[0].supervisor.versions(), strict=True)
+            told |= zip(self._inside, self._lanes[0].supervisor.versions(loaded), strict=True)
         return [Version(name, told[name], name in self._inside) for name in self._names]
 
     def outdated(self) -> bool:
@@ -273,13 +285,17 @@ class Pool:
         """
         return self._lanes[0].supervisor.load() if self._lanes else None
 
-    def adopt(self, loaded: Loaded | None) -> None:
-        """Go on with workers of engines that `load` gave. What is under way goes to them."""
+    def adopt(self, loaded: Loaded | None) -> Zygote | None:
+        """Go on with workers of engines that `load` gave. What is under way goes to them.
+
+        Returned is what they came from before, which the caller closes; that takes its time.
+        """
         if loaded is None:
-            return
+            return None
+        outgoing = self._lanes[0].supervisor.adopt(loaded)
         for lane in self._lanes[1:]:
-            lane.supervisor.replace_worker()
-        self._lanes[0].supervisor.adopt(loaded)
+            lane.supervisor.start_anew()
+        return outgoing
 
     def submit(self, path: bytes, descriptor: int) -> Iterator[Done]:
         """Hand in a file; yield verdicts of whatever files, as many as it takes to have room for more.
@@ -374,7 +390,8 @@ class Pool:
             lane.supervisor.deadline() for lane in self._lanes if lane.supervisor.fileno() is not None
         ]
         deadlines += [left for _, handover in self._handovers if (left := handover.deadline()) is not None]
-        return min(deadlines, default=None)
+        first = min(deadlines, default=math.inf)
+        return None if first == math.inf else first
 
     def cancel(self, source: Source, wanted: Callable[[object], bool] = lambda _: True) -> list[object]:
         """Drop files of a client, those whose ticket is `wanted`; return the tickets.

@@ -18,7 +18,9 @@ message runs from the moment it is the oldest one, and anew from each answer to 
 from __future__ import annotations
 
 import errno
+import math
 import signal
+import threading
 import time
 from collections import deque
 from itertools import islice
@@ -34,6 +36,7 @@ from fdbroker.scan.contract import admit, confirm
 from fdbroker.scan.engine import EngineError, combined
 from fdbroker.scan.plugins import make_inside, to_json
 from fdbroker.scan.stamps import Databases
+from fdbroker.scan.starting import Starting
 from fdbroker.scan.verdict import Answer, Clean, Error, Reason, Verdict, worst
 from fdbroker.scan.versions import LONGEST_VERSIONS, decode_versions
 from fdbroker.scan.worker import MOST_REQUESTS, REQUEST, VERSIONS
@@ -55,8 +58,9 @@ _SECONDS_OF_A_WORKER = 600.0
 # The whole database of ClamAV takes half a minute, from a slow disk more.
 _SECONDS_TO_LOAD = 300.0
 _SECONDS_TO_TELL = 20.0
-# A worker that closed its channel is about to end.
+# A worker that closed its channel is about to end; one that is killed too, unless a file system holds it.
 _GRACE = 1.0
+_SECONDS_TO_DIE = 5.0
 _REASONS: dict[int, Reason] = {
     signal.SIGSYS: Reason.FORBIDDEN_CALL,
     signal.SIGKILL: Reason.KILLED,
@@ -88,6 +92,18 @@ class Loaded(NamedTuple):
     databases: Databases
 
 
+class _Ending(NamedTuple):
+    """A worker that ended, or is about to: `what` it did says whose fault that is once it is known how.
+
+    `until` then (time.monotonic) it is waited for; then it is `killed`.
+    """
+
+    worker: Worker
+    what: str
+    until: float
+    killed: bool = False
+
+
 class _Job(NamedTuple):
     number: int
     path: bytes
@@ -107,6 +123,8 @@ class Supervisor:
         window: most files under way to the worker.
         files_per_worker: after so many files a worker is replaced; None: by its age alone.
         spawn: gives workers; by default they come from a zygote that is started with the first one.
+        in_background: workers after the first one are started by threads, so that `advance` never waits for
+            one, nor for engines that are loaded anew since the zygote has ended. `spawn` must allow for that.
 
     Raises:
         EngineError: an engine can't be had as it is configured, or does not run in a worker.
@@ -122,6 +140,7 @@ class Supervisor:
         window: int = DEFAULT_WINDOW,
         files_per_worker: int | None = None,
         spawn: Callable[[], Worker] | None = None,
+        in_background: bool = False,
     ) -> None:
         if not 1 <= len(engines) <= MOST_ENGINES:
             raise EngineError(f"1 to {MOST_ENGINES} engines are needed, not {len(engines)}")
@@ -151,6 +170,13 @@ class Supervisor:
             gid=None if ids is None else ids[1],
         )
         self._zygote: Zygote | None = None
+        # Of several threads that want a worker one loads the engines. Held for as long as that takes; the
+        # other one is for the moment in which the zygote is another.
+        self._loading = threading.Lock()
+        self._exchange = threading.Lock()
+        self._in_background = in_background
+        self._starting: Starting | None = None
+        self._ending: _Ending | None = None
         self._spawn = spawn or self.spawn_from_zygote
         self._files_per_worker = files_per_worker
         self._files_left = files_per_worker
@@ -215,15 +241,19 @@ class Supervisor:
             OSError: no process or descriptors to be had.
 
         """
-        self._worker = self._spawn()
+        self._take_over(self._spawn())
+        assert self._worker is not None  # noqa: S101 - for the type checker
+        return self._worker.report
+
+    def _take_over(self, worker: Worker) -> None:
+        self._worker = worker
         self._has_had_files = False
         self._retire_at = time.monotonic() + _SECONDS_OF_A_WORKER
         self._files_left = self._files_per_worker
         self.workers_started += 1
-        return self._worker.report
 
-    def versions(self) -> list[str]:
-        """Return what each engine says of its version, in their order.
+    def versions(self, loaded: Loaded | None = None) -> list[str]:
+        """Return what each engine says of its version, in their order; of `loaded`, before it is adopted.
 
         A worker of its own is asked, which never has a file, so that nothing hostile answers.
 
@@ -232,7 +262,7 @@ class Supervisor:
             OSError: no process or descriptors to be had.
 
         """
-        with self._spawn() as fresh:
+        with self._spawn() if loaded is None else loaded.zygote.spawn() as fresh:
             sockets.send(fresh.channel, VERSIONS)
             if not is_readable(fresh.channel.fileno(), _SECONDS_TO_TELL):
                 raise SandboxError("the worker does not tell the versions of its engines")
@@ -257,14 +287,26 @@ class Supervisor:
             OSError: no process or descriptors to be had; likewise.
 
         """
-        self.adopt(self.load())
-
-    def adopt(self, loaded: Loaded) -> None:
-        """Go on with workers of engines that `load` gave, which are the supervisor's from the call on."""
-        outgoing, self._zygote, self._databases = self._zygote, *loaded
-        self.replace_worker()
+        outgoing = self.adopt(self.load())
         if outgoing is not None:
             outgoing.close()
+
+    def adopt(self, loaded: Loaded) -> Zygote | None:
+        """Go on with workers of engines that `load` gave, which are the supervisor's from the call on.
+
+        Returned is the zygote from before, which the caller closes; that takes its time.
+        """
+        with self._exchange:
+            outgoing, self._zygote, self._databases = self._zygote, *loaded
+        self.start_anew()
+        return outgoing
+
+    def start_anew(self) -> None:
+        """End the worker, and one that is being started: the next file gets one that is not begun yet."""
+        self.replace_worker()
+        if self._starting is not None:
+            self._starting.give_up()
+            self._starting = None
 
     def load(self) -> Loaded:
         """Return the engines, loaded anew; changes nothing here, so another thread may do it.
@@ -298,13 +340,23 @@ class Supervisor:
             OSError: no process or descriptors to be had.
 
         """
-        if self._zygote is None:
-            self._zygote, self._databases = self.load()
+        with self._loading:
+            zygote = self._zygote
+            if zygote is None:
+                loaded = self.load()
+                with self._exchange:
+                    if self._zygote is None:
+                        self._zygote, self._databases = loaded
+                    zygote = self._zygote
+                if zygote is not loaded.zygote:
+                    loaded.zygote.close()  # others were adopted meanwhile
         try:
-            return self._zygote.spawn()
+            return zygote.spawn()
         except ZygoteError:
             # The next file gets a new one.
-            self._zygote = None
+            with self._exchange:
+                if self._zygote is zygote:
+                    self._zygote = None
             raise
 
     def submit(self, path: bytes, descriptor: int) -> Iterator[Done]:
@@ -340,16 +392,26 @@ class Supervisor:
 
     def fileno(self) -> int | None:
         """Return what becomes readable when there is something to do, None while nothing is with a worker."""
-        return None if self._worker is None or not self._sent else self._worker.channel.fileno()
+        if self._ending is not None:
+            return self._ending.worker.end_fileno
+        if self._worker is None:
+            return None if self._starting is None or not self._unsent else self._starting.fileno()
+        return None if not self._sent else self._worker.channel.fileno()
 
     def deadline(self) -> float:
-        """Return when (time.monotonic) the time of the oldest file under way is up."""
-        return self._oldest_since + self._timeout
+        """Return when (time.monotonic) there is something to do in any case; infinity: never.
+
+        It is when the time of the oldest file under way is up, or that of a worker that should have ended.
+        """
+        if self._ending is not None:
+            return self._ending.until
+        return self._oldest_since + self._timeout if self._sent else math.inf
 
     def replace_worker(self) -> None:
         """End the worker; the next file gets a new one. What is under way goes to that, oldest first."""
+        self._ending = None
         if self._worker is not None:
-            self._worker.stop()
+            self._worker.let_go()
             self._worker = None
         self._unsent.extendleft(reversed(self._sent))
         self._sent.clear()
@@ -369,9 +431,11 @@ class Supervisor:
 
     def close(self) -> None:
         """End the worker and close the files that are under way; their verdicts are lost."""
+        self._ending = None
         if self._worker is not None:
             self._worker.stop()
             self._worker = None
+        self.start_anew()
         if self._zygote is not None:
             self._zygote.close()
             self._zygote = None
@@ -389,13 +453,16 @@ class Supervisor:
         """Wait for verdicts. Send others if there are at least `least`."""
         while not (done := self._look(least)):
             if done is None:
-                if self._worker is None or not self._sent:
+                fileno, left = self.fileno(), self.deadline() - time.monotonic()
+                if fileno is None:
                     raise RuntimeError("nothing is under way")
-                is_readable(self._worker.channel.fileno(), self.deadline() - time.monotonic())
+                is_readable(fileno, None if left == math.inf else left)
         return done
 
     def _look(self, least: int) -> list[Done] | None:
         """Do one thing that can be done now; return the verdicts it gave. None: there is nothing to do."""
+        if self._ending is not None:
+            return self._see_it_end(self._ending)
         if self._unsent and (not self._sent or len(self._unsent) >= least):
             failed = self._send()
             if failed:
@@ -411,10 +478,11 @@ class Supervisor:
 
     def _send(self) -> list[Done]:
         """Send as many files as fit. Return the oldest one, failed, if there is no way to send it."""
-        while self._unsent and len(self._sent) < self._window:
+        while self._unsent and len(self._sent) < self._window and self._ending is None:
             if self._worker is None:
                 try:
-                    self.start()
+                    if not self._have_started():
+                        return []
                 except (SandboxError, OSError) as error:
                     return self._failed(Error(Reason.NOT_LOADED, f"no worker could be started: {error}"))
             count = 1
@@ -434,10 +502,8 @@ class Supervisor:
                     # It ended behind those, and never had this one.
                     self.replace_worker()
                     continue
-                ended = Ended(None, None, "") if self._worker is None else self._worker.stop(grace=_GRACE)
-                self.replace_worker()
-                text = f"the worker took no file ({error.strerror}): {ended}"
-                return self._failed(Error(_reason_of(ended), text))
+                self._expect_its_end(f"the worker took no file ({error.strerror})")
+                return []
             self._has_had_files = True
             if not self._sent:
                 self._oldest_since = time.monotonic()
@@ -445,6 +511,44 @@ class Supervisor:
             for _ in jobs:
                 self._sent.append(self._unsent.popleft())
         return []
+
+    def _have_started(self) -> bool:
+        """Start a worker; return False if that is still being done. Raises as `start`."""
+        if not self._in_background:
+            self.start()
+            return True
+        if self._starting is None:
+            self._starting = Starting(self._spawn)
+        if not self._starting.is_over:
+            return False
+        starting, self._starting = self._starting, None
+        self._take_over(starting.result())
+        return True
+
+    def _expect_its_end(self, what: str) -> None:
+        """Have the worker, which is of no use any more, end by itself, to know how it ended."""
+        if self._worker is not None:
+            self._worker.channel.close()
+            self._ending = _Ending(self._worker, what, time.monotonic() + _GRACE)
+
+    def _see_it_end(self, ending: _Ending) -> list[Done] | None:
+        """Return the verdicts that the end of the worker gives; None: it has not ended."""
+        now = time.monotonic()
+        ended = ending.worker.wait(0.0)
+        if ended is None and now < ending.until:
+            return None
+        if ended is None and not ending.killed:
+            ending.worker.kill()
+            self._ending = ending._replace(until=now + _SECONDS_TO_DIE, killed=True)
+            return None
+        if ended is None:
+            ended = Ended(None, None, "it can't be killed: does a file system hang?")
+        had_files = bool(self._sent)
+        error = Error(_reason_of(ended), f"{ending.what}: {ended}")
+        if had_files:
+            return self._blame(error)
+        self.replace_worker()
+        return self._failed(error)
 
     def _send_one_message(self, jobs: list[_Job]) -> None:
         if self._worker is not None:
@@ -469,9 +573,8 @@ class Supervisor:
             if sent_along:
                 return self._blame(_NO_ANSWER)
             if not message.data:
-                ended = process.stop(grace=_GRACE)
-                text = f"the worker ended while it had this file: {ended}"
-                return self._blame(Error(_reason_of(ended), text))
+                self._expect_its_end("the worker ended while it had this file")
+                return []
         return self._take(process, message.data)
 
     def _take(self, process: Worker, data: bytes) -> list[Done]:

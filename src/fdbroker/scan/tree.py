@@ -86,6 +86,18 @@ class Exclusions:
         components = path[1:].split(b"/")
         return any(glob.matches(components) for glob in self._globs)
 
+    def start(self) -> tuple[int, ...]:
+        """Return the states of the globs at the root, for `step`."""
+        return tuple(glob.start for glob in self._globs)
+
+    def step(self, states: tuple[int, ...], name: bytes) -> tuple[int, ...]:
+        """Return their states after one more name of a path."""
+        return tuple([glob.step(state, name) for glob, state in zip(self._globs, states, strict=True)])
+
+    def accept(self, states: tuple[int, ...]) -> bool:
+        """Return whether a path that ends here is left out."""
+        return any(glob.accepts(state) for glob, state in zip(self._globs, states, strict=True))
+
 
 _NOTHING = Exclusions()
 

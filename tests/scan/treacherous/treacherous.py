@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from dataclasses import dataclass
 
 from fdbroker.scan.engine import Inside
@@ -32,6 +33,8 @@ class Treacherous(Inside):
         """Read the word."""
         with open(self.options.word, "rb") as file:
             self.word = file.read().strip()
+        while os.path.exists(self.options.word + b".slow"):
+            time.sleep(0.01)
 
     def version(self) -> str:
         """Return the word."""
@@ -43,6 +46,10 @@ class Treacherous(Inside):
         if data == b"turn":
             Treacherous.turned = True
         elif data == b"hang":
+            while True:
+                pass
+        elif data == b"close":
+            os.close(0)  # the channel
             while True:
                 pass
         elif data == b"crash":

@@ -36,7 +36,8 @@ from fdbroker.config.names import printable
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.scan.run import Scanned
-from fdbroker.scan.service.copying import sealed_copy, writable_file
+from fdbroker.scan.service.copying import file_to_copy, sealed_copy
+from fdbroker.scan.service.filesystems import Sorted, sort_out
 from fdbroker.scan.service.opening import ToScan, TreeOfFiles
 from fdbroker.scan.service.streams import Stream
 from fdbroker.scan.tree import Exclusions
@@ -107,6 +108,7 @@ class ClamdClient:
         self._to_open: deque[_Command] = deque()
         self._opener: asyncio.Task[None] | None = None
         self._copying: set[asyncio.Task[None]] = set()
+        self._openings = core.openings_of(served.uid)
         self._outbox = bytearray()
         self._flushing: asyncio.Handle | None = None
         self._resuming: asyncio.Handle | None = None
@@ -114,6 +116,7 @@ class ClamdClient:
         self._write_timer: asyncio.TimerHandle | None = None
         self._dry = True  # no event can be made of what was received
         self._pulling = False
+        self._sorting = False  # descriptors are looked at aside
         self._reading = True  # what comes is wanted
         self._watched: bool | None = (
             None  # the loop looks for it; False: for its end alone; None: nobody does
@@ -130,6 +133,7 @@ class ClamdClient:
     def _may_go_on(self) -> bool:
         return (
             not self._closed
+            and not self._sorting
             and self._write_timer is None
             and len(self._outbox) < _MOST_BYTES
             and self._conversation.under_way < MOST_COMMANDS
@@ -170,15 +174,39 @@ class ClamdClient:
                 # The kernel dropped some, and what came with which command nobody can tell now.
                 self._send_and_close(_NOT_RECEIVED)
                 return
-            count = len(message.descriptors)
-            for descriptor in message.descriptors.take_all():
-                self._owned.add(descriptor)
-            self._conversation.receive(message.data, count, self._loop.time())
-            self._dry = False
+            if not all(map(self._core.mounted.have, message.descriptors.numbers())):
+                self._sort_out(message.data, message.descriptors)
+                break
+            self._receive(message.data, message.descriptors)
             self._pull()
             if not self._wants_more():
                 break
         self._go_on()
+
+    def _receive(self, data: bytes, descriptors: Descriptors) -> None:
+        count = len(descriptors)
+        for descriptor in descriptors.take_all():
+            self._owned.add(descriptor)
+        self._conversation.receive(data, count, self._loop.time())
+        self._dry = False
+
+    def _sort_out(self, data: bytes, descriptors: Descriptors) -> None:
+        """Go on when it is known whether descriptors are of use; nothing is read before."""
+        self._sorting = True
+        numbers = descriptors.take_all()
+
+        def known(over: asyncio.Future[Sorted]) -> None:
+            self._sorting = False
+            with over.result().kept as kept:
+                if self._closed:
+                    return
+                if over.result().refused:
+                    self._send_and_close(said(over.result().refused[0])[0] + b"\n")
+                    return
+                self._receive(data, kept)
+            self._go_on()
+
+        self._core.aside.run(self._served.uid, lambda: sort_out(numbers)).add_done_callback(known)
 
     def _wants_more(self) -> bool:
         return self._dry and self._conversation.reads_more and self._may_go_on()
@@ -436,7 +464,7 @@ class ClamdClient:
     def _scan_descriptor(self, asked: Asked, descriptor: int) -> None:
         name = b"fd[%d]" % descriptor
         command = self._commands[asked.number] = _Command(asked, name, _path_of(descriptor) or name)
-        facts = writable_file(descriptor)
+        facts = file_to_copy(descriptor, shared=self._core.hub.pool.has_outside_engines)
         if facts is not None:
             owned = Descriptors([descriptor])
             task = command.task = asyncio.create_task(self._scan_copy(command, owned, facts))
@@ -497,7 +525,7 @@ class ClamdClient:
     async def _open(self, command: _Command) -> None:
         try:
             tree = TreeOfFiles(self._served, _plain(command.name), Exclusions())
-            async with contextlib.aclosing(tree.entries()) as entries:
+            async with self._openings, self._core.openings, contextlib.aclosing(tree.entries()) as entries:
                 async for entry in entries:
                     if isinstance(entry, ToScan):
                         self._hand_in(command, entry.path, entry.descriptor)

@@ -123,6 +123,7 @@ class Configuration(NamedTuple):
     may_renew: frozenset[int] = frozenset({0})
     may_stop: frozenset[int] = frozenset()
     log: str = "plain"
+    openings: int = 32  # requests whose files are opened at a time; follows from the descriptors there may be
 
 
 def load_configuration(path: str, *, dev: bool = False, lookups: Lookups | None = None) -> Configuration:

@@ -13,15 +13,17 @@ from fdbroker.client.sealed import seal_in_steps
 from fdbroker.scan.verdict import Error, Reason
 
 
-def writable_file(descriptor: int) -> os.stat_result | None:
-    """Return what a file is that is open for reading and writing, so that no worker may have it; else None.
+def file_to_copy(descriptor: int, *, shared: bool) -> os.stat_result | None:
+    """Return what a file is that may be scanned as a copy alone, or None.
 
-    With it a worker could write; and who has opened it may go on doing so. Everything else that can't be
+    That is one open for reading and writing: with it a worker could write, and who has opened it may go on
+    doing so. `shared`: also one open for reading, as nobody may share its offset and flags. Everything else that can't be
     scanned as it is has an error of its own, from the pool; so has what can't even be looked at, as a file of
     somebody else's FUSE.
     """
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    if flags & os.O_ACCMODE != os.O_RDWR or flags & os.O_PATH:
+    modes = {os.O_RDWR, os.O_RDONLY} if shared else {os.O_RDWR}
+    if flags & os.O_ACCMODE not in modes or flags & os.O_PATH:
         return None
     try:
         facts = os.fstat(descriptor)

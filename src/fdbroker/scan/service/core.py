@@ -6,11 +6,14 @@ import asyncio
 import select
 import sys
 import time
+import weakref
 from typing import TYPE_CHECKING, Protocol
 
 from fdbroker.config.names import printable
 from fdbroker.sandbox import SandboxError
 from fdbroker.scan.engine import EngineError
+from fdbroker.scan.service.aside import AsideForUsers, run_aside
+from fdbroker.scan.service.filesystems import Mounted
 from fdbroker.scan.service.hub import Hub
 from fdbroker.scan.service.memory import Memory
 
@@ -21,6 +24,11 @@ if TYPE_CHECKING:
     from fdbroker.aio import ServedClient
     from fdbroker.scan.pool import Pool, Version
     from fdbroker.scan.service.configuration import Configuration, Listener
+    from fdbroker.scan.supervisor import Loaded
+
+# Of a user, whatever the number of its connections: its files in memory, and requests whose files are opened.
+_MOST_COPIES = 4
+_MOST_OPENINGS = 4
 
 
 class Connection(Protocol):
@@ -51,10 +59,25 @@ class Core:
         self.versions = versions
         self.connections: set[Connection] = set()
         self.hang_ups = HangUps()
+        self.aside = AsideForUsers()
+        self.mounted = Mounted()
         self.began = time.monotonic()
         self.renewed = 0
+        self.outdated = False  # as it was seen last
         self.listeners: dict[str, str] = {}  # each with how it is
         self._renewing: asyncio.Task[str | None] | None = None
+        # Each has batches of descriptors that wait for room.
+        self.openings = asyncio.Semaphore(configuration.openings)
+        self._openings: weakref.WeakValueDictionary[int, asyncio.Semaphore] = weakref.WeakValueDictionary()
+        self._copies: weakref.WeakValueDictionary[int, asyncio.Semaphore] = weakref.WeakValueDictionary()
+
+    def copies_of(self, user: int) -> asyncio.Semaphore:
+        """Return what each copy of a file of this user's is made under; held by its connections."""
+        return self._copies.setdefault(user, asyncio.Semaphore(_MOST_COPIES))
+
+    def openings_of(self, user: int) -> asyncio.Semaphore:
+        """Return what the files of a request of this user's are opened under; held by its connections."""
+        return self._openings.setdefault(user, asyncio.Semaphore(_MOST_OPENINGS))
 
     async def renew(self) -> str | None:
         """Load the engines anew and go on with them; return why not, None if that is done.
@@ -70,28 +93,29 @@ class Core:
         return self._renewing
 
     async def _renew(self) -> str | None:
-        pool = self.hub.pool
         try:
-            loaded = await asyncio.to_thread(pool.load)
-            pool.adopt(loaded)
-            self.versions = pool.versions()
+            loaded, versions = await run_aside(lambda: _load(self.hub.pool))
         except (SandboxError, EngineError, OSError) as error:
             say(f"the engines could not be loaded anew, so those from before go on: {error}")
             return str(error)
-        finally:
-            self.hub.go_on()
+        outgoing = self.hub.adopt(loaded)
+        self.versions = versions
+        self.outdated = False
         self.renewed += 1
         say(
             "the engines were loaded anew: "
             + ", ".join(f"{one.engine} {one.version}" for one in self.versions)
         )
+        if outgoing is not None:
+            await run_aside(outgoing.close)
         return None
 
     async def watch_databases(self) -> None:
         """Renew the engines whenever what they were loaded from has changed; for ever."""
         while True:
             await asyncio.sleep(self.configuration.check_databases)
-            if self.hub.pool.outdated():
+            self.outdated = await run_aside(self.hub.pool.outdated)
+            if self.outdated:
                 await self.renew()
 
     def status(self) -> dict[str, object]:
@@ -105,7 +129,7 @@ class Core:
             "files_scanned": self.hub.scanned,
             "workers": self.configuration.workers,
             "renewed": self.renewed,
-            "outdated": pool.outdated(),
+            "outdated": self.outdated,
             "listeners": dict(self.listeners),
             "engines": [one._asdict() for one in self.versions],
         }
@@ -114,6 +138,17 @@ class Core:
         """Let go of the loop."""
         self.hub.close()
         self.hang_ups.close()
+        self.mounted.close()
+
+
+def _load(pool: Pool) -> tuple[Loaded | None, list[Version]]:
+    loaded = pool.load()
+    try:
+        return loaded, pool.versions(loaded)
+    except BaseException:
+        if loaded is not None:
+            loaded.zygote.close()
+        raise
 
 
 class HangUps:

@@ -16,9 +16,10 @@ from fdbroker.scan.turns import Source
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fdbroker.sandbox import Zygote
     from fdbroker.scan.pool import Pool
     from fdbroker.scan.service.configuration import Limits
-    from fdbroker.scan.supervisor import Done
+    from fdbroker.scan.supervisor import Done, Loaded
 
 
 class Ticket(NamedTuple):
@@ -101,12 +102,20 @@ class Hub:
         def of_ticket(ticket: object) -> bool:
             return isinstance(ticket, Ticket) and wanted(ticket.request)
 
+        # Workers are ended, and their numbers may be others' before the pool is looked after.
+        self._unwatch()
         dropped = len(self.pool.cancel(files.source, of_ticket))
+        self.go_on()
         if dropped:
             self.count(files, -dropped)
-            self.go_on()
-            self._make_room_known()
+            self.make_room_known()
         return dropped
+
+    def adopt(self, loaded: Loaded | None) -> Zygote | None:
+        """Go on with engines that were loaded anew; as `Pool.adopt`."""
+        self._unwatch()
+        self.go_on()
+        return self.pool.adopt(loaded)
 
     def _advance(self) -> None:
         self._soon = None
@@ -115,28 +124,35 @@ class Hub:
             self._timer = None
         # A descriptor may have been closed, and its number be another one's: they are watched anew each time.
         self._unwatch()
-        finished = self.pool.advance()
+        try:
+            finished = self.pool.advance()
+        finally:
+            # Whatever it was: those that are under way are waited for.
+            self._watch()
         for source, ticket, done in finished:
             assert isinstance(ticket, Ticket)  # noqa: S101 - for the type checker
             self.scanned += 1
             self.count(ticket.files, -1)
             if source in self._clients:  # unless it has gone since, in this very round
                 ticket.tell(done)
+        if finished:
+            self.make_room_known()
+
+    def _watch(self) -> None:
         for fileno in self.pool.filenos():
             self._loop.add_reader(fileno, self._advance)
             self._watched.append(fileno)
         deadline = self.pool.deadline()
         if deadline is not None:
             self._timer = self._loop.call_later(max(0.0, deadline - time.monotonic()), self._advance)
-        if finished:
-            self._make_room_known()
 
     def _unwatch(self) -> None:
         for fileno in self._watched:
             self._loop.remove_reader(fileno)
         self._watched.clear()
 
-    def _make_room_known(self) -> None:
+    def make_room_known(self) -> None:
+        """Have clients that wait for room look whether there is some."""
         for files in tuple(self._clients.values()):
             files.look_again()
 
@@ -170,6 +186,12 @@ class ClientFiles:
         self._hub.count(self, 1)
         self._hub.pool.enqueue(self.source, ticket, path, descriptor, max_size=max_size, owner=owner)
         self._hub.go_on()
+
+    def keep_waiting(self, change: int) -> None:
+        """Count so many files more, or fewer, that wait for something else before they are handed in."""
+        self._hub.count(self, change)
+        if change < 0:
+            self._hub.make_room_known()
 
     def may_be_given(self) -> bool:
         """Return whether there is room for one more descriptor that the client sends."""

@@ -29,6 +29,7 @@ from fdbroker.scan.service.configuration import (
     load_configuration,
 )
 from fdbroker.scan.service.core import say
+from fdbroker.scan.service.opening import DESCRIPTORS_OF_A_REQUEST
 from fdbroker.scan.service.serving import serve
 from fdbroker.scan.supervisor import DEFAULT_WINDOW
 
@@ -111,10 +112,12 @@ def import_clamd_conf(path: str) -> int:
 
 
 def _run(configuration: Configuration) -> int:
-    limits = limits_within(configuration, _most_descriptors())
+    descriptors = _most_descriptors()
+    openings = openings_within(configuration, descriptors)
+    limits = limits_within(configuration, descriptors)
     if limits != configuration.limits:
         say(f"queue: total: {limits.total} files, as the process may have so few descriptors")
-    configuration = configuration._replace(limits=limits)
+    configuration = configuration._replace(limits=limits, openings=openings)
     socket_of_manager = connect_notify_socket()
     watchdog = None if socket_of_manager is None else watchdog_usec()
     with (
@@ -126,6 +129,7 @@ def _run(configuration: Configuration) -> int:
             timeout=configuration.timeout,
             max_size=configuration.max_size,
             files_per_worker=configuration.files_per_worker,
+            in_background=True,
         ) as pool,
     ):
         report = pool.start()
@@ -152,7 +156,8 @@ def limits_within(configuration: Configuration, descriptors: int) -> Limits:
         _CLIENTS * (1 + _OF_A_CLAMD_CLIENT * (listener.protocol == "clamd"))
         for listener in configuration.listeners.values()
     )
-    room = descriptors - _ITS_OWN - _OF_A_WORKER * workers - of_clients
+    opened = openings_within(configuration, descriptors) * DESCRIPTORS_OF_A_REQUEST
+    room = descriptors - _ITS_OWN - _OF_A_WORKER * workers - of_clients - opened
     under_way = DEFAULT_WINDOW * workers
     if room < DEFAULT_WINDOW or under_way > descriptors:
         raise LaunchError(
@@ -161,6 +166,11 @@ def limits_within(configuration: Configuration, descriptors: int) -> Limits:
         )
     limits = configuration.limits
     return limits._replace(total=min(limits.total, room), per_client=min(limits.per_client, room))
+
+
+def openings_within(configuration: Configuration, descriptors: int) -> int:
+    """Return of how many requests files may be opened at a time: for them is a quarter of the descriptors."""
+    return max(2, min(configuration.openings, descriptors // 4 // DESCRIPTORS_OF_A_REQUEST))
 
 
 def _most_descriptors() -> int:

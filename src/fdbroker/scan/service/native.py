@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 from collections import deque
 from typing import TYPE_CHECKING
 
 import fdbroker
-from fdbroker.client import BrokerError
+from fdbroker.client import BrokerError, ChangedError, FileTooLargeError
+from fdbroker.client.sealed import seal_in_steps
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
+from fdbroker.scan.contract import admit
 from fdbroker.scan.messages import (
     LONGEST_MESSAGE,
     VERSION,
@@ -38,10 +41,11 @@ from fdbroker.scan.messages import (
     encode_results,
 )
 from fdbroker.scan.run import Scanned, Skipped
-from fdbroker.scan.service.copying import sealed_copy, writable_file
+from fdbroker.scan.service.aside import run_aside
+from fdbroker.scan.service.filesystems import Sorted, sort_out
 from fdbroker.scan.service.opening import ToScan, TreeOfFiles, files_at
 from fdbroker.scan.tree import Exclusions
-from fdbroker.scan.verdict import Error, Infected
+from fdbroker.scan.verdict import Error, Infected, Reason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -55,8 +59,8 @@ if TYPE_CHECKING:
 
 FAILED = "failed"  # why something is missing if nobody thought of it
 MOST_REQUESTS = 256  # of one connection under way
+_MOST_MESSAGES_ASIDE = 2  # of a user, whose descriptors have to be looked at; each may have 253
 _MESSAGES_AT_ONCE = 16  # before others have their turn
-_MOST_COPIES = 4  # that one connection may have in memory
 
 
 class _Scan:
@@ -101,7 +105,7 @@ class _Scan:
 class NativeClient:
     """A connection of a client; owns it. See `fdbroker.scan.service.core.Speaks`."""
 
-    def __init__(self, core: Core, served: ServedClient, listener: Listener) -> None:  # noqa: ARG002 - nothing to choose
+    def __init__(self, core: Core, served: ServedClient, listener: Listener) -> None:  # noqa: ARG002
         self._core = core
         self._served = served
         self._sock = served.socket
@@ -111,12 +115,14 @@ class NativeClient:
         self._greeted = False
         self._closed = False
         self._reading = False
+        self._sorting = False
         self._scans: dict[int, _Scan] = {}
         # Those whose files the broker opens: one after the other.
         self._to_open: deque[tuple[_Scan, ScanPaths | ScanTree]] = deque()
         self._opener: asyncio.Task[None] | None = None
         self._copying: set[asyncio.Task[None]] = set()
-        self._copies = asyncio.Semaphore(_MOST_COPIES)
+        self._copies = core.copies_of(served.uid)
+        self._openings = core.openings_of(served.uid)
         self._outbox: deque[bytes] = deque()
         self._flushing: asyncio.Handle | None = None
         core.connections.add(self)
@@ -125,7 +131,14 @@ class NativeClient:
     # ---- the socket ----
 
     def _may_read(self) -> bool:
-        return not self._outbox and len(self._scans) < MOST_REQUESTS and self._files.may_be_given()
+        return (
+            not self._outbox
+            and not self._sorting
+            and self._core.aside.of_user(self._served.uid) < _MOST_MESSAGES_ASIDE
+            and len(self._scans) < MOST_REQUESTS
+            and len(self._copying) < MOST_REQUESTS
+            and self._files.may_be_given()
+        )
 
     def _read_again(self) -> None:
         if not self._reading and not self._closed and self._may_read():
@@ -148,7 +161,7 @@ class NativeClient:
                 self._read_no_more()
                 return
             try:
-                message = sockets.receive(self._sock, LONGEST_MESSAGE + 1)
+                data, owned, dropped = sockets.receive_unclosed(self._sock, LONGEST_MESSAGE + 1)
             except BlockingIOError:
                 return
             except ConnectionError:
@@ -157,15 +170,41 @@ class NativeClient:
             except OSError as error:
                 self.end("malformed", f"what came could not be received: {error.strerror}")
                 return
-            with message.descriptors as owned:
-                if not message.data and not owned:
-                    self._close()
-                    return
-                try:
-                    self._take(message.data, owned)
-                except MessageError as error:
-                    self.end("malformed", str(error))
-                    return
+            if not data and not owned:
+                self._close()
+                return
+            if not all(map(self._core.mounted.have, owned.numbers())):
+                self._sort_out(data, owned, dropped=dropped)
+                return
+            self._take_with(data, Sorted(owned), dropped=dropped)
+
+    def _sort_out(self, data: bytes, owned: Descriptors, *, dropped: bool) -> None:
+        """Go on with a message when it is known whether its descriptors are of use; read no other before."""
+        self._sorting = True
+        self._read_no_more()
+
+        def known(over: asyncio.Future[Sorted]) -> None:
+            self._sorting = False
+            with over.result().kept:
+                if not self._closed:
+                    self._take_with(data, over.result(), dropped=dropped)
+            self._read_again()
+            # Its user's other connections may be read from, too.
+            self._core.hub.make_room_known()
+
+        descriptors = owned.take_all()
+        self._core.aside.run(self._served.uid, lambda: sort_out(descriptors)).add_done_callback(known)
+
+    def _take_with(self, data: bytes, came: Sorted, *, dropped: bool) -> None:
+        with came.kept:
+            try:
+                if dropped:
+                    raise MessageError(
+                        "descriptors came with it that this process may not have: too many are open"
+                    )
+                self._take(data, came)
+            except MessageError as error:
+                self.end("malformed", str(error))
 
     def _send(self, *messages: bytes) -> None:
         if self._closed or not messages:
@@ -224,17 +263,18 @@ class NativeClient:
 
     # ---- requests ----
 
-    def _take(self, data: bytes, owned: Descriptors) -> None:
+    def _take(self, data: bytes, came: Sorted) -> None:
         request = decode_request(data)
         wanted = 1 if isinstance(request, ScanDescriptor) else 0
-        if len(owned) != wanted:
-            raise MessageError(f"{len(owned)} descriptors came with it, and it takes {wanted or 'none'}")
+        count = len(came.kept) + len(came.refused)
+        if count != wanted:
+            raise MessageError(f"{count} descriptors came with it, and it takes {wanted or 'none'}")
         if isinstance(request, Hello):
             self._greet(request)
             return
         if not self._greeted:
             raise MessageError("the first message is hello")
-        self._answer(request, owned)
+        self._answer(request, came)
 
     def _greet(self, request: Hello) -> None:
         if self._greeted:
@@ -246,7 +286,7 @@ class NativeClient:
         service = f"fdbroker-scand {fdbroker.__version__}"
         self._send(encode_answer(Welcome(VERSION, service, engines, self._core.configuration.max_size)))
 
-    def _answer(self, request: Request, owned: Descriptors) -> None:
+    def _answer(self, request: Request, came: Sorted) -> None:
         assert not isinstance(request, Hello)  # noqa: S101 - for the type checker
         if isinstance(request, Cancel):
             scan = self._scans.get(request.request)
@@ -263,7 +303,7 @@ class NativeClient:
         else:
             scan = self._scans[request.id] = _Scan(request.id, request.max_size)
             if isinstance(request, ScanDescriptor):
-                self._scan_descriptor(scan, owned)
+                self._scan_descriptor(scan, came)
             else:
                 self._to_open.append((scan, request))
                 if self._opener is None or self._opener.done():
@@ -285,33 +325,54 @@ class NativeClient:
         self._keep(asyncio.create_task(renew()))
 
     def _keep(self, task: asyncio.Task[None]) -> None:
+        def over(_: asyncio.Task[None]) -> None:
+            self._copying.discard(task)
+            self._read_again()
+
         self._copying.add(task)
-        task.add_done_callback(self._copying.discard)
+        task.add_done_callback(over)
 
     # ---- descriptors that the client has opened ----
 
-    def _scan_descriptor(self, scan: _Scan, owned: Descriptors) -> None:
-        descriptor = owned.numbers()[0]
-        facts = writable_file(descriptor)
-        if facts is not None:
-            one = Descriptors([owned.take()])
-            task = asyncio.create_task(self._scan_copy(scan, one, facts.st_uid))
-            task.add_done_callback(lambda _: one.close())  # it may be cancelled before it begins
+    def _scan_descriptor(self, scan: _Scan, came: Sorted) -> None:
+        owned = came.kept
+        if came.refused:
+            self._tell(scan, Scanned(b"", came.refused[0]))
+            self._all_handed_in(scan)
+            return
+        [descriptor] = owned.numbers()
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        before = admit(descriptor)
+        if not isinstance(before, Error) and (
+            # With it a worker could write; and the client may go on doing so.
+            flags & os.O_ACCMODE == os.O_RDWR
+            # The client has this open file, too.
+            or self._core.hub.pool.has_outside_engines
+        ):
+            kept = Descriptors(owned.take_all())
+            self._files.keep_waiting(1)
+            task = asyncio.create_task(self._scan_copy(scan, kept, before.owner))
             self._keep(task)
+
+            def over(_: asyncio.Task[None]) -> None:
+                # Not in the task: one that is cancelled before its first step never runs.
+                kept.close()
+                self._files.keep_waiting(-1)
+
+            task.add_done_callback(over)
             return
         self._hand_in(scan, b"", owned.take())
         self._all_handed_in(scan)
 
-    async def _scan_copy(self, scan: _Scan, owned: Descriptors, owner: int) -> None:
-        """Scan a copy of the file, which nobody can change, of which a worker gets no way to write.
-
-        `owned`: of one.
-        """
+    async def _scan_copy(self, scan: _Scan, kept: Descriptors, owner: int) -> None:
+        """Scan a copy of the file, which nobody can change, of which a worker gets no way to write."""
         scan.missing = (FAILED,)  # until it is known otherwise, whatever happens here
         try:
             async with self._copies:
-                with owned:
-                    copy = await self._copy_of(scan, owned.numbers()[0])
+                if scan.over:
+                    return
+                copy = await self._copy_of(scan, *kept.numbers())
+                kept.close()
                 if not scan.over:
                     scan.missing = ()
                 if copy is not None:
@@ -327,36 +388,54 @@ class NativeClient:
         most = self._core.configuration.max_copy
         if scan.max_size is not None:
             most = min(most, scan.max_size)
-        copy = await sealed_copy(descriptor, most, self._core.configuration.timeout)
-        if isinstance(copy, Error):
-            self._tell(scan, Scanned(b"", copy))
-            return None
-        return copy
+        steps = seal_in_steps(descriptor, most, self._loop.time() + self._core.configuration.timeout, None)
+        try:
+            with contextlib.closing(steps):
+                while True:
+                    try:
+                        pause = next(steps)
+                    except StopIteration as end:
+                        return int(end.value)
+                    await asyncio.sleep(pause)
+        except FileTooLargeError as error:
+            self._tell(
+                scan,
+                Scanned(
+                    b"", Error(Reason.TOO_LARGE, f"{error.strerror}, for a descriptor that must be copied")
+                ),
+            )
+        except ChangedError as error:
+            self._tell(scan, Scanned(b"", Error(Reason.CHANGED, str(error.strerror))))
+        except (OSError, ValueError) as error:
+            self._tell(scan, Scanned(b"", Error(Reason.READ_FAILED, f"it could not be copied: {error}")))
+        return None
 
     # ---- files that the broker opens ----
 
     async def _open_all(self) -> None:
         while self._to_open:
-            scan, request = self._to_open[0]
-            if not scan.over:
-                scan.task = asyncio.create_task(self._open(scan, request))
-                try:
-                    await asyncio.wait([scan.task])
-                except asyncio.CancelledError:
-                    scan.task.cancel()
-                    raise
-            self._to_open.popleft()
+            scan, request = self._to_open.popleft()
+            scan.task = asyncio.create_task(self._open(scan, request))
+            try:
+                await asyncio.wait([scan.task])
+            except asyncio.CancelledError:
+                scan.task.cancel()
+                raise
 
     async def _open(self, scan: _Scan, request: ScanPaths | ScanTree) -> None:
         tree = None
         scan.missing = (FAILED,)  # until it is known otherwise, whatever happens here
         try:
-            if isinstance(request, ScanPaths):
-                entries = files_at(self._served, request.paths)
-            else:
-                tree = TreeOfFiles(self._served, request.path, Exclusions(request.exclude))
-                entries = tree.entries()
-            await self._hand_in_all(scan, entries)
+            async with self._openings, self._core.openings:
+                if isinstance(request, ScanPaths):
+                    entries = files_at(self._served, request.paths)
+                else:
+                    globs = request.exclude
+                    # Of many it takes a third of a second.
+                    exclusions = await run_aside(lambda: Exclusions(globs)) if globs else Exclusions()
+                    tree = TreeOfFiles(self._served, request.path, exclusions)
+                    entries = tree.entries()
+                await self._hand_in_all(scan, entries)
             if not scan.over:
                 scan.missing = () if tree is None else tree.missing
         except BrokerError:
@@ -411,6 +490,7 @@ class NativeClient:
         if scan.task is not None:
             scan.task.cancel()
         scan.over = True  # what comes for it from now on is let go of
+        self._to_open = deque(one for one in self._to_open if one[0] is not scan)
         self._files.cancel(scan)
         scan.let_go_of_copy()
         scan.missing = (why,)

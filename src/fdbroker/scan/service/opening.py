@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import stat
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.client import BrokerError, DirectoryError, NotDirectoryError, WalkInterrupted, WalkKind
+from fdbroker.client import (
+    BrokerError,
+    DirectoryError,
+    LimitError,
+    NotDirectoryError,
+    WalkInterrupted,
+    WalkKind,
+)
 from fdbroker.scan.run import Scanned, Skipped, error_of
 from fdbroker.scan.tree import EXCLUDED, KINDS, Exclusions, is_about_the_connection
 from fdbroker.scan.verdict import Error, Reason
@@ -18,6 +27,8 @@ if TYPE_CHECKING:
 
 _REGULAR = stat.S_IFREG >> 12
 _BATCH = 64
+DESCRIPTORS_OF_A_REQUEST = 2 * _BATCH  # that are opened and not handed in yet, at most
+_SECONDS_AT_A_TIME = 0.005  # before other clients have their turn
 
 
 class ToScan(NamedTuple):
@@ -58,7 +69,7 @@ class TreeOfFiles:
         self.missing: tuple[str, ...] = ()
         self._served = served
         self._start = start
-        self._exclusions = exclusions
+        self._way = ExclusionsOnTheWay(exclusions, start)
 
     async def entries(self) -> AsyncGenerator[Opened, None]:
         """Yield what the broker meets. A start that is no directory is a file.
@@ -75,7 +86,11 @@ class TreeOfFiles:
                 async for entry in walk:
                     begun = True
                     path = bytes(entry.path)  # type: ignore[arg-type]
-                    excluded = self._excluded(path)
+                    try:
+                        excluded = await self._way.excluded(path)
+                    except BaseException:
+                        entry.close()
+                        raise
                     if excluded is not None:
                         entry.close()
                         if excluded not in told:
@@ -96,23 +111,13 @@ class TreeOfFiles:
         except BrokerError as error:
             if isinstance(error, WalkInterrupted) or is_about_the_connection(error):
                 raise
-            if begun:
+            # What a limit refuses would be refused for another reason as a file.
+            if begun or isinstance(error, LimitError):
                 yield Scanned(self._start, error_of(error), directory=True)
                 return
             async with contextlib.aclosing(self._as_a_file(error)) as entries:
                 async for each in entries:
                     yield each
-
-    def _excluded(self, path: bytes) -> bytes | None:
-        """Return what is left out with a path: itself, or a directory on its way; None: it is not."""
-        if not self._exclusions.globs:
-            return None
-        at = path.find(b"/", len(self._start.rstrip(b"/")) + 1)
-        while at >= 0:
-            if self._exclusions.have(path[:at]):
-                return path[:at]
-            at = path.find(b"/", at + 1)
-        return path if self._exclusions.have(path) else None
 
     async def _as_a_file(self, error: BrokerError) -> AsyncGenerator[Opened, None]:
         """Yield the start as what it may be, a file, after `error` said that it can't be walked."""
@@ -126,3 +131,43 @@ class TreeOfFiles:
                     yield Scanned(self._start, error_of(error), directory=True)
                 else:
                     yield Scanned(self._start, error_of(result.error))
+
+
+class ExclusionsOnTheWay:
+    """Exclusions as a walk meets them: what is known of a directory is not found out again for each entry.
+
+    Globs and directories are the client's choice, and may be many. So other tasks run meanwhile.
+    """
+
+    def __init__(self, exclusions: Exclusions, start: bytes) -> None:
+        self._exclusions = exclusions
+        # Nothing up to the start is ever left out.
+        self._fixed = len([name for name in start.split(b"/") if name])
+        # Of the path that was looked at last: its names, and behind each the states of the globs.
+        self._names: list[bytes] = []
+        self._states = [exclusions.start()]
+        self._until = 0.0
+
+    async def excluded(self, path: bytes) -> bytes | None:
+        """Return what is left out with a path: itself, or a directory on its way; None: it is not."""
+        if not self._exclusions.globs:
+            return None
+        names = path[1:].split(b"/")
+        same = 0
+        for ours, theirs in zip(self._names, names, strict=False):
+            if ours != theirs:
+                break
+            same += 1
+        del self._names[same:], self._states[same + 1 :]
+        for name in names[same:]:
+            if self._is_out():
+                break
+            if time.monotonic() >= self._until:
+                await asyncio.sleep(0)
+                self._until = time.monotonic() + _SECONDS_AT_A_TIME
+            self._states.append(self._exclusions.step(self._states[-1], name))
+            self._names.append(name)
+        return b"/" + b"/".join(self._names) if self._is_out() else None
+
+    def _is_out(self) -> bool:
+        return len(self._names) > self._fixed and self._exclusions.accept(self._states[-1])

@@ -9,7 +9,6 @@ import time
 from typing import TYPE_CHECKING
 
 from fdbroker import aio
-from fdbroker.client import BrokerError
 from fdbroker.scan.service.clamd import ClamdClient
 from fdbroker.scan.service.core import Core, say
 from fdbroker.scan.service.native import NativeClient
@@ -94,7 +93,7 @@ async def _serve_listener(core: Core, name: str, listener: Listener, notifier: N
                 attempts = 0
                 _note(core, notifier, name, _WELL)
                 await _take_clients(core, listener, service)
-        except BrokerError as error:
+        except OSError as error:  # of the broker, or no descriptors for the connection
             _note(core, notifier, name, f"not served: {error.strerror}")
         await asyncio.sleep(_PAUSES[min(attempts, len(_PAUSES) - 1)])
         attempts += 1
@@ -106,7 +105,11 @@ async def _take_clients(core: Core, listener: Listener, service: aio.Service) ->
     try:
         async for served in service:
             mine &= core.connections
-            mine.add(PROTOCOLS[listener.protocol](core, served, listener))
+            try:
+                mine.add(PROTOCOLS[listener.protocol](core, served, listener))
+            except OSError as error:  # no more descriptors can be watched
+                served.close()
+                say(f"a client of uid {served.uid} could not be served: {error.strerror}")
     finally:
         # What the broker knew of them it does not know on another connection.
         for connection in mine & core.connections:
