@@ -17,9 +17,9 @@ def file_to_copy(descriptor: int, *, shared: bool) -> os.stat_result | None:
     """Return what a file is that may be scanned as a copy alone, or None.
 
     That is one open for reading and writing: with it a worker could write, and who has opened it may go on
-    doing so. `shared`: also one open for reading, as nobody may share its offset and flags. Everything else that can't be
-    scanned as it is has an error of its own, from the pool; so has what can't even be looked at, as a file of
-    somebody else's FUSE.
+    doing so. `shared`: also one open for reading, as nobody may share its offset and flags.
+    Everything else that can't be scanned as it is has an error of its own, from the pool; so has what
+    can't even be looked at, as a file of somebody else's FUSE.
     """
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     modes = {os.O_RDWR, os.O_RDONLY} if shared else {os.O_RDWR}
