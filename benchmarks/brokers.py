@@ -142,11 +142,17 @@ def start_fdbroker(
     socket = socket_dir / "broker.seqpacket"
     policy_file = socket_dir / "policy.json"
     policy_file.write_text(json.dumps(policy), "ascii")
+    options = ["--socket", str(socket), "--socket-mode", "666", "--audit", str(audit or "none")]
+    with launched(policy_file, sources, *options) as pid:
+        yield Broker(socket=socket, pid=pid)
+
+
+@contextmanager
+def launched(policy_file: Path, sources: Path, *options: str) -> Iterator[int]:
+    """Run the launcher with these options, and give the broker's pid when that is ready."""
     ready, ready_there = os.pipe()
-    command = [sys.executable, "-m", "fdbroker.launcher", "--dev"]
-    command += ["--policy", str(policy_file), "--socket", str(socket), "--socket-mode", "666"]
-    command += ["--user", f"{BROKER_UID}:{BROKER_UID}", "--audit", str(audit or "none")]
-    command += ["--ready-fd", str(ready_there)]
+    command = [sys.executable, "-m", "fdbroker.launcher", "--dev", "--policy", str(policy_file), *options]
+    command += ["--user", f"{BROKER_UID}:{BROKER_UID}", "--ready-fd", str(ready_there)]
     with subprocess.Popen(
         command,
         env={
@@ -162,7 +168,7 @@ def start_fdbroker(
             started = told.read() == b"ready\n"
         # The launcher becomes the broker by execve: one process, one pid.
         with _until_stopped("fdbroker", process, started=started):
-            yield Broker(socket=socket, pid=process.pid)
+            yield process.pid
 
 
 @contextmanager

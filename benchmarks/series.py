@@ -37,6 +37,7 @@ _PYTHON_OPENS = 3_200
 _PYTHON_BATCH64_OPENS = 16_000
 _TRANSFERS = 1_000
 _STARTS = 20
+_DIRECTORIES_OF_CLAMDSCAN = 40  # with 2,000 files
 _COPIES = 7  # files of 4 KiB that a reply has room for
 
 
@@ -240,6 +241,34 @@ class Scans:
 
 
 @dataclass(frozen=True)
+class Clamdscans:
+    """Root's clamdscan of some directories of the walked tree, by clamd or by the scan service: seconds.
+
+    What either found is compared with the other's last one, when the clock has stopped.
+    """
+
+    by: Literal["clamd", "scand"]
+    options: tuple[str, ...]
+    unit: str = "s"
+
+    def measure(self, stage: Stage) -> float:
+        """Return the seconds."""
+        configuration = stage.scand if self.by == "scand" else stage.small_clamd
+        directories = sorted(map(str, stage.walked.root.iterdir()))[:_DIRECTORIES_OF_CLAMDSCAN]
+        command = ["clamdscan", "--config-file", str(configuration), "--no-summary", *self.options]
+        began = time.perf_counter()
+        done = subprocess.run([*command, *directories], capture_output=True, text=True, check=False)
+        seconds = time.perf_counter() - began
+        verdicts = verdicts_of_clamdscan(done.stdout)
+        found = {path: said for path, said in verdicts.items() if said != "error"}
+        stage.scanned[f"{self.by} {self.options}", False] = found
+        sides = [stage.scanned.get((f"{by} {self.options}", False)) for by in ("clamd", "scand")]
+        if not found or (sides[0] is not None and sides[1] is not None and sides[0] != sides[1]):
+            raise BenchmarkError(f"clamdscan found other files by {self.by}: {done.stderr[:200]}")
+        return seconds
+
+
+@dataclass(frozen=True)
 class IdleSize:
     """A broker that was started and asked nothing: its resident memory."""
 
@@ -382,6 +411,14 @@ VARIANTS: dict[str, Variant] = {
     "fdbroker_scan_large": Scans("fdbroker", large=True),
     "clamdscan_large_multiscan": Scans("--multiscan", large=True),
 }
+for _by in ("clamd", "scand"):
+    VARIANTS |= {
+        f"{_by}_fdpass": Clamdscans(_by, ("--fdpass",)),
+        f"{_by}_stream": Clamdscans(_by, ("--stream",)),
+        f"{_by}_multiscan": Clamdscans(_by, ("--multiscan",)),
+        f"{_by}_fdpass_multiscan": Clamdscans(_by, ("--fdpass", "--multiscan")),
+        f"{_by}_stream_multiscan": Clamdscans(_by, ("--stream", "--multiscan")),
+    }
 
 SERIES = (
     Series("open_batch1", "fdbroker_1", "floor_1", "lower", 1.9),
@@ -418,4 +455,13 @@ SCAN_SERIES = (
     Series("scan_large_vs_multiscan", "fdbroker_scan_large", "clamdscan_large_multiscan", "lower", 1.0),
     Series("fildes_vs_fdpass", "fdbroker_fildes", "clamdscan_fdpass", "lower", 0.65),
     Series("fildes_vs_multiscan", "fdbroker_fildes", "clamdscan_multiscan", "lower", 1.1),
+    Series("clamdscan_fdpass_vs_clamd", "scand_fdpass", "clamd_fdpass", "lower", 1.0),
+    Series("clamdscan_stream_vs_clamd", "scand_stream", "clamd_stream", "lower", 1.0),
+    Series("clamdscan_multiscan_vs_clamd", "scand_multiscan", "clamd_multiscan", "lower", 1.0),
+    Series(
+        "clamdscan_fdpass_sessions_vs_clamd", "scand_fdpass_multiscan", "clamd_fdpass_multiscan", "lower", 1.0
+    ),
+    Series(
+        "clamdscan_stream_sessions_vs_clamd", "scand_stream_multiscan", "clamd_stream_multiscan", "lower", 1.0
+    ),
 )

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from benchmarks import clamav, workers
+from benchmarks import clamav, scand, workers
 from benchmarks.brokers import (
     CLIENT_UID,
     STRANGER_UID,
@@ -126,6 +126,14 @@ class Stage:
         """The configuration of a clamd that runs with the large database."""
         directory = self.directory / "large-clamd"
         return self._stack.enter_context(clamav.running_clamd(directory, self.large_database))
+
+    @cached_property
+    def scand(self) -> Path:
+        """The configuration of clamdscan for a scan service that runs with the small database."""
+        running = scand.running_scand(
+            self.directory / "scand", self.sources, self.walked.root, self.small_database
+        )
+        return self._stack.enter_context(running)
 
     def opens(self, wanted: int) -> int:
         """Return how many opens to make where `wanted` is right for a full run."""

@@ -57,14 +57,14 @@ class Puppet:
         """Have a function called there, without waiting."""
         self._ours.send(pickle.dumps((function, arguments)))
 
-    def result(self) -> Any:  # noqa: ANN401 - as above
-        """Wait for what was begun, and serve meanwhile."""
-        for _ in range(SECONDS * 1000):
+    def result(self, seconds: int = SECONDS) -> Any:  # noqa: ANN401 - as above
+        """Wait for what was begun, at most so long, and serve meanwhile."""
+        for _ in range(seconds * 1000):
             self._serve()
             if select.select([self._ours], [], [], 0.001)[0]:
                 break
         else:
-            raise ChildError(f"no answer in {SECONDS} s")
+            raise ChildError(f"no answer in {seconds} s")
         data = self._ours.recv(_MOST)
         if not data:
             raise ChildError("the process is gone")

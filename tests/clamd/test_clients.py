@@ -12,6 +12,8 @@ from tests.scan.clamav import BAD
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.root
+
 MODES = [
     (),
     ("--multiscan",),

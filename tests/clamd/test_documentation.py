@@ -17,7 +17,7 @@ def blocks(text: str, begin: str) -> list[str]:
     """Return the fenced blocks that begin with this."""
     return [
         block
-        for block in re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        for block in re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
         if block.startswith(begin)
     ]
 

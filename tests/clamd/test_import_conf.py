@@ -15,6 +15,9 @@ from fdbroker.clamd.import_conf import RULES, Finding, Outcome, as_text, as_yaml
 from fdbroker.config.scalars import parse_count, parse_duration, parse_size
 from fdbroker.scan.options import values_of_words
 from fdbroker.scan.plugins import configure, options_type
+from fdbroker.scan.service.configuration import Listener, read_configuration
+from fdbroker.scan.service.main import main
+from tests.config.fake_lookups import FakeLookups
 
 PARSERS = {
     "max_file_size": parse_size,
@@ -100,7 +103,7 @@ def test_what_is_written_is_yaml_that_the_service_can_read() -> None:
         ("Example", Outcome.WRONG, "clamd does not start"),
         ("scanpe yes", Outcome.WRONG, "no option of clamd"),
         ("AlertExceedsMax yes", Outcome.ANYWAY, "is an error, not OK"),
-        ("BlockMax no", Outcome.DIFFERENT, "clamd says OK"),
+        ("BlockMax no", Outcome.DIFFERENT, "with `limits_pass` it is OK"),
         ("VirusEvent /bin/x", Outcome.MISSING, "nothing is run"),
         ("OnAccessIncludePath /home", Outcome.CLIENTS, "clamonacc"),
         ("StreamMinPort 1024", Outcome.OBSOLETE, "STREAM"),
@@ -144,3 +147,25 @@ def test_any_text_is_imported_and_what_comes_of_it_is_yaml(text: list[str]) -> N
     imported = import_conf("".join(text).encode("utf-8", "surrogatepass"))
     yaml.safe_load(as_yaml(imported))
     assert as_text(imported).isascii() or as_text(imported).replace("\n", "").isprintable()
+
+
+def test_the_command_writes_a_configuration_that_the_service_takes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    conf = tmp_path / "clamd.conf"
+    conf.write_text(
+        "LocalSocket /run/clamav/clamd.ctl\nMaxThreads 20\nStreamMaxLength 25M\nReadTimeout 180\n"
+        "CommandReadTimeout 30\nMaxQueue 200\nSelfCheck 600\nMaxFileSize 25M\n"
+    )
+    assert main(["import-clamd-conf", str(conf)]) == 0
+    said = capfd.readouterr()
+    configuration = read_configuration(said.out.encode(), "scand.yaml", FakeLookups())
+    assert configuration.listeners == {"clamd": Listener("clamd", 25 << 20, 30.0, 180.0)}
+    assert (configuration.workers, configuration.limits.total) == (20, 200)
+    assert "  2: MaxThreads: workers: 20 (processes, so many for one user;" in said.err
+    assert "elsewhere:\n  1: LocalSocket:" in said.err
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["import-clamd-conf", str(tmp_path / "none")]) == 2
+    assert f"{tmp_path}/none: No such file or directory" in capfd.readouterr().err

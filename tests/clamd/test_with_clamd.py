@@ -1,4 +1,4 @@
-"""The same conversations with a real clamd and with a service that speaks by `Conversation`."""
+"""The same conversations with a real clamd and with the scan service."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fdbroker.clamd.protocol import Limits
-from tests.clamd.service import Service
+from tests.clamd.replacing import instead_of_clamd
 from tests.clamd.speaking import Passed, Step, converse
 from tests.clamd.talks import SLOW_TALKS, TALKS, Talk
+from tests.running_broker import reachable_directory
 from tests.scan.clamav import running_clamd
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.for_other_users import ForOtherUsers
+
+pytestmark = pytest.mark.root
 
 
 def said(socket_path: Path, talk: Talk, tree: Path) -> bytes:
@@ -60,19 +64,23 @@ def test_the_differences_are_those_that_are_meant(talk: Talk, clamd: Path, ours:
         assert said(clamd, talk, tree) == talk.differs.clamd
 
 
-def test_the_same_is_said_to_those_who_say_nothing(tmp_path: Path, database: Path, tree: Path) -> None:
-    limits = Limits(command_timeout=1.0, read_timeout=1.0)
-    ours = tmp_path / "ours"
+def test_the_same_is_said_to_those_who_say_nothing(
+    others: ForOtherUsers, tmp_path: Path, database: Path, tree: Path
+) -> None:
+    listener, more = ", command_timeout: 1s, read_timeout: 1s", "may_stop: {user: ['0']}\n"
     with (
-        Service(ours, limits),
+        reachable_directory() as directory,
+        instead_of_clamd(others, directory, tree, database, listener=listener, more=more) as scand,
         running_clamd(tmp_path, database, "CommandReadTimeout 1", "ReadTimeout 1") as clamd,
     ):
         with ThreadPoolExecutor(2 * len(SLOW_TALKS)) as pool:
             both = [
-                [pool.submit(said, socket_path, talk, tree) for socket_path in (ours, clamd)]
+                [pool.submit(said, socket_path, talk, tree) for socket_path in (scand.clamd, clamd)]
                 for talk in SLOW_TALKS
             ]
         for talk, (answer, expected) in zip(SLOW_TALKS, both, strict=True):
             assert answer.result() == expected.result(), talk.name
         # It stops.
-        assert converse(ours, (b"nQUIT\n",)) == converse(clamd, (b"nQUIT\n",)) == b""
+        assert converse(scand.clamd, (b"nQUIT\n",)) == converse(clamd, (b"nQUIT\n",)) == b""
+        scand.stopped = True
+        assert scand.process.wait(timeout=20) == 0

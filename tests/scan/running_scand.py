@@ -35,11 +35,12 @@ rules:
     in: tree
     paths: ["**"]
     where: {owner: on_behalf_of}
-limits: {connections_per_uid: 64}
+limits: {connections_per_uid: 256}
 listeners:
   seqpacket: {path: DIRECTORY/broker.seqpacket, group: SCAND}
   control: {path: DIRECTORY/control}
   scan: {path: DIRECTORY/scan, service: {user: SCAND}, type: seqpacket}
+  clamd: {path: DIRECTORY/clamd, service: {user: SCAND}}
 """
 
 _CONFIGURATION = """
@@ -63,6 +64,7 @@ class RunningScand:
         self.process = process
         self.pid = process.pid
         self.socket = str(directory / "scan")
+        self.clamd = directory / "clamd"  # the socket of clamd's clients
         self.said: list[str] = []
         self.stopped = False  # by a test
         self._manager = manager
@@ -137,7 +139,7 @@ def running_scand(
 def scand_and_broker(
     others: ForOtherUsers, directory: Path, configuration: str = "", also_import_from: str = ""
 ) -> Iterator[tuple[RunningScand, RunningBroker]]:
-    """Run both, and wait until clients can come."""
+    """Run both, and wait until clients can come; those of clamd as well where they are configured."""
     with (
         running_broker(
             directory, policy_text(directory), "--socket-group=" + str(SCAND_UID), own_socket=False
@@ -145,6 +147,8 @@ def scand_and_broker(
         running_scand(others, directory, configuration, also_import_from) as scand,
     ):
         scand.wait_for("scan: serving")
+        if "protocol: clamd" in configuration and "clamd: serving" not in scand.said[-1]:
+            scand.wait_for("clamd: serving")
         yield scand, broker
 
 

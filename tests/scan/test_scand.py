@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -335,3 +336,33 @@ def test_command_says_what_it_can_not_ask_of_the_service(
         scand.socket = scand.socket.removesuffix("-not-there")
     assert done.returncode == 2
     assert "start fdbroker-scand, or say --via self" in done.stderr
+
+
+def test_files_to_be_copied_are_closed_though_their_client_is_gone(scand: RunningScand) -> None:
+    """It is stopped meanwhile, so that it sees their end in the round in which they come."""
+    idle = scand.descriptors()
+    with Puppet(lambda: None, uid=BOB) as bob:
+        bob.do(greet, scand.socket)
+        scand.process.send_signal(signal.SIGSTOP)
+        try:
+            bob.do(hand_over_to_be_copied_and_go)
+        finally:
+            scand.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: scand.descriptors() <= idle + 3, "they are closed")  # of a worker, at most
+
+
+def greet(memory: dict[str, Any], path: str) -> None:
+    memory["socks"] = [socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(10)]
+    for sock in memory["socks"]:
+        sock.connect(path)
+        sock.send(b'{"type": "hello", "version": 1}')
+        assert sock.recv(1000)
+
+
+def hand_over_to_be_copied_and_go(memory: dict[str, Any]) -> None:
+    descriptor = os.memfd_create("x")
+    os.ftruncate(descriptor, 1 << 20)
+    for sock in memory["socks"]:
+        for number in range(8):
+            socket.send_fds(sock, [b'{"type": "scan_descriptor", "id": %d}' % number], [descriptor])
+        sock.close()

@@ -9,7 +9,7 @@ import pytest
 from fdbroker.config.errors import ConfigError
 from fdbroker.launcher.errors import LaunchError
 from fdbroker.scan.plugins import configure
-from fdbroker.scan.service.configuration import Configuration, Limits, read_configuration
+from fdbroker.scan.service.configuration import Configuration, Limits, Listener, read_configuration
 from fdbroker.scan.service.main import limits_within, main
 from tests.config.fake_lookups import FakeLookups
 
@@ -23,7 +23,7 @@ def read(text: str) -> Configuration:
 def test_a_configuration_may_say_nothing_but_its_version() -> None:
     configuration = read("version: 1")
     assert configuration.engines == (configure("hashes"),)
-    assert configuration.listeners == {"scan": "scan"}
+    assert configuration.listeners == {"scan": Listener()}
     assert configuration.workers == configuration.spare_workers >= 1
     assert configuration.may_renew == {0}
 
@@ -32,7 +32,12 @@ def test_everything_can_be_said() -> None:
     configuration = read("""
 version: 1
 broker: /run/b
-listeners: {a: {protocol: scan}, b: {protocol: scan}}
+listeners:
+  a: {protocol: scan}
+  b: {protocol: clamd}
+  c:
+    {protocol: clamd, max_stream: 5MiB, command_timeout: 1s, read_timeout: 2s, write_timeout: 1min,
+      limits_pass: true}
 engines:
   libclamav: {max_file_size: 1MiB, accept: [encrypted]}
   command: {argv: [/bin/true, x], clean: [0]}
@@ -43,9 +48,12 @@ files_per_worker: 7
 timeout: 2min
 max_size: 1GiB
 max_copy: 1MiB
+stream_memory: 2GiB
 queue: {per_client: 10, total: 100}
 check_databases: 5s
 may_renew: {user: [app]}
+may_stop: {user: [app]}
+log: clamd
 """)
     assert configuration == Configuration(
         engines=(
@@ -53,16 +61,23 @@ may_renew: {user: [app]}
             configure("command", {"argv": ["/bin/true", "x"], "clean": [0]}),
         ),
         broker="/run/b",
-        listeners={"a": "scan", "b": "scan"},
+        listeners={
+            "a": Listener("scan"),
+            "b": Listener("clamd"),
+            "c": Listener("clamd", 5 << 20, 1.0, 2.0, 60.0, limits_pass=True),
+        },
         workers=3,
         spare_workers=0,
         files_per_worker=7,
         timeout=120.0,
         max_size=1 << 30,
         max_copy=1 << 20,
+        stream_memory=2 << 30,
         limits=Limits(10, 100),
         check_databases=5.0,
         may_renew=frozenset({0, 113}),
+        may_stop=frozenset({113}),
+        log="clamd",
     )
 
 
@@ -95,7 +110,11 @@ def test_the_example_says_what_is_usual() -> None:
         ("accept: [rar]", "2:10: accept: no engine here looks into containers; remove it, or add libclamav"),
         (
             "listeners: {scan: {protocol: ftp}}",
-            "2:30: listeners: scan: protocol: 'ftp' is not a choice here; write scan",
+            "2:30: listeners: scan: protocol: 'ftp' is not a choice here; write clamd or scan",
+        ),
+        (
+            "listeners: {scan: {protocol: scan, max_stream: 1MiB}}",
+            "2:36: listeners: scan: max_stream: it is for the protocol clamd; remove it",
         ),
         ("may_renew: {user: nobody-known}", None),
         ("engines: {}", "2:10: engines is empty; write names with options, as in 'libclamav: {}'"),
@@ -132,3 +151,9 @@ def test_a_configuration_is_checked_by_whoever_may_read_it(
     assert capsys.readouterr().err == f"{path}:2:1: unknown key 'worker'; did you mean 'workers'?\n"
     path.write_text("version: 1\n")
     assert main(["--check", "--dev", "--config", str(path)]) == 0
+
+
+def test_each_key_is_documented() -> None:
+    text = (ROOT / "docs" / "scand.md").read_text()
+    for name in {*Configuration._fields, *Listener._fields[1:]} - {"openings"}:  # that follows from others
+        assert f"| `{'queue' if name == 'limits' else name}` |" in text

@@ -106,8 +106,8 @@ def _is_yes(text: str) -> bool:
     raise _WrongValueError("yes or no is needed")
 
 
-def _sets(key: Path, convert: Callable[[str], str | None]) -> Rule:
-    return Rule(Outcome.TRANSLATED, "", key=key, convert=convert)
+def _sets(key: Path, convert: Callable[[str], str | None], text: str = "") -> Rule:
+    return Rule(Outcome.TRANSLATED, text, key=key, convert=convert)
 
 
 def _always(what: str) -> Rule:
@@ -124,7 +124,10 @@ def _all(names: str, rule: Rule) -> dict[str, Rule]:
     return dict.fromkeys(names.split(), rule)
 
 
-_LOG = Rule(Outcome.ELSEWHERE, "the service writes to standard error, which systemd takes to the journal")
+_LOG = Rule(
+    Outcome.ELSEWHERE,
+    "the service writes to standard error, which systemd takes; with `log: clamd` in clamd's format",
+)
 _LOG_SWITCH = _LOG._replace(off=(Outcome.ANYWAY, _LOG.text))
 _LOOKED_INTO = _always("libclamav looks into it")
 _LIBRARY_DEFAULT = Rule(Outcome.MISSING, "libclamav's own limit holds")
@@ -148,7 +151,7 @@ RULES: dict[str, Rule] = {
     "StreamMaxLength": _sets((*_CLAMD, "max_stream"), _size),
     "CommandReadTimeout": _sets((*_CLAMD, "command_timeout"), _seconds),
     "ReadTimeout": _sets((*_CLAMD, "read_timeout"), _seconds),
-    "MaxThreads": _sets(("workers",), _count),
+    "MaxThreads": _sets(("workers",), _count, "processes, so many for one user; clamd's are for all"),
     "MaxQueue": _sets(("queue", "total"), _count),
     "SelfCheck": _sets(("check_databases",), _seconds),
     # What is said and written.
@@ -232,7 +235,7 @@ RULES: dict[str, Rule] = {
     "AlertExceedsMax": Rule(
         Outcome.ANYWAY,
         "what exceeds a limit is an error, not OK",
-        (Outcome.DIFFERENT, "what exceeds a limit is an error; clamd says OK"),
+        (Outcome.DIFFERENT, "what exceeds a limit is an error; with `limits_pass` it is OK, as for clamd"),
     ),
     **_all(
         "AlertEncrypted AlertEncryptedArchive AlertEncryptedDoc",
@@ -241,7 +244,7 @@ RULES: dict[str, Rule] = {
             "what is encrypted is an error, not OK",
             (
                 Outcome.DIFFERENT,
-                "what is encrypted is an error; with `accept: [encrypted]` it is OK",
+                "what is encrypted is an error; with `accept: [encrypted]` or `limits_pass` it is OK",
             ),
         ),
     ),
@@ -338,7 +341,8 @@ def _found(line: int, option: str, value: str) -> Finding:
                 text = "0 is no limit there; here there always is one, and the usual one holds"
                 return wrong._replace(outcome=Outcome.DIFFERENT, text=text)
             key = ".".join(rule.key)
-            return Finding(line, option, converted, Outcome.TRANSLATED, f"{key}: {converted}", rule.key)
+            text = f"{key}: {converted}" + (f" ({rule.text})" if rule.text else "")
+            return Finding(line, option, converted, Outcome.TRANSLATED, text, rule.key)
         outcome, text = rule.outcome, rule.text
         if rule.off and not _is_yes(value):
             outcome, text = rule.off

@@ -215,6 +215,11 @@ class Conversation:
         return self._state is _State.LAST and not self._due and not self._events
 
     @property
+    def reads_more(self) -> bool:
+        """Whether anything that is received can still mean something."""
+        return self._state is not _State.LAST
+
+    @property
     def under_way(self) -> int:
         """How many commands wait for `finish`."""
         return len(self._due)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from fdbroker.scan.verdict import Clean, Infected, Reason
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from fdbroker.scan.verdict import Verdict
 
 OK = b"OK"
@@ -25,7 +28,11 @@ _TEXTS = {
     Reason.DENIED: b"Access denied.",
     Reason.NOT_FOUND: b"File path check failure: No such file or directory.",
     Reason.NOT_REGULAR: b"Not a regular file",
+    Reason.NOT_READABLE: b"the descriptor is not open for reading.",
+    Reason.SYMLINK: b"it is a symbolic link.",
 }
+# As the engines libclamav and clamd say it.
+_CLAMAV = re.compile(r"ClamAV ([^/,\s]+)(?:/([0-9]{1,9})/([^,/]*))?")
 _CONTROLS = frozenset([*range(0x20), 0x7F])
 _ESCAPES = {byte: b"\\x%02x" % byte for byte in _CONTROLS} | {ord("\\"): b"\\\\"}
 
@@ -58,6 +65,19 @@ def said(verdict: Verdict, *, limits_pass: bool = False) -> list[bytes]:
 def version(clamav: str, database: int, built: str) -> bytes:
     """Return the answer to VERSION: `ClamAV 1.4.6/27800/Wed Oct 22 ...`; `database` may be 0, for none."""
     return f"ClamAV {clamav}/{database}/{built}".encode() if database else f"ClamAV {clamav}".encode()
+
+
+def version_of(engines: Iterable[str]) -> bytes:
+    """Return the answer to VERSION of who has these engines, each a line that says its version.
+
+    `ClamAV`, its release and its databases, where libclamav is one of them; of other engines ClamAV's clients
+    know nothing, and are told `ClamAV 0`.
+    """
+    for text in engines:
+        match = _CLAMAV.match(text)
+        if match:
+            return version(match[1], int(match[2] or 0), match[3] or "")
+    return version("0", 0, "")
 
 
 def commands(version_text: bytes, names: list[bytes]) -> bytes:

@@ -78,7 +78,7 @@ def seal_in_steps(
         raise ValueError(f"descriptor {descriptor} is no regular file, so no copy can be made of it")
     if before.st_size > max_size:
         raise too_large(path, before.st_size, max_size)
-    copy = _memory_file()
+    copy = memory_file()
     try:
         copied = 0
         while copied < before.st_size:
@@ -93,8 +93,7 @@ def seal_in_steps(
         after = os.fstat(descriptor)
         if _state(after) != _state(before):
             raise changed(path)
-        os.lseek(copy, 0, os.SEEK_SET)
-        fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+        seal_memory_file(copy)
     except BaseException:
         os.close(copy)
         raise
@@ -112,7 +111,8 @@ def _state(file: os.stat_result) -> tuple[int, int, int]:
     return file.st_size, file.st_mtime_ns, file.st_ctime_ns
 
 
-def _memory_file() -> int:
+def memory_file() -> int:
+    """Return a new memory file that can be sealed; the caller owns it. Raises OSError, of memfd_create(2)."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
         return os.memfd_create("sealed", flags | _MFD_NOEXEC_SEAL)
@@ -120,3 +120,9 @@ def _memory_file() -> int:
         if error.errno != errno.EINVAL:
             raise
     return os.memfd_create("sealed", flags)
+
+
+def seal_memory_file(descriptor: int) -> None:
+    """Let nobody change a memory file any more; it stands at offset 0 then. Raises OSError, of fcntl(2)."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)

@@ -272,7 +272,7 @@ class LibClamAV(Inside):
         self._scratch = None
 
     def version(self) -> str:
-        """Return as clamd does, `ClamAV 1.4.6/27800/2025-10-22`, and the number of signatures.
+        """Return as clamd does, `ClamAV 1.4.6/27800/Wed Oct 22 08:00:00 2025`, and the number of signatures.
 
         The version of the database is that of daily.cvd; without one it is 0.
         """
@@ -495,7 +495,7 @@ def _texts(said: Sequence[bytes]) -> list[str]:
 def _date(seconds: int) -> str:
     import datetime as dt  # noqa: PLC0415 - for the version only
 
-    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%d") if seconds else "local"
+    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%a %b %e %H:%M:%S %Y") if seconds else "local"
 
 
 def _samples() -> list[bytes]:

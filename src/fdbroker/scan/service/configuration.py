@@ -14,7 +14,7 @@ from fdbroker.config.clients import ClientReader
 from fdbroker.config.errors import ProblemList, quoted
 from fdbroker.config.identities import Lookups, SystemLookups
 from fdbroker.config.reader import Reader
-from fdbroker.config.scalars import parse_count, parse_duration, parse_path, parse_size
+from fdbroker.config.scalars import parse_boolean, parse_count, parse_duration, parse_path, parse_size
 from fdbroker.config.schema import NAME_PATTERN
 from fdbroker.config.sources import read_policy_file
 from fdbroker.config.yaml_tree import List, Mapping, Node, Text, parse_yaml
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 DEFAULT_CONFIGURATION = "/etc/fdbroker/scand.yaml"
 VERSION = 1
 
-Protocol = Literal["scan"]
+Protocol = Literal["clamd", "scan"]
+Log = Literal["plain", "clamd"]
 
 _NAME = re.compile(NAME_PATTERN)
 
@@ -51,13 +52,21 @@ class _File(_Keys):
     timeout: str | UnsetType = UNSET
     max_size: str | UnsetType = UNSET
     max_copy: str | UnsetType = UNSET
+    stream_memory: str | UnsetType = UNSET
     queue: dict[str, Any] | UnsetType = UNSET
     check_databases: str | UnsetType = UNSET
     may_renew: dict[str, Any] | UnsetType = UNSET
+    may_stop: dict[str, Any] | UnsetType = UNSET
+    log: str | UnsetType = UNSET
 
 
 class _Listener(_Keys):
     protocol: Annotated[str, Meta(description="What its clients speak.")]
+    max_stream: str | UnsetType = UNSET
+    command_timeout: str | UnsetType = UNSET
+    read_timeout: str | UnsetType = UNSET
+    write_timeout: str | UnsetType = UNSET
+    limits_pass: str | UnsetType = UNSET
 
 
 class _Queue(_Keys):
@@ -76,24 +85,44 @@ class Limits(NamedTuple):
     total: int = 4096
 
 
+class Listener(NamedTuple):
+    """What is spoken on a listener. Sizes in bytes, times in seconds; all but the first are clamd's alone.
+
+    `max_stream`: of one INSTREAM. `command_timeout`: until the first command is there; `read_timeout`: until
+    the next one, or more of a stream. `write_timeout`: for a client that does not read what it was told.
+    `limits_pass`: what exceeds a limit, is encrypted or can't be unpacked is OK, as it is for clamd.
+    """
+
+    protocol: str = "scan"
+    max_stream: int = 100 << 20
+    command_timeout: float = 30.0
+    read_timeout: float = 120.0
+    write_timeout: float = 600.0
+    limits_pass: bool = False
+
+
 class Configuration(NamedTuple):
     """What the service is to do. Sizes in bytes, times in seconds.
 
-    `listeners`: names of the policy's, and the protocol of each. `accept` is in the options of the engines.
+    `listeners`: by their names in the policy. `accept` is in the options of the engines. `stream_memory`: of
+    all that clients stream. `may_renew`, `may_stop`: uids.
     """
 
     engines: tuple[Configured, ...]
     broker: str = DEFAULT_SOCKET
-    listeners: AnyMapping[str, str] = {"scan": "scan"}
+    listeners: AnyMapping[str, Listener] = {"scan": Listener()}
     workers: int = 1
     spare_workers: int = 1
     files_per_worker: int = 1000
     timeout: float = 300.0
     max_size: int | None = None
     max_copy: int = 64 << 20
+    stream_memory: int = 512 << 20
     limits: Limits = Limits()
     check_databases: float = 60.0
     may_renew: frozenset[int] = frozenset({0})
+    may_stop: frozenset[int] = frozenset()
+    log: str = "plain"
     openings: int = 32  # requests whose files are opened at a time; follows from the descriptors there may be
 
 
@@ -156,11 +185,14 @@ class _Whole:
             timeout=float(self._duration("timeout", range(1, 86401), int(usual.timeout))),
             max_size=self._size("max_size"),
             max_copy=self._size("max_copy") or usual.max_copy,
+            stream_memory=self._size("stream_memory") or usual.stream_memory,
             limits=self._limits(),
             check_databases=float(
                 self._duration("check_databases", range(1, 86401), int(usual.check_databases))
             ),
-            may_renew=self._may_renew(usual.may_renew),
+            may_renew=usual.may_renew | self._users("may_renew"),
+            may_stop=self._users("may_stop"),
+            log=self._reader.choice(found.get("log"), "log", get_args(Log)) or usual.log,
         )
 
     def _limits(self) -> Limits:
@@ -172,16 +204,15 @@ class _Whole:
             self._count("queue: total", range(16, 1_000_001), usual.total, found.get("total")),
         )
 
-    def _may_renew(self, usual: frozenset[int]) -> frozenset[int]:
-        mapping = self._reader.mapping(self._found.get("may_renew"), "may_renew", "write {user: NAME}")
+    def _users(self, what: str) -> frozenset[int]:
+        mapping = self._reader.mapping(self._found.get(what), what, "write {user: NAME}")
         if mapping is None:
-            return usual
-        node = self._reader.entries(mapping, "may_renew", _Users).get("user")
-        return usual | set(
-            self._clients.uids(self._clients.names(node, "may_renew: user"), "may_renew: user")
-        )
+            return frozenset()
+        node = self._reader.entries(mapping, what, _Users).get("user")
+        names = self._clients.names(node, f"{what}: user")
+        return frozenset(self._clients.uids(names, f"{what}: user"))
 
-    def _listeners(self) -> dict[str, str]:
+    def _listeners(self) -> dict[str, Listener]:
         cure = "write names of the policy's listeners, as in 'scan: {protocol: scan}'"
         mapping = self._reader.mapping(self._found.get("listeners"), "listeners", cure)
         listeners = {}
@@ -189,12 +220,41 @@ class _Whole:
             what = f"listeners: {name}"
             if not _NAME.fullmatch(name):
                 self._reader.add(entry.key.mark, f"{what}: {quoted(name)} is not a name of a listener", cure)
-            inner = self._reader.mapping(entry.value, what, "write {protocol: scan}")
+            inner = self._reader.mapping(entry.value, what, "write {protocol: scan} or {protocol: clamd}")
             if inner is not None:
-                node = self._reader.entries(inner, what, _Listener).get("protocol")
-                protocol = self._reader.choice(node, f"{what}: protocol", get_args(Protocol) or ("scan",))
-                listeners[name] = protocol or "scan"
+                listeners[name] = self._listener(what, inner)
         return listeners
+
+    def _listener(self, what: str, mapping: Mapping) -> Listener:
+        found = self._reader.entries(mapping, what, _Listener)
+        protocol = self._reader.choice(found.get("protocol"), f"{what}: protocol", get_args(Protocol))
+        usual = Listener(protocol or "scan")
+        if usual.protocol != "clamd":
+            for name in found:
+                if name != "protocol":
+                    text = f"{what}: {name}: it is for the protocol clamd"
+                    self._reader.add(mapping.entries[name].key.mark, text, "remove it")
+            return usual
+
+        def seconds(name: str, fallback: float) -> float:
+            node = found.get(name)
+            return float(
+                self._within(f"{what}: {name}", node, parse_duration, range(1, 86401), int(fallback))
+            )
+
+        passing = self._reader.parsed(
+            found.get("limits_pass"), f"{what}: limits_pass", parse_boolean, "write true or false"
+        )
+        return usual._replace(
+            max_stream=self._reader.parsed(
+                found.get("max_stream"), f"{what}: max_stream", parse_size, "write a size, as in 100MiB"
+            )
+            or usual.max_stream,
+            command_timeout=seconds("command_timeout", usual.command_timeout),
+            read_timeout=seconds("read_timeout", usual.read_timeout),
+            write_timeout=seconds("write_timeout", usual.write_timeout),
+            limits_pass=bool(passing),
+        )
 
     def _engines(self) -> tuple[Configured, ...]:
         cure = "write names with options, as in 'libclamav: {}'"

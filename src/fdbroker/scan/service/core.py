@@ -15,6 +15,7 @@ from fdbroker.scan.engine import EngineError
 from fdbroker.scan.service.aside import AsideForUsers, run_aside
 from fdbroker.scan.service.filesystems import Mounted
 from fdbroker.scan.service.hub import Hub
+from fdbroker.scan.service.memory import Memory
 
 if TYPE_CHECKING:
     import socket
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from fdbroker.aio import ServedClient
     from fdbroker.scan.pool import Pool, Version
-    from fdbroker.scan.service.configuration import Configuration
+    from fdbroker.scan.service.configuration import Configuration, Listener
     from fdbroker.scan.supervisor import Loaded
 
 # Of a user, whatever the number of its connections: its files in memory, and requests whose files are opened.
@@ -43,7 +44,7 @@ class Connection(Protocol):
 class Speaks(Protocol):
     """What serves the clients of a listener: a protocol."""
 
-    def __call__(self, core: Core, served: ServedClient) -> Connection:
+    def __call__(self, core: Core, served: ServedClient, listener: Listener) -> Connection:
         """Serve a client that the broker has handed over."""
 
 
@@ -53,6 +54,8 @@ class Core:
     def __init__(self, configuration: Configuration, pool: Pool, versions: list[Version]) -> None:
         self.configuration = configuration
         self.hub = Hub(pool, configuration.limits)
+        self.memory = Memory(configuration.stream_memory)
+        self.stop = asyncio.Event()  # the service is to end
         self.versions = versions
         self.connections: set[Connection] = set()
         self.hang_ups = HangUps()
@@ -81,9 +84,13 @@ class Core:
 
         Files are scanned meanwhile, and none is missed. Who asks while it is done already gets its outcome.
         """
+        return await asyncio.shield(self.begin_renewal())
+
+    def begin_renewal(self) -> asyncio.Task[str | None]:
+        """Begin to do as `renew`, for a caller who does not wait; cancel not what is returned."""
         if self._renewing is None or self._renewing.done():
             self._renewing = asyncio.create_task(self._renew())
-        return await asyncio.shield(self._renewing)
+        return self._renewing
 
     async def _renew(self) -> str | None:
         try:
@@ -152,11 +159,14 @@ class HangUps:
         self._called: dict[int, Callable[[], None]] = {}
         asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._look)
 
-    def watch(self, sock: socket.socket, gone: Callable[[], None]) -> None:
-        """Call `gone` when the peer of a socket has closed it. Let go of it before it is closed here."""
+    def watch(self, sock: socket.socket, gone: Callable[[], None], *, listens: bool = False) -> None:
+        """Call `gone` when the peer of a socket has closed it. Let go of it before it is closed here.
+
+        With `listens`, a peer that says no more, by shutdown(2), may still be there to be told something.
+        """
         if sock.fileno() not in self._called:
             self._called[sock.fileno()] = gone
-            self._epoll.register(sock, select.EPOLLRDHUP)
+            self._epoll.register(sock, 0 if listens else select.EPOLLRDHUP)  # EPOLLHUP comes in any case
 
     def let_go(self, sock: socket.socket) -> None:
         """Watch it no more."""

@@ -7,12 +7,14 @@ import contextlib
 import os
 import resource
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 import fdbroker
 from fdbroker.broker.notify import Notifier
+from fdbroker.clamd.import_conf import as_text, as_yaml, import_conf
 from fdbroker.config.errors import ConfigError
 from fdbroker.config.names import printable
 from fdbroker.launcher.activation import connect_notify_socket, watchdog_usec
@@ -42,9 +44,11 @@ _ITS_OWN = 64
 _OF_A_WORKER = 4
 # Connections of clients: as many as the broker hands over at most on one connection.
 _CLIENTS = 1024
+# What one of clamd's clients may have besides: a stream that is not whole, and a descriptor that just came.
+_OF_A_CLAMD_CLIENT = 2
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--config",
     "path",
@@ -56,7 +60,8 @@ _CLIENTS = 1024
 @click.option("--check", is_flag=True, help="Say what is wrong with the configuration, and end.")
 @click.option("--dev", is_flag=True, help="For trying: who starts it may own the configuration, too.")
 @click.version_option(fdbroker.__version__, prog_name="fdbroker-scand")
-def command(path: str, *, check: bool, dev: bool) -> int:
+@click.pass_context
+def command(context: click.Context, path: str, *, check: bool, dev: bool) -> int:
     """Scan files for the clients of the broker's listeners.
 
     Started by a service manager or by hand, in the foreground, as a user of its
@@ -64,6 +69,8 @@ def command(path: str, *, check: bool, dev: bool) -> int:
 
     Exit status: 0 it was told to end, 2 it could not start, or what it needs is gone.
     """
+    if context.invoked_subcommand is not None:
+        return 0
     if os.geteuid() == 0 and not check:
         say("it has hostile files read, so it does not run as root; start it as a user of its own")
         return EXIT_NOT_STARTED
@@ -80,6 +87,28 @@ def command(path: str, *, check: bool, dev: bool) -> int:
     except (EngineError, SandboxError, LaunchError, OSError) as error:
         say(f"it can't start: {error}")
         return EXIT_NOT_STARTED
+
+
+@command.command("import-clamd-conf")
+@click.argument("path", metavar="FILE")
+def import_clamd_conf(path: str) -> int:
+    """Translate a clamd.conf into a scand.yaml, on standard output.
+
+    What becomes of each line is said on standard error, what has no equivalent
+    first. Nothing is changed.
+
+    Exit status: 0 translated, 2 the file can't be read.
+    """
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        say(f"{path}: {error.strerror}")
+        return EXIT_NOT_STARTED
+    imported = import_conf(text)
+    sys.stdout.write(as_yaml(imported))
+    sys.stdout.flush()
+    sys.stderr.write(as_text(imported))
+    return 0
 
 
 def _run(configuration: Configuration) -> int:
@@ -123,8 +152,12 @@ def limits_within(configuration: Configuration, descriptors: int) -> Limits:
 
     """
     workers = configuration.workers + configuration.spare_workers
+    of_clients = sum(
+        _CLIENTS * (1 + _OF_A_CLAMD_CLIENT * (listener.protocol == "clamd"))
+        for listener in configuration.listeners.values()
+    )
     opened = openings_within(configuration, descriptors) * DESCRIPTORS_OF_A_REQUEST
-    room = descriptors - _ITS_OWN - _OF_A_WORKER * workers - _CLIENTS - opened
+    room = descriptors - _ITS_OWN - _OF_A_WORKER * workers - of_clients - opened
     under_way = DEFAULT_WINDOW * workers
     if room < DEFAULT_WINDOW or under_way > descriptors:
         raise LaunchError(

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
     from fdbroker.aio import ServedClient
     from fdbroker.scan.messages import Request
+    from fdbroker.scan.service.configuration import Listener
     from fdbroker.scan.service.core import Core
     from fdbroker.scan.service.opening import Opened
     from fdbroker.scan.supervisor import Done
@@ -104,7 +105,7 @@ class _Scan:
 class NativeClient:
     """A connection of a client; owns it. See `fdbroker.scan.service.core.Speaks`."""
 
-    def __init__(self, core: Core, served: ServedClient) -> None:
+    def __init__(self, core: Core, served: ServedClient, listener: Listener) -> None:  # noqa: ARG002
         self._core = core
         self._served = served
         self._sock = served.socket

@@ -9,17 +9,18 @@ import time
 from typing import TYPE_CHECKING
 
 from fdbroker import aio
+from fdbroker.scan.service.clamd import ClamdClient
 from fdbroker.scan.service.core import Core, say
 from fdbroker.scan.service.native import NativeClient
 
 if TYPE_CHECKING:
     from fdbroker.broker.notify import Notifier
     from fdbroker.scan.pool import Pool, Version
-    from fdbroker.scan.service.configuration import Configuration
+    from fdbroker.scan.service.configuration import Configuration, Listener
     from fdbroker.scan.service.core import Connection, Speaks
 
 # By the words of the configuration.
-PROTOCOLS: dict[str, Speaks] = {"scan": NativeClient}
+PROTOCOLS: dict[str, Speaks] = {"clamd": ClamdClient, "scan": NativeClient}
 
 _PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between attempts to reach the broker; the last one goes on
 _WELL = "serving"
@@ -34,12 +35,11 @@ async def serve(
     """
     loop = asyncio.get_running_loop()
     core = Core(configuration, pool, versions)
-    stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, core.stop.set)
     tasks = [
-        asyncio.create_task(_serve_listener(core, name, protocol, notifier))
-        for name, protocol in configuration.listeners.items()
+        asyncio.create_task(_serve_listener(core, name, listener, notifier))
+        for name, listener in configuration.listeners.items()
     ]
     tasks += [asyncio.create_task(core.watch_databases()), asyncio.create_task(_tell(notifier))]
     renewals: set[asyncio.Task[None]] = set()
@@ -52,7 +52,7 @@ async def serve(
     loop.add_signal_handler(signal.SIGHUP, renew)
     try:
         notifier.say(READY="1", STATUS="The engines are loaded.")
-        waiting = asyncio.create_task(stop.wait())
+        waiting = asyncio.create_task(core.stop.wait())
         done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
         if waiting not in done:
             waiting.cancel()
@@ -81,7 +81,7 @@ async def _tell(notifier: Notifier) -> None:
         await asyncio.sleep(60.0 if left < 0 else left)
 
 
-async def _serve_listener(core: Core, name: str, protocol: str, notifier: Notifier) -> None:
+async def _serve_listener(core: Core, name: str, listener: Listener, notifier: Notifier) -> None:
     """Serve the clients of a listener, for ever; connect to the broker again whenever it is lost."""
     attempts = 0
     while True:
@@ -92,21 +92,21 @@ async def _serve_listener(core: Core, name: str, protocol: str, notifier: Notifi
             ):
                 attempts = 0
                 _note(core, notifier, name, _WELL)
-                await _take_clients(core, protocol, service)
+                await _take_clients(core, listener, service)
         except OSError as error:  # of the broker, or no descriptors for the connection
             _note(core, notifier, name, f"not served: {error.strerror}")
         await asyncio.sleep(_PAUSES[min(attempts, len(_PAUSES) - 1)])
         attempts += 1
 
 
-async def _take_clients(core: Core, protocol: str, service: aio.Service) -> None:
+async def _take_clients(core: Core, listener: Listener, service: aio.Service) -> None:
     """Serve who comes. Raises BrokerError when nobody can come any more; then those that came are gone."""
     mine: set[Connection] = set()
     try:
         async for served in service:
             mine &= core.connections
             try:
-                mine.add(PROTOCOLS[protocol](core, served))
+                mine.add(PROTOCOLS[listener.protocol](core, served, listener))
             except OSError as error:  # no more descriptors can be watched
                 served.close()
                 say(f"a client of uid {served.uid} could not be served: {error.strerror}")

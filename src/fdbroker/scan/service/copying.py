@@ -1,0 +1,54 @@
+"""Sealed copies of what clients have open for writing, made while others are served."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import stat
+
+from fdbroker.client import ChangedError, FileTooLargeError
+from fdbroker.client.sealed import seal_in_steps
+from fdbroker.scan.verdict import Error, Reason
+
+
+def file_to_copy(descriptor: int, *, shared: bool) -> os.stat_result | None:
+    """Return what a file is that may be scanned as a copy alone, or None.
+
+    That is one open for reading and writing: with it a worker could write, and who has opened it may go on
+    doing so. `shared`: also one open for reading, as nobody may share its offset and flags.
+    Everything else that can't be scanned as it is has an error of its own, from the pool; so has what
+    can't even be looked at, as a file of somebody else's FUSE.
+    """
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    modes = {os.O_RDWR, os.O_RDONLY} if shared else {os.O_RDWR}
+    if flags & os.O_ACCMODE not in modes or flags & os.O_PATH:
+        return None
+    try:
+        facts = os.fstat(descriptor)
+    except OSError:
+        return None
+    return facts if stat.S_ISREG(facts.st_mode) else None
+
+
+async def sealed_copy(descriptor: int, most: int, seconds: float) -> int | Error:
+    """Return a sealed copy of a file, which the caller owns, or why there is none.
+
+    The descriptor stays the caller's. `most`: bytes that the copy may have; `seconds`: that it may take.
+    """
+    steps = seal_in_steps(descriptor, most, asyncio.get_running_loop().time() + seconds, None)
+    try:
+        with contextlib.closing(steps):
+            while True:
+                try:
+                    pause = next(steps)
+                except StopIteration as end:
+                    return int(end.value)
+                await asyncio.sleep(pause)
+    except FileTooLargeError as error:
+        return Error(Reason.TOO_LARGE, f"{error.strerror}, for a file that can be written")
+    except ChangedError as error:
+        return Error(Reason.CHANGED, str(error.strerror))
+    except (OSError, ValueError) as error:
+        return Error(Reason.READ_FAILED, f"it could not be copied: {error}")
