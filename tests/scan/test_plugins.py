@@ -62,7 +62,7 @@ def test_options_are_read(given_: dict[str, Any], read: dict[str, Any]) -> None:
     [
         ({"sise": 1}, "it: there is no option 'sise'; did you mean 'size'?"),
         ({"zzzz": 1}, "it: there is no option 'zzzz'; the options are: path, size"),
-        ({"path": "x"}, "it: path: 'x' is not an absolute path"),
+        ({"path": "x"}, "it: path: 'x' is not an absolute path, as in /srv/x"),
         ({"path": 1}, "it: path: an absolute path is wanted, not a value of type int"),
         ({"size": "4 KiB"}, "it: size: '4 KiB' is not a size; write bytes (4096) or"),
         ({"size": 1.5}, "it: size: a whole number is wanted, not a value of type float"),

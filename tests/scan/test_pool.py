@@ -114,6 +114,7 @@ def test_larger_files_than_asked_for_are_errors(tmp_path: Path) -> None:
     assert done[0].verdict == Infected(EICAR_NAME)
     assert isinstance(done[1].verdict, Error)
     assert done[1].verdict.reason is Reason.TOO_LARGE
+    assert [one.size for one in done] == [len(EICAR), len(EICAR) + 1]
 
 
 @pytest.mark.parametrize("inside_first", [False, True])

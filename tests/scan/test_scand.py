@@ -11,8 +11,12 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
+import click
 import pytest
 
+from fdbroker.cli import scan_via
+from fdbroker.cli.failure import Failure
+from fdbroker.client import DEFAULT_SOCKET
 from fdbroker.scan.messages import End
 from fdbroker.scan.verdict import Clean, Infected
 from tests.broker.puppets import Puppet
@@ -317,7 +321,49 @@ def test_command_names_a_file_once_and_an_incomplete_scan_is_an_error(
     assert (first["type"], first["via"]) == ("engines", "scand")
     assert [(file["path"], file["verdict"]) for file in files] == [(f"{start}/mine", "clean")]
     assert (summary["files"], summary["complete"], summary["exit_status"]) == (1, False, 2)
-    assert done.stderr == f"fdbroker: not all below {start} was scanned: refused\n"
+    assert done.stderr == (
+        f"fdbroker: not all below {start} was scanned:"
+        " the policy does not let you see or enter something (refused)\n"
+    )
+
+
+def test_command_says_how_to_find_why_the_policy_refused_a_path(
+    scand: RunningScand, others: ForOtherUsers, directory: Path
+) -> None:
+    home = f"{directory}/tree/bob"
+    done = command(scand, others, "--via", "scand", home)
+    assert done.returncode == 2
+    asked = f"fdbroker policy explain --as fdbroker-scand --on-behalf-of {ANN} --action walk {home}\n"
+    assert done.stderr.endswith(asked)
+
+
+def test_service_that_does_not_greet_is_told_and_done_without(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = directory / "silent"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(os.fspath(path))
+        listening.listen()
+        monkeypatch.setenv("FDBROKER_SCAN_SOCKET", os.fspath(path))
+        monkeypatch.setattr(scan_via, "_GREETED_WITHIN", {None: 0.01, "scand": 0.01})
+        with click.Context(click.Command("scan")):
+            assert scan_via.service_for(None, DEFAULT_SOCKET) is None
+            with pytest.raises(Failure, match=r"said nothing for 0\.01 s; start fdbroker-scand"):
+                scan_via.service_for("scand", DEFAULT_SOCKET)
+    path.unlink()
+
+
+def test_listener_of_the_wrong_type_is_told_with_the_cure(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = directory / "stream"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        listening.bind(os.fspath(path))
+        listening.listen()
+        monkeypatch.setenv("FDBROKER_SCAN_SOCKET", os.fspath(path))
+        with click.Context(click.Command("scan")), pytest.raises(Failure, match="needs 'type: seqpacket'"):
+            scan_via.service_for("scand", DEFAULT_SOCKET)
+    path.unlink()
 
 
 def test_command_says_what_it_can_not_ask_of_the_service(

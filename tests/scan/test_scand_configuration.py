@@ -117,6 +117,10 @@ def test_the_example_says_what_is_usual() -> None:
             "2:36: listeners: scan: max_stream: it is for the protocol clamd; remove it",
         ),
         ("may_renew: {user: nobody-known}", None),
+        (
+            "engines: {hashes: {lists: [bad.sha256]}}",
+            "2:11: engine hashes: lists[0]: 'bad.sha256' is not an absolute path, as in /srv/x; SEE",
+        ),
         ("engines: {}", "2:10: engines is empty; write names with options, as in 'libclamav: {}'"),
     ],
 )
@@ -151,6 +155,7 @@ def test_a_configuration_is_checked_by_whoever_may_read_it(
     assert capsys.readouterr().err == f"{path}:2:1: unknown key 'worker'; did you mean 'workers'?\n"
     path.write_text("version: 1\n")
     assert main(["--check", "--dev", "--config", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: no problems\n"
 
 
 def test_each_key_is_documented() -> None:

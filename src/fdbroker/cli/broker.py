@@ -287,15 +287,21 @@ def refusal(path: bytes, error: client.BrokerError, socket_path: str, action: st
     return f"{printable(path)}: {printable(error.strerror or str(error))}"
 
 
-def see_why(path: bytes, socket_path: str, action: str = "open") -> str:
+def see_why(path: bytes, socket_path: str, action: str = "open", service: str | None = None) -> str:
     """Return the command that shows why this user was denied a path, in a sentence.
+
+    `service`: the user of the service that asked on behalf of this one, if one did.
 
     It is for root: who is denied a file can mostly look at neither the policy nor the file.
     """
     beginning, options = "See why", []
+    user = shell_word(os.fsencode(user_name(os.geteuid())))
     if os.geteuid() != 0:
         beginning += ", as root"
-        options.append(f"--as {shell_word(os.fsencode(user_name(os.geteuid())))} ")
+    if service is not None:
+        options.append(f"--as {service} --on-behalf-of {user} ")
+    elif os.geteuid() != 0:
+        options.append(f"--as {user} ")
     if action != "open":
         options.append(f"--action {action} ")
     if socket_path != client.DEFAULT_SOCKET:

@@ -19,7 +19,15 @@ from fdbroker.cli.output import OutputError, ReaderGoneError, complain, complain
 from fdbroker.cli.paths import absolute
 from fdbroker.cli.scan_engines import configured_engines
 from fdbroker.cli.scan_output import HumanOutput, JsonOutput, Output, Outputs, Totals
-from fdbroker.cli.scan_via import SCAND, SELF, scan_by, service_for, versions_of
+from fdbroker.cli.scan_via import (
+    SCAND,
+    SELF,
+    SERVICE_USER,
+    scan_by,
+    service_for,
+    versions_of,
+    why_missing,
+)
 from fdbroker.cli.sizes import size_of_option
 from fdbroker.cli.whole_file import whole_file
 from fdbroker.config.names import id_of_number, is_number, printable
@@ -199,7 +207,12 @@ def command(  # noqa: PLR0913, PLR0917 - as many as options
     service = service_for(via, socket_path)
     if service is not None:
         with service:
-            return _told(lambda told: _scan_by_service(service, request, told), output, report).exit_status()
+            totals = _told(lambda told: _scan_by_service(service, request, told), output, report)
+        if totals.denied is not None and not as_json:
+            denied = totals.denied
+            asked = "walk" if denied.directory or os.path.isdir(denied.path) else "open"
+            complain_printable(broker.see_why(denied.path, socket_path, asked, SERVICE_USER))
+        return totals.exit_status()
     configured = configured_engines(engines, lists, accept)
     inside = any(isinstance(make(one), Inside) for one in configured)
     try:
@@ -312,7 +325,8 @@ def _scan_by_service(service: ScanService, request: _Request, output: Output) ->
 
     def missing(start: bytes, why: Sequence[str]) -> None:
         totals.complete = False
-        complain_printable(f"not all below {printable(start)} was scanned: {', '.join(map(printable, why))}")
+        reasons = "; ".join(map(why_missing, why))
+        complain_printable(f"not all below {printable(start)} was scanned: {reasons}")
 
     try:
         output.engines(versions_of(service), SCAND)

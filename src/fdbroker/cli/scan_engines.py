@@ -48,7 +48,7 @@ def configured_engines(texts: Sequence[str], lists: Sequence[str], accept: Seque
             wanted.setdefault("hashes", [])
         kinds = {name: options_type(name) for name in wanted}
         values = {
-            name: values_of_words(kinds[name], words, where=f"engine {name}")
+            name: values_of_words(kinds[name], words, where=f"engine {name}", relative=True)
             for name, words in wanted.items()
         }
         for path in lists:

@@ -12,8 +12,15 @@ from click.core import ParameterSource
 from fdbroker import client
 from fdbroker.cli.broker import given_descriptors
 from fdbroker.cli.failure import Failure
+from fdbroker.cli.output import complain
 from fdbroker.config.names import printable
-from fdbroker.scan.client import DEFAULT_SOCKET, ScanServiceError, ServiceUnavailableError, connect
+from fdbroker.scan.client import (
+    DEFAULT_SOCKET,
+    ScanServiceError,
+    ServiceTimeoutError,
+    ServiceUnavailableError,
+    connect,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +31,13 @@ if TYPE_CHECKING:
 
 SERVICE_VARIABLE = "FDBROKER_SCAN_SOCKET"
 SCAND, SELF = "scand", "self"
+# Seconds for its greeting, where the command can do without the service, and where it was asked for.
+_GREETED_WITHIN = {None: 3.0, SCAND: 20.0}
+
+# As docs/scand.md has it; who administers the machine may have chosen another one.
+SERVICE_USER = "fdbroker-scand"
+
+_GONE = {"broker_gone": "the broker ended or was restarted", "stopping": "the scan service was stopped"}
 
 # What the service has chosen for all of its clients, by the parameters of the command.
 _OF_OWN_WORKERS = {
@@ -40,8 +54,8 @@ _OF_OWN_WORKERS = {
 def service_for(via: str | None, socket_path: str) -> ScanService | None:
     """Return a connection to the scan service, which the caller closes; None: the command scans by itself.
 
-    Without `--via` the service is taken if its socket is there and accepts this user, and nothing is asked
-    for that only the command's own workers do.
+    Without `--via` the service is taken if its socket is there and accepts this user, the service answers,
+    and nothing is asked for that only the command's own workers do.
 
     Raises:
         Failure: it is asked for, and can't be had.
@@ -67,11 +81,17 @@ def service_for(via: str | None, socket_path: str) -> ScanService | None:
             " says: leave it out, or say --via self"
         )
     try:
-        return connect(path)
+        return connect(path, greeted_within=_GREETED_WITHIN[via])
     except ServiceUnavailableError as error:
         if via is None:
             return None
         raise Failure(f"{printable(path)}: {error.strerror}; {_cure(error)}") from error
+    except ServiceTimeoutError as error:
+        found = f"{printable(path)}: {error.strerror}"
+        if via is None:
+            complain(f"{found}; does fdbroker-scand run? This command scans by workers of its own")
+            return None
+        raise Failure(f"{found}; start fdbroker-scand (its log may say more), or say --via self") from error
     except ScanServiceError as error:
         raise Failure(printable(f"{path}: {error.strerror}")) from error
 
@@ -79,6 +99,8 @@ def service_for(via: str | None, socket_path: str) -> ScanService | None:
 def _cure(error: OSError) -> str:
     if error.errno in {errno.EACCES, errno.EPERM}:
         return "whoever administers the machine can let you (listeners of the policy), or say --via self"
+    if error.errno == errno.EPROTOTYPE:
+        return "its listener in the policy needs 'type: seqpacket'; write that, or say --via self"
     return "start fdbroker-scand, or say --via self"
 
 
@@ -116,3 +138,15 @@ def scan_by(
                 yield result
             if scan.end is not None and scan.end.missing:
                 missing(start, scan.end.missing)
+
+
+def why_missing(reason: str) -> str:
+    """Return what a word of `missing` of docs/scan-protocol.md means, and the word, printable."""
+    from fdbroker.cli.walk import MISSING  # noqa: PLC0415 - of no use to a scan that is complete
+
+    for flag, (_, text) in MISSING.items():
+        if flag.name is not None and flag.name.lower() == reason:
+            return f"{text} ({reason})"
+    if reason in _GONE:
+        return f"{_GONE[reason]} meanwhile; scan again ({reason})"
+    return printable(reason)

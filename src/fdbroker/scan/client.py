@@ -87,15 +87,24 @@ class ServiceRefusedError(ScanServiceError):
         self.reason = reason
 
 
-def connect(path: str | bytes = DEFAULT_SOCKET, *, timeout: float | None = DEFAULT_TIMEOUT) -> ScanService:
+def connect(
+    path: str | bytes = DEFAULT_SOCKET,
+    *,
+    timeout: float | None = DEFAULT_TIMEOUT,
+    greeted_within: float | None = None,
+) -> ScanService:
     """Connect to a scan service and return it; the caller closes it.
+
+    The broker listens on the socket also while no service runs, and keeps who connects until one does.
 
     Args:
         path: its socket.
         timeout: seconds of silence after which a request has failed; None: no limit.
+        greeted_within: seconds after which nobody is taken to be there; None: those of `timeout`.
 
     Raises:
         ServiceUnavailableError: it is not there, or may not be used by this user.
+        ServiceTimeoutError: it does not greet: it does not run, or hangs.
         ScanServiceError: what is there is no scan service of this version, or it refused.
 
     """
@@ -108,7 +117,7 @@ def connect(path: str | bytes = DEFAULT_SOCKET, *, timeout: float | None = DEFAU
             error.errno, f"there is no way to the scan service: {error.strerror}", os.fsdecode(path)
         ) from error
     try:
-        return ScanService(sock, timeout)
+        return ScanService(sock, timeout, greeted_within)
     except BaseException:
         sock.close()
         raise
@@ -120,9 +129,11 @@ class ScanService:
     Several scans may be under way; what comes for one while another is read is kept for it.
     """
 
-    def __init__(self, sock: socket.socket, timeout: float | None) -> None:
+    def __init__(
+        self, sock: socket.socket, timeout: float | None, greeted_within: float | None = None
+    ) -> None:
         self._sock = sock
-        self._timeout = timeout
+        self._timeout = timeout if greeted_within is None else greeted_within
         self._last_id = 0
         self._scans: dict[int, Scan] = {}
         self._others: dict[int, StatusReply | Refused] = {}
@@ -132,6 +143,7 @@ class ScanService:
         if not isinstance(answer, Welcome):
             raise ServiceGoneError("malformed", "what is there does not greet as a scan service does")
         self.welcome: Welcome = answer
+        self._timeout = timeout
 
     def __enter__(self) -> Self:
         """Return itself."""

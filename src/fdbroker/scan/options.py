@@ -69,11 +69,14 @@ def read_options(kind: type[_Options], values: object, *, where: str) -> _Option
         raise OptionsError(f"{where}: {error}") from error
 
 
-def values_of_words(kind: type, words: Iterable[tuple[str, str]], *, where: str) -> dict[str, object]:
+def values_of_words(
+    kind: type, words: Iterable[tuple[str, str]], *, where: str, relative: bool = False
+) -> dict[str, object]:
     """Return values for `read_options` from options as a command line has them, names with texts.
 
-    A text becomes what the field of the dataclass `kind` wants: a number, true or false, a path that is
-    absolute, one more item of a list. What can't become that stays as it is, for `read_options` to refuse.
+    A text becomes what the field of the dataclass `kind` wants: a number, true or false, one more item of a
+    list, a path: where it may be `relative`, to the working directory, it is made absolute. What can't become
+    that stays as it is, for `read_options` to refuse.
 
     Raises:
         OptionsError: an option is not there, or is given twice and takes one value.
@@ -87,11 +90,13 @@ def values_of_words(kind: type, words: Iterable[tuple[str, str]], *, where: str)
         hint = hints[name]
         if typing.get_origin(hint) is tuple:
             items = values.setdefault(name, [])
-            typing.cast("list[object]", items).append(_of_word(typing.get_args(hint)[0], text))
+            typing.cast("list[object]", items).append(
+                _of_word(typing.get_args(hint)[0], text, relative=relative)
+            )
         elif name in values:
             raise OptionsError(f"{where}: {name} is given twice, and takes one value")
         else:
-            values[name] = _of_word(hint, text)
+            values[name] = _of_word(hint, text, relative=relative)
     return values
 
 
@@ -115,12 +120,12 @@ def _but_for_none(hint: Any) -> Any:  # noqa: ANN401 - any annotation
     return next(one for one in typing.get_args(hint) if one is not type(None))
 
 
-def _of_word(hint: Any, text: str) -> object:  # noqa: ANN401 - any annotation
+def _of_word(hint: Any, text: str, *, relative: bool) -> object:  # noqa: ANN401 - any annotation
     hint, marks = _without_marks(hint)
     hint = _but_for_none(hint) or hint
     if hint is bool:
         return {"true": True, "false": False}.get(text, text)
-    if hint is bytes and text:
+    if hint is bytes and text and relative:
         return os.path.abspath(text)
     # With a unit it is for `read_options`.
     if hint in {int, float} and text.isascii() and text.isdigit():
@@ -162,7 +167,7 @@ def _scalar(hint: Any, marks: tuple[Any, ...], value: object, where: str) -> obj
         raise OptionsError(f"{where}: {error}") from error
     if hint is bytes and isinstance(value, str):
         if not value.startswith("/") or "\0" in value:
-            raise OptionsError(f"{where}: {value!a} is not an absolute path")
+            raise OptionsError(f"{where}: {value!a} is not an absolute path, as in /srv/x")
         return value.encode("utf-8", "surrogateescape")
     if hint is float and type(value) is int:
         value = float(value)

@@ -349,12 +349,13 @@ class Pool:
         """Return a file that engines may have; None: its verdict, an error, is there."""
         owned = Descriptors([descriptor])
         before = admit(descriptor)
+        size = 0 if isinstance(before, Error) else before.size
         if not isinstance(before, Error) and max_size is not None and before.size > max_size:
             text = f"{before.size} bytes are more than the {max_size} that are asked for"
             before = Error(Reason.TOO_LARGE, text)
         if isinstance(before, Error):
             owned.close()
-            self._finished.append(Finished(source, ticket, Done(path, 0, before)))
+            self._finished.append(Finished(source, ticket, Done(path, size, before)))
             return None
         return _File(source, ticket, path, owned, before, before.owner if owner is None else owner)
 

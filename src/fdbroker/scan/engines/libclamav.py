@@ -397,6 +397,11 @@ class LibClamAV(Inside):
             self._check("a limit", self._library.cl_engine_set_num(self._engine, field, value))
 
     def _load(self, path: bytes) -> int:
+        try:
+            os.stat(path)
+        except OSError as error:
+            cure = "freshclam gets one; the option database says where it is"
+            raise EngineError(f"libclamav: the database {shown(path)}: {error.strerror}; {cure}") from error
         count = ctypes.c_uint(0)
         self._messages.clear()
         options = _DB_OPTIONS | (_DB_PUA if self.options.possibly_unwanted else 0)

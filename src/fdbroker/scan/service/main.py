@@ -57,7 +57,9 @@ _OF_A_CLAMD_CLIENT = 2
     metavar="FILE",
     help="What it is to do. Only root may be able to write it.",
 )
-@click.option("--check", is_flag=True, help="Say what is wrong with the configuration, and end.")
+@click.option(
+    "--check", is_flag=True, help="Say what is wrong with the configuration, and end. Nothing is loaded."
+)
 @click.option("--dev", is_flag=True, help="For trying: who starts it may own the configuration, too.")
 @click.version_option(fdbroker.__version__, prog_name="fdbroker-scand")
 @click.pass_context
@@ -81,6 +83,7 @@ def command(context: click.Context, path: str, *, check: bool, dev: bool) -> int
             sys.stderr.write(f"{printable(str(problem))}\n")
         return EXIT_NOT_STARTED
     if check:
+        click.echo(f"{printable(path)}: no problems")
         return 0
     try:
         return _run(configuration)

@@ -94,7 +94,7 @@ async def _serve_listener(core: Core, name: str, listener: Listener, notifier: N
                 _note(core, notifier, name, _WELL)
                 await _take_clients(core, listener, service)
         except OSError as error:  # of the broker, or no descriptors for the connection
-            _note(core, notifier, name, f"not served: {error.strerror}")
+            _note(core, notifier, name, f"not served: {core.configuration.broker}: {error.strerror}")
         await asyncio.sleep(_PAUSES[min(attempts, len(_PAUSES) - 1)])
         attempts += 1
 
