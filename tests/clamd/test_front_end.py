@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import resource
-import shutil
 import socket
 import time
 from pathlib import Path
@@ -20,7 +19,16 @@ from tests.clamd.talks import chunks
 from tests.processes import in_child, wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.clamav import BAD, BAD_NAME, make_database
-from tests.scan.running_scand import ANN, BOB, SCAND_UID, RunningScand, client_of, own, scand_and_broker
+from tests.scan.running_scand import (
+    ANN,
+    BOB,
+    SCAND_UID,
+    RunningScand,
+    client_of,
+    copy_treacherous_engine,
+    own,
+    scand_and_broker,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -337,7 +345,7 @@ workers: 1
 
     with prepared() as directory:
         (directory / "word").write_bytes(b"word")
-        shutil.copytree(Path(__file__).parents[1] / "scan" / "treacherous", directory / "engines")
+        copy_treacherous_engine(directory)
         with scand_and_broker(
             others, directory, treacherous.format(directory=directory), str(directory / "engines")
         ) as (scand, _):

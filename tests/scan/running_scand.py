@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdbroker.scan.client import ScanService, connect
@@ -15,7 +17,6 @@ from tests.uids import FIRST_UID
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.for_other_users import ForOtherUsers
     from tests.running_broker import RunningBroker
@@ -47,6 +48,14 @@ _CONFIGURATION = """
 version: 1
 broker: DIRECTORY/broker.seqpacket
 """
+
+
+def copy_treacherous_engine(directory: Path) -> Path:
+    """Return where an engine is that can't be trusted, for others to import, whatever the checkout's modes are."""
+    to = shutil.copytree(Path(__file__).parent / "treacherous", directory / "engines")
+    for path in (to, *to.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return to
 
 
 def policy_text(directory: Path) -> str:

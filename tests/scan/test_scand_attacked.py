@@ -22,7 +22,16 @@ from tests.hanging.fuse import Operation, abort, fuse_mounted
 from tests.processes import children_of, in_child, wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.clamav import BAD, make_database, running_clamd
-from tests.scan.running_scand import ANN, BOB, RunningScand, client_of, own, reasons, scand_and_broker
+from tests.scan.running_scand import (
+    ANN,
+    BOB,
+    RunningScand,
+    client_of,
+    copy_treacherous_engine,
+    own,
+    reasons,
+    scand_and_broker,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +57,7 @@ def directory() -> Iterator[Path]:
         for name, uid in (("ann", ANN), ("bob", BOB)):
             (path / "tree" / name).mkdir(parents=True)
             own(path / "tree" / name, uid, 0o755)
-        shutil.copytree(Path(__file__).parent / "treacherous", path / "engines")
+        copy_treacherous_engine(path)
         (path / "word").write_bytes(b"Smoke")
         yield path
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from tests.scan.running_scand import (
     SCAND_UID,
     RunningScand,
     client_of,
+    copy_treacherous_engine,
     own,
     policy_text,
     reasons,
@@ -54,7 +54,7 @@ def directory() -> Iterator[Path]:
             home = path / "tree" / name
             home.mkdir(parents=True)
             own(home, uid, 0o755)
-        shutil.copytree(Path(__file__).parent / "treacherous", path / "engines")
+        copy_treacherous_engine(path)
         (path / "word").write_bytes(WORD)
         yield path
 
