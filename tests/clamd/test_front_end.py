@@ -8,7 +8,6 @@ import re
 import resource
 import socket
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -32,6 +31,7 @@ from tests.scan.running_scand import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.clamd.speaking import Step
     from tests.for_other_users import ForOtherUsers
