@@ -51,7 +51,7 @@ broker: DIRECTORY/broker.seqpacket
 
 
 def copy_treacherous_engine(directory: Path) -> Path:
-    """Return where an engine is that can't be trusted, for others to import, whatever the checkout's modes are."""
+    """Return a copy of an engine that lies, which others may import whatever modes the checkout has."""
     to = shutil.copytree(Path(__file__).parent / "treacherous", directory / "engines")
     for path in (to, *to.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
