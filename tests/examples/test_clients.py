@@ -223,6 +223,7 @@ def _dribble(connection: socket.socket, frame: bytes, descriptors: list[int]) ->
         connection.send(sent[at : at + 1])
 
 
-def test_the_protocol_s_page_leads_to_both() -> None:
-    text = (EXAMPLES.parent / "protocol.md").read_text()
+def test_the_protocols_pages_lead_to_all() -> None:
+    pages = ("protocol.md", "scan-protocol.md")
+    text = "".join((EXAMPLES.parent / page).read_text() for page in pages)
     assert {path.name for path in EXAMPLES.iterdir()} == set(re.findall(r"\(examples/([a-z.]+)\)", text))
