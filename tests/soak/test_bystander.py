@@ -37,8 +37,8 @@ pytestmark = pytest.mark.root
 
 SECONDS = 60.0 if os.environ.get("FDBROKER_SOAK") else 1.0
 WITHIN = 0.5  # of 99 of 100 answers to a bystander, by design
-# Answers, however long they take where others have the CPUs: of so few, all must come in time.
-LEAST = 100
+# Answers, however long they take where others have the CPUs: of fewer, the 99th of 100 is the last.
+LEAST = 200
 FILES = 253
 ATTACKERS_UID = CLIENT_UID + 10  # of the first
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
