@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import resource
+import signal
 import socket
 import time
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from tests.clamd.talks import chunks
 from tests.processes import in_child, wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.clamav import BAD, BAD_NAME, make_database
+from tests.scan.descriptors import lingering_socket
 from tests.scan.running_scand import (
     ANN,
     BOB,
@@ -201,6 +203,34 @@ def test_who_hands_over_what_can_not_be_received_is_told_so(scand: RunningScand,
         finally:
             set_most_descriptors(scand, soft, hard)
     assert asked(scand, b"zPING\0") == b"PONG\0"
+
+
+def test_what_can_not_be_received_and_lingers_when_it_is_closed_holds_up_nobody(scand: RunningScand) -> None:
+    """Of two descriptors the kernel throws one away, and the service closes the other one."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.socket(socket.AF_UNIX) as sock,
+    ):
+        sock.settimeout(20)
+        sock.connect(str(scand.clamd))
+        sock.sendall(b"zIDSESSION\0zPING\0")
+        assert sock.recv(100) == b"1: PONG\0"
+        soft, hard = in_child(lambda: resource.prlimit(scand.pid, resource.RLIMIT_NOFILE), uid=SCAND_UID)
+        taken = set(map(int, os.listdir(f"/proc/{scand.pid}/fd")))
+        set_most_descriptors(scand, min(set(range(len(taken) + 1)) - taken) + 1, hard)
+        try:
+            # So that it is the service that closes it for the last time.
+            os.kill(scand.pid, signal.SIGSTOP)
+            with lingering_socket(listener.getsockname()) as lingering:
+                socket.send_fds(sock, [b"zFILDES\0\0"], [lingering.fileno()] * 2)
+                os.close(lingering.detach())
+        finally:
+            os.kill(scand.pid, signal.SIGCONT)
+            assert sock.recv(100) == b"File descriptors could not be received. ERROR\n"
+            set_most_descriptors(scand, soft, hard)
+        began = time.monotonic()
+        assert asked(scand, b"zPING\0") == b"PONG\0"
+        assert time.monotonic() - began < 5
 
 
 def set_most_descriptors(scand: RunningScand, soft: int, hard: int) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
+import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,3 +25,14 @@ def make_and_open(path: Path, contents: bytes = b"nothing bad") -> int:
 def open_descriptors() -> list[str]:
     """Return the numbers of this process's open descriptors."""
     return sorted(os.listdir("/proc/self/fd"))
+
+
+def lingering_socket(address: tuple[str, int]) -> socket.socket:
+    """Return a socket whose bytes nobody reads: who closes it last waits for a minute."""
+    lingering = socket.create_connection(address)
+    lingering.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+    lingering.settimeout(0)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            lingering.send(bytes(1 << 16))
+    return lingering

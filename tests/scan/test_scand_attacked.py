@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import threading
 import time
@@ -21,6 +19,7 @@ from tests.hanging.fuse import Operation, abort, fuse_mounted
 from tests.processes import children_of, in_child, wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.clamav import BAD, make_database, running_clamd
+from tests.scan.descriptors import lingering_socket
 from tests.scan.running_scand import (
     ANN,
     BOB,
@@ -417,12 +416,7 @@ def pass_on_a_lingering_socket(memory: dict[str, object], address: tuple[str, in
     """Have the service close a socket whose bytes nobody reads."""
     sock = memory["socket"]
     assert isinstance(sock, socket.socket)
-    lingering = socket.create_connection(address)
-    lingering.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
-    lingering.settimeout(0)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            lingering.send(bytes(1 << 16))
+    lingering = lingering_socket(address)
     socket.send_fds(sock, [b'{"type":"scan_descriptor","id":1}'], [lingering.fileno()] * count)
     os.close(lingering.detach())
 

@@ -38,7 +38,7 @@ from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.scan.run import Scanned
 from fdbroker.scan.service.copying import file_to_copy, sealed_copy
 from fdbroker.scan.service.filesystems import Sorted, sort_out
-from fdbroker.scan.service.opening import ToScan, TreeOfFiles
+from fdbroker.scan.service.opening import FAILED, ToScan, TreeOfFiles
 from fdbroker.scan.service.streams import Stream
 from fdbroker.scan.tree import Exclusions
 from fdbroker.scan.verdict import Clean, Error, Infected, Reason
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from fdbroker.scan.service.configuration import Listener
     from fdbroker.scan.service.core import Core
     from fdbroker.scan.service.memory import Kept
+    from fdbroker.scan.stamps import Stamp
     from fdbroker.scan.supervisor import Done
     from fdbroker.scan.verdict import Verdict
 
@@ -58,7 +59,6 @@ MOST_COMMANDS = 64  # of one session under way; then no more is read
 _MOST_BYTES = 1 << 16  # of one read
 _READS_AT_ONCE = 16  # before others have their turn
 _DRAINING = 1.0  # seconds for a client to close, after all was said
-_FAILED = "failed"  # why something is missing if nobody thought of it
 _NOT_RECEIVED = b"File descriptors could not be received. ERROR\n"
 _STOP_AT_A_FINDING = frozenset({Kind.SCAN, Kind.ALLMATCHSCAN})
 _PATHS = frozenset({Kind.SCAN, Kind.CONTSCAN, Kind.MULTISCAN, Kind.ALLMATCHSCAN})
@@ -164,20 +164,24 @@ class ClamdClient:
     def _read(self) -> None:
         for _ in range(_READS_AT_ONCE):
             try:
-                message = sockets.receive(self._sock, _MOST_BYTES)
+                data, owned, dropped = sockets.receive_unclosed(self._sock, _MOST_BYTES)
             except BlockingIOError:
                 break
             except ConnectionError:
                 self._close()
                 return
             except OSError:
-                # The kernel dropped some, and what came with which command nobody can tell now.
                 self._send_and_close(_NOT_RECEIVED)
                 return
-            if not all(map(self._core.mounted.have, message.descriptors.numbers())):
-                self._sort_out(message.data, message.descriptors)
+            if dropped:
+                # By the kernel: what came with which command nobody can tell now.
+                self._core.aside.run(self._served.uid, owned.close)
+                self._send_and_close(_NOT_RECEIVED)
+                return
+            if not all(map(self._core.mounted.have, owned.numbers())):
+                self._sort_out(data, owned)
                 break
-            self._receive(message.data, message.descriptors)
+            self._receive(data, owned)
             self._pull()
             if not self._wants_more():
                 break
@@ -442,7 +446,7 @@ class ClamdClient:
                 self._core.stop.set()
             case _:
                 command = self._commands[number] = _Command(asked, asked.path, asked.path)
-                command.missing = (_FAILED,)  # until it is known otherwise, whatever happens
+                command.missing = (FAILED,)  # until it is known otherwise, whatever happens
                 self._to_open.append(command)
                 if self._opener is None or self._opener.done():
                     self._opener = asyncio.create_task(self._open_all())
@@ -464,10 +468,10 @@ class ClamdClient:
     def _scan_descriptor(self, asked: Asked, descriptor: int) -> None:
         name = b"fd[%d]" % descriptor
         command = self._commands[asked.number] = _Command(asked, name, _path_of(descriptor) or name)
-        facts = file_to_copy(descriptor, shared=self._core.hub.pool.has_outside_engines)
-        if facts is not None:
+        stamp = file_to_copy(descriptor, shared=self._core.hub.pool.has_outside_engines)
+        if stamp is not None:
             owned = Descriptors([descriptor])
-            task = command.task = asyncio.create_task(self._scan_copy(command, owned, facts))
+            task = command.task = asyncio.create_task(self._scan_copy(command, owned, stamp))
             task.add_done_callback(lambda _: owned.close())  # it may be cancelled before it begins
             self._copying.add(task)
             task.add_done_callback(self._copying.discard)
@@ -475,24 +479,24 @@ class ClamdClient:
         command.all_handed_in = True
         self._hand_in(command, b"", descriptor)
 
-    async def _scan_copy(self, command: _Command, owned: Descriptors, facts: os.stat_result) -> None:
+    async def _scan_copy(self, command: _Command, owned: Descriptors, stamp: Stamp) -> None:
         """Scan a copy, which nobody can change, when there is room for it. `owned`: of one."""
         with owned:
             room = asyncio.Event()
             kept = command.kept = self._core.memory.keep(self._served.uid, room.set)
             configuration = self._core.configuration
             most = configuration.max_copy
-            while facts.st_size <= most and not kept.may_grow(facts.st_size):
+            while stamp.size <= most and not kept.may_grow(stamp.size):
                 room.clear()
                 await room.wait()
-            kept.grow(min(facts.st_size, most))
+            kept.grow(min(stamp.size, most))
             copy = await sealed_copy(owned.numbers()[0], most, configuration.timeout)
             kept.end()
         command.all_handed_in = True
         if isinstance(copy, Error):
             self._tell(command, command.name, copy)
         else:
-            self._hand_in(command, b"", copy, owner=facts.st_uid)
+            self._hand_in(command, b"", copy, owner=stamp.owner)
 
     def _scan_stream(self) -> None:
         stream = self._stream
@@ -536,7 +540,7 @@ class ClamdClient:
                         await self._files.room()
             command.missing = tree.missing
         except (BrokerError, ValueError):  # it is gone, or the client is
-            command.missing = (_FAILED,)
+            command.missing = (FAILED,)
         finally:
             command.all_handed_in = True
             self._end_if_done(command)

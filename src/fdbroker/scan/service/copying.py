@@ -6,30 +6,30 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import stat
+from typing import TYPE_CHECKING
 
 from fdbroker.client import ChangedError, FileTooLargeError
 from fdbroker.client.sealed import seal_in_steps
+from fdbroker.scan.contract import admit
 from fdbroker.scan.verdict import Error, Reason
 
+if TYPE_CHECKING:
+    from fdbroker.scan.stamps import Stamp
 
-def file_to_copy(descriptor: int, *, shared: bool) -> os.stat_result | None:
-    """Return what a file is that may be scanned as a copy alone, or None.
+
+def file_to_copy(descriptor: int, *, shared: bool) -> Stamp | None:
+    """Return the stamp of a file that may be scanned as a copy alone, or None.
 
     That is one open for reading and writing: with it a worker could write, and who has opened it may go on
     doing so. `shared`: also one open for reading, as nobody may share its offset and flags.
     Everything else that can't be scanned as it is has an error of its own, from the pool; so has what
     can't even be looked at, as a file of somebody else's FUSE.
     """
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    modes = {os.O_RDWR, os.O_RDONLY} if shared else {os.O_RDWR}
-    if flags & os.O_ACCMODE not in modes or flags & os.O_PATH:
+    stamp = admit(descriptor)
+    if isinstance(stamp, Error):
         return None
-    try:
-        facts = os.fstat(descriptor)
-    except OSError:
-        return None
-    return facts if stat.S_ISREG(facts.st_mode) else None
+    writable = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+    return stamp if shared or writable else None
 
 
 async def sealed_copy(descriptor: int, most: int, seconds: float) -> int | Error:
@@ -47,7 +47,7 @@ async def sealed_copy(descriptor: int, most: int, seconds: float) -> int | Error
                     return int(end.value)
                 await asyncio.sleep(pause)
     except FileTooLargeError as error:
-        return Error(Reason.TOO_LARGE, f"{error.strerror}, for a file that can be written")
+        return Error(Reason.TOO_LARGE, f"{error.strerror}, for a descriptor that must be copied")
     except ChangedError as error:
         return Error(Reason.CHANGED, str(error.strerror))
     except (OSError, ValueError) as error:

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 from collections import deque
 from typing import TYPE_CHECKING
 
 import fdbroker
-from fdbroker.client import BrokerError, ChangedError, FileTooLargeError
-from fdbroker.client.sealed import seal_in_steps
+from fdbroker.client import BrokerError
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
-from fdbroker.scan.contract import admit
 from fdbroker.scan.messages import (
     LONGEST_MESSAGE,
     VERSION,
@@ -42,10 +39,11 @@ from fdbroker.scan.messages import (
 )
 from fdbroker.scan.run import Scanned, Skipped
 from fdbroker.scan.service.aside import run_aside
+from fdbroker.scan.service.copying import file_to_copy, sealed_copy
 from fdbroker.scan.service.filesystems import Sorted, sort_out
-from fdbroker.scan.service.opening import ToScan, TreeOfFiles, files_at
+from fdbroker.scan.service.opening import FAILED, ToScan, TreeOfFiles, files_at
 from fdbroker.scan.tree import Exclusions
-from fdbroker.scan.verdict import Error, Infected, Reason
+from fdbroker.scan.verdict import Error, Infected
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -57,7 +55,6 @@ if TYPE_CHECKING:
     from fdbroker.scan.service.opening import Opened
     from fdbroker.scan.supervisor import Done
 
-FAILED = "failed"  # why something is missing if nobody thought of it
 MOST_REQUESTS = 256  # of one connection under way
 _MOST_MESSAGES_ASIDE = 2  # of a user, whose descriptors have to be looked at; each may have 253
 _MESSAGES_AT_ONCE = 16  # before others have their turn
@@ -341,14 +338,8 @@ class NativeClient:
             self._all_handed_in(scan)
             return
         [descriptor] = owned.numbers()
-        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-        before = admit(descriptor)
-        if not isinstance(before, Error) and (
-            # With it a worker could write; and the client may go on doing so.
-            flags & os.O_ACCMODE == os.O_RDWR
-            # The client has this open file, too.
-            or self._core.hub.pool.has_outside_engines
-        ):
+        before = file_to_copy(descriptor, shared=self._core.hub.pool.has_outside_engines)
+        if before is not None:
             kept = Descriptors(owned.take_all())
             self._files.keep_waiting(1)
             task = asyncio.create_task(self._scan_copy(scan, kept, before.owner))
@@ -371,44 +362,24 @@ class NativeClient:
             async with self._copies:
                 if scan.over:
                     return
-                copy = await self._copy_of(scan, *kept.numbers())
+                configuration = self._core.configuration
+                most = configuration.max_copy
+                if scan.max_size is not None:
+                    most = min(most, scan.max_size)
+                [descriptor] = kept.numbers()
+                copy = await sealed_copy(descriptor, most, configuration.timeout)
                 kept.close()
                 if not scan.over:
                     scan.missing = ()
-                if copy is not None:
+                if isinstance(copy, Error):
+                    self._tell(scan, Scanned(b"", copy))
+                else:
                     scan.copy = self._loop.create_future()
                     self._hand_in(scan, b"", copy, owner=owner)
                     self._all_handed_in(scan)
                     await scan.copy
         finally:
             self._all_handed_in(scan)
-
-    async def _copy_of(self, scan: _Scan, descriptor: int) -> int | None:
-        """Return a sealed copy of a file, which the caller owns; None: it has an error instead."""
-        most = self._core.configuration.max_copy
-        if scan.max_size is not None:
-            most = min(most, scan.max_size)
-        steps = seal_in_steps(descriptor, most, self._loop.time() + self._core.configuration.timeout, None)
-        try:
-            with contextlib.closing(steps):
-                while True:
-                    try:
-                        pause = next(steps)
-                    except StopIteration as end:
-                        return int(end.value)
-                    await asyncio.sleep(pause)
-        except FileTooLargeError as error:
-            self._tell(
-                scan,
-                Scanned(
-                    b"", Error(Reason.TOO_LARGE, f"{error.strerror}, for a descriptor that must be copied")
-                ),
-            )
-        except ChangedError as error:
-            self._tell(scan, Scanned(b"", Error(Reason.CHANGED, str(error.strerror))))
-        except (OSError, ValueError) as error:
-            self._tell(scan, Scanned(b"", Error(Reason.READ_FAILED, f"it could not be copied: {error}")))
-        return None
 
     # ---- files that the broker opens ----
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _REGULAR = stat.S_IFREG >> 12
 _BATCH = 64
+FAILED = "failed"  # why something is missing if nobody thought of it
 DESCRIPTORS_OF_A_REQUEST = 2 * _BATCH  # that are opened and not handed in yet, at most
 _SECONDS_AT_A_TIME = 0.005  # before other clients have their turn
 
