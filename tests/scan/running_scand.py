@@ -181,3 +181,18 @@ def reasons(results: Any) -> dict[bytes, str]:  # noqa: ANN401 - results of any 
         assert result.path not in told, "each file has one verdict"
         told[result.path] = str(said)
     return told
+
+
+def run_as_ann(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a program as one of the users; return what it wrote."""
+    return subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        user=ANN,
+        group=ANN,
+        extra_groups=[],
+        timeout=60,
+        check=False,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ import pytest
 from fdbroker.wire.format import Incomplete
 from tests.running_broker import reachable_directory
 from tests.scan.descriptors import EICAR, EICAR_NAME
-from tests.scan.running_scand import ANN, own, scand_and_broker
+from tests.scan.running_scand import ANN, own, run_as_ann, scand_and_broker
 
 if TYPE_CHECKING:
     from tests.for_other_users import ForOtherUsers
@@ -47,15 +46,8 @@ def _try_the_example(others: ForOtherUsers, directory: Path, home: Path) -> None
         ):
             (home / name).write_bytes(contents)
             own(home / name, ANN)
-            done = subprocess.run(
+            done = run_as_ann(
                 [others.python, "-I", "-c", EXAMPLE.read_text(), str(home)],
-                env={"FDBROKER_SCAN_SOCKET": scand.socket},
-                capture_output=True,
-                encoding="utf-8",
-                user=ANN,
-                group=ANN,
-                extra_groups=[],
-                timeout=60,
-                check=False,
+                {"FDBROKER_SCAN_SOCKET": scand.socket},
             )
             assert (done.stdout, done.stderr, done.returncode) == (said, "", status)

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +22,19 @@ from tests.broker.puppets import Puppet
 from tests.processes import in_child, wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.descriptors import EICAR, EICAR_NAME
-from tests.scan.running_scand import ANN, BOB, RunningScand, client_of, own, reasons, scand_and_broker
+from tests.scan.running_scand import (
+    ANN,
+    BOB,
+    RunningScand,
+    client_of,
+    own,
+    reasons,
+    run_as_ann,
+    scand_and_broker,
+)
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
     from pathlib import Path
 
@@ -274,16 +283,9 @@ def scan_one(scand: RunningScand, path: bytes) -> str:
 
 def command(scand: RunningScand, others: ForOtherUsers, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `fdbroker scan` as one of the users."""
-    return subprocess.run(
+    return run_as_ann(
         [others.python, "-P", "-m", "fdbroker.cli", "scan", *arguments],
-        env={"PYTHONPATH": str(others.directory), "LANG": "C.UTF-8", "FDBROKER_SCAN_SOCKET": scand.socket},
-        capture_output=True,
-        encoding="utf-8",
-        user=ANN,
-        group=ANN,
-        extra_groups=[],
-        timeout=60,
-        check=False,
+        {"PYTHONPATH": str(others.directory), "LANG": "C.UTF-8", "FDBROKER_SCAN_SOCKET": scand.socket},
     )
 
 

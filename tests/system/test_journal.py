@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,14 +20,13 @@ from tests.running_broker import (
     policy,
     reachable_directory,
 )
+from tests.system.booted import run_booted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.root
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[1]
 FORGED = {
     "run": "f" * 16,
     "seq": 0,
@@ -80,24 +77,7 @@ def seen() -> Iterator[dict[str, Any]]:
             ["/usr/bin/env", *become, os.path.realpath(sys.executable), "-I", str(shared / "forger.py")]
         )
         (units / "forger.service").write_text(unit.format("oneshot", environment, forger))
-        done = subprocess.run(
-            [
-                HERE / "boot.sh",
-                units,
-                f"{REPOSITORY}:{shared}",
-                sys.executable,
-                HERE / "journal_inside.py",
-                shared,
-                str(CLIENT_UID),
-            ],
-            env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{launcher_environment()['PYTHONPATH']}"},
-            capture_output=True,
-            encoding="utf-8",
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        yield json.loads((shared / "seen").read_text()) | {"shared": str(shared)}
+        yield run_booted("journal_inside.py", units, shared, CLIENT_UID) | {"shared": str(shared)}
 
 
 def test_records_in_the_journal_are_those_of_the_broker_alone(seen: dict[str, Any]) -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,14 +12,13 @@ import pytest
 from tests.running_broker import launcher_command, launcher_environment, reachable_directory
 from tests.scan.descriptors import EICAR
 from tests.scan.running_scand import ANN, SCAND_UID, own, policy_text
+from tests.system.booted import REPOSITORY, run_booted
 
 if TYPE_CHECKING:
     from tests.for_other_users import ForOtherUsers
 
 pytestmark = pytest.mark.root
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[1]
 UNIT = REPOSITORY / "systemd" / "fdbroker-scand.service"
 
 
@@ -57,25 +52,7 @@ def test_unit_gives_verdicts_from_fully_confined_workers(others: ForOtherUsers) 
             "PrivateTmp=no\nPrivateDevices=no\n"
             f"Environment=PYTHONPATH={others.directory}\nExecStart=\nExecStart={shlex.join(scand)}\n"
         )
-        done = subprocess.run(
-            [
-                HERE / "boot.sh",
-                units,
-                f"{REPOSITORY}:{shared}:{others.directory}",
-                sys.executable,
-                HERE / "scand_inside.py",
-                shared,
-                str(ANN),
-                str(SCAND_UID),
-            ],
-            env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{launcher_environment()['PYTHONPATH']}"},
-            capture_output=True,
-            encoding="utf-8",
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        seen = json.loads((shared / "seen").read_text())
+        seen = run_booted("scand_inside.py", units, shared, ANN, SCAND_UID, places=(others.directory,))
     assert seen["started"] == 0, seen["journal"]
     assert (seen["first"], seen["second"]) == ("infected", "infected")
     # Ids can be changed by root alone; everything else must be there.
