@@ -157,7 +157,7 @@ def test_rate_and_time_that_is_left_are_on_the_screen(monkeypatch: pytest.Monkey
     totals = Totals()
     next(ahead)
     next(ahead)
-    with screen_of_ours(monkeypatch) as screen, ScanProgress(wanted=True) as progress:
+    with screen_of_ours(monkeypatch) as screen, ScanProgress() as progress:
         for _ in range(5):
             screen.now += 1
             totals.files += 20
@@ -184,7 +184,7 @@ def test_rate_and_time_that_is_left_are_on_the_screen(monkeypatch: pytest.Monkey
 
 def test_bar_is_drawn_a_few_times_a_second_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     ahead = Ahead(FILES, 1000)
-    with screen_of_ours(monkeypatch) as screen, ScanProgress(wanted=True) as progress:
+    with screen_of_ours(monkeypatch) as screen, ScanProgress() as progress:
         screen.drawn()
         progress.update(Totals(files=1), ahead)
         assert "1 file," in screen.drawn()
@@ -203,7 +203,7 @@ def test_bar_shows_a_finding_before_its_line_is_written(monkeypatch: pytest.Monk
     monkeypatch.setenv("TERM", "xterm")
     ahead = Ahead(FILES, 1000)
     list(ahead)
-    with ScanProgress(wanted=True) as progress:
+    with ScanProgress() as progress:
         progress.update(Totals(files=1), ahead)
         progress.update(Totals(files=2, infected=1), ahead)
         assert "2/300" not in shown.getvalue()  # too soon

@@ -95,15 +95,15 @@ class WalkProgress:
 
 
 class ScanProgress:
-    """Shows how far a scan is; nothing where standard error is no terminal, or `wanted` is False."""
+    """Shows how far a scan is; nothing where standard error is no terminal."""
 
-    def __init__(self, *, wanted: bool) -> None:
+    def __init__(self) -> None:
         self._progress = _bar(
             BarColumn(bar_width=20),
             TextColumn("{task.fields[rate]}", markup=False),
             TimeElapsedColumn(),
             _Left(),
-            wanted=wanted,
+            wanted=True,
         )
         self._task = self._progress.add_task("", total=None, words="scanning", rate="")
         self._began = time.monotonic()

@@ -368,7 +368,7 @@ def _progress(*, shown: bool) -> AbstractContextManager[ScanProgress | None]:
         return contextlib.nullcontext()
     from fdbroker.cli.progress import ScanProgress  # noqa: PLC0415 - it takes as long as to load an engine
 
-    return ScanProgress(wanted=True)
+    return ScanProgress()
 
 
 def _scan_all(
