@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONDONTWRITEBYTECODE
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test races soak hostile fuzz lint format bench bench-scan constraints clean
+.PHONY: help setup demo test test-system races soak hostile fuzz lint format bench bench-scan constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,7 +41,10 @@ demo: $(VENV)/.ready-demo ## show it: a broker, files of three users, a scanner 
 	@$(PYTHON) -I scripts/demo.py
 
 test: $(VENV)/.ready ## run all tests with branch coverage (as root: none is skipped)
-	@$(BIN)/python -m pytest -q $(or $(ARGS),--numprocesses=3 --dist=loadfile --no-loadscope-reorder --cov --cov-report=html)
+	@$(BIN)/python -m pytest -q $(or $(ARGS),--numprocesses=3 --dist=loadfile --no-loadscope-reorder --cov --cov-report=html --ignore=tests/system)
+
+test-system: $(VENV)/.ready ## run the tests that boot a systemd of their own (as root, with systemd installed)
+	@$(BIN)/python -m pytest -q tests/system $(ARGS)
 
 races: $(VENV)/.ready ## run the race tests for long
 	@FDBROKER_RACES=long $(BIN)/python -m pytest -q -o faulthandler_timeout=0 tests/races $(ARGS)
