@@ -74,21 +74,26 @@ def check(
     metavar="FILE",
     help="Where to write, as a whole or not at all.  [default: -, standard output]",
 )
+@click.option(
+    "--keep",
+    is_flag=True,
+    help="If the policy has problems and the output is there, tell them, leave it as it is, and exit with 0.",
+)
 @_dev_option
-def compile_(file: str, output: str, *, dev: bool) -> int:
+def compile_(file: str, output: str, *, keep: bool, dev: bool) -> int:
     """Compile a policy file to what the broker reads: JSON in which names are numbers.
 
     Without FILE it is /etc/fdbroker/policy.yaml. If there is any problem nothing is written.
 
     \b
-    Exit status: 0  written
+    Exit status: 0  written, or kept
                  2  the policy has problems, it could not be written, or wrong use
 
     \b
     Examples:  fdbroker policy compile
                fdbroker policy compile --output /etc/fdbroker/policy.json
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
-    flags = ["--dev"] if dev else []
+    flags = [flag for flag, wanted in (("--keep", keep), ("--dev", dev)) if wanted]
     return _config("compile", *flags, f"--output={output}", "--", file)
 
 

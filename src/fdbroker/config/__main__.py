@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -68,6 +69,9 @@ def run(arguments: Sequence[str] | None = None) -> Result:
     try:
         compiled = compile_files(read_policy_files(options.file, dev=options.dev), SystemLookups())
     except ConfigError as error:
+        if options.keep and os.path.isfile(options.output):
+            kept = f"{printable(options.output)} stays as it was: the policy that was in force\n"
+            return Result("", f"{error}\n{kept}")
         return Result("", f"{error}\n", EXIT_REFUSED)
     text = dumps(compiled)
     if options.output == "-":
@@ -118,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         default="-",
         help="where to write, as a whole or not at all (default: -, standard output)",
+    )
+    compiling.add_argument(
+        "--keep",
+        action="store_true",
+        help="if the policy has problems and the output is there, tell them, leave it as it is, and exit 0",
     )
     compiling.add_argument("--dev", action="store_true", help=_DEV_HELP)
     checking = commands.add_parser("check", help="report every problem, write nothing")
