@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONDONTWRITEBYTECODE
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system races soak hostile fuzz lint format bench bench-scan constraints clean
+.PHONY: help setup demo test test-system races soak hostile fuzz lint format man bench bench-scan constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,10 @@ lint: $(VENV)/.ready ## style, format, types and who imports whom
 format: $(VENV)/.ready ## rewrite the sources in the format that lint asks for
 	@$(BIN)/python -m ruff check --quiet --fix-only .
 	@$(BIN)/python -m ruff format .
+
+man: $(VENV)/.ready ## write the manual pages to build/man
+	@rm -rf build/man
+	@$(BIN)/python -m scripts.man_pages build/man
 
 bench: $(VENV)/.ready-bench ## run the benchmarks
 	@$(BIN)/python benchmarks/run.py $(ARGS)

@@ -69,8 +69,14 @@ def command(context: click.Context, path: str, *, check: bool, dev: bool) -> int
     Started by a service manager or by hand, in the foreground, as a user of its
     own and never as root. SIGHUP has the engines loaded anew, SIGTERM ends it.
 
-    Exit status: 0 it was told to end, 2 it could not start, or what it needs is gone.
-    """
+    \b
+    Exit status: 0  it was told to end
+                 2  it could not start, or what it needs is gone
+
+    \b
+    Examples:  fdbroker-scand --check
+               setpriv --reuid=fdbroker-scand --regid=fdbroker-scand --init-groups fdbroker-scand
+    """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
     if context.invoked_subcommand is not None:
         return 0
     if os.geteuid() == 0 and not check:
@@ -92,7 +98,7 @@ def command(context: click.Context, path: str, *, check: bool, dev: bool) -> int
         return EXIT_NOT_STARTED
 
 
-@command.command("import-clamd-conf")
+@command.command("import-clamd-conf", short_help="Translate a clamd.conf into a scand.yaml.")
 @click.argument("path", metavar="FILE")
 def import_clamd_conf(path: str) -> int:
     """Translate a clamd.conf into a scand.yaml, on standard output.
@@ -100,8 +106,13 @@ def import_clamd_conf(path: str) -> int:
     What becomes of each line is said on standard error, what has no equivalent
     first. Nothing is changed.
 
-    Exit status: 0 translated, 2 the file can't be read.
-    """
+    \b
+    Exit status: 0  translated
+                 2  the file can't be read
+
+    \b
+    Example:  fdbroker-scand import-clamd-conf /etc/clamav/clamd.conf > scand.yaml
+    """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
     try:
         text = Path(path).read_bytes()
     except OSError as error:
