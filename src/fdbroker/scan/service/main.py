@@ -17,7 +17,7 @@ from fdbroker.broker.notify import Notifier
 from fdbroker.clamd.import_conf import as_text, as_yaml, import_conf
 from fdbroker.config.errors import ConfigError
 from fdbroker.config.names import printable
-from fdbroker.launcher.activation import connect_notify_socket, watchdog_usec
+from fdbroker.launcher.activation import connect_notify_socket, passed_descriptors, watchdog_usec
 from fdbroker.launcher.errors import LaunchError
 from fdbroker.sandbox import SandboxError
 from fdbroker.scan.engine import EngineError
@@ -31,9 +31,11 @@ from fdbroker.scan.service.configuration import (
 from fdbroker.scan.service.core import say
 from fdbroker.scan.service.opening import DESCRIPTORS_OF_A_REQUEST
 from fdbroker.scan.service.serving import serve
+from fdbroker.scan.service.tcp import listening_socket
 from fdbroker.scan.supervisor import DEFAULT_WINDOW
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
 
     from fdbroker.scan.pool import Version
@@ -126,6 +128,12 @@ def import_clamd_conf(path: str) -> int:
 
 
 def _run(configuration: Configuration) -> int:
+    with listening_socket(configuration.tcp, passed_descriptors()) or contextlib.nullcontext() as tcp:
+        _run_with(configuration, tcp)
+    return 0
+
+
+def _run_with(configuration: Configuration, tcp: socket.socket | None) -> None:
     descriptors = _most_descriptors()
     openings = openings_within(configuration, descriptors)
     limits = limits_within(configuration, descriptors)
@@ -151,8 +159,7 @@ def _run(configuration: Configuration) -> int:
             missing = ", ".join(state.layer.value for state in report.missing())
             say("its workers are confined" + (f", but for: {missing}" if missing else " by all layers"))
         versions: list[Version] = pool.versions()
-        asyncio.run(serve(configuration, pool, versions, notifier))
-    return 0
+        asyncio.run(serve(configuration, pool, versions, notifier, tcp))
 
 
 def limits_within(configuration: Configuration, descriptors: int) -> Limits:
@@ -170,6 +177,8 @@ def limits_within(configuration: Configuration, descriptors: int) -> Limits:
         _CLIENTS * (1 + _OF_A_CLAMD_CLIENT * (listener.protocol == "clamd"))
         for listener in configuration.listeners.values()
     )
+    if configuration.tcp is not None:
+        of_clients += configuration.tcp.connections * (1 + _OF_A_CLAMD_CLIENT)
     opened = openings_within(configuration, descriptors) * DESCRIPTORS_OF_A_REQUEST
     room = descriptors - _ITS_OWN - _OF_A_WORKER * workers - of_clients - opened
     under_way = DEFAULT_WINDOW * workers
