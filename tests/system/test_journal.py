@@ -77,7 +77,9 @@ def seen() -> Iterator[dict[str, Any]]:
             ["/usr/bin/env", *become, os.path.realpath(sys.executable), "-I", str(shared / "forger.py")]
         )
         (units / "forger.service").write_text(unit.format("oneshot", environment, forger))
-        yield run_booted("journal_inside.py", shared, CLIENT_UID, files=(shared / "files",)) | {"shared": str(shared)}
+        yield run_booted("journal_inside.py", shared, CLIENT_UID, files=(shared / "files",)) | {
+            "shared": str(shared)
+        }
 
 
 def test_records_in_the_journal_are_those_of_the_broker_alone(seen: dict[str, Any]) -> None:
