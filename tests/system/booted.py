@@ -25,8 +25,8 @@ def run_booted(
 ) -> dict[str, Any]:
     """Boot, run a program of this folder there, and return what it wrote to `shared`/seen.
 
-    The program is called with `shared` and the arguments. It sees the checkout, `shared` and `places`. `files`:
-    directories whose contents are put below /; units belong in `UNITS`.
+    The program is called with `shared` and the arguments. It sees the checkout, `shared` and `places`.
+    `files`: directories whose contents are put below /; units belong in `UNITS`.
     """
     done = subprocess.run(
         [

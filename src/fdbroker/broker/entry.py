@@ -58,7 +58,7 @@ def name_of_code(path: str, source: bytes) -> str:
 
 
 class _SourceOnly(SourceFileLoader):
-    """Loads a module from its source, or what root compiled of this source; never reads or writes a `.pyc`."""
+    """Loads a module from its source, or what root compiled of it; never reads or writes a `.pyc`."""
 
     def get_code(self, fullname: str) -> types.CodeType:
         path = self.get_filename(fullname)

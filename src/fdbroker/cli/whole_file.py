@@ -20,8 +20,8 @@ def whole_file(path: str, mode: int) -> Iterator[BinaryIO]:
 
     """
     directory, name = os.path.split(path)
-    # In the same directory, to be renamed, and hidden from who looks for names like the other one. As tempfile's would
-    # be, which takes long to import.
+    # In the same directory, to be renamed, and hidden from who looks for names like the other one. As that of
+    # tempfile would be, which takes long to import.
     temporary = os.path.join(directory, f".{name}.{os.urandom(8).hex()}")
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 def precompile(directory: str = entry.PRECOMPILED) -> None:
-    """Compile the trusted folders of this installation to where its brokers look, and remove what is older there.
+    """Compile the trusted folders of this installation to where its brokers look; remove what is older there.
 
     What is there is taken for the very source that it was made of, by the same
     interpreter, and for nothing else: after an upgrade all is compiled as before.
 
     Raises:
-        LaunchError: somebody other than root can write to the sources or to that place, or it can't be written.
+        LaunchError: somebody other than root can write to the sources or to that place, or it can't
+            be written.
 
     """
     try:
