@@ -9,6 +9,7 @@ import importlib.util
 import json
 import marshal
 import os
+import py_compile
 import resource
 import shutil
 import signal
@@ -574,13 +575,20 @@ def test_finder_takes_what_root_compiled_of_the_very_source_and_nothing_else(
     source.write_text("WHO = 'source'\n")
     source.chmod(0o644)
     code = compiled / entry.name_of_code(str(source), source.read_bytes())
-    code.write_bytes(marshal.dumps(compile("WHO = 'compiled'\n", str(source), "exec")))
+    other = roots_own / "other.py"
+    other.write_text("WHO = 'compiled'\n")
+    py_compile.compile(str(other), str(code))
     finder = TrustedFinder(str(roots_own), check=True)
     assert who(finder.find_spec("fdbroker.kernel.libc", None)) == "compiled"
     code.chmod(0o664)
     with pytest.raises(UntrustedSourceError, match=f"{code}.*somebody other than root"):
         who(finder.find_spec("fdbroker.kernel.libc", None))
     code.chmod(0o644)
+    whole = code.read_bytes()
+    for length in (0, 8, len(whole) - 4):  # a loss of power may leave it so
+        code.write_bytes(whole[:length])
+        assert who(finder.find_spec("fdbroker.kernel.libc", None)) == "source"
+    code.write_bytes(whole)
     times = source.stat()
     source.write_text("WHO = 'sourcf'\n")  # as long, and as old
     os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))

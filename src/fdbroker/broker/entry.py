@@ -12,11 +12,10 @@ looked at: they are compiled each time, which takes 0.2 s, or were by root
 from __future__ import annotations
 
 import importlib.util
-import marshal
 import os
 import stat
 import sys
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.machinery import ModuleSpec, SourceFileLoader, SourcelessFileLoader
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,12 +63,15 @@ class _SourceOnly(SourceFileLoader):
         path = self.get_filename(fullname)
         source = self.get_data(path)
         compiled = f"{PRECOMPILED}/{name_of_code(path, source)}"
-        if not os.path.lexists(compiled):
-            return self.source_to_code(source, path)
-        check_only_root_writes(compiled)
-        with open(compiled, "rb") as file:
-            code: types.CodeType = marshal.load(file)  # noqa: S302 - root's, as the source
-        return code
+        if os.path.lexists(compiled):
+            check_only_root_writes(compiled)
+            try:
+                code = SourcelessFileLoader(fullname, compiled).get_code(fullname)
+            except (EOFError, ImportError, ValueError):  # cut short, as by a loss of power
+                code = None
+            if code is not None:
+                return code
+        return self.source_to_code(source, path)
 
 
 class TrustedFinder:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import marshal
 import os
-from importlib.machinery import SourceFileLoader
+import py_compile
 from typing import TYPE_CHECKING
 
 from fdbroker.broker import entry
-from fdbroker.cli.whole_file import whole_file
 from fdbroker.launcher.directories import open_directory_of_root
 from fdbroker.launcher.errors import LaunchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_BY_HASH = py_compile.PycInvalidationMode.UNCHECKED_HASH  # which is in its name, and is compared by us
 
 
 def precompile(directory: str = entry.PRECOMPILED) -> None:
@@ -34,11 +35,11 @@ def precompile(directory: str = entry.PRECOMPILED) -> None:
         names = set()
         for source in _sources():
             entry.check_only_root_writes(source)
-            loader = SourceFileLoader("", source)
-            text = loader.get_data(source)
-            names.add(entry.name_of_code(source, text))
-            with whole_file(os.path.join(directory, entry.name_of_code(source, text)), 0o644) as file:
-                marshal.dump(loader.source_to_code(text, source), file)
+            with open(source, "rb") as file:
+                name = entry.name_of_code(source, file.read())
+            names.add(name)
+            path = os.path.join(directory, name)
+            py_compile.compile(source, path, doraise=True, invalidation_mode=_BY_HASH)
         for name in set(os.listdir(directory)) - names:
             with contextlib.suppress(FileNotFoundError):  # another one is at it as well
                 os.unlink(os.path.join(directory, name))
