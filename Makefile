@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONDONTWRITEBYTECODE
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system races soak hostile fuzz lint format bench bench-scan constraints clean
+.PHONY: help setup demo test test-system races soak hostile fuzz lint format man docs bench bench-scan constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,10 @@ $(VENV)/.ready-bench: $(VENV)/.ready
 
 $(VENV)/.ready-fuzz: $(VENV)/.ready
 	@scripts/setup $(EXTRAS),fuzz
+	@touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	@scripts/setup $(EXTRAS),docs
 	@touch $@
 
 # What the demonstration needs is a part of what the tests need, and is there much sooner.
@@ -70,6 +74,15 @@ format: $(VENV)/.ready ## rewrite the sources in the format that lint asks for
 	@$(BIN)/python -m ruff check --quiet --fix-only .
 	@$(BIN)/python -m ruff format .
 
+man: $(VENV)/.ready ## write the manual pages to build/man
+	@rm -rf build/man
+	@$(BIN)/python -m scripts.man_pages build/man
+
+docs: $(VENV)/.ready-docs ## build the documentation's site in build/site; a warning, as of a link that leads nowhere, is an error
+	@rm -rf build/site
+	@$(BIN)/python -m sphinx -q -j auto -W --keep-going -d build/site-doctrees -c docs/site . build/site
+	@echo "docs: open build/site/index.html"
+
 bench: $(VENV)/.ready-bench ## run the benchmarks
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
@@ -77,7 +90,7 @@ bench-scan: $(VENV)/.ready-bench ## compare scans with clamdscan (as root; needs
 	@$(BIN)/python benchmarks/run.py --scans --rounds 5 $(ARGS)
 
 constraints: ## resolve all dependencies anew and write constraints.txt
-	@scripts/setup --constraints $(EXTRAS),bench,fuzz
+	@scripts/setup --constraints $(EXTRAS),bench,docs,fuzz
 
 clean: ## remove all that was made
 	@rm -rf build dist .hypothesis

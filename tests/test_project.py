@@ -158,7 +158,7 @@ def test_base_package_depends_on_nothing_and_extras_are_the_documented_ones() ->
         extra: {re.split(r"[\[<>=!~]", requirement)[0] for requirement in requirements}
         for extra, requirements in project["optional-dependencies"].items()
     }
-    assert extras.keys() == {"daemon", "cli", "metrics", "yara", "dev", "bench", "fuzz"}
+    assert extras.keys() == {"daemon", "cli", "metrics", "yara", "dev", "bench", "docs", "fuzz"}
     assert extras["daemon"] == {"pyyaml", "python-daemon", "systemd-python", "msgspec"}
     assert extras["cli"] == {"click", "rich"}
     assert extras["metrics"] == {"prometheus-client"}

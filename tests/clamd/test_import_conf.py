@@ -27,6 +27,7 @@ PARSERS = {
     "max_files": parse_count,
     "workers": parse_count,
     "total": parse_count,
+    "port": parse_count,
     "max_scan_time": parse_duration,
     "command_timeout": parse_duration,
     "read_timeout": parse_duration,
@@ -107,6 +108,9 @@ def test_what_is_written_is_yaml_that_the_service_can_read() -> None:
         ("VirusEvent /bin/x", Outcome.MISSING, "nothing is run"),
         ("OnAccessIncludePath /home", Outcome.CLIENTS, "clamonacc"),
         ("StreamMinPort 1024", Outcome.OBSOLETE, "STREAM"),
+        ("TCPSocket 3310", Outcome.TRANSLATED, "tcp.port: 3310 (PING, VERSION, INSTREAM; its unit"),
+        ("TCPSocket 70000", Outcome.WRONG, "a port is needed"),
+        ("TCPAddr 127.0.0.1", Outcome.ANYWAY, "without TCPSocket there is no port"),
         ("User clamav", Outcome.ELSEWHERE, "unit"),
     ],
 )
@@ -123,6 +127,12 @@ def test_of_two_the_first_counts_as_in_clamd() -> None:
         (3, Outcome.TRANSLATED),
         (4, Outcome.WRONG),
     ]
+
+
+def test_a_port_is_one_of_the_loopback() -> None:
+    imported = import_conf(b"TCPAddr 192.0.2.1\nTCPSocket 3310\n")
+    assert imported.values == {("tcp", "address"): "127.0.0.1", ("tcp", "port"): "3310"}
+    assert "tcp.address: 127.0.0.1 (of this machine's loopback alone)" in as_text(imported)
 
 
 def test_the_report_begins_with_what_needs_a_look() -> None:

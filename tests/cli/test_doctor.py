@@ -11,8 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fdbroker.cli import checks
-from fdbroker.cli.checks import BROKEN, MISSING, OK, WEAKER, Check, Places, all_checks
+from fdbroker.cli.checks import (
+    BROKEN,
+    MISSING,
+    OK,
+    WEAKER,
+    Check,
+    Places,
+    all_checks,
+    broker,
+    installation,
+    kernel,
+)
+from fdbroker.cli.checks import policy as policy_checks
+from fdbroker.cli.checks.check import in_child
 from fdbroker.config.compile import compile_policy
 from fdbroker.config.identities import SystemLookups
 from fdbroker.kernel import landlock, namespaces, process, sockets
@@ -85,8 +97,8 @@ def test_running_broker_is_looked_at_layer_by_layer(others: ForOtherUsers) -> No
     with reachable_directory() as directory:
         (directory / "tree").mkdir()
         control = str(directory / "control")
-        with running_broker(directory, policy(directory / "tree"), f"--control={control}") as broker:
-            options = ("--socket", str(broker.socket), "--control", control, "--policy", NOWHERE.policy)
+        with running_broker(directory, policy(directory / "tree"), f"--control={control}") as running:
+            options = ("--socket", str(running.socket), "--control", control, "--policy", NOWHERE.policy)
             as_root = states(json.loads(run_here("doctor", "--json", *options).stdout))
             as_other = states(json.loads(run_as(CLIENT_UID, others, "doctor", "--json", *options).stdout))
             without = states(
@@ -106,8 +118,8 @@ def test_broker_that_decides_by_another_policy_than_the_file_is_told() -> None:
     with reachable_directory() as directory:
         (directory / "tree").mkdir()
         control = str(directory / "control")
-        with running_broker(directory, text.format(directory / "tree"), f"--control={control}") as broker:
-            places = Places(str(broker.socket), control, str(directory / "policy.yaml"))
+        with running_broker(directory, text.format(directory / "tree"), f"--control={control}") as running:
+            places = Places(str(running.socket), control, str(directory / "policy.yaml"))
             with pytest.MonkeyPatch.context() as patch:
                 # The directory is below /tmp.
                 from fdbroker import config  # noqa: PLC0415 - patched here alone
@@ -177,7 +189,7 @@ def test_user_and_group_that_the_policy_names_by_number_need_no_name(tmp_path: P
     )
     compiled = compile_policy(file.read_bytes(), str(file), SystemLookups())
     compiled["daemon"] |= {"uid": 54321, "gid": 54321}
-    accounts = {check.name: check for check in checks._accounts(compiled, otherwise=MISSING)}
+    accounts = {check.name: check for check in installation.account_checks(compiled, otherwise=MISSING)}
     for name in ("user 54321", "group 54322"):
         assert accounts[name][1:3] == (OK, "a number without a name, as the policy has it")
         assert accounts[name].cure == ""
@@ -194,7 +206,7 @@ def refuse(number: int) -> Any:  # noqa: ANN401 - stands for any of the calls
 
 
 def test_kernel_without_openat2_is_missing_with_the_likely_filter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "open_path_beneath", refuse(errno.ENOSYS))
+    monkeypatch.setattr(kernel, "open_path_beneath", refuse(errno.ENOSYS))
     check = found("openat2")
     assert check.state == MISSING
     assert "RestrictSUIDSGID=" in check.cure
@@ -214,7 +226,7 @@ def test_view_that_can_not_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         raise ReadOnlyViewError("CAP_SYS_ADMIN is needed")
 
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(checks, "enter_read_only_view", fail)
+    monkeypatch.setattr(kernel, "enter_read_only_view", fail)
     check = found("mount_setattr")
     assert (check.state, check.found) == (MISSING, "CAP_SYS_ADMIN is needed")
 
@@ -225,9 +237,9 @@ def test_view_that_can_not_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> N
 def test_landlock_is_what_can_be_enforced(
     monkeypatch: pytest.MonkeyPatch, abi: int, state: str | None, said: str
 ) -> None:
-    kernel = landlock.abi_version()
-    if kernel < 6:
-        pytest.skip(f"Landlock of this kernel has ABI {kernel}")
+    has = landlock.abi_version()
+    if has < 6:
+        pytest.skip(f"Landlock of this kernel has ABI {has}")
     restrict = landlock.restrict_to
     monkeypatch.setattr(landlock, "restrict_to", lambda trees: restrict(trees, abi=abi))
     check = found("Landlock")
@@ -247,13 +259,13 @@ def test_landlock_and_seccomp_that_are_refused_are_missing(monkeypatch: pytest.M
 def test_identity_is_told_by_level(
     monkeypatch: pytest.MonkeyPatch, level: int, expected: tuple[str, str]
 ) -> None:
-    monkeypatch.setattr(checks, "probe_level", lambda: (level, "needs Linux 6.13"))
+    monkeypatch.setattr(kernel, "probe_level", lambda: (level, "needs Linux 6.13"))
     assert (found("SO_PEERPIDFD").state, found("PIDFD_GET_INFO").state) == expected
 
 
 def test_kernel_without_the_rest_is_weaker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sockets, "refuse_descriptors", lambda _sock: False)
-    monkeypatch.setattr(checks, "find_cgroup2", lambda: None)
+    monkeypatch.setattr(kernel, "find_cgroup2", lambda: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert found("SO_PASSRIGHTS").state == WEAKER
     assert found("cgroup2").state == WEAKER
@@ -261,13 +273,13 @@ def test_kernel_without_the_rest_is_weaker(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_child_that_dies_is_told() -> None:
-    assert checks._in_child(lambda: os._exit(3)) == "the process that tried it ended with 3"
-    assert checks._in_child(lambda: "a\nb") == r"a\x0ab"
+    assert in_child(lambda: os._exit(3)) == "the process that tried it ended with 3"
+    assert in_child(lambda: "a\nb") == r"a\x0ab"
 
 
 def test_layers_that_a_broker_lacks_are_told() -> None:
     weak = {"read_only_view": "off", "landlock": 0, "identity_level": 1, "audit": "off", "seccomp": False}
-    shown = {check.name: check.state for check in checks._layers(weak)}
+    shown = {check.name: check.state for check in broker.layers(weak)}
     assert shown == {
         "its read-only view": WEAKER,
         "its Landlock domain": MISSING,
@@ -336,11 +348,11 @@ def test_program_that_only_some_can_run_is_weaker_with_the_place(monkeypatch: py
 def test_policy_that_asks_more_of_the_kernel_than_it_tells_is_missing_something(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, rules: str, level: int, labels: bool, said: str | None
 ) -> None:
-    monkeypatch.setattr(checks, "probe_level", lambda: (level, "PIDFD_GET_INFO needs Linux 6.13"))
-    monkeypatch.setattr(checks, "gives_labels", lambda: labels)
+    monkeypatch.setattr(policy_checks, "probe_level", lambda: (level, "PIDFD_GET_INFO needs Linux 6.13"))
+    monkeypatch.setattr(policy_checks, "gives_labels", lambda: labels)
     whole = f"version: 1\nroots: {{r: {{path: {tmp_path}}}}}\nrules: {rules}\n"
     compiled = compile_policy(whole.encode(), "policy.yaml", SystemLookups())
-    needs = {check.name: check for check in checks._needs(compiled)}
+    needs = {check.name: check for check in policy_checks.needs(compiled)}
     assert needs["labels"].state == OK
     assert ("identity" in needs) == (said is not None)
     if said is not None:
@@ -353,6 +365,6 @@ def test_limits_by_rate_are_told(tmp_path: Path) -> None:
     for limits in ("", "limits: {requests_per_second: 7, opens_per_second: 8, opens_burst: 9}\n"):
         text = f"version: 1\nroots: {{r: {{path: {tmp_path}}}}}\nrules: []\n{limits}"
         compiled = compile_policy(text.encode(), "policy.yaml", SystemLookups())
-        said.append(checks._needs(compiled)[-1].found)
+        said.append(policy_checks.needs(compiled)[-1].found)
     assert said[0].startswith("none ")
     assert said[1] == "requests_per_second 7, opens_per_second 8"

@@ -15,6 +15,8 @@ USERS = {
     "backup-agent": 111,
     "log-shipper": 112,
     "app": 113,
+    "web": 114,
+    "indexer": 115,
     "anon": 65534,
     "Alice": 1000,
 }
@@ -35,6 +37,7 @@ GROUPS = {
 }
 DIRECTORIES = {
     "/",
+    "/etc/letsencrypt",
     "/home",
     "/home/alice",
     "/var/mail",

@@ -57,12 +57,14 @@ STRUCTURES = [
 ]
 
 
-def test_there_are_the_default_policy_and_three_examples() -> None:
+def test_there_are_the_default_policy_and_an_example_for_each_recipe() -> None:
     assert [file.name for file in FILES] == [
         "policy.yaml",
         "backup-agent.yaml",
+        "indexer.yaml",
         "log-shipper.yaml",
         "malware-scanner.yaml",
+        "tls-keys.yaml",
     ]
 
 

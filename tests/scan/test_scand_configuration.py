@@ -9,7 +9,7 @@ import pytest
 from fdbroker.config.errors import ConfigError
 from fdbroker.launcher.errors import LaunchError
 from fdbroker.scan.plugins import configure
-from fdbroker.scan.service.configuration import Configuration, Limits, Listener, read_configuration
+from fdbroker.scan.service.configuration import Configuration, Limits, Listener, Tcp, read_configuration
 from fdbroker.scan.service.main import limits_within, main
 from tests.config.fake_lookups import FakeLookups
 
@@ -54,6 +54,7 @@ check_databases: 5s
 may_renew: {user: [app]}
 may_stop: {user: [app]}
 log: clamd
+tcp: {address: '::1', port: 3310, connections: 5, max_stream: 6MiB, read_timeout: 4s}
 """)
     assert configuration == Configuration(
         engines=(
@@ -78,7 +79,9 @@ log: clamd
         may_renew=frozenset({0, 113}),
         may_stop=frozenset({113}),
         log="clamd",
+        tcp=Tcp("::1", 3310, 5, Listener("clamd", 6 << 20, read_timeout=4.0)),
     )
+    assert read("version: 1\ntcp: {}").tcp == Tcp()
 
 
 def test_the_example_says_what_is_usual() -> None:
@@ -116,6 +119,19 @@ def test_the_example_says_what_is_usual() -> None:
             "listeners: {scan: {protocol: scan, max_stream: 1MiB}}",
             "2:36: listeners: scan: max_stream: it is for the protocol clamd; remove it",
         ),
+        (
+            "tcp: {address: 0.0.0.0}",
+            (
+                "2:16: tcp: address: '0.0.0.0' is no loopback address, and nobody is asked who they are;"
+                " write 127.0.0.1 or ::1"
+            ),
+        ),
+        ("tcp: {address: local}", "2:16: tcp: address: 'local' is no address; write 127.0.0.1 or ::1"),
+        ("tcp: {port: 0}", "2:13: tcp: port: 0 is out of bounds; write one from 1 to 65535"),
+        (
+            "tcp: {ports: 3310}",
+            "2:7: tcp: unknown key 'ports'; did you mean 'port'?",
+        ),
         ("may_renew: {user: nobody-known}", None),
         (
             "engines: {hashes: {lists: [bad.sha256]}}",
@@ -136,6 +152,8 @@ def test_what_may_wait_follows_from_the_descriptors_that_there_may_be() -> None:
     configuration = Configuration((), workers=2, spare_workers=2)
     assert limits_within(configuration, 1 << 20) == Limits()
     assert limits_within(configuration, 2048) == Limits(256, 2048 - 64 - 16 - 1024 - 4 * 128)
+    with_port = configuration._replace(tcp=Tcp(connections=10))
+    assert limits_within(with_port, 2048).total == limits_within(configuration, 2048).total - 10 * 3
     with pytest.raises(LaunchError, match="too few for 4 workers; raise LimitNOFILE="):
         limits_within(configuration, 1024)
 
@@ -160,5 +178,7 @@ def test_a_configuration_is_checked_by_whoever_may_read_it(
 
 def test_each_key_is_documented() -> None:
     text = (ROOT / "docs" / "scand.md").read_text()
-    for name in {*Configuration._fields, *Listener._fields[1:]} - {"openings"}:  # that follows from others
+    for name in {*Configuration._fields, *Listener._fields[1:], *Tcp._fields[:-1]} - {
+        "openings"
+    }:  # that follows from others
         assert f"| `{'queue' if name == 'limits' else name}` |" in text

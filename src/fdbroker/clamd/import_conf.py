@@ -64,11 +64,13 @@ class _WrongValueError(ValueError):
 
 _CLAMD = ("listeners", "clamd")
 _LIBCLAMAV = ("engines", "libclamav")
+_PORT, _ADDRESS = ("tcp", "port"), ("tcp", "address")
 _YES = frozenset({"yes", "true", "1"})
 _NO = frozenset({"no", "false", "0"})
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 # What clamd takes for more.
 _MOST_BYTES = (1 << 32) - 1
+_MOST_PORT = 65535
 
 
 def _count(text: str) -> str | None:
@@ -86,6 +88,17 @@ def _size(text: str) -> str | None:
         if size and size % factor == 0:
             return f"{size // factor}{unit}"
     return str(size) if size else None
+
+
+def _port(text: str) -> str | None:
+    count = _count(text)
+    if count is None or int(count) > _MOST_PORT:
+        raise _WrongValueError("a port is needed, as 3310")
+    return count
+
+
+def _loopback(text: str) -> str:
+    return text if text in {"127.0.0.1", "::1"} else "127.0.0.1"
 
 
 def _seconds(text: str) -> str | None:
@@ -175,10 +188,10 @@ RULES: dict[str, Rule] = {
         Rule(Outcome.ELSEWHERE, "group and mode of the policy's listener"),
     ),
     "FixStaleSocket": _always("a socket that nobody listens on is replaced"),
-    **_all(
-        "TCPSocket TCPAddr",
-        Rule(Outcome.MISSING, "there is no port: the kernel can't say who is there"),
+    "TCPSocket": _sets(
+        _PORT, _port, "PING, VERSION, INSTREAM; its unit has no network: fdbroker-clamd-tcp.socket"
     ),
+    "TCPAddr": _sets(_ADDRESS, _loopback, "of this machine's loopback alone"),
     "MaxConnectionQueueLength": Rule(Outcome.ANYWAY, "the kernel's own limit holds"),
     "SendBufTimeout": Rule(Outcome.ANYWAY, "who reads slowly delays nobody else"),
     "IdleTimeout": Rule(Outcome.ANYWAY, "spare workers are kept as the service needs them"),
@@ -302,7 +315,7 @@ RULES |= {old: RULES[new] for old, new in _RENAMED.items()}
 def import_conf(text: bytes) -> Imported:
     """Return what a clamd.conf comes to. Of an option that is there twice the first counts, as in clamd."""
     values: dict[Path, str] = {}
-    findings = []
+    findings: list[Finding] = []
     for number, raw in enumerate(text.decode("utf-8", "backslashreplace").split("\n"), 1):
         line = raw.strip()
         if not line or line.startswith("#"):
@@ -315,6 +328,14 @@ def import_conf(text: bytes) -> Imported:
             else:
                 values[finding.key] = finding.value
         findings.append(finding)
+    if _ADDRESS in values and _PORT not in values:
+        del values[_ADDRESS]
+        findings = [
+            one._replace(outcome=Outcome.ANYWAY, text="without TCPSocket there is no port", key=())
+            if one.key == _ADDRESS
+            else one
+            for one in findings
+        ]
     return Imported(values, findings)
 
 

@@ -47,9 +47,11 @@ _TOLD = frozenset(
 class _Commands(SuggestingGroup):
     """Reads where no other command is named, so that `fdbroker audit FILE` does."""
 
+    default_command = "read"
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or (args[0] not in self.commands and args[0] not in {"-h", "--help"}):
-            args = ["read", *args]
+            args = [self.default_command, *args]
         return super().parse_args(ctx, args)
 
 

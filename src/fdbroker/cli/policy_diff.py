@@ -46,6 +46,7 @@ _WORDS = {"copy": "open (as a copy)"}
     type=click.IntRange(0, 1000),
     default=3,
     show_default=True,
+    metavar="N",
     help="How many paths are shown of what came out alike.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object (see docs/policy-tools.md).")

@@ -53,7 +53,7 @@ def take_from_systemd() -> Activation:
     services: list[tuple[int, str]] = []
     connections: list[tuple[int, str]] = []
     controls: list[int] = []
-    for number, name in _passed_descriptors().items():
+    for number, name in passed_descriptors().items():
         what = _what(name)
         if name == "connection":  # that of Accept=yes, whatever FileDescriptorName= says
             check_connection(number, what)
@@ -97,8 +97,15 @@ def _what(name: str) -> str:
     return f"socket {name!r} of systemd"
 
 
-def _passed_descriptors() -> dict[int, str]:
-    """Return number and name of each, close-on-exec. They come in any order, and in another one next time."""
+def passed_descriptors() -> dict[int, str]:
+    """Return number and name of each, close-on-exec. They come in any order, and in another one next time.
+
+    They are taken out of the environment, and are the caller's.
+
+    Raises:
+        LaunchError: there are some, and the package that takes them is not installed.
+
+    """
     if "LISTEN_FDS" not in os.environ:
         return {}
     try:

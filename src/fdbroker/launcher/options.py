@@ -33,7 +33,9 @@ examples:
   fdbrokerd --stop                        stop the one in the background; returns when it is gone
 
 exit status:
-  0  it was stopped (with --daemon: it serves; with --stop: none runs; with --precompile: done)
+  0  it was stopped, or its last connection is gone (with --daemon: it serves; with --stop: none runs;
+     with --precompile: done)
+  1  a bug: there is a traceback
   2  it did not start; what is in the way is said on standard error
   3  it did not start, since one that runs already holds the lock of the pidfile
 """
@@ -68,7 +70,7 @@ def read_options(arguments: list[str]) -> Options:
         SystemExit: it is wrong (status 2), or help was asked for (0).
 
     """
-    parser = _parser()
+    parser = option_parser()
     given = parser.parse_args(arguments)
     try:
         inherited = [_inherited(text) for text in given.inherited]
@@ -95,7 +97,8 @@ def read_options(arguments: list[str]) -> Options:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def option_parser() -> argparse.ArgumentParser:
+    """Return what reads the command line, and has the text of --help. Manual pages are made of it."""
     parser = argparse.ArgumentParser(
         prog="fdbrokerd",
         description=_DESCRIPTION,

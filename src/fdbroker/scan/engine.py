@@ -174,7 +174,7 @@ class SessionLostError(Exception):
 
 
 class Session(ABC):
-    """Files under way to an outside engine. No call waits; `fileno`s say what to wait for.
+    """Files under way to an outside engine. No call waits; `filenos` says what to wait for.
 
     Files are told apart by numbers that the caller chooses. Whatever is not answered is not clean.
     """

@@ -99,7 +99,7 @@ class ClamdClient:
         self._conversation = Conversation(
             Limits(listener.max_stream, listener.command_timeout, listener.read_timeout),
             self._loop.time(),
-            _commands_of(served.uid, core),
+            self._may_ask_for(),
         )
         self._owned = Descriptors()  # that came and were not asked about yet
         self._commands: dict[int, _Command] = {}
@@ -127,6 +127,18 @@ class ClamdClient:
         core.connections.add(self)
         # Mostly it has said by now what it wants, and is answered and gone before anybody has to wait for it.
         self._read()
+
+    # ---- who it is ----
+
+    def _may_ask_for(self) -> frozenset[Kind]:
+        return _commands_of(self._served.uid, self._core)
+
+    def _owner_of_streams(self) -> int:
+        """Return whose files streams are: workers have those of one owner."""
+        return self._served.uid
+
+    def _who(self) -> str:
+        return f"uid {self._served.uid}"
 
     # ---- the socket ----
 
@@ -510,7 +522,7 @@ class ClamdClient:
         if isinstance(whole, Error):
             self._tell(command, STREAM, whole)
         else:
-            self._hand_in(command, b"", whole, owner=self._served.uid)
+            self._hand_in(command, b"", whole, owner=self._owner_of_streams())
 
     # ---- files that the broker opens ----
 
@@ -625,7 +637,7 @@ class ClamdClient:
         if self._core.configuration.log == "clamd":
             sys.stderr.write(f"{time.strftime('%a %b %e %H:%M:%S %Y')} -> {line}\n")
         else:
-            sys.stderr.write(f"fdbroker-scand: uid {self._served.uid}: {line}\n")
+            sys.stderr.write(f"fdbroker-scand: {self._who()}: {line}\n")
         sys.stderr.flush()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
@@ -14,7 +15,14 @@ from fdbroker.config.clients import ClientReader
 from fdbroker.config.errors import ProblemList, quoted
 from fdbroker.config.identities import Lookups, SystemLookups
 from fdbroker.config.reader import Reader
-from fdbroker.config.scalars import parse_boolean, parse_count, parse_duration, parse_path, parse_size
+from fdbroker.config.scalars import (
+    ScalarError,
+    parse_boolean,
+    parse_count,
+    parse_duration,
+    parse_path,
+    parse_size,
+)
 from fdbroker.config.schema import NAME_PATTERN
 from fdbroker.config.sources import read_policy_file
 from fdbroker.config.yaml_tree import List, Mapping, Node, Text, parse_yaml
@@ -58,15 +66,25 @@ class _File(_Keys):
     may_renew: dict[str, Any] | UnsetType = UNSET
     may_stop: dict[str, Any] | UnsetType = UNSET
     log: str | UnsetType = UNSET
+    tcp: dict[str, Any] | UnsetType = UNSET
 
 
-class _Listener(_Keys):
-    protocol: Annotated[str, Meta(description="What its clients speak.")]
+class _Clamd(_Keys):
     max_stream: str | UnsetType = UNSET
     command_timeout: str | UnsetType = UNSET
     read_timeout: str | UnsetType = UNSET
     write_timeout: str | UnsetType = UNSET
     limits_pass: str | UnsetType = UNSET
+
+
+class _Listener(_Clamd, kw_only=True):
+    protocol: Annotated[str, Meta(description="What its clients speak.")]
+
+
+class _Tcp(_Clamd):
+    address: str | UnsetType = UNSET
+    port: int | UnsetType = UNSET
+    connections: int | UnsetType = UNSET
 
 
 class _Queue(_Keys):
@@ -101,6 +119,19 @@ class Listener(NamedTuple):
     limits_pass: bool = False
 
 
+class Tcp(NamedTuple):
+    """A TCP port for clients of clamd, of this machine alone.
+
+    `port`: None: the service manager passes the socket, and `address` counts for nothing. `connections`: most
+    at a time.
+    """
+
+    address: str = "127.0.0.1"
+    port: int | None = None
+    connections: int = 64
+    speaks: Listener = Listener("clamd")
+
+
 class Configuration(NamedTuple):
     """What the service is to do. Sizes in bytes, times in seconds.
 
@@ -123,6 +154,7 @@ class Configuration(NamedTuple):
     may_renew: frozenset[int] = frozenset({0})
     may_stop: frozenset[int] = frozenset()
     log: str = "plain"
+    tcp: Tcp | None = None
     openings: int = 32  # requests whose files are opened at a time; follows from the descriptors there may be
 
 
@@ -159,6 +191,22 @@ def read_configuration(text: bytes, filename: str, lookups: Lookups) -> Configur
     return configuration
 
 
+_ADDRESSES = "write 127.0.0.1 or ::1"
+
+
+def _loopback(text: str) -> str:
+    """Return an address that this machine alone can reach, as the kernel writes it."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise ScalarError(f"{quoted(text)} is no address", _ADDRESSES) from None
+    if not address.is_loopback:
+        raise ScalarError(
+            f"{quoted(text)} is no loopback address, and nobody is asked who they are", _ADDRESSES
+        )
+    return str(address)
+
+
 class _Whole:
     def __init__(self, reader: Reader, mapping: Mapping, clients: ClientReader) -> None:
         self._reader = reader
@@ -193,6 +241,7 @@ class _Whole:
             may_renew=usual.may_renew | self._users("may_renew"),
             may_stop=self._users("may_stop"),
             log=self._reader.choice(found.get("log"), "log", get_args(Log)) or usual.log,
+            tcp=self._tcp(),
         )
 
     def _limits(self) -> Limits:
@@ -235,6 +284,10 @@ class _Whole:
                     text = f"{what}: {name}: it is for the protocol clamd"
                     self._reader.add(mapping.entries[name].key.mark, text, "remove it")
             return usual
+        return self._clamd(what, found)
+
+    def _clamd(self, what: str, found: AnyMapping[str, Node]) -> Listener:
+        usual = Listener("clamd")
 
         def seconds(name: str, fallback: float) -> float:
             node = found.get(name)
@@ -254,6 +307,22 @@ class _Whole:
             read_timeout=seconds("read_timeout", usual.read_timeout),
             write_timeout=seconds("write_timeout", usual.write_timeout),
             limits_pass=bool(passing),
+        )
+
+    def _tcp(self) -> Tcp | None:
+        node = self._found.get("tcp")
+        cure = "write {} for the socket of fdbroker-clamd-tcp.socket, or a port, as in {port: 3310}"
+        mapping = None if node is None else self._reader.mapping_or_empty(node, "tcp", cure)
+        if mapping is None:
+            return None
+        found = self._reader.entries(mapping, "tcp", _Tcp)
+        usual = Tcp()
+        port = found.get("port")
+        return Tcp(
+            self._reader.parsed(found.get("address"), "tcp: address", _loopback, _ADDRESSES) or usual.address,
+            None if port is None else self._count("tcp: port", range(1, 65536), 0, port),
+            self._count("tcp: connections", range(1, 1025), usual.connections, found.get("connections")),
+            self._clamd("tcp", found),
         )
 
     def _engines(self) -> tuple[Configured, ...]:

@@ -17,7 +17,7 @@ from fdbroker.broker.notify import Notifier
 from fdbroker.clamd.import_conf import as_text, as_yaml, import_conf
 from fdbroker.config.errors import ConfigError
 from fdbroker.config.names import printable
-from fdbroker.launcher.activation import connect_notify_socket, watchdog_usec
+from fdbroker.launcher.activation import connect_notify_socket, passed_descriptors, watchdog_usec
 from fdbroker.launcher.errors import LaunchError
 from fdbroker.sandbox import SandboxError
 from fdbroker.scan.engine import EngineError
@@ -31,9 +31,11 @@ from fdbroker.scan.service.configuration import (
 from fdbroker.scan.service.core import say
 from fdbroker.scan.service.opening import DESCRIPTORS_OF_A_REQUEST
 from fdbroker.scan.service.serving import serve
+from fdbroker.scan.service.tcp import listening_socket
 from fdbroker.scan.supervisor import DEFAULT_WINDOW
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
 
     from fdbroker.scan.pool import Version
@@ -69,8 +71,14 @@ def command(context: click.Context, path: str, *, check: bool, dev: bool) -> int
     Started by a service manager or by hand, in the foreground, as a user of its
     own and never as root. SIGHUP has the engines loaded anew, SIGTERM ends it.
 
-    Exit status: 0 it was told to end, 2 it could not start, or what it needs is gone.
-    """
+    \b
+    Exit status: 0  it was told to end
+                 2  it could not start, or what it needs is gone
+
+    \b
+    Examples:  fdbroker-scand --check
+               setpriv --reuid=fdbroker-scand --regid=fdbroker-scand --init-groups fdbroker-scand
+    """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
     if context.invoked_subcommand is not None:
         return 0
     if os.geteuid() == 0 and not check:
@@ -92,7 +100,7 @@ def command(context: click.Context, path: str, *, check: bool, dev: bool) -> int
         return EXIT_NOT_STARTED
 
 
-@command.command("import-clamd-conf")
+@command.command("import-clamd-conf", short_help="Translate a clamd.conf into a scand.yaml.")
 @click.argument("path", metavar="FILE")
 def import_clamd_conf(path: str) -> int:
     """Translate a clamd.conf into a scand.yaml, on standard output.
@@ -100,8 +108,13 @@ def import_clamd_conf(path: str) -> int:
     What becomes of each line is said on standard error, what has no equivalent
     first. Nothing is changed.
 
-    Exit status: 0 translated, 2 the file can't be read.
-    """
+    \b
+    Exit status: 0  translated
+                 2  the file can't be read
+
+    \b
+    Example:  fdbroker-scand import-clamd-conf /etc/clamav/clamd.conf > scand.yaml
+    """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
     try:
         text = Path(path).read_bytes()
     except OSError as error:
@@ -115,6 +128,12 @@ def import_clamd_conf(path: str) -> int:
 
 
 def _run(configuration: Configuration) -> int:
+    with listening_socket(configuration.tcp, passed_descriptors()) or contextlib.nullcontext() as tcp:
+        _run_with(configuration, tcp)
+    return 0
+
+
+def _run_with(configuration: Configuration, tcp: socket.socket | None) -> None:
     descriptors = _most_descriptors()
     openings = openings_within(configuration, descriptors)
     limits = limits_within(configuration, descriptors)
@@ -140,8 +159,7 @@ def _run(configuration: Configuration) -> int:
             missing = ", ".join(state.layer.value for state in report.missing())
             say("its workers are confined" + (f", but for: {missing}" if missing else " by all layers"))
         versions: list[Version] = pool.versions()
-        asyncio.run(serve(configuration, pool, versions, notifier))
-    return 0
+        asyncio.run(serve(configuration, pool, versions, notifier, tcp))
 
 
 def limits_within(configuration: Configuration, descriptors: int) -> Limits:
@@ -159,6 +177,8 @@ def limits_within(configuration: Configuration, descriptors: int) -> Limits:
         _CLIENTS * (1 + _OF_A_CLAMD_CLIENT * (listener.protocol == "clamd"))
         for listener in configuration.listeners.values()
     )
+    if configuration.tcp is not None:
+        of_clients += configuration.tcp.connections * (1 + _OF_A_CLAMD_CLIENT)
     opened = openings_within(configuration, descriptors) * DESCRIPTORS_OF_A_REQUEST
     room = descriptors - _ITS_OWN - _OF_A_WORKER * workers - of_clients - opened
     under_way = DEFAULT_WINDOW * workers

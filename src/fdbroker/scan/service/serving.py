@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING
 
 from fdbroker import aio
 from fdbroker.scan.service.clamd import ClamdClient
+from fdbroker.scan.service.configuration import Tcp
 from fdbroker.scan.service.core import Core, say
 from fdbroker.scan.service.native import NativeClient
+from fdbroker.scan.service.tcp import TcpListener
 
 if TYPE_CHECKING:
+    import socket
+
     from fdbroker.broker.notify import Notifier
     from fdbroker.scan.pool import Pool, Version
     from fdbroker.scan.service.configuration import Configuration, Listener
@@ -27,11 +31,15 @@ _WELL = "serving"
 
 
 async def serve(
-    configuration: Configuration, pool: Pool, versions: list[Version], notifier: Notifier
+    configuration: Configuration,
+    pool: Pool,
+    versions: list[Version],
+    notifier: Notifier,
+    tcp: socket.socket | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT. The pool has been started, and is the caller's.
 
-    `notifier` is told what a service manager wants to know.
+    `notifier` is told what a service manager wants to know. `tcp` listens, and is the caller's.
     """
     loop = asyncio.get_running_loop()
     core = Core(configuration, pool, versions)
@@ -42,6 +50,10 @@ async def serve(
         for name, listener in configuration.listeners.items()
     ]
     tasks += [asyncio.create_task(core.watch_databases()), asyncio.create_task(_tell(notifier))]
+    by_tcp = None
+    if tcp is not None:
+        by_tcp = TcpListener(core, tcp, configuration.tcp or Tcp())
+        _note(core, notifier, f"tcp {by_tcp.name}", _WELL)
     renewals: set[asyncio.Task[None]] = set()
 
     def renew() -> None:
@@ -60,6 +72,8 @@ async def serve(
                 task.result()
     finally:
         notifier.say(STOPPING="1")
+        if by_tcp is not None:
+            by_tcp.close()
         for connection in tuple(core.connections):
             connection.end("stopping", "the service is being stopped")
         for task in (*tasks, *renewals):

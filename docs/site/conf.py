@@ -1,0 +1,69 @@
+"""How `make docs` builds the site: the pages as they lie in the checkout, so that links hold there and here alike.
+
+Nothing is fetched: fonts are the reader's, and the search runs in the browser on an index that is part of the site.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fdbroker
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+project = "fdbroker"
+author = "the authors of fdbroker"
+version = release = fdbroker.__version__
+html_title = f"fdbroker {version}"
+# No date of the day: what is built of the same sources is the same.
+html_last_updated_fmt = None
+html_show_copyright = False
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+# The sources' directory is the checkout, and the first page its README.
+root_doc = "README"
+include_patterns = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**"]
+exclude_patterns = ["docs/site/**"]
+
+html_theme = "furo"
+html_static_path = ["static"]
+html_extra_path = ["extra"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_theme_options = {"navigation_with_keys": True}
+pygments_style = "friendly"
+pygments_dark_style = "github-dark"
+
+# Headings are linked to by the names that forges give them; a link to none is a warning, and so an error.
+myst_heading_anchors = 4
+myst_enable_extensions = ["attrs_inline"]
+suppress_warnings = [
+    "misc.highlighting_failure",  # vectors of the protocol have kinds of their own, and some policies are wrong on purpose
+    "ref.python",  # two classes are called Reason
+]
+
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_class_signature = "mixed"
+python_use_unqualified_type_names = True
+maximum_signature_line_length = 90
+add_module_names = False
+default_role = "code"  # docstrings write `so` what is code
+
+NAVIGATION = Path(__file__).with_name("navigation.md")
+
+
+def _add_navigation(app: Sphinx, name: str, source: list[str]) -> None:
+    """Append the table of contents to the first page; in the checkout it would be of no use."""
+    del app
+    if name == root_doc:
+        source[0] += "\n" + NAVIGATION.read_text()
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Tell Sphinx what else is to be done."""
+    app.connect("source-read", _add_navigation)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

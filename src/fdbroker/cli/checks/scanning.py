@@ -1,0 +1,95 @@
+"""The scan service, where the policy has a listener for it: whether it answers, its engines and workers."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from typing import TYPE_CHECKING
+
+from fdbroker.cli.checks.check import MISSING, OK, WEAKER, Check
+from fdbroker.config.names import group_name, printable
+from fdbroker.sandbox import Confinement, Layer, SandboxError
+from fdbroker.sandbox.machine import report_of
+from fdbroker.scan.client import DEFAULT_SOCKET, ScanServiceError, ServiceTimeoutError, connect
+
+if TYPE_CHECKING:
+    from fdbroker.config import CompiledPolicy
+
+SERVICE_USER = "fdbroker-scand"
+_GREETED_WITHIN = 3.0  # seconds
+_ANSWERED_WITHIN = 10.0
+
+
+def scan_checks(compiled: CompiledPolicy | None) -> list[Check]:
+    """Check it, and that its user may connect to the broker."""
+    if compiled is None:
+        return []
+    listener = compiled["daemon"]["listeners"].get(os.path.basename(DEFAULT_SOCKET))
+    if listener is None:
+        return []
+    return [*_membership(compiled), *_service(listener["path"]), _workers()]
+
+
+def _service(path: str) -> list[Check]:
+    name, meaning = "scan service", "users have their files scanned: fdbroker scan"
+    shown = printable(path)
+    start = "systemctl start fdbroker-scand, or fdbroker-scand as its user (docs/scand.md); its log says more"
+    try:
+        with connect(path, timeout=_ANSWERED_WITHIN, greeted_within=_GREETED_WITHIN) as service:
+            status = service.status()
+    except ServiceTimeoutError:
+        found = f"{shown}: the broker keeps clients for it, and it does not take them: it does not run"
+        return [Check(name, WEAKER, found, meaning, start)]
+    except ScanServiceError as error:
+        return [Check(name, WEAKER, f"{shown}: {printable(str(error.strerror))}", meaning, start)]
+    engines = status.get("engines")
+    versions = [row["version"] for row in engines] if isinstance(engines, list) else []
+    found = f"answers on {shown}, with {', '.join(map(printable, versions)) or 'no engine'}"
+    checks = [Check(name, OK, found, meaning)]
+    if status.get("outdated"):
+        found = "changed since its engines were loaded, which could not be loaded anew"
+        cure = "its log says why; then systemctl reload fdbroker-scand"
+        checks.append(Check("its databases", WEAKER, found, "it finds what the latest database knows", cure))
+    return checks
+
+
+def _membership(compiled: CompiledPolicy) -> list[Check]:
+    """Check that the service's user may connect to the broker's socket, by the group that this has."""
+    listener = compiled["daemon"]["listeners"].get("seqpacket")
+    if listener is None or listener["gid"] is None or listener["mode"] & 0o002:
+        return []
+    gid = listener["gid"]
+    group, meaning = group_name(gid), "the scan service can ask the broker for files"
+    users = {
+        user_id
+        for service in compiled["services"]
+        for client in service["clients"]
+        for user_id in client.get("uids", [])
+    }
+    for uid in sorted(users):
+        try:
+            entry = pwd.getpwuid(uid)
+        except KeyError:
+            continue
+        if uid and gid not in os.getgrouplist(entry.pw_name, entry.pw_gid):
+            user = printable(entry.pw_name)
+            cure = f"as root: usermod -aG {group} {user}; then restart the service"
+            return [Check(f"group of {user}", WEAKER, f"{user} is not in the group {group}", meaning, cure)]
+    return []
+
+
+def _workers() -> Check:
+    """Check by a worker that does nothing how far workers of the user that runs this are confined."""
+    name, meaning = "scan workers", "who reads hostile files can do nothing with what it reads"
+    cure = "see them, with what helps: fdbroker sandbox report"
+    confinement = Confinement()
+    try:
+        report = report_of(confinement)
+    except (SandboxError, OSError) as error:
+        return Check(name, MISSING, f"none could be started: {printable(str(error))}", meaning, cure)
+    lacking = [state.layer for state in report.states if not state.enforced and state.layer is not Layer.IDS]
+    if lacking:
+        strict = confinement.must_hold().intersection(lacking)
+        found = f"lack {', '.join(layer.value for layer in lacking)}, as user {os.geteuid()}"
+        return Check(name, MISSING if strict else WEAKER, found, meaning, cure)
+    return Check(name, OK, "have every layer of confinement", meaning)

@@ -1,0 +1,285 @@
+"""clamd's clients by TCP: of the loopback alone, and with no right to anything but what they send."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import clamd
+import pytest
+
+from fdbroker.launcher.errors import LaunchError
+from fdbroker.scan.service.configuration import Tcp
+from fdbroker.scan.service.tcp import is_loopback, listening_socket
+from tests.clamd.talks import chunks
+from tests.processes import wait_until
+from tests.running_broker import reachable_directory
+from tests.scan.running_scand import SCAND_UID, copy_treacherous_engine, running_scand
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.for_other_users import ForOtherUsers
+    from tests.scan.running_scand import RunningScand
+
+pytestmark = pytest.mark.root
+
+_CONFIGURATION = """
+engines: {{treacherous: {{word: {directory}/word}}}}
+listeners: {{clamd: {{protocol: clamd}}}}
+tcp: {{port: {port}, connections: 3, max_stream: 1MiB, command_timeout: 1s}}
+workers: 1
+spare_workers: 1
+"""
+FOUND = b"stream: Word FOUND\0"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def directory() -> Iterator[Path]:
+    with reachable_directory() as path:
+        copy_treacherous_engine(path)
+        (path / "word").write_bytes(b"Smoke")
+        yield path
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def scand(others: ForOtherUsers, directory: Path, port: int) -> Iterator[RunningScand]:
+    """Run the service without a broker: nobody who comes by TCP needs one."""
+    configuration = _CONFIGURATION.format(directory=directory, port=port)
+    with running_scand(others, directory, configuration, str(directory / "engines")) as running:
+        wait_until(lambda: f"listener tcp 127.0.0.1:{port}: serving" in running.errors(), "it serves")
+        yield running
+
+
+def connected(port: int) -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", port), timeout=20)
+    sock.settimeout(20)
+    return sock
+
+
+def asked(port: int, *parts: bytes) -> bytes:
+    with connected(port) as sock:
+        sock.sendall(b"".join(parts))
+        said = b""
+        with contextlib.suppress(ConnectionResetError):
+            while more := sock.recv(65536):
+                said += more
+        return said
+
+
+@pytest.mark.usefixtures("scand")
+def test_clamdscan_streams_to_it_by_changing_its_configuration(port: int, directory: Path) -> None:
+    configuration = directory / "client.conf"
+    configuration.write_text(f"TCPSocket {port}\nTCPAddr 127.0.0.1\n")
+    (directory / "bad").write_bytes(b"Smoke")
+    (directory / "fine").write_bytes(b"fine")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        command = ["clamdscan", f"--config-file={configuration}", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    for more in ([], ["--multiscan"]):
+        said = run("--no-summary", "--stream", *more, str(directory / "bad"), str(directory / "fine"))
+        assert said == (1, f"{directory}/bad: Word FOUND\n{directory}/fine: OK\n")
+    assert run("--ping", "1") == (0, "PONG\n")
+    assert run("--version") == (0, "ClamAV 0\n")
+    # It takes an address of this machine for a clamd that can open its files.
+    assert run("--no-summary", str(directory / "bad")) == (
+        2,
+        'Failed to parse reply: "COMMAND UNAVAILABLE"\n',
+    )
+    status, text = run("--reload")
+    assert (status, "did not reload" in text) == (2, True)
+
+
+@pytest.mark.usefixtures("scand")
+def test_the_client_of_pypi_streams_to_it(port: int, directory: Path) -> None:
+    client = clamd.ClamdNetworkSocket("127.0.0.1", port, timeout=20)
+    assert client.ping() == "PONG"
+    (directory / "bad").write_bytes(b"Smoke")
+    with open(directory / "bad", "rb") as file:
+        assert client.instream(file) == {"stream": ("FOUND", "Word")}
+
+
+@pytest.mark.usefixtures("scand")
+@pytest.mark.parametrize(
+    "command",
+    b"SCAN /word|CONTSCAN /|MULTISCAN /|ALLMATCHSCAN /|FILDES|RELOAD|SHUTDOWN|STATS|VERSIONCOMMANDS".split(
+        b"|"
+    ),
+)
+def test_whoever_is_there_may_ask_for_nothing_else(port: int, command: bytes) -> None:
+    assert asked(port, b"z" + command + b"\0") == b"COMMAND UNAVAILABLE\0"
+
+
+def test_a_file_in_one_connection_changes_no_verdict_in_another(port: int, scand: RunningScand) -> None:
+    """Here nobody knows whether two connections are one client's."""
+    with connected(port) as sock:
+        for number, (content, answer) in enumerate(
+            [(b"Smoke", b"Word FOUND"), (b"turn", b"OK"), (b"Smoke", b"OK")], 1
+        ):
+            sock.sendall((b"zIDSESSION\0" if number == 1 else b"") + b"zINSTREAM\0" + chunks(content))
+            # Within one it may: the engine was turned.
+            assert sock.recv(100) == b"%d: stream: " % number + answer + b"\0"
+        assert asked(port, b"zINSTREAM\0", chunks(b"Smoke")) == FOUND
+        sock.sendall(b"zINSTREAM\0" + chunks(b"Smoke"))
+        assert sock.recv(100) == b"4: stream: Word FOUND\0", "the other one had its worker"
+    assert re.search(
+        r"fdbroker-scand: tcp 127\.0\.0\.1:[0-9]+: instream\(local\): Word FOUND", scand.errors()
+    )
+
+
+def test_connections_have_limits_and_more_of_them_wait(port: int, scand: RunningScand) -> None:
+    idle = scand.descriptors()
+    too_long = asked(port, b"zINSTREAM\0" + struct.pack("!I", (1 << 20) + 1))
+    assert too_long == b"INSTREAM size limit exceeded. ERROR\0"
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connected(port)) for _ in range(3)]
+        began = time.monotonic()
+        # A fourth has its turn when one of these is told that it is too late.
+        assert asked(port, b"zPING\0") == b"PONG\0"
+        assert time.monotonic() - began > 0.5
+        assert {sock.recv(100) for sock in silent} == {b"COMMAND READ TIMED OUT\n"}
+    wait_until(lambda: scand.descriptors() <= idle, "its descriptors are closed")
+
+
+@pytest.mark.usefixtures("scand")
+def test_the_second_of_two_answers_waits_for_no_acknowledgement(port: int) -> None:
+    """Which would take 40 ms each time."""
+    with connected(port) as sock:
+        sock.sendall(b"zIDSESSION\0")
+        began = time.monotonic()
+        for number in range(1, 21):
+            sock.sendall(b"zINSTREAM\0" + chunks(b"x") + b"zPING\0")
+            said = b""
+            while said.count(b"\0") < 2:
+                said += sock.recv(100)
+            assert b"%d: PONG\0" % (2 * number) in said
+        assert time.monotonic() - began < 0.4
+
+
+# ---- the socket ----
+
+
+def passed_to(
+    others: ForOtherUsers, directory: Path, listener: socket.socket, *, name: str
+) -> tuple[int, str]:
+    """Start the service as systemd does with a socket, and ask it; return its status and what it said."""
+    (directory / "with-socket.yaml").write_text(
+        f"version: 1\nbroker: {directory}/none\nengines: {{hashes: {{}}}}\ntcp: {{}}\n"
+    )
+    packages = directory / "packages"
+    if not packages.exists():
+        import systemd  # noqa: PLC0415 - where it is, is what is wanted
+
+        shutil.copytree(Path(systemd.__file__).parent, packages / "systemd")
+    number = listener.fileno()
+    # The number that systemd begins with, and the pid that only the process itself knows.
+    start = (
+        f"import os, sys; os.dup2({number}, 3); os.environ['LISTEN_PID'] = str(os.getpid());"
+        " os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    configuration = str(directory / "with-socket.yaml")
+    command = [others.python, "-P", "-m", "fdbroker.scan.service", "--config", configuration, "--dev"]
+    process = subprocess.Popen(
+        [others.python, "-I", "-c", start, *command],
+        env={
+            "PYTHONPATH": f"{others.directory}:{packages}",
+            "PATH": os.environ["PATH"],
+            "LISTEN_FDS": "1",
+            "LISTEN_FDNAMES": name,
+        },
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        pass_fds=[number] if number != 3 else [],
+        close_fds=True,
+        user=SCAND_UID,
+        group=SCAND_UID,
+        extra_groups=[],
+        text=True,
+    )
+    try:
+        if name == "clamd-tcp":
+            try:
+                assert asked(int(listener.getsockname()[1]), b"zPING\0") == b"PONG\0"
+            finally:
+                process.terminate()
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode, said
+
+
+def test_the_service_manager_may_pass_the_socket(others: ForOtherUsers, directory: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        status, said = passed_to(others, directory, listener, name="clamd-tcp")
+        assert (status, "listener tcp 127.0.0.1:" in said) == (0, True)
+        status, said = passed_to(others, directory, listener, name="clamd")
+        assert status == 2
+        assert "it can't start: socket 'clamd' of systemd: the scan service takes 'clamd-tcp' alone" in said
+
+
+def refusal(tcp: Tcp | None, *passed: socket.socket, name: str = "clamd-tcp") -> str:
+    numbers = {os.dup(sock.fileno()): name for sock in passed}
+    with pytest.raises(LaunchError) as raised:
+        listening_socket(tcp, numbers)
+    for number in numbers:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(number)
+    return str(raised.value)
+
+
+def test_what_is_no_socket_of_the_loopback_is_refused(tmp_path: Path) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as everywhere, socket.create_server(("127.0.0.1", 0)) as ours:  # noqa: S104 - refused
+        text = refusal(None, everywhere)
+        assert re.search(
+            r"0\.0\.0\.0:[0-9]+ is no loopback address, and nobody is asked who they are; write", text
+        )
+        assert "systemd passed 2 sockets 'clamd-tcp'" in refusal(Tcp(), ours, ours)
+        assert "tcp: port: systemd has passed a socket" in refusal(Tcp(port=3310), ours)
+        taken = int(ours.getsockname()[1])
+        text = refusal(Tcp(port=taken))
+        assert text == (
+            f"tcp: it can't listen at 127.0.0.1:{taken}: Address already in use; is clamd still running?"
+        )
+    with socket.socket() as silent, socket.socket(socket.AF_UNIX) as local:
+        silent.bind(("127.0.0.1", 0))
+        assert "it does not listen; set Accept=no" in refusal(Tcp(), silent)
+        assert "it is no TCP socket" in refusal(Tcp(), local)
+    with open(tmp_path / "file", "wb") as file:
+        number = os.dup(file.fileno())
+        with pytest.raises(LaunchError, match="it is no socket"):
+            listening_socket(Tcp(), {number: "clamd-tcp"})
+    assert "enable and start fdbroker-clamd-tcp.socket, or write port: 3310" in refusal(Tcp())
+    assert listening_socket(None, {}) is None
+
+
+def test_where_the_unit_has_no_network_it_is_said_what_to_do() -> None:
+    """Here by there being no such address, and not by RestrictAddressFamilies=."""
+    with pytest.raises(LaunchError, match=r"remove address and port, and enable fdbroker-clamd-tcp\.socket"):
+        listening_socket(Tcp(address="::2", port=free_port()), {})
+
+
+def test_the_addresses_of_the_loopback_are_told_from_others() -> None:
+    assert all(map(is_loopback, ["127.0.0.1", "127.8.8.8", "::1"]))
+    assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "fe80::1%lo", "192.0.2.1"]))  # noqa: S104

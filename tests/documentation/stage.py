@@ -1,0 +1,95 @@
+"""A machine that is thrown away: fdbroker is installed there, and what documents talk about is in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import runpy
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tests.documentation.blocks import ROOT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_MARK = "--- command"
+# All that documents write to. The rest of the machine is as it is; it has no network.
+_STAGE = """\
+set -eu
+ip link set lo up
+mount -t tmpfs -o mode=755 stage /run
+for place in /etc /home /opt /root /srv /usr/local/bin /var/lib /var/log /var/mail; do
+    mkdir -p "/run/.stage$place"
+    case $place in
+        /etc) cp -a /etc/. /run/.stage/etc ;;
+        /opt) mkdir /run/.stage/opt/fdbroker; mount --bind "$INSTALLED" /run/.stage/opt/fdbroker ;;
+    esac
+done
+for place in /etc /home /opt /root /srv /usr/local/bin /var/lib /var/log /var/mail; do
+    mount --rbind "/run/.stage$place" "$place"
+done
+rm -rf /etc/fdbroker /etc/letsencrypt
+mkdir -p /etc/fdbroker /var/log/fdbroker /etc/systemd/system /run/home
+ln -s /opt/fdbroker/bin/fdbroker* /usr/local/bin/
+groupadd --system fdbroker-clients
+useradd --system --user-group --no-create-home --shell /usr/sbin/nologin fdbroker
+set +eu
+"""
+
+
+class Ran(NamedTuple):
+    """What became of a command: its exit status, and the lines that it wrote to either output."""
+
+    status: int
+    output: list[str]
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[Path]:
+    """Install fdbroker, as the demonstration does, in a directory that is removed afterwards."""
+    demo = runpy.run_path(str(ROOT / "scripts" / "demo.py"))
+    with tempfile.TemporaryDirectory(prefix="fdbroker-test-", dir="/var/lib") as name:
+        prefix = Path(name) / "fdbroker"
+        os.chmod(name, 0o755)
+        demo["install"](prefix)
+        script = (prefix / "bin" / "fdbroker").read_text()
+        scand = prefix / "bin" / "fdbroker-scand"
+        scand.write_text(script.replace("fdbroker.cli.__main__", "fdbroker.scan.service.main"))
+        scand.chmod(0o755)
+        yield prefix
+
+
+def play(prefix: Path, preparation: str, commands: Sequence[str]) -> list[Ran]:
+    """Run commands in one shell, as root, in namespaces of their own; return what became of each.
+
+    `preparation` is a script that must succeed. All ends with the last command, whatever it has started.
+    """
+    script = [_STAGE, "set -e", preparation, "set +e"]
+    # What a command leaves in $? is there for the next one.
+    script += [f"{command}\nsaid=$?; printf '\\n{_MARK} %s\\n' $said; (exit $said)" for command in commands]
+    done = subprocess.run(
+        ["unshare", "--mount", "--pid", "--net", "--fork", "--kill-child", "--mount-proc", "bash"],
+        input="\n".join(script),
+        cwd=ROOT,
+        env={
+            "HOME": "/run/home",
+            "INSTALLED": str(prefix),
+            "LANG": "C.UTF-8",
+            "PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "TZ": "UTC",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        umask=0o022,
+    )
+    parts = re.split(rf"\n{_MARK} (\d+)\n", done.stdout)
+    assert len(parts) == 2 * len(commands) + 1, done.stdout
+    return [
+        Ran(int(status), output.splitlines()) for output, status in zip(parts[::2], parts[1::2], strict=False)
+    ]
