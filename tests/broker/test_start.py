@@ -9,6 +9,7 @@ import importlib.util
 import json
 import marshal
 import os
+import py_compile
 import resource
 import shutil
 import signal
@@ -560,6 +561,40 @@ def test_finder_takes_sources_and_never_a_compiled_file_beside_them(roots_own: P
     found = TrustedFinder(str(roots_own), check=True).find_spec("fdbroker.kernel.libc", None)
     assert who(found) == "source"
     assert cached.read_bytes() == head + marshal.dumps(poison)
+
+
+@pytest.mark.root
+def test_finder_takes_what_root_compiled_of_the_very_source_and_nothing_else(
+    roots_own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, compiled = roots_own / "kernel", roots_own / "compiled"
+    for made in (folder, compiled):
+        made.mkdir(mode=0o755)
+    monkeypatch.setattr(entry, "PRECOMPILED", str(compiled))
+    source = folder / "libc.py"
+    source.write_text("WHO = 'source'\n")
+    source.chmod(0o644)
+    code = compiled / entry.name_of_code(str(source), source.read_bytes())
+    other = roots_own / "other.py"
+    other.write_text("WHO = 'compiled'\n")
+    py_compile.compile(str(other), str(code))
+    finder = TrustedFinder(str(roots_own), check=True)
+    assert who(finder.find_spec("fdbroker.kernel.libc", None)) == "compiled"
+    code.chmod(0o664)
+    with pytest.raises(UntrustedSourceError, match=f"{code}.*somebody other than root"):
+        who(finder.find_spec("fdbroker.kernel.libc", None))
+    code.chmod(0o644)
+    whole = code.read_bytes()
+    for length in (0, 8, len(whole) - 4):  # a loss of power may leave it so
+        code.write_bytes(whole[:length])
+        assert who(finder.find_spec("fdbroker.kernel.libc", None)) == "source"
+    code.write_bytes(whole)
+    times = source.stat()
+    source.write_text("WHO = 'sourcf'\n")  # as long, and as old
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert who(finder.find_spec("fdbroker.kernel.libc", None)) == "sourcf"
+    # The same text elsewhere is another source.
+    assert entry.name_of_code("/a", b"x") != entry.name_of_code("/b", b"x")
 
 
 def who(spec: importlib.machinery.ModuleSpec | None) -> str:

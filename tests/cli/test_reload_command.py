@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
+from fdbroker.cli import reload as reload_module
 from fdbroker.client import control
 from fdbroker.config.compile import load_policy_file
 from fdbroker.policy.rules import read_policy
@@ -195,3 +197,59 @@ def test_reload_of_a_file_that_can_not_be_trusted_changes_nothing(
         "message_within": 10.0,
     }
     assert all(record["event"] != "reloaded" for record in broker.records())
+
+
+# ---- what systemd starts the broker with, if it crashes ----
+
+
+@pytest.fixture
+def compiled_beside(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the name of the compiled policy, and have the directory's broker be the usual one."""
+    monkeypatch.setattr(reload_module, "DEFAULT_CONTROL", str(directory / "control"))
+    monkeypatch.setattr(reload_module, "COMPILED_POLICY", str(directory / "compiled" / "policy.json"))
+    (directory / "compiled").mkdir()
+    return directory / "compiled" / "policy.json"
+
+
+def test_reload_leaves_what_is_in_force_for_a_start_after_a_crash(
+    directory: Path, compiled_beside: Path
+) -> None:
+    compiled_beside.write_text("old")
+    with ThreadedBroker(str(directory / "control"), telling(OLD)):
+        assert reload(directory).returncode == 0
+    assert json.loads(compiled_beside.read_text()) == load_policy_file(
+        str(directory / "policy.yaml"), dev=True
+    )
+    assert compiled_beside.stat().st_mode & 0o777 == 0o600
+
+
+def test_reload_of_another_broker_leaves_what_the_usual_one_is_started_with(
+    directory: Path, compiled_beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reload_module, "DEFAULT_CONTROL", "/run/elsewhere")
+    compiled_beside.write_text("old")
+    with ThreadedBroker(str(directory / "control"), telling(OLD)):
+        assert reload(directory).returncode == 0
+    assert compiled_beside.read_text() == "old"
+
+
+def test_reload_makes_no_compiled_policy_where_none_is(directory: Path, compiled_beside: Path) -> None:
+    with ThreadedBroker(str(directory / "control"), telling(OLD)):
+        assert reload(directory).returncode == 0
+    assert not compiled_beside.exists()
+
+
+def test_reload_rather_removes_the_older_one_than_leave_it_where_it_can_not_write(
+    directory: Path, compiled_beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled_beside.write_text("old")
+
+    def no_room(_path: str, _mode: int) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(reload_module, "whole_file", no_room)
+    with ThreadedBroker(str(directory / "control"), telling(OLD)):
+        result = reload(directory)
+    assert result.returncode == 0
+    assert "can't be written: No space left on device; make room, and reload again" in result.stderr
+    assert not compiled_beside.exists()

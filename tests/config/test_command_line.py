@@ -72,6 +72,27 @@ def test_compile_writes_nothing_when_there_is_a_problem(
     ]
 
 
+def test_what_was_compiled_before_is_kept_where_that_is_asked_for_and_there_is_such_a_file(
+    policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = policy.parent / "policy.json"
+    keep = ["compile", str(policy), "--dev", "--keep", "--output", str(output)]
+    good = policy.read_text()
+    policy.write_text(BAD)
+    assert main(keep) == 2
+    assert not output.exists()
+    output.write_text("old")
+    capsys.readouterr()
+    assert main(keep) == 0
+    assert output.read_text() == "old"
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 5
+    assert told[-1] == f"{output} stays as it was: the policy that was in force"
+    policy.write_text(good)
+    assert main(keep) == 0
+    assert json.loads(output.read_text())["version"] == 1
+
+
 def test_an_output_that_can_not_be_written_is_a_problem(
     policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

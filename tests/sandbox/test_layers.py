@@ -406,6 +406,37 @@ def test_namespace_that_is_refused_is_named(monkeypatch: pytest.MonkeyPatch) -> 
             raise SyscallError(errno.EPERM, "unshare", flags=hex(kind))
 
     monkeypatch.setattr(namespaces, "unshare", refuse)
+    monkeypatch.setattr(surroundings_module, "_is_not_the_systems", lambda _name: False)
     state = surroundings_module._enter_others(None, None)
     assert not state.enforced
     assert state.note == "not network: unshare: EPERM, Operation not permitted"
+
+
+@pytest.mark.root
+def test_namespaces_that_are_its_services_own_need_not_be_the_workers_own() -> None:
+    def enter(kinds: int) -> tuple[bool, str]:
+        namespaces.unshare(kinds)
+        refusing = {"unshare": errno.EPERM}
+        process.set_no_new_privs()
+        seccomp.install(bpf.assemble({}, machine=MACHINE, errnos=refusing, otherwise=bpf.ALLOW))
+        state = surroundings_module._enter_others(None, None)
+        return state.enforced, state.note
+
+    network_and_ipc = namespaces.CLONE_NEWNET | namespaces.CLONE_NEWIPC
+    enforced, note = in_child(lambda: enter(network_and_ipc))
+    assert not enforced
+    assert note.endswith("cgroup: unshare: EPERM, Operation not permitted")
+    assert "network" not in note
+    assert "ipc" not in note
+
+
+def test_namespaces_that_are_shared_with_a_service_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(kind: int) -> None:
+        if kind != namespaces.CLONE_NEWCGROUP:
+            raise SyscallError(errno.EPERM, "unshare", flags=hex(kind))
+
+    monkeypatch.setattr(namespaces, "unshare", refuse)
+    monkeypatch.setattr(surroundings_module, "_is_not_the_systems", lambda name: name != "mount")
+    state = surroundings_module._enter_others(None, None)
+    assert state.enforced
+    assert state.note == "mount, network (its service's), ipc (its service's), uts (its service's), cgroup"

@@ -1,16 +1,25 @@
 #!/bin/bash
 # Runs COMMAND as a unit of a systemd that was booted for it, and returns its exit status.
 #
-#   boot.sh UNITS SHARED COMMAND [ARGUMENT...]
+#   boot.sh FILES SHARED COMMAND [ARGUMENT...]
 #
-# UNITS: a directory with units to have; SHARED: directories that are the same inside, with a colon between them. The systemd of this
-# machine is PID 1 of namespaces of its own (pid, mount, uts, ipc, net, cgroup). Its root is an overlay of /, of
-# which the writes go to a tmpfs. Needs root, overlayfs, cgroup2 and util-linux.
+# FILES: directories whose contents are put below /, as those of a package; SHARED: directories that are the same
+# inside; of both there may be several, with a colon between them. The systemd of this machine is PID 1 of namespaces of
+# its own (pid, mount, uts, ipc, net, cgroup). Its root is an overlay of /, of which the writes go to a tmpfs. Needs
+# root, overlayfs, cgroup2 and util-linux.
 set -euo pipefail
 SELF=$(readlink -f "$0")
 
+# What is not for a system that has the kernel and the devices of another one.
+MASKED="dev-hugepages.mount dev-mqueue.mount proc-sys-fs-binfmt_misc.automount sys-fs-fuse-connections.mount
+    sys-kernel-config.mount sys-kernel-debug.mount sys-kernel-tracing.mount systemd-binfmt.service
+    systemd-hwdb-update.service systemd-journald-audit.socket systemd-modules-load.service systemd-random-seed.service
+    systemd-remount-fs.service systemd-sysctl.service systemd-tmpfiles-setup-dev.service systemd-udev-trigger.service
+    systemd-udevd-control.socket systemd-udevd-kernel.socket systemd-udevd.service kmod-static-nodes.service
+    ldconfig.service systemd-journal-catalog-update.service systemd-update-done.service tmp.mount"
+
 mounts() { # in the new mount namespace: PID 1's root at $1/root
-    local root=$1/root device shared
+    local root=$1/root device directory
     mount -t tmpfs -o mode=755,size=1g none "$1/rw"
     mkdir "$1/rw/upper" "$1/rw/work"
     mount -t overlay -o "lowerdir=/,upperdir=$1/rw/upper,workdir=$1/rw/work" none "$root"
@@ -20,44 +29,45 @@ mounts() { # in the new mount namespace: PID 1's root at $1/root
     mount -o remount,bind,ro "$root/proc/sys"
     mount -t sysfs -o nosuid,nodev,noexec,ro sysfs "$root/sys"
     mount -t cgroup2 -o nosuid,nodev,noexec none "$root/sys/fs/cgroup"
-    mount -t tmpfs -o nosuid,mode=755 none "$root/dev"
-    for device in null:3 zero:5 full:7 random:8 urandom:9; do
-        mknod -m 666 "$root/dev/${device%:*}" c 1 "${device#*:}"
-    done
-    ln -s /proc/self/fd "$root/dev/fd"
-    mkdir "$root/dev/shm"
+    devices "$root/dev"
     mount -t tmpfs -o nosuid,nodev,mode=755 none "$root/run"
     mkdir -m 755 "$root/run/test"
     mount --bind "$1/io" "$root/run/test"
-    IFS=: read -ra shared <<<"$2"
-    for device in "${shared[@]}"; do
-        mkdir -p "$root$device"
-        mount --bind "$device" "$root$device"
-    done
 
-    # Nothing that this machine has enabled is started, and only what journald needs of the rest.
+    # Nothing that this machine has enabled is started.
     mount -t tmpfs -o mode=755 none "$root/etc/systemd/system"
-    mkdir -p "$root/etc/systemd/journald.conf.d"
+    for device in $MASKED; do
+        ln -s /dev/null "$root/etc/systemd/system/$device"
+    done
+    # It would empty the /tmp of the overlay.
+    mkdir -p "$root/etc/tmpfiles.d" "$root/etc/systemd/journald.conf.d"
+    ln -sf /dev/null "$root/etc/tmpfiles.d/tmp.conf"
     printf '[Journal]\nStorage=volatile\nRateLimitIntervalSec=0\n' >"$root/etc/systemd/journald.conf.d/test.conf"
     : >"$root/etc/fstab"
     cat >"$root/etc/systemd/system/test.target" <<'U'
 [Unit]
-Requires=systemd-journald.service
-After=systemd-journald.service
+Requires=basic.target
+After=basic.target
 Wants=test-command.service
-DefaultDependencies=no
 U
     cat >"$root/etc/systemd/system/test-command.service" <<'U'
 [Unit]
-After=systemd-journald.service
-DefaultDependencies=no
+After=basic.target
 SuccessAction=exit
 FailureAction=exit
 [Service]
 Type=exec
 ExecStart=/bin/bash /run/test/command
 U
-    cp -r "$1/units/." "$root/etc/systemd/system/"
+    IFS=: read -ra files <<<"$2"
+    for directory in "${files[@]}"; do
+        cp -a "$directory/." "$root/"
+    done
+    IFS=: read -ra shared <<<"$3"
+    for directory in "${shared[@]}"; do
+        mkdir -p "$root$directory"
+        mount --bind "$directory" "$root$directory"
+    done
     cd "$root"
     mkdir run/old
     pivot_root . run/old
@@ -69,15 +79,29 @@ U
         /lib/systemd/systemd --system --unit=test.target --log-target=journal
 }
 
+devices() { # a /dev at $1, with all that PrivateDevices= of a unit copies
+    local device
+    mount -t tmpfs -o nosuid,mode=755 none "$1"
+    for device in null:1:3 zero:1:5 full:1:7 random:1:8 urandom:1:9 tty:5:0; do
+        IFS=: read -r name major minor <<<"$device"
+        mknod -m 666 "$1/$name" c "$major" "$minor"
+    done
+    ln -s /proc/self/fd "$1/fd"
+    mkdir "$1/shm" "$1/pts"
+    mount -t devpts -o nosuid,noexec,newinstance,ptmxmode=0666,mode=620,gid=5 devpts "$1/pts"
+    mount -t tmpfs -o nosuid,nodev,mode=1777 none "$1/shm"
+    ln -s pts/ptmx "$1/ptmx"
+}
+
 case $1 in
 --cgroup) # PID 1 of the new pid namespace enters its control group before that becomes the root of a namespace
     echo 0 >"$3/cgroup.procs"
-    exec unshare --cgroup --propagation unchanged -- "$BASH" "$SELF" --mounts "$2" "$4"
+    exec unshare --cgroup --propagation unchanged -- "$BASH" "$SELF" --mounts "$2" "$4" "$5"
     ;;
---mounts) mounts "$2" "$3" ;;
+--mounts) mounts "$2" "$3" "$4" ;;
 esac
 
-units=$1 shared=$2
+files=$1 shared=$2
 shift 2
 work=$(mktemp -d)
 tree=$(findmnt -n -r -t cgroup2 -o TARGET | head -n1)
@@ -91,8 +115,7 @@ finish() {
     rm -rf --one-file-system "$work"
 }
 trap finish EXIT
-mkdir "$work"/{rw,root,io,units} "$group"
-cp -r "$units/." "$work/units/"
+mkdir "$work"/{rw,root,io} "$group"
 {
     export -p | grep -vE '^declare -x (SELF|OLDPWD|NOTIFY_SOCKET|LISTEN_|JOURNAL_STREAM|INVOCATION_ID)' || true
     echo 'exec </dev/null >/run/test/output 2>&1'
@@ -102,6 +125,6 @@ cp -r "$units/." "$work/units/"
 } >"$work/io/command"
 status=0
 unshare --pid --mount --uts --ipc --net --fork --kill-child=KILL --propagation private -- \
-    "$BASH" "$SELF" --cgroup "$work" "$group" "$shared" </dev/null || status=$?
+    "$BASH" "$SELF" --cgroup "$work" "$group" "$files" "$shared" </dev/null || status=$?
 cat "$work/io/output" 2>/dev/null || true
 exit "$status"

@@ -13,19 +13,25 @@ from tests.running_broker import launcher_environment
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
+UNITS = "etc/systemd/system"
 
 
 def run_booted(
-    program: str, units: Path, shared: Path, *arguments: object, places: tuple[Path, ...] = ()
+    program: str,
+    shared: Path,
+    *arguments: object,
+    files: tuple[Path, ...],
+    places: tuple[Path, ...] = (),
 ) -> dict[str, Any]:
-    """Boot with some units, run a program of this folder there, and return what it wrote to `shared`/seen.
+    """Boot, run a program of this folder there, and return what it wrote to `shared`/seen.
 
     The program is called with `shared` and the arguments. It sees the checkout, `shared` and `places`.
+    `files`: directories whose contents are put below /; units belong in `UNITS`.
     """
     done = subprocess.run(
         [
             HERE / "boot.sh",
-            units,
+            ":".join(map(str, files)),
             ":".join(map(str, (REPOSITORY, shared, *places))),
             sys.executable,
             HERE / program,

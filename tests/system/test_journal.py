@@ -20,7 +20,7 @@ from tests.running_broker import (
     policy,
     reachable_directory,
 )
-from tests.system.booted import run_booted
+from tests.system.booted import UNITS, run_booted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,8 +60,8 @@ def seen() -> Iterator[dict[str, Any]]:
         (shared / "tree/file").write_bytes(b"content")
         (shared / "policy.json").write_text(json.dumps(policy(shared / "tree")))
         (shared / "forger.py").write_text(FORGER)
-        units = shared / "units"
-        units.mkdir()
+        units = shared / "files" / UNITS
+        units.mkdir(parents=True)
         broker = launcher_command(
             shared / "policy.json",
             f"--socket={shared}/requests",
@@ -77,7 +77,9 @@ def seen() -> Iterator[dict[str, Any]]:
             ["/usr/bin/env", *become, os.path.realpath(sys.executable), "-I", str(shared / "forger.py")]
         )
         (units / "forger.service").write_text(unit.format("oneshot", environment, forger))
-        yield run_booted("journal_inside.py", units, shared, CLIENT_UID) | {"shared": str(shared)}
+        yield run_booted("journal_inside.py", shared, CLIENT_UID, files=(shared / "files",)) | {
+            "shared": str(shared)
+        }
 
 
 def test_records_in_the_journal_are_those_of_the_broker_alone(seen: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import TYPE_CHECKING
@@ -13,8 +14,11 @@ from fdbroker.cli.control import connected
 from fdbroker.cli.failure import Failure
 from fdbroker.cli.output import complain_printable, write_line
 from fdbroker.cli.policy_file import changes_for_restart, load
+from fdbroker.cli.whole_file import whole_file
 from fdbroker.client import BrokerError, Reason
+from fdbroker.client.control import DEFAULT_CONTROL
 from fdbroker.config import DEFAULT_POLICY
+from fdbroker.config.defaults import COMPILED_POLICY
 from fdbroker.config.names import counted, printable
 from fdbroker.wire.client import for_broker
 
@@ -74,6 +78,8 @@ def command(policy_path: str, control_path: str | None, *, dev: bool) -> int:
         # sees another one begin.
         generation = _generation_in_force(policy_path, compiled, control_path, before, lost)
         complain_printable(f"the broker's answer was lost ({lost}), so it was asked what is in force")
+    if control_path == DEFAULT_CONTROL:
+        _keep_for_a_crash(compiled)
     counts = f"{counted(len(compiled['roots']), 'root')}, {counted(len(compiled['rules']), 'rule')}"
     write_line(f"{printable(policy_path)} is in force: generation {generation}, {counts}")
     changes = changes_for_restart(compiled, before)
@@ -81,6 +87,27 @@ def command(policy_path: str, control_path: str | None, *, dev: bool) -> int:
         which = f"the change of {', '.join(changes)}"
         complain_printable(f"{printable(policy_path)}: {which} is not in force: restart the broker")
     return 0
+
+
+def _keep_for_a_crash(compiled: CompiledPolicy) -> None:
+    """See that the broker goes on with what is in force now, if systemd starts it again with a broken file.
+
+    Where systemd did not start it nothing is there, and nothing is made.
+    """
+    from fdbroker.config import dumps  # noqa: PLC0415 - another extra
+
+    if not os.path.exists(COMPILED_POLICY):
+        return
+    try:
+        with whole_file(COMPILED_POLICY, 0o600) as file:
+            file.write(dumps(compiled).encode())
+    except OSError as error:
+        # Rather none than an older one, by which somebody may have what was taken away.
+        with contextlib.suppress(OSError):
+            os.unlink(COMPILED_POLICY)
+        complain_printable(
+            f"{COMPILED_POLICY} can't be written: {error.strerror}; make room, and reload again"
+        )
 
 
 def _hand_over(control: Control, compiled: CompiledPolicy) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,8 +20,10 @@ def whole_file(path: str, mode: int) -> Iterator[BinaryIO]:
 
     """
     directory, name = os.path.split(path)
-    # In the same directory, to be renamed, and hidden from who looks for names like the other one.
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=directory or ".")
+    # In the same directory, to be renamed, and hidden from who looks for names like the other one. As that of
+    # tempfile would be, which takes long to import.
+    temporary = os.path.join(directory, f".{name}.{os.urandom(8).hex()}")
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with open(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)

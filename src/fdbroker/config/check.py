@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 from fdbroker.config.compile import compile_files
+from fdbroker.config.defaults import EXIT_OK, EXIT_REFUSED, EXIT_WARNED
 from fdbroker.config.errors import ConfigError, Problem
 from fdbroker.config.findings import WARNING, Finding, find
 from fdbroker.config.identities import OfflineLookups, SystemLookups
@@ -16,8 +17,6 @@ from fdbroker.config.sources import read_policy_files
 from fdbroker.config.surroundings import ThisMachine
 from fdbroker.policy.rules import read_policy
 from fdbroker.wire.client import for_broker
-
-EXIT_OK, EXIT_WARNED, EXIT_REFUSED = 0, 1, 2
 
 
 class Checked(NamedTuple):

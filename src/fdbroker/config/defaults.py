@@ -13,6 +13,8 @@ PATHS = {
     "dgram": f"{DIRECTORY}/broker.dgram",
     "control": f"{DIRECTORY}/control",
 }
+# What the unit of systemd starts the broker with: compiled by root before each start.
+COMPILED_POLICY = f"{DIRECTORY}/policy.json"
 MODES = {"seqpacket": 0o660, "stream": 0o660, "dgram": 0o660, "control": 0o666}
 SERVICE_MODE = 0o666  # whoever may connect to a service; what is then done for whom the policy says
 SERVICE_KIND: Final = "stream"  # what its clients connect to, unless the policy says another type
@@ -22,3 +24,6 @@ FOR_REQUESTS = ("seqpacket", "stream", "dgram")
 NAMES_OF_SYSTEMD = frozenset({"connection", "stored", "unknown"})
 MAX_SOCKET_PATH = 107  # bytes: sun_path without its NUL; unix(7)
 ALL_PERMISSIONS = 0o777
+
+# Exit statuses of checking and compiling.
+EXIT_OK, EXIT_WARNED, EXIT_REFUSED = 0, 1, 2

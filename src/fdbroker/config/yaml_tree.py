@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
-from typing import NoReturn, TypeAlias
+from typing import NamedTuple, NoReturn, TypeAlias
 
 import yaml
 
@@ -41,8 +40,7 @@ _QUOTE_IT = "a value that begins with one of * ? [ { & ! % @ ` must be in quotes
 _SYNTAX_CURE = f"check brackets, quotes and indentation here; {_QUOTE_IT}"
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(NamedTuple):
     """A scalar, as text. `plain`: written without quotes, so that plain and empty means no value."""
 
     mark: Mark
@@ -50,31 +48,27 @@ class Text:
     plain: bool
 
 
-@dataclass(frozen=True, slots=True)
-class List:
+class List(NamedTuple):
     """A list."""
 
     mark: Mark
     items: list[Node]
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
+class Mapping(NamedTuple):
     """A mapping; `entries` keeps the order of the file."""
 
     mark: Mark
     entries: dict[str, Entry]
 
 
-@dataclass(frozen=True, slots=True)
-class Unusable:
+class Unusable(NamedTuple):
     """Stands where something was refused; its problem is already noted, so readers skip it."""
 
     mark: Mark
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One key of a mapping with its value."""
 
     key: Text

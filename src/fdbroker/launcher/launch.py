@@ -77,6 +77,11 @@ def _run(options: Options) -> int:
         if not stop_holder(options.pidfile):
             sys.stderr.write(f"fdbroker: no broker holds the lock of {options.pidfile!r}\n")
         return 0
+    if options.precompile:
+        from fdbroker.launcher.precompiling import precompile  # noqa: PLC0415 - not for a start
+
+        precompile()
+        return 0
     _check_privilege()
     # Before anything is opened: a number that is not open now would be one of ours later.
     passed = _take_what_was_passed(options)

@@ -33,7 +33,8 @@ examples:
   fdbrokerd --stop                        stop the one in the background; returns when it is gone
 
 exit status:
-  0  it was stopped, or its last connection is gone (with --daemon: it serves; with --stop: none runs)
+  0  it was stopped, or its last connection is gone (with --daemon: it serves; with --stop: none runs;
+     with --precompile: done)
   1  a bug: there is a traceback
   2  it did not start; what is in the way is said on standard error
   3  it did not start, since one that runs already holds the lock of the pidfile
@@ -49,6 +50,7 @@ class Options(NamedTuple):
     policy: str
     background: bool
     stop: bool
+    precompile: bool
     pidfile: str | None
     sockets: list[tuple[str, str]]
     socket_gid: int | None
@@ -81,6 +83,7 @@ def read_options(arguments: list[str]) -> Options:
         policy=os.path.abspath(given.policy),
         background=given.daemon,
         stop=given.stop,
+        precompile=given.precompile,
         pidfile=None if pidfile is None else os.path.abspath(pidfile),
         sockets=[(os.path.abspath(path), kind) for kind in FOR_REQUESTS for path in getattr(given, kind)],
         socket_gid=given.socket_group,
@@ -118,6 +121,11 @@ def option_parser() -> argparse.ArgumentParser:
         "--stop",
         action="store_true",
         help="start nothing: end the broker that holds the lock of the pidfile, return when it is gone",
+    )
+    how.add_argument(
+        "--precompile",
+        action="store_true",
+        help="start nothing: compile the broker's sources for later starts, as root, which are faster then",
     )
     parser.add_argument(
         "--pidfile",

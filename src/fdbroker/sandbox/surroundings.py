@@ -21,6 +21,8 @@ _OTHERS = (
     ("uts", namespaces.CLONE_NEWUTS),
     ("cgroup", namespaces.CLONE_NEWCGROUP),
 )
+# Inodes of the namespaces that the system begins with, in all kernels; PROC_*_INIT_INO of linux/proc_ns.h.
+_OF_THE_SYSTEM = {"ipc": 0xEFFFFFFF, "uts": 0xEFFFFFFE}
 # Where a loader looks for libraries, and the index of them.
 _LOADER_PLACES = (
     b"/lib",
@@ -151,11 +153,25 @@ def _why_not(kind: int) -> str | None:
 
 def _enter_others(mounts: str | None, users: str | None) -> LayerState:
     gaps = {"mount": mounts} | {name: users or _why_not(kind) for name, kind in _OTHERS}
-    wrong = {name: why for name, why in gaps.items() if why is not None}
+    shared = [name for name, why in gaps.items() if why is not None and _is_not_the_systems(name)]
+    wrong = {name: why for name, why in gaps.items() if why is not None and name not in shared}
     if not wrong:
-        return LayerState(Layer.NAMESPACES, enforced=True, note=", ".join(gaps))
+        shown = (f"{name} (its service's)" if name in shared else name for name in gaps)
+        return LayerState(Layer.NAMESPACES, enforced=True, note=", ".join(shown))
     reasons = "; ".join(sorted(set(wrong.values())))
     return LayerState(Layer.NAMESPACES, enforced=False, note=f"not {', '.join(wrong)}: {reasons}")
+
+
+def _is_not_the_systems(name: str) -> bool:
+    """Return whether this process is in no such namespace of the system's anyway.
+
+    So it is in a service of systemd with PrivateNetwork=, PrivateIPC= and
+    ProtectHostname=, which then need not be allowed to make more of them.
+    """
+    if name == "network":
+        with open("/proc/self/net/dev", "rb") as file:
+            return [line.split()[0] for line in file.readlines()[2:]] in ([], [b"lo:"])
+    return name in _OF_THE_SYSTEM and os.stat(f"/proc/self/ns/{name}").st_ino != _OF_THE_SYSTEM[name]
 
 
 def _enter_root(confinement: Confinement) -> None:

@@ -1,0 +1,96 @@
+"""fdbroker as a package installs it: a tree of files, in the places of a Debian system, to be put below /."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from configparser import ConfigParser
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PYTHON = "/usr/bin/python3"
+_SITE = "usr/lib/python3/dist-packages"
+_TAG = "import sys; print(sys.implementation.cache_tag)"
+# From here, and where it goes.
+_FILES = {
+    "systemd/*.service": "usr/lib/systemd/system",
+    "systemd/*.socket": "usr/lib/systemd/system",
+    "systemd/system-preset/*.preset": "usr/lib/systemd/system-preset",
+    "systemd/sysusers.d/*.conf": "usr/lib/sysusers.d",
+    "systemd/tmpfiles.d/*.conf": "usr/lib/tmpfiles.d",
+    "config/*.yaml": "etc/fdbroker",
+    "config/logrotate/*": "etc/logrotate.d",
+}
+_SCRIPT = "#!{python} -I\nimport sys\n\nfrom {module} import {function}\n\nsys.exit({function}())\n"
+
+
+def install(tree: Path) -> None:
+    """Put the built wheel, what it needs, and all files beside it into `tree`, which is new."""
+    tags = {subprocess.check_output([python, "-I", "-c", _TAG]) for python in (sys.executable, PYTHON)}
+    if len(tags) != 1:
+        pytest.skip(f"what this interpreter has installed is of no use to {PYTHON}")
+    site = tree / _SITE
+    site.mkdir(parents=True)
+    for distribution in _requirements():
+        for file in distribution.files or ():
+            source = Path(str(file.locate()))
+            if ".." not in file.parts and source.suffix != ".pyc" and source.is_file():
+                (site / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, site / file)
+    _install_wheel(_build(tree), tree)
+    for pattern, place in _FILES.items():
+        (tree / place).mkdir(parents=True, exist_ok=True)
+        for source in REPOSITORY.glob(pattern):
+            shutil.copyfile(source, tree / place / source.name)
+    for command in (
+        [PYTHON, "-I", "-m", "compileall", "-q", str(site)],
+        ["chmod", "-R", "u=rwX,go=rX", str(tree)],
+        ["chown", "-R", "0:0", str(tree)],
+    ):
+        subprocess.run(command, check=True)
+
+
+def _requirements() -> list[metadata.Distribution]:
+    """Return what is installed here and fdbroker needs."""
+    demo = runpy.run_path(str(REPOSITORY / "scripts" / "demo.py"))
+    available = {demo["canonical"](each.metadata["Name"]): each for each in metadata.distributions()}
+    needed: dict[str, metadata.Distribution] = {}
+    demo["requirements_of"]("fdbroker", {"daemon", "cli"}, available, needed)
+    del needed["fdbroker"]
+    return list(needed.values())
+
+
+def _build(tree: Path) -> Path:
+    directory = tree / "wheel"
+    build = [sys.executable, "-I", "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
+    subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
+    [wheel] = directory.glob("*.whl")
+    return wheel
+
+
+def _install_wheel(wheel: Path, tree: Path) -> None:
+    """Unpack it, make its commands, and remove it."""
+    site, programs = tree / _SITE, tree / "usr/bin"
+    programs.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    shutil.rmtree(wheel.parent)
+    [data] = site.glob("*.data")
+    for script in (data / "scripts").iterdir():
+        script.rename(programs / script.name)
+    shutil.rmtree(data)
+    [table] = site.glob("fdbroker-*.dist-info/entry_points.txt")
+    entries = ConfigParser()
+    entries.read(table)
+    for name, place in entries["console_scripts"].items():
+        module, _, function = place.partition(":")
+        (programs / name).write_text(_SCRIPT.format(python=PYTHON, module=module, function=function))
+    for program in programs.iterdir():
+        os.chmod(program, 0o755)
