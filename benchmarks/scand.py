@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _PATIENCE = 60.0
-_PACKAGES = ("click", "msgspec", "yaml")  # what the service needs, where its user can reach it
+_PACKAGES = ("click", "yaml")  # what the service needs, where its user can reach it
 _POLICY = """
 version: 1
 roots:

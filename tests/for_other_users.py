@@ -27,7 +27,6 @@ _PACKAGES = (
     "markdown_it",
     "mdurl",
     "prometheus_client",
-    "msgspec",
     "yaml",
 )
 _BEING_WRITTEN = shutil.ignore_patterns(

@@ -7,9 +7,6 @@ import os
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
-import msgspec
-from msgspec import UNSET, Meta, UnsetType
-
 from fdbroker.client.blocking import DEFAULT_SOCKET
 from fdbroker.config.clients import ClientReader
 from fdbroker.config.errors import ProblemList, quoted
@@ -25,6 +22,7 @@ from fdbroker.config.scalars import (
 )
 from fdbroker.config.schema import NAME_PATTERN
 from fdbroker.config.sources import read_policy_file
+from fdbroker.config.structures import UNSET, Meta, Structure, UnsetType
 from fdbroker.config.yaml_tree import List, Mapping, Node, Text, parse_yaml
 from fdbroker.scan.engine import EngineError
 from fdbroker.scan.options import OptionsError, values_of_words
@@ -44,11 +42,7 @@ Log = Literal["plain", "clamd"]
 _NAME = re.compile(NAME_PATTERN)
 
 
-class _Keys(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What all structures here have in common: they are the one list of keys."""
-
-
-class _File(_Keys):
+class _File(Structure):
     version: int
     broker: str | UnsetType = UNSET
     listeners: dict[str, Any] | UnsetType = UNSET
@@ -69,7 +63,7 @@ class _File(_Keys):
     tcp: dict[str, Any] | UnsetType = UNSET
 
 
-class _Clamd(_Keys):
+class _Clamd(Structure):
     max_stream: str | UnsetType = UNSET
     command_timeout: str | UnsetType = UNSET
     read_timeout: str | UnsetType = UNSET
@@ -77,7 +71,7 @@ class _Clamd(_Keys):
     limits_pass: str | UnsetType = UNSET
 
 
-class _Listener(_Clamd, kw_only=True):
+class _Listener(_Clamd):
     protocol: Annotated[str, Meta(description="What its clients speak.")]
 
 
@@ -87,12 +81,12 @@ class _Tcp(_Clamd):
     connections: int | UnsetType = UNSET
 
 
-class _Queue(_Keys):
+class _Queue(Structure):
     per_client: int | UnsetType = UNSET
     total: int | UnsetType = UNSET
 
 
-class _Users(_Keys):
+class _Users(Structure):
     user: list[str] | UnsetType = UNSET
 
 
