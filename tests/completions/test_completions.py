@@ -65,7 +65,10 @@ show() { print -r; print -r -- "<$BUFFER>"; BUFFER= }
 zle -N show; bindkey '^G' show
 stty -echo; print READ""Y
 """
-FISH = "set fish_complete_path $COMPLETIONS/fish $fish_complete_path; while read -l line; complete -C $line; echo; end"
+FISH = (
+    "set fish_complete_path $COMPLETIONS/fish $fish_complete_path;"
+    " while read -l line; complete -C $line; echo; end"
+)
 
 
 def test_completions_are_those_of_the_programs() -> None:

@@ -102,6 +102,7 @@ complete -c fdbroker -n '__fdbroker_is "fdbroker policy check"' -l json -d 'Writ
 complete -c fdbroker -n '__fdbroker_is "fdbroker policy check"' -s h -l help -d 'Show this message and exit'
 complete -c fdbroker -n '__fdbroker_is "fdbroker policy compile"' -F
 complete -c fdbroker -n '__fdbroker_is "fdbroker policy compile"' -l output -r -F -d 'Where to write, as a whole or not at all'
+complete -c fdbroker -n '__fdbroker_is "fdbroker policy compile"' -l keep -d 'If the policy has problems and the output is there, tell them, leave it as it is, and exit with 0'
 complete -c fdbroker -n '__fdbroker_is "fdbroker policy compile"' -l dev -d 'Accept a file of yours, also below /tmp'
 complete -c fdbroker -n '__fdbroker_is "fdbroker policy compile"' -s h -l help -d 'Show this message and exit'
 complete -c fdbroker -n '__fdbroker_is "fdbroker policy diff"' -F
