@@ -12,7 +12,7 @@ function __fdbroker_scand_is
             continue
         end
         switch "$command $word"
-            case 'fdbroker-scand --config'
+            case 'fdbroker-scand --config' 'fdbroker-scand --ready-fd'
                 set value $word
             case '* -*'
                 continue
@@ -30,6 +30,7 @@ complete -c fdbroker-scand -n '__fdbroker_scand_is "fdbroker-scand"' -a import-c
 complete -c fdbroker-scand -n '__fdbroker_scand_is "fdbroker-scand"' -l config -r -F -d 'What it is to do'
 complete -c fdbroker-scand -n '__fdbroker_scand_is "fdbroker-scand"' -l check -d 'Say what is wrong with the configuration, and end'
 complete -c fdbroker-scand -n '__fdbroker_scand_is "fdbroker-scand"' -l dev -d 'For trying: who starts it may own the configuration, too'
+complete -c fdbroker-scand -n '__fdbroker_scand_is "fdbroker-scand"' -l ready-fd -x -d 'Write \'ready\' here when the engines are loaded, and close it: for supervisors like s6'
 complete -c fdbroker-scand -n '__fdbroker_scand_is "fdbroker-scand"' -l version -d 'Show the version and exit'
 complete -c fdbroker-scand -n '__fdbroker_scand_is "fdbroker-scand"' -s h -l help -d 'Show this message and exit'
 complete -c fdbroker-scand -n '__fdbroker_scand_is "fdbroker-scand import-clamd-conf"' -F
