@@ -1,8 +1,8 @@
 """Write all manual pages: `python3 -m scripts.man_pages DIRECTORY`, in the top directory of the sources.
 
-What a program takes and how it ends comes from its --help; what else there is to say of it, and the formats of
-files, from docs/. So the pages can't say anything else than these. It needs fdbroker with its extras `daemon` and
-`cli`, which brings markdown-it, and no network. The date is that of SOURCE_DATE_EPOCH, if it is set.
+What a program takes and how it ends comes from its --help; what else there is to say of it, and the formats
+of files, from docs/. So the pages can't say anything else than these. It needs fdbroker with its extras
+`daemon` and `cli`, which brings markdown-it, and no network. The date is that of SOURCE_DATE_EPOCH, if set.
 """
 
 from __future__ import annotations
