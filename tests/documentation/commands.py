@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from tests.documentation.blocks import Block
 
+_COMMENT = re.compile(r" {2,}# .*")
 _DOCUMENT = re.compile(r"<<'(\w+)'$")
 
 
@@ -30,7 +31,7 @@ def commands(block: Block) -> list[Command]:
         if prompt is None:
             found[-1].shown.append(line)
             continue
-        text = line.removeprefix(prompt)
+        text = _COMMENT.sub("", line.removeprefix(prompt))
         while text.endswith("\\"):
             text += f"\n{next(lines)[1]}"
         if document := _DOCUMENT.search(text):
