@@ -13,7 +13,7 @@ _DOCUMENT = re.compile(r"<<'(\w+)'$")
 
 
 class Command(NamedTuple):
-    """A command, which may have a document with it, the prompt before it, and the lines shown as its output."""
+    """A command, with the document that goes to it; the prompt before it; the lines shown as its output."""
 
     place: str
     prompt: str

@@ -1,4 +1,4 @@
-"""Each block of each document is run, read by what it is for, or compared; one that nobody looks at is a failure."""
+"""Each block of each document is run, read as what it is, or compared; one that nobody tries is a failure."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import time
 from typing import TYPE_CHECKING, NamedTuple
+from xml.etree import ElementTree as ET
 
 import click
 import pytest
@@ -27,6 +28,7 @@ from tests.documentation.commands import commands
 from tests.documentation.sessions import COMPARED_ELSEWHERE, NOT_RUN, SESSIONS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.documentation.blocks import Block
@@ -110,7 +112,7 @@ def is_run(block: Block) -> bool:
 
 
 # What this file looks at, and by which test.
-HERE = {
+HERE: dict[str, Callable[[Block], bool]] = {
     "quoted": lambda block: bool(block.mark) and not block.mark.startswith(("/", "example:")),
     "made": lambda block: block.mark.startswith("/") and block.page in SESSIONS,
     "run": is_run,
@@ -382,3 +384,13 @@ def test_the_exchange_with_the_scan_service_is_of_messages() -> None:
 def test_what_editors_are_told_is_a_comment() -> None:
     for block in found("editor"):
         assert yaml.safe_load(block.text) is None
+
+
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs/pictures").iterdir()), ids=lambda path: path.name)
+def test_a_picture_needs_nothing_else_and_is_there_for_all(picture: Path) -> None:
+    text = picture.read_text()
+    tree = ET.fromstring(text)  # noqa: S314 - our own
+    assert [element.tag.rpartition("}")[2] for element in tree][:2] == ["title", "desc"]
+    assert "prefers-color-scheme: dark" in text
+    assert not re.search(r"href|url\((?!#)|@import|<image|<script", text)
+    assert f"](pictures/{picture.name})" in (ROOT / "docs/concepts.md").read_text()

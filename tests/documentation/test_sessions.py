@@ -1,4 +1,4 @@
-"""The commands of documents, as written and in their order, do what it says on a machine that is thrown away."""
+"""The commands of documents, as written and in order, do what is said, on a machine that is thrown away."""
 
 from __future__ import annotations
 
