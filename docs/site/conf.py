@@ -59,8 +59,8 @@ NAVIGATION = Path(__file__).with_name("navigation.md")
 
 def _add_navigation(app: Sphinx, name: str, source: list[str]) -> None:
     """Append the table of contents to the first page; in the checkout it would be of no use."""
-    del app
     if name == root_doc:
+        app.env.note_dependency(str(NAVIGATION))
         source[0] += "\n" + NAVIGATION.read_text()
 
 
