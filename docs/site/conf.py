@@ -1,6 +1,6 @@
-"""How `make docs` builds the site: the pages as they lie in the checkout, so that links hold there and here alike.
+"""How `make docs` builds the site: of the pages as they lie in the checkout, so that links hold in both.
 
-Nothing is fetched: fonts are the reader's, and the search runs in the browser on an index that is part of the site.
+Nothing is fetched: fonts are the reader's, and the search runs in the browser on an index that comes with it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ pygments_dark_style = "github-dark"
 myst_heading_anchors = 4
 myst_enable_extensions = ["attrs_inline"]
 suppress_warnings = [
-    "misc.highlighting_failure",  # vectors of the protocol have kinds of their own, and some policies are wrong on purpose
+    # Vectors of the protocol are of kinds of their own, and some policies are wrong on purpose.
+    "misc.highlighting_failure",
     "ref.python",  # two classes are called Reason
 ]
 
@@ -58,8 +59,8 @@ NAVIGATION = Path(__file__).with_name("navigation.md")
 
 def _add_navigation(app: Sphinx, name: str, source: list[str]) -> None:
     """Append the table of contents to the first page; in the checkout it would be of no use."""
-    del app
     if name == root_doc:
+        app.env.note_dependency(str(NAVIGATION))
         source[0] += "\n" + NAVIGATION.read_text()
 
 
