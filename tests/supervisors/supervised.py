@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).resolve().parents[2]
 BROKER, SCAND, ALICE, CLIENTS = "fdbroker", "fdbroker-scand", "alice", "fdbroker-clients"
 AUDIT, MESSAGES = Path("/var/log/fdbroker/audit"), Path("/var/log/fdbroker/messages/current")
-SERVICES = Path("/run/service")
 POLICY = """\
 version: 1
 roots:
@@ -113,69 +112,81 @@ def set_the_stage(packages: list[str], first_uid: int) -> None:
     os.chmod("/srv/file", 0o600)
 
 
+def documented(supervisor: str) -> list[list[str]]:
+    """Return the commands of each block of the section about a supervisor."""
+    text = (CHECKOUT / "docs" / "without-systemd.md").read_text()
+    section = text.partition(f"\n## {supervisor}\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```console\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    return [[line.removeprefix("# ") for line in block.splitlines()] for block in blocks]
+
+
+def do(commands: list[str]) -> None:
+    """Do what the document says, in the place where it says it."""
+    for command in commands:
+        status, said = run("sh", "-c", f"cd {CHECKOUT} && {command}")
+        assert status == 0, (command, said)
+
+
 class S6:
     """s6, asked by its own programs."""
 
+    services = Path("/run/service")
+
     def start(self) -> None:
-        subprocess.Popen(["s6-svscan", SERVICES])
-        for name in ("fdbrokerd", "fdbroker-scand"):
-            wait_for((SERVICES / name / "supervise/control").exists, f"s6 supervises {name}")
-        self.up("fdbrokerd")
-        self.up("fdbroker-scand")
+        self.services.mkdir()
+        subprocess.Popen(["s6-svscan", self.services])
+        wait_for((self.services / ".s6-svscan/control").exists, "s6-svscan")
+        do(documented("s6")[0])
 
-    def up(self, name: str) -> None:
-        status, said = run("s6-svc", "-wU", "-T", "60000", "-u", str(SERVICES / name))
-        assert status == 0, said
+    def reload(self) -> None:
+        do(documented("s6")[1])
 
-    def down(self, name: str) -> None:
-        status, said = run("s6-svc", "-wD", "-T", "60000", "-d", str(SERVICES / name))
-        assert status == 0, said
-
-    def reload(self) -> tuple[int, str]:
-        return run("fdbroker", "reload")
+    def stop(self) -> None:
+        do(documented("s6")[2])
 
     def pid(self, name: str) -> int:
         """Return the process, -1 where none is ready."""
-        _, told = run("s6-svstat", "-o", "pid,ready", str(SERVICES / name))
+        _, told = run("s6-svstat", "-o", "pid,ready", str(self.services / name))
         pid, ready = told.split()
         return int(pid) if ready == "true" else -1
 
     def fails_to_start(self, name: str) -> None:
-        run("s6-svc", "-u", str(SERVICES / name))
-        asked = ("s6-svstat", "-o", "up,wantedup", str(SERVICES / name))
+        run("s6-svc", "-u", str(self.services / name))
+        asked = ("s6-svstat", "-o", "up,wantedup", str(self.services / name))
         wait_for(lambda: run(*asked)[1] == "false false\n", f"{name} stays down")
 
 
 class Runit:
     """runit, likewise."""
 
+    services = Path("/etc/service")
+
     def start(self) -> None:
-        subprocess.Popen(["runsvdir", SERVICES])
+        for directory in (self.services, Path("/etc/sv")):
+            directory.mkdir(exist_ok=True)
+        do(documented("runit")[0])
+        subprocess.Popen(["runsvdir", self.services])
         for name in ("fdbrokerd", "fdbroker-scand"):
-            wait_for((SERVICES / name / "supervise/ok").exists, f"runit supervises {name}")
-            self.up(name)
+            wait_for((self.services / name / "supervise/ok").exists, f"runit supervises {name}")
+        self._start, *self._reload = documented("runit")[1]
+        do([self._start])
 
-    def up(self, name: str) -> None:
-        status, said = run("sv", "-w", "60", "start", str(SERVICES / name))
-        assert status == 0, said
+    def reload(self) -> None:
+        do(self._reload)
 
-    def down(self, name: str) -> None:
-        status, said = run("sv", "-w", "60", "stop", str(SERVICES / name))
-        assert status == 0, said
-
-    def reload(self) -> tuple[int, str]:
-        return run("sv", "reload", str(SERVICES / "fdbrokerd"))
+    def stop(self) -> None:
+        do(documented("runit")[2])
 
     def pid(self, name: str) -> int:
         """Return the process, -1 where none is ready."""
-        text = (SERVICES / name / "supervise/pid").read_text()
-        check = SERVICES / name / "check"
+        text = (self.services / name / "supervise/pid").read_text()
+        check = self.services / name / "check"
         return int(text) if text and (not check.exists() or run(str(check))[0] == 0) else -1
 
     def fails_to_start(self, name: str) -> None:
-        run("sv", "up", str(SERVICES / name))
+        run("sv", "up", str(self.services / name))
         # Neither "want up" nor "normally up" behind it, but how long, and that of the logger.
-        asked = ("sv", "status", str(SERVICES / name))
+        asked = ("sv", "status", str(self.services / name))
         wait_for(lambda: re.match(r"down: [^;]*s, normally up;", run(*asked)[1]), f"{name} stays down")
 
 
@@ -190,13 +201,13 @@ def generation_2() -> bool:
     return bool(json.loads(run("fdbroker", "status", "--json")[1])["generation"] == 2)
 
 
-def logger_of(name: str) -> int:
-    """Return the process that has the log of a service."""
+def logger_of(services: Path) -> int:
+    """Return the process that has the log of the broker."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
             works_in = os.readlink(process / "cwd")
             if (process / "comm").read_text() in {"s6-log\n", "svlogd\n"} and works_in in {
-                f"{SERVICES}/{name}/log",
+                f"{services}/fdbrokerd/log",
                 "/var/log/fdbroker",
             }:
                 return int(process.name)
@@ -208,20 +219,19 @@ def play(supervisor: S6 | Runit, results: dict[str, Any]) -> None:
     results["first"] = read_and_scan()
     with open("/etc/fdbroker/policy.yaml", "a", encoding="ascii") as policy:
         policy.write("limits: {connections_per_uid: 65}\n")
-    results["reload"] = supervisor.reload()
+    supervisor.reload()
     wait_for(generation_2, "the new policy")
 
     before = supervisor.pid("fdbrokerd")
     os.kill(before, signal.SIGKILL)
     wait_for(lambda: supervisor.pid("fdbrokerd") not in {before, -1}, "another broker")
-    logger = logger_of("fdbrokerd")
+    logger = logger_of(supervisor.services)
     os.kill(logger, signal.SIGKILL)
     results["long"] = run("fdbroker", "cat", LONG, user=ALICE)[0]
     results["after"] = read_and_scan()
-    wait_for(lambda: logger_of("fdbrokerd") not in {0, logger}, "another logger")
+    wait_for(lambda: logger_of(supervisor.services) not in {0, logger}, "another logger")
 
-    supervisor.down("fdbroker-scand")
-    supervisor.down("fdbrokerd")
+    supervisor.stop()
     results["stopped"] = run("fdbroker", "cat", "/srv/file", user=ALICE)
     wait_for(lambda: '"event":"stopped"' in (AUDIT / "current").read_text(), "the last record")
     # A logger that was killed leaves its file under a name of its own.
@@ -239,7 +249,6 @@ def play(supervisor: S6 | Runit, results: dict[str, Any]) -> None:
 def main() -> None:
     which, packages, first_uid = sys.argv[1:]
     set_the_stage(packages.split(":"), int(first_uid))
-    shutil.copytree(CHECKOUT / "packaging" / which, SERVICES)
     results: dict[str, Any] = {}
     with open("/run/supervisor", "w", encoding="utf-8") as said:
         answers = os.dup(1)
