@@ -1,10 +1,10 @@
 """Both programs under s6 or runit, in namespaces of their own: what came of what is done with them, as JSON.
 
-    unshare --mount --pid --fork --kill-child --mount-proc python supervised.py s6|runit PACKAGES UID
+    unshare --mount --pid --fork --kill-child --mount-proc python supervised.py s6|runit PACKAGES
 
-The service directories are those of packaging/, as they are. /etc is a copy, and /run, /srv and /var/log are
-empty at first, all in memory. PACKAGES: directories of Python packages, with a colon between them; UID: the
-first of four ids that nobody has.
+Commands are those of docs/without-systemd.md, and the service directories those of packaging/, as they are.
+/etc is a copy, and /run, /srv and /var/log are empty at first, all in memory. PACKAGES: directories of Python
+packages, with a colon between them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-BROKER, SCAND, ALICE, CLIENTS = "fdbroker", "fdbroker-scand", "alice", "fdbroker-clients"
+ALICE = "alice"
 AUDIT, MESSAGES = Path("/var/log/fdbroker/audit"), Path("/var/log/fdbroker/messages/current")
 POLICY = """\
 version: 1
@@ -73,7 +73,7 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:  # noqa: ANN401 - 
         time.sleep(0.02)
 
 
-def set_the_stage(packages: list[str], first_uid: int) -> None:
+def set_the_stage(packages: list[str]) -> None:
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "stage", "/run"], check=True)
     for place in ("/etc", "/srv", "/var/log"):
@@ -83,16 +83,6 @@ def set_the_stage(packages: list[str], first_uid: int) -> None:
         else:
             os.makedirs(stage)
         subprocess.run(["mount", "--bind", stage, place], check=True)
-    ids = {name: first_uid + number for number, name in enumerate((BROKER, SCAND, ALICE, CLIENTS))}
-    with (
-        open("/etc/passwd", "a", encoding="ascii") as users,
-        open("/etc/group", "a", encoding="ascii") as groups,
-    ):
-        for name, number in ids.items():
-            if name != CLIENTS:
-                users.write(f"{name}:x:{number}:{number}::/nonexistent:/usr/sbin/nologin\n")
-            members = f"{SCAND},{ALICE}" if name == CLIENTS else ""
-            groups.write(f"{name}:x:{number}:{members}\n")
     modules, programs = Path("/run/modules"), Path("/run/programs")
     programs.mkdir()
     for package in packages:
@@ -103,20 +93,19 @@ def set_the_stage(packages: list[str], first_uid: int) -> None:
         (programs / name).write_text(f'#!/bin/sh\n{python} -m {module} "$@"\n')
         (programs / name).chmod(0o755)
     os.environ["PATH"] = f"{programs}:/usr/sbin:/usr/bin:/sbin:/bin"
-    os.mkdir("/etc/fdbroker")
+    [users, _] = documented("sh")
+    do([*users, f"useradd --groups fdbroker-clients {ALICE}"])
     Path("/etc/fdbroker/policy.yaml").write_text(POLICY)
-    shutil.copy(CHECKOUT / "config" / "scand.yaml", "/etc/fdbroker")
-    os.chmod("/etc/fdbroker/scand.yaml", 0o644)
-    os.mkdir("/var/log/fdbroker")
     Path("/srv/file").write_text("content\n")
     os.chmod("/srv/file", 0o600)
 
 
-def documented(supervisor: str) -> list[list[str]]:
-    """Return the commands of each block of the section about a supervisor."""
+def documented(kind: str, section: str = "") -> list[list[str]]:
+    """Return the commands of each block of a kind in the document, or in a section of it."""
     text = (CHECKOUT / "docs" / "without-systemd.md").read_text()
-    section = text.partition(f"\n## {supervisor}\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"^```console\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    if section:
+        text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    blocks = re.findall(rf"^```{kind}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [[line.removeprefix("# ") for line in block.splitlines()] for block in blocks]
 
 
@@ -136,13 +125,13 @@ class S6:
         self.services.mkdir()
         subprocess.Popen(["s6-svscan", self.services])
         wait_for((self.services / ".s6-svscan/control").exists, "s6-svscan")
-        do(documented("s6")[0])
+        do(documented("console", "s6")[0])
 
     def reload(self) -> None:
-        do(documented("s6")[1])
+        do(documented("console", "s6")[1])
 
     def stop(self) -> None:
-        do(documented("s6")[2])
+        do(documented("console", "s6")[2])
 
     def pid(self, name: str) -> int:
         """Return the process, -1 where none is ready."""
@@ -152,6 +141,7 @@ class S6:
 
     def fails_to_start(self, name: str) -> None:
         run("s6-svc", "-u", str(self.services / name))
+        wait_for(MESSAGES.read_text, "why it did not start")
         asked = ("s6-svstat", "-o", "up,wantedup", str(self.services / name))
         wait_for(lambda: run(*asked)[1] == "false false\n", f"{name} stays down")
 
@@ -164,18 +154,18 @@ class Runit:
     def start(self) -> None:
         for directory in (self.services, Path("/etc/sv")):
             directory.mkdir(exist_ok=True)
-        do(documented("runit")[0])
+        do(documented("console", "runit")[0])
         subprocess.Popen(["runsvdir", self.services])
         for name in ("fdbrokerd", "fdbroker-scand"):
             wait_for((self.services / name / "supervise/ok").exists, f"runit supervises {name}")
-        self._start, *self._reload = documented("runit")[1]
+        self._start, *self._reload = documented("console", "runit")[1]
         do([self._start])
 
     def reload(self) -> None:
         do(self._reload)
 
     def stop(self) -> None:
-        do(documented("runit")[2])
+        do(documented("console", "runit")[2])
 
     def pid(self, name: str) -> int:
         """Return the process, -1 where none is ready."""
@@ -185,6 +175,7 @@ class Runit:
 
     def fails_to_start(self, name: str) -> None:
         run("sv", "up", str(self.services / name))
+        wait_for(MESSAGES.read_text, "why it did not start")
         # Neither "want up" nor "normally up" behind it, but how long, and that of the logger.
         asked = ("sv", "status", str(self.services / name))
         wait_for(lambda: re.match(r"down: [^;]*s, normally up;", run(*asked)[1]), f"{name} stays down")
@@ -237,6 +228,7 @@ def play(supervisor: S6 | Runit, results: dict[str, Any]) -> None:
     # A logger that was killed leaves its file under a name of its own.
     files = [*sorted(AUDIT.glob("@*")), AUDIT / "current"]
     results["verified"] = run("fdbroker", "audit", "verify", "--json", *map(str, files))
+    do(documented("sh")[1])
     results["records"] = [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
     Path("/etc/fdbroker/policy.yaml").write_text("version: 2\n")
@@ -247,8 +239,8 @@ def play(supervisor: S6 | Runit, results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    which, packages, first_uid = sys.argv[1:]
-    set_the_stage(packages.split(":"), int(first_uid))
+    which, packages = sys.argv[1:]
+    set_the_stage(packages.split(":"))
     results: dict[str, Any] = {}
     with open("/run/supervisor", "w", encoding="utf-8") as said:
         answers = os.dup(1)

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.uids import FIRST_UID
-
 PLAY = Path(__file__).with_name("supervised.py")
 PROGRAMS = {"s6": "s6-svscan", "runit": "runsvdir"}
 
@@ -34,7 +32,7 @@ def test_both_programs_are_started_kept_alive_logged_and_stopped(supervisor: str
         pytest.skip(f"there is no {PROGRAMS[supervisor]}")
     namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     done = subprocess.run(
-        [*namespaces, sys.executable, "-P", PLAY, supervisor, packages(), str(FIRST_UID + 90)],
+        [*namespaces, sys.executable, "-P", PLAY, supervisor, packages()],
         stdout=subprocess.PIPE,
         check=True,
         umask=0o022,
