@@ -153,7 +153,8 @@ class Runit:
 
     def start(self) -> None:
         for directory in (self.services, Path("/etc/sv")):
-            directory.mkdir(exist_ok=True)
+            run("rm", "-rf", str(directory))  # what the machine has, or a link to it
+            directory.mkdir()
         do(documented("console", "runit")[0])
         subprocess.Popen(["runsvdir", self.services])
         for name in ("fdbrokerd", "fdbroker-scand"):
