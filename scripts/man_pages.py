@@ -181,7 +181,7 @@ class References:
         if page is None:
             return found[0]
         if page == self._page or (see and page == "fdbroker(1)"):  # what docs/cli.md says of it is here
-            return f"{see}above" if see else "this page"
+            return f"{see}this page"
         return f"{see}{self._name(page)}"
 
     def _page_of(self, target: str) -> str | None:
