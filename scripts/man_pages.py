@@ -109,6 +109,7 @@ DOCUMENTS = (
     Document("fdbroker-clamd(7)", "clamd's protocol, as the scan service answers it", "clamd.md"),
     Document("fdbroker-engines(7)", "what scans files", "scanning.md", ("Engines", "An engine of your own")),
     Document("fdbroker-sandbox(7)", "what confines the processes that read hostile files", "sandbox.md"),
+    Document("fdbroker-without-systemd(7)", "how s6, runit and others keep it alive", "without-systemd.md"),
     Document("fdbroker-metrics(7)", "what the broker counts, and how it is asked", "metrics.md"),
 )
 # Where the page of a link is not that of its document, or the document is more than one page.
@@ -180,7 +181,7 @@ class References:
         if page is None:
             return found[0]
         if page == self._page or (see and page == "fdbroker(1)"):  # what docs/cli.md says of it is here
-            return f"{see}above" if see else "this page"
+            return f"{see}this page"
         return f"{see}{self._name(page)}"
 
     def _page_of(self, target: str) -> str | None:

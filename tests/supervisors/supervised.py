@@ -1,10 +1,10 @@
 """Both programs under s6 or runit, in namespaces of their own: what came of what is done with them, as JSON.
 
-    unshare --mount --pid --fork --kill-child --mount-proc python supervised.py s6|runit PACKAGES UID
+    unshare --mount --pid --fork --kill-child --mount-proc python supervised.py s6|runit PACKAGES
 
-The service directories are those of packaging/, as they are. /etc is a copy, and /run, /srv and /var/log are
-empty at first, all in memory. PACKAGES: directories of Python packages, with a colon between them; UID: the
-first of four ids that nobody has.
+Commands are those of docs/without-systemd.md, and the service directories those of packaging/, as they are.
+/etc is a copy, and /run, /srv and /var/log are empty at first, all in memory. PACKAGES: directories of Python
+packages, with a colon between them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-BROKER, SCAND, ALICE, CLIENTS = "fdbroker", "fdbroker-scand", "alice", "fdbroker-clients"
+ALICE = "alice"
 AUDIT, MESSAGES = Path("/var/log/fdbroker/audit"), Path("/var/log/fdbroker/messages/current")
-SERVICES = Path("/run/service")
 POLICY = """\
 version: 1
 roots:
@@ -74,7 +73,7 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:  # noqa: ANN401 - 
         time.sleep(0.02)
 
 
-def set_the_stage(packages: list[str], first_uid: int) -> None:
+def set_the_stage(packages: list[str]) -> None:
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "stage", "/run"], check=True)
     for place in ("/etc", "/srv", "/var/log"):
@@ -84,16 +83,6 @@ def set_the_stage(packages: list[str], first_uid: int) -> None:
         else:
             os.makedirs(stage)
         subprocess.run(["mount", "--bind", stage, place], check=True)
-    ids = {name: first_uid + number for number, name in enumerate((BROKER, SCAND, ALICE, CLIENTS))}
-    with (
-        open("/etc/passwd", "a", encoding="ascii") as users,
-        open("/etc/group", "a", encoding="ascii") as groups,
-    ):
-        for name, number in ids.items():
-            if name != CLIENTS:
-                users.write(f"{name}:x:{number}:{number}::/nonexistent:/usr/sbin/nologin\n")
-            members = f"{SCAND},{ALICE}" if name == CLIENTS else ""
-            groups.write(f"{name}:x:{number}:{members}\n")
     modules, programs = Path("/run/modules"), Path("/run/programs")
     programs.mkdir()
     for package in packages:
@@ -104,78 +93,92 @@ def set_the_stage(packages: list[str], first_uid: int) -> None:
         (programs / name).write_text(f'#!/bin/sh\n{python} -m {module} "$@"\n')
         (programs / name).chmod(0o755)
     os.environ["PATH"] = f"{programs}:/usr/sbin:/usr/bin:/sbin:/bin"
-    os.mkdir("/etc/fdbroker")
+    [users, _] = documented("sh")
+    do([*users, f"useradd --groups fdbroker-clients {ALICE}"])
     Path("/etc/fdbroker/policy.yaml").write_text(POLICY)
-    shutil.copy(CHECKOUT / "config" / "scand.yaml", "/etc/fdbroker")
-    os.chmod("/etc/fdbroker/scand.yaml", 0o644)
-    os.mkdir("/var/log/fdbroker")
     Path("/srv/file").write_text("content\n")
     os.chmod("/srv/file", 0o600)
+
+
+def documented(kind: str, section: str = "") -> list[list[str]]:
+    """Return the commands of each block of a kind in the document, or in a section of it."""
+    text = (CHECKOUT / "docs" / "without-systemd.md").read_text()
+    if section:
+        text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    blocks = re.findall(rf"^```{kind}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [[line.removeprefix("# ") for line in block.splitlines()] for block in blocks]
+
+
+def do(commands: list[str]) -> None:
+    """Do what the document says, in the place where it says it."""
+    for command in commands:
+        status, said = run("sh", "-c", f"cd {CHECKOUT} && {command}")
+        assert status == 0, (command, said)
 
 
 class S6:
     """s6, asked by its own programs."""
 
+    services = Path("/run/service")
+
     def start(self) -> None:
-        subprocess.Popen(["s6-svscan", SERVICES])
-        for name in ("fdbrokerd", "fdbroker-scand"):
-            wait_for((SERVICES / name / "supervise/control").exists, f"s6 supervises {name}")
-        self.up("fdbrokerd")
-        self.up("fdbroker-scand")
+        self.services.mkdir()
+        subprocess.Popen(["s6-svscan", self.services])
+        wait_for((self.services / ".s6-svscan/control").exists, "s6-svscan")
+        do(documented("console", "s6")[0])
 
-    def up(self, name: str) -> None:
-        status, said = run("s6-svc", "-wU", "-T", "60000", "-u", str(SERVICES / name))
-        assert status == 0, said
+    def reload(self) -> None:
+        do(documented("console", "s6")[1])
 
-    def down(self, name: str) -> None:
-        status, said = run("s6-svc", "-wD", "-T", "60000", "-d", str(SERVICES / name))
-        assert status == 0, said
-
-    def reload(self) -> tuple[int, str]:
-        return run("fdbroker", "reload")
+    def stop(self) -> None:
+        do(documented("console", "s6")[2])
 
     def pid(self, name: str) -> int:
         """Return the process, -1 where none is ready."""
-        _, told = run("s6-svstat", "-o", "pid,ready", str(SERVICES / name))
+        _, told = run("s6-svstat", "-o", "pid,ready", str(self.services / name))
         pid, ready = told.split()
         return int(pid) if ready == "true" else -1
 
     def fails_to_start(self, name: str) -> None:
-        run("s6-svc", "-u", str(SERVICES / name))
-        asked = ("s6-svstat", "-o", "up,wantedup", str(SERVICES / name))
+        run("s6-svc", "-u", str(self.services / name))
+        wait_for(MESSAGES.read_text, "why it did not start")
+        asked = ("s6-svstat", "-o", "up,wantedup", str(self.services / name))
         wait_for(lambda: run(*asked)[1] == "false false\n", f"{name} stays down")
 
 
 class Runit:
     """runit, likewise."""
 
+    services = Path("/etc/service")
+
     def start(self) -> None:
-        subprocess.Popen(["runsvdir", SERVICES])
+        for directory in (self.services, Path("/etc/sv")):
+            run("rm", "-rf", str(directory))  # what the machine has, or a link to it
+            directory.mkdir()
+        do(documented("console", "runit")[0])
+        subprocess.Popen(["runsvdir", self.services])
         for name in ("fdbrokerd", "fdbroker-scand"):
-            wait_for((SERVICES / name / "supervise/ok").exists, f"runit supervises {name}")
-            self.up(name)
+            wait_for((self.services / name / "supervise/ok").exists, f"runit supervises {name}")
+        self._start, *self._reload = documented("console", "runit")[1]
+        do([self._start])
 
-    def up(self, name: str) -> None:
-        status, said = run("sv", "-w", "60", "start", str(SERVICES / name))
-        assert status == 0, said
+    def reload(self) -> None:
+        do(self._reload)
 
-    def down(self, name: str) -> None:
-        status, said = run("sv", "-w", "60", "stop", str(SERVICES / name))
-        assert status == 0, said
-
-    def reload(self) -> tuple[int, str]:
-        return run("sv", "reload", str(SERVICES / "fdbrokerd"))
+    def stop(self) -> None:
+        do(documented("console", "runit")[2])
 
     def pid(self, name: str) -> int:
         """Return the process, -1 where none is ready."""
-        text = (SERVICES / name / "supervise/pid").read_text()
-        check = SERVICES / name / "check"
+        text = (self.services / name / "supervise/pid").read_text()
+        check = self.services / name / "check"
         return int(text) if text and (not check.exists() or run(str(check))[0] == 0) else -1
 
     def fails_to_start(self, name: str) -> None:
-        run("sv", "up", str(SERVICES / name))
+        run("sv", "up", str(self.services / name))
+        wait_for(MESSAGES.read_text, "why it did not start")
         # Neither "want up" nor "normally up" behind it, but how long, and that of the logger.
-        asked = ("sv", "status", str(SERVICES / name))
+        asked = ("sv", "status", str(self.services / name))
         wait_for(lambda: re.match(r"down: [^;]*s, normally up;", run(*asked)[1]), f"{name} stays down")
 
 
@@ -190,13 +193,13 @@ def generation_2() -> bool:
     return bool(json.loads(run("fdbroker", "status", "--json")[1])["generation"] == 2)
 
 
-def logger_of(name: str) -> int:
-    """Return the process that has the log of a service."""
+def logger_of(services: Path) -> int:
+    """Return the process that has the log of the broker."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
             works_in = os.readlink(process / "cwd")
             if (process / "comm").read_text() in {"s6-log\n", "svlogd\n"} and works_in in {
-                f"{SERVICES}/{name}/log",
+                f"{services}/fdbrokerd/log",
                 "/var/log/fdbroker",
             }:
                 return int(process.name)
@@ -208,25 +211,25 @@ def play(supervisor: S6 | Runit, results: dict[str, Any]) -> None:
     results["first"] = read_and_scan()
     with open("/etc/fdbroker/policy.yaml", "a", encoding="ascii") as policy:
         policy.write("limits: {connections_per_uid: 65}\n")
-    results["reload"] = supervisor.reload()
+    supervisor.reload()
     wait_for(generation_2, "the new policy")
 
     before = supervisor.pid("fdbrokerd")
     os.kill(before, signal.SIGKILL)
     wait_for(lambda: supervisor.pid("fdbrokerd") not in {before, -1}, "another broker")
-    logger = logger_of("fdbrokerd")
+    logger = logger_of(supervisor.services)
     os.kill(logger, signal.SIGKILL)
     results["long"] = run("fdbroker", "cat", LONG, user=ALICE)[0]
     results["after"] = read_and_scan()
-    wait_for(lambda: logger_of("fdbrokerd") not in {0, logger}, "another logger")
+    wait_for(lambda: logger_of(supervisor.services) not in {0, logger}, "another logger")
 
-    supervisor.down("fdbroker-scand")
-    supervisor.down("fdbrokerd")
+    supervisor.stop()
     results["stopped"] = run("fdbroker", "cat", "/srv/file", user=ALICE)
     wait_for(lambda: '"event":"stopped"' in (AUDIT / "current").read_text(), "the last record")
     # A logger that was killed leaves its file under a name of its own.
     files = [*sorted(AUDIT.glob("@*")), AUDIT / "current"]
     results["verified"] = run("fdbroker", "audit", "verify", "--json", *map(str, files))
+    do(documented("sh")[1])
     results["records"] = [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
     Path("/etc/fdbroker/policy.yaml").write_text("version: 2\n")
@@ -237,9 +240,8 @@ def play(supervisor: S6 | Runit, results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    which, packages, first_uid = sys.argv[1:]
-    set_the_stage(packages.split(":"), int(first_uid))
-    shutil.copytree(CHECKOUT / "packaging" / which, SERVICES)
+    which, packages = sys.argv[1:]
+    set_the_stage(packages.split(":"))
     results: dict[str, Any] = {}
     with open("/run/supervisor", "w", encoding="utf-8") as said:
         answers = os.dup(1)

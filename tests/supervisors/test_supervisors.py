@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.uids import FIRST_UID
-
 PLAY = Path(__file__).with_name("supervised.py")
 PROGRAMS = {"s6": "s6-svscan", "runit": "runsvdir"}
 
@@ -34,7 +32,7 @@ def test_both_programs_are_started_kept_alive_logged_and_stopped(supervisor: str
         pytest.skip(f"there is no {PROGRAMS[supervisor]}")
     namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     done = subprocess.run(
-        [*namespaces, sys.executable, "-P", PLAY, supervisor, packages(), str(FIRST_UID + 90)],
+        [*namespaces, sys.executable, "-P", PLAY, supervisor, packages()],
         stdout=subprocess.PIPE,
         check=True,
         umask=0o022,
@@ -45,7 +43,6 @@ def test_both_programs_are_started_kept_alive_logged_and_stopped(supervisor: str
         assert results[moment]["reads"] == [0, "content\n"], moment
         status, said = results[moment]["scans"]
         assert (status, "in workers of fdbroker-scand" in said) == (0, True), said
-    assert results["reload"][0] == 0, results["reload"]
 
     # One broker was killed, and the logger of the next one: no record is missing, and the longest is whole.
     status, said = results["verified"]

@@ -29,6 +29,7 @@ complete -c fdbrokerd -n '__fdbrokerd_is "fdbrokerd"' -l policy -r -F -d 'the po
 complete -c fdbrokerd -n '__fdbrokerd_is "fdbrokerd"' -l foreground -d 'stay the caller\'s child (this is the default)'
 complete -c fdbrokerd -n '__fdbrokerd_is "fdbrokerd"' -l daemon -d 'go into the background'
 complete -c fdbrokerd -n '__fdbrokerd_is "fdbrokerd"' -l stop -d 'start nothing: end the broker that holds the lock of the pidfile, return when it is gone'
+complete -c fdbrokerd -n '__fdbrokerd_is "fdbrokerd"' -l precompile -d 'start nothing: compile the broker\'s sources for later starts, as root, which are faster then'
 complete -c fdbrokerd -n '__fdbrokerd_is "fdbrokerd"' -l pidfile -r -F -d 'keep this file locked, with the process id in it'
 complete -c fdbrokerd -n '__fdbrokerd_is "fdbrokerd"' -l socket -r -F -d 'make this SOCK_SEQPACKET socket, and none of the policy\'s listeners'
 complete -c fdbrokerd -n '__fdbrokerd_is "fdbrokerd"' -l stream -r -F -d 'make this SOCK_STREAM socket, and none of the policy\'s listeners'
