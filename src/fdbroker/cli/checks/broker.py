@@ -1,4 +1,4 @@
-"""The running broker: whether it answers, what it says of its protection, which policy and code it runs by."""
+"""The running broker: whether it answers, what it says of its protection, its policy and its code."""
 
 from __future__ import annotations
 
