@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import pwd
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pytest
 
 import fdbroker
-from fdbroker.cli.checks import BROKEN, OK, WEAKER, Check, Places, on_access
+from fdbroker.cli.checks import BROKEN, OK, WEAKER, Check, Places, on_access, scanning
 from fdbroker.cli.checks import broker as broker_module
 from fdbroker.cli.checks.broker import broker_checks, its_code
 from fdbroker.cli.checks.check import Running
@@ -20,7 +22,10 @@ from fdbroker.cli.checks.denials import denials
 from fdbroker.cli.checks.files import audit_file, pidfile, sockets
 from fdbroker.cli.checks.limits import clock, open_files, settings, tasks
 from fdbroker.cli.checks.on_access import on_access_checks
+from fdbroker.cli.checks.policy import warnings
 from fdbroker.cli.checks.roots import root_checks
+from fdbroker.cli.checks.scanning import scan_checks
+from fdbroker.config.check import check as check_policy
 from fdbroker.config.compile import compile_policy
 from fdbroker.config.identities import SystemLookups
 from fdbroker.launcher.start import find_cgroup2
@@ -28,11 +33,13 @@ from tests.descriptors.mounting import mounted, shared_tmpfs
 from tests.hanging.fanotify import held_opens
 from tests.processes import wait_until
 from tests.running_broker import BROKER_UID, CLIENT_UID, reachable_directory, running_broker
+from tests.scan.running_scand import policy_text, scand_and_broker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fdbroker.config import CompiledPolicy
+    from tests.for_other_users import ForOtherUsers
     from tests.running_broker import RunningBroker
 
 pytestmark = pytest.mark.root
@@ -418,3 +425,54 @@ def test_denials_are_those_of_fdbroker_alone(around: Around) -> None:
     ]
     assert denials([*others, *ours], around.running) == ours
     assert denials(others, None) == []
+
+
+# ---- the scan service ----
+
+
+def test_scan_service_that_does_not_run_or_may_not_connect_is_told(
+    others: ForOtherUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scanning, "_GREETED_WITHIN", 0.2)
+    with reachable_directory() as directory:
+        (directory / "tree").mkdir()
+        compiled = compile_policy(policy_text(directory).encode(), "policy.yaml", SystemLookups())
+        with scand_and_broker(others, directory) as (scand, _broker):
+            running = by_name(scan_checks(compiled))
+            scand.stop()
+            [stopped] = scanning._service(scand.socket)
+    [gone] = scanning._service(scand.socket)
+    assert (running["scan service"].state, running["scan workers"].state) == (OK, OK)
+    assert "answers on" in running["scan service"].found
+    assert "hashes" in running["scan service"].found
+    assert stopped.state == gone.state == WEAKER
+    assert "it does not run" in stopped.found
+    assert "systemctl start fdbroker-scand" in stopped.cure
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: pwd.struct_passwd(("scand", "x", uid, uid, "", "/", "")))
+    monkeypatch.setattr(os, "getgrouplist", lambda _name, gid: [gid, 1])
+    compiled["daemon"]["listeners"]["seqpacket"]["gid"] = CLIENT_UID
+    [check] = scanning._membership(compiled)
+    assert (check.name, check.state) == ("group of scand", WEAKER)
+    assert "usermod -aG" in check.cure
+
+
+def test_policy_without_a_scan_service_asks_for_none(around: Around) -> None:
+    assert scan_checks(around.compiled) == scan_checks(None) == []
+
+
+def test_warnings_of_the_policy_are_counted_with_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text(f"version: 1\nroots: {{tree: {{path: {tmp_path}}}}}\nrules: []\nread_only_view: off\n")
+    compiled = compile_policy(file.read_bytes(), str(file), SystemLookups())
+    monkeypatch.setattr("fdbroker.config.check.check", functools.partial(check_policy, dev=True))
+    [told] = warnings(str(file), compiled)
+    assert told.state == WEAKER
+    assert told.found.startswith("1 warning; the first: ")
+    assert "[weak-mode]" in told.found
+    assert f"fdbroker policy check {file}" in told.cure
+    file.write_text(f"version: 1\nroots: {{tree: {{path: {tmp_path}}}}}\nrules: []\n")
+    assert warnings(str(file), compiled)[0].state == OK
+    file.write_text("")
+    assert warnings(str(file), compiled) == []
