@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import pytest
 
@@ -454,6 +454,30 @@ def test_scan_service_that_does_not_run_or_may_not_connect_is_told(
     [check] = scanning._membership(compiled)
     assert (check.name, check.state) == ("group of scand", WEAKER)
     assert "usermod -aG" in check.cure
+
+
+def test_database_that_is_old_is_told_with_its_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = time.strftime("%a %b %e %H:%M:%S %Y", time.gmtime(time.time() - 30 * 86400 - 60))
+    old = f"ClamAV 1.4.3/27800/{made}, 8700000 signatures"
+    assert scanning.days_of_database(old) == 30
+    assert scanning.days_of_database("hashes 1, 3 digests") is None
+    assert scanning.days_of_database("ClamAV 1.4.3/27800/some day, 1 signatures") is None
+
+    class Service:
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def status(self) -> dict[str, object]:
+            return {"engines": [{"version": old}], "outdated": True}
+
+    monkeypatch.setattr(scanning, "connect", lambda *_arguments, **_named: Service())
+    answers, age, outdated = scanning._service("/run/scan")
+    assert (answers.state, age.state, outdated.state) == (OK, WEAKER, WEAKER)
+    assert age.found == "of 30 days ago"
+    assert "freshclam" in age.cure
+    assert "reload" in outdated.cure
 
 
 def test_policy_without_a_scan_service_asks_for_none(around: Around) -> None:
