@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import pwd
@@ -31,7 +32,7 @@ from fdbroker.config.identities import SystemLookups
 from fdbroker.launcher.start import find_cgroup2
 from tests.descriptors.mounting import mounted, shared_tmpfs
 from tests.hanging.fanotify import held_opens
-from tests.processes import wait_until
+from tests.processes import in_child, wait_until
 from tests.running_broker import BROKER_UID, CLIENT_UID, reachable_directory, running_broker
 from tests.scan.running_scand import policy_text, scand_and_broker
 
@@ -238,8 +239,20 @@ def test_pidfile_that_others_can_open_or_that_names_somebody_else_is_told(around
     assert open_to_all.state == other.state == BROKEN
     assert "no broker starts" in open_to_all.found
     assert f"names 1, and the broker, process {around.running.pid}, has its lock" in other.found
-    assert look().state == OK
+    assert look().found.endswith(f"process {around.running.pid} holds its lock")
     assert pidfile(str(path.with_name("none")), around.running) == []
+
+
+def test_lock_that_was_taken_by_a_process_that_has_ended_is_still_its_childs(around: Around) -> None:
+    path = around.directory / "left"
+    path.touch(0o600)
+    path.write_text(f"{os.getpid()}\n")
+    [nobody] = pidfile(str(path), around.running)
+    with open(path, "rb") as file:
+        assert in_child(lambda: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)) is None
+        [held] = pidfile(str(path), around.running)
+    assert nobody.found.endswith("no process holds its lock")
+    assert held.found.endswith(f"process {os.getpid()} holds its lock")
 
 
 # ---- on-access scanners ----
