@@ -13,8 +13,8 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONDONTWRITEBYTECODE
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system races soak hostile fuzz lint format man docs dist deb bench bench-scan \
-	constraints clean
+.PHONY: help setup demo test test-system races soak hostile fuzz lint format man completions docs dist deb bench \
+	bench-scan constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -78,6 +78,9 @@ format: $(VENV)/.ready ## rewrite the sources in the format that lint asks for
 man: $(VENV)/.ready ## write the manual pages to build/man
 	@rm -rf build/man
 	@$(BIN)/python -m scripts.man_pages build/man
+
+completions: $(VENV)/.ready ## write the completions of shells anew, after a change of commands or options
+	@$(BIN)/python -m scripts.completions packaging/completions
 
 docs: $(VENV)/.ready-docs ## build the documentation's site in build/site; a warning, as of a link that leads nowhere, is an error
 	@rm -rf build/site

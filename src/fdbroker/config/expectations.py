@@ -409,7 +409,7 @@ class _Rows:
         if text is not None and text.value not in words:
             self._reader.add(
                 text.mark,
-                f"{what}: there is no {quoted(text.value)}",
+                f"{what}: {quoted(text.value)} is not known",
                 lambda: did_you_mean(text.value, words, "write one that there is, or leave it out"),
             )
         return None if text is None else text.value
