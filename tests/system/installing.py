@@ -55,6 +55,8 @@ def install(tree: Path) -> None:
         ["chown", "-R", "0:0", str(tree)],
     ):
         subprocess.run(command, check=True)
+    units = sorted(path.name for path in (tree / "usr/lib/systemd/system").iterdir())
+    subprocess.run(["systemctl", f"--root={tree}", "preset", *units], check=True, capture_output=True)
 
 
 def _requirements() -> list[metadata.Distribution]:
