@@ -1,15 +1,18 @@
-"""fdbroker as a package installs it, for what is tried in a booted systemd; skipped, with the reason, where none is."""
+"""fdbroker as a package installs it, and the reason where no systemd can be booted to try it in."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.system.installing import install
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # Tests that run in the booted system, by `test_booted.py`.
 collect_ignore = [] if "FDBROKER_BOOTED" in os.environ else ["inside"]
@@ -34,8 +37,8 @@ def why_not() -> str | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what boots a systemd where that can't be done."""
     reason = why_not()
-    for item in items if reason else ():
-        if "booting" in item.keywords:
+    for item in items:
+        if reason is not None and "booting" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.system.booted import HERE, REPOSITORY, boot_command
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FILES = sorted(path.name for path in (HERE / "inside").glob("test_*.py"))
 
@@ -30,6 +34,5 @@ def test_installed_package_does_all_of(file: str, package: Path, capsys: pytest.
     )
     assert done.returncode == 0, done.stdout
     with capsys.disabled():
-        for line in done.stdout.splitlines():
-            if line.startswith("figure: "):
-                print(f"\n{file}: {line}", end="")  # noqa: T201 - for whoever runs it
+        for figure in re.findall("figure: (.*)", done.stdout):
+            print(f"\n{file}: {figure}", end="")  # noqa: T201 - for whoever runs it

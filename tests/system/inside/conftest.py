@@ -1,4 +1,4 @@
-"""What tests find in the booted system: the package's sockets listen, as at every boot, and there are users."""
+"""What tests find in the booted system: the sockets listen, as after every boot, and there are users."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests in the booted system do and ask: commands, units, their state, the journal, clients of any kind."""
+"""What tests in the booted system do and ask: commands, units, the journal, clients under way."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def cat(path: str, user: str = "alice", *options: str) -> subprocess.CompletedPr
 class Load:
     """Clients that go on asking by the library while something is done to the service.
 
-    Half of them keep their connection, the others make a new one for each question. None may ever see an error.
+    Half of them keep their connection, the others make a new one for each question. None may see an error.
     """
 
     def __init__(self, clients: int = 4, path: str = "/srv/data/file") -> None:

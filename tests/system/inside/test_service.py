@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -79,27 +80,29 @@ def test_what_is_handed_out_can_not_be_written_by_its_owner() -> None:
     assert in_child(reopen) == 30  # EROFS
 
 
-def test_every_socket_serves_and_control_is_for_anybody() -> None:
-    for unit in ("dgram", "stream"):  # a socket that joins is passed with the next start
-        run("systemctl", "start", f"fdbroker-{unit}.socket")
+def test_streams_are_served_and_control_is_for_anybody() -> None:
     assert cat("/srv/data/file", "alice", "--socket", "/run/fdbroker/broker.stream").returncode == 0
-
-    def by_datagram() -> list[str]:
-        become_user("alice")
-        with DatagramSpeaker.connect(Path("/run/fdbroker/broker.dgram")) as speaker:
-            return [speaker.open_one(path).reason for path in (b"/srv/data/file", b"/etc/shadow")]
-
-    assert in_child(by_datagram) == ["ok", "denied"]
+    assert records()[-1]["socket"] == "stream"
     for user in ("alice", "mallory"):
         ask = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "fdbroker"]
         done = run(*ask, "policy", "explain", "/srv/data/file", check=False)
         assert done.returncode == (0 if user == "alice" else 1), done
-    assert {record["socket"] for record in records() if record["event"] == "open"} == {
-        "dgram",
-        "seqpacket",
-        "stream",
-    }
-    run("systemctl", "stop", SERVICE, "fdbroker-dgram.socket")
+
+
+def test_datagrams_are_served_by_a_service_in_the_network_of_its_clients_and_not_by_another() -> None:
+    run("systemctl", "start", "fdbroker-dgram.socket")
+    assert run("systemctl", "start", SERVICE, check=False).returncode == 1
+    assert any("PrivateNetwork=no" in line for line in messages())
+
+    def ask() -> list[str]:
+        become_user("alice")
+        with DatagramSpeaker.connect(Path("/run/fdbroker/broker.dgram")) as speaker:
+            return [speaker.open_one(path).reason for path in (b"/srv/data/file", b"/etc/shadow")]
+
+    with drop_in("[Service]\nPrivateNetwork=no\n"):
+        assert in_child(ask) == ["ok", "denied"]
+        assert records()[-1]["socket"] == "dgram"
+        run("systemctl", "stop", SERVICE, "fdbroker-dgram.socket")
 
 
 def test_who_is_in_no_group_of_clients_can_not_connect_and_others_are_who_they_are() -> None:
@@ -140,7 +143,10 @@ def test_a_unit_is_told_from_others_with_a_user_of_its_own_or_not(*, dynamic: bo
 
 
 def test_from_start_to_the_first_answer_and_from_stop_to_the_end_it_takes_no_longer_than_promised() -> None:
-    starts, requests, stops, cpu = [], [], [], []
+    starts: list[float] = []
+    requests: list[float] = []
+    stops: list[float] = []
+    cpu: list[float] = []
     for number in range(2 * ROUNDS):
         run("systemctl", "reset-failed", SERVICE)  # so many starts in so little time are too many
         begin = time.monotonic()
@@ -162,8 +168,8 @@ def test_from_start_to_the_first_answer_and_from_stop_to_the_end_it_takes_no_lon
         f" CPU {min(cpu):.3f} s, stop {min(stops):.3f} s; best of {ROUNDS}, load {load_now:.1f}"
     )
     # Where others have the CPUs, what the service needs of them tells how long it would take alone.
-    busy = load_now > os.cpu_count()
-    assert min(min(starts), min(requests)) <= START or (busy and min(cpu) <= START)
+    busy = load_now > len(os.sched_getaffinity(0))
+    assert min(starts + requests) <= START or (busy and min(cpu) <= START)
     assert min(stops) <= STOP
 
 
@@ -258,13 +264,14 @@ def test_a_service_that_can_not_start_is_given_up_its_clients_are_told_and_it_ca
         assert done.returncode == 2
         wait_for("failed/failed", "fdbroker-seqpacket.socket")
         assert show("Result", "fdbroker-seqpacket.socket") == "service-start-limit-hit"
-        assert SEQPACKET.exists()
         done = cat("/srv/data/file")
         assert done.returncode == 2
-        assert "no broker listens on it any more" in done.stderr
-    run("systemctl", "reset-failed", SERVICE)
-    run("systemctl", "start", SERVICE)  # with its sockets
+        assert "no broker has its socket there" in done.stderr
+    run("systemctl", "reset-failed", SERVICE)  # or ten seconds later
+    run("systemctl", "start", SERVICE)
     assert cat("/srv/data/file").returncode == 0
+    for name in ("seqpacket", "stream", "control"):  # those that are enabled came with it
+        assert show("SubState", f"fdbroker-{name}.socket") == "running"
 
 
 def test_a_service_that_was_stopped_is_started_by_the_next_who_connects_until_its_sockets_are_stopped() -> (
@@ -334,8 +341,6 @@ def test_a_worker_is_started_for_each_client_and_has_what_its_template_may_have(
     run("systemctl", "start", "fdbroker-worker.socket")
 
     def ask(path: bytes) -> str:
-        import socket
-
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(30)
             sock.connect("/run/fdbroker-worker")
