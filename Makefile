@@ -13,7 +13,8 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONDONTWRITEBYTECODE
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system races soak hostile fuzz lint format man docs bench bench-scan constraints clean
+.PHONY: help setup demo test test-system races soak hostile fuzz lint format man completions docs dist deb bench \
+	bench-scan constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -78,10 +79,32 @@ man: $(VENV)/.ready ## write the manual pages to build/man
 	@rm -rf build/man
 	@$(BIN)/python -m scripts.man_pages build/man
 
+completions: $(VENV)/.ready ## write the completions of shells anew, after a change of commands or options
+	@$(BIN)/python -m scripts.completions packaging/completions
+
 docs: $(VENV)/.ready-docs ## build the documentation's site in build/site; a warning, as of a link that leads nowhere, is an error
 	@rm -rf build/site
 	@$(BIN)/python -m sphinx -q -j auto -W --keep-going -d build/site-doctrees -c docs/site . build/site
 	@echo "docs: open build/site/index.html"
+
+# The tests look into the archives that these two make.
+SOURCES := $(shell git ls-files --cached --others --exclude-standard 2>/dev/null)
+
+dist: dist/.made ## make the sdist and the wheel in dist/, reproducibly
+
+dist/.made: $(VENV)/.ready $(SOURCES)
+	@rm -rf dist
+	@export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null); \
+	umask 022 && $(BIN)/python -I -m hatchling build -d dist >build/dist.log 2>&1 || { cat build/dist.log >&2; exit 1; }
+	@touch $@
+
+deb: build/deb/.made ## build Debian packages of the sdist in build/deb, and check them with lintian (on Debian)
+
+build/deb/.made: dist/.made scripts/deb
+	@scripts/setup --packages deb
+	@scripts/deb dist/fdbroker-*.tar.gz build/deb
+	@lintian --allow-root --fail-on error,warning build/deb/fdbroker_*.changes
+	@touch $@
 
 bench: $(VENV)/.ready-bench ## run the benchmarks
 	@$(BIN)/python benchmarks/run.py $(ARGS)

@@ -8,7 +8,7 @@ import random
 import subprocess
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.errors import BenchmarkError
 
@@ -22,6 +22,14 @@ _EVERY = 97  # of the files, one in so many is in the database
 _MANY_DIGESTS, _MANY_PATTERNS = 300_000, 20_000
 _SIZES = (1024, 16384)  # those of the files: a digest is looked up among those of its size
 _SEED = 1
+
+
+class Daemon(NamedTuple):
+    """What clamdscan asks: its configuration file, the socket that this names, and who answers there."""
+
+    configuration: Path
+    socket: Path
+    pids: tuple[int, ...]
 
 
 def make_database(directory: Path, tree: Path, *, large: bool = False) -> Path:
@@ -53,8 +61,8 @@ def make_database(directory: Path, tree: Path, *, large: bool = False) -> Path:
 
 
 @contextmanager
-def running_clamd(directory: Path, database: Path) -> Iterator[Path]:
-    """Run a clamd with a tmpfs for its temporary files; give its configuration file."""
+def running_clamd(directory: Path, database: Path) -> Iterator[Daemon]:
+    """Run a clamd with a tmpfs for its temporary files."""
     directory.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "fdbroker-bench", directory], check=True)
     try:
@@ -78,7 +86,7 @@ def running_clamd(directory: Path, database: Path) -> Iterator[Path]:
                 if process.poll() is not None or time.monotonic() > end:
                     raise BenchmarkError("clamd did not start")
                 time.sleep(0.05)
-            yield configuration
+            yield Daemon(configuration, socket, (process.pid,))
         finally:
             process.kill()
             process.wait()

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.brokers import STRANGER_UID, launched
+from benchmarks.clamav import Daemon
 from benchmarks.errors import BenchmarkError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _PATIENCE = 60.0
-_PACKAGES = ("click", "msgspec", "yaml")  # what the service needs, where its user can reach it
+_PACKAGES = ("click", "yaml")  # what the service needs, where its user can reach it
 _POLICY = """
 version: 1
 roots:
@@ -45,8 +46,8 @@ listeners: {{clamd: {{protocol: clamd}}}}
 
 
 @contextmanager
-def running_scand(directory: Path, sources: Path, root: Path, database: Path) -> Iterator[Path]:
-    """Run a broker, and the service with workers of libclamav; give a configuration for clamdscan.
+def running_scand(directory: Path, sources: Path, root: Path, database: Path) -> Iterator[Daemon]:
+    """Run a broker, and the service with workers of libclamav.
 
     `directory` is made. `sources`: what `copy_sources` made.
     """
@@ -59,7 +60,7 @@ def running_scand(directory: Path, sources: Path, root: Path, database: Path) ->
     policy, configuration = directory / "policy.yaml", directory / "scand.yaml"
     policy.write_text(_POLICY.format(root=root, user=STRANGER_UID, directory=directory), "utf-8")
     configuration.write_text(_CONFIGURATION.format(directory=directory, database=database), "utf-8")
-    with launched(policy, sources, "--audit", "none"):
+    with launched(policy, sources, "--audit", "none") as broker_pid:
         errors = directory / "errors"
         command = [os.path.realpath(sys.executable), "-P", "-m", "fdbroker.scan.service", "--dev"]
         process = subprocess.Popen(
@@ -75,7 +76,7 @@ def running_scand(directory: Path, sources: Path, root: Path, database: Path) ->
             _wait_for_listener(process, errors)
             client = directory / "client.conf"
             client.write_text(f"LocalSocket {directory}/clamd\n", "utf-8")
-            yield client
+            yield Daemon(client, directory / "clamd", (broker_pid, process.pid))
         finally:
             process.kill()
             process.wait()

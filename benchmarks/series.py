@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ _PYTHON_BATCH64_OPENS = 16_000
 _TRANSFERS = 1_000
 _STARTS = 20
 _DIRECTORIES_OF_CLAMDSCAN = 40  # with 2,000 files
+_PINGS = 2_000
 _COPIES = 7  # files of 4 KiB that a reply has room for
 
 
@@ -225,7 +227,7 @@ class Scans:
         return [*command, root] if self.by == "--fdpass" else [*command, self.by, root]
 
     def _clamd(self, stage: Stage) -> Path:
-        return stage.large_clamd if self.large else stage.small_clamd
+        return (stage.large_clamd if self.large else stage.small_clamd).configuration
 
     def _compare(self, stage: Stage, text: str) -> None:
         files = stage.walked.files
@@ -253,7 +255,7 @@ class Clamdscans:
 
     def measure(self, stage: Stage) -> float:
         """Return the seconds."""
-        configuration = stage.scand if self.by == "scand" else stage.small_clamd
+        configuration = (stage.scand if self.by == "scand" else stage.small_clamd).configuration
         directories = sorted(map(str, stage.walked.root.iterdir()))[:_DIRECTORIES_OF_CLAMDSCAN]
         command = ["clamdscan", "--config-file", str(configuration), "--no-summary", *self.options]
         began = time.perf_counter()
@@ -266,6 +268,54 @@ class Clamdscans:
         if not found or (sides[0] is not None and sides[1] is not None and sides[0] != sides[1]):
             raise BenchmarkError(f"clamdscan found other files by {self.by}: {done.stderr[:200]}")
         return seconds
+
+
+@dataclass(frozen=True)
+class Pings:
+    """PING by root, again and again: microseconds. All processes are on one CPU.
+
+    On a connection of its own until that has ended, or all in one session.
+    """
+
+    by: Literal["clamd", "scand"]
+    session: bool = False
+    unit: str = "us"
+
+    def measure(self, stage: Stage) -> float:
+        """Return the microseconds of one."""
+        daemon = stage.scand if self.by == "scand" else stage.small_clamd
+        count = stage.opens(_PINGS)
+        usual = os.sched_getaffinity(0)
+        pids = (*daemon.pids, os.getpid())
+        for pid in pids:
+            pin(pid, stage.one_cpu)
+        try:
+            began = time.perf_counter()
+            (self._in_a_session if self.session else self._each_alone)(str(daemon.socket), count)
+            return 1e6 * (time.perf_counter() - began) / count
+        finally:
+            for pid in pids:
+                pin(pid, usual)
+
+    def _each_alone(self, path: str, count: int) -> None:
+        for _ in range(count):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(path)
+                sock.sendall(b"zPING\0")
+                self._check(sock.recv(16), b"PONG\0")
+                self._check(sock.recv(16), b"")
+
+    def _in_a_session(self, path: str, count: int) -> None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(path)
+            sock.sendall(b"zIDSESSION\0")
+            for number in range(1, count + 1):
+                sock.sendall(b"zPING\0")
+                self._check(sock.recv(32), b"%d: PONG\0" % number)
+
+    def _check(self, said: bytes, expected: bytes) -> None:
+        if said != expected:
+            raise BenchmarkError(f"{self.by} answers PING by {said!r}")
 
 
 @dataclass(frozen=True)
@@ -413,6 +463,8 @@ VARIANTS: dict[str, Variant] = {
 }
 for _by in ("clamd", "scand"):
     VARIANTS |= {
+        f"{_by}_ping": Pings(_by),
+        f"{_by}_ping_session": Pings(_by, session=True),
         f"{_by}_fdpass": Clamdscans(_by, ("--fdpass",)),
         f"{_by}_stream": Clamdscans(_by, ("--stream",)),
         f"{_by}_multiscan": Clamdscans(_by, ("--multiscan",)),
@@ -455,6 +507,8 @@ SCAN_SERIES = (
     Series("scan_large_vs_multiscan", "fdbroker_scan_large", "clamdscan_large_multiscan", "lower", 1.0),
     Series("fildes_vs_fdpass", "fdbroker_fildes", "clamdscan_fdpass", "lower", 0.65),
     Series("fildes_vs_multiscan", "fdbroker_fildes", "clamdscan_multiscan", "lower", 1.1),
+    Series("ping_vs_clamd", "scand_ping", "clamd_ping", "lower", 3.0),
+    Series("ping_session_vs_clamd", "scand_ping_session", "clamd_ping_session", "lower", 3.0),
     Series("clamdscan_fdpass_vs_clamd", "scand_fdpass", "clamd_fdpass", "lower", 1.0),
     Series("clamdscan_stream_vs_clamd", "scand_stream", "clamd_stream", "lower", 1.0),
     Series("clamdscan_multiscan_vs_clamd", "scand_multiscan", "clamd_multiscan", "lower", 1.0),

@@ -117,19 +117,19 @@ class Stage:
         return clamav.make_database(self.directory / "large-database", self.walked.root, large=True)
 
     @cached_property
-    def small_clamd(self) -> Path:
-        """The configuration of a clamd that runs with the small database."""
+    def small_clamd(self) -> clamav.Daemon:
+        """A clamd that runs with the small database."""
         return self._stack.enter_context(clamav.running_clamd(self.directory / "clamd", self.small_database))
 
     @cached_property
-    def large_clamd(self) -> Path:
-        """The configuration of a clamd that runs with the large database."""
+    def large_clamd(self) -> clamav.Daemon:
+        """A clamd that runs with the large database."""
         directory = self.directory / "large-clamd"
         return self._stack.enter_context(clamav.running_clamd(directory, self.large_database))
 
     @cached_property
-    def scand(self) -> Path:
-        """The configuration of clamdscan for a scan service that runs with the small database."""
+    def scand(self) -> clamav.Daemon:
+        """A scan service, in clamd's place, that runs with the small database."""
         running = scand.running_scand(
             self.directory / "scand", self.sources, self.walked.root, self.small_database
         )

@@ -1,8 +1,8 @@
 """Write all manual pages: `python3 -m scripts.man_pages DIRECTORY`, in the top directory of the sources.
 
-What a program takes and how it ends comes from its --help; what else there is to say of it, and the formats of
-files, from docs/. So the pages can't say anything else than these. It needs fdbroker with its extras `daemon` and
-`cli`, which brings markdown-it, and no network. The date is that of SOURCE_DATE_EPOCH, if it is set.
+What a program takes and how it ends comes from its --help; what else there is to say of it, and the formats
+of files, from docs/. So the pages can't say anything else than these. It needs fdbroker with its extras
+`daemon` and `cli`, which brings markdown-it, and no network. The date is that of SOURCE_DATE_EPOCH, if set.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ DOCUMENTS = (
     Document("fdbroker-clamd(7)", "clamd's protocol, as the scan service answers it", "clamd.md"),
     Document("fdbroker-engines(7)", "what scans files", "scanning.md", ("Engines", "An engine of your own")),
     Document("fdbroker-sandbox(7)", "what confines the processes that read hostile files", "sandbox.md"),
+    Document("fdbroker-without-systemd(7)", "how s6, runit and others keep it alive", "without-systemd.md"),
     Document("fdbroker-metrics(7)", "what the broker counts, and how it is asked", "metrics.md"),
 )
 # Where the page of a link is not that of its document, or the document is more than one page.
@@ -180,7 +181,7 @@ class References:
         if page is None:
             return found[0]
         if page == self._page or (see and page == "fdbroker(1)"):  # what docs/cli.md says of it is here
-            return f"{see}above" if see else "this page"
+            return f"{see}this page"
         return f"{see}{self._name(page)}"
 
     def _page_of(self, target: str) -> str | None:

@@ -38,8 +38,8 @@ class Command(NamedTuple):
     """A program, or a command of one.
 
     `words`: what is typed for it. `texts`: paragraphs of its help. `statuses`: of its exit, each with what it
-    means; what is said before them is in `statuses_are`. `arguments`: as the help names them. `commands`: those
-    below it, of which `default` is meant where none is named.
+    means; what is said before them is in `statuses_are`. `arguments`: as the help names them. `commands`:
+    those below it, of which `default` is meant where none is named.
     """
 
     words: tuple[str, ...]

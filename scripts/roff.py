@@ -79,7 +79,7 @@ class Page:
 
     def section(self, title: str) -> None:
         """Begin a section."""
-        self._lines.append(f'.SH "{_capitals(plain(title))}"')
+        self._lines.append(f'.SH "{plain(_capitals(title))}"')
 
     def subsection(self, title: str) -> None:
         """Begin a part of a section."""
@@ -180,7 +180,7 @@ def _capitals(title: str) -> str:
     """Return a title in capitals, but for numbers and names with digits."""
     return re.sub(
         r"[^ ]+",
-        lambda word: word[0] if any(map(str.isdigit, word[0])) or "\\" in word[0] else word[0].upper(),
+        lambda word: word[0] if any(map(str.isdigit, word[0])) else word[0].upper(),
         title,
     )
 

@@ -186,3 +186,10 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_other_files_left_is_not_collected() -> None:
+    """Likewise what is there when the tests of a file begin, such as modules that earlier tests imported."""
+    gc.collect()
+    gc.freeze()

@@ -27,12 +27,24 @@ _PACKAGES = (
     "markdown_it",
     "mdurl",
     "prometheus_client",
-    "msgspec",
     "yaml",
 )
 _BEING_WRITTEN = shutil.ignore_patterns(
     "*.pyc.*"
 )  # bytecode before it gets its name, by whoever runs beside us
+
+
+def copy_systemd(directory: Path) -> Path:
+    """Copy the package that takes systemd's sockets; return where it is found, which others can reach.
+
+    No other package needs it, and it is no pure Python.
+    """
+    spec = importlib.util.find_spec("systemd")
+    assert spec is not None
+    assert spec.origin is not None
+    to = directory / "packages"
+    shutil.copytree(Path(spec.origin).parent, to / "systemd")
+    return to
 
 
 class ForOtherUsers(NamedTuple):

@@ -10,12 +10,13 @@ import sys
 import zipfile
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
+from tests.documentation.blocks import blocks
+from tests.documentation.commands import Command, commands, without_numbers
+
 CHECKOUT = Path(__file__).resolve().parent.parent
-QUICK_START = CHECKOUT / "docs" / "quick-start.md"
 MARK = "--- command"
 VERSION = "import sys; print(sys.implementation.cache_tag)"
 # What the commands write to, in memory. The rest of the machine is as it is.
@@ -40,37 +41,6 @@ LEFT = (
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run `sudo make test`")
 
 
-class Step(NamedTuple):
-    """A command, which may have a document with it, and what the page shows of its output."""
-
-    command: str
-    shown: list[str]
-
-
-def steps(page: str) -> list[Step]:
-    """Return the commands of all console blocks."""
-    found: list[Step] = []
-    for block in re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
-        lines = iter(block.splitlines())
-        for line in lines:
-            if not line.startswith("# "):
-                found[-1].shown.append(line)
-                continue
-            command = line[2:]
-            if document := re.search(r"<<'(\w+)'$", command):
-                for part in lines:
-                    command += f"\n{part}"
-                    if part == document[1]:
-                        break
-            found.append(Step(command, []))
-    return found
-
-
-def without_numbers(text: str) -> str:
-    """Return a line with its times, ids, sizes, versions and widths of columns made equal."""
-    return re.sub(r" +", " ", re.sub(r"\d+", "0", text)).rstrip()
-
-
 def make_wheels(directory: Path) -> None:
     """Make wheels of what is installed here and fdbroker needs or is built by: pip needs no network then."""
     installed = list(metadata.distributions())
@@ -92,15 +62,16 @@ def make_wheels(directory: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Step, int, list[str]]]:
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Command, int, list[str]]]:
     """Run all commands in one shell, in namespaces of its own; return each with its status and output."""
     version = [sys.executable, "/usr/bin/python3"]
     if len({subprocess.check_output([each, "-c", VERSION]) for each in version}) != 1:
         pytest.skip("wheels of this interpreter are of no use to /usr/bin/python3")
     wheels = tmp_path_factory.mktemp("wheels")
     make_wheels(wheels)
-    commands = [*steps(QUICK_START.read_text()), Step(LEFT, [])]
-    script = STAGE + "".join(f"{step.command}\nprintf '\\n{MARK} %s\\n' $?\n" for step in commands)
+    shown = [step for block in blocks("docs/quick-start.md") for step in commands(block)]
+    steps = [*shown, Command("", "# ", LEFT, [])]
+    script = STAGE + "".join(f"{step.text}\nprintf '\\n{MARK} %s\\n' $?\n" for step in steps)
     # What stands for the network is told to pip by its environment; the command is as written.
     environment = {
         "HOME": "/run/home",
@@ -122,33 +93,33 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Step, int, l
         umask=0o022,
     )
     parts = re.split(rf"\n{MARK} (\d+)\n", done.stdout)
-    assert len(parts) == 2 * len(commands) + 1, done.stdout
+    assert len(parts) == 2 * len(steps) + 1, done.stdout
     return [
         (step, int(status), output.splitlines())
-        for step, output, status in zip(commands, parts[::2], parts[1::2], strict=False)
+        for step, output, status in zip(steps, parts[::2], parts[1::2], strict=False)
     ]
 
 
 def test_each_command_of_the_quick_start_succeeds_unless_it_is_shown_to_be_denied_something(
-    outputs: list[tuple[Step, int, list[str]]],
+    outputs: list[tuple[Command, int, list[str]]],
 ) -> None:
     for step, status, output in outputs:
         denied = any("enied" in line or "incomplete" in line for line in step.shown)
-        assert (status != 0) == denied, (step.command, status, output)
+        assert (status != 0) == denied, (step.place, status, output)
 
 
-def test_quick_start_shows_what_its_commands_print(outputs: list[tuple[Step, int, list[str]]]) -> None:
+def test_quick_start_shows_what_its_commands_print(outputs: list[tuple[Command, int, list[str]]]) -> None:
     compared = 0
     for step, _, output in outputs:
         printed = iter([without_numbers(line) for line in output])
         for line in step.shown:
-            assert without_numbers(line) in printed, (step.command, line, output)
+            assert without_numbers(line) in printed, (step.place, line, output)
             compared += 1
     assert compared > 15
 
 
-def test_last_step_of_the_quick_start_leaves_nothing(outputs: list[tuple[Step, int, list[str]]]) -> None:
+def test_last_step_of_the_quick_start_leaves_nothing(outputs: list[tuple[Command, int, list[str]]]) -> None:
     step, status, output = outputs[-1]
-    assert step.command == LEFT
+    assert step.text == LEFT
     assert status == 0
     assert not [line for line in output if "No such file" not in line]

@@ -1,17 +1,22 @@
-"""How `make docs` builds the site: the pages as they lie in the checkout, so that links hold there and here alike.
+"""How `make docs` builds the site: of the pages as they lie in the checkout, so that links hold in both.
 
-Nothing is fetched: fonts are the reader's, and the search runs in the browser on an index that is part of the site.
+Nothing is fetched: fonts are the reader's, and the search runs in the browser on an index that comes with it.
 """
 
 from __future__ import annotations
 
+import enum
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sphinx.util import logging
 
 import fdbroker
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
 
 project = "fdbroker"
 author = "the authors of fdbroker"
@@ -40,7 +45,8 @@ pygments_dark_style = "github-dark"
 myst_heading_anchors = 4
 myst_enable_extensions = ["attrs_inline"]
 suppress_warnings = [
-    "misc.highlighting_failure",  # vectors of the protocol have kinds of their own, and some policies are wrong on purpose
+    # Vectors of the protocol are of kinds of their own, and some policies are wrong on purpose.
+    "misc.highlighting_failure",
     "ref.python",  # two classes are called Reason
 ]
 
@@ -53,17 +59,38 @@ maximum_signature_line_length = 90
 add_module_names = False
 default_role = "code"  # docstrings write `so` what is code
 
+# What programs may use.
+PUBLIC = ("fdbroker", "fdbroker.aio", "fdbroker.sandbox", "fdbroker.scan", "fdbroker.testing")
 NAVIGATION = Path(__file__).with_name("navigation.md")
 
 
 def _add_navigation(app: Sphinx, name: str, source: list[str]) -> None:
     """Append the table of contents to the first page; in the checkout it would be of no use."""
-    del app
     if name == root_doc:
+        app.env.note_dependency(str(NAVIGATION))
         source[0] += "\n" + NAVIGATION.read_text()
+
+
+def _miss_no_public_name(app: Sphinx, env: BuildEnvironment) -> None:
+    """Warn of each public name that the reference of the API does not have."""
+    del app
+    described = env.domains.python_domain.objects
+    for name in PUBLIC:
+        for member in importlib.import_module(name).__all__:
+            if f"{name}.{member}" not in described and not member.startswith("__"):
+                logging.getLogger(__name__).warning("docs/api does not have %s.%s", name, member)
+
+
+def _skip(_app: Sphinx, _what: str, _name: str, member: object, _skip: bool, _options: object) -> bool | None:  # noqa: FBT001 - Sphinx's signature
+    """Return whether a member is left out: constants of enums are not, numbers of fields are."""
+    if isinstance(member, enum.Enum):
+        return False
+    return True if (getattr(member, "__doc__", "") or "").startswith("Alias for field number") else None
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Tell Sphinx what else is to be done."""
     app.connect("source-read", _add_navigation)
+    app.connect("autodoc-skip-member", _skip)
+    app.connect("env-check-consistency", _miss_no_public_name)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

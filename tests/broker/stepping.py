@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+from fdbroker.broker import server
 from fdbroker.broker.audit import Audit
 from fdbroker.broker.dispatch import Parts
 from fdbroker.broker.generation import Held, key_of, make_generation, problem_with
@@ -28,6 +31,11 @@ if TYPE_CHECKING:
     from fdbroker.broker.opening import Opener
 
 _S = TypeVar("_S", bound=Speaker)
+
+# After a reload a broker looks through all that it has. This process has pytest and all tests, which are frozen.
+server.gc = SimpleNamespace(  # type: ignore[assignment]
+    unfreeze=lambda: None, collect=lambda: gc.collect(), freeze=lambda: gc.freeze()
+)
 
 
 class SteppedBroker:

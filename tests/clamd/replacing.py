@@ -51,6 +51,7 @@ def instead_of_clamd(
     listener: str = "",
     more: str = "",
     workers: int = 1,
+    broker_may_end: bool = False,
 ) -> Iterator[RunningScand]:
     """Run a broker and a service with libclamav in `directory`; `listener`, `more`: of its configuration."""
     for path in (database, *database.iterdir()):
@@ -58,7 +59,9 @@ def instead_of_clamd(
     policy = _POLICY.format(tree=tree, scand=SCAND_UID, directory=directory)
     configuration = _CONFIGURATION.format(database=database, listener=listener, workers=workers) + more
     with (
-        running_broker(directory, policy, f"--socket-group={SCAND_UID}", own_socket=False),
+        running_broker(
+            directory, policy, f"--socket-group={SCAND_UID}", own_socket=False, stop=not broker_may_end
+        ),
         running_scand(others, directory, configuration) as scand,
     ):
         scand.wait_for("clamd: serving")

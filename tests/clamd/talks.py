@@ -79,6 +79,7 @@ TALKS = [
     _same("PING, line end of DOS", b"nPING\r\n"),
     _same("PING plain without line end", b"PING"),
     _same("PING plain without line end, and no more", b"PING", HALF_CLOSE),
+    _same("RELOAD plain, with NUL and without line end", b"RELOAD\0"),  # so says freshclam
     _same("PING in parts", b"n", b"PI", b"NG", b"\n"),
     _same("PING and no more", b"nPING\n", HALF_CLOSE),
     _same("newline in a command with NUL", b"zPING\n\0"),

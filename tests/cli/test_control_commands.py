@@ -358,7 +358,7 @@ def test_path_that_can_not_be_sent_is_no_problem_of_the_control_socket(
 
 
 def refuse(_path: str) -> None:
-    raise ModuleNotFoundError("No module named 'msgspec'", name="msgspec")
+    raise ModuleNotFoundError("No module named 'yaml'", name="yaml")
 
 
 def test_json_of_an_explanation_has_the_same_members_whoever_gives_it(

@@ -285,7 +285,7 @@ def test_click_that_is_missing_is_told_with_what_to_install() -> None:
 
 def test_what_one_command_needs_the_others_do_not_load() -> None:
     program = (
-        "import sys; sys.modules.update(rich=None, yaml=None, msgspec=None)\n"
+        "import sys; sys.modules.update(rich=None, yaml=None)\n"
         "from fdbroker.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     statuses = {

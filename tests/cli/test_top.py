@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from fdbroker.cli.top import _difference, _order, _Seen, _unit_of
+from fdbroker.cli.top import Client, Sample, _difference, _order, _Seen, _sorted, _unit_of, _write_plain
 from fdbroker.wire.client import encode_open
 from tests.broker.speaking import Speaker
 from tests.cli.commands import command, environment, run_as, run_here, run_on_terminal
@@ -21,7 +23,6 @@ from tests.running_broker import CLIENT_UID, policy, reachable_directory, runnin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.for_other_users import ForOtherUsers
     from tests.running_broker import RunningBroker
@@ -303,3 +304,15 @@ def test_clients_of_equal_rates_keep_their_places() -> None:
 
 def test_the_unit_of_a_process_that_is_gone_is_not_known() -> None:
     assert _unit_of(1, 0) is None
+
+
+def test_the_sample_of_the_document_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    [shown] = re.findall(
+        r"^# fdbroker top --count 1 --sort denied\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+    )
+    busy = Client(1, 1187, 990, "scanner", "scanner.service", "seqpacket", 5108.5, 81925, 0, 128, 0, 0)
+    refused = Client(2, 1201, 989, "indexer", "indexer.service", "seqpacket", 12, 0, 12, 0, 0, 0)
+    sample = Sample("2026-11-26T04:43:04Z", 2, 411, 2, 3, 128, 0, 5120.5, 81925, 12, 0, [busy, refused])
+    _write_plain(_sorted(sample, "denied", None))
+    assert capsys.readouterr().out == shown + "\n"

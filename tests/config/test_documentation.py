@@ -21,8 +21,8 @@ from fdbroker.config.schema import (
     RuleLimits,
     ServiceListener,
     Where,
-    keys_of,
 )
+from fdbroker.config.structures import keys_of
 from fdbroker.policy.globs import compile_glob
 from tests.config.fake_lookups import FakeLookups
 

@@ -9,7 +9,7 @@ from fdbroker.config import compile_policy
 from fdbroker.config.expectations import Expectation, Object, Table
 from fdbroker.config.findings import KINDS, find
 from fdbroker.config.places import Places
-from fdbroker.config.schema import keys_of
+from fdbroker.config.structures import keys_of
 from fdbroker.policy.rules import read_policy
 from fdbroker.wire.client import for_broker
 from tests.config.fake_lookups import FakeLookups

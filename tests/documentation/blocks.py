@@ -16,9 +16,9 @@ _MARK = re.compile(r"<!-- (\S+) -->\n")
 class Block(NamedTuple):
     """A fenced or indented block.
 
-    `page`: the document, relative to the checkout. `line`: where it begins. `kind`: what the fence says it is;
-    "" for an indented one, or where it says nothing. `mark`: what a comment directly before it says, or "": the
-    file of the checkout in which it is, or the absolute path of the file that the reader is to make of it.
+    `page`: the document, relative to the checkout. `line`: where it begins. `kind`: what the fence says it
+    is; "" for an indented one, or where it says nothing. `mark`: what a comment directly before it says, or
+    "": the file of the checkout in which it is, or the absolute path of the file that the reader makes of it.
     """
 
     page: str
@@ -51,10 +51,8 @@ def blocks(page: str) -> tuple[Block, ...]:
             assert token.map is not None
             fenced = token.type == "fence"
             found.append(Block(page, token.map[0] + 1, token.info, fenced, token.content, mark))
-        if token.type == "html_block" and (marked := _MARK.fullmatch(token.content)):
-            mark = marked[1]
-        else:
-            mark = ""
+        marked = _MARK.fullmatch(token.content) if token.type == "html_block" else None
+        mark = marked[1] if marked else ""
     return tuple(found)
 
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from tests.documentation.blocks import Block
 
+_COMMENT = re.compile(r" {2,}# .*")
 _DOCUMENT = re.compile(r"<<'(\w+)'$")
 
 
 class Command(NamedTuple):
-    """A command, which may have a document with it, the prompt before it, and the lines shown as its output."""
+    """A command, with the document that goes to it; the prompt before it; the lines shown as its output."""
 
     place: str
     prompt: str
@@ -30,7 +31,7 @@ def commands(block: Block) -> list[Command]:
         if prompt is None:
             found[-1].shown.append(line)
             continue
-        text = line.removeprefix(prompt)
+        text = _COMMENT.sub("", line.removeprefix(prompt))
         while text.endswith("\\"):
             text += f"\n{next(lines)[1]}"
         if document := _DOCUMENT.search(text):

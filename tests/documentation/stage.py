@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -60,6 +62,13 @@ def installed() -> Iterator[Path]:
         scand = prefix / "bin" / "fdbroker-scand"
         scand.write_text(script.replace("fdbroker.cli.__main__", "fdbroker.scan.service.main"))
         scand.chmod(0o755)
+        # What metrics need besides.
+        spec = importlib.util.find_spec("prometheus_client")
+        assert spec is not None
+        assert spec.origin is not None
+        [site] = prefix.glob("lib/python3*/site-packages")
+        shutil.copytree(Path(spec.origin).parent, site / "prometheus_client")
+        subprocess.run(["chmod", "-R", "a+rX", site], check=True)
         yield prefix
 
 
@@ -68,12 +77,22 @@ def play(prefix: Path, preparation: str, commands: Sequence[str]) -> list[Ran]:
 
     `preparation` is a script that must succeed. All ends with the last command, whatever it has started.
     """
-    script = [_STAGE, "set -e", preparation, "set +e"]
+    script = [_STAGE, "set -e", preparation, "set +e", f"printf '\\n{_MARK} 0\\n'"]
     # What a command leaves in $? is there for the next one.
     script += [f"{command}\nsaid=$?; printf '\\n{_MARK} %s\\n' $said; (exit $said)" for command in commands]
     done = subprocess.run(
-        ["unshare", "--mount", "--pid", "--net", "--fork", "--kill-child", "--mount-proc", "bash"],
-        input="\n".join(script),
+        [
+            "unshare",
+            "--mount",
+            "--pid",
+            "--net",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "bash",
+            "-c",
+            "\n".join(script),
+        ],
         cwd=ROOT,
         env={
             "HOME": "/run/home",
@@ -82,14 +101,17 @@ def play(prefix: Path, preparation: str, commands: Sequence[str]) -> list[Ran]:
             "PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "TZ": "UTC",
         },
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
         umask=0o022,
+        timeout=120,  # for a command that does not end
     )
     parts = re.split(rf"\n{_MARK} (\d+)\n", done.stdout)
-    assert len(parts) == 2 * len(commands) + 1, done.stdout
+    assert len(parts) == 2 * len(commands) + 3, done.stdout
+    del parts[:2]  # of the preparation
     return [
         Ran(int(status), output.splitlines()) for output, status in zip(parts[::2], parts[1::2], strict=False)
     ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 # The package, and what the extra `daemon` brings.
-_PACKAGES = ("fdbroker", "daemon", "lockfile", "msgspec", "systemd", "yaml")
+_PACKAGES = ("fdbroker", "daemon", "lockfile", "systemd", "yaml")
 
 
 @contextlib.contextmanager

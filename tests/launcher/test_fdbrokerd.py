@@ -643,7 +643,7 @@ def test_it_starts_again_isolated_before_it_imports_what_others_could_replace(
     """The mark of each module would be written if it were run, as root."""
     place = tmp_path / "modules"
     place.mkdir()
-    for name in ("json", "argparse", "socket", "yaml", "msgspec", "daemon", "pwd", "select"):
+    for name in ("json", "argparse", "socket", "yaml", "daemon", "pwd", "select"):
         (place / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write({name!r})\n")
     environment = {**os.environ, "PYTHONPATH": str(place), "LD_LIBRARY_PATH": "/x", "PYTHONSTARTUP": "/x"}
     script = (

@@ -163,6 +163,14 @@ def raise_an_error() -> None:
     raise RuntimeError("the database is not there")
 
 
+class SaysWhyError(Exception):
+    says_why = True
+
+
+def say_why() -> None:
+    raise SaysWhyError("the database is not there; put it there")
+
+
 def end_the_zygote() -> None:
     os._exit(5)
 

@@ -85,6 +85,12 @@ def test_what_goes_wrong_while_nobody_waits_is_told_with_the_first_worker() -> N
     assert open_descriptors() == before
 
 
+def test_who_says_why_it_can_not_load_is_told_by_its_text_alone() -> None:
+    with pytest.raises(ZygoteError) as raised, begin("say_why") as zygote:
+        zygote.spawn()
+    assert str(raised.value) == "the database is not there; put it there"
+
+
 def test_one_that_is_still_loading_is_ended_at_once() -> None:
     began = time.monotonic()
     with begin("be_slow") as zygote:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -202,6 +203,22 @@ def test_service_that_is_stopped_says_so_and_leaves_no_process(
 def scand_said(scand: RunningScand) -> str:
     scand.wait_for("STOPPING=1")
     return "\n".join(scand.said)
+
+
+def test_listener_of_the_wrong_type_is_said_to_serve_nobody(others: ForOtherUsers) -> None:
+    swapped = "listeners: {scan: {protocol: clamd}, clamd: {protocol: scan}}\n"
+    with reachable_directory() as directory:
+        (directory / "tree").mkdir()
+        with scand_and_broker(others, directory, swapped) as (scand, _):
+            for path, kind, cure in (
+                (scand.socket, socket.SOCK_SEQPACKET, "write type: stream at scan in listeners"),
+                (str(scand.clamd), socket.SOCK_STREAM, "write type: seqpacket at clamd in listeners"),
+            ):
+                with socket.socket(socket.AF_UNIX, kind) as sock:
+                    sock.settimeout(20)
+                    sock.connect(path)
+                    assert sock.recv(100) == b""
+                scand.wait_for(cure)
 
 
 def test_broker_that_is_started_anew_is_found_again_and_clients_are_told(

@@ -36,9 +36,3 @@ def test_each_reason_is_documented_and_no_other() -> None:
 def test_each_kind_that_can_be_accepted_is_documented() -> None:
     [row] = re.findall(r"^\| `accept` \|(.*)$", TEXT, re.MULTILINE)
     assert set(re.findall(r"`([\w-]+)`", row)) == set(KINDS)
-
-
-@pytest.mark.parametrize("path", re.findall(r"^<!-- (\S+) -->$", TEXT, re.MULTILINE))
-def test_what_is_quoted_is_in_the_file(path: str) -> None:
-    [quoted] = re.findall(rf"^<!-- {re.escape(path)} -->\n```\w+\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
-    assert quoted in (ROOT / path).read_text()

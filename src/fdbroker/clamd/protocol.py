@@ -357,6 +357,8 @@ class Conversation:
         text = bytes(data[begin:end])
         del data[: end + 1]
         self._out_of_time_at = now + self._limits.read_timeout
+        if is_plain:
+            text = text.removesuffix(_NUL)  # freshclam sends the end of its string along
         self._take(text if terminator == _NUL else text.rstrip(b"\r"), is_plain=is_plain)
         return True
 

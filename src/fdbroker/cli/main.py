@@ -44,7 +44,7 @@ COMMANDS = (
     "doctor",
     "sandbox",
 )
-_EXTRAS = {"rich": "cli", "msgspec": "daemon", "yaml": "daemon", "prometheus_client": "metrics"}
+_EXTRAS = {"rich": "cli", "yaml": "daemon", "prometheus_client": "metrics"}
 
 
 class _Commands(SuggestingGroup):

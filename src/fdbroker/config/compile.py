@@ -47,9 +47,9 @@ from fdbroker.config.schema import (
     Rule,
     RuleLimits,
     Symlinks,
-    keys_of,
 )
 from fdbroker.config.sources import PolicyFile, read_policy_files
+from fdbroker.config.structures import keys_of
 from fdbroker.config.yaml_tree import Mapping, Node, Text, parse_yaml
 from fdbroker.policy.globs import compile_glob
 

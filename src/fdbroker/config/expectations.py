@@ -13,9 +13,6 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple, Self, cast, get_args
 
-import msgspec
-from msgspec import UNSET, Meta, UnsetType
-
 from fdbroker.config.conditions import FILESYSTEMS
 from fdbroker.config.errors import Mark, ProblemList, did_you_mean, quoted
 from fdbroker.config.explain import (
@@ -43,6 +40,7 @@ from fdbroker.config.scalars import (
     parse_size,
 )
 from fdbroker.config.schema import Action
+from fdbroker.config.structures import UNSET, Meta, Structure, UnsetType, key_named
 from fdbroker.config.yaml_tree import List, Node, Text, parse_yaml
 from fdbroker.config.yaml_tree import Mapping as YamlMapping
 from fdbroker.policy.decide import Policy
@@ -64,11 +62,7 @@ _Expected = Literal["allowed", "denied"]
 _Numbers = dict[str, int | str]
 
 
-class _Keys(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What all structures here have in common."""
-
-
-class Who(_Keys, kw_only=True):
+class Who(Structure):
     """Who asks, or is acted for."""
 
     user: Annotated[int | str, Meta(description="A name or a number.")]
@@ -78,7 +72,7 @@ class Who(_Keys, kw_only=True):
     label: Annotated[str | UnsetType, Meta(description="Whole; without it none is known.")] = UNSET
 
 
-class Object(_Keys, kw_only=True):
+class Object(Structure):
     """What lies under the path, as far as rules ask about it."""
 
     type: _Kind | UnsetType = UNSET
@@ -91,11 +85,11 @@ class Object(_Keys, kw_only=True):
     filesystem: Annotated[str | UnsetType, Meta(description="As in the condition of this name.")] = UNSET
 
 
-class Expectation(_Keys, kw_only=True):
+class Expectation(Structure):
     """One row: who asks for what, and what comes of it."""
 
     name: str | UnsetType = UNSET
-    as_: Annotated[str | int | Who, Meta(description="Who asks.")] = msgspec.field(name="as")
+    as_: Annotated[str | int | Who, Meta(description="Who asks.")] = key_named("as")
     on_behalf_of: str | int | Who | UnsetType = UNSET
     action: Action | list[Action] | UnsetType = UNSET
     path: str | list[str]
@@ -105,7 +99,7 @@ class Expectation(_Keys, kw_only=True):
     reason: str | UnsetType = UNSET
 
 
-class Table(_Keys, kw_only=True):
+class Table(Structure):
     """A whole table."""
 
     version: Literal[1]
@@ -415,7 +409,7 @@ class _Rows:
         if text is not None and text.value not in words:
             self._reader.add(
                 text.mark,
-                f"{what}: there is no {quoted(text.value)}",
+                f"{what}: {quoted(text.value)} is not known",
                 lambda: did_you_mean(text.value, words, "write one that there is, or leave it out"),
             )
         return None if text is None else text.value

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import msgspec
-
 from fdbroker.config.errors import Mark, ProblemList, closest, did_you_mean, quoted
 from fdbroker.config.scalars import ScalarError
-from fdbroker.config.schema import keys_of
+from fdbroker.config.structures import Structure, keys_of
 from fdbroker.config.yaml_tree import List, Mapping, Node, Text, Unusable
 
 _T = TypeVar("_T")
@@ -48,7 +46,7 @@ class Reader:
         self,
         mapping: Mapping,
         what: str,
-        structure: type[msgspec.Struct],
+        structure: type[Structure],
         also_required: Sequence[str] = (),
     ) -> dict[str, Node]:
         """Return the values of a mapping that has the keys of `structure`.

@@ -8,16 +8,10 @@ a plain number is a number; fdbroker itself reads every scalar as text.
 
 from __future__ import annotations
 
-import functools
-import gc
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeAlias
 
-import msgspec
-from msgspec import UNSET, Meta, UnsetType
-
 from fdbroker.config.defaults import DEFAULT_USER, SERVICE_KIND
+from fdbroker.config.structures import UNSET, Meta, Structure, UnsetType, json_schemas, key_named
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 
@@ -69,11 +63,7 @@ _Links: TypeAlias = Annotated[int, Meta(ge=1)]
 _Mode: TypeAlias = Annotated[int, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^0[0-7]{1,4}$")]
 
 
-class _Keys(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What all structures here have in common."""
-
-
-class Root(_Keys):
+class Root(Structure):
     """A tree that can be reached."""
 
     path: Annotated[_Path, Meta(description="Absolute path of a directory, without symbolic links.")]
@@ -86,7 +76,7 @@ class Root(_Keys):
     ] = OPENS_DEFAULT
 
 
-class Client(_Keys):
+class Client(Structure):
     """Who asks. All keys must hold; of a list, one."""
 
     user: Annotated[_Identities | UnsetType, Meta(description="User names or numbers.")] = UNSET
@@ -105,35 +95,35 @@ class Client(_Keys):
 _Clients: TypeAlias = Literal["any"] | Client | Annotated[list[Client], Meta(min_length=1)]
 
 
-class ModeCondition(_Keys):
+class ModeCondition(Structure):
     """Bits of a file's mode, in octal."""
 
     all: Annotated[_Mode | UnsetType, Meta(description="Bits that must be set.")] = UNSET
     none: Annotated[_Mode | UnsetType, Meta(description="Bits that must be clear.")] = UNSET
 
 
-class SizeRange(_Keys):
+class SizeRange(Structure):
     """An inclusive range of sizes."""
 
     min: _Size | UnsetType = UNSET
     max: _Size | UnsetType = UNSET
 
 
-class CountRange(_Keys):
+class CountRange(Structure):
     """An inclusive range of counts."""
 
     min: _Links | UnsetType = UNSET
     max: _Links | UnsetType = UNSET
 
 
-class AgeRange(_Keys):
+class AgeRange(Structure):
     """An inclusive range of durations."""
 
     min: _Duration | UnsetType = UNSET
     max: _Duration | UnsetType = UNSET
 
 
-class Where(_Keys):
+class Where(Structure):
     """What the opened object must be like."""
 
     owner: Annotated[
@@ -155,7 +145,7 @@ class Where(_Keys):
 _Rate: TypeAlias = Annotated[int, Meta(ge=PER_SECOND[0], le=PER_SECOND[-1])]
 
 
-class RuleLimits(_Keys):
+class RuleLimits(Structure):
     """What one user may have by a rule."""
 
     requests_per_second: Annotated[
@@ -178,7 +168,7 @@ class RuleLimits(_Keys):
     ] = UNSET
 
 
-class Rule(_Keys, kw_only=True):
+class Rule(Structure):
     """One rule; it has either allow or deny."""
 
     name: Annotated[_Name, Meta(description="Shown in the audit and in explanations; unique.")]
@@ -193,12 +183,12 @@ class Rule(_Keys, kw_only=True):
         Meta(description="Whom the client, a service, acts for. Without it a rule allows nothing to others."),
     ] = UNSET
     in_: Annotated[str, Meta(min_length=1, description="The root that the globs are relative to.")] = (
-        msgspec.field(name="in")
+        key_named("in")
     )
     paths: Annotated[_Globs, Meta(description="Globs relative to the root.")]
     except_: Annotated[
         _Globs | UnsetType, Meta(description="Globs that the rule is not about, though paths match.")
-    ] = msgspec.field(name="except", default=UNSET)
+    ] = key_named("except", default=UNSET)
     where: Where | UnsetType = UNSET
     deliver: Annotated[_Deliveries | UnsetType, Meta(description="How contents may be handed out.")] = UNSET
     limits: Annotated[RuleLimits | UnsetType, Meta(description="What one user may have by this rule.")] = (
@@ -210,7 +200,7 @@ class Rule(_Keys, kw_only=True):
     ] = SYMLINKS_DEFAULT
 
 
-class Limits(_Keys):
+class Limits(Structure):
     """Limits on every client."""
 
     connections_per_uid: Annotated[
@@ -251,7 +241,7 @@ class Limits(_Keys):
     ] = UNSET
 
 
-class Audit(_Keys):
+class Audit(Structure):
     """The record of decisions."""
 
     on_failure: Annotated[
@@ -262,7 +252,7 @@ class Audit(_Keys):
     ] = UNSET
 
 
-class Listener(_Keys):
+class Listener(Structure):
     """A socket that fdbrokerd makes when it is started by hand."""
 
     path: Annotated[_PathBelow | UnsetType, Meta(description="Where it is made.")] = UNSET
@@ -272,7 +262,7 @@ class Listener(_Keys):
     mode: Annotated[_Mode | UnsetType, Meta(description="Who may connect: whoever may write.")] = UNSET
 
 
-class ServiceListener(Listener, kw_only=True):
+class ServiceListener(Listener):
     """A socket whose clients the broker accepts and hands to a service, which asks on their behalf."""
 
     service: Annotated[
@@ -284,7 +274,7 @@ class ServiceListener(Listener, kw_only=True):
     )
 
 
-class Listeners(_Keys):
+class Listeners(Structure):
     """Sockets that fdbrokerd makes; those that systemd makes are described by its units.
 
     Any other name is that of a service's, a `ServiceListener`.
@@ -302,7 +292,7 @@ class Listeners(_Keys):
     )
 
 
-class Admins(_Keys):
+class Admins(Structure):
     """Who, besides root, may see the full status."""
 
     user: Annotated[_Identities | UnsetType, Meta(description="User names or numbers.")] = UNSET
@@ -319,7 +309,7 @@ _EITHER = {
 }
 
 
-class Policy(_Keys):
+class Policy(Structure):
     """The policy of fdbroker."""
 
     version: Annotated[Literal[1], Meta(description="The version of this format.")]
@@ -330,8 +320,8 @@ class Policy(_Keys):
         list[Annotated[Rule, Meta(extra_json_schema=_EITHER)]],
         Meta(description="Any matching deny wins; else any matching allow; else denied."),
     ]
-    limits: Limits = msgspec.field(default_factory=Limits)
-    audit: Audit = msgspec.field(default_factory=Audit)
+    limits: Limits | UnsetType = UNSET
+    audit: Audit | UnsetType = UNSET
     read_only_view: Annotated[
         ReadOnlyView, Meta(description="Whether files are opened through read-only mounts only.")
     ] = READ_ONLY_VIEW_DEFAULT
@@ -340,7 +330,7 @@ class Policy(_Keys):
     ] = IDENTITY_DEFAULT
     admins: Admins | UnsetType = UNSET
     user: Annotated[str, Meta(min_length=1, description="Whom the broker runs as.")] = DEFAULT_USER
-    listeners: Listeners = msgspec.field(default_factory=Listeners)
+    listeners: Listeners | UnsetType = UNSET
 
 
 # Of these {} says nothing, and is refused as a mistake.
@@ -361,37 +351,27 @@ _NOT_EMPTY = (
 _ONE_CONTROL_GROUP = {"not": {"required": ["unit", "cgroup"]}}
 
 
-@functools.cache
-def keys_of(structure: type[msgspec.Struct]) -> Mapping[str, bool]:
-    """Return the keys of a structure in their order, each with whether it is required."""
-    return MappingProxyType(
-        {field.encode_name: field.required for field in msgspec.structs.fields(structure)}
-    )
-
-
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of the policy file, for editors.
 
     What it can't say (names that must exist, globs that must compile) the
     compiler says.
     """
-    # What msgspec 0.22 leaves behind here crashes the collector of Python 3.11, about every fourth time.
-    # The types live as long as the process in any case, so the collector need not look at them.
-    gc.disable()
-    try:
-        (schema, others), parts = msgspec.json.schema_components(
-            [Policy, ServiceListener], ref_template="#/$defs/{name}"
-        )
-        gc.freeze()
-    finally:
-        gc.enable()
+    parts = json_schemas(Policy, ServiceListener)
     # A structure has a fixed set of keys; here they are names that the author chooses.
-    parts["Listeners"] |= {"additionalProperties": others, "propertyNames": {"pattern": NAME_PATTERN}}
+    parts["Listeners"] |= {
+        "additionalProperties": {"$ref": "#/$defs/ServiceListener"},
+        "propertyNames": {"pattern": NAME_PATTERN},
+    }
     for structure in _NOT_EMPTY:
         parts[structure.__name__]["minProperties"] = 1
     parts["Client"] |= _ONE_CONTROL_GROUP
     _tell_items_apart(parts)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "$defs": parts}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$ref": "#/$defs/Policy",
+        "$defs": parts,
+    }
 
 
 def _tell_items_apart(part: object) -> None:

@@ -27,7 +27,7 @@ from fdbroker.sandbox.errors import ConfinementError, ZygoteError
 from fdbroker.sandbox.names import name_of
 from fdbroker.sandbox.report import LONGEST_REPORT, Layer, LayerReport, ReportError, decode_report
 from fdbroker.sandbox.waiting import is_readable
-from fdbroker.sandbox.zygote_process import END, FAILED, GOOD, LONGEST_TEXT, SPAWN
+from fdbroker.sandbox.zygote_process import END, FAILED, GOOD, LONGEST_TEXT, SAYS_WHY, SPAWN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -209,7 +209,8 @@ class Zygote:
         warm: what the zygote calls once before anything is confined, with `arguments` as
             keyword arguments; what it returns is the first argument of `work`. `module:function`, or a
             function that can be imported so. It may open what it likes, and must leave no thread
-            behind, nor rely on a descriptor that it leaves open. None: there is nothing to load.
+            behind, nor rely on a descriptor that it leaves open. None: there is nothing to load. What it
+            raises is told by its text alone if it has a true attribute `says_why`, else with its type.
         work: what each worker runs once it is confined: `work(state, channel, scratch)`, with the
             worker's end of the channel, a socket that blocks, and the path of its own directory (profile
             `scratch`; None otherwise). The worker ends when it returns.
@@ -336,6 +337,8 @@ class Zygote:
             answer.descriptors.close()
             if answer.data[:1] != GOOD:
                 said = answer.data[1:].decode("ascii", "backslashreplace")
+                if answer.data[:1] == SAYS_WHY:
+                    raise ZygoteError(said)
                 raise ZygoteError(f"the zygote did not start: {said or 'it ended'}")
         except BaseException:
             # It has no workers yet, and may be loading something for long.

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 # The first byte of a message of the zygote, and of the first message of a worker.
 GOOD = b"\1"
 FAILED = b"\0"
+# Of the zygote alone: the function that loads says why it can't, in words that need no others.
+SAYS_WHY = b"\2"
 # What the parent says.
 SPAWN = b"spawn"
 # How a worker ended: si_code and si_status of waitid(2), on the pipe that the parent was given with it.
@@ -120,15 +122,18 @@ def _be_the_zygote(control: socket.socket, setup: dict[str, Any], wanted: Confin
     try:
         ground = _prepare(setup, wanted, gaps)
     except BaseException as error:  # noqa: BLE001 - whatever it was, the parent is told
-        _tell_failure(control, f"{type(error).__name__}: {error}")
+        if getattr(error, "says_why", False):
+            _tell_failure(control, str(error), SAYS_WHY)
+        else:
+            _tell_failure(control, f"{type(error).__name__}: {error}")
         return
     sockets.send(control, GOOD)
     _Spawner(control, ground).serve()
 
 
-def _tell_failure(channel: socket.socket, text: str) -> None:
+def _tell_failure(channel: socket.socket, text: str, how: bytes = FAILED) -> None:
     with contextlib.suppress(OSError):
-        sockets.send(channel, FAILED + text.encode("ascii", "backslashreplace")[:LONGEST_TEXT])
+        sockets.send(channel, how + text.encode("ascii", "backslashreplace")[:LONGEST_TEXT])
 
 
 def _prepare(setup: dict[str, Any], wanted: Confinement, gaps: Gaps) -> _Ground:

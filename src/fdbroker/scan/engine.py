@@ -25,6 +25,8 @@ MEBIBYTE = 1 << 20
 class EngineError(Exception):
     """An engine can't be had as it is configured; the text names what is missing and the cure."""
 
+    says_why = True  # so that a zygote tells its text alone
+
 
 def shown(path: bytes) -> str:
     """Return a path as the text of an error has it: ASCII, the rest escaped."""

@@ -1,8 +1,9 @@
-"""The running broker: whether it answers, what it says of its protection, which policy and code it runs by."""
+"""The running broker: whether it answers, what it says of its protection, its policy and its code."""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -128,7 +129,7 @@ def its_code(running: Running) -> Check:
         found = f"{printable(str(its))}; installed here is {ours}"
         return Check(name, WEAKER, found, meaning, cure)
     try:
-        began = os.stat(running.proc("stat")).st_ctime
+        began = time.time() - running.age()
         newest = max(os.stat(source).st_ctime for source in _its_sources())
     except OSError as error:
         found = f"{ours}; when it was installed can't be seen: {error.strerror}"

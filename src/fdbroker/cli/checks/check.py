@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.config.names import printable
@@ -43,6 +44,17 @@ class Running(NamedTuple):
     def proc(self, name: str) -> str:
         """Return the path of one of its files below /proc."""
         return f"/proc/{self.pid}/{name}"
+
+    def age(self) -> float:
+        """Return for how many seconds its process has been there, by a clock that nobody sets.
+
+        Raises:
+            OSError: it has ended, or is not to be seen.
+
+        """
+        with open(self.proc("stat"), encoding="ascii", errors="replace") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])  # starttime; proc_pid_stat(5)
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def in_child(probe: Callable[[], str]) -> str:

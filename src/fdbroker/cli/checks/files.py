@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -230,11 +231,18 @@ def pidfile(path: str, running: Running | None) -> list[Check]:
 
 
 def _holders_of_lock(file: os.stat_result) -> set[str]:
-    """Return who has a lock of flock(2) on a file, by /proc/locks; proc_locks(5).
+    """Return which processes have a lock of flock(2) on a file; proc_pid_fdinfo(5).
 
-    Looked up, not tried: a lock that is held for a moment would stop a broker that starts just then.
+    Looked up, not tried: a lock that is held for a moment would stop a broker that starts just then. What
+    /proc/locks shows is who took it, who may have ended and left it to a child.
     """
     device = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
-    with open("/proc/locks", encoding="ascii") as locks:
-        rows = [line.split() for line in locks]
-    return {row[4] for row in rows if row[1] == "FLOCK" and row[5] == device}
+    holders = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended
+            for name in os.listdir(f"/proc/{pid}/fdinfo"):
+                with contextlib.suppress(OSError), open(f"/proc/{pid}/fdinfo/{name}", "rb") as info:
+                    locks = [line.split() for line in info if line.startswith(b"lock:")]
+                    if any(b"FLOCK" in lock and device.encode() in lock for lock in locks):
+                        holders.add(pid)
+    return holders

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _MODULES_OF_DAEMON = {
     "yaml": "PyYAML",
-    "msgspec": "msgspec",
     "daemon": "python-daemon",
     "systemd": "systemd-python",
 }

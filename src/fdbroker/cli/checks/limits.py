@@ -151,12 +151,10 @@ def _set_since(running: Running) -> float | None:
     """
     started = running.status.get("started")
     try:
-        with open(running.proc("stat"), encoding="ascii", errors="replace") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])  # starttime; proc_pid_stat(5)
+        age = running.age()
         then = dt.datetime.fromisoformat(str(started))
     except (OSError, ValueError):
         return None
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     offset = time.time() - age - then.timestamp()
     # The process is older than that record by what the launcher took.
     return offset if offset > 0 else min(offset + _STARTING, 0.0)

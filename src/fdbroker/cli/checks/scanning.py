@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import pwd
+import re
 from typing import TYPE_CHECKING
 
 from fdbroker.cli.checks.check import MISSING, OK, WEAKER, Check
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from fdbroker.config import CompiledPolicy
 
 SERVICE_USER = "fdbroker-scand"
+_CLAMAV = re.compile(r"ClamAV [^/]*/[^/]*/([^,]*)")
+_OLD = 7  # days
 _GREETED_WITHIN = 3.0  # seconds
 _ANSWERED_WITHIN = 10.0
 
@@ -46,11 +50,28 @@ def _service(path: str) -> list[Check]:
     versions = [row["version"] for row in engines] if isinstance(engines, list) else []
     found = f"answers on {shown}, with {', '.join(map(printable, versions)) or 'no engine'}"
     checks = [Check(name, OK, found, meaning)]
+    days = max((age for version in versions if (age := days_of_database(version)) is not None), default=0)
+    if days > _OLD:
+        cure = "see that freshclam runs: systemctl status clamav-freshclam"
+        found = f"of {days} days ago"
+        checks.append(Check("its databases", WEAKER, found, "it finds what is known by now", cure))
     if status.get("outdated"):
-        found = "changed since its engines were loaded, which could not be loaded anew"
+        found = "have changed, and could not be loaded anew"
         cure = "its log says why; then systemctl reload fdbroker-scand"
         checks.append(Check("its databases", WEAKER, found, "it finds what the latest database knows", cure))
     return checks
+
+
+def days_of_database(version: str) -> int | None:
+    """Return how old the database is that ClamAV's version names; None: it names none."""
+    found = _CLAMAV.match(version)
+    if found is None:
+        return None
+    try:
+        made = dt.datetime.strptime(found[1].strip(), "%a %b %d %H:%M:%S %Y").replace(tzinfo=dt.UTC)
+    except ValueError:
+        return None
+    return (dt.datetime.now(dt.UTC) - made).days
 
 
 def _membership(compiled: CompiledPolicy) -> list[Check]:

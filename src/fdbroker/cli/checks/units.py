@@ -42,7 +42,16 @@ _PROPERTIES = (
     *("AmbientCapabilities", "CapabilityBoundingSet", "CanReload"),
 )
 _OF_SOCKETS = (
-    *("Listen", "FileDescriptorName", "ActiveState", "Result", "Accept", "PassCredentials", "FragmentPath"),
+    *(
+        "Listen",
+        "FileDescriptorName",
+        "ActiveState",
+        "Result",
+        "Accept",
+        "PassCredentials",
+        "LoadState",
+        "UnitFileState",
+    ),
 )
 _KIND_OF = {
     "seqpacket": "SequentialPacket",
@@ -106,7 +115,9 @@ def unit_checks(compiled: CompiledPolicy | None, running: Running | None) -> lis
     if broker is not None:
         broker = broker._replace(roots=roots, helpers=helpers)
         checks += [_state_of(broker), *_options_of(broker, objections_to_broker(broker))]
-        for name in broker.value("TriggeredBy").split():
+        # One that was not started yet is not among those that systemd knows of.
+        usual = [f"fdbroker-{name}.socket" for name in (*_KIND_OF, *sorted(services))]
+        for name in dict.fromkeys([*broker.value("TriggeredBy").split(), *usual]):
             checks += _socket(name, services)
         checks += _whose_broker(broker, running)
     scand = read_unit(SCAN_SERVICE)
@@ -326,8 +337,12 @@ def _socket(name: str, services: set[str]) -> list[Check]:
     def value(option: str) -> str:
         return " ".join(values.get(option, []))
 
+    if value("LoadState") in {"", "not-found"}:
+        return []
     called = value("FileDescriptorName")
     listening = values.get("Listen", [])
+    if value("ActiveState") == "inactive" and value("UnitFileState") != "enabled":
+        return []  # it is not wanted
     if value("ActiveState") != "active":
         found = f"is {value('ActiveState')} ({value('Result')})"
         cure = f"systemctl reset-failed {name}; systemctl enable --now {name}"

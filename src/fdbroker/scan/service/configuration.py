@@ -5,11 +5,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast, get_args
 
-import msgspec
-from msgspec import UNSET, Meta, UnsetType
-
+from fdbroker.clamd.replies import Unscanned
 from fdbroker.client.blocking import DEFAULT_SOCKET
 from fdbroker.config.clients import ClientReader
 from fdbroker.config.errors import ProblemList, quoted
@@ -17,7 +15,6 @@ from fdbroker.config.identities import Lookups, SystemLookups
 from fdbroker.config.reader import Reader
 from fdbroker.config.scalars import (
     ScalarError,
-    parse_boolean,
     parse_count,
     parse_duration,
     parse_path,
@@ -25,6 +22,7 @@ from fdbroker.config.scalars import (
 )
 from fdbroker.config.schema import NAME_PATTERN
 from fdbroker.config.sources import read_policy_file
+from fdbroker.config.structures import UNSET, Meta, Structure, UnsetType
 from fdbroker.config.yaml_tree import List, Mapping, Node, Text, parse_yaml
 from fdbroker.scan.engine import EngineError
 from fdbroker.scan.options import OptionsError, values_of_words
@@ -44,11 +42,7 @@ Log = Literal["plain", "clamd"]
 _NAME = re.compile(NAME_PATTERN)
 
 
-class _Keys(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What all structures here have in common: they are the one list of keys."""
-
-
-class _File(_Keys):
+class _File(Structure):
     version: int
     broker: str | UnsetType = UNSET
     listeners: dict[str, Any] | UnsetType = UNSET
@@ -69,15 +63,15 @@ class _File(_Keys):
     tcp: dict[str, Any] | UnsetType = UNSET
 
 
-class _Clamd(_Keys):
+class _Clamd(Structure):
     max_stream: str | UnsetType = UNSET
     command_timeout: str | UnsetType = UNSET
     read_timeout: str | UnsetType = UNSET
     write_timeout: str | UnsetType = UNSET
-    limits_pass: str | UnsetType = UNSET
+    unscanned: str | UnsetType = UNSET
 
 
-class _Listener(_Clamd, kw_only=True):
+class _Listener(_Clamd):
     protocol: Annotated[str, Meta(description="What its clients speak.")]
 
 
@@ -87,12 +81,12 @@ class _Tcp(_Clamd):
     connections: int | UnsetType = UNSET
 
 
-class _Queue(_Keys):
+class _Queue(Structure):
     per_client: int | UnsetType = UNSET
     total: int | UnsetType = UNSET
 
 
-class _Users(_Keys):
+class _Users(Structure):
     user: list[str] | UnsetType = UNSET
 
 
@@ -108,7 +102,7 @@ class Listener(NamedTuple):
 
     `max_stream`: of one INSTREAM. `command_timeout`: until the first command is there; `read_timeout`: until
     the next one, or more of a stream. `write_timeout`: for a client that does not read what it was told.
-    `limits_pass`: what exceeds a limit, is encrypted or can't be unpacked is OK, as it is for clamd.
+    `unscanned`: what is said of what exceeds a limit, is encrypted or can't be unpacked.
     """
 
     protocol: str = "scan"
@@ -116,7 +110,7 @@ class Listener(NamedTuple):
     command_timeout: float = 30.0
     read_timeout: float = 120.0
     write_timeout: float = 600.0
-    limits_pass: bool = False
+    unscanned: Unscanned = "error"
 
 
 class Tcp(NamedTuple):
@@ -295,9 +289,7 @@ class _Whole:
                 self._within(f"{what}: {name}", node, parse_duration, range(1, 86401), int(fallback))
             )
 
-        passing = self._reader.parsed(
-            found.get("limits_pass"), f"{what}: limits_pass", parse_boolean, "write true or false"
-        )
+        unscanned = self._reader.choice(found.get("unscanned"), f"{what}: unscanned", get_args(Unscanned))
         return usual._replace(
             max_stream=self._reader.parsed(
                 found.get("max_stream"), f"{what}: max_stream", parse_size, "write a size, as in 100MiB"
@@ -306,7 +298,7 @@ class _Whole:
             command_timeout=seconds("command_timeout", usual.command_timeout),
             read_timeout=seconds("read_timeout", usual.read_timeout),
             write_timeout=seconds("write_timeout", usual.write_timeout),
-            limits_pass=bool(passing),
+            unscanned=cast("Unscanned", unscanned or usual.unscanned),
         )
 
     def _tcp(self) -> Tcp | None:

@@ -19,6 +19,7 @@ from fdbroker.config.errors import ConfigError
 from fdbroker.config.names import printable
 from fdbroker.launcher.activation import connect_notify_socket, passed_descriptors, watchdog_usec
 from fdbroker.launcher.errors import LaunchError
+from fdbroker.launcher.until_ready import READY
 from fdbroker.sandbox import SandboxError
 from fdbroker.scan.engine import EngineError
 from fdbroker.scan.pool import Pool
@@ -63,9 +64,16 @@ _OF_A_CLAMD_CLIENT = 2
     "--check", is_flag=True, help="Say what is wrong with the configuration, and end. Nothing is loaded."
 )
 @click.option("--dev", is_flag=True, help="For trying: who starts it may own the configuration, too.")
+@click.option(
+    "--ready-fd",
+    "ready",
+    type=click.IntRange(3),
+    metavar="FD",
+    help="Write 'ready' here when the engines are loaded, and close it: for supervisors like s6.",
+)
 @click.version_option(fdbroker.__version__, prog_name="fdbroker-scand")
 @click.pass_context
-def command(context: click.Context, path: str, *, check: bool, dev: bool) -> int:
+def command(context: click.Context, path: str, ready: int | None, *, check: bool, dev: bool) -> int:
     """Scan files for the clients of the broker's listeners.
 
     Started by a service manager or by hand, in the foreground, as a user of its
@@ -94,7 +102,7 @@ def command(context: click.Context, path: str, *, check: bool, dev: bool) -> int
         click.echo(f"{printable(path)}: no problems")
         return 0
     try:
-        return _run(configuration)
+        return _run(configuration, ready)
     except (EngineError, SandboxError, LaunchError, OSError) as error:
         say(f"it can't start: {error}")
         return EXIT_NOT_STARTED
@@ -127,13 +135,31 @@ def import_clamd_conf(path: str) -> int:
     return 0
 
 
-def _run(configuration: Configuration) -> int:
+class _Managers(Notifier):
+    """Tells systemd, and who reads `ready` instead: a line, and its end, when it is ready at first."""
+
+    def __init__(self, descriptor: int | None, watchdog_usec: int | None, ready: int | None) -> None:
+        super().__init__(descriptor, watchdog_usec)
+        if ready is not None:
+            os.set_inheritable(ready, False)
+        self._ready = ready
+
+    def say(self, **variables: str) -> None:
+        super().say(**variables)
+        if self._ready is not None and "READY" in variables:
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                os.write(self._ready, READY)
+            os.close(self._ready)
+            self._ready = None
+
+
+def _run(configuration: Configuration, ready: int | None) -> int:
     with listening_socket(configuration.tcp, passed_descriptors()) or contextlib.nullcontext() as tcp:
-        _run_with(configuration, tcp)
+        _run_with(configuration, tcp, ready)
     return 0
 
 
-def _run_with(configuration: Configuration, tcp: socket.socket | None) -> None:
+def _run_with(configuration: Configuration, tcp: socket.socket | None, ready: int | None) -> None:
     descriptors = _most_descriptors()
     openings = openings_within(configuration, descriptors)
     limits = limits_within(configuration, descriptors)
@@ -143,7 +169,7 @@ def _run_with(configuration: Configuration, tcp: socket.socket | None) -> None:
     socket_of_manager = connect_notify_socket()
     watchdog = None if socket_of_manager is None else watchdog_usec()
     with (
-        contextlib.closing(Notifier(socket_of_manager, watchdog)) as notifier,
+        contextlib.closing(_Managers(socket_of_manager, watchdog, ready)) as notifier,
         Pool(
             configuration.engines,
             jobs=configuration.workers,

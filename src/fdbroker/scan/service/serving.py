@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,6 @@ from fdbroker.scan.service.native import NativeClient
 from fdbroker.scan.service.tcp import TcpListener
 
 if TYPE_CHECKING:
-    import socket
-
     from fdbroker.broker.notify import Notifier
     from fdbroker.scan.pool import Pool, Version
     from fdbroker.scan.service.configuration import Configuration, Listener
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 
 # By the words of the configuration.
 PROTOCOLS: dict[str, Speaks] = {"clamd": ClamdClient, "scan": NativeClient}
+# What they are spoken on, and how the policy has it.
+_SOCKETS = {"clamd": (socket.SOCK_STREAM, "stream"), "scan": (socket.SOCK_SEQPACKET, "seqpacket")}
 
 _PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between attempts to reach the broker; the last one goes on
 _WELL = "serving"
@@ -106,18 +107,32 @@ async def _serve_listener(core: Core, name: str, listener: Listener, notifier: N
             ):
                 attempts = 0
                 _note(core, notifier, name, _WELL)
-                await _take_clients(core, listener, service)
+                await _take_clients(core, name, listener, service, notifier)
         except OSError as error:  # of the broker, or no descriptors for the connection
             _note(core, notifier, name, f"not served: {core.configuration.broker}: {error.strerror}")
         await asyncio.sleep(_PAUSES[min(attempts, len(_PAUSES) - 1)])
         attempts += 1
 
 
-async def _take_clients(core: Core, listener: Listener, service: aio.Service) -> None:
+async def _take_clients(
+    core: Core, name: str, listener: Listener, service: aio.Service, notifier: Notifier
+) -> None:
     """Serve who comes. Raises BrokerError when nobody can come any more; then those that came are gone."""
     mine: set[Connection] = set()
+    kind, word = _SOCKETS[listener.protocol]
     try:
         async for served in service:
+            if served.socket.type != kind:
+                # Of the policy nothing can be seen before somebody comes.
+                _note(
+                    core,
+                    notifier,
+                    name,
+                    f"its clients can't be served: {listener.protocol} is not spoken on this type of socket;"
+                    f" write type: {word} at {name} in listeners of the policy, and restart the broker",
+                )
+                served.close()
+                continue
             mine &= core.connections
             try:
                 mine.add(PROTOCOLS[listener.protocol](core, served, listener))

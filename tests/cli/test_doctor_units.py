@@ -1,0 +1,215 @@
+"""What doctor makes of what systemd shows of units: each option that goes wrong, and no other."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fdbroker.cli.checks import BROKEN, OK, WEAKER, units
+from fdbroker.cli.checks.check import Running
+from fdbroker.cli.checks.units import (
+    SCAN_SERVICE,
+    SERVICE,
+    Unit,
+    calls_refused,
+    objections_to_broker,
+    unit_checks,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# As systemctl shows the unit of docs/fdbrokerd.md.
+RIGHT = {
+    "LoadState": "loaded",
+    "ActiveState": "active",
+    "Type": "notify",
+    "NotifyAccess": "main",
+    "User": "fdbroker",
+    "MainPID": "7",
+    "ProtectHome": "read-only",
+    "AmbientCapabilities": "cap_dac_read_search",
+    "CapabilityBoundingSet": "cap_dac_read_search",
+    "NoNewPrivileges": "yes",
+    "ReadOnlyPaths": "/",
+    "LimitNOFILE": "16384",
+    "TasksMax": "infinity",
+    "ProcSubset": "all",
+}
+SOCKET = {
+    "LoadState": "loaded",
+    "ActiveState": "active",
+    "FileDescriptorName": "seqpacket",
+    "Listen": "/run/fdbroker/broker.seqpacket (SequentialPacket)",
+}
+AS_ROOT = {"User": "", "AmbientCapabilities": "", "ReadOnlyPaths": "", "NoNewPrivileges": "no"}
+
+
+def unit(*roots: bytes, **changes: str) -> Unit:
+    values = {key: [value] for key, value in (RIGHT | changes).items()}
+    return Unit(SERVICE, values, roots or (b"/home", b"/srv/data"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        AS_ROOT,
+        {"PrivateTmp": "yes"},
+        {"TasksMax": "10"},
+        {"InaccessiblePaths": "/srv/other -/opt"},
+        {"ReadOnlyPaths": "-/ /x"},
+        {"RestrictAddressFamilies": "AF_UNIX AF_INET"},
+        {"RestrictAddressFamilies": "~AF_INET"},
+        {"SystemCallFilter": "~open_by_handle_at"},
+        {"RuntimeDirectory": "other"},
+    ],
+)
+def test_unit_that_serves_has_no_objection(changes: dict[str, str]) -> None:
+    assert objections_to_broker(unit(**changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "option", "state"),
+    [
+        ({"DynamicUser": "yes"}, "DynamicUser", BROKEN),
+        ({"PrivateUsers": "yes"}, "PrivateUsers", BROKEN),
+        ({"AmbientCapabilities": ""}, "AmbientCapabilities", BROKEN),
+        ({"CapabilityBoundingSet": "cap_chown"}, "CapabilityBoundingSet", BROKEN),
+        ({"NoNewPrivileges": "no"}, "NoNewPrivileges", BROKEN),
+        ({"ReadOnlyPaths": "/etc"}, "ReadOnlyPaths", BROKEN),
+        ({"RootDirectory": "/srv/tree"}, "RootDirectory", BROKEN),
+        ({"ProtectHome": "tmpfs"}, "ProtectHome", BROKEN),
+        ({"InaccessiblePaths": "-/srv"}, "InaccessiblePaths", BROKEN),
+        ({"TemporaryFileSystem": "/srv/data/below:ro"}, "TemporaryFileSystem", BROKEN),
+        ({"ProcSubset": "pid"}, "ProcSubset", WEAKER),
+        ({"RestrictSUIDSGID": "yes"}, "RestrictSUIDSGID", BROKEN),
+        ({"SystemCallFilter": "read write openat2"}, "SystemCallFilter", BROKEN),
+        ({"RestrictAddressFamilies": "AF_INET"}, "RestrictAddressFamilies", BROKEN),
+        ({"RestrictAddressFamilies": "~AF_UNIX"}, "RestrictAddressFamilies", BROKEN),
+        ({"Type": "simple"}, "Type", WEAKER),
+        ({"NotifyAccess": "none"}, "Type", WEAKER),
+        ({"LimitNOFILE": "1023"}, "LimitNOFILE", BROKEN),
+        ({"RuntimeDirectory": "fdbroker"}, "RuntimeDirectory", BROKEN),
+    ],
+)
+def test_option_that_goes_wrong_is_the_one_that_is_named(
+    changes: dict[str, str], option: str, state: str
+) -> None:
+    [objection] = objections_to_broker(unit(**changes))
+    assert (objection.options[0], objection.state) == (option, state)
+
+
+def test_options_go_wrong_where_something_is_served_that_they_are_about() -> None:
+    [hidden] = objections_to_broker(unit(b"/tmp/upload", PrivateTmp="yes"))
+    assert "/tmp/upload is another directory" in hidden.effect
+    [few] = objections_to_broker(unit(TasksMax="10")._replace(helpers=True))
+    assert few.options == ("TasksMax",)
+    assert objections_to_broker(unit(b"/srv", ProtectHome="yes")) == []
+
+
+@pytest.mark.parametrize(
+    ("shown", "refused"),
+    [
+        ("", set()),
+        ("~seccomp read", {"seccomp"}),
+        (
+            "openat2 memfd_create seccomp capset landlock_create_ruleset:1 landlock_add_rule",
+            {"landlock_restrict_self"},
+        ),
+    ],
+)
+def test_calls_that_a_filter_refuses_are_those_that_the_broker_needs(shown: str, refused: set[str]) -> None:
+    assert calls_refused(shown) == refused
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, of: dict[str, dict[str, str]]) -> dict[str, tuple[str, str]]:
+    """Return what the checks say, by name, where systemctl shows this."""
+
+    def show(name: str, _properties: object) -> dict[str, list[str]]:
+        values = of.get(name, {"LoadState": "not-found"})
+        return defaultdict(list, {key: value.split("|") for key, value in values.items()})
+
+    monkeypatch.setattr(units, "_show", show)
+    monkeypatch.setattr("os.path.isdir", lambda _path: True)
+    running = Running(7, {})
+    return {check.name: (check.state, check.found) for check in unit_checks(None, running)}
+
+
+def test_machine_without_these_units_has_nothing_to_say_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(monkeypatch, {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "said"),
+    [
+        ({}, OK, "active"),
+        ({"LoadState": "masked"}, BROKEN, "is masked"),
+        ({"LoadState": "bad-setting", "LoadError": "no ExecStart"}, BROKEN, "is bad-setting: no ExecStart"),
+        ({"ActiveState": "failed", "Result": "start-limit-hit"}, BROKEN, "ended too often"),
+        ({"NeedDaemonReload": "yes"}, WEAKER, "was changed since systemd has read it"),
+        ({"DropInPaths": "/etc/x.conf"}, OK, "with /etc/x.conf"),
+    ],
+)
+def test_state_of_the_unit_is_told(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], state: str, said: str
+) -> None:
+    told = shown(monkeypatch, {SERVICE: RIGHT | changes})
+    assert told[SERVICE][0] == state
+    assert said in told[SERVICE][1]
+
+
+def test_broker_besides_that_of_the_unit_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"{SERVICE} process" not in shown(monkeypatch, {SERVICE: RIGHT})
+    state, found = shown(monkeypatch, {SERVICE: RIGHT | {"MainPID": "8"}})[f"{SERVICE} process"]
+    assert state == BROKEN
+    assert "two brokers run" in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({}, OK),
+        ({"ActiveState": "failed", "Result": "service-start-limit-hit"}, BROKEN),
+        ({"ActiveState": "inactive", "UnitFileState": "enabled"}, BROKEN),
+        ({"ActiveState": "inactive", "UnitFileState": "disabled"}, None),
+        ({"FileDescriptorName": "fdbroker"}, BROKEN),
+        ({"Listen": "/run/a (Stream)"}, BROKEN),
+        ({"Accept": "yes"}, BROKEN),
+        ({"FileDescriptorName": "dgram", "Listen": "/run/a (Datagram)", "PassCredentials": "no"}, WEAKER),
+    ],
+)
+def test_sockets_of_the_unit_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], state: str | None
+) -> None:
+    service = RIGHT | {"TriggeredBy": "own.socket"}
+    told = shown(monkeypatch, {SERVICE: service, "own.socket": SOCKET | changes})
+    assert told.get("own.socket", (None,))[0] == state
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({"PrivateUsers": "yes"}, BROKEN),
+        ({"RestrictNamespaces": "yes"}, BROKEN),
+        ({"LimitNOFILE": "100"}, WEAKER),
+    ],
+)
+def test_options_of_the_scan_service_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], state: str
+) -> None:
+    told = shown(monkeypatch, {SCAN_SERVICE: {"LoadState": "loaded", "ActiveState": "active"} | changes})
+    assert told[f"{SCAN_SERVICE} {next(iter(changes))}="][0] == state
+
+
+def test_drop_in_that_has_the_option_last_is_named(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("unit", "first", "second", "third")]
+    for file, text in zip(
+        files, ("PrivateTmp=no", "PrivateTmp=yes", "PrivateTmp = yes", "#PrivateTmp=no"), strict=True
+    ):
+        file.write_text(f"[Service]\n{text}\n")
+    named = unit(FragmentPath=str(files[0]), DropInPaths=" ".join(map(str, files[1:])))
+    assert units.file_with(named, "PrivateTmp") == str(files[2])
+    assert units.file_with(named, "ProtectHome") is None
