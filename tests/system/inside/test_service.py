@@ -356,3 +356,12 @@ def test_a_worker_is_started_for_each_client_and_has_what_its_template_may_have(
     granted = [record for record in records() if record.get("rule") == "a-unit-reads-data"][-1]
     assert 61184 <= granted["uid"] <= 65519  # a user that there was for this client
     run("systemctl", "stop", "fdbroker-worker.socket")
+
+
+def test_doctor_finds_an_installation_in_order() -> None:
+    run("systemctl", "start", SERVICE)
+    done = run("fdbroker", "doctor", check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert done.stdout.splitlines()[-1].endswith("0 broken, 0 missing.")
+    # What is weaker is so for what this policy says, and for the machine.
+    assert set(re.findall(r"^weaker +(.*?)  ", done.stdout, re.MULTILINE)) <= {"policy warnings", "clock"}
