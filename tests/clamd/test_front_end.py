@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import time
@@ -85,13 +86,82 @@ def asked(scand: RunningScand, *steps: Step, uid: int = ANN) -> bytes:
 
 
 def test_nobody_learns_anything_of_what_is_not_theirs(scand: RunningScand, directory: Path) -> None:
-    home = bytes(directory / "tree" / "bob")
-    for command in (b"SCAN", b"CONTSCAN", b"MULTISCAN", b"ALLMATCHSCAN"):
-        for name in (b"", b"/clean", b"/bad", b"/none", b"/sub", b"/none/x", b"/clean/x", b"/sub/worse"):
-            said = asked(scand, b"z" + command + b" " + home + name + b"\0")
-            assert said == home + name + b": Access denied. ERROR\0"
-            if name in {b"/clean", b"/sub"}:
-                assert b" OK\0" in asked(scand, b"zCONTSCAN " + home + b"/clean\0", uid=BOB)
+    """Whatever is there, and however it is asked for: the answer is that to what is not there."""
+    bob = directory / "tree" / "bob"
+    (bob / "to bad").symlink_to(bob / "bad")
+    (bob / "to Ann's").symlink_to(directory / "tree" / "ann" / "clean")
+    (bob / "to nothing").symlink_to(bob / "none")
+    os.mkfifo(bob / "fifo")
+    own(bob / "fifo", BOB, 0o666)
+    (bob / "open to all").write_bytes(BAD)
+    own(bob / "open to all", BOB, 0o666)
+    os.link(bob / "bad", directory / "tree" / "ann" / "linked")
+    home = bytes(bob)
+    theirs = [b"", *(b"/" + os.fsencode(one.name) for one in bob.iterdir()), b"/none", b"/none/x"]
+    theirs += [
+        b"/clean/x",
+        b"/sub/worse",
+        b"/sub/none",
+        b"/to bad/x",
+        b"/" + b"x" * 255,
+        b"/\xff",
+        b"/n\ton e",
+    ]
+    names = [home + name for name in theirs] + [bytes(directory / "tree" / "ann" / "linked")]
+    assert home + b"/bad" in names
+    assert home + b"/sub" in names
+    forms = [(b"z%b %b\0", b"\0"), (b"n%b %b\n", b"\n"), (b"%b %b\n", b"\n")]
+
+    def ask() -> tuple[set[bytes], bytes, bytes]:
+        answers = set()
+        before = converse(scand.clamd, (b"zSTATS\0",))
+        for command in (b"SCAN", b"CONTSCAN", b"MULTISCAN", b"ALLMATCHSCAN"):
+            for form, end in forms[: 2 if command == b"ALLMATCHSCAN" else 3]:
+                for name in names:
+                    said = converse(scand.clamd, (form % (command, name),))
+                    shown = name if end == b"\0" else name.replace(b"\t", b"\\x09")
+                    assert said.startswith(shown + b": "), (command, name, said)
+                    answers.add(said[len(shown) :])
+        session = b"".join(b"zSCAN %b\0" % name for name in names)
+        said = converse(scand.clamd, (b"zIDSESSION\0" + session + b"zEND\0",))
+        for number, name in enumerate(names, 1):
+            [one] = [one for one in said.split(b"\0") if one.startswith(b"%d: " % number)]
+            answers.add(one.removeprefix(b"%d: %b" % (number, name)))
+        return answers, before, converse(scand.clamd, (b"zSTATS\0",))
+
+    logged = scand.errors()
+    answers, before, after = in_child(ask, uid=ANN)
+    assert {answer.rstrip(b"\0\n") for answer in answers} == {b": Access denied. ERROR"}
+    assert before == after
+    assert scand.errors() == logged
+    for name in (b"/clean", b"/sub"):
+        assert b" OK\0" in asked(scand, b"zCONTSCAN " + home + b"/clean\0", uid=BOB), name
+    assert b": " + BAD_NAME.encode() + b" FOUND\0" in asked(scand, b"zSCAN " + home + b"/bad\0", uid=BOB)
+    (directory / "tree" / "ann" / "linked").unlink()
+
+
+def test_what_is_in_somebody_elses_directory_changes_no_answer_about_ones_own(
+    scand: RunningScand, directory: Path
+) -> None:
+    mine = directory / "tree" / "ann" / "with Bob's"
+    inner = mine / "of Bob"
+    inner.mkdir(parents=True)
+    own(mine, ANN, 0o755)
+    own(inner, BOB, 0o700)
+    (mine / "fine").write_bytes(b"fine")
+    own(mine / "fine", ANN)
+
+    def answers() -> set[bytes]:
+        commands = (b"SCAN", b"CONTSCAN", b"MULTISCAN", b"ALLMATCHSCAN")
+        return {asked(scand, b"z%b %b\0" % (command, bytes(mine))) for command in commands}
+
+    expected = {bytes(mine) + b": Access denied. ERROR\0"}
+    assert answers() == expected
+    for name, content in (("fine", b"fine"), ("bad", BAD), ("large", bytes(LIMIT + 1))):
+        (inner / name).write_bytes(content)
+        own(inner / name, BOB)
+        assert answers() == expected
+    shutil.rmtree(mine)
 
 
 def test_a_finding_is_told_although_something_else_is_an_error(scand: RunningScand, directory: Path) -> None:
