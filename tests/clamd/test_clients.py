@@ -1,16 +1,20 @@
-"""ClamAV's own client says the same, and ends the same, whoever it talks to."""
+"""ClamAV's own clients say the same, and end the same, whoever they talk to."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.processes import wait_until
 from tests.scan.clamav import BAD
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.scan.running_scand import RunningScand
 
 pytestmark = pytest.mark.root
 
@@ -61,3 +65,31 @@ def test_clamdscan_moves_a_file_whose_name_has_a_newline(ours: Path, tmp_path: P
     status, _ = run(ours, tmp_path, "--no-summary", f"--move={target}", str(source))
     assert status == 1
     assert [path.name for path in target.iterdir()] == ["a: OK\nb"]
+
+
+# Of databases freshclam gets a file of this machine alone; it asks for a mirror that does not exist.
+_FRESHCLAM = """
+DatabaseDirectory {directory}/databases
+DatabaseOwner root
+DatabaseMirror database.invalid
+DNSDatabaseInfo version.invalid
+DatabaseCustomURL file://{directory}/new.hdb
+NotifyClamd {directory}/clamd.conf
+"""
+
+
+@pytest.mark.skipif(shutil.which("freshclam") is None, reason="there is no freshclam")
+def test_freshclams_notification_has_the_databases_loaded_anew(
+    scand: RunningScand, ours: Path, tmp_path: Path, database: Path
+) -> None:
+    (tmp_path / "databases").mkdir()
+    (tmp_path / "new.hdb").write_bytes((database / "test.hdb").read_bytes())
+    (tmp_path / "clamd.conf").write_text(f"LocalSocket {ours}\n")
+    configuration = tmp_path / "freshclam.conf"
+    configuration.write_text(_FRESHCLAM.format(directory=tmp_path))
+    before = scand.errors().count("loaded anew")
+    command = ["freshclam", f"--config-file={configuration}", "--update-db=custom", "--stdout"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert "Clamd successfully notified about the update." in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0
+    wait_until(lambda: scand.errors().count("loaded anew") > before, "they are loaded anew")
