@@ -379,7 +379,7 @@ def test_old_answers_are_given_where_that_is_configured(others: ForOtherUsers) -
         scand_and_broker(
             others,
             directory,
-            configuration(directory, ", limits_pass: true, write_timeout: 1s") + "log: clamd\n",
+            configuration(directory, ", unscanned: ok, write_timeout: 1s") + "log: clamd\n",
         ) as (scand, _),
     ):
         home = directory / "tree" / "ann"

@@ -309,11 +309,14 @@ def test_every_verdict_is_said_and_no_error_is_ok() -> None:
     assert said(Error(Reason.DENIED, "denied by the policy")) == [b"Access denied. ERROR"]
 
 
-def test_with_the_switch_a_limit_passes_as_clamd_lets_it() -> None:
-    passing = {reason for reason in Reason if said(Error(reason, ""), limits_pass=True) == [b"OK"]}
-    assert passing == {
-        Reason.TOO_LARGE,
-        Reason.LIMIT_EXCEEDED,
-        Reason.UNSCANNABLE_ENCRYPTED,
-        Reason.UNSCANNABLE_CONTAINER,
+def test_with_the_switch_a_limit_passes_or_is_found_as_by_clamd() -> None:
+    passing = {reason for reason in Reason if said(Error(reason, ""), "ok") == [b"OK"]}
+    found = {reason: said(Error(reason, ""), "found")[0] for reason in Reason}
+    assert {reason: name for reason, name in found.items() if name.endswith(b" FOUND")} == {
+        Reason.TOO_LARGE: b"Heuristics.Limits.Exceeded FOUND",
+        Reason.LIMIT_EXCEEDED: b"Heuristics.Limits.Exceeded FOUND",
+        Reason.UNSCANNABLE_ENCRYPTED: b"Heuristics.Encrypted FOUND",
+        Reason.UNSCANNABLE_CONTAINER: b"Heuristics.Unscannable FOUND",
     }
+    assert passing == {reason for reason, name in found.items() if name.endswith(b" FOUND")}
+    assert said(Clean(), "found") == [b"OK"]

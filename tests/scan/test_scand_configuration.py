@@ -37,7 +37,7 @@ listeners:
   b: {protocol: clamd}
   c:
     {protocol: clamd, max_stream: 5MiB, command_timeout: 1s, read_timeout: 2s, write_timeout: 1min,
-      limits_pass: true}
+      unscanned: found}
 engines:
   libclamav: {max_file_size: 1MiB, accept: [encrypted]}
   command: {argv: [/bin/true, x], clean: [0]}
@@ -65,7 +65,7 @@ tcp: {address: '::1', port: 3310, connections: 5, max_stream: 6MiB, read_timeout
         listeners={
             "a": Listener("scan"),
             "b": Listener("clamd"),
-            "c": Listener("clamd", 5 << 20, 1.0, 2.0, 60.0, limits_pass=True),
+            "c": Listener("clamd", 5 << 20, 1.0, 2.0, 60.0, "found"),
         },
         workers=3,
         spare_workers=0,

@@ -246,18 +246,18 @@ RULES: dict[str, Rule] = {
     ),
     "ScanPartialMessages": _never("parts of several mails are not put together"),
     "AlertExceedsMax": Rule(
-        Outcome.ANYWAY,
-        "what exceeds a limit is an error, not OK",
-        (Outcome.DIFFERENT, "what exceeds a limit is an error; with `limits_pass` it is OK, as for clamd"),
+        Outcome.DIFFERENT,
+        "what exceeds a limit is an error; with `unscanned: found` it is found, as by clamd",
+        (Outcome.DIFFERENT, "what exceeds a limit is an error; with `unscanned: ok` it is OK, as for clamd"),
     ),
     **_all(
         "AlertEncrypted AlertEncryptedArchive AlertEncryptedDoc",
         Rule(
-            Outcome.ANYWAY,
-            "what is encrypted is an error, not OK",
+            Outcome.DIFFERENT,
+            "what is encrypted is an error; with `unscanned: found` it is found, as by clamd",
             (
                 Outcome.DIFFERENT,
-                "what is encrypted is an error; with `accept: [encrypted]` or `limits_pass` it is OK",
+                "what is encrypted is an error; with `accept: [encrypted]` or `unscanned: ok` it is OK",
             ),
         ),
     ),

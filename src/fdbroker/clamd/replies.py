@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fdbroker.scan.verdict import Clean, Infected, Reason
 
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 OK = b"OK"
 STREAM = b"stream"  # the name of what INSTREAM brought
-# Reasons for which clamd, as it is installed, says OK: it stopped looking, or could not look.
-CLAMD_SAYS_OK = frozenset(
-    {
-        Reason.TOO_LARGE,
-        Reason.LIMIT_EXCEEDED,
-        Reason.UNSCANNABLE_ENCRYPTED,
-        Reason.UNSCANNABLE_CONTAINER,
-    }
-)
+# What is said of a file that was not looked at as a whole: an error; or what clamd says, OK as it is
+# installed, or a finding with AlertExceedsMax and AlertEncrypted.
+Unscanned = Literal["error", "ok", "found"]
+# For these reasons, with the name of the finding: by how it begins, clients know clamd's. The last is none.
+UNSCANNED = {
+    Reason.TOO_LARGE: b"Heuristics.Limits.Exceeded",
+    Reason.LIMIT_EXCEEDED: b"Heuristics.Limits.Exceeded",
+    Reason.UNSCANNABLE_ENCRYPTED: b"Heuristics.Encrypted",
+    Reason.UNSCANNABLE_CONTAINER: b"Heuristics.Unscannable",
+}
 # clamd's words for what its clients meet daily; of everything else the error's own text is said.
 _TEXTS = {
     Reason.DENIED: b"Access denied.",
@@ -47,17 +48,17 @@ def escaped(name: bytes) -> bytes:
     return b"".join(_ESCAPES.get(byte) or bytes((byte,)) for byte in name)
 
 
-def said(verdict: Verdict, *, limits_pass: bool = False) -> list[bytes]:
+def said(verdict: Verdict, unscanned: Unscanned = "error") -> list[bytes]:
     """Return what is said of a file: `OK`, `NAME FOUND` for each name, or `TEXT ERROR`.
 
-    `limits_pass`: an error that clamd knows nothing of is OK (`CLAMD_SAYS_OK`).
+    `unscanned`: what is said for the reasons in `UNSCANNED`.
     """
     if isinstance(verdict, Clean):
         return [OK]
     if isinstance(verdict, Infected):
         return [name.encode() + b" FOUND" for name in (verdict.name, *verdict.more)]
-    if limits_pass and verdict.reason in CLAMD_SAYS_OK:
-        return [OK]
+    if unscanned != "error" and verdict.reason in UNSCANNED:
+        return [OK] if unscanned == "ok" else [UNSCANNED[verdict.reason] + b" FOUND"]
     text = _TEXTS.get(verdict.reason) or (verdict.text.rstrip(".") or verdict.reason).encode() + b"."
     return [text + b" ERROR"]
 

@@ -577,7 +577,7 @@ class ClamdClient:
         if command.over:
             return
         if not isinstance(verdict, Clean):
-            texts = said(verdict, limits_pass=self._listener.limits_pass)
+            texts = said(verdict, self._listener.unscanned)
             # Several replies to one file are asked for by one command alone.
             for text in texts if command.kind is Kind.ALLMATCHSCAN else texts[:1]:
                 if text != OK:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast, get_args
 
+from fdbroker.clamd.replies import Unscanned
 from fdbroker.client.blocking import DEFAULT_SOCKET
 from fdbroker.config.clients import ClientReader
 from fdbroker.config.errors import ProblemList, quoted
@@ -14,7 +15,6 @@ from fdbroker.config.identities import Lookups, SystemLookups
 from fdbroker.config.reader import Reader
 from fdbroker.config.scalars import (
     ScalarError,
-    parse_boolean,
     parse_count,
     parse_duration,
     parse_path,
@@ -68,7 +68,7 @@ class _Clamd(Structure):
     command_timeout: str | UnsetType = UNSET
     read_timeout: str | UnsetType = UNSET
     write_timeout: str | UnsetType = UNSET
-    limits_pass: str | UnsetType = UNSET
+    unscanned: str | UnsetType = UNSET
 
 
 class _Listener(_Clamd):
@@ -102,7 +102,7 @@ class Listener(NamedTuple):
 
     `max_stream`: of one INSTREAM. `command_timeout`: until the first command is there; `read_timeout`: until
     the next one, or more of a stream. `write_timeout`: for a client that does not read what it was told.
-    `limits_pass`: what exceeds a limit, is encrypted or can't be unpacked is OK, as it is for clamd.
+    `unscanned`: what is said of what exceeds a limit, is encrypted or can't be unpacked.
     """
 
     protocol: str = "scan"
@@ -110,7 +110,7 @@ class Listener(NamedTuple):
     command_timeout: float = 30.0
     read_timeout: float = 120.0
     write_timeout: float = 600.0
-    limits_pass: bool = False
+    unscanned: Unscanned = "error"
 
 
 class Tcp(NamedTuple):
@@ -289,9 +289,7 @@ class _Whole:
                 self._within(f"{what}: {name}", node, parse_duration, range(1, 86401), int(fallback))
             )
 
-        passing = self._reader.parsed(
-            found.get("limits_pass"), f"{what}: limits_pass", parse_boolean, "write true or false"
-        )
+        unscanned = self._reader.choice(found.get("unscanned"), f"{what}: unscanned", get_args(Unscanned))
         return usual._replace(
             max_stream=self._reader.parsed(
                 found.get("max_stream"), f"{what}: max_stream", parse_size, "write a size, as in 100MiB"
@@ -300,7 +298,7 @@ class _Whole:
             command_timeout=seconds("command_timeout", usual.command_timeout),
             read_timeout=seconds("read_timeout", usual.read_timeout),
             write_timeout=seconds("write_timeout", usual.write_timeout),
-            limits_pass=bool(passing),
+            unscanned=cast("Unscanned", unscanned or usual.unscanned),
         )
 
     def _tcp(self) -> Tcp | None:
