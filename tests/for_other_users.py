@@ -34,6 +34,19 @@ _BEING_WRITTEN = shutil.ignore_patterns(
 )  # bytecode before it gets its name, by whoever runs beside us
 
 
+def copy_systemd(directory: Path) -> Path:
+    """Copy the package that takes systemd's sockets; return where it is found, which others can reach.
+
+    No other package needs it, and it is no pure Python.
+    """
+    spec = importlib.util.find_spec("systemd")
+    assert spec is not None
+    assert spec.origin is not None
+    to = directory / "packages"
+    shutil.copytree(Path(spec.origin).parent, to / "systemd")
+    return to
+
+
 class ForOtherUsers(NamedTuple):
     """An interpreter, to be run with -P and PYTHONPATH `directory`, where the packages are."""
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import socket
 import struct
 import subprocess
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import clamd
@@ -20,12 +18,14 @@ from fdbroker.launcher.errors import LaunchError
 from fdbroker.scan.service.configuration import Tcp
 from fdbroker.scan.service.tcp import is_loopback, listening_socket
 from tests.clamd.talks import chunks
+from tests.for_other_users import copy_systemd
 from tests.processes import wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.running_scand import SCAND_UID, copy_treacherous_engine, running_scand
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.for_other_users import ForOtherUsers
     from tests.scan.running_scand import RunningScand
@@ -52,6 +52,7 @@ def directory() -> Iterator[Path]:
     with reachable_directory() as path:
         copy_treacherous_engine(path)
         (path / "word").write_bytes(b"Smoke")
+        copy_systemd(path)
         yield path
 
 
@@ -187,11 +188,6 @@ def passed_to(
     (directory / "with-socket.yaml").write_text(
         f"version: 1\nbroker: {directory}/none\nengines: {{hashes: {{}}}}\ntcp: {{}}\n"
     )
-    packages = directory / "packages"
-    if not packages.exists():
-        import systemd  # noqa: PLC0415 - where it is, is what is wanted
-
-        shutil.copytree(Path(systemd.__file__).parent, packages / "systemd")
     number = listener.fileno()
     # The number that systemd begins with, and the pid that only the process itself knows.
     start = (
@@ -203,7 +199,7 @@ def passed_to(
     process = subprocess.Popen(
         [others.python, "-I", "-c", start, *command],
         env={
-            "PYTHONPATH": f"{others.directory}:{packages}",
+            "PYTHONPATH": f"{others.directory}:{directory}/packages",
             "PATH": os.environ["PATH"],
             "LISTEN_FDS": "1",
             "LISTEN_FDNAMES": name,
