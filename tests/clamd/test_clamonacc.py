@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.clamd.replacing import instead_of_clamd
+from tests.documentation.blocks import blocks
 from tests.processes import in_child, wait_until
 from tests.running_broker import BROKER_UID, reachable_directory
 from tests.scan.clamav import BAD, BAD_NAME, make_database
@@ -25,13 +26,11 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
-_CONFIGURATION = """
-LocalSocket {socket}
-OnAccessIncludePath {watched}
-OnAccessPrevention yes
-OnAccessExcludeRootUID yes
-OnAccessMaxFileSize 5M
-"""
+# As docs/from-clamd.md has it.
+[_DOCUMENTED] = [
+    block.text for block in blocks("docs/from-clamd.md") if block.text.startswith("OnAccessIncludePath")
+]
+_USERS = {"fdbroker": BROKER_UID, "fdbroker-scand": SCAND_UID}
 _SECONDS_OF_WATCHDOG = 3.0
 
 
@@ -41,10 +40,13 @@ def clamonacc(
 ) -> Iterator[Path]:
     """Run it; give what it says. Opens of those excluded, and of root, it lets pass without asking."""
     configuration, said = directory / "clamonacc.conf", directory / "clamonacc.said"
-    configuration.write_text(
-        _CONFIGURATION.format(socket=socket, watched=watched)
-        + "".join(f"OnAccessExcludeUID {uid}\n" for uid in excluded)
-    )
+    lines = [f"LocalSocket {socket}", "OnAccessExcludeRootUID yes"]
+    for option, value in (line.split() for line in _DOCUMENTED.splitlines()):
+        if option == "OnAccessExcludeUname":
+            lines += [f"OnAccessExcludeUID {uid}" for uid in [_USERS[value]] if uid in excluded]
+        else:
+            lines.append(f"{option} {watched if option == 'OnAccessIncludePath' else value}")
+    configuration.write_text("\n".join(lines) + "\n")
     with open(said, "wb") as output:
         process = subprocess.Popen(
             ["/usr/sbin/clamonacc", "--foreground", *mode, f"--config-file={configuration}"],

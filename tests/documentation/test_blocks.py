@@ -64,14 +64,16 @@ CLAIMS = [
     Claim("docs/from-clamd.md", "tests/clamd/test_documentation.py", "", "LocalSocket"),
     Claim("docs/from-clamd.md", "tests/clamd/test_documentation.py", "", "version: 1"),
     Claim("docs/from-clamd.md", "tests/clamd/test_documentation.py", "", "missing:"),
+    Claim("docs/from-clamd.md", "tests/clamd/test_clamonacc.py", "", "OnAccessIncludePath"),
     Claim("docs/metrics.md", "tests/cli/test_metrics.py", "yaml", "groups:"),
     Claim("docs/policy.md", "tests/config/test_documentation.py"),
     Claim("docs/policy-tools.md", "tests/config/test_tools_documentation.py", "yaml", "version:"),
     Claim("docs/policy-tools.md", "tests/config/test_tools_documentation.py", "text"),
     Claim("docs/protocol.md", "tests/wire/test_vectors.py"),
     Claim("docs/quick-start.md", "tests/test_quick_start.py", "console"),
-    Claim("docs/without-systemd.md", "tests/supervisors/supervised.py"),
     Claim("docs/sandbox.md", "tests/sandbox/test_documentation.py"),
+    Claim("docs/scand.md", "tests/system/test_clamd_tcp.py", "", "systemctl enable"),
+    Claim("docs/without-systemd.md", "tests/supervisors/supervised.py"),
 ]
 
 # Drawings: there is nothing to try.

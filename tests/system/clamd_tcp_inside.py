@@ -28,9 +28,12 @@ def main(shared: Path, service: str) -> None:
         ["useradd", f"--uid={service}", f"--gid={service}", "--no-create-home", "fdbroker-scand"],
     ):
         subprocess.run(command, check=True)
-    started = subprocess.run(["systemctl", "start", *_UNITS], check=False).returncode
-    seen: dict[str, object] = {"started": started}
-    if not started:
+    subprocess.run(["systemctl", "start", _UNITS[1]], check=True)
+    done = subprocess.run(
+        ["bash", "-e", str(shared / "commands")], check=False, capture_output=True, text=True
+    )
+    seen: dict[str, object] = {"status": done.returncode, "output": done.stdout + done.stderr}
+    if not done.returncode:
         seen["ping"] = _ask(b"zPING\0")
         seen["stream"] = _ask(b"zINSTREAM\0" + chunks(EICAR))
         pid = _output("systemctl", "show", "--value", "-p", "MainPID", _UNITS[1]).strip()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.documentation.blocks import blocks
 from tests.for_other_users import copy_systemd
 from tests.running_broker import reachable_directory
 from tests.scan.descriptors import EICAR_NAME
@@ -19,11 +20,15 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
+BEGIN = "systemctl enable fdbroker-clamd-tcp.socket"
+
 
 def test_service_without_a_network_serves_the_port_that_is_passed(others: ForOtherUsers) -> None:
     with reachable_directory() as shared, reachable_directory() as files:
         packages = copy_systemd(shared)
-        (shared / "scand.yaml").write_text(f"version: 1\nbroker: {shared}/none\ntcp: {{}}\n")
+        (shared / "scand.yaml").write_text(f"version: 1\nbroker: {shared}/none\n")
+        [documented] = [block for block in blocks("docs/scand.md") if block.text.startswith(BEGIN)]
+        (shared / "commands").write_text(documented.text)
         units = files / UNITS
         (units / "fdbroker-scand.service.d").mkdir(parents=True)
         for name in ("fdbroker-scand.service", "fdbroker-clamd-tcp.socket"):
@@ -38,7 +43,8 @@ def test_service_without_a_network_serves_the_port_that_is_passed(others: ForOth
         seen = run_booted(
             "clamd_tcp_inside.py", shared, SCAND_UID, files=(files,), places=(others.directory,)
         )
-    assert seen["started"] == 0, seen["journal"]
+    assert seen["status"] == 0, seen
+    assert "PONG\n" in seen["output"]
     assert seen["ping"] == "PONG\0"
     assert seen["stream"] == f"stream: {EICAR_NAME} FOUND\0"
     everybodys, its_own = seen["networks"]
