@@ -5,13 +5,18 @@ Nothing is fetched: fonts are the reader's, and the search runs in the browser o
 
 from __future__ import annotations
 
+import enum
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sphinx.util import logging
 
 import fdbroker
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
 
 project = "fdbroker"
 author = "the authors of fdbroker"
@@ -54,6 +59,8 @@ maximum_signature_line_length = 90
 add_module_names = False
 default_role = "code"  # docstrings write `so` what is code
 
+# What programs may use.
+PUBLIC = ("fdbroker", "fdbroker.aio", "fdbroker.sandbox", "fdbroker.scan", "fdbroker.testing")
 NAVIGATION = Path(__file__).with_name("navigation.md")
 
 
@@ -64,7 +71,26 @@ def _add_navigation(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] += "\n" + NAVIGATION.read_text()
 
 
+def _miss_no_public_name(app: Sphinx, env: BuildEnvironment) -> None:
+    """Warn of each public name that the reference of the API does not have."""
+    del app
+    described = env.domains.python_domain.objects
+    for name in PUBLIC:
+        for member in importlib.import_module(name).__all__:
+            if f"{name}.{member}" not in described and not member.startswith("__"):
+                logging.getLogger(__name__).warning("docs/api does not have %s.%s", name, member)
+
+
+def _skip(_app: Sphinx, _what: str, _name: str, member: object, _skip: bool, _options: object) -> bool | None:  # noqa: FBT001 - Sphinx's signature
+    """Return whether a member is left out: constants of enums are not, numbers of fields are."""
+    if isinstance(member, enum.Enum):
+        return False
+    return True if (getattr(member, "__doc__", "") or "").startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Tell Sphinx what else is to be done."""
     app.connect("source-read", _add_navigation)
+    app.connect("autodoc-skip-member", _skip)
+    app.connect("env-check-consistency", _miss_no_public_name)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

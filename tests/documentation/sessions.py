@@ -169,6 +169,9 @@ NOT_RUN = {
     """fdbroker audit --journal --json | jq -c 'select(.event == "reloaded")'""": "there is no journal",
     "fdbroker audit verify --journal": "there is no journal",
     "pip install 'fdbroker[daemon,cli]'": "there is no network; the quick start installs the checkout",
+    r"clamdscan --config-file=/dev/stdin --ping 1 <<< $'TCPSocket 3310\nTCPAddr 127.0.0.1'": (
+        "there is no systemd to pass the port"
+    ),
     "setpriv --reuid=fdbroker-scand --regid=fdbroker-scand --init-groups /opt/fdbroker/bin/fdbroker-scand": (
         "it does not end; tests/scan/running_scand.py starts it so"
     ),

@@ -124,6 +124,7 @@ HERE: dict[str, Callable[[Block], bool]] = {
     "policy": is_policy,
     "scand": is_scand,
     "make": lambda block: MAKE.match(block.text.lstrip("# ")) is not None,
+    "systemctl": lambda block: block.text.startswith("systemctl "),
     "drawing": lambda block: any(
         block.page == page and block.text.startswith(begin) for page, begin in DRAWINGS
     ),
@@ -279,6 +280,17 @@ def test_a_synopsis_names_options_that_there_are() -> None:
             assert command is not cli, line
             named = set(re.findall(r"(?<![\w-])--?[a-z0-9][a-z0-9-]*", " ".join(words)))
             assert named <= options | {"--socket"}, (block.place, named - options)
+
+
+def test_units_that_systemctl_is_told_of_are_there() -> None:
+    for block in found("systemctl"):
+        for command in commands(block):
+            program, verb, *units = command.text.split()
+            if program == "systemctl":
+                assert verb in {"enable", "disable", "reload", "restart", "start", "stop"}, command.place
+                assert all((ROOT / "systemd" / unit).exists() for unit in units), command.place
+            else:
+                assert command.text in NOT_RUN, command.place
 
 
 def test_make_has_the_targets_that_are_named() -> None:
