@@ -43,6 +43,7 @@ LONG_FILES = [
         "broker/test_walks",
         "broker/test_limits_running",
         "broker/test_reopen",
+        "supervisors/test_supervisors",
         "ucspi/test_ucspi",
         "scan/test_supervisor",
         "broker/test_reload",

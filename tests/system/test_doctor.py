@@ -10,14 +10,14 @@ import pytest
 
 from fdbroker.cli.checks import BROKEN, MISSING, OK, WEAKER
 from tests.running_broker import BROKER_UID, reachable_directory
-from tests.system.booted import run_booted
+from tests.system.booted import UNITS, run_booted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.for_other_users import ForOtherUsers
 
-pytestmark = pytest.mark.root
+pytestmark = pytest.mark.booting
 
 _SERVICE = """
 [Unit]
@@ -57,8 +57,8 @@ def seen(others: ForOtherUsers) -> Iterator[dict[str, Any]]:
             f"  control: {{path: {shared}/control}}\n"
         )
         (shared / "policy.yaml").write_text(text)
-        units = shared / "units"
-        units.mkdir()
+        units = shared / "files" / UNITS
+        units.mkdir(parents=True)
         command = [others.python, "-P", "-m", "fdbroker.launcher"]
         command += ["--policy", "/etc/fdbroker/policy.json", "--dev"]
         (units / "fdbroker.service").write_text(
@@ -70,7 +70,8 @@ def seen(others: ForOtherUsers) -> Iterator[dict[str, Any]]:
                     path=path, name=name, group="fdbroker-clients" if name == "seqpacket" else "root"
                 )
             )
-        yield run_booted("doctor_inside.py", units, shared, BROKER_UID, places=(others.directory,))
+        files = (shared / "files",)
+        yield run_booted("doctor_inside.py", shared, BROKER_UID, files=files, places=(others.directory,))
 
 
 def states(checks: dict[str, Any], *names: str) -> list[str]:
