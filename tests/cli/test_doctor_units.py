@@ -135,7 +135,9 @@ def shown(monkeypatch: pytest.MonkeyPatch, of: dict[str, dict[str, str]]) -> dic
     monkeypatch.setattr(units, "_show", show)
     monkeypatch.setattr("os.path.isdir", lambda _path: True)
     running = Running(7, {})
-    return {check.name: (check.state, check.found) for check in unit_checks(None, running)}
+    return {
+        check.name: (check.state, check.found) for check in unit_checks(units.read_units(), None, running)
+    }
 
 
 def test_machine_without_these_units_has_nothing_to_say_of_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,14 @@ from fdbroker.cli.checks.on_access import on_access_checks
 from fdbroker.cli.checks.policy import needs, policy_file, warnings
 from fdbroker.cli.checks.roots import root_checks
 from fdbroker.cli.checks.scanning import scan_checks
-from fdbroker.cli.checks.units import unit_checks
+from fdbroker.cli.checks.units import read_units, unit_checks
 
 __all__ = ["BROKEN", "MISSING", "OK", "WEAKER", "Check", "Places", "all_checks"]
 
 
 def all_checks(places: Places) -> list[Check]:
     """Try everything, in the order in which a broker would meet it."""
+    units = read_units()
     policy, compiled = policy_file(places.policy)
     broker, running = broker_checks(places, compiled)
     return [
@@ -33,7 +34,7 @@ def all_checks(places: Places) -> list[Check]:
         policy,
         *warnings(places.policy, compiled),
         *needs(compiled),
-        *unit_checks(compiled, running),
+        *unit_checks(units, compiled, running),
         *broker,
         *file_checks(places.socket, compiled, running),
         *root_checks(running),

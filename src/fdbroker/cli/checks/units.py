@@ -103,15 +103,25 @@ class _Objection(NamedTuple):
     state: str = BROKEN
 
 
-def unit_checks(compiled: CompiledPolicy | None, running: Running | None) -> list[Check]:
-    """Check the units, where systemd runs this machine."""
+def read_units() -> list[Unit | None]:
+    """Return the units of the broker and of the scan service, None for each that systemd does not have.
+
+    To be asked before anything connects to a socket, which starts a service that has failed once more.
+    """
     if not os.path.isdir("/run/systemd/system"):
-        return []
+        return [None, None]
+    return [_read_unit(SERVICE), _read_unit(SCAN_SERVICE)]
+
+
+def unit_checks(
+    units: Sequence[Unit | None], compiled: CompiledPolicy | None, running: Running | None
+) -> list[Check]:
+    """Check what `read_units` returned, and the sockets."""
     roots = [] if compiled is None else [os.fsencode(root["path"]) for root in compiled["roots"]]
     helpers = compiled is not None and any(root["opens"] == "helpers" for root in compiled["roots"])
     services = set() if compiled is None else {service["name"] for service in compiled["services"]}
     checks = []
-    broker = read_unit(SERVICE)
+    broker, scand = units
     if broker is not None:
         broker = broker._replace(roots=roots, helpers=helpers)
         checks += [_state_of(broker), *_options_of(broker, objections_to_broker(broker))]
@@ -120,14 +130,12 @@ def unit_checks(compiled: CompiledPolicy | None, running: Running | None) -> lis
         for name in dict.fromkeys([*broker.value("TriggeredBy").split(), *usual]):
             checks += _socket(name, services)
         checks += _whose_broker(broker, running)
-    scand = read_unit(SCAN_SERVICE)
     if scand is not None:
         checks += [_state_of(scand), *_options_of(scand, _objections_to_scand(scand))]
     return checks
 
 
-def read_unit(name: str) -> Unit | None:
-    """Return what systemd has of a unit, None if there is no such unit or systemd does not answer."""
+def _read_unit(name: str) -> Unit | None:
     values = _show(name, _PROPERTIES)
     if not values or values.get("LoadState") == ["not-found"]:
         return None
