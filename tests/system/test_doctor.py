@@ -104,8 +104,14 @@ def test_each_option_that_breaks_the_broker_is_told_with_the_drop_in_that_has_it
     assert "systemctl edit fdbroker.service" in check["cure"]
 
 
+def test_directory_of_the_sockets_that_systemd_gave_away_is_told(seen: dict[str, Any]) -> None:
+    check = seen["failed"]["/run/fdbroker"]
+    assert check["state"] == MISSING
+    assert f"belongs to uid {BROKER_UID}" in check["found"]
+
+
 def test_unit_that_does_not_start_any_more_is_told_with_where_the_reason_stands(seen: dict[str, Any]) -> None:
     check = seen["failed"]["fdbroker.service"]
     assert check["state"] == BROKEN
-    assert "has failed" in check["found"]
+    assert "has failed" in check["found"] or "it ended by itself" in check["found"]
     assert "journalctl -u fdbroker.service" in check["cure"]

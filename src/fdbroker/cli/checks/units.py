@@ -39,7 +39,7 @@ _PROPERTIES = (
     *("ProtectHome", "InaccessiblePaths", "TemporaryFileSystem", "RootDirectory", "RootImage"),
     *("RestrictSUIDSGID", "SystemCallFilter", "RestrictAddressFamilies", "RestrictNamespaces"),
     *("LimitNOFILE", "TasksMax", "NoNewPrivileges", "ReadOnlyPaths", "RuntimeDirectory", "ProcSubset"),
-    *("AmbientCapabilities", "CapabilityBoundingSet", "CanReload"),
+    *("AmbientCapabilities", "CapabilityBoundingSet", "NRestarts"),
 )
 _OF_SOCKETS = (
     *(
@@ -168,11 +168,16 @@ def _state_of(unit: Unit) -> Check:
         found = f"is {load}: {printable(unit.value('LoadError'))}".rstrip(": ")
         return Check(unit.name, BROKEN, found, meaning, cure)
     if active == "failed":
-        again = f"systemctl reset-failed {unit.name}; systemctl start {unit.name}"
+        start = f"systemctl reset-failed {unit.name}; systemctl start {unit.name}"
         found = f"has failed ({result})"
         if result == "start-limit-hit":
             found += ": it ended too often in a short time, and systemd does not start it any more"
-        return Check(unit.name, BROKEN, found, meaning, f"see why: journalctl -u {unit.name}; then {again}")
+        return Check(unit.name, BROKEN, found, meaning, f"see why: journalctl -u {unit.name}; then {start}")
+    again = unit.value("NRestarts")
+    if again not in {"", "0"}:
+        cure = f"see why: journalctl -u {unit.name}; then systemctl restart {unit.name}"
+        found = f"{active}: it ended by itself, and systemd has started it {again} times again"
+        return Check(unit.name, WEAKER if active == "active" else BROKEN, found, meaning, cure)
     if unit.is_on("NeedDaemonReload"):
         found = f"was changed since systemd has read it: {files}"
         cure = f"systemctl daemon-reload; systemctl restart {unit.name}"
