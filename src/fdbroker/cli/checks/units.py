@@ -119,14 +119,14 @@ def unit_checks(
     """Check what `read_units` returned, and the sockets."""
     roots = [] if compiled is None else [os.fsencode(root["path"]) for root in compiled["roots"]]
     helpers = compiled is not None and any(root["opens"] == "helpers" for root in compiled["roots"])
-    services = set() if compiled is None else {service["name"] for service in compiled["services"]}
+    services = None if compiled is None else {service["name"] for service in compiled["services"]}
     checks = []
     broker, scand = units
     if broker is not None:
         broker = broker._replace(roots=roots, helpers=helpers)
         checks += [_state_of(broker), *_options_of(broker, objections_to_broker(broker))]
         # One that was not started yet is not among those that systemd knows of.
-        usual = [f"fdbroker-{name}.socket" for name in (*_KIND_OF, *sorted(services))]
+        usual = [f"fdbroker-{name}.socket" for name in (*_KIND_OF, *sorted(services or ()))]
         for name in dict.fromkeys([*broker.value("TriggeredBy").split(), *usual]):
             checks += _socket(name, services)
         checks += _whose_broker(broker, running)
@@ -343,7 +343,8 @@ def _objections_to_scand(unit: Unit) -> list[_Objection]:
 # ---- sockets ----
 
 
-def _socket(name: str, services: set[str]) -> list[Check]:
+def _socket(name: str, services: set[str] | None) -> list[Check]:
+    """Check a socket unit of the broker; `services`: names that the policy has besides, None: not known."""
     values = _show(name, _OF_SOCKETS)
     meaning = "clients reach the broker, also while it is not started yet"
 
@@ -361,7 +362,7 @@ def _socket(name: str, services: set[str]) -> list[Check]:
         cure = f"systemctl reset-failed {name}; systemctl enable --now {name}"
         return [Check(name, BROKEN, found, meaning, cure)]
     cure = f"systemctl edit {name}; then systemctl restart {name}"
-    if called not in {*_KIND_OF, *services}:
+    if called not in _KIND_OF and services is not None and called not in services:
         found = (
             f"FileDescriptorName={printable(called)} is no socket of fdbroker, so the broker does not start"
         )
