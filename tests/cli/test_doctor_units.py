@@ -129,7 +129,10 @@ def shown(
     monkeypatch: pytest.MonkeyPatch, of: dict[str, dict[str, str]], *, policy: bool = True
 ) -> dict[str, tuple[str, str]]:
     """Return what the checks say, by name, where systemctl shows this; without `policy` none can be read."""
-    text = b"version: 1\nroots: {srv: {path: /srv}}\nrules: []\nlisteners: {scan: {service: {user: root}, type: seqpacket}}\n"
+    text = (
+        b"version: 1\nroots: {srv: {path: /srv}}\nrules: []\n"
+        b"listeners: {scan: {service: {user: root}, type: seqpacket}}\n"
+    )
     compiled = compile_policy(text, "policy.yaml", SystemLookups()) if policy else None
 
     def show(name: str, _properties: object) -> dict[str, list[str]]:

@@ -27,9 +27,9 @@ DefaultDependencies=no
 [Service]
 Environment=PYTHONPATH={path}
 ExecStartPre=
-ExecStartPre=+{python} -P -m fdbroker.config compile --output /run/fdbroker/policy.json /etc/fdbroker/policy.yaml
+ExecStartPre=+{python} -P -m fdbroker.config compile --output {compiled} /etc/fdbroker/policy.yaml
 ExecStart=
-ExecStart={python} -P -m fdbroker.launcher --policy /run/fdbroker/policy.json --dev
+ExecStart={python} -P -m fdbroker.launcher --policy {compiled} --dev
 PrivateDevices=no
 """
 _POLICY = """
@@ -48,7 +48,11 @@ def seen(others: ForOtherUsers) -> Iterator[dict[str, Any]]:
         own.mkdir(parents=True)
         for unit in ("fdbroker.service", "fdbroker-seqpacket.socket", "fdbroker-control.socket"):
             shutil.copy(REPOSITORY / "systemd" / unit, units)
-        text = _OF_THE_TEST.format(path=others.directory, python=shlex.quote(str(others.python)))
+        text = _OF_THE_TEST.format(
+            path=others.directory,
+            python=shlex.quote(str(others.python)),
+            compiled="/run/fdbroker/policy.json",
+        )
         (own / "test.conf").write_text(text)
         # Where it is beyond doubt that root alone has written it.
         (files / "etc/fdbroker").mkdir()
