@@ -109,9 +109,12 @@ def test_each_option_that_breaks_the_broker_is_told_with_the_drop_in_that_has_it
 
 
 def test_directory_of_the_sockets_that_systemd_gave_away_is_told(seen: dict[str, Any]) -> None:
+    # While it runs it is the service's, and between two starts it is not there.
     check = seen["failed"]["/run/fdbroker"]
-    assert check["state"] == MISSING
-    assert f"belongs to uid {BROKER_UID}" in check["found"]
+    assert (f"belongs to uid {BROKER_UID}" in check["found"], check["state"]) in {
+        (True, MISSING),
+        (False, WEAKER),
+    }
 
 
 def test_unit_that_does_not_start_any_more_is_told_with_where_the_reason_stands(seen: dict[str, Any]) -> None:
