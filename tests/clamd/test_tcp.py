@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import os
 import re
 import socket
 import struct
 import subprocess
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import clamd
 import pytest
 
 from fdbroker.launcher.errors import LaunchError
+from fdbroker.scan.service import tcp
 from fdbroker.scan.service.configuration import Tcp
-from fdbroker.scan.service.tcp import is_loopback, listening_socket
+from fdbroker.scan.service.tcp import TcpListener, is_loopback, listening_socket
 from tests.clamd.talks import chunks
 from tests.for_other_users import copy_systemd
 from tests.processes import wait_until
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from fdbroker.scan.service.core import Core
     from tests.for_other_users import ForOtherUsers
     from tests.scan.running_scand import RunningScand
 
@@ -274,6 +278,62 @@ def test_where_the_unit_has_no_network_it_is_said_what_to_do() -> None:
     """Here by there being no such address, and not by RestrictAddressFamilies=."""
     with pytest.raises(LaunchError, match=r"remove address and port, and enable fdbroker-clamd-tcp\.socket"):
         listening_socket(Tcp(address="::2", port=free_port()), {})
+
+
+# ---- accepting ----
+
+
+class _Failing(socket.socket):
+    """Has no descriptor for the first that comes."""
+
+    failures = 1
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
+def said_to_who_is_not_ours(listening: socket.socket) -> bytes:
+    """Listen by a socket for who is not on this machine, as far as can be told; return what is said."""
+
+    async def listen() -> bytes:
+        # Of the service nothing is needed before somebody is taken.
+        listener = TcpListener(cast("Core", None), listening, Tcp())
+        try:
+            reader, writer = await asyncio.open_connection(*listening.getsockname())
+            try:
+                return await asyncio.wait_for(reader.read(), 20)
+            finally:
+                writer.close()
+        finally:
+            listener.close()
+
+    with listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.settimeout(0)
+        return asyncio.run(listen())
+
+
+def test_who_is_not_on_this_machine_is_sent_away(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the kernel lets others reach loopback addresses, by net.ipv4.conf.*.route_localnet."""
+    monkeypatch.setattr(tcp, "is_loopback", lambda _: False)
+    assert said_to_who_is_not_ours(socket.socket()) == b""
+    assert re.search(r"refused: 127\.0\.0\.1:[0-9]+ is not on this machine", capsys.readouterr().err)
+
+
+def test_who_comes_when_there_is_no_descriptor_waits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tcp, "is_loopback", lambda _: False)
+    monkeypatch.setattr(tcp, "_SECONDS_WITHOUT_DESCRIPTORS", 0.01)
+    assert said_to_who_is_not_ours(_Failing()) == b""
+    said = capsys.readouterr().err
+    assert said.index("could not be accepted: Too many open files") < said.index("is not on this machine")
 
 
 def test_the_addresses_of_the_loopback_are_told_from_others() -> None:

@@ -72,9 +72,9 @@ CLAIMS = [
     Claim("docs/policy-tools.md", "tests/config/test_tools_documentation.py", "text"),
     Claim("docs/protocol.md", "tests/wire/test_vectors.py"),
     Claim("docs/quick-start.md", "tests/test_quick_start.py", "console"),
-    Claim("docs/without-systemd.md", "tests/supervisors/supervised.py"),
-    Claim("docs/scand.md", "tests/system/test_clamd_tcp.py", "", "systemctl enable"),
     Claim("docs/sandbox.md", "tests/sandbox/test_documentation.py"),
+    Claim("docs/scand.md", "tests/system/test_clamd_tcp.py", "", "systemctl enable"),
+    Claim("docs/without-systemd.md", "tests/supervisors/supervised.py"),
 ]
 
 # Drawings: there is nothing to try.
