@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fdbroker import aio
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from fdbroker.broker.notify import Notifier
     from fdbroker.scan.pool import Pool, Version
     from fdbroker.scan.service.configuration import Configuration, Listener
-    from fdbroker.scan.service.core import Connection, Speaks
+    from fdbroker.scan.service.core import Speaks
 
 # By the words of the configuration.
 PROTOCOLS: dict[str, Speaks] = {"clamd": ClamdClient, "scan": NativeClient}
@@ -101,18 +102,20 @@ async def _serve_listener(core: Core, name: str, listener: Listener, notifier: N
 
 async def _take_clients(core: Core, listener: Listener, service: aio.Service) -> None:
     """Serve who comes. Raises BrokerError when nobody can come any more; then those that came are gone."""
-    mine: set[Connection] = set()
+    speaks = PROTOCOLS[listener.protocol]
+
+    def take(served: aio.ServedClient) -> None:
+        try:
+            core.watch.round(partial(speaks, core, served, listener))
+        except OSError as error:  # no more descriptors can be watched
+            served.close()
+            say(f"a client of uid {served.uid} could not be served: {error.strerror}")
+
     try:
-        async for served in service:
-            mine &= core.connections
-            try:
-                mine.add(PROTOCOLS[listener.protocol](core, served, listener))
-            except OSError as error:  # no more descriptors can be watched
-                served.close()
-                say(f"a client of uid {served.uid} could not be served: {error.strerror}")
+        await service.for_each(take)
     finally:
         # What the broker knew of them it does not know on another connection.
-        for connection in mine & core.connections:
+        for connection in [one for one, by in core.connections.items() if by is listener]:
             connection.end("broker_gone", "the broker was lost by which this connection came; connect again")
 
 
