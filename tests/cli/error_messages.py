@@ -87,7 +87,6 @@ NOT_ERRORS_ALONE = frozenset(
         "… …: … (…)",
         "~ …: … -> …",
         "…: no problems",
-        "fdbroker-scand: uid …: …",
         "hashes 1, … digests",
         "ClamAV …/…/…, … signatures",
         "yara-x …, … rules",

@@ -9,12 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from fdbroker.config.explain import REASONS
 from fdbroker.scan.verdict import Reason as ScanReason
 from fdbroker.wire.format import Reason
 from tests.cli.error_messages import NOT_ERRORS, NOT_ERRORS_ALONE, SOURCES, literals, messages
 
 PAGE = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
-CODES = {reason.name.lower() for reason in Reason if reason} | {reason.value for reason in ScanReason}
+CODES = {
+    *(reason.name.lower() for reason in Reason if reason),  # what clients are told
+    *(reason.value for reason in ScanReason),
+    *REASONS,  # what the audit has
+}
 # So few letters and digits would be found anywhere.
 _FEWEST_LETTERS = 8
 _MOST_FOUND = 8  # messages by one text

@@ -894,9 +894,23 @@ def test_a_batch_that_a_restarted_broker_has_no_room_for_is_an_error(
         next(results)
 
 
-def test_a_broker_that_closes_before_its_welcome_is_a_reset(
+def test_a_broker_that_is_restarted_before_its_welcome_is_connected_to_again(
     connecting: Callable[..., Whatever], tmp_path: Path
 ) -> None:
+    path = tmp_path / "broker"
+    with (
+        ThreadedBroker(str(path), die_at_once, die_at_once, answer_all) as broker,
+        connecting(path) as client,
+    ):
+        os.close(client.open_descriptor("/a"))
+    assert broker.connections == 3
+
+
+def test_a_broker_that_always_closes_before_its_welcome_is_a_reset(
+    connecting: Callable[..., Whatever], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("fdbroker.client.session", "fdbroker.aio.session"):
+        monkeypatch.setattr(f"{module}.PAUSES", (0.0, 0.0))
     path = tmp_path / "broker"
     with (
         ThreadedBroker(str(path), die_at_once),

@@ -498,12 +498,6 @@ def test_a_socket_that_was_replaced_by_another_kind_is_unavailable_at_once(tmp_p
         assert caught.value.errno == errno.EPROTOTYPE
 
 
-def test_a_broker_that_closes_before_its_welcome_is_a_reset(tmp_path: Path) -> None:
-    path = tmp_path / "broker"
-    with ThreadedBroker(str(path), die_at_once), pytest.raises(DisconnectedError, match="before its welcome"):
-        connect(path)
-
-
 def test_a_client_is_usable_after_a_timeout(tmp_path: Path) -> None:
     path = str(tmp_path / "broker")
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import fdbroker
+from fdbroker.clamd.import_conf import RULES
 from fdbroker.cli.main import cli
 from fdbroker.config import compile_policy
 from fdbroker.launcher import options as fdbrokerd
@@ -124,6 +125,7 @@ HERE: dict[str, Callable[[Block], bool]] = {
     "policy": is_policy,
     "scand": is_scand,
     "make": lambda block: MAKE.match(block.text.lstrip("# ")) is not None,
+    "clamd.conf": lambda block: re.match(r"OnAccess\w+ ", block.text) is not None,
     "systemctl": lambda block: block.text.startswith("systemctl "),
     "drawing": lambda block: any(
         block.page == page and block.text.startswith(begin) for page, begin in DRAWINGS
@@ -291,6 +293,12 @@ def test_units_that_systemctl_is_told_of_are_there() -> None:
                 assert all((ROOT / "systemd" / unit).exists() for unit in units), command.place
             else:
                 assert command.text in NOT_RUN, command.place
+
+
+def test_options_of_clamav_are_known() -> None:
+    for block in found("clamd.conf"):
+        for line in block.text.splitlines():
+            assert line.partition(" ")[0] in RULES, block.place
 
 
 def test_make_has_the_targets_that_are_named() -> None:

@@ -55,6 +55,8 @@ def install(tree: Path) -> None:
         ["chown", "-R", "0:0", str(tree)],
     ):
         subprocess.run(command, check=True)
+    units = sorted(path.name for path in (tree / "usr/lib/systemd/system").iterdir())
+    subprocess.run(["systemctl", f"--root={tree}", "preset", *units], check=True, capture_output=True)
 
 
 def _requirements() -> list[metadata.Distribution]:
@@ -78,13 +80,11 @@ def _build(tree: Path) -> Path:
 def _install_wheel(wheel: Path, tree: Path) -> None:
     """Unpack it, make its commands, and remove it."""
     site, programs = tree / _SITE, tree / "usr/bin"
-    programs.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     shutil.rmtree(wheel.parent)
     [data] = site.glob("*.data")
-    for script in (data / "scripts").iterdir():
-        script.rename(programs / script.name)
+    shutil.copytree(data / "data", tree / "usr", dirs_exist_ok=True)
     shutil.rmtree(data)
     [table] = site.glob("fdbroker-*.dist-info/entry_points.txt")
     entries = ConfigParser()

@@ -18,7 +18,7 @@ from tests.system.booted import REPOSITORY, UNITS, run_booted
 if TYPE_CHECKING:
     from tests.for_other_users import ForOtherUsers
 
-pytestmark = pytest.mark.root
+pytestmark = pytest.mark.booting
 
 BEGIN = "systemctl enable fdbroker-clamd-tcp.socket"
 

@@ -25,7 +25,7 @@ from tests.system.booted import UNITS, run_booted
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.root
+pytestmark = pytest.mark.booting
 
 FORGED = {
     "run": "f" * 16,

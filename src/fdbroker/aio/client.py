@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fdbroker.aio.files import FileRequests
 from fdbroker.aio.link import WatchedLink, connect_socket
 from fdbroker.aio.service import Service
-from fdbroker.aio.session import Session
+from fdbroker.aio.session import Session, reconnect
 from fdbroker.client.answers import check_served, status_of
 from fdbroker.client.blocking import DEFAULT_SOCKET, DEFAULT_TIMEOUT
 from fdbroker.client.engine import AskStatus
@@ -41,8 +41,8 @@ async def connect(
 
     try:
         link = await connect_once(deadline)
-    except ConnectionLost as lost:
-        raise not_greeted(lost) from lost
+    except ConnectionLost:
+        link = await reconnect(connect_once, deadline)
     return Client(Session(link, connect_once, timeout, repr(os.fsdecode(path))))
 
 

@@ -217,7 +217,7 @@ class Session:
             async with asyncio.timeout(deadline.left()), self._connecting:
                 link = self._live()
                 if link is None:
-                    link = await self._reconnect(self._connect_again, deadline)
+                    link = await reconnect(self._connect_again, deadline, self._check_open)
                     self._link, self.welcome = link, link.welcome
                 return link
         except TimeoutError as late:
@@ -225,30 +225,42 @@ class Session:
                 raise
             raise timed_out(deadline.seconds, "the broker did not come back") from late
 
-    async def _reconnect(
-        self, connect_again: Callable[[Deadline], Awaitable[WatchedLink]], deadline: Deadline
-    ) -> WatchedLink:
-        last: Exception | None = None
-        for pause in PAUSES:
-            left = deadline.left()
-            if left is not None and left <= pause:
-                break
-            await asyncio.sleep(pause)
-            self._check_open()
-            try:
-                return await connect_again(deadline)
-            except UnavailableError as error:
-                if error.errno not in MAY_COME_BACK:
-                    raise
-                last = error
-            except ConnectionLost as lost:
-                last = not_greeted(lost)
-        raise last or timed_out(deadline.seconds, "the broker did not come back")
-
     def _forked(self) -> None:
         """In the child: let go of the parent's connection, and of a lock that a task of it may hold."""
         self._connecting = asyncio.Lock()
         self._link.let_go()
+
+
+async def reconnect(
+    connect_again: Callable[[Deadline], Awaitable[WatchedLink]],
+    deadline: Deadline,
+    before_each: Callable[[], None] | None = None,
+) -> WatchedLink:
+    """Return a connection to a broker that was there a moment ago, and may be one that is being restarted.
+
+    `before_each` try it may raise what ends this.
+
+    Raises:
+        BrokerError: it does not come back.
+
+    """
+    last: Exception | None = None
+    for pause in PAUSES:
+        left = deadline.left()
+        if left is not None and left <= pause:
+            break
+        await asyncio.sleep(pause)
+        if before_each is not None:
+            before_each()
+        try:
+            return await connect_again(deadline)
+        except UnavailableError as error:
+            if error.errno not in MAY_COME_BACK:
+                raise
+            last = error
+        except ConnectionLost as lost:
+            last = not_greeted(lost)
+    raise last or timed_out(deadline.seconds, "the broker did not come back")
 
 
 # Those that a child after fork would otherwise share with its parent.

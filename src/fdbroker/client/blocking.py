@@ -13,7 +13,7 @@ from fdbroker.client.link import ConnectionLost, Deadline, adopt_socket, connect
 from fdbroker.client.requester import Connected
 from fdbroker.client.serve_call import ServeCall
 from fdbroker.client.service import Service
-from fdbroker.client.session import Session
+from fdbroker.client.session import Session, reconnect
 
 if TYPE_CHECKING:
     import socket
@@ -37,6 +37,7 @@ def connect(path: StrOrBytesPath = DEFAULT_SOCKET, *, timeout: float | None = DE
     Raises:
         UnavailableError: the socket is not there, nobody listens, or this user may not connect.
         BrokerTimeoutError: no welcome in time.
+        DisconnectedError: the broker closed several connections before its welcome.
         LimitError: the broker has too many connections, or too many of this user.
         ProtocolError: it is no broker, or has no version of the protocol in common.
         ValueError: a time-out that is not above 0.
@@ -50,8 +51,8 @@ def connect(path: StrOrBytesPath = DEFAULT_SOCKET, *, timeout: float | None = DE
 
     try:
         connection = connect_once(deadline)
-    except ConnectionLost as lost:
-        raise not_greeted(lost) from lost
+    except ConnectionLost:
+        connection = reconnect(connect_once, deadline)
     return Client(Session(connection, connect_once, timeout, repr(os.fsdecode(path))))
 
 

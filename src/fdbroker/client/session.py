@@ -286,7 +286,7 @@ class Session:
         if self._connection is None:
             if self._connect_again is None:
                 raise disconnected("the connection has ended, and it was not made by connect()")
-            self._connection = _reconnect(self._connect_again, deadline)
+            self._connection = reconnect(self._connect_again, deadline)
             self.welcome = self._connection.welcome
         return self._connection
 
@@ -301,7 +301,13 @@ class Session:
         self._drop()
 
 
-def _reconnect(connect_again: Callable[[Deadline], Connection], deadline: Deadline) -> Connection:
+def reconnect(connect_again: Callable[[Deadline], Connection], deadline: Deadline) -> Connection:
+    """Return a connection to a broker that was there a moment ago, and may be one that is being restarted.
+
+    Raises:
+        BrokerError: it does not come back.
+
+    """
     last: Exception | None = None
     for pause in PAUSES:
         left = deadline.left()

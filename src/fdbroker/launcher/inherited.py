@@ -96,8 +96,30 @@ def check_listener(number: int, what: str, kind: str) -> None:
                 )
             # As early as can be: what was sent before does not tell who its sender is, and is refused.
             sockets.ask_for_credentials(sock)
+            _check_network(sock, what)
         elif not _listens(sock):
             raise LaunchError(f"{what}: descriptor {number} is a socket that does not listen; set Accept=no")
+
+
+def _check_network(listener: socket.socket, what: str) -> None:
+    """Check that senders of `listener` can be answered by sockets of this process.
+
+    Their abstract addresses are of the network namespace that they and the
+    listener are in.
+
+    Raises:
+        LaunchError: they can't be.
+
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ours:
+        ours.bind(b"\0fdbroker-" + os.urandom(8).hex().encode())
+        try:
+            listener.sendto(b"", socket.MSG_DONTWAIT, ours.getsockname())
+        except ConnectionRefusedError as error:
+            raise LaunchError(
+                f"{what} is of another network namespace, so that answers can't reach who sends a datagram;"
+                " set PrivateNetwork=no, or stop and disable that .socket unit"
+            ) from error
 
 
 def check_ready(number: int) -> None:

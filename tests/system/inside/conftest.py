@@ -1,0 +1,64 @@
+"""What tests find in the booted system: the sockets listen, as after every boot, and there are users."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.system.inside.system import POLICY_FILE, run, sync_journal
+
+POLICY = """\
+version: 1
+roots:
+  data: {path: /srv/data}
+  home: {path: /home}
+  tmp: {path: /tmp}
+rules:
+  - name: alice-reads-data
+    allow: [open, stat, list, walk]
+    client: {user: alice}
+    in: data
+    paths: ["**"]
+  - name: a-unit-reads-data
+    allow: open
+    client: [{unit: reader.service}, {unit: fdbroker-worker@.service}]
+    in: data
+    paths: ["**"]
+  - name: alice-reads-homes-and-tmp
+    allow: open
+    client: {user: alice}
+    in: home
+    paths: ["**"]
+  - name: alice-reads-tmp
+    allow: open
+    client: {user: alice}
+    in: tmp
+    paths: ["**"]
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _prepared() -> None:
+    run("useradd", "--create-home", "--groups=fdbroker-clients", "alice")
+    run("useradd", "--create-home", "mallory")
+    run("fdbrokerd", "--precompile")
+    Path("/srv/data").mkdir(parents=True)
+    for place in ("/srv/data", "/home/mallory", "/tmp"):
+        file = Path(place, "file")
+        file.write_text(f"what is in {place}\n")
+        file.chmod(0o600)
+    Path("/srv/data").chmod(0o700)
+
+
+@pytest.fixture(autouse=True)
+def _policy() -> None:
+    """Begin each test with this policy and a service that does not run, and its sockets that listen."""
+    run("systemctl", "stop", "fdbroker.service")
+    subprocess.run(["systemctl", "reset-failed"], check=True)
+    POLICY_FILE.write_text(POLICY)
+    run(
+        "systemctl", "start", "fdbroker-seqpacket.socket", "fdbroker-stream.socket", "fdbroker-control.socket"
+    )
+    sync_journal()
