@@ -146,22 +146,23 @@ class Message(NamedTuple):
     text: str
 
 
-def messages() -> Iterator[Message]:
-    """Yield what users are told."""
-    for name, tree in _trees().items():
-        if not name.startswith(tuple(NOT_ERRORS)):
-            for line, text in _texts(tree):
-                if text not in NOT_ERRORS_ALONE:
-                    yield Message(f"{name}:{line}", text)
+@functools.cache
+def messages() -> tuple[Message, ...]:
+    """Return what users are told."""
+    return tuple(
+        Message(f"{name}:{line}", text)
+        for name, tree in _trees().items()
+        if not name.startswith(tuple(NOT_ERRORS))
+        for line, text in _texts(tree)
+        if text not in NOT_ERRORS_ALONE
+    )
 
 
-def literals() -> Iterator[str]:
-    """Yield all texts of the files that users are told of, messages or not, of any length."""
-    for tree in _trees().values():
-        for node in ast.walk(tree):
-            text = _text(node)
-            if text is not None:
-                yield " ".join(text.split())
+@functools.cache
+def literals() -> frozenset[str]:
+    """Return all texts of the files that users are told of, messages or not, of any length."""
+    texts = (_text(node) for tree in _trees().values() for node in ast.walk(tree))
+    return frozenset(" ".join(text.split()) for text in texts if text)
 
 
 @functools.cache
