@@ -116,6 +116,7 @@ NOT_ERRORS_ALONE = frozenset(
         "… --on-behalf-of, --unit, --cgroup and --label",
         # Of a programmer's mistake, or of one end of a protocol that both ends of which are ours.
         "… is no number",
+        "a call failed",
         "… is no pair",
         "it was waited for, without WNOHANG, and there is nothing",
         "module 'fdbroker.config' has no attribute …",
@@ -173,11 +174,9 @@ def _trees() -> dict[str, ast.Module]:
 
 
 def _texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = {node.body[0] for node in ast.walk(tree) if isinstance(node, documented) and node.body}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and node in docstrings and isinstance(node.value, ast.Constant):
-            continue
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = {target.id for target in targets if isinstance(target, ast.Name)}
