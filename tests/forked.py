@@ -30,9 +30,7 @@ class ForkedProcess:
 
     def poll(self) -> int | None:
         """Return its exit status, negative for the signal that ended it; None while it runs."""
-        if self.returncode is None and os.waitid(
-            os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
-        ):
+        if self.returncode is None and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return self.returncode
 

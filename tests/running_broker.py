@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fdbroker.config.compile  # noqa: F401 - what a launcher imports on its way is there when it is forked
+import fdbroker.config.compile
 import fdbroker.launcher.start
 import fdbroker.launcher.unit_options  # noqa: F401
 from fdbroker.broker.helper_pool import HELPERS
@@ -210,7 +210,11 @@ def running_broker(
         else:
             arguments = command[command.index("--policy") :]
             process = fork_program(
-                lambda: launch(arguments), "fdbrokerd", stdout=stdout, stderr=error_file.fileno(), pass_fds=passed
+                lambda: launch(arguments),
+                "fdbrokerd",
+                stdout=stdout,
+                stderr=error_file.fileno(),
+                pass_fds=passed,
             )
     os.close(write_end)
     with open(read_end, "rb") as ready:

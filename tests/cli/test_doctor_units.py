@@ -202,6 +202,15 @@ def test_sockets_of_the_unit_are_looked_at(
     assert told.get("own.socket", (None,))[0] == state
 
 
+def test_private_network_goes_wrong_with_datagrams_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = RIGHT | {"TriggeredBy": "own.socket", "PrivateNetwork": "yes"}
+    datagrams = SOCKET | {"FileDescriptorName": "dgram", "Listen": "/run/a (Datagram)"}
+    told = shown(monkeypatch, {SERVICE: service, "own.socket": datagrams})
+    assert told[f"{SERVICE} PrivateNetwork="][0] == BROKEN
+    for values in (datagrams | {"ActiveState": "inactive"}, SOCKET):
+        assert shown(monkeypatch, {SERVICE: service, "own.socket": values})[f"{SERVICE} options"][0] == OK
+
+
 def test_names_of_sockets_are_not_judged_where_the_policy_can_not_be_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -51,7 +51,7 @@ def matched(texts: list[str]) -> dict[str, set[int]]:
 
 
 def test_each_message_is_on_the_page() -> None:
-    said = list(messages())
+    said = messages()
     known = set().union(*matched([message.text for message in said]).values())
     missing = [message for number, message in enumerate(said) if number not in known]
     assert not missing, "docs/troubleshooting.md lacks:\n" + "\n".join(
@@ -92,7 +92,7 @@ def test_what_is_no_message_still_exists(kind: str) -> None:
     if kind == "files":
         assert not [name for name in NOT_ERRORS if not (SOURCES / name).exists()]
     else:
-        assert not NOT_ERRORS_ALONE - set(literals())
+        assert not NOT_ERRORS_ALONE - literals()
 
 
 def test_links_within_the_page_lead_somewhere() -> None:

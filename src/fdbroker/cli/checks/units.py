@@ -39,7 +39,7 @@ _PROPERTIES = (
     *("ProtectHome", "InaccessiblePaths", "TemporaryFileSystem", "RootDirectory", "RootImage"),
     *("RestrictSUIDSGID", "SystemCallFilter", "RestrictAddressFamilies", "RestrictNamespaces"),
     *("LimitNOFILE", "TasksMax", "NoNewPrivileges", "ReadOnlyPaths", "RuntimeDirectory", "ProcSubset"),
-    *("AmbientCapabilities", "CapabilityBoundingSet", "NRestarts"),
+    *("AmbientCapabilities", "CapabilityBoundingSet", "NRestarts", "PrivateNetwork"),
 )
 _OF_SOCKETS = (
     *(
@@ -124,11 +124,18 @@ def unit_checks(
     broker, scand = units
     if broker is not None:
         broker = broker._replace(roots=roots, helpers=helpers)
-        checks += [_state_of(broker), *_options_of(broker, objections_to_broker(broker))]
         # One that was not started yet is not among those that systemd knows of.
         usual = [f"fdbroker-{name}.socket" for name in (*_KIND_OF, *sorted(services or ()))]
-        for name in dict.fromkeys([*broker.value("TriggeredBy").split(), *usual]):
-            checks += _socket(name, services)
+        sockets = {
+            name: _show(name, _OF_SOCKETS)
+            for name in dict.fromkeys([*broker.value("TriggeredBy").split(), *usual])
+        }
+        objections = objections_to_broker(broker)
+        if any(_takes_datagrams(values) for values in sockets.values()):
+            objections += _about_datagrams(broker)
+        checks += [_state_of(broker), *_options_of(broker, objections)]
+        for name, values in sockets.items():
+            checks += _socket(name, values, services)
         checks += _whose_broker(broker, running)
     if scand is not None:
         checks += [_state_of(scand), *_options_of(scand, _objections_to_scand(scand))]
@@ -327,6 +334,15 @@ def _about_how_it_is_run(unit: Unit) -> Iterator[_Objection]:
         yield _Objection(("RuntimeDirectory",), effect, "RuntimeDirectory= and tmpfiles.d instead")
 
 
+def _about_datagrams(unit: Unit) -> list[_Objection]:
+    """Return what keeps answers from reaching who sends datagrams, by addresses of the network namespace."""
+    if not unit.is_on("PrivateNetwork"):
+        return []
+    effect = "who sends a datagram can't be answered from another network namespace, so it does not start"
+    instead = "PrivateNetwork=no, or the .socket unit of datagrams stopped and disabled"
+    return [_Objection(("PrivateNetwork",), effect, instead)]
+
+
 def _objections_to_scand(unit: Unit) -> list[_Objection]:
     found = []
     if unit.is_on("PrivateUsers"):
@@ -343,9 +359,12 @@ def _objections_to_scand(unit: Unit) -> list[_Objection]:
 # ---- sockets ----
 
 
-def _socket(name: str, services: set[str] | None) -> list[Check]:
+def _takes_datagrams(values: Mapping[str, list[str]]) -> bool:
+    return values.get("ActiveState") == ["active"] and values.get("FileDescriptorName") == ["dgram"]
+
+
+def _socket(name: str, values: Mapping[str, list[str]], services: set[str] | None) -> list[Check]:
     """Check a socket unit of the broker; `services`: names that the policy has besides, None: not known."""
-    values = _show(name, _OF_SOCKETS)
     meaning = "clients reach the broker, also while it is not started yet"
 
     def value(option: str) -> str:
