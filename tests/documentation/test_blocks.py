@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import time
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 from xml.etree import ElementTree as ET
 
@@ -112,7 +113,23 @@ def is_run(block: Block) -> bool:
     """Return whether its commands are run on a machine that is thrown away, or said why not."""
     if block.page in SESSIONS and SESSIONS[block.page].has(block):
         return True
-    return not block.kind and all(command.text in NOT_RUN for command in commands(block))
+    if not block.kind:
+        return all(command.text in NOT_RUN for command in commands(block))
+    # It names, without output, what is run elsewhere.
+    named = shell_commands(block) if block.kind == "console" else []
+    return bool(named) and all(not command.shown and command.text in run_somewhere() for command in named)
+
+
+@cache
+def run_somewhere() -> set[str]:
+    """Return all commands that are run on a machine that is thrown away."""
+    return {
+        command.text
+        for page, session in SESSIONS.items()
+        for block in blocks(page)
+        if session.has(block)
+        for command in commands(block)
+    } - set(NOT_RUN)
 
 
 # What this file looks at, and by which test.
