@@ -141,6 +141,9 @@ class PuppetSupervisor:
     def fileno(self) -> int | None:
         return 0 if self.files else None
 
+    def watched(self) -> tuple[int, object]:
+        return 0, self.workers_started
+
     def deadline(self) -> float:
         return 0.0
 

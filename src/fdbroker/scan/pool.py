@@ -327,9 +327,10 @@ class Pool:
         max_size: int | None = None,
         owner: int | None = None,
         before: Stamp | Error | None = None,
-    ) -> None:
+    ) -> bool:
         """Hand in a file of a client; `advance` goes on with it, and returns its verdict with the ticket.
 
+        Return whether it is under way by now, so that there is nothing to do until a worker answers.
         `descriptor` is the pool's from the call on. `max_size`: as that of the pool, for this file. `owner`:
         whose file it is, where the descriptor is that of a copy. `before`: what
         `fdbroker.scan.contract.admit` said of it, where that was asked already.
@@ -338,8 +339,24 @@ class Pool:
         if max_size is not None:
             most = max_size if most is None else min(most, max_size)
         file = self._admitted(source, ticket, path, descriptor, most, owner, before)
-        if file is not None:
+        if file is None:
+            return False
+        lane = self._last
+        if (
+            lane is None
+            or lane.domain != (source.user, file.owner)
+            or lane.promised is not None
+            or source.held
+            or self._files
+            or self.waiting
+            or self._handovers
+        ):
             self._queue(file)
+            return False
+        # Nobody has anything here, so that it is nobody else's turn: as `_to_workers` would do with it.
+        worker = lane.supervisor.watched()
+        self._give(lane, file)
+        return lane.supervisor.watched() == worker and not self._finished
 
     def _admitted(
         self,

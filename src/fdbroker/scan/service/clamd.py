@@ -110,7 +110,6 @@ class ClamdClient:
         self._to_open: deque[_Command] = deque()
         self._opener: asyncio.Task[None] | None = None
         self._copying: set[asyncio.Task[None]] = set()
-        self._openings = core.openings_of(served.uid)
         self._outbox = bytearray()
         self._flushing: asyncio.Handle | None = None
         self._resuming: asyncio.Handle | None = None
@@ -544,7 +543,11 @@ class ClamdClient:
     async def _open(self, command: _Command) -> None:
         try:
             tree = TreeOfFiles(self._served, _plain(command.name), Exclusions())
-            async with self._openings, self._core.openings, contextlib.aclosing(tree.entries()) as entries:
+            async with (
+                self._core.openings_of(self._served.uid),
+                self._core.openings,
+                contextlib.aclosing(tree.entries()) as entries,
+            ):
                 async for entry in entries:
                     if isinstance(entry, ToScan):
                         self._hand_in(command, entry.path, entry.descriptor)

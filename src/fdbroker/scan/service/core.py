@@ -73,7 +73,7 @@ class Core:
         return self._copies.setdefault(user, asyncio.Semaphore(_MOST_COPIES))
 
     def openings_of(self, user: int) -> asyncio.Semaphore:
-        """Return what the files of a request of this user's are opened under; held by its connections."""
+        """Return what the files of a request of this user's are opened under; held by the requests."""
         return self._openings.setdefault(user, asyncio.Semaphore(_MOST_OPENINGS))
 
     async def renew(self) -> str | None:

@@ -57,6 +57,11 @@ class Hub:
         self._closed = False
 
     @property
+    def is_timed(self) -> bool:
+        """Whether the pool will be looked after, though nothing happens, before any file can be late."""
+        return self._timer is not None
+
+    @property
     def clients(self) -> int:
         """How many connections may hand in files."""
         return len(self._clients)
@@ -238,10 +243,11 @@ class ClientFiles:
         """
         ticket = Ticket(self, request, tell)
         self._hub.count(self, 1)
-        self._hub.pool.enqueue(
+        is_settled = self._hub.pool.enqueue(
             self.source, ticket, path, descriptor, max_size=max_size, owner=owner, before=before
         )
-        self._hub.go_on()
+        if not is_settled or not self._hub.is_timed:
+            self._hub.go_on()
 
     def keep_waiting(self, change: int) -> None:
         """Count so many files more, or fewer, that wait for something else before they are handed in."""

@@ -124,7 +124,6 @@ class NativeClient:
         self._opener: asyncio.Task[None] | None = None
         self._copying: set[asyncio.Task[None]] = set()
         self._copies = core.copies_of(served.uid)
-        self._openings = core.openings_of(served.uid)
         self._outbox: deque[bytes] = deque()
         self._flushing: asyncio.Handle | None = None
         core.connections[self] = listener
@@ -411,7 +410,7 @@ class NativeClient:
         tree = None
         scan.missing = (FAILED,)  # until it is known otherwise, whatever happens here
         try:
-            async with self._openings, self._core.openings:
+            async with self._core.openings_of(self._served.uid), self._core.openings:
                 if isinstance(request, ScanPaths):
                     entries = files_at(self._served, request.paths)
                 else:
