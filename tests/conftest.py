@@ -32,6 +32,7 @@ LONG_FILES = [
     for name in (
         "test_demo",
         "test_quick_start",
+        "documentation/test_sessions",
         "soak/test_bystander",
         "broker/test_walking",
         "policy/test_decide",

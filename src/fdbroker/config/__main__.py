@@ -152,7 +152,7 @@ def _kind(text: str) -> str:
     from fdbroker.config.findings import KINDS  # noqa: PLC0415 - a start has none
 
     if text not in KINDS:
-        raise argparse.ArgumentTypeError(f"the kinds are {', '.join(KINDS)}")
+        raise argparse.ArgumentTypeError(f"--ignore {text}: the kinds are {', '.join(KINDS)}")
     return text
 
 

@@ -99,7 +99,7 @@ def test_datagrams_are_served_by_a_service_in_the_network_of_its_clients_and_not
         with DatagramSpeaker.connect(Path("/run/fdbroker/broker.dgram")) as speaker:
             return [speaker.open_one(path).reason for path in (b"/srv/data/file", b"/etc/shadow")]
 
-    with drop_in("[Service]\nPrivateNetwork=no\n"):
+    with drop_in((SYSTEMD / "examples/datagrams.conf").read_text()):
         assert in_child(ask) == ["ok", "denied"]
         assert records()[-1]["socket"] == "dgram"
         run("systemctl", "stop", SERVICE, "fdbroker-dgram.socket")
@@ -313,7 +313,7 @@ def test_audit_in_the_journal_is_readable_whole_and_nobody_elses() -> None:
 
 def test_audit_goes_to_a_file_where_a_drop_in_says_so_and_logrotate_moves_it() -> None:
     file = Path("/var/log/fdbroker/audit.jsonl")
-    with drop_in(f"[Service]\nStandardOutput=append:{file}\n"):
+    with drop_in((SYSTEMD / "examples/audit-to-file.conf").read_text()):
         assert cat("/srv/data/file").returncode == 0
         assert file.read_bytes().count(b"\n") == 2
         run("logrotate", "--force", "--state=/run/state", "/etc/logrotate.d/fdbroker")
