@@ -1,4 +1,4 @@
-"""What `make dist` makes: the wheel, installed without network where nothing else is, is all that its programs need."""
+"""What `make dist` makes: the wheel, installed without network where nothing else is, suffices."""
 
 from __future__ import annotations
 
@@ -56,8 +56,17 @@ def programs(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         new = directory / "venv"
         interpreter = os.path.realpath(sys.executable)
         subprocess.run([interpreter, "-I", "-m", "venv", "--without-pip", new], check=True)
-        pip = [sys.executable, "-I", "-m", "pip", "--python", new / "bin" / "python", "install", "--quiet"]
-        offline = ["--no-index", "--find-links", wheels, f"{wheel}[daemon,cli]"]
+        pip: list[str | Path] = [
+            sys.executable,
+            "-I",
+            "-m",
+            "pip",
+            "--python",
+            new / "bin" / "python",
+            "install",
+            "--quiet",
+        ]
+        offline: list[str | Path] = ["--no-index", "--find-links", wheels, f"{wheel}[daemon,cli]"]
         subprocess.run([*pip, *offline], check=True, env={**os.environ, "PIP_CONFIG_FILE": os.devnull})
         yield new / "bin"
 
@@ -103,7 +112,17 @@ def test_the_sdist_has_what_a_package_is_built_of_and_gives_the_same_wheel(
     ).stdout.splitlines()
     assert not [name for name in tracked if (REPOSITORY / name).exists() and not (tree / name).exists()]
     [stamp] = {int(member.stat().st_mtime) for member in tree.glob("LICENSE")}
-    build = [sys.executable, "-I", "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "again"]
+    build: list[str | Path] = [
+        sys.executable,
+        "-I",
+        "-m",
+        "hatchling",
+        "build",
+        "-t",
+        "wheel",
+        "-d",
+        tmp_path / "again",
+    ]
     environment = {**os.environ, "SOURCE_DATE_EPOCH": str(stamp), "TZ": "Pacific/Kiritimati"}
     subprocess.run(build, cwd=tree, check=True, capture_output=True, env=environment, umask=0o077)
     assert (tmp_path / "again" / wheel.name).read_bytes() == wheel.read_bytes()

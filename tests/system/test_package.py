@@ -1,4 +1,4 @@
-"""The Debian packages in a real systemd: installed, used, upgraded under load, removed, purged; and built alike twice."""
+"""The Debian packages in a real systemd, from installation to purge; and twice the same bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +16,7 @@ from tests.system.booted import HERE, REPOSITORY, boot_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = pytest.mark.root
 
@@ -62,7 +62,14 @@ def _as_second(package: Path, shared: Path) -> None:
     control = tree / "DEBIAN" / "control"
     [version] = re.findall(r"^Version: (.*)$", control.read_text(), re.MULTILINE)
     control.write_text(control.read_text().replace(version, SECOND))
-    command = ["dpkg-deb", "--root-owner-group", "-Znone", "--build", tree, shared / "second"]
+    command: list[str | Path] = [
+        "dpkg-deb",
+        "--root-owner-group",
+        "-Znone",
+        "--build",
+        tree,
+        shared / "second",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     subprocess.run(["rm", "-r", tree], check=True)
 
