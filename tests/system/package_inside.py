@@ -2,8 +2,8 @@
 
     python3 package_inside.py SHARED
 
-SHARED has two directories of packages, `first` and `second`, which is the higher version. What was seen is left
-there as JSON. It runs by the system's interpreter, as what it tests.
+SHARED has two directories of packages, `first` and `second`, which is the higher version. What was seen
+is left there as JSON. It runs by the system's interpreter, as what it tests.
 """
 
 from __future__ import annotations
@@ -182,12 +182,11 @@ def _load() -> Iterator[list[Any]]:
     for client in clients:
         assert client.stdout.readline() == b"ready\n"
     yield seen
-    for client in clients:
-        seen.append(json.loads(client.communicate()[0] or "null"))
+    seen += [json.loads(client.communicate()[0] or "null") for client in clients]
 
 
 def _files() -> list[str]:
-    """Return the names of all files that a package could leave, but for what dpkg, apt and man write about all."""
+    """Return the names of all files that a package could leave, without what apt and dpkg keep of all."""
     places = ["/etc", "/usr", "/var", "/srv", "/run/fdbroker"]
     # And what runs besides.
     pruned = (
