@@ -1,11 +1,12 @@
 """What a scan of a descriptor takes at least where three processes of Python have a part in it.
 
-    python benchmarks/relay.py DATABASE SOCKET
+    python benchmarks/relay.py DATABASE DIRECTORY
 
-As root. One process accepts and hands each connection over, one reads FILDES and sends the descriptor to a
-worker, which has ClamAV's library scan it; the answer goes back the same way. So it is with fdbroker-scand, but
-here nobody asks who connected, what the descriptor is, what the library passed over, or whether an answer is
-one; nobody is confined, nothing has a limit, and of each there is one. Prints `ready` when it listens.
+As root, with an empty directory, in which it makes its socket. One process accepts and hands each connection
+over, one reads FILDES and sends the descriptor to a worker, which has ClamAV's library scan it; the answer goes
+back the same way. So it is with fdbroker-scand, but here nobody asks who connected, what the descriptor is, what
+the library passed over, or whether an answer is one; nobody is confined, nothing has a limit, and of each there
+is one. Prints `ready` when it listens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import select
 import socket
 import struct
 import sys
-import tempfile
 from typing import NoReturn
 
 from fdbroker.kernel import namespaces, sockets
@@ -29,8 +29,10 @@ _MOST = 4096
 
 
 def main(arguments: list[str]) -> int:
-    """Serve until the socket that is the standard input's other end is closed."""
-    database, path = arguments
+    """Serve until it is killed; its other processes end with it."""
+    database, directory = arguments
+    scratch = os.path.join(os.fsencode(directory), b"scratch")
+    os.mkdir(scratch)
     to_relay, from_acceptor = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     to_worker, from_relay = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     engine = LibClamAV(LibClamAVOptions(database=os.fsencode(database)))
@@ -39,7 +41,7 @@ def main(arguments: list[str]) -> int:
         to_relay.close()
         from_acceptor.close()
         to_worker.close()
-        _work(engine, from_relay)
+        _work(engine, from_relay, scratch)
     from_relay.close()
     if os.fork() == 0:
         to_relay.close()
@@ -47,7 +49,7 @@ def main(arguments: list[str]) -> int:
     from_acceptor.close()
     to_worker.close()
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
+        listener.bind(os.path.join(directory, "socket"))
         listener.listen(100)
         sys.stdout.write("ready\n")
         sys.stdout.flush()
@@ -97,24 +99,24 @@ def _relay(acceptor: socket.socket, worker: socket.socket) -> NoReturn:
                 acceptor.send(b"released")
 
 
-def _work(engine: LibClamAV, relay: socket.socket) -> NoReturn:
-    """Scan what comes."""
-    with tempfile.TemporaryDirectory(prefix="fdbroker-bench-") as scratch:
-        namespaces.unshare(namespaces.CLONE_NEWNS)
-        namespaces.mount_setattr(b"/", attributes=0, propagation=namespaces.MS_PRIVATE, recursive=True)
-        namespaces.mount_tmpfs(os.fsencode(scratch), b"size=1g")
-        library, pointer = engine._library, engine._engine  # noqa: SLF001 - the bare library
-        library.cl_engine_set_str(pointer, _TMPDIR, os.fsencode(scratch))
-        scan, options = engine._scan_descriptor, engine._options_pointer  # noqa: SLF001
-        name = ctypes.byref(found := ctypes.c_char_p())
-        while True:
-            came = sockets.receive(relay, _MOST)
-            if not came.data:
-                os._exit(0)
-            with came.descriptors as files:
-                status = scan(files.numbers()[0], None, name, None, pointer, options, None)
-            said = (found.value or b"") + b" FOUND" if status == _FOUND else b"OK"
-            relay.send(came.data + said)
+def _work(engine: LibClamAV, relay: socket.socket, scratch: bytes) -> NoReturn:
+    """Scan what comes. `scratch` is an empty directory."""
+    namespaces.unshare(namespaces.CLONE_NEWNS)
+    namespaces.mount_setattr(b"/", attributes=0, propagation=namespaces.MS_PRIVATE, recursive=True)
+    namespaces.mount_tmpfs(scratch, b"size=1g")
+    library, pointer = engine._library, engine._engine  # noqa: SLF001 - the bare library
+    library.cl_engine_set_str(pointer, _TMPDIR, scratch)
+    scan, options = engine._scan_descriptor, engine._options_pointer  # noqa: SLF001
+    found = ctypes.c_char_p()
+    name = ctypes.byref(found)
+    while True:
+        came = sockets.receive(relay, _MOST)
+        if not came.data:
+            os._exit(0)
+        with came.descriptors as files:
+            status = scan(files.numbers()[0], None, name, None, pointer, options, None)
+        said = (found.value or b"") + b" FOUND" if status == _FOUND else b"OK"
+        relay.send(came.data + said)
 
 
 if __name__ == "__main__":
