@@ -2,11 +2,11 @@
 
     python benchmarks/relay.py DATABASE DIRECTORY
 
-As root, with an empty directory, in which it makes its socket. One process accepts and hands each connection
-over, one reads FILDES and sends the descriptor to a worker, which has ClamAV's library scan it; the answer goes
-back the same way. So it is with fdbroker-scand, but here nobody asks who connected, what the descriptor is, what
-the library passed over, or whether an answer is one; nobody is confined, nothing has a limit, and of each there
-is one. Prints `ready` when it listens.
+As root, with an empty directory, in which it makes its socket. One process accepts and hands each
+connection over, one reads FILDES and sends the descriptor to a worker, which has ClamAV's library scan it;
+the answer goes back the same way. So it is with fdbroker-scand, but here nobody asks who connected, what
+the descriptor is, what the library passed over, or whether an answer is one; nobody is confined, nothing
+has a limit, and of each there is one. Prints `ready` when it listens.
 """
 
 from __future__ import annotations
