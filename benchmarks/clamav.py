@@ -8,16 +8,17 @@ import random
 import subprocess
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.errors import BenchmarkError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 Verdicts = dict[str, str]  # path -> OK, a name, or error
 _PATIENCE = 60.0
+_RELAY = Path(__file__).resolve().with_name("relay.py")
 _EVERY = 97  # of the files, one in so many is in the database
 _MANY_DIGESTS, _MANY_PATTERNS = 300_000, 20_000
 _SIZES = (1024, 16384)  # those of the files: a digest is looked up among those of its size
@@ -92,6 +93,22 @@ def running_clamd(directory: Path, database: Path) -> Iterator[Daemon]:
             process.wait()
     finally:
         subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+@contextmanager
+def running_relay(python: str, directory: Path, database: Path) -> Iterator[Daemon]:
+    """Run benchmarks/relay.py in clamd's place."""
+    directory.mkdir()
+    command = [python, "-P", str(_RELAY), str(database), str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            if process.stdout is None or process.stdout.readline() != "ready\n":
+                raise BenchmarkError("the relay did not start")
+            configuration = directory / "client.conf"
+            configuration.write_text(f"LocalSocket {directory}/socket\n", "utf-8")
+            yield Daemon(configuration, directory / "socket", (process.pid,))
+        finally:
+            process.kill()
 
 
 def verdicts_of_clamdscan(output: str) -> Verdicts:

@@ -244,18 +244,19 @@ class Scans:
 
 @dataclass(frozen=True)
 class Clamdscans:
-    """Root's clamdscan of some directories of the walked tree, by clamd or by the scan service: seconds.
+    """Root's clamdscan of some directories of the walked tree, by clamd or in its place: seconds.
 
-    What either found is compared with the other's last one, when the clock has stopped.
+    What each found is compared with the others' last ones, when the clock has stopped.
     """
 
-    by: Literal["clamd", "scand"]
+    by: Literal["clamd", "scand", "relay"]
     options: tuple[str, ...]
     unit: str = "s"
 
     def measure(self, stage: Stage) -> float:
         """Return the seconds."""
-        configuration = (stage.scand if self.by == "scand" else stage.small_clamd).configuration
+        daemon = getattr(stage, "small_clamd" if self.by == "clamd" else self.by)
+        configuration = daemon.configuration
         directories = sorted(map(str, stage.walked.root.iterdir()))[:_DIRECTORIES_OF_CLAMDSCAN]
         command = ["clamdscan", "--config-file", str(configuration), "--no-summary", *self.options]
         began = time.perf_counter()
@@ -264,8 +265,8 @@ class Clamdscans:
         verdicts = verdicts_of_clamdscan(done.stdout)
         found = {path: said for path, said in verdicts.items() if said != "error"}
         stage.scanned[f"{self.by} {self.options}", False] = found
-        sides = [stage.scanned.get((f"{by} {self.options}", False)) for by in ("clamd", "scand")]
-        if not found or (sides[0] is not None and sides[1] is not None and sides[0] != sides[1]):
+        sides = [stage.scanned.get((f"{by} {self.options}", False)) for by in ("clamd", "scand", "relay")]
+        if not found or any(side is not None and side != found for side in sides):
             raise BenchmarkError(f"clamdscan found other files by {self.by}: {done.stderr[:200]}")
         return seconds
 
@@ -461,6 +462,7 @@ VARIANTS: dict[str, Variant] = {
     "fdbroker_scan_large": Scans("fdbroker", large=True),
     "clamdscan_large_multiscan": Scans("--multiscan", large=True),
 }
+VARIANTS["relay_fdpass"] = Clamdscans("relay", ("--fdpass",))
 for _by in ("clamd", "scand"):
     VARIANTS |= {
         f"{_by}_ping": Pings(_by),
@@ -510,6 +512,7 @@ SCAN_SERIES = (
     Series("ping_vs_clamd", "scand_ping", "clamd_ping", "lower", 3.0),
     Series("ping_session_vs_clamd", "scand_ping_session", "clamd_ping_session", "lower", 3.0),
     Series("clamdscan_fdpass_vs_clamd", "scand_fdpass", "clamd_fdpass", "lower", 1.0),
+    Series("clamdscan_fdpass_vs_relay", "scand_fdpass", "relay_fdpass", "lower", 2.5),
     Series("clamdscan_stream_vs_clamd", "scand_stream", "clamd_stream", "lower", 1.0),
     Series("clamdscan_multiscan_vs_clamd", "scand_multiscan", "clamd_multiscan", "lower", 1.0),
     Series(

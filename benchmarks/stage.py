@@ -135,6 +135,12 @@ class Stage:
         )
         return self._stack.enter_context(running)
 
+    @cached_property
+    def relay(self) -> clamav.Daemon:
+        """The least that three processes of Python can be in clamd's place, with the small database."""
+        running = clamav.running_relay(self.python, self.directory / "relay", self.small_database)
+        return self._stack.enter_context(running)
+
     def opens(self, wanted: int) -> int:
         """Return how many opens to make where `wanted` is right for a full run."""
         return max(int(wanted * self.scale), 256)

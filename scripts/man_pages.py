@@ -110,6 +110,7 @@ DOCUMENTS = (
     Document("fdbroker-engines(7)", "what scans files", "scanning.md", ("Engines", "An engine of your own")),
     Document("fdbroker-sandbox(7)", "what confines the processes that read hostile files", "sandbox.md"),
     Document("fdbroker-without-systemd(7)", "how s6, runit and others keep it alive", "without-systemd.md"),
+    Document("fdbroker-troubleshooting(7)", "what messages mean, and what to do", "troubleshooting.md"),
     Document("fdbroker-metrics(7)", "what the broker counts, and how it is asked", "metrics.md"),
 )
 # Where the page of a link is not that of its document, or the document is more than one page.

@@ -32,6 +32,7 @@ LONG_FILES = [
     for name in (
         "test_demo",
         "test_quick_start",
+        "documentation/test_sessions",
         "soak/test_bystander",
         "broker/test_walking",
         "policy/test_decide",
@@ -43,6 +44,7 @@ LONG_FILES = [
         "broker/test_walks",
         "broker/test_limits_running",
         "broker/test_reopen",
+        "supervisors/test_supervisors",
         "ucspi/test_ucspi",
         "scan/test_supervisor",
         "broker/test_reload",

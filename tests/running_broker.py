@@ -13,8 +13,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fdbroker.config.compile
+import fdbroker.launcher.start
+import fdbroker.launcher.unit_options  # noqa: F401
 from fdbroker.broker.helper_pool import HELPERS
+from fdbroker.launcher.launch import launch
 from tests.audit_records import check_lines
+from tests.forked import ForkedProcess, fork_program
 from tests.processes import children_of, wait_until
 from tests.uids import FIRST_UID
 
@@ -82,7 +87,9 @@ def reachable_directory() -> Iterator[Path]:
 class RunningBroker:
     """A broker process. `socket` is its SEQPACKET socket, `audit` the file it appends to."""
 
-    def __init__(self, process: subprocess.Popen[bytes], socket: Path, audit: Path, errors: Path) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes] | ForkedProcess, socket: Path, audit: Path, errors: Path
+    ) -> None:
         self.process = process
         self.pid = process.pid
         self.socket = socket
@@ -173,30 +180,42 @@ def running_broker(
 
     `compiled` is a compiled policy, or the text of a policy.yaml. `audit` is
     another file than the usual one, `-` for the descriptor `stdout`, or `none`.
-    `prefix` goes before the command (`taskset`, `strace`). With `stop` False it
-    is killed, and may have died. `own_socket` False: the policy's listeners are made, and it names the same.
+    `prefix` goes before the command (`taskset`, `strace`); without one the
+    launcher is forked from here. With `stop` False it is killed, and may have died. `own_socket` False: the policy's listeners are made, and it names the same.
     """
     socket, errors = directory / "broker.seqpacket", directory / "errors"
     records = directory / "audit.jsonl" if audit is None else Path(audit)
     policy_file = directory / ("policy.yaml" if isinstance(compiled, str) else "policy.json")
     policy_file.write_text(compiled if isinstance(compiled, str) else json.dumps(compiled))
     read_end, write_end = os.pipe()
+    command = [
+        *launcher_command(policy_file, *options),
+        *([f"--socket={socket}"] if own_socket else []),
+        "--socket-mode=666",
+        f"--audit={records}",
+        f"--ready-fd={write_end}",
+    ]
+    passed = [write_end, *pass_fds]
+    process: subprocess.Popen[bytes] | ForkedProcess
     with open(errors, "wb") as error_file:
-        process = subprocess.Popen(
-            [
-                *prefix,
-                *launcher_command(policy_file, *options),
-                *([f"--socket={socket}"] if own_socket else []),
-                "--socket-mode=666",
-                f"--audit={records}",
-                f"--ready-fd={write_end}",
-            ],
-            env=launcher_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=error_file,
-            pass_fds=[write_end, *pass_fds],
-        )
+        if prefix:
+            process = subprocess.Popen(
+                [*prefix, *command],
+                env=launcher_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=error_file,
+                pass_fds=passed,
+            )
+        else:
+            arguments = command[command.index("--policy") :]
+            process = fork_program(
+                lambda: launch(arguments),
+                "fdbrokerd",
+                stdout=stdout,
+                stderr=error_file.fileno(),
+                pass_fds=passed,
+            )
     os.close(write_end)
     with open(read_end, "rb") as ready:
         started = ready.read() == b"ready\n"

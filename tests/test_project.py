@@ -214,6 +214,14 @@ def test_wheel_has_types_and_licence_and_only_the_package(tmp_path: Path) -> Non
     assert "fdbroker/py.typed" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"fdbroker"}
+    shells = {
+        "bash": "bash-completion/completions",
+        "fish": "fish/vendor_completions.d",
+        "zsh": "zsh/site-functions",
+    }
+    for shell, place in shells.items():
+        for path in (ROOT / "packaging" / "completions" / shell).iterdir():
+            assert any(name.endswith(f".data/data/share/{place}/{path.name}") for name in names)
     # Nothing in the sources is left behind by an ignore pattern.
     kept = {f"fdbroker/{path.relative_to(SOURCE)}" for path in SOURCE.rglob("*.py")}
     assert kept <= set(names)

@@ -38,6 +38,7 @@ html_extra_path = ["extra"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
+highlight_language = "text"  # where nothing is said
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 
@@ -50,7 +51,12 @@ suppress_warnings = [
     "ref.python",  # two classes are called Reason
 ]
 
-autodoc_default_options = {"members": True, "show-inheritance": True}
+# What comes from a base of fdbroker's own is described where it is used; what comes from Python's is not.
+autodoc_default_options = {
+    "inherited-members": "BaseException, Enum, OSError, int, object, str, tuple",
+    "members": True,
+    "show-inheritance": True,
+}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
@@ -83,14 +89,24 @@ def _miss_no_public_name(app: Sphinx, env: BuildEnvironment) -> None:
 
 def _skip(_app: Sphinx, _what: str, _name: str, member: object, _skip: bool, _options: object) -> bool | None:  # noqa: FBT001 - Sphinx's signature
     """Return whether a member is left out: constants of enums are not, numbers of fields are."""
-    if isinstance(member, enum.Enum):
+    if isinstance(member, enum.Enum) and not _name.startswith("_"):
         return False
     return True if (getattr(member, "__doc__", "") or "").startswith("Alias for field number") else None
+
+
+def _mark_examples(
+    _app: Sphinx, _what: str, _name: str, _of: object, _options: object, lines: list[str]
+) -> None:
+    """Say that what is indented below a paragraph is an example, and not what is said of an argument."""
+    for at in range(len(lines) - 1, 1, -1):
+        if lines[at].startswith("    ") and not lines[at - 1] and lines[at - 2][:1] not in {"", " ", ":"}:
+            lines[at:at] = [".. code-block:: python", ""]
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Tell Sphinx what else is to be done."""
     app.connect("source-read", _add_navigation)
     app.connect("autodoc-skip-member", _skip)
+    app.connect("autodoc-process-docstring", _mark_examples)
     app.connect("env-check-consistency", _miss_no_public_name)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -68,13 +68,13 @@ def in_order(tree: Path, below: bytes = b"") -> Iterator[bytes]:
             yield from in_order(tree, path)
 
 
-def bushy(tree: Path) -> Path:
+def bushy(tree: Path, sizes: tuple[int, int, int] = (4, 5, 6)) -> Path:
     """Make directories within directories, with files."""
-    for a in range(4):
-        for b in range(5):
+    for a in range(sizes[0]):
+        for b in range(sizes[1]):
             directory = tree / f"a{a}" / f"b{b}"
             directory.mkdir(parents=True)
-            for c in range(6):
+            for c in range(sizes[2]):
                 (directory / f"c{c}").write_bytes(f"{a} {b} {c}".encode())
         (tree / f"a{a}" / "empty").mkdir()
     return tree
@@ -484,10 +484,11 @@ def test_conditions_on_size_and_links_do_not_keep_a_walk_out_of_directories(bush
 def test_a_newer_policy_holds_from_the_next_step_on(bush: Path) -> None:
     with ground(bush) as here, ground(bush, rule("not-b", paths=["**"], **{"except": ["*/b*/**"]})) as newer:
         walk = here.walk(ALL)
-        first = take(walk.step(3))
+        met = 0
+        while met < 3:  # a step that has taken its time names fewer
+            met += len(take(walk.step(3 - met)).entries)
         walk.decide_by(Asker(newer.view, UID, None, ""), here.roots)
         rest = finish(walk)
-    assert len(first.entries) == 3
     assert not any(b"/b" in path for path in rest.paths)
     assert rest.end.incomplete == Incomplete.REFUSED
 
@@ -589,8 +590,8 @@ def large(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.unmeasured
 @pytest.mark.root
-@pytest.mark.parametrize(("make", "count"), [(os.mknod, 100_000), (os.mkdir, 30_000)])
-def test_a_directory_of_100_000_entries_is_walked_in_bounded_steps_and_memory(
+@pytest.mark.parametrize(("make", "count"), [(os.mknod, 40_000), (os.mkdir, 27_000)])
+def test_a_directory_of_40_000_entries_is_walked_in_bounded_steps_and_memory(
     large: Path, make: Callable[[bytes], None], count: int
 ) -> None:
     for number in range(count):
@@ -1019,7 +1020,7 @@ def test_a_walk_without_descriptors_left_ends_by_the_limit(bush: Path) -> None:
 )
 @pytest.mark.parametrize("where", [{}, {"size": {"max": 100}, "links": {"max": 1}}])
 def test_whichever_system_call_fails_the_walk_ends_and_tells(
-    bush: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: int,
     allowed: Incomplete,
@@ -1046,7 +1047,8 @@ def test_whichever_system_call_fails_the_walk_ends_and_tells(
         monkeypatch.setattr(files, name, failing(getattr(files, name)))
     call = 1
     told = COMPLETE
-    with ground(bush, rule("asks", where=where)) as here:
+    (tmp_path / "bush").mkdir()
+    with ground(bushy(tmp_path / "bush", (2, 2, 3)), rule("asks", where=where)) as here:
         while True:
             left = call
             found = here.find(ALL, descriptors=True)
@@ -1058,7 +1060,7 @@ def test_whichever_system_call_fails_the_walk_ends_and_tells(
                 assert found.end.entries == len(found.paths)
             else:
                 assert found.end.entries == 0
-            call += 1 + call // 20
+            call += 1
     assert told == allowed
 
 

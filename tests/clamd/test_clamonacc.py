@@ -116,7 +116,7 @@ def test_where_the_broker_is_not_excluded_the_watchdog_ends_it_and_nobody_waits_
                 return time.monotonic() - began > _SECONDS_OF_WATCHDOG - 1
 
             wait_until(lambda: in_child(read_until_it_took_long, uid=ANN), "the broker was held")
-            assert time.monotonic() - began < _SECONDS_OF_WATCHDOG * 3
+            assert time.monotonic() - began < _SECONDS_OF_WATCHDOG + 15  # on a busy machine
             wait_until(lambda: "clamd: not served" in scand.errors(), "its watchdog has ended it")
             # Now that there is nobody to ask, clamonacc lets it pass.
             assert in_child(lambda: may_read(watched / "bad"), uid=ANN)

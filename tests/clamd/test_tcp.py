@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import os
 import re
 import socket
 import struct
 import subprocess
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import clamd
 import pytest
 
 from fdbroker.launcher.errors import LaunchError
+from fdbroker.scan.service import tcp
 from fdbroker.scan.service.configuration import Tcp
-from fdbroker.scan.service.tcp import is_loopback, listening_socket
+from fdbroker.scan.service.tcp import TcpListener, is_loopback, listening_socket
 from tests.clamd.talks import chunks
 from tests.for_other_users import copy_systemd
 from tests.processes import wait_until
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from fdbroker.scan.service.core import Core
     from tests.for_other_users import ForOtherUsers
     from tests.scan.running_scand import RunningScand
 
@@ -181,9 +185,7 @@ def test_the_second_of_two_answers_waits_for_no_acknowledgement(port: int) -> No
 # ---- the socket ----
 
 
-def passed_to(
-    others: ForOtherUsers, directory: Path, listener: socket.socket, *, name: str
-) -> tuple[int, str]:
+def passed_to(others: ForOtherUsers, directory: Path, listener: socket.socket) -> tuple[int, str]:
     """Start the service as systemd does with a socket, and ask it; return its status and what it said."""
     (directory / "with-socket.yaml").write_text(
         f"version: 1\nbroker: {directory}/none\nengines: {{hashes: {{}}}}\ntcp: {{}}\n"
@@ -202,23 +204,21 @@ def passed_to(
             "PYTHONPATH": f"{others.directory}:{directory}/packages",
             "PATH": os.environ["PATH"],
             "LISTEN_FDS": "1",
-            "LISTEN_FDNAMES": name,
+            "LISTEN_FDNAMES": "clamd-tcp",
         },
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        pass_fds=[number] if number != 3 else [],
-        close_fds=True,
+        pass_fds=[number],
         user=SCAND_UID,
         group=SCAND_UID,
         extra_groups=[],
         text=True,
     )
     try:
-        if name == "clamd-tcp":
-            try:
-                assert asked(int(listener.getsockname()[1]), b"zPING\0") == b"PONG\0"
-            finally:
-                process.terminate()
+        try:
+            assert asked(int(listener.getsockname()[1]), b"zPING\0") == b"PONG\0"
+        finally:
+            process.terminate()
         _, said = process.communicate(timeout=20)
     finally:
         process.kill()
@@ -228,11 +228,8 @@ def passed_to(
 
 def test_the_service_manager_may_pass_the_socket(others: ForOtherUsers, directory: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        status, said = passed_to(others, directory, listener, name="clamd-tcp")
+        status, said = passed_to(others, directory, listener)
         assert (status, "listener tcp 127.0.0.1:" in said) == (0, True)
-        status, said = passed_to(others, directory, listener, name="clamd")
-        assert status == 2
-        assert "it can't start: socket 'clamd' of systemd: the scan service takes 'clamd-tcp' alone" in said
 
 
 def refusal(tcp: Tcp | None, *passed: socket.socket, name: str = "clamd-tcp") -> str:
@@ -251,6 +248,8 @@ def test_what_is_no_socket_of_the_loopback_is_refused(tmp_path: Path) -> None:
         assert re.search(
             r"0\.0\.0\.0:[0-9]+ is no loopback address, and nobody is asked who they are; write", text
         )
+        text = refusal(Tcp(), ours, name="clamd")
+        assert "socket 'clamd' of systemd: the scan service takes 'clamd-tcp' alone" in text
         assert "systemd passed 2 sockets 'clamd-tcp'" in refusal(Tcp(), ours, ours)
         assert "tcp: port: systemd has passed a socket" in refusal(Tcp(port=3310), ours)
         taken = int(ours.getsockname()[1])
@@ -274,6 +273,62 @@ def test_where_the_unit_has_no_network_it_is_said_what_to_do() -> None:
     """Here by there being no such address, and not by RestrictAddressFamilies=."""
     with pytest.raises(LaunchError, match=r"remove address and port, and enable fdbroker-clamd-tcp\.socket"):
         listening_socket(Tcp(address="::2", port=free_port()), {})
+
+
+# ---- accepting ----
+
+
+class _Failing(socket.socket):
+    """Has no descriptor for the first that comes."""
+
+    failures = 1
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
+def said_to_who_is_not_ours(listening: socket.socket) -> bytes:
+    """Listen by a socket for who is not on this machine, as far as can be told; return what is said."""
+
+    async def listen() -> bytes:
+        # Of the service nothing is needed before somebody is taken.
+        listener = TcpListener(cast("Core", None), listening, Tcp())
+        try:
+            reader, writer = await asyncio.open_connection(*listening.getsockname())
+            try:
+                return await asyncio.wait_for(reader.read(), 20)
+            finally:
+                writer.close()
+        finally:
+            listener.close()
+
+    with listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        listening.settimeout(0)
+        return asyncio.run(listen())
+
+
+def test_who_is_not_on_this_machine_is_sent_away(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the kernel lets others reach loopback addresses, by net.ipv4.conf.*.route_localnet."""
+    monkeypatch.setattr(tcp, "is_loopback", lambda _: False)
+    assert said_to_who_is_not_ours(socket.socket()) == b""
+    assert re.search(r"refused: 127\.0\.0\.1:[0-9]+ is not on this machine", capsys.readouterr().err)
+
+
+def test_who_comes_when_there_is_no_descriptor_waits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tcp, "is_loopback", lambda _: False)
+    monkeypatch.setattr(tcp, "_SECONDS_WITHOUT_DESCRIPTORS", 0.01)
+    assert said_to_who_is_not_ours(_Failing()) == b""
+    said = capsys.readouterr().err
+    assert said.index("could not be accepted: Too many open files") < said.index("is not on this machine")
 
 
 def test_the_addresses_of_the_loopback_are_told_from_others() -> None:

@@ -87,7 +87,6 @@ NOT_ERRORS_ALONE = frozenset(
         "… …: … (…)",
         "~ …: … -> …",
         "…: no problems",
-        "fdbroker-scand: uid …: …",
         "hashes 1, … digests",
         "ClamAV …/…/…, … signatures",
         "yara-x …, … rules",
@@ -117,6 +116,7 @@ NOT_ERRORS_ALONE = frozenset(
         "… --on-behalf-of, --unit, --cgroup and --label",
         # Of a programmer's mistake, or of one end of a protocol that both ends of which are ours.
         "… is no number",
+        "a call failed",
         "… is no pair",
         "it was waited for, without WNOHANG, and there is nothing",
         "module 'fdbroker.config' has no attribute …",
@@ -147,22 +147,23 @@ class Message(NamedTuple):
     text: str
 
 
-def messages() -> Iterator[Message]:
-    """Yield what users are told."""
-    for name, tree in _trees().items():
-        if not name.startswith(tuple(NOT_ERRORS)):
-            for line, text in _texts(tree):
-                if text not in NOT_ERRORS_ALONE:
-                    yield Message(f"{name}:{line}", text)
+@functools.cache
+def messages() -> tuple[Message, ...]:
+    """Return what users are told."""
+    return tuple(
+        Message(f"{name}:{line}", text)
+        for name, tree in _trees().items()
+        if not name.startswith(tuple(NOT_ERRORS))
+        for line, text in _texts(tree)
+        if text not in NOT_ERRORS_ALONE
+    )
 
 
-def literals() -> Iterator[str]:
-    """Yield all texts of the files that users are told of, messages or not, of any length."""
-    for tree in _trees().values():
-        for node in ast.walk(tree):
-            text = _text(node)
-            if text is not None:
-                yield " ".join(text.split())
+@functools.cache
+def literals() -> frozenset[str]:
+    """Return all texts of the files that users are told of, messages or not, of any length."""
+    texts = (_text(node) for tree in _trees().values() for node in ast.walk(tree))
+    return frozenset(" ".join(text.split()) for text in texts if text)
 
 
 @functools.cache
@@ -173,11 +174,9 @@ def _trees() -> dict[str, ast.Module]:
 
 
 def _texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = {node.body[0] for node in ast.walk(tree) if isinstance(node, documented) and node.body}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and node in docstrings and isinstance(node.value, ast.Constant):
-            continue
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            continue  # a docstring
         if isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = {target.id for target in targets if isinstance(target, ast.Name)}

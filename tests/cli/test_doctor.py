@@ -66,6 +66,13 @@ def test_each_check_that_is_not_ok_has_a_cure_and_those_that_are_have_none() -> 
         assert check.meaning
 
 
+def test_what_can_not_be_looked_at_does_not_hide_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fdbroker.cli.checks.limit_checks", refuse(errno.EIO))
+    check = found("limits")
+    assert check.state == WEAKER
+    assert "could not be looked at to the end" in check.found
+
+
 def test_nothing_stays_behind_from_trying(tmp_path: Path) -> None:
     before = os.listdir("/proc/self/fd")
     with open("/proc/self/status") as file:

@@ -30,6 +30,7 @@ from fdbroker.config.check import check as check_policy
 from fdbroker.config.compile import compile_policy
 from fdbroker.config.identities import SystemLookups
 from fdbroker.launcher.start import find_cgroup2
+from fdbroker.scan.messages import Welcome
 from tests.descriptors.mounting import mounted, shared_tmpfs
 from tests.hanging.fanotify import held_opens
 from tests.processes import in_child, wait_until
@@ -149,6 +150,19 @@ def test_file_system_that_was_mounted_later_is_told_where_mounts_are_crossed(aro
     with mounted("tmpfs", around.directory / "moved" / "below"):
         check = by_name(root_checks(around.running))["its mounts"]
     assert check.state == OK
+
+
+def test_root_that_somebody_made_writable_in_the_brokers_view_is_told(around: Around) -> None:
+    def remount(how: str) -> None:
+        inside = ["nsenter", "--mount", f"--target={around.running.pid}"]
+        subprocess.run([*inside, "mount", "-o", f"remount,bind,{how}", around.directory], check=True)
+
+    remount("rw,nosuid,nodev")
+    check = by_name(root_checks(around.running))["its mounts"]
+    remount("ro,nosuid,nodev")
+    assert check.state == BROKEN
+    assert "a root is writable in the broker's view" in check.found
+    assert by_name(root_checks(around.running))["its mounts"].state == OK
 
 
 def test_process_that_can_not_be_looked_at_is_told() -> None:
@@ -477,6 +491,8 @@ def test_database_that_is_old_is_told_with_its_age(monkeypatch: pytest.MonkeyPat
     assert scanning.days_of_database("ClamAV 1.4.3/27800/some day, 1 signatures") is None
 
     class Service:
+        welcome = Welcome(1, "fdbroker-scand 0.0", (), None)
+
         def __enter__(self) -> Self:
             return self
 
@@ -486,8 +502,9 @@ def test_database_that_is_old_is_told_with_its_age(monkeypatch: pytest.MonkeyPat
             return {"engines": [{"version": old}], "outdated": True}
 
     monkeypatch.setattr(scanning, "connect", lambda *_arguments, **_named: Service())
-    answers, age, outdated = scanning._service("/run/scan")
-    assert (answers.state, age.state, outdated.state) == (OK, WEAKER, WEAKER)
+    answers, version, age, outdated = scanning._service("/run/scan")
+    assert [check.state for check in (answers, version, age, outdated)] == [OK, WEAKER, WEAKER, WEAKER]
+    assert "is fdbroker-scand 0.0; installed here is" in version.found
     assert age.found == "of 30 days ago"
     assert "freshclam" in age.cure
     assert "reload" in outdated.cure

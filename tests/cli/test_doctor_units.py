@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +18,8 @@ from fdbroker.cli.checks.units import (
     objections_to_broker,
     unit_checks,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from fdbroker.config.compile import compile_policy
+from fdbroker.config.identities import SystemLookups
 
 # As systemctl shows the unit of docs/fdbrokerd.md.
 RIGHT = {
@@ -125,8 +125,15 @@ def test_calls_that_a_filter_refuses_are_those_that_the_broker_needs(shown: str,
     assert calls_refused(shown) == refused
 
 
-def shown(monkeypatch: pytest.MonkeyPatch, of: dict[str, dict[str, str]]) -> dict[str, tuple[str, str]]:
-    """Return what the checks say, by name, where systemctl shows this."""
+def shown(
+    monkeypatch: pytest.MonkeyPatch, of: dict[str, dict[str, str]], *, policy: bool = True
+) -> dict[str, tuple[str, str]]:
+    """Return what the checks say, by name, where systemctl shows this; without `policy` none can be read."""
+    text = (
+        b"version: 1\nroots: {srv: {path: /srv}}\nrules: []\n"
+        b"listeners: {scan: {service: {user: root}, type: seqpacket}}\n"
+    )
+    compiled = compile_policy(text, "policy.yaml", SystemLookups()) if policy else None
 
     def show(name: str, _properties: object) -> dict[str, list[str]]:
         values = of.get(name, {"LoadState": "not-found"})
@@ -135,7 +142,9 @@ def shown(monkeypatch: pytest.MonkeyPatch, of: dict[str, dict[str, str]]) -> dic
     monkeypatch.setattr(units, "_show", show)
     monkeypatch.setattr("os.path.isdir", lambda _path: True)
     running = Running(7, {})
-    return {check.name: (check.state, check.found) for check in unit_checks(None, running)}
+    return {
+        check.name: (check.state, check.found) for check in unit_checks(units.read_units(), compiled, running)
+    }
 
 
 def test_machine_without_these_units_has_nothing_to_say_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +158,9 @@ def test_machine_without_these_units_has_nothing_to_say_of_them(monkeypatch: pyt
         ({"LoadState": "masked"}, BROKEN, "is masked"),
         ({"LoadState": "bad-setting", "LoadError": "no ExecStart"}, BROKEN, "is bad-setting: no ExecStart"),
         ({"ActiveState": "failed", "Result": "start-limit-hit"}, BROKEN, "ended too often"),
+        ({"NRestarts": "3"}, WEAKER, "active: it ended by itself, and systemd has started it 3 times again"),
+        ({"NRestarts": "3", "ActiveState": "activating"}, BROKEN, "activating: it ended by itself"),
+        ({"NRestarts": "0"}, OK, "active"),
         ({"NeedDaemonReload": "yes"}, WEAKER, "was changed since systemd has read it"),
         ({"DropInPaths": "/etc/x.conf"}, OK, "with /etc/x.conf"),
     ],
@@ -175,6 +187,7 @@ def test_broker_besides_that_of_the_unit_is_told(monkeypatch: pytest.MonkeyPatch
         ({"ActiveState": "failed", "Result": "service-start-limit-hit"}, BROKEN),
         ({"ActiveState": "inactive", "UnitFileState": "enabled"}, BROKEN),
         ({"ActiveState": "inactive", "UnitFileState": "disabled"}, None),
+        ({"FileDescriptorName": "scan"}, OK),
         ({"FileDescriptorName": "fdbroker"}, BROKEN),
         ({"Listen": "/run/a (Stream)"}, BROKEN),
         ({"Accept": "yes"}, BROKEN),
@@ -187,6 +200,23 @@ def test_sockets_of_the_unit_are_looked_at(
     service = RIGHT | {"TriggeredBy": "own.socket"}
     told = shown(monkeypatch, {SERVICE: service, "own.socket": SOCKET | changes})
     assert told.get("own.socket", (None,))[0] == state
+
+
+def test_private_network_goes_wrong_with_datagrams_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = RIGHT | {"TriggeredBy": "own.socket", "PrivateNetwork": "yes"}
+    datagrams = SOCKET | {"FileDescriptorName": "dgram", "Listen": "/run/a (Datagram)"}
+    told = shown(monkeypatch, {SERVICE: service, "own.socket": datagrams})
+    assert told[f"{SERVICE} PrivateNetwork="][0] == BROKEN
+    for values in (datagrams | {"ActiveState": "inactive"}, SOCKET):
+        assert shown(monkeypatch, {SERVICE: service, "own.socket": values})[f"{SERVICE} options"][0] == OK
+
+
+def test_names_of_sockets_are_not_judged_where_the_policy_can_not_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of = {SERVICE: RIGHT | {"TriggeredBy": "own.socket"}, "own.socket": SOCKET | {"FileDescriptorName": "x"}}
+    assert shown(monkeypatch, of, policy=False)["own.socket"][0] == OK
+    assert shown(monkeypatch, of)["own.socket"][0] == BROKEN
 
 
 @pytest.mark.parametrize(
@@ -213,3 +243,11 @@ def test_drop_in_that_has_the_option_last_is_named(tmp_path: Path) -> None:
     named = unit(FragmentPath=str(files[0]), DropInPaths=" ".join(map(str, files[1:])))
     assert units.file_with(named, "PrivateTmp") == str(files[2])
     assert units.file_with(named, "ProtectHome") is None
+
+
+def test_each_option_that_is_documented_to_go_wrong_is_looked_at() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "fdbrokerd.md").read_text()
+    [table] = re.findall(r"\| option \| effect \| instead \|\n\|---.*\n((?:\|.*\n)+)", page)
+    options = {option for row in table.splitlines() for option in re.findall(r"`(\w+)=", row.split(" | ")[0])}
+    assert len(options) > 8
+    assert options <= set(units._PROPERTIES)

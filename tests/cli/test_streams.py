@@ -39,18 +39,24 @@ def run_with(redirections: str, *arguments: str) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "<&- >&- 2>&-", "<&- 2>&-"])
+ERRORS: list[tuple[tuple[str, ...], int]] = [
+    (("scan", *NOWHERE, *AS_ROOT, "/home/x"), 2),
+    (("scan", "--no-such-option"), 2),
+    (("exec", *NOWHERE, "/x", "--", "true"), 125),
+    (("cat", *NOWHERE, "/x"), 2),
+    (("policy", "check", "/nonexistent"), 2),
+    (("status", *NOWHERE, "--control", "/nonexistent"), 2),
+    (("exec", "/nonexistent", "--", "true"), 125),
+    (("exec", "--no-such-option"), 125),
+]
+
+
+# However the streams are, it is found out before any command begins: a few commands with each are enough.
 @pytest.mark.parametrize(
-    ("arguments", "status"),
+    ("redirection", "arguments", "status"),
     [
-        (("scan", *NOWHERE, *AS_ROOT, "/home/x"), 2),
-        (("scan", "--no-such-option"), 2),
-        (("cat", *NOWHERE, "/x"), 2),
-        (("policy", "check", "/nonexistent"), 2),
-        (("status", *NOWHERE, "--control", "/nonexistent"), 2),
-        (("exec", *NOWHERE, "/x", "--", "true"), 125),
-        (("exec", "/nonexistent", "--", "true"), 125),
-        (("exec", "--no-such-option"), 125),
+        *[("2>&-", *each) for each in ERRORS],
+        *[(how, *each) for how in ("2>/dev/full", "<&- >&- 2>&-", "<&- 2>&-") for each in ERRORS[:3]],
     ],
 )
 def test_status_is_the_documented_one_where_errors_can_not_be_told(
@@ -60,19 +66,21 @@ def test_status_is_the_documented_one_where_errors_can_not_be_told(
     assert (result.returncode, result.stdout, result.stderr) == (status, "", "")
 
 
-@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+OUTPUTS: list[tuple[tuple[str, ...], int]] = [
+    (("--help",), 2),
+    (("policy", "schema"), 2),
+    (("exec", "--help"), 125),
+    (("--version",), 2),
+    (("scan", "--help"), 2),
+    (("policy", "check", "--help"), 2),
+    (("doctor", *NOWHERE), 2),
+    (("audit", "/dev/stdin"), 2),
+]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "status"),
-    [
-        (("--help",), 2),
-        (("--version",), 2),
-        (("scan", "--help"), 2),
-        (("policy", "schema"), 2),
-        (("policy", "check", "--help"), 2),
-        (("doctor", *NOWHERE), 2),
-        (("audit", "/dev/stdin"), 2),
-        (("exec", "--help"), 125),
-    ],
+    ("redirection", "arguments", "status"),
+    [*[(">/dev/full", *each) for each in OUTPUTS], *[(">&-", *each) for each in OUTPUTS[:3]]],
 )
 def test_output_that_can_not_be_written_is_told_in_a_line(
     redirection: str, arguments: tuple[str, ...], status: int

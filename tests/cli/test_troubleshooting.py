@@ -9,12 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from fdbroker.config.explain import REASONS
 from fdbroker.scan.verdict import Reason as ScanReason
 from fdbroker.wire.format import Reason
 from tests.cli.error_messages import NOT_ERRORS, NOT_ERRORS_ALONE, SOURCES, literals, messages
 
 PAGE = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
-CODES = {reason.name.lower() for reason in Reason if reason} | {reason.value for reason in ScanReason}
+CODES = {
+    *(reason.name.lower() for reason in Reason if reason),  # what clients are told
+    *(reason.value for reason in ScanReason),
+    *REASONS,  # what the audit has
+}
 # So few letters and digits would be found anywhere.
 _FEWEST_LETTERS = 8
 _MOST_FOUND = 8  # messages by one text
@@ -46,7 +51,7 @@ def matched(texts: list[str]) -> dict[str, set[int]]:
 
 
 def test_each_message_is_on_the_page() -> None:
-    said = list(messages())
+    said = messages()
     known = set().union(*matched([message.text for message in said]).values())
     missing = [message for number, message in enumerate(said) if number not in known]
     assert not missing, "docs/troubleshooting.md lacks:\n" + "\n".join(
@@ -87,7 +92,7 @@ def test_what_is_no_message_still_exists(kind: str) -> None:
     if kind == "files":
         assert not [name for name in NOT_ERRORS if not (SOURCES / name).exists()]
     else:
-        assert not NOT_ERRORS_ALONE - set(literals())
+        assert not NOT_ERRORS_ALONE - literals()
 
 
 def test_links_within_the_page_lead_somewhere() -> None:

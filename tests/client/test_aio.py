@@ -281,6 +281,54 @@ def test_a_client_that_waits_in_a_cancelled_accept_is_there_for_the_next(
     asyncio.run(main())
 
 
+def test_clients_are_served_as_they_come_until_the_service_ends(fake: FakeBroker, path: Path) -> None:
+    async def main() -> None:
+        numbers: list[int] = []
+        came = asyncio.Event()
+
+        def serve(served: aio.ServedClient) -> None:
+            numbers.append(served.number)
+            served.close()
+            came.set()
+
+        async with await aio.connect(path) as client, await client.serve("clamd") as service:
+            with fake.hand_over("clamd"):
+                await client.status()  # it is there before anybody waits
+                serving = asyncio.create_task(service.for_each(serve))
+                await came.wait()
+                came.clear()
+            with fake.hand_over("clamd"):
+                await came.wait()
+            assert numbers == [1, 2]
+            service.close()
+            with pytest.raises(ValueError, match="closed"):
+                await serving
+        async with await aio.connect(path) as client, await client.serve("clamd") as service:
+            serving = asyncio.create_task(service.for_each(serve))
+            await asyncio.sleep(0)
+            client.close()
+            with pytest.raises((DisconnectedError, ValueError)):
+                await serving
+
+    asyncio.run(main())
+
+
+def test_what_serving_a_client_raises_ends_it_and_the_next_client_waits(fake: FakeBroker, path: Path) -> None:
+    async def main() -> None:
+        def fail(served: aio.ServedClient) -> None:
+            served.close()
+            raise KeyError(served.number)
+
+        async with await aio.connect(path) as client, await client.serve("clamd") as service:
+            with fake.hand_over("clamd"), fake.hand_over("clamd"):
+                with pytest.raises(KeyError, match="1"):
+                    await service.for_each(fail)
+                async with await service.accept() as served:
+                    assert served.number == 2
+
+    asyncio.run(main())
+
+
 def test_clients_are_served_by_tasks_while_others_are_waited_for(fake: FakeBroker, path: Path) -> None:
     async def serve_one(served: aio.ServedClient) -> None:
         async with served:

@@ -15,7 +15,6 @@ from fdbroker.client.engine import (
     ListPage,
     OpenPaths,
     Question,
-    ReleaseClient,
     ServeListener,
     State,
     StatPaths,
@@ -23,7 +22,7 @@ from fdbroker.client.engine import (
 )
 from fdbroker.client.errors import BrokerError, ProtocolError
 from fdbroker.kernel.descriptors import Descriptors
-from fdbroker.wire.client import AcceptedReply, ReleaseReply, ServeReply, WalkReply
+from fdbroker.wire.client import AcceptedReply, ServeReply, WalkReply
 from fdbroker.wire.format import Incomplete, Kind, Reason, WalkKind
 from fdbroker.wire.messages import (
     GIVEN,
@@ -49,7 +48,6 @@ from fdbroker.wire.replies import (
     encode_accepted,
     encode_error,
     encode_open_reply,
-    encode_release_reply,
     encode_serve_reply,
     encode_walk_entry,
     encode_walk_reply,
@@ -107,7 +105,6 @@ def test_a_request_says_for_whom_it_is_and_whether_a_copy_will_do() -> None:
             WalkRequest(5, b"/a", b"x", ASKED, descriptors=False, credit=4, most=5, client=9),
         ),
         (ServeListener(b"clamd"), ServeRequest(6, b"clamd")),
-        (ReleaseClient(9), ReleaseRequest(7, 9)),
     ]
     for question, expected in cases:
         assert decode_request(engine.request(question)[1]) == expected
@@ -331,10 +328,8 @@ def test_a_client_that_was_released_may_have_its_number_again() -> None:
     engine = serving()
     with some_descriptors(1) as one:
         engine.receive(accepted(), one)
-    request_id, _ = engine.request(ReleaseClient(5))
-    answer = engine.receive(encode_release_reply(request_id, 7, GIVEN), no_descriptors())
-    assert answer is not None
-    assert isinstance(answer.reply, ReleaseReply)
+    engine.release_later(5)
+    assert len(engine.afterthoughts()) == 1
     with some_descriptors(1) as one:
         assert engine.receive(accepted(), one) is not None
 
@@ -348,7 +343,7 @@ def test_a_client_is_released_later_once_and_only_if_it_was_not_already() -> Non
     [frame] = engine.afterthoughts()
     released = decode_request(frame)
     assert released == ReleaseRequest(released.id, 5)
-    assert engine.receive(encode_release_reply(released.id, 7, GIVEN), no_descriptors()) is None
+    assert engine.outstanding == 0
 
 
 def test_the_clients_of_an_abandoned_service_are_closed_and_released() -> None:

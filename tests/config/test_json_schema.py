@@ -108,14 +108,32 @@ def found(document: Any, at: tuple[str | int, ...]) -> Any:  # noqa: ANN401 - JS
 
 def around(document: Any, at: tuple[str | int, ...]) -> Any:  # noqa: ANN401 - JSON
     """Return of a document the change at a place, and what that can be about: the rest takes most of the time."""
-    if not isinstance(document, dict) or not at or at[0] in {"roots", "version"}:
+    if not isinstance(document, dict) or not at or at[0] == "version":
         return document
-    kept = {key: value for key, value in document.items() if key in {"version", "roots", "rules", at[0]}}
+    kept = {key: value for key, value in document.items() if key in {"version", "roots", at[0]}}
     if at[0] != "rules":
         kept["rules"] = WHOLE["rules"][-1:]
     elif len(at) > 1:
-        kept["rules"] = [document["rules"][at[1]]]
+        kept["rules"] = [part_of_rule(document["rules"][at[1]], at[2:])]
+        kept["roots"] = {"home": {"path": "/h"}, "mail": {"path": "/m", "opens": "helpers"}}
     return kept
+
+
+def part_of_rule(about: Any, at: tuple[str | int, ...]) -> Any:  # noqa: ANN401 - JSON
+    """Return of a rule what there has to be, and the change at a place in it."""
+    if not isinstance(about, dict) or not at:
+        return about
+    kept = {key: value for key, value in about.items() if key in {*NEEDED_OF_A_RULE, at[0]}}
+    if "client" in kept and at[0] != "client":
+        kept["client"] = "any"
+    if at[0] == "where" and isinstance(about["where"], dict) and len(at) > 1:
+        kept["where"] = {key: value for key, value in about["where"].items() if key == at[1]}
+        if at[1] == "owner":
+            kept["on_behalf_of"] = "any"
+    return kept
+
+
+NEEDED_OF_A_RULE = {"name", "allow", "deny", "client", "in", "paths"}
 
 
 def changed(at: tuple[str | int, ...], value: object) -> Any:  # noqa: ANN401 - JSON

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,13 +63,19 @@ def installed() -> Iterator[Path]:
         scand = prefix / "bin" / "fdbroker-scand"
         scand.write_text(script.replace("fdbroker.cli.__main__", "fdbroker.scan.service.main"))
         scand.chmod(0o755)
-        # What metrics need besides.
+        # What a wheel has besides the package ...
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+        wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+        for source, target in wheel["shared-data"].items():
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, prefix / target)
+        # ... and what metrics need.
         spec = importlib.util.find_spec("prometheus_client")
         assert spec is not None
         assert spec.origin is not None
         [site] = prefix.glob("lib/python3*/site-packages")
         shutil.copytree(Path(spec.origin).parent, site / "prometheus_client")
-        subprocess.run(["chmod", "-R", "a+rX", site], check=True)
+        subprocess.run(["chmod", "-R", "a+rX", prefix], check=True)
         yield prefix
 
 

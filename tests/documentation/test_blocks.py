@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import time
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 from xml.etree import ElementTree as ET
 
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 import fdbroker
+from fdbroker.clamd.import_conf import RULES
 from fdbroker.cli.main import cli
 from fdbroker.config import compile_policy
 from fdbroker.launcher import options as fdbrokerd
@@ -71,9 +73,9 @@ CLAIMS = [
     Claim("docs/policy-tools.md", "tests/config/test_tools_documentation.py", "text"),
     Claim("docs/protocol.md", "tests/wire/test_vectors.py"),
     Claim("docs/quick-start.md", "tests/test_quick_start.py", "console"),
-    Claim("docs/without-systemd.md", "tests/supervisors/supervised.py"),
-    Claim("docs/scand.md", "tests/system/test_clamd_tcp.py", "", "systemctl enable"),
     Claim("docs/sandbox.md", "tests/sandbox/test_documentation.py"),
+    Claim("docs/scand.md", "tests/system/test_clamd_tcp.py", "", "systemctl enable"),
+    Claim("docs/without-systemd.md", "tests/supervisors/supervised.py"),
 ]
 
 # Drawings: there is nothing to try.
@@ -111,7 +113,23 @@ def is_run(block: Block) -> bool:
     """Return whether its commands are run on a machine that is thrown away, or said why not."""
     if block.page in SESSIONS and SESSIONS[block.page].has(block):
         return True
-    return not block.kind and all(command.text in NOT_RUN for command in commands(block))
+    if not block.kind:
+        return all(command.text in NOT_RUN for command in commands(block))
+    # It names, without output, what is run elsewhere.
+    named = shell_commands(block) if block.kind == "console" else []
+    return bool(named) and all(not command.shown and command.text in run_somewhere() for command in named)
+
+
+@cache
+def run_somewhere() -> set[str]:
+    """Return all commands that are run on a machine that is thrown away."""
+    return {
+        command.text
+        for page, session in SESSIONS.items()
+        for block in blocks(page)
+        if session.has(block)
+        for command in commands(block)
+    } - set(NOT_RUN)
 
 
 # What this file looks at, and by which test.
@@ -124,6 +142,7 @@ HERE: dict[str, Callable[[Block], bool]] = {
     "policy": is_policy,
     "scand": is_scand,
     "make": lambda block: MAKE.match(block.text.lstrip("# ")) is not None,
+    "clamd.conf": lambda block: re.match(r"OnAccess\w+ ", block.text) is not None,
     "systemctl": lambda block: block.text.startswith("systemctl "),
     "drawing": lambda block: any(
         block.page == page and block.text.startswith(begin) for page, begin in DRAWINGS
@@ -293,6 +312,12 @@ def test_units_that_systemctl_is_told_of_are_there() -> None:
                 assert command.text in NOT_RUN, command.place
 
 
+def test_options_of_clamav_are_known() -> None:
+    for block in found("clamd.conf"):
+        for line in block.text.splitlines():
+            assert line.partition(" ")[0] in RULES, block.place
+
+
 def test_make_has_the_targets_that_are_named() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for block in found("make"):
@@ -326,18 +351,25 @@ def test_configurations_of_the_scan_service_are_read() -> None:
         assert read.listeners
 
 
+def runnable(unit: str) -> str:
+    """Return a unit whose programs are there, whatever is installed here."""
+    return re.sub(r"^(Exec\w+=[+-]?)\S+.*", r"\1/bin/true", unit, flags=re.MULTILINE)
+
+
 def test_units_are_what_systemd_takes(tmp_path: Path) -> None:
-    units = {}
+    units = set()
     for block in found("unit"):
-        [name] = re.findall(r"^# (?:\S*/)?([\w@.-]+\.(?:service|socket|timer))", block.text)
-        # Programs that need not be installed here, and neither need what they are told about.
-        text = re.sub(r"^(Exec\w+=[+-]?)\S+.*", r"\1/bin/true", block.text, flags=re.MULTILINE)
-        if name.endswith(".socket"):
-            text = re.sub("Listen", "[Unit]\nDefaultDependencies=no\n[Socket]\nListen", text, count=1)
-        units[name] = tmp_path / name
-        units[name].write_text(text)
+        [name] = re.findall(
+            r"^# (?:/etc/systemd/system/)?([\w@./-]+\.(?:service|socket|timer|conf))", block.text
+        )
+        unit, _, drop_in = name.partition(".d/")
+        if drop_in:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / unit).write_text(runnable((ROOT / "systemd" / unit).read_text()))
+        (tmp_path / name).write_text(runnable(block.text))
+        units.add(tmp_path / unit)
     done = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *units.values()],
+        ["systemd-analyze", "verify", "--man=no", "--recursive-errors=no", *units],
         env={"SYSTEMD_UNIT_PATH": f"{tmp_path}:", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
         capture_output=True,
         text=True,

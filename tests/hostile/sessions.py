@@ -22,6 +22,7 @@ from fdbroker.wire.client import (
     encode_release,
     encode_serve,
     encode_stat,
+    encode_status,
     encode_walk,
 )
 from fdbroker.wire.format import Status
@@ -334,8 +335,9 @@ def act_for_a_client(served: Served) -> Session:
         number = handed_over.client.number
         paths = [served.path(name) for name in names]
         opened = _read("open", names, _ask(speaker, encode_open(7, paths, number)))
-        released = _ask(speaker, encode_release(8, number))
-        return Session(opened.got, opened.answered and released is not None)
+        speaker.sock.send(encode_release(8, number))
+        ended = _ask(speaker, encode_status(9))
+        return Session(opened.got, opened.answered and ended is not None)
 
 
 def ask_the_control_socket(served: Served) -> Session:

@@ -176,7 +176,8 @@ def be_honest(_memory: dict[str, Any], path: str, home: str, count: int, end: fl
 
     def act(number: int) -> None:
         try:
-            while time.monotonic() < end and not failures:
+            # Once at least, however busy the machine is.
+            while not (failures or (made[number] and time.monotonic() >= end)):
                 with connected(path) as sock:
                     if number % 2:
                         made[number] += 1

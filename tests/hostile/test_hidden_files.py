@@ -242,12 +242,13 @@ def test_answers_do_not_tell_what_is_there_that_may_not_be_had(
         clear(twin_.tree)
         for thing in hidden:
             make(twin_.tree, thing)
-    for kind in (Speaker, StreamSpeaker, DatagramSpeaker):
-        one, two = (
-            in_child(lambda: all_heard(twin_, kind), uid=CLIENT_UID)  # noqa: B023 - called at once
-            for twin_ in twins
-        )
-        assert one == two
+    kinds = (Speaker, StreamSpeaker, DatagramSpeaker)
+    one, two = (
+        in_child(lambda: [all_heard(twin_, kind) for kind in kinds], uid=CLIENT_UID)  # noqa: B023 - called at once
+        for twin_ in twins
+    )
+    for kind, of_one, of_two in zip(kinds, one, two, strict=True):
+        assert of_one == of_two, kind
 
 
 def test_what_may_be_had_does_show(twins: tuple[Twin, Twin]) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 
 from fdbroker.policy import decide as decide_module
 from fdbroker.policy import rule_index
@@ -223,17 +225,17 @@ def looks_of(view: ActionView, paths: Iterable[bytes]) -> int:
         "**/a/**/*%d",
     ],
 )
-def test_ten_thousand_rules_that_differ_in_what_they_spell_out_are_not_looked_at(glob: str) -> None:
+def test_thousands_of_rules_that_differ_in_what_they_spell_out_are_not_looked_at(glob: str) -> None:
     """Neither where a directory is met for the first time, nor where its names are what rules tell apart."""
     few, many = (
         view_of(
             policy("/r", rule("all"), *(rule(f"r{n}", paths=[glob % n], effect="deny") for n in range(count)))
         )
-        for count in (10, 10_000)
+        for count in (10, 2_000)
     )
     paths = [
         path % n
-        for n in range(0, 10_000, 333)
+        for n in range(0, 2_000, 66)
         for path in (b"/r/d%d/some/where/deep/file", b"/r/x/e%d/a.log", b"/r/y/f%d/g", b"/r/%d-a/b/a/y.7")
     ]
     assert looks_of(many, paths) <= 2 * looks_of(few, paths) <= 30 * len(paths)
@@ -364,11 +366,14 @@ def how_it_was_answered(view: ActionView, path: str) -> str:
 
 
 @pytest.mark.unmeasured
-def test_every_outcome_has_its_share_of_the_cases() -> None:
+def test_every_outcome_has_its_share_of_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The same cases, whichever modules were imported by other tests: hypothesis draws from their constants, too.
+    monkeypatch.setattr(providers, "_get_local_constants", Constants)
+    monkeypatch.setattr(providers, "CONSTANTS_CACHE", type(providers.CONSTANTS_CACHE)(1024))
     counted: Counter[str] = Counter()
 
     # The same cases in every profile.
-    @settings(max_examples=400, derandomize=True, database=None)
+    @settings(max_examples=200, derandomize=True, database=None)
     @given(cases(copies=True), objects)
     def count(case: Case, any_objects: list[Facts]) -> None:
         view, found = view_of(*case[:3]), aimed(case, any_objects)

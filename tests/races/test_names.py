@@ -401,7 +401,7 @@ def test_listed_directory_that_is_moved_out_and_gets_a_secret_while_it_is_there(
         place,
         Race(
             steps=[
-                resting(path, 200),
+                resting(path, 40),
                 out,
                 lambda: os.rename(here, there),
                 lambda: os.rename(there, here),
@@ -410,7 +410,7 @@ def test_listed_directory_that_is_moved_out_and_gets_a_secret_while_it_is_there(
             attacker=0,
             ask=asking_to_list(good, path),
             careless=step_by_step(place.tree, path, lists_only(good), directory=True),
-            factor=4,  # three moves have to fall between two looks
+            factor=2,  # three moves have to fall between two looks
         ),
     )
     show(outcome)

@@ -97,6 +97,20 @@ def test_verdicts_are_exact(tmp_path: Path) -> None:
     ]
 
 
+def test_a_worker_that_ends_while_it_has_nothing_is_let_go_of_once_that_shows(tmp_path: Path) -> None:
+    with supervise() as supervisor:
+        scan_all(supervisor, tmp_path, b"fine")
+        supervisor.let_go_if_gone()
+        watched, killed = supervisor.watched(), supervisor.worker_pid
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
+        assert is_readable(watched[0], 10)
+        supervisor.let_go_if_gone()
+        assert supervisor.watched()[0] == -1
+        assert verdicts(scan_all(supervisor, tmp_path, b"fine")) == ["clean"]
+        assert supervisor.watched() != watched
+
+
 @pytest.mark.parametrize("window", [1, 2, 64])
 def test_many_files_keep_their_order_and_nothing_stays_open(window: int, tmp_path: Path) -> None:
     before = open_descriptors()

@@ -38,7 +38,7 @@ def test_users_have_turns_however_many_files_they_have() -> None:
     turns.add(sources[2], "c")
     taken = [turns.take(turns.users()[0]) for _ in range(4)]
     assert taken == ["a0", "b", "c", "a1"]
-    assert len(turns) == 98
+    assert turns.count == 98
 
 
 def test_clients_of_a_user_have_turns_of_some_files() -> None:
@@ -74,7 +74,7 @@ def test_what_is_removed_is_gone_and_the_rest_keeps_its_order() -> None:
     assert turns.remove(source, lambda number: number % 2 == 0) == [0, 2, 4]
     assert turns.remove(Source(1), lambda _: True) == []
     assert turns.clear() == [1, 3, 5]
-    assert len(turns) == 0
+    assert turns.count == 0
 
 
 class PuppetSupervisor:
@@ -140,6 +140,9 @@ class PuppetSupervisor:
 
     def fileno(self) -> int | None:
         return 0 if self.files else None
+
+    def watched(self) -> tuple[int, object]:
+        return 0, self.workers_started
 
     def deadline(self) -> float:
         return 0.0

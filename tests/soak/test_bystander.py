@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
-SECONDS = 60.0 if os.environ.get("FDBROKER_SOAK") else 1.0
+SECONDS = 60.0 if os.environ.get("FDBROKER_SOAK") else 0.5
 WITHIN = 0.5  # of 99 of 100 answers to a bystander, by design
 # Answers, however long they take where others have the CPUs: of fewer, the 99th of 100 is the last.
 LEAST = 200

@@ -125,13 +125,17 @@ class S6:
         self.services.mkdir()
         subprocess.Popen(["s6-svscan", self.services])
         wait_for((self.services / ".s6-svscan/control").exists, "s6-svscan")
-        do(documented("console", "s6")[0])
+        install, wait, *_ = documented("console", "s6")
+        do(install)
+        for name in ("fdbrokerd", "fdbroker-scand"):
+            wait_for((self.services / name / "supervise/status").exists, f"s6 supervises {name}")
+        do(wait)
 
     def reload(self) -> None:
-        do(documented("console", "s6")[1])
+        do(documented("console", "s6")[2])
 
     def stop(self) -> None:
-        do(documented("console", "s6")[2])
+        do(documented("console", "s6")[3])
 
     def pid(self, name: str) -> int:
         """Return the process, -1 where none is ready."""

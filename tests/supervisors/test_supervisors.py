@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def packages() -> str:
-    specs = [importlib.util.find_spec(name) for name in ("fdbroker", "click", "msgspec", "yaml")]
+    specs = [importlib.util.find_spec(name) for name in ("fdbroker", "click", "yaml")]
     return ":".join(str(Path(spec.origin).parent) for spec in specs if spec is not None and spec.origin)
 
 

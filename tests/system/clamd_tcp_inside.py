@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 from tests.clamd.talks import chunks
 from tests.scan.descriptors import EICAR
 
+_LOG = "/var/log/fdbroker-scand.log"
 _UNITS = ("fdbroker-clamd-tcp.socket", "fdbroker-scand.service")
 
 
@@ -39,8 +41,9 @@ def main(shared: Path, service: str) -> None:
         pid = _output("systemctl", "show", "--value", "-p", "MainPID", _UNITS[1]).strip()
         seen["networks"] = [os.readlink(f"/proc/{number}/ns/net") for number in ("1", pid)]
         subprocess.run(["systemctl", "stop", *_UNITS], check=True)
-    subprocess.run(["journalctl", "--sync"], check=True)
-    seen["journal"] = _output("journalctl", "-u", _UNITS[1], "-o", "cat", "--no-pager")
+    log = Path(_LOG)
+    seen["log"] = log.read_text()
+    seen["mode"] = stat.S_IMODE(log.stat().st_mode)
     (shared / "seen").write_text(json.dumps(seen))
 
 

@@ -37,7 +37,7 @@ def test_service_without_a_network_serves_the_port_that_is_passed(others: ForOth
         command = shlex.join([*scand, "--config", f"{shared}/scand.yaml"])
         (units / "fdbroker-scand.service.d" / "test.conf").write_text(
             "[Unit]\nDefaultDependencies=no\n[Service]\n"
-            "PrivateTmp=no\n"
+            "PrivateTmp=no\nStandardError=append:/var/log/fdbroker-scand.log\n"
             f"Environment=PYTHONPATH={others.directory}:{packages}\nExecStart=\nExecStart={command}\n"
         )
         seen = run_booted(
@@ -49,4 +49,6 @@ def test_service_without_a_network_serves_the_port_that_is_passed(others: ForOth
     assert seen["stream"] == f"stream: {EICAR_NAME} FOUND\0"
     everybodys, its_own = seen["networks"]
     assert everybodys != its_own
-    assert "listener tcp 127.0.0.1:3310: serving" in seen["journal"]
+    assert "listener tcp 127.0.0.1:3310: serving" in seen["log"]
+    # What is found in somebody's files is nobody else's business.
+    assert seen["mode"] == 0o600

@@ -15,7 +15,6 @@ from fdbroker.wire.client import (
     ExplainReply,
     ListReply,
     OpenReply,
-    ReleaseReply,
     ReloadReply,
     ReopenReply,
     Reply,
@@ -74,7 +73,8 @@ from fdbroker.wire.messages import (
 
 # A walk's `more` and `cancel` have no reply of their own, and accepted clients come without being asked for.
 REQUEST_TYPES = {int(kind) for kind in Type} - {Type.ACCEPTED, Type.ERROR}
-REPLY_TYPES = {kind | REPLY for kind in Type} - {Type.MORE | REPLY, Type.CANCEL | REPLY}
+WITHOUT_REPLY = (Type.MORE, Type.CANCEL, Type.RELEASE)
+REPLY_TYPES = {kind | REPLY for kind in Type if kind not in WITHOUT_REPLY}
 PROTOCOL = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 
 
@@ -138,8 +138,6 @@ def encode_reply(message: Reply) -> bytes:
             return replies.encode_serve_reply(message.id, message.generation, message.result)
         case AcceptedReply():
             return replies.encode_accepted(message.id, message.generation, message.client)
-        case ReleaseReply():
-            return replies.encode_release_reply(message.id, message.generation, message.result)
         case StatusReply():
             return replies.encode_status_reply(message.id, message.generation, message.document)
         case ExplainReply():
@@ -254,7 +252,6 @@ replies_of_all_kinds: st.SearchStrategy[Reply] = st.one_of(
     st.builds(WalkReply, u32, u32, not_given, st.just([]), ends),
     st.builds(ServeReply, u32, u32, results),
     st.builds(AcceptedReply, u32, u32, accepted),
-    st.builds(ReleaseReply, u32, u32, results),
     st.builds(StatusReply, u32, u32, st.binary(max_size=200)),
     st.builds(ExplainReply, u32, u32, st.binary(max_size=200)),
     st.builds(ReloadReply, u32, u32, u32, st.booleans()),

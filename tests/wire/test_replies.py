@@ -13,7 +13,6 @@ from fdbroker.wire.client import (
     ExplainReply,
     ListReply,
     OpenReply,
-    ReleaseReply,
     ReloadReply,
     ReopenReply,
     Reply,
@@ -81,7 +80,6 @@ EXAMPLES: list[Reply] = [
     WalkReply(9, 7, DENIED, [], WalkEnd(0, 0, 0, Incomplete(0))),
     ServeReply(10, 7, GIVEN),
     AcceptedReply(10, 7, AcceptedClient(1, 4321, 1000, 100, 2)),
-    ReleaseReply(11, 7, refused(Reason.NOT_FOUND)),
     ReopenReply(12, 7, taken=True),
     OpenReply(2, 7, [limited(REACHED), copied(1), limited(REACHED), GIVEN], (b"a",)),
     StatReply(4, 7, [(limited(REACHED), None), (DENIED, None), (limited(REACHED), None)]),
@@ -296,7 +294,6 @@ def test_only_the_contents_of_a_file_can_be_a_copy() -> None:
         HEADER.pack(Type.LIST | REPLY, 1, 0, 8, 0) + copy + COOKIE.pack(0),
         HEADER.pack(Type.WALK | REPLY, 1, 0, 8, 0) + copy + WALK_END.pack(0, 0, 0, 0),
         HEADER.pack(Type.SERVE | REPLY, 0, 0, 8, 0) + copy,
-        HEADER.pack(Type.RELEASE | REPLY, 0, 0, 8, 0) + copy,
     ):
         with pytest.raises(MalformedError, match="copy where none can be"):
             decode_reply(frame)

@@ -110,6 +110,8 @@ class WatchedLink(Link):
                 if not self.receive():
                     break
                 self.heard += 1
+                if not self._engine.outstanding:
+                    break  # what may come all the same, a client of a listener, comes by itself
         except (ConnectionLost, BrokerError) as why:
             self.end(why)
             return

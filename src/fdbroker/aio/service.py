@@ -12,8 +12,9 @@ from fdbroker.client.requester import HandedOver
 from fdbroker.client.serve_call import accepted_by
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
-    from typing import Self
+    from typing import NoReturn, Self
 
     from fdbroker.client.serve_call import ServeCall
 
@@ -77,11 +78,43 @@ class Service:
 
         """
         while not self._call.answers:
-            if self._closed:
-                raise ValueError(f"the service of {self._listener!r} is closed")
-            self._session.check_bound(self._call)
+            self._check()
             self._came.clear()
             await self._came.wait()
+        return self._take()
+
+    async def for_each(self, serve: Callable[[ServedClient], None]) -> NoReturn:
+        """Call a function with each client as soon as it has come, in the midst of receiving; never returns.
+
+        So no task has to be woken up for one. Raises as `accept`, and what the function raises. For one
+        task at a time.
+        """
+        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def come() -> None:
+            try:
+                while self._call.answers:
+                    serve(self._take())
+                self._check()
+            except Exception as error:  # noqa: BLE001 - raised by who waits
+                if not over.done():
+                    over.set_exception(error)
+
+        self._call.wake = come
+        try:
+            come()
+            await over
+            raise AssertionError("it ends by an error alone")
+        finally:
+            self._call.wake = self._came.set
+
+    def _check(self) -> None:
+        """Raise what keeps clients from coming."""
+        if self._closed:
+            raise ValueError(f"the service of {self._listener!r} is closed")
+        self._session.check_bound(self._call)
+
+    def _take(self) -> ServedClient:
         facts, sock = accepted_by(self._call, os.fsencode(self._listener))
         sock.settimeout(0)
         return ServedClient(self._session, self._call.bound, facts, sock)
@@ -91,7 +124,8 @@ class Service:
         self._closed = True
         self._call.abandon()
         self._session.send_afterthoughts()
-        self._came.set()
+        if self._call.wake is not None:
+            self._call.wake()
 
 
 class ServedClient(HandedOver[Session], FileRequests):

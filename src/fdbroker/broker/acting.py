@@ -15,7 +15,7 @@ from fdbroker.broker.audit import member_text
 from fdbroker.broker.identity import IdentityError, PeerAtConnect
 from fdbroker.wire.format import Reason
 from fdbroker.wire.messages import GIVEN, AcceptedClient, ReleaseRequest, Request, ServeRequest, refused
-from fdbroker.wire.replies import encode_accepted, encode_release_reply, encode_serve_reply
+from fdbroker.wire.replies import encode_accepted, encode_serve_reply
 
 if TYPE_CHECKING:
     import socket
@@ -192,15 +192,16 @@ class Services:
             connection.serving[name] = request.id
         return encode_serve_reply(request.id, generation.number, result), []
 
-    def _release(self, connection: Connection, request: Request, objection: str | None) -> Answer:
+    def _release(self, connection: Connection, request: Request, objection: str | None) -> None:
+        """Let go of a client. It has no answer: a service would be woken up for each that it is done with."""
         assert isinstance(request, ReleaseRequest)  # noqa: S101 - for the type checker; the table says it
         if objection is not None:
-            return self._dispatch.refuse(connection, "release", request.id, objection)
+            members = member_text(request=request.id, reason=objection)
+            self._audit.event("release_refused", f"{connection.record},{members}")
+            return
         client = connection.clients.pop(request.client, None)
         if client is not None:
             client.close()
-        result = refused(Reason.NOT_FOUND) if client is None else GIVEN
-        return encode_release_reply(request.id, self._dispatch.generation.number, result), []
 
 
 def _has_room(server: Connection) -> bool:

@@ -108,7 +108,7 @@ class Audit:
     def objection_to_reopening(self) -> str | None:
         """Return why the audit can't go on in another file, None if it can."""
         if self._descriptor is None:
-            return "there is no audit: the broker was started without one"
+            return "there is no audit: name a file in the policy (audit.to), and restart the broker"
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             return "the audit goes to standard output, which is no file: whoever takes it there keeps it"
         return None

@@ -234,9 +234,14 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
     if problem is not None:
         raise StartError(problem)
     if policy.cgroups and level < HIGHEST_LEVEL:
-        raise StartError(f"the policy has rules for units or control groups, but {why}")
+        raise StartError(
+            f"the policy has rules for units or control groups, but {why}; write rules for users"
+        )
     if policy.cgroups and handover.cgroup_root is None:
-        raise StartError("the policy has rules for units or control groups, but no cgroup2 is mounted")
+        raise StartError(
+            "the policy has rules for units or control groups, but no cgroup2 is mounted; mount it (mount -t"
+            " cgroup2 none /sys/fs/cgroup), or write rules for users"
+        )
     _probe_openat2()
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most < _LEAST_DESCRIPTORS:

@@ -774,6 +774,8 @@ class Broker:
             connection.requests += 1
             connection.durations.count_untimed(kind)
             self._answer_later(connection)
+            if kind is ReleaseRequest:
+                self._see_who_serves()
             return
         if self._deadlines and connection.greeted:
             self._deadlines.pop(connection, None)
@@ -781,7 +783,7 @@ class Broker:
         self._send(connection, reply, descriptors, request_id)
         connection.requests += 1
         connection.durations[kind].append(monotonic_ns() - self._watchdog.now)
-        if kind is ServeRequest or kind is ReleaseRequest:
+        if kind is ServeRequest:
             self._see_who_serves()
 
     def _answer_later(self, connection: Connection) -> None:

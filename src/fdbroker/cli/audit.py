@@ -151,7 +151,10 @@ class _Source:
         try:
             yield from journal_lines(self.unit, directory=self.directory, follow=follow)
         except OSError as error:
-            raise Failure(f"the journal can't be read: {error.strerror or error}") from error
+            raise Failure(
+                f"the journal can't be read: {error.strerror or error}; run this as root, or see to"
+                " --journal-directory"
+            ) from error
 
 
 @contextlib.contextmanager

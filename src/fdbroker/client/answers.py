@@ -10,7 +10,7 @@ from fdbroker.client.engine import Limits
 from fdbroker.client.errors import error_of_reply, error_of_result, error_of_serving, protocol_error
 from fdbroker.client.results import DescribedFile, OpenedFile, ReadFile
 from fdbroker.kernel.descriptors import Descriptors
-from fdbroker.wire.client import ListReply, OpenReply, ReleaseReply, ServeReply, StatReply, StatusReply
+from fdbroker.wire.client import ListReply, OpenReply, ServeReply, StatReply, StatusReply
 from fdbroker.wire.format import MAX_PATHS, Reason, Status
 from fdbroker.wire.messages import GIVEN, ErrorReply
 
@@ -131,7 +131,7 @@ def check_served(answer: Answer, listener: bytes) -> None:
     reply = answer.reply
     if isinstance(reply, ErrorReply):
         raise error_of_reply(reply, listener)
-    assert isinstance(reply, ServeReply | ReleaseReply)  # noqa: S101 - the engine matched it
+    assert isinstance(reply, ServeReply)  # noqa: S101 - the engine matched it
     if reply.result is not GIVEN:
         raise error_of_serving(reply.result, listener, answer.id)
 

@@ -29,7 +29,6 @@ from fdbroker.wire.client import (
     ExplainReply,
     ListReply,
     OpenReply,
-    ReleaseReply,
     ReloadReply,
     ReopenReply,
     ServeReply,
@@ -164,12 +163,6 @@ class ServeListener(NamedTuple):
     listener: bytes
 
 
-class ReleaseClient(NamedTuple):
-    """I act for this client no more."""
-
-    client: int
-
-
 class AskStatus(NamedTuple):
     """How does the broker see this connection? On a control socket: the rows of a part from one on."""
 
@@ -202,7 +195,6 @@ _new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
 # As tuples: building a union for each question costs more than asking it.
 _ASKS_PATHS = (OpenPaths, StatPaths)
 _ANSWERS_PATHS = (OpenReply, StatReply)
-_NOTED = (WalkTree, ReleaseClient)
 
 
 class TooLargeError(ValueError):
@@ -210,16 +202,7 @@ class TooLargeError(ValueError):
 
 
 Question = (
-    OpenPaths
-    | StatPaths
-    | ListPage
-    | AskStatus
-    | WalkTree
-    | ServeListener
-    | ReleaseClient
-    | AskWhy
-    | HandOver
-    | BringFile
+    OpenPaths | StatPaths | ListPage | AskStatus | WalkTree | ServeListener | AskWhy | HandOver | BringFile
 )
 
 
@@ -252,7 +235,6 @@ _REPLY_TO: dict[type, type] = {
     AskStatus: StatusReply,
     WalkTree: WalkReply,
     ServeListener: ServeReply,
-    ReleaseClient: ReleaseReply,
     AskWhy: ExplainReply,
     HandOver: ReloadReply,
     BringFile: ReopenReply,
@@ -354,8 +336,8 @@ class Engine:
         if self._state is not State.READY:  # which it stays; looking up members of an Enum is slow
             self._happens(Happening.REQUEST)
         self._outstanding[request_id] = question
-        if isinstance(question, _NOTED):
-            self._note(request_id, question)
+        if isinstance(question, WalkTree):
+            self._walks[request_id] = _Progress(question.credit)
         return request_id, frame
 
     def more(self, request_id: int, frames: int) -> bytes | None:
@@ -415,9 +397,9 @@ class Engine:
         while self._to_release:
             client = self._to_release.popleft()
             if client in self._clients:
-                request_id, frame = self.request(ReleaseClient(client))
-                self.abandon(request_id)
-                frames.append(frame)
+                # No request names it from now on, so that the broker may do with the number what it likes.
+                self._clients.discard(client)
+                frames.append(encode_release(self._next_id(), client))
         return frames
 
     def receive(self, data: bytes, descriptors: Descriptors, *, truncated: bool = False) -> Answer | None:
@@ -466,13 +448,6 @@ class Engine:
         self._walks.clear()
         self._services.clear()
         self._clients.clear()
-
-    def _note(self, request_id: int, question: WalkTree | ReleaseClient) -> None:
-        if isinstance(question, WalkTree):
-            self._walks[request_id] = _Progress(question.credit)
-        else:
-            # No request names it from now on, so that the broker may do with the number what it likes.
-            self._clients.discard(question.client)
 
     def _receive(self, reply: Reply, descriptors: Descriptors) -> Answer | None:
         if isinstance(reply, ErrorReply) and (
@@ -622,8 +597,6 @@ class Engine:
             frame = _encode_walk(request_id, question)
         elif isinstance(question, ServeListener):
             frame = encode_serve(request_id, question.listener)
-        elif isinstance(question, ReleaseClient):
-            frame = encode_release(request_id, question.client)
         elif isinstance(question, AskWhy):
             frame = encode_explain(request_id, question.action, question.path)
         elif isinstance(question, HandOver):

@@ -14,6 +14,7 @@ _AT_STATX_DONT_SYNC = 0x4000
 # struct statx, statx(2): of its 256 bytes, major and minor number of the device
 _SIZE = 256
 _FACTS = struct.Struct("=28xH106xII")  # and the mode
+_Room = ctypes.c_char * _SIZE
 _STATX_TYPE = 1
 
 
@@ -27,7 +28,7 @@ def device_at_once(descriptor: int) -> tuple[int, int]:
         SyscallError: EACCES: a FUSE file system of another user; EBADF.
 
     """
-    room = (ctypes.c_char * _SIZE)()
+    room = _Room()
     if LIBC.statx(descriptor, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, _STATX_TYPE, room) != 0:
         raise SyscallError(ctypes.get_errno(), "statx", descriptor=descriptor)
     mode, major, minor = _FACTS.unpack_from(room)

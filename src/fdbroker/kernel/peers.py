@@ -32,6 +32,7 @@ _PIDFD_INFO = struct.Struct("=QQ11Ii")
 _PIDFD_REQUEST = _PIDFD_INFO.pack(_PIDFD_WANTED, *([0] * 13))
 
 _UCRED = struct.Struct("=iII")
+_MOST_OF_GETSOCKOPT = 1024  # bytes; above it is a ValueError of Python
 
 
 class Ucred(NamedTuple):
@@ -77,10 +78,12 @@ def read_ucred(raw: bytes) -> Ucred:
 def peer_groups(sock: socket.socket) -> tuple[int, ...]:
     """Return the supplementary groups of the peer at connect (SO_PEERGROUPS, Linux 4.13).
 
-    Not by `socket.getsockopt`, which has room for 256 groups, while a process
-    may have 65,536.
+    A process may have 65,536, `socket.getsockopt` has room for 256.
     """
-    raw = _whole_option(sock, SO_PEERGROUPS, "SO_PEERGROUPS")
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _MOST_OF_GETSOCKOPT)
+    except OSError:  # ERANGE; of any other error there is another one
+        raw = _whole_option(sock, SO_PEERGROUPS, "SO_PEERGROUPS")
     return struct.unpack(f"={len(raw) // 4}I", raw)
 
 

@@ -94,7 +94,10 @@ def enter_read_only_view() -> None:
         raise ReadOnlyViewError(f"{error}. {_cure(error)}{_who_refuses()}") from error
     left = not_read_only(read_mounts())
     if left:
-        raise ReadOnlyViewError(f"still not read-only, nosuid and nodev: {_names(left)}")
+        raise ReadOnlyViewError(
+            f"still not read-only, nosuid and nodev: {_names(left)}; unmount them, or start by systemd with"
+            " ReadOnlyPaths=/ instead"
+        )
 
 
 def check_read_only_view(roots: Iterable[tuple[str, str]]) -> None:

@@ -114,7 +114,10 @@ def become_broker(uid: int, gid: int) -> Privileges:
     """
     wanted = WantedPrivileges(uid, gid)
     if uid == 0 or gid == 0:
-        raise PrivilegeError("the broker's user and group must not be root's: it opens no file as uid 0")
+        raise PrivilegeError(
+            "the broker's user and group must not be root's: it opens no file as uid 0; name a user of its"
+            " own (User= of the unit, --user, or `user` in the policy)"
+        )
     before = read_privileges()
     if before.status.threads != 1:
         raise PrivilegeError(f"{before.status.threads} threads are running; capabilities belong to each")

@@ -30,7 +30,7 @@ from fdbroker.scan.verdict import Answer, Error, Reason, worst
 from fdbroker.scan.versions import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterator, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -228,7 +228,7 @@ class Pool:
     @property
     def waiting(self) -> int:
         """How many files wait for an engine."""
-        return len(self._arrived) + len(self._ready)
+        return self._arrived.count + self._ready.count
 
     def begin(self) -> None:
         """Begin to load the engines of workers, for a caller who has something to do meanwhile.
@@ -326,16 +326,37 @@ class Pool:
         *,
         max_size: int | None = None,
         owner: int | None = None,
-    ) -> None:
+        before: Stamp | Error | None = None,
+    ) -> bool:
         """Hand in a file of a client; `advance` goes on with it, and returns its verdict with the ticket.
 
+        Return whether it is under way by now, so that there is nothing to do until a worker answers.
         `descriptor` is the pool's from the call on. `max_size`: as that of the pool, for this file. `owner`:
-        whose file it is, where the descriptor is that of a copy.
+        whose file it is, where the descriptor is that of a copy. `before`: what
+        `fdbroker.scan.contract.admit` said of it, where that was asked already.
         """
-        mosts = [most for most in (self._max_size, max_size) if most is not None]
-        file = self._admitted(source, ticket, path, descriptor, min(mosts, default=None), owner)
-        if file is not None:
+        most = self._max_size
+        if max_size is not None:
+            most = max_size if most is None else min(most, max_size)
+        file = self._admitted(source, ticket, path, descriptor, most, owner, before)
+        if file is None:
+            return False
+        lane = self._last
+        if (
+            lane is None
+            or lane.domain != (source.user, file.owner)
+            or lane.promised is not None
+            or source.held
+            or self._files
+            or self.waiting
+            or self._handovers
+        ):
             self._queue(file)
+            return False
+        # Nobody has anything here, so that it is nobody else's turn: as `_to_workers` would do with it.
+        worker = lane.supervisor.watched()
+        self._give(lane, file)
+        return lane.supervisor.watched() == worker and not self._finished
 
     def _admitted(
         self,
@@ -345,10 +366,12 @@ class Pool:
         descriptor: int,
         max_size: int | None,
         owner: int | None,
+        before: Stamp | Error | None = None,
     ) -> _File | None:
         """Return a file that engines may have; None: its verdict, an error, is there."""
         owned = Descriptors([descriptor])
-        before = admit(descriptor)
+        if before is None:
+            before = admit(descriptor)
         size = 0 if isinstance(before, Error) else before.size
         if not isinstance(before, Error) and max_size is not None and before.size > max_size:
             text = f"{before.size} bytes are more than the {max_size} that are asked for"
@@ -362,34 +385,48 @@ class Pool:
     def _queue(self, file: _File) -> None:
         (self._arrived if self._handovers else self._ready).add(file.source, file)
 
-    def advance(self, least: int = 1) -> list[Finished]:
+    def advance(self, least: int = 1, ready: Container[int] | None = None) -> list[Finished]:
         """Go on as far as that is possible without waiting; return the verdicts that are there.
 
-        Workers that have files are given more when there are `least`.
+        Workers that have files are given more when there are `least`. `ready`: of which `workers_to_watch`
+        there is something to be read, or that are late, where the caller knows; the others are not asked.
         """
         self._distribute()
-        for lane in self._lanes:
-            if lane.numbers:
-                self._advance(lane, least)
-        self._collect()
-        self._distribute()
+        for number, lane in enumerate(self._lanes):
+            if ready is None or lane.gathered or number in ready:
+                if lane.numbers:
+                    self._advance(lane, least)
+                elif ready is not None:
+                    lane.supervisor.let_go_if_gone()
+        if self._handovers:
+            self._collect()
+        if self._arrived.count or self._ready.count:
+            self._distribute()
         finished, self._finished = self._finished, []
         return finished
 
     def filenos(self) -> list[int]:
         """Return the descriptors that become readable when there is something to do."""
         descriptors = [fileno for lane in self._lanes if (fileno := lane.supervisor.fileno()) is not None]
-        for _, handover in self._handovers:
-            descriptors += handover.filenos()
-        return descriptors
+        return descriptors + self.outside_filenos()
+
+    def workers_to_watch(self) -> list[tuple[int, object]]:
+        """Return, of each worker, what becomes readable when it has something to say, and whose that is.
+
+        As long as it is the same one's it may be watched on; it is closed by calls of this pool alone. -1:
+        there is nothing.
+        """
+        return [lane.supervisor.watched() for lane in self._lanes]
+
+    def outside_filenos(self) -> list[int]:
+        """Return the part of `filenos` that is of outside engines."""
+        return [fileno for _, handover in self._handovers for fileno in handover.filenos()]
 
     def deadline(self) -> float | None:
         """Return when (time.monotonic) `advance` must be called even if nothing became readable."""
         if self._finished:
             return 0.0
-        deadlines = [
-            lane.supervisor.deadline() for lane in self._lanes if lane.supervisor.fileno() is not None
-        ]
+        deadlines = [lane.supervisor.deadline() for lane in self._lanes if lane.numbers]
         deadlines += [left for _, handover in self._handovers if (left := handover.deadline()) is not None]
         first = min(deadlines, default=math.inf)
         return None if first == math.inf else first
@@ -460,11 +497,13 @@ class Pool:
 
     def _distribute(self) -> None:
         """Give engines the files that wait, as far as they may have them."""
-        self._to_outside()
-        self._to_workers()
+        if self._arrived.count:
+            self._to_outside()
+        if self._ready.count:
+            self._to_workers()
 
     def _to_outside(self) -> None:
-        while self._arrived and self._handovers[0][1].room() > 0:
+        while self._arrived.count and self._handovers[0][1].room() > 0:
             users = self._arrived.users()
             if not users:
                 return
@@ -477,7 +516,7 @@ class Pool:
 
     def _to_workers(self) -> None:
         placed = True
-        while placed and self._ready:
+        while placed and self._ready.count:
             placed = False
             for user in self._ready.users():
                 file = self._ready.first(user)
@@ -488,7 +527,7 @@ class Pool:
                     self._ready.take(user)
                     self._give(lane, file)
                     placed = True
-        if self._ready:
+        if self._ready.count:
             self._promise()
 
     def _give(self, lane: _Lane, file: _File) -> None:

@@ -398,6 +398,32 @@ class Supervisor:
             return None if self._starting is None or not self._unsent else self._starting.fileno()
         return None if not self._sent else self._worker.channel.fileno()
 
+    def watched(self) -> tuple[int, object]:
+        """Return as `fileno`, but also of a worker that has nothing, with whose that is; -1: there is nobody.
+
+        As long as it is the same one's it is the same open file.
+        """
+        if self._ending is not None:
+            return self._ending.worker.end_fileno, self._ending
+        if self._worker is not None:
+            return self._worker.channel.fileno(), self._worker
+        if self._starting is not None and self._unsent:
+            return self._starting.fileno(), self._starting
+        return -1, None
+
+    def let_go_if_gone(self) -> None:
+        """Replace a worker that has no file, and has ended, or said something all the same."""
+        if self._worker is None or self._ending is not None or self._sent:
+            return
+        try:
+            with sockets.receive(self._worker.channel, LONGEST_ANSWER + 1).descriptors:
+                pass
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        self.replace_worker()
+
     def deadline(self) -> float:
         """Return when (time.monotonic) there is something to do in any case; infinity: never.
 
@@ -464,9 +490,12 @@ class Supervisor:
         if self._ending is not None:
             return self._see_it_end(self._ending)
         if self._unsent and (not self._sent or len(self._unsent) >= least):
+            had_none = not self._sent
             failed = self._send()
             if failed:
                 return failed
+            if had_none and self._ending is None:
+                return None  # it can't have answered yet, and whoever waits for it is woken up
         process = self._worker
         if process is None or not self._sent:
             return None

@@ -56,11 +56,8 @@ class Turns(Generic[_Item]):
 
     def __init__(self) -> None:
         self._users: dict[int, _User[_Item]] = {}
-        self._count = 0
-
-    def __len__(self) -> int:
-        """Return how many wait."""
-        return self._count
+        self.count = 0
+        """How many wait."""
 
     def add(self, source: Source, item: _Item) -> None:
         """Have it wait behind the others of its client."""
@@ -71,7 +68,7 @@ class Turns(Generic[_Item]):
         if queue is None:
             queue = user.waiting[source] = deque()
         queue.append(item)
-        self._count += 1
+        self.count += 1
 
     def users(self) -> list[int]:
         """Return who has something that may be taken, in the order of turns."""
@@ -98,7 +95,7 @@ class Turns(Generic[_Item]):
             raise KeyError(user)
         queue = waiting.waiting[source]
         item = queue.popleft()
-        self._count -= 1
+        self.count -= 1
         waiting.left -= 1
         if not queue:
             del waiting.waiting[source]
@@ -117,7 +114,7 @@ class Turns(Generic[_Item]):
         removed = [item for item in queue if wanted(item)]
         if removed:
             left = deque(item for item in queue if not wanted(item))
-            self._count -= len(removed)
+            self.count -= len(removed)
             if left:
                 user.waiting[source] = left
             else:
@@ -130,5 +127,5 @@ class Turns(Generic[_Item]):
         """Take all of them."""
         items = [item for user in self._users.values() for queue in user.waiting.values() for item in queue]
         self._users.clear()
-        self._count = 0
+        self.count = 0
         return items

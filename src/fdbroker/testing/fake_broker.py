@@ -67,7 +67,6 @@ from fdbroker.wire.replies import (
     encode_list_entry,
     encode_list_reply,
     encode_open_reply,
-    encode_release_reply,
     encode_serve_reply,
     encode_stat_reply,
     encode_status_reply,
@@ -493,8 +492,11 @@ class FakeBroker:
         elif isinstance(request, StatusRequest):
             document = {"generation": GENERATION, "identity_level": 0, "fake": True}
             connection.send(encode_status_reply(request.id, GENERATION, json.dumps(document).encode()))
-        elif isinstance(request, ServeRequest | ReleaseRequest):
-            self._serve_or_release(connection, request)
+        elif isinstance(request, ServeRequest):
+            self._let_serve(connection, request)
+        elif isinstance(request, ReleaseRequest):
+            with self._lock:
+                connection.clients.discard(request.client)
         elif isinstance(request, WalkRequest | MoreRequest | CancelRequest):
             self._walk(connection, request)
         else:
@@ -549,18 +551,11 @@ class FakeBroker:
             reply = encode_open_reply(request.id, GENERATION, results, copies)
             connection.send(reply, descriptors.numbers())
 
-    def _serve_or_release(self, connection: _Connection, request: ServeRequest | ReleaseRequest) -> None:
-        if isinstance(request, ServeRequest):
-            with self._somebody_serves:  # no client is handed over before, and one can be right behind
-                connection.send(encode_serve_reply(request.id, GENERATION, GIVEN))
-                connection.services[request.listener.decode(errors="replace")] = request.id
-                self._somebody_serves.notify_all()
-            return
-        with self._lock:
-            known = request.client in connection.clients
-            connection.clients.discard(request.client)
-        result = GIVEN if known else refused(Reason.NOT_FOUND)
-        connection.send(encode_release_reply(request.id, GENERATION, result))
+    def _let_serve(self, connection: _Connection, request: ServeRequest) -> None:
+        with self._somebody_serves:  # no client is handed over before, and one can be right behind
+            connection.send(encode_serve_reply(request.id, GENERATION, GIVEN))
+            connection.services[request.listener.decode(errors="replace")] = request.id
+            self._somebody_serves.notify_all()
 
     # Walks
 

@@ -145,14 +145,6 @@ class AcceptedReply(NamedTuple):
     client: AcceptedClient
 
 
-class ReleaseReply(NamedTuple):
-    """Whether there was such a client."""
-
-    id: int
-    generation: int
-    result: Result
-
-
 class StatusReply(NamedTuple):
     """`document` is the JSON text."""
 
@@ -195,7 +187,6 @@ Reply = (
     | WalkReply
     | ServeReply
     | AcceptedReply
-    | ReleaseReply
     | ExplainReply
     | ReloadReply
     | ReopenReply
@@ -600,10 +591,6 @@ def _decode_serve(frame: bytes, _flags: int, count: int, request_id: int, genera
     return ServeReply(request_id, generation, _decode_one_result(frame, count, request_id, "serve"))
 
 
-def _decode_release(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> ReleaseReply:
-    return ReleaseReply(request_id, generation, _decode_one_result(frame, count, request_id, "release"))
-
-
 def _decode_one_result(frame: bytes, count: int, request_id: int, what: str) -> Result:
     _expect(frame, HEADER.size + RESULT.size, f"a reply to {what}", request_id)
     if count:
@@ -684,7 +671,6 @@ _DECODERS: dict[int, Callable[[bytes, int, int, int, int], Reply]] = {
     Type.WALK | REPLY: _decode_walk,
     Type.SERVE | REPLY: _decode_serve,
     Type.ACCEPTED | REPLY: _decode_accepted,
-    Type.RELEASE | REPLY: _decode_release,
     Type.EXPLAIN | REPLY: _decode_explain,
     Type.RELOAD | REPLY: _decode_reload,
     Type.REOPEN | REPLY: _decode_reopen,

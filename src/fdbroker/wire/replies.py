@@ -135,11 +135,6 @@ def encode_accepted(request_id: int, generation: int, client: AcceptedClient) ->
     return head + ACCEPTED.pack(*client, 0)
 
 
-def encode_release_reply(request_id: int, generation: int, result: Result) -> bytes:
-    """Return the frame."""
-    return HEADER.pack(Type.RELEASE | REPLY, 0, 0, request_id, generation) + result.encode()
-
-
 def encode_status_reply(request_id: int, generation: int, document: bytes) -> bytes:
     """Return the frame."""
     return HEADER.pack(Type.STATUS | REPLY, 0, 0, request_id, generation) + document

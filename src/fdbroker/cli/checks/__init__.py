@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from fdbroker.cli.checks.broker import broker_checks
 from fdbroker.cli.checks.check import BROKEN, MISSING, OK, WEAKER, Check, Places
@@ -15,13 +16,18 @@ from fdbroker.cli.checks.on_access import on_access_checks
 from fdbroker.cli.checks.policy import needs, policy_file, warnings
 from fdbroker.cli.checks.roots import root_checks
 from fdbroker.cli.checks.scanning import scan_checks
-from fdbroker.cli.checks.units import unit_checks
+from fdbroker.cli.checks.units import read_units, unit_checks
+from fdbroker.config.names import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["BROKEN", "MISSING", "OK", "WEAKER", "Check", "Places", "all_checks"]
 
 
 def all_checks(places: Places) -> list[Check]:
     """Try everything, in the order in which a broker would meet it."""
+    units = read_units()
     policy, compiled = policy_file(places.policy)
     broker, running = broker_checks(places, compiled)
     return [
@@ -33,12 +39,21 @@ def all_checks(places: Places) -> list[Check]:
         policy,
         *warnings(places.policy, compiled),
         *needs(compiled),
-        *unit_checks(compiled, running),
+        *_of("units", lambda: unit_checks(units, compiled, running)),
         *broker,
-        *file_checks(places.socket, compiled, running),
-        *root_checks(running),
-        *on_access_checks(running),
-        *limit_checks(running),
-        *denial_checks(running),
-        *scan_checks(compiled),
+        *_of("its files", lambda: file_checks(places.socket, compiled, running)),
+        *_of("its roots", lambda: root_checks(running)),
+        *_of("on-access scanners", lambda: on_access_checks(running)),
+        *_of("limits", lambda: limit_checks(running)),
+        *_of("denials", lambda: denial_checks(running)),
+        *_of("scan service", lambda: scan_checks(compiled)),
     ]
+
+
+def _of(name: str, look: Callable[[], list[Check]]) -> list[Check]:
+    """Return what a look gives. What went away meanwhile, as a process does, is not to hide all the rest."""
+    try:
+        return look()
+    except OSError as error:
+        found = f"could not be looked at to the end: {printable(str(error))}"
+        return [Check(name, WEAKER, found, "what else is wrong there is not known", "run this again")]

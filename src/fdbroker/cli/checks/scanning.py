@@ -8,6 +8,7 @@ import pwd
 import re
 from typing import TYPE_CHECKING
 
+import fdbroker
 from fdbroker.cli.checks.check import MISSING, OK, WEAKER, Check
 from fdbroker.config.names import group_name, printable
 from fdbroker.sandbox import Confinement, Layer, SandboxError
@@ -40,7 +41,7 @@ def _service(path: str) -> list[Check]:
     start = "systemctl start fdbroker-scand, or fdbroker-scand as its user (docs/scand.md); its log says more"
     try:
         with connect(path, timeout=_ANSWERED_WITHIN, greeted_within=_GREETED_WITHIN) as service:
-            status = service.status()
+            status, version = service.status(), service.welcome.service
     except ServiceTimeoutError:
         found = f"{shown}: the broker keeps clients for it, and it does not take them: it does not run"
         return [Check(name, WEAKER, found, meaning, start)]
@@ -50,15 +51,20 @@ def _service(path: str) -> list[Check]:
     versions = [row["version"] for row in engines] if isinstance(engines, list) else []
     found = f"answers on {shown}, with {', '.join(map(printable, versions)) or 'no engine'}"
     checks = [Check(name, OK, found, meaning)]
+    ours = f"fdbroker-scand {fdbroker.__version__}"
+    if version != ours:
+        found = f"is {printable(version)}; installed here is {ours}"
+        cure = "systemctl restart fdbroker-scand"
+        checks.append(Check("scan service version", WEAKER, found, "what was mended is mended in it", cure))
     days = max((age for version in versions if (age := days_of_database(version)) is not None), default=0)
     if days > _OLD:
         cure = "see that freshclam runs: systemctl status clamav-freshclam"
         found = f"of {days} days ago"
-        checks.append(Check("its databases", WEAKER, found, "it finds what is known by now", cure))
+        checks.append(Check("scan databases", WEAKER, found, "it finds what is known by now", cure))
     if status.get("outdated"):
         found = "have changed, and could not be loaded anew"
         cure = "its log says why; then systemctl reload fdbroker-scand"
-        checks.append(Check("its databases", WEAKER, found, "it finds what the latest database knows", cure))
+        checks.append(Check("scan databases", WEAKER, found, "it finds what the latest database knows", cure))
     return checks
 
 

@@ -39,7 +39,7 @@ _PROPERTIES = (
     *("ProtectHome", "InaccessiblePaths", "TemporaryFileSystem", "RootDirectory", "RootImage"),
     *("RestrictSUIDSGID", "SystemCallFilter", "RestrictAddressFamilies", "RestrictNamespaces"),
     *("LimitNOFILE", "TasksMax", "NoNewPrivileges", "ReadOnlyPaths", "RuntimeDirectory", "ProcSubset"),
-    *("AmbientCapabilities", "CapabilityBoundingSet", "CanReload"),
+    *("AmbientCapabilities", "CapabilityBoundingSet", "NRestarts", "PrivateNetwork"),
 )
 _OF_SOCKETS = (
     *(
@@ -103,31 +103,46 @@ class _Objection(NamedTuple):
     state: str = BROKEN
 
 
-def unit_checks(compiled: CompiledPolicy | None, running: Running | None) -> list[Check]:
-    """Check the units, where systemd runs this machine."""
+def read_units() -> list[Unit | None]:
+    """Return the units of the broker and of the scan service, None for each that systemd does not have.
+
+    To be asked before anything connects to a socket, which starts a service that has failed once more.
+    """
     if not os.path.isdir("/run/systemd/system"):
-        return []
+        return [None, None]
+    return [_read_unit(SERVICE), _read_unit(SCAN_SERVICE)]
+
+
+def unit_checks(
+    units: Sequence[Unit | None], compiled: CompiledPolicy | None, running: Running | None
+) -> list[Check]:
+    """Check what `read_units` returned, and the sockets."""
     roots = [] if compiled is None else [os.fsencode(root["path"]) for root in compiled["roots"]]
     helpers = compiled is not None and any(root["opens"] == "helpers" for root in compiled["roots"])
-    services = set() if compiled is None else {service["name"] for service in compiled["services"]}
+    services = None if compiled is None else {service["name"] for service in compiled["services"]}
     checks = []
-    broker = read_unit(SERVICE)
+    broker, scand = units
     if broker is not None:
         broker = broker._replace(roots=roots, helpers=helpers)
-        checks += [_state_of(broker), *_options_of(broker, objections_to_broker(broker))]
         # One that was not started yet is not among those that systemd knows of.
-        usual = [f"fdbroker-{name}.socket" for name in (*_KIND_OF, *sorted(services))]
-        for name in dict.fromkeys([*broker.value("TriggeredBy").split(), *usual]):
-            checks += _socket(name, services)
+        usual = [f"fdbroker-{name}.socket" for name in (*_KIND_OF, *sorted(services or ()))]
+        sockets = {
+            name: _show(name, _OF_SOCKETS)
+            for name in dict.fromkeys([*broker.value("TriggeredBy").split(), *usual])
+        }
+        objections = objections_to_broker(broker)
+        if any(_takes_datagrams(values) for values in sockets.values()):
+            objections += _about_datagrams(broker)
+        checks += [_state_of(broker), *_options_of(broker, objections)]
+        for name, values in sockets.items():
+            checks += _socket(name, values, services)
         checks += _whose_broker(broker, running)
-    scand = read_unit(SCAN_SERVICE)
     if scand is not None:
         checks += [_state_of(scand), *_options_of(scand, _objections_to_scand(scand))]
     return checks
 
 
-def read_unit(name: str) -> Unit | None:
-    """Return what systemd has of a unit, None if there is no such unit or systemd does not answer."""
+def _read_unit(name: str) -> Unit | None:
     values = _show(name, _PROPERTIES)
     if not values or values.get("LoadState") == ["not-found"]:
         return None
@@ -160,11 +175,16 @@ def _state_of(unit: Unit) -> Check:
         found = f"is {load}: {printable(unit.value('LoadError'))}".rstrip(": ")
         return Check(unit.name, BROKEN, found, meaning, cure)
     if active == "failed":
-        again = f"systemctl reset-failed {unit.name}; systemctl start {unit.name}"
+        start = f"systemctl reset-failed {unit.name}; systemctl start {unit.name}"
         found = f"has failed ({result})"
         if result == "start-limit-hit":
             found += ": it ended too often in a short time, and systemd does not start it any more"
-        return Check(unit.name, BROKEN, found, meaning, f"see why: journalctl -u {unit.name}; then {again}")
+        return Check(unit.name, BROKEN, found, meaning, f"see why: journalctl -u {unit.name}; then {start}")
+    again = unit.value("NRestarts")
+    if again not in {"", "0"}:
+        cure = f"see why: journalctl -u {unit.name}; then systemctl restart {unit.name}"
+        found = f"{active}: it ended by itself, and systemd has started it {again} times again"
+        return Check(unit.name, WEAKER if active == "active" else BROKEN, found, meaning, cure)
     if unit.is_on("NeedDaemonReload"):
         found = f"was changed since systemd has read it: {files}"
         cure = f"systemctl daemon-reload; systemctl restart {unit.name}"
@@ -314,6 +334,15 @@ def _about_how_it_is_run(unit: Unit) -> Iterator[_Objection]:
         yield _Objection(("RuntimeDirectory",), effect, "RuntimeDirectory= and tmpfiles.d instead")
 
 
+def _about_datagrams(unit: Unit) -> list[_Objection]:
+    """Return what keeps answers from reaching who sends datagrams, by addresses of the network namespace."""
+    if not unit.is_on("PrivateNetwork"):
+        return []
+    effect = "who sends a datagram can't be answered from another network namespace, so it does not start"
+    instead = "PrivateNetwork=no, or the .socket unit of datagrams stopped and disabled"
+    return [_Objection(("PrivateNetwork",), effect, instead)]
+
+
 def _objections_to_scand(unit: Unit) -> list[_Objection]:
     found = []
     if unit.is_on("PrivateUsers"):
@@ -330,8 +359,12 @@ def _objections_to_scand(unit: Unit) -> list[_Objection]:
 # ---- sockets ----
 
 
-def _socket(name: str, services: set[str]) -> list[Check]:
-    values = _show(name, _OF_SOCKETS)
+def _takes_datagrams(values: Mapping[str, list[str]]) -> bool:
+    return values.get("ActiveState") == ["active"] and values.get("FileDescriptorName") == ["dgram"]
+
+
+def _socket(name: str, values: Mapping[str, list[str]], services: set[str] | None) -> list[Check]:
+    """Check a socket unit of the broker; `services`: names that the policy has besides, None: not known."""
     meaning = "clients reach the broker, also while it is not started yet"
 
     def value(option: str) -> str:
@@ -348,7 +381,7 @@ def _socket(name: str, services: set[str]) -> list[Check]:
         cure = f"systemctl reset-failed {name}; systemctl enable --now {name}"
         return [Check(name, BROKEN, found, meaning, cure)]
     cure = f"systemctl edit {name}; then systemctl restart {name}"
-    if called not in {*_KIND_OF, *services}:
+    if called not in _KIND_OF and services is not None and called not in services:
         found = (
             f"FileDescriptorName={printable(called)} is no socket of fdbroker, so the broker does not start"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
 import sys
@@ -36,10 +37,11 @@ from fdbroker.config.names import printable
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.scan.run import Scanned
-from fdbroker.scan.service.copying import file_to_copy, sealed_copy
+from fdbroker.scan.service.copying import look, sealed_copy
 from fdbroker.scan.service.filesystems import Sorted, sort_out
 from fdbroker.scan.service.opening import FAILED, ToScan, TreeOfFiles
 from fdbroker.scan.service.streams import Stream
+from fdbroker.scan.service.watch import IS_GONE, READABLE, WRITABLE
 from fdbroker.scan.tree import Exclusions
 from fdbroker.scan.verdict import Clean, Error, Infected, Reason
 
@@ -97,7 +99,7 @@ class ClamdClient:
         self._files = core.hub.client(served.uid)
         self._files.on_room = self._on_room
         self._conversation = Conversation(
-            Limits(listener.max_stream, listener.command_timeout, listener.read_timeout),
+            _limits_of(listener),
             self._loop.time(),
             self._may_ask_for(),
         )
@@ -108,7 +110,6 @@ class ClamdClient:
         self._to_open: deque[_Command] = deque()
         self._opener: asyncio.Task[None] | None = None
         self._copying: set[asyncio.Task[None]] = set()
-        self._openings = core.openings_of(served.uid)
         self._outbox = bytearray()
         self._flushing: asyncio.Handle | None = None
         self._resuming: asyncio.Handle | None = None
@@ -118,13 +119,13 @@ class ClamdClient:
         self._pulling = False
         self._sorting = False  # descriptors are looked at aside
         self._reading = True  # what comes is wanted
-        self._watched: bool | None = (
-            None  # the loop looks for it; False: for its end alone; None: nobody does
-        )
+        # Nothing but its end is waited for until it is read from: mostly all is there.
+        self._waits_for = 0
+        core.watch.add(self._fileno, 0, self._on_event, later=True)
         self._finishing = False
         self._closed = False
         self._refused = False
-        core.connections.add(self)
+        core.connections[self] = listener
         # Mostly it has said by now what it wants, and is answered and gone before anybody has to wait for it.
         self._read()
 
@@ -153,25 +154,28 @@ class ClamdClient:
             and (self._stream is None or self._stream.kept.may_grow(_MOST_BYTES))
         )
 
-    def _watch(self, *, reading: bool) -> None:
-        """Be called when there is something to read, or no more."""
-        if reading and not self._watched:
-            self._core.hang_ups.let_go(self._sock)
-            self._loop.add_reader(self._fileno, self._on_readable)
-        elif not reading and self._watched is not False:
-            self._loop.remove_reader(self._fileno)
-            # Nothing is heard of it otherwise.
-            self._core.hang_ups.watch(self._sock, self._close, listens=True)
-        self._watched = reading
+    def _wait(self, wanted: int) -> None:
+        """Be called for these events, and when it goes."""
+        if self._write_timer is not None:
+            wanted |= WRITABLE
+        if wanted != self._waits_for:
+            self._waits_for = wanted
+            self._core.watch.change(self._fileno, wanted)
 
-    def _on_readable(self) -> None:
+    def _on_event(self, events: int) -> None:
+        if self._write_timer is not None and events & (WRITABLE | IS_GONE):
+            self._write()
+        if self._closed:
+            return
         if self._finishing:
             self._drain()
         elif self._reading:
             self._read()
+        elif events & IS_GONE:
+            self._close()
         else:
             # Mostly a client says nothing while it waits, so this was left until it does.
-            self._watch(reading=False)
+            self._wait(0)
 
     def _read(self) -> None:
         for _ in range(_READS_AT_ONCE):
@@ -270,8 +274,8 @@ class ClamdClient:
             self._finish()
             return
         self._reading = self._wants_more()
-        if self._reading or self._watched is None:
-            self._watch(reading=True)
+        if self._reading:
+            self._wait(READABLE)
         self._arm()
 
     def _arm(self) -> None:
@@ -320,7 +324,7 @@ class ClamdClient:
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
-            self._loop.remove_writer(self._fileno)
+            self._wait(self._waits_for & ~WRITABLE)
             self._files.hold(held=False)
             self._go_on()
         self._settle()
@@ -329,12 +333,12 @@ class ClamdClient:
         """Wait for a client to read what it was told; its files stop until then."""
         if self._write_timer is None:
             self._files.hold(held=True)
-            self._loop.add_writer(self._fileno, self._write)
         elif progress:
             self._write_timer.cancel()
         else:
             return
         self._write_timer = self._loop.call_later(self._listener.write_timeout, self._close)
+        self._wait(self._waits_for)
         self._settle()
 
     def _finish(self) -> None:
@@ -354,7 +358,7 @@ class ClamdClient:
         self._owned.close()
         self._reading = False
         self._timer = self._loop.call_later(_DRAINING, self._close)
-        self._watch(reading=True)
+        self._wait(READABLE)
 
     def _all_is_read(self) -> bool:
         if self._refused:
@@ -395,11 +399,9 @@ class ClamdClient:
         if self._closed:
             return
         self._closed = True
-        self._core.connections.discard(self)
-        self._loop.remove_reader(self._fileno)
-        self._loop.remove_writer(self._fileno)
+        self._core.connections.pop(self, None)
+        self._core.watch.let_go(self._fileno)
         self._reading = False
-        self._core.hang_ups.let_go(self._sock)
         for handle in (self._timer, self._write_timer, self._flushing, self._resuming):
             if handle is not None:
                 handle.cancel()
@@ -480,16 +482,16 @@ class ClamdClient:
     def _scan_descriptor(self, asked: Asked, descriptor: int) -> None:
         name = b"fd[%d]" % descriptor
         command = self._commands[asked.number] = _Command(asked, name, _path_of(descriptor) or name)
-        stamp = file_to_copy(descriptor, shared=self._core.hub.pool.has_outside_engines)
-        if stamp is not None:
+        before, to_copy = look(descriptor, shared=self._core.hub.pool.has_outside_engines)
+        if to_copy and not isinstance(before, Error):
             owned = Descriptors([descriptor])
-            task = command.task = asyncio.create_task(self._scan_copy(command, owned, stamp))
+            task = command.task = asyncio.create_task(self._scan_copy(command, owned, before))
             task.add_done_callback(lambda _: owned.close())  # it may be cancelled before it begins
             self._copying.add(task)
             task.add_done_callback(self._copying.discard)
             return
         command.all_handed_in = True
-        self._hand_in(command, b"", descriptor)
+        self._hand_in(command, b"", descriptor, before=before)
 
     async def _scan_copy(self, command: _Command, owned: Descriptors, stamp: Stamp) -> None:
         """Scan a copy, which nobody can change, when there is room for it. `owned`: of one."""
@@ -541,7 +543,11 @@ class ClamdClient:
     async def _open(self, command: _Command) -> None:
         try:
             tree = TreeOfFiles(self._served, _plain(command.name), Exclusions())
-            async with self._openings, self._core.openings, contextlib.aclosing(tree.entries()) as entries:
+            async with (
+                self._core.openings_of(self._served.uid),
+                self._core.openings,
+                contextlib.aclosing(tree.entries()) as entries,
+            ):
                 async for entry in entries:
                     if isinstance(entry, ToScan):
                         self._hand_in(command, entry.path, entry.descriptor)
@@ -559,7 +565,15 @@ class ClamdClient:
 
     # ---- verdicts ----
 
-    def _hand_in(self, command: _Command, path: bytes, descriptor: int, *, owner: int | None = None) -> None:
+    def _hand_in(
+        self,
+        command: _Command,
+        path: bytes,
+        descriptor: int,
+        *,
+        owner: int | None = None,
+        before: Stamp | Error | None = None,
+    ) -> None:
         """Have a file scanned; the descriptor is the pool's from now on. `path`: empty for the command's."""
 
         def tell(done: Done) -> None:
@@ -570,7 +584,7 @@ class ClamdClient:
             os.close(descriptor)
             return
         command.under_way += 1
-        self._files.submit(command, tell, path, descriptor, owner=owner)
+        self._files.submit(command, tell, path, descriptor, owner=owner, before=before)
 
     def _tell(self, command: _Command, name: bytes, verdict: Verdict) -> None:
         """Say what there is to say of a file, and end the command if that was the last of it."""
@@ -641,14 +655,24 @@ class ClamdClient:
         sys.stderr.flush()
 
 
+@functools.lru_cache
+def _limits_of(listener: Listener) -> Limits:
+    return Limits(listener.max_stream, listener.command_timeout, listener.read_timeout)
+
+
+# By whether who asks may have the engines loaded anew, and the service stopped.
+_COMMANDS = {
+    (True, True): EVERYTHING,
+    (True, False): EVERYTHING - {Kind.SHUTDOWN},
+    (False, True): EVERYTHING - {Kind.RELOAD},
+    (False, False): EVERYTHING - {Kind.RELOAD, Kind.SHUTDOWN},
+}
+
+
 def _commands_of(uid: int, core: Core) -> frozenset[Kind]:
     """Return what a user may ask for."""
-    refused = set()
-    if uid not in core.configuration.may_renew:
-        refused.add(Kind.RELOAD)
-    if uid not in core.configuration.may_stop:
-        refused.add(Kind.SHUTDOWN)
-    return EVERYTHING - refused
+    configuration = core.configuration
+    return _COMMANDS[uid in configuration.may_renew, uid in configuration.may_stop]
 
 
 def _let_go(command: _Command) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.client import ChangedError, FileTooLargeError
 from fdbroker.client.sealed import seal_in_steps
@@ -17,19 +17,25 @@ if TYPE_CHECKING:
     from fdbroker.scan.stamps import Stamp
 
 
-def file_to_copy(descriptor: int, *, shared: bool) -> Stamp | None:
-    """Return the stamp of a file that may be scanned as a copy alone, or None.
+class Looked(NamedTuple):
+    """What `fdbroker.scan.contract.admit` said of a file, and whether it may be scanned as a copy alone."""
 
-    That is one open for reading and writing: with it a worker could write, and who has opened it may go on
-    doing so. `shared`: also one open for reading, as nobody may share its offset and flags.
-    Everything else that can't be scanned as it is has an error of its own, from the pool; so has what
-    can't even be looked at, as a file of somebody else's FUSE.
+    before: Stamp | Error
+    to_copy: bool
+
+
+def look(descriptor: int, *, shared: bool) -> Looked:
+    """Return what there is to know of a file that a client has handed in.
+
+    To be copied is one open for reading and writing: with it a worker could write, and who has opened it may
+    go on doing so. `shared`: also one open for reading, as nobody may share its offset and flags.
+    What can't be scanned at all has an error, also what can't even be looked at, as a file of somebody
+    else's FUSE.
     """
-    stamp = admit(descriptor)
-    if isinstance(stamp, Error):
-        return None
-    writable = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
-    return stamp if shared or writable else None
+    before = admit(descriptor)
+    if isinstance(before, Error):
+        return Looked(before, to_copy=False)
+    return Looked(before, shared or fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR)
 
 
 async def sealed_copy(descriptor: int, most: int, seconds: float) -> int | Error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import select
 import sys
 import time
 import weakref
@@ -16,11 +15,9 @@ from fdbroker.scan.service.aside import AsideForUsers, run_aside
 from fdbroker.scan.service.filesystems import Mounted
 from fdbroker.scan.service.hub import Hub
 from fdbroker.scan.service.memory import Memory
+from fdbroker.scan.service.watch import Watch
 
 if TYPE_CHECKING:
-    import socket
-    from collections.abc import Callable
-
     from fdbroker.aio import ServedClient
     from fdbroker.scan.pool import Pool, Version
     from fdbroker.scan.service.configuration import Configuration, Listener
@@ -53,12 +50,12 @@ class Core:
 
     def __init__(self, configuration: Configuration, pool: Pool, versions: list[Version]) -> None:
         self.configuration = configuration
-        self.hub = Hub(pool, configuration.limits)
+        self.watch = Watch()
+        self.hub = Hub(pool, configuration.limits, self.watch)
         self.memory = Memory(configuration.stream_memory)
         self.stop = asyncio.Event()  # the service is to end
         self.versions = versions
-        self.connections: set[Connection] = set()
-        self.hang_ups = HangUps()
+        self.connections: dict[Connection, Listener] = {}  # each with the listener that it came by
         self.aside = AsideForUsers()
         self.mounted = Mounted()
         self.began = time.monotonic()
@@ -76,7 +73,7 @@ class Core:
         return self._copies.setdefault(user, asyncio.Semaphore(_MOST_COPIES))
 
     def openings_of(self, user: int) -> asyncio.Semaphore:
-        """Return what the files of a request of this user's are opened under; held by its connections."""
+        """Return what the files of a request of this user's are opened under; held by the requests."""
         return self._openings.setdefault(user, asyncio.Semaphore(_MOST_OPENINGS))
 
     async def renew(self) -> str | None:
@@ -137,7 +134,7 @@ class Core:
     def close(self) -> None:
         """Let go of the loop."""
         self.hub.close()
-        self.hang_ups.close()
+        self.watch.close()
         self.mounted.close()
 
 
@@ -149,40 +146,6 @@ def _load(pool: Pool) -> tuple[Loaded | None, list[Version]]:
         if loaded is not None:
             loaded.zygote.close()
         raise
-
-
-class HangUps:
-    """Watches sockets that are not read from, for their other end to go away."""
-
-    def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._called: dict[int, Callable[[], None]] = {}
-        asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._look)
-
-    def watch(self, sock: socket.socket, gone: Callable[[], None], *, listens: bool = False) -> None:
-        """Call `gone` when the peer of a socket has closed it. Let go of it before it is closed here.
-
-        With `listens`, a peer that says no more, by shutdown(2), may still be there to be told something.
-        """
-        if sock.fileno() not in self._called:
-            self._called[sock.fileno()] = gone
-            self._epoll.register(sock, 0 if listens else select.EPOLLRDHUP)  # EPOLLHUP comes in any case
-
-    def let_go(self, sock: socket.socket) -> None:
-        """Watch it no more."""
-        if self._called.pop(sock.fileno(), None) is not None:
-            self._epoll.unregister(sock)
-
-    def close(self) -> None:
-        """Let go of all."""
-        asyncio.get_running_loop().remove_reader(self._epoll.fileno())
-        self._epoll.close()
-
-    def _look(self) -> None:
-        for fileno, _ in self._epoll.poll(0):
-            gone = self._called.get(fileno)
-            if gone is not None:
-                gone()
 
 
 def say(text: str) -> None:

@@ -8,9 +8,10 @@ which the service itself opens, use half of that: what a client says besides (ca
 from __future__ import annotations
 
 import asyncio
-import time
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from fdbroker.scan.service.watch import READABLE
 from fdbroker.scan.turns import Source
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from fdbroker.sandbox import Zygote
     from fdbroker.scan.pool import Pool
     from fdbroker.scan.service.configuration import Limits
+    from fdbroker.scan.service.watch import Watch
+    from fdbroker.scan.stamps import Stamp
     from fdbroker.scan.supervisor import Done, Loaded
+    from fdbroker.scan.verdict import Error
 
 
 class Ticket(NamedTuple):
@@ -33,7 +37,7 @@ class Ticket(NamedTuple):
 class Hub:
     """Drives a pool. For one event loop, the one that runs when it is made."""
 
-    def __init__(self, pool: Pool, limits: Limits) -> None:
+    def __init__(self, pool: Pool, limits: Limits, watch: Watch) -> None:
         self.pool = pool
         self.limits = limits
         self.queued = 0
@@ -41,10 +45,21 @@ class Hub:
         self._of_user: dict[int, int] = {}
         self._clients: dict[Source, ClientFiles] = {}
         self._loop = asyncio.get_running_loop()
-        self._watched: list[int] = []
+        self._watch = watch
+        self._watch.after = self.advance
+        # What was watched last: of each worker, and of outside engines.
+        self._workers: list[tuple[int, object]] = [(-1, None)] * pool.workers
+        self._outside: list[int] = []
+        self._ready: set[int] = set()
+        self._is_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._soon: asyncio.Handle | None = None
         self._closed = False
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether the pool will be looked after, though nothing happens, before any file can be late."""
+        return self._timer is not None
 
     @property
     def clients(self) -> int:
@@ -60,15 +75,18 @@ class Hub:
     def close(self) -> None:
         """Let go of the loop. The pool is its maker's."""
         self._closed = True
-        self._unwatch()
+        self._watch.after = None
+        self._let_go_of_outside()
+        self._follow_workers([(-1, None)] * self.pool.workers)
         for handle in (self._timer, self._soon):
             if handle is not None:
                 handle.cancel()
 
     def go_on(self) -> None:
-        """Have the pool looked after in the next round of the loop."""
-        if self._soon is None and not self._closed:
-            self._soon = self._loop.call_soon(self._advance)
+        """Have the pool looked after, at the latest in the next round of the loop."""
+        self._is_due = True
+        if self._soon is None and not self._watch.in_round and not self._closed:
+            self._soon = self._loop.call_soon(self.advance)
 
     def has_room(self, files: ClientFiles, part: int) -> bool:
         """Return whether a client may have one more file here, of the `part`th part of its room."""
@@ -98,13 +116,16 @@ class Hub:
 
     def cancel(self, files: ClientFiles, wanted: Callable[[object], bool]) -> int:
         """Drop files of a client, by the requests that they belong to; return how many."""
+        if not files.queued:
+            return 0
 
         def of_ticket(ticket: object) -> bool:
             return isinstance(ticket, Ticket) and wanted(ticket.request)
 
-        # Workers are ended, and their numbers may be others' before the pool is looked after.
-        self._unwatch()
+        self._let_go_of_outside()
         dropped = len(self.pool.cancel(files.source, of_ticket))
+        # Workers were ended, and their numbers may be others' before the pool is looked after.
+        self._follow_workers(self.pool.workers_to_watch())
         self.go_on()
         if dropped:
             self.count(files, -dropped)
@@ -113,22 +134,29 @@ class Hub:
 
     def adopt(self, loaded: Loaded | None) -> Zygote | None:
         """Go on with engines that were loaded anew; as `Pool.adopt`."""
-        self._unwatch()
+        self._let_go_of_outside()
+        outgoing = self.pool.adopt(loaded)
+        self._follow_workers(self.pool.workers_to_watch())
+        self._ready.update(range(self.pool.workers))  # what was under way has no worker now
         self.go_on()
-        return self.pool.adopt(loaded)
+        return outgoing
 
-    def _advance(self) -> None:
-        self._soon = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        # A descriptor may have been closed, and its number be another one's: they are watched anew each time.
-        self._unwatch()
+    def advance(self) -> None:
+        """Look after the pool, if there is anything to do."""
+        if not self._is_due or self._closed:
+            return
+        self._is_due = False
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
+        ready, self._ready = self._ready, set()
+        # A descriptor of theirs may be closed, and its number be another one's: so they are watched anew.
+        self._let_go_of_outside()
         try:
-            finished = self.pool.advance()
+            finished = self.pool.advance(1, ready)
         finally:
             # Whatever it was: those that are under way are waited for.
-            self._watch()
+            self._wait()
         for source, ticket, done in finished:
             assert isinstance(ticket, Ticket)  # noqa: S101 - for the type checker
             self.scanned += 1
@@ -138,18 +166,48 @@ class Hub:
         if finished:
             self.make_room_known()
 
-    def _watch(self) -> None:
-        for fileno in self.pool.filenos():
-            self._loop.add_reader(fileno, self._advance)
-            self._watched.append(fileno)
+    def _wait(self) -> None:
+        """Be called when there is more to do."""
+        self._follow_workers(self.pool.workers_to_watch())
+        for fileno in self.pool.outside_filenos():
+            self._watch.add(fileno, READABLE, self._on_outside)
+            self._outside.append(fileno)
         deadline = self.pool.deadline()
-        if deadline is not None:
-            self._timer = self._loop.call_later(max(0.0, deadline - time.monotonic()), self._advance)
+        if deadline is None or (self._timer is not None and self._timer.when() <= deadline):
+            return  # it looks again then
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(deadline, self._on_time)
 
-    def _unwatch(self) -> None:
-        for fileno in self._watched:
-            self._loop.remove_reader(fileno)
-        self._watched.clear()
+    def _on_time(self) -> None:
+        self._timer = None
+        self._is_due = True
+        self._ready.update(range(self.pool.workers))  # who is late says nothing
+        self.advance()
+
+    def _on_outside(self, _events: int) -> None:
+        self._is_due = True
+
+    def _follow_workers(self, workers: list[tuple[int, object]]) -> None:
+        """Watch what workers say by; those that are what they were stay as they are."""
+        if workers == self._workers:
+            return
+        for before, now in zip(self._workers, workers, strict=True):
+            if now != before and before[0] >= 0:
+                self._watch.let_go(before[0])
+        for number, (before, now) in enumerate(zip(self._workers, workers, strict=True)):
+            if now != before and now[0] >= 0:
+                self._watch.add(now[0], READABLE, partial(self._on_worker, number))
+        self._workers = workers
+
+    def _on_worker(self, number: int, _events: int) -> None:
+        self._ready.add(number)
+        self._is_due = True
+
+    def _let_go_of_outside(self) -> None:
+        for fileno in self._outside:
+            self._watch.let_go(fileno)
+        self._outside.clear()
 
     def make_room_known(self) -> None:
         """Have clients that wait for room look whether there is some."""
@@ -176,16 +234,20 @@ class ClientFiles:
         *,
         max_size: int | None = None,
         owner: int | None = None,
+        before: Stamp | Error | None = None,
     ) -> None:
         """Hand in a file of a request, whose descriptor is the pool's from now on.
 
-        `tell` is called with its verdict, once, unless the request is cancelled before. `max_size`, `owner`:
-        as of `Pool.enqueue`.
+        `tell` is called with its verdict, once, unless the request is cancelled before. `max_size`, `owner`,
+        `before`: as of `Pool.enqueue`.
         """
         ticket = Ticket(self, request, tell)
         self._hub.count(self, 1)
-        self._hub.pool.enqueue(self.source, ticket, path, descriptor, max_size=max_size, owner=owner)
-        self._hub.go_on()
+        is_settled = self._hub.pool.enqueue(
+            self.source, ticket, path, descriptor, max_size=max_size, owner=owner, before=before
+        )
+        if not is_settled or not self._hub.is_timed:
+            self._hub.go_on()
 
     def keep_waiting(self, change: int) -> None:
         """Count so many files more, or fewer, that wait for something else before they are handed in."""

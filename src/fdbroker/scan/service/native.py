@@ -39,9 +39,10 @@ from fdbroker.scan.messages import (
 )
 from fdbroker.scan.run import Scanned, Skipped
 from fdbroker.scan.service.aside import run_aside
-from fdbroker.scan.service.copying import file_to_copy, sealed_copy
+from fdbroker.scan.service.copying import look, sealed_copy
 from fdbroker.scan.service.filesystems import Sorted, sort_out
 from fdbroker.scan.service.opening import FAILED, ToScan, TreeOfFiles, files_at
+from fdbroker.scan.service.watch import IS_GONE, READABLE, SAYS_NO_MORE, WRITABLE
 from fdbroker.scan.tree import Exclusions
 from fdbroker.scan.verdict import Error, Infected
 
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from fdbroker.scan.service.configuration import Listener
     from fdbroker.scan.service.core import Core
     from fdbroker.scan.service.opening import Opened
+    from fdbroker.scan.stamps import Stamp
     from fdbroker.scan.supervisor import Done
 
 MOST_REQUESTS = 256  # of one connection under way
@@ -102,16 +104,19 @@ class _Scan:
 class NativeClient:
     """A connection of a client; owns it. See `fdbroker.scan.service.core.Speaks`."""
 
-    def __init__(self, core: Core, served: ServedClient, listener: Listener) -> None:  # noqa: ARG002
+    def __init__(self, core: Core, served: ServedClient, listener: Listener) -> None:
         self._core = core
         self._served = served
         self._sock = served.socket
+        self._fileno = self._sock.fileno()
+        core.watch.add(self._fileno, READABLE, self._on_event)
+        self._waits_for = READABLE
         self._loop = asyncio.get_running_loop()
         self._files = core.hub.client(served.uid)
         self._files.on_room = self._read_again
         self._greeted = False
         self._closed = False
-        self._reading = False
+        self._reading = True
         self._sorting = False
         self._scans: dict[int, _Scan] = {}
         # Those whose files the broker opens: one after the other.
@@ -119,11 +124,10 @@ class NativeClient:
         self._opener: asyncio.Task[None] | None = None
         self._copying: set[asyncio.Task[None]] = set()
         self._copies = core.copies_of(served.uid)
-        self._openings = core.openings_of(served.uid)
         self._outbox: deque[bytes] = deque()
         self._flushing: asyncio.Handle | None = None
-        core.connections.add(self)
-        self._read_again()
+        core.connections[self] = listener
+        self._read()
 
     # ---- the socket ----
 
@@ -140,15 +144,28 @@ class NativeClient:
     def _read_again(self) -> None:
         if not self._reading and not self._closed and self._may_read():
             self._reading = True
-            self._core.hang_ups.let_go(self._sock)
-            self._loop.add_reader(self._sock, self._read)
+            self._wait()
 
     def _read_no_more(self) -> None:
+        self._reading = False
+        self._wait()
+
+    def _wait(self) -> None:
+        """Be called for what can be done next; that it goes is heard of in any case."""
+        wanted = (READABLE if self._reading else SAYS_NO_MORE) | (WRITABLE if self._outbox else 0)
+        if wanted != self._waits_for:
+            self._waits_for = wanted
+            self._core.watch.change(self._fileno, wanted)
+
+    def _on_event(self, events: int) -> None:
+        if events & WRITABLE:
+            self._write()
+        if self._closed:
+            return
         if self._reading:
-            self._reading = False
-            self._loop.remove_reader(self._sock)
-        # Nothing is heard of it otherwise.
-        self._core.hang_ups.watch(self._sock, self._close)
+            self._read()
+        elif events & (SAYS_NO_MORE | IS_GONE):
+            self._close()
 
     def _read(self) -> None:
         for _ in range(_MESSAGES_AT_ONCE):
@@ -217,14 +234,13 @@ class NativeClient:
             except BlockingIOError:
                 self._files.hold(held=True)
                 self._read_no_more()
-                self._loop.add_writer(self._sock, self._write)
                 return
             except OSError:
                 self._close()
                 return
             self._outbox.popleft()
-        self._loop.remove_writer(self._sock)
         self._files.hold(held=False)
+        self._wait()
         self._flush_soon()
         self._read_again()
 
@@ -244,11 +260,8 @@ class NativeClient:
         if self._closed:
             return
         self._closed = True
-        self._core.connections.discard(self)
-        if self._reading:
-            self._loop.remove_reader(self._sock)
-        self._loop.remove_writer(self._sock)
-        self._core.hang_ups.let_go(self._sock)
+        self._core.connections.pop(self, None)
+        self._core.watch.let_go(self._fileno)
         for task in (self._opener, *self._copying):
             if task is not None:
                 task.cancel()
@@ -338,8 +351,8 @@ class NativeClient:
             self._all_handed_in(scan)
             return
         [descriptor] = owned.numbers()
-        before = file_to_copy(descriptor, shared=self._core.hub.pool.has_outside_engines)
-        if before is not None:
+        before, to_copy = look(descriptor, shared=self._core.hub.pool.has_outside_engines)
+        if to_copy and not isinstance(before, Error):
             kept = Descriptors(owned.take_all())
             self._files.keep_waiting(1)
             task = asyncio.create_task(self._scan_copy(scan, kept, before.owner))
@@ -352,7 +365,7 @@ class NativeClient:
 
             task.add_done_callback(over)
             return
-        self._hand_in(scan, b"", owned.take())
+        self._hand_in(scan, b"", owned.take(), before=before)
         self._all_handed_in(scan)
 
     async def _scan_copy(self, scan: _Scan, kept: Descriptors, owner: int) -> None:
@@ -397,7 +410,7 @@ class NativeClient:
         tree = None
         scan.missing = (FAILED,)  # until it is known otherwise, whatever happens here
         try:
-            async with self._openings, self._core.openings:
+            async with self._core.openings_of(self._served.uid), self._core.openings:
                 if isinstance(request, ScanPaths):
                     entries = files_at(self._served, request.paths)
                 else:
@@ -432,7 +445,15 @@ class NativeClient:
 
     # ---- verdicts ----
 
-    def _hand_in(self, scan: _Scan, path: bytes, descriptor: int, *, owner: int | None = None) -> None:
+    def _hand_in(
+        self,
+        scan: _Scan,
+        path: bytes,
+        descriptor: int,
+        *,
+        owner: int | None = None,
+        before: Stamp | Error | None = None,
+    ) -> None:
         """Have a file scanned; the descriptor is the pool's from now on."""
 
         def tell(done: Done) -> None:
@@ -445,7 +466,7 @@ class NativeClient:
             scan.let_go_of_copy()
             return
         scan.under_way += 1
-        self._files.submit(scan, tell, path, descriptor, max_size=scan.max_size, owner=owner)
+        self._files.submit(scan, tell, path, descriptor, max_size=scan.max_size, owner=owner, before=before)
 
     def _tell(self, scan: _Scan, result: Scanned | Skipped) -> None:
         if not scan.over:

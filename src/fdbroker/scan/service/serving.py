@@ -7,6 +7,7 @@ import contextlib
 import signal
 import socket
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fdbroker import aio
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from fdbroker.broker.notify import Notifier
     from fdbroker.scan.pool import Pool, Version
     from fdbroker.scan.service.configuration import Configuration, Listener
-    from fdbroker.scan.service.core import Connection, Speaks
+    from fdbroker.scan.service.core import Speaks
 
 # By the words of the configuration.
 PROTOCOLS: dict[str, Speaks] = {"clamd": ClamdClient, "scan": NativeClient}
@@ -118,30 +119,32 @@ async def _take_clients(
     core: Core, name: str, listener: Listener, service: aio.Service, notifier: Notifier
 ) -> None:
     """Serve who comes. Raises BrokerError when nobody can come any more; then those that came are gone."""
-    mine: set[Connection] = set()
+    speaks = PROTOCOLS[listener.protocol]
     kind, word = _SOCKETS[listener.protocol]
+
+    def take(served: aio.ServedClient) -> None:
+        if served.socket.type != kind:
+            # Of the policy nothing can be seen before somebody comes.
+            _note(
+                core,
+                notifier,
+                name,
+                f"its clients can't be served: {listener.protocol} is not spoken on this type of socket;"
+                f" write type: {word} at {name} in listeners of the policy, and restart the broker",
+            )
+            served.close()
+            return
+        try:
+            core.watch.round(partial(speaks, core, served, listener))
+        except OSError as error:  # no more descriptors can be watched
+            served.close()
+            say(f"a client of uid {served.uid} could not be served: {error.strerror}")
+
     try:
-        async for served in service:
-            if served.socket.type != kind:
-                # Of the policy nothing can be seen before somebody comes.
-                _note(
-                    core,
-                    notifier,
-                    name,
-                    f"its clients can't be served: {listener.protocol} is not spoken on this type of socket;"
-                    f" write type: {word} at {name} in listeners of the policy, and restart the broker",
-                )
-                served.close()
-                continue
-            mine &= core.connections
-            try:
-                mine.add(PROTOCOLS[listener.protocol](core, served, listener))
-            except OSError as error:  # no more descriptors can be watched
-                served.close()
-                say(f"a client of uid {served.uid} could not be served: {error.strerror}")
+        await service.for_each(take)
     finally:
         # What the broker knew of them it does not know on another connection.
-        for connection in mine & core.connections:
+        for connection in [one for one, by in core.connections.items() if by is listener]:
             connection.end("broker_gone", "the broker was lost by which this connection came; connect again")
 
 

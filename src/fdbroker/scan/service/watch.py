@@ -1,0 +1,113 @@
+"""Descriptors that an event loop looks at: clients, and workers, each with its own call.
+
+An event loop of asyncio takes a handle, a context and a place in a queue for each event, and most of a small
+scan is such work. So all of these are in one epoll(7), which the loop sees as one descriptor, and their calls
+are made one after the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import select
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Call = Callable[[int], None]
+
+# Events of epoll_ctl(2). What is told in any case is that the other end is gone.
+READABLE = int(select.EPOLLIN)
+WRITABLE = int(select.EPOLLOUT)
+SAYS_NO_MORE = int(select.EPOLLRDHUP)
+IS_GONE = int(select.EPOLLHUP | select.EPOLLERR)
+
+# Whoever is gone by then, as most are, costs no system call to be watched.
+_SECONDS_UNTIL_LATER = 0.05
+_MOST_AT_ONCE = 64  # before other tasks have their turn
+
+
+class Watch:
+    """Calls functions when something happens to descriptors. For one event loop, the one that runs.
+
+    Each is told the events. `after` is called when a round of such calls is over.
+    """
+
+    def __init__(self) -> None:
+        self.after: Callable[[], None] | None = None
+        self.in_round = False
+        """Whether `after` will be called without anybody's doing."""
+        self._epoll = select.epoll()
+        self._calls: dict[int, Call] = {}
+        self._later: dict[int, int] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._epoll.fileno(), self._look)
+
+    def add(self, descriptor: int, events: int, call: Call, *, later: bool = False) -> None:
+        """Call a function whenever one of the events is there; let go of it before it is closed here.
+
+        `later`: from a moment on, for what is mostly let go of by then.
+        """
+        self._calls[descriptor] = call
+        if not later:
+            self._epoll.register(descriptor, events)
+            return
+        self._later[descriptor] = events
+        if self._timer is None:
+            self._timer = self._loop.call_later(_SECONDS_UNTIL_LATER, self._begin)
+
+    def change(self, descriptor: int, events: int) -> None:
+        """Wait for other events from now on."""
+        if self._later.pop(descriptor, None) is None:
+            self._epoll.modify(descriptor, events)
+        else:
+            self._epoll.register(descriptor, events)
+
+    def let_go(self, descriptor: int) -> None:
+        """Call nothing for it any more; also where nothing was to be called, or it is closed already."""
+        if self._calls.pop(descriptor, None) is not None and self._later.pop(descriptor, None) is None:
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(descriptor)
+
+    def round(self, call: Callable[[], object]) -> None:
+        """Make a call as if it were for one of the descriptors."""
+        self.in_round = True
+        try:
+            call()
+        finally:
+            self.in_round = False
+            if self.after is not None:
+                self.after()
+
+    def close(self) -> None:
+        """Let go of all."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+
+    def _begin(self) -> None:
+        self._timer = None
+        while self._later:
+            descriptor, events = self._later.popitem()
+            try:
+                self._epoll.register(descriptor, events)
+            except OSError:  # there are too many for now
+                self._later[descriptor] = events
+                self._timer = self._loop.call_later(_SECONDS_UNTIL_LATER, self._begin)
+                return
+
+    def _look(self) -> None:
+        self.round(self._call)
+
+    def _call(self) -> None:
+        for descriptor, events in self._epoll.poll(0, _MOST_AT_ONCE):
+            call = self._calls.get(descriptor)
+            if call is None:  # it was let go of in this very round
+                continue
+            try:
+                call(events)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the others are served
+                self._loop.call_exception_handler({"message": "a call failed", "exception": error})

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from functools import partial
+from typing import TYPE_CHECKING
+
+from fdbroker.scan.service.watch import IS_GONE, READABLE, SAYS_NO_MORE, WRITABLE, Watch
+from tests.scan.descriptors import open_descriptors
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+
+def watching(test: Callable[[Watch], Awaitable[None]], failed: list[Exception] | None = None) -> None:
+    """Run a test with a watch in an event loop; nothing may stay open. `failed`: what calls raise."""
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        if failed is not None:
+            loop.set_exception_handler(lambda _, context: failed.append(context["exception"]))
+        watch = Watch()
+        try:
+            async with asyncio.timeout(20):
+                await test(watch)
+        finally:
+            watch.close()
+
+    before = open_descriptors()
+    asyncio.run(run())
+    assert open_descriptors() == before
+
+
+def test_each_is_told_what_happened_and_others_may_be_waited_for_instead() -> None:
+    async def test(watch: Watch) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            told: asyncio.Queue[int] = asyncio.Queue()
+            watch.add(ours.fileno(), WRITABLE, told.put_nowait)
+            assert await told.get() == WRITABLE
+            watch.change(ours.fileno(), READABLE)
+            while not told.empty():
+                told.get_nowait()
+            theirs.send(b"x")
+            assert await told.get() == READABLE
+            watch.change(ours.fileno(), SAYS_NO_MORE)
+            while not told.empty():
+                told.get_nowait()
+            theirs.close()
+            assert await told.get() & (SAYS_NO_MORE | IS_GONE)
+            watch.let_go(ours.fileno())
+
+    watching(test)
+
+
+def test_a_call_that_fails_keeps_none_of_the_others_from_being_made() -> None:
+    failed: list[Exception] = []
+
+    async def test(watch: Watch) -> None:
+        pairs = [socket.socketpair() for _ in range(3)]
+        calls: list[int] = []
+        rounds: asyncio.Queue[int] = asyncio.Queue()
+        watch.after = lambda: rounds.put_nowait(len(calls))
+
+        def call(number: int, _events: int) -> None:
+            calls.append(number)
+            watch.let_go(pairs[number][0].fileno())
+            raise ValueError(number)
+
+        for number, (ours, theirs) in enumerate(pairs):
+            watch.add(ours.fileno(), READABLE, partial(call, number))
+            theirs.send(b"x")
+        assert await rounds.get() == 3
+        assert sorted(calls) == [0, 1, 2]
+        for pair in pairs:
+            for sock in pair:
+                sock.close()
+
+    watching(test, failed=failed)
+    assert sorted(str(error) for error in failed) == ["0", "1", "2"]
+
+
+def test_what_is_let_go_of_in_a_round_is_not_called_in_it() -> None:
+    async def test(watch: Watch) -> None:
+        pairs = [socket.socketpair() for _ in range(2)]
+        called = []
+        over = asyncio.Event()
+        watch.after = over.set
+
+        def call(_: int) -> None:
+            called.append(1)
+            for ours, _theirs in pairs:
+                watch.let_go(ours.fileno())
+                ours.close()
+
+        for ours, theirs in pairs:
+            watch.add(ours.fileno(), READABLE, call)
+            theirs.send(b"x")
+        await over.wait()
+        assert called == [1]
+        for _, theirs in pairs:
+            theirs.close()
+
+    watching(test)
+
+
+def test_what_is_watched_later_is_called_then_unless_it_is_let_go_of_or_changed_before() -> None:
+    async def test(watch: Watch) -> None:
+        pairs = [socket.socketpair() for _ in range(3)]
+        told: asyncio.Queue[int] = asyncio.Queue()
+
+        def call(number: int, _events: int) -> None:
+            told.put_nowait(number)
+
+        for number, (ours, theirs) in enumerate(pairs):
+            watch.add(ours.fileno(), 0, partial(call, number), later=True)
+            theirs.send(b"x")
+            if number:
+                theirs.close()
+        number_of_a_closed_one = pairs[1][0].fileno()
+        watch.let_go(number_of_a_closed_one)
+        pairs[1][0].close()
+        reused = os.dup(pairs[0][0].fileno())
+        assert reused == number_of_a_closed_one
+        watch.change(pairs[0][0].fileno(), READABLE)
+        assert await told.get() == 0
+        watch.let_go(pairs[0][0].fileno())
+        assert await told.get() == 2
+        watch.let_go(pairs[2][0].fileno())
+        os.close(reused)
+        for pair in pairs:
+            for sock in pair:
+                sock.close()
+
+    watching(test)
+
+
+def test_a_call_of_ones_own_is_a_round_as_well() -> None:
+    async def test(watch: Watch) -> None:
+        seen = []
+        watch.after = lambda: seen.append("after")
+        assert not watch.in_round
+        watch.round(lambda: seen.append(str(watch.in_round)))
+        assert seen == ["True", "after"]
+        assert not watch.in_round
+
+    watching(test)

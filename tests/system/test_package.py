@@ -1,0 +1,170 @@
+"""The Debian packages in a real systemd, from installation to purge; and twice the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.running_broker import reachable_directory
+from tests.system.booted import HERE, REPOSITORY, boot_command
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.root
+
+BUILT = REPOSITORY / "build" / "deb"
+SECOND = "0.1.0-2"
+
+
+@pytest.fixture(scope="module")
+def packages() -> list[Path]:
+    """Return the packages as `make deb` builds them."""
+    made = subprocess.run(
+        ["make", "-s", "deb"], cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    return sorted(BUILT.glob("*.deb"))
+
+
+@pytest.fixture(scope="module")
+def seen(packages: list[Path]) -> Iterator[dict[str, Any]]:
+    with reachable_directory() as shared:
+        for name in ("first", "second", "nothing"):
+            (shared / name).mkdir()
+        for package in packages:
+            (shared / "first" / package.name).write_bytes(package.read_bytes())
+            _as_second(package, shared)
+        program = ["/usr/bin/python3", "-I", HERE / "package_inside.py", shared]
+        done = subprocess.run(
+            boot_command([shared / "nothing"], [REPOSITORY, shared], program),
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+            capture_output=True,
+            encoding="utf-8",
+            timeout=280,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield json.loads((shared / "seen").read_text())
+
+
+def _as_second(package: Path, shared: Path) -> None:
+    """Make the package again, with a higher version."""
+    tree = shared / "tree"
+    subprocess.run(["dpkg-deb", "--raw-extract", package, tree], check=True)
+    control = tree / "DEBIAN" / "control"
+    [version] = re.findall(r"^Version: (.*)$", control.read_text(), re.MULTILINE)
+    control.write_text(control.read_text().replace(version, SECOND))
+    command: list[str | Path] = [
+        "dpkg-deb",
+        "--root-owner-group",
+        "-Znone",
+        "--build",
+        tree,
+        shared / "second",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(["rm", "-r", tree], check=True)
+
+
+@pytest.mark.booting
+def test_every_step_of_apt_and_dpkg_succeeds(seen: dict[str, Any]) -> None:
+    for step in ("install", "upgrade", "reinstall", "remove", "again", "purge"):
+        status, output = seen[step]
+        assert status == 0, (step, output)
+        assert "returned 101" not in output, step
+
+
+@pytest.mark.booting
+def test_what_is_installed_listens_allows_nothing_and_has_its_pages(seen: dict[str, Any]) -> None:
+    installed = seen["installed"]
+    assert installed["sockets"] == [["active", "enabled"]] * 3
+    assert installed["others"] == [["inactive"]] * 3
+    assert installed["service"] == ["inactive", "disabled"]
+    assert installed["policy"] == (REPOSITORY / "config" / "policy.yaml").read_text()
+    assert [status for status, _ in installed["checks"]] == [0, 0], installed["checks"]
+    assert [status for status, _ in installed["manual"]] == [0, 0, 0]
+    assert seen["asked_first"] == "DeniedError"
+
+
+@pytest.mark.booting
+def test_a_client_gets_its_file_when_the_policy_says_so(seen: dict[str, Any]) -> None:
+    assert seen["restart"] == [0, ""]
+    assert seen["asked_then"] == "content"
+
+
+@pytest.mark.booting
+def test_an_upgrade_under_load_fails_no_call(seen: dict[str, Any]) -> None:
+    upgraded = seen["upgraded"]
+    (before, since), (after, still_since) = upgraded["before"], upgraded["after"]
+    assert before[0] != after[0], "the broker is the new one"
+    assert (before[1], after[1]) == ("active", "active")
+    assert since == still_since, "the sockets stayed"
+    assert upgraded["policy_is_ours"]
+    for calls, errors, longest in seen["load"]:
+        assert not errors
+        assert calls > 100
+        assert longest < 10
+    assert seen["asked_after_upgrade"] == "content"
+
+
+@pytest.mark.booting
+def test_an_upgrade_with_a_broken_policy_leaves_the_broker_running(seen: dict[str, Any]) -> None:
+    assert seen["broken"] == {"same": True, "asked": "content"}
+    assert "the policy has errors, so the broker of before goes on" in seen["reinstall"][1]
+
+
+@pytest.mark.booting
+def test_removal_stops_all_and_keeps_what_is_the_administrators(seen: dict[str, Any]) -> None:
+    removed = seen["removed"]
+    assert removed["states"] == [["inactive"]] * 3
+    assert removed["service"] == ["inactive"]
+    assert removed["kept"] == [True, "{}\n", True]
+    assert not removed["run"]
+    assert not removed["programs"]
+
+
+@pytest.mark.booting
+def test_a_policy_that_was_removed_stays_so_when_the_package_comes_again(seen: dict[str, Any]) -> None:
+    assert seen["comes_back"] is False
+
+
+@pytest.mark.booting
+def test_a_purge_leaves_nothing(seen: dict[str, Any]) -> None:
+    before, after = set(seen["files_before"]), set(seen["files_after"])
+    # But for what other tests of this machine, and other programs, make meanwhile.
+    left = {name for name in after - before if "__pycache__" not in name or "fdbroker" in name}
+    left = {name for name in left if "fdbroker-test-" not in name}
+    assert not left
+
+
+def test_building_elsewhere_gives_the_same_bytes(packages: list[Path], tmp_path: Path) -> None:
+    [sdist] = (REPOSITORY / "dist").glob("fdbroker-*.tar.gz")
+    directory = tmp_path / "a-place-with-another-name"
+    environment = os.environ | {
+        "DEB_BUILD_OPTIONS": "nocheck",
+        "TZ": "Pacific/Kiritimati",
+        "LC_ALL": "C",
+        "USER": "somebody",
+    }
+    built = subprocess.run(
+        ["sh", "-c", 'umask 077; exec "$@"', "sh", REPOSITORY / "scripts" / "deb", sdist, directory],
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert built.returncode == 0, built.stderr
+    first, second = (
+        {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in place.glob("*.deb")}
+        for place in (BUILT, directory)
+    )
+    assert len(first) == len(packages)
+    assert first == second
