@@ -102,6 +102,12 @@ def test_a_client_gets_its_file_when_the_policy_says_so(seen: dict[str, Any]) ->
 
 
 @pytest.mark.booting
+def test_the_command_is_the_same_with_the_versions_of_the_distribution(seen: dict[str, Any]) -> None:
+    assert seen["walk"] == [0, ""]
+    assert seen["wrong_use"] == [2, 2, 2, 2]
+
+
+@pytest.mark.booting
 def test_an_upgrade_under_load_fails_no_call(seen: dict[str, Any]) -> None:
     upgraded = seen["upgraded"]
     (before, since), (after, still_since) = upgraded["before"], upgraded["after"]
