@@ -1,4 +1,4 @@
-"""Our programs in forked children of the tests: as they are started, without an interpreter's start and imports.
+"""Our programs in forked children of the tests: all that they do, but for an interpreter's start and imports.
 
 Those take longer than what the program does, and hundreds of tests start one.
 That it is started by a command line has its own tests.
@@ -11,7 +11,7 @@ import select
 import signal
 import sys
 import traceback
-from subprocess import TimeoutExpired
+from subprocess import DEVNULL, TimeoutExpired
 from typing import TYPE_CHECKING
 
 from fdbroker.kernel import process
@@ -65,7 +65,7 @@ class ForkedProcess:
 def fork_program(
     main: Callable[[], int], name: str, *, stdout: int, stderr: int, pass_fds: Collection[int] = ()
 ) -> ForkedProcess:
-    """Run a program's main function in a child with these standard streams, nothing to read, and `pass_fds`."""
+    """Run a program's main function in a child with these outputs, nothing to read, and `pass_fds`."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -76,7 +76,7 @@ def fork_program(
         sys.settrace(None)  # what measures coverage here would only slow it down: nothing is written there
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)
-        os.dup2(nothing if stdout == -3 else stdout, 1)  # subprocess.DEVNULL
+        os.dup2(nothing if stdout == DEVNULL else stdout, 1)
         os.dup2(stderr, 2)
         _keep_only({0, 1, 2, *pass_fds})
         sys.stdin, sys.stdout, sys.stderr = (
@@ -84,6 +84,8 @@ def fork_program(
             for number, mode in enumerate("rww")
         )
         status = main()
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
     except BaseException:  # noqa: BLE001 - as an interpreter would show it
         traceback.print_exc()
     finally:
