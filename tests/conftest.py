@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HYPOTHESIS_HOME = Path(__file__).resolve().parent.parent / "build" / "hypothesis"
 
-# What takes more than some eight seconds, in the order in which it is begun: one that came last is waited for.
+# What takes more than some eight seconds, in the order in which it is begun: the last would be waited for.
 LONG_FILES = [
     f"tests/{name}.py"
     for name in (

@@ -43,7 +43,7 @@ def traced(pids: Sequence[int], written: Path, *options: str, forks: bool = Fals
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         try:
-            # It says so when it has stopped a process. To the kernel it is the tracer before, and sees nothing.
+            # It says so when it has stopped a process. It is its tracer before that, and sees nothing.
             said = b""
             while said.count(b" attached") < len(pids) and (more := os.read(process.stderr.fileno(), 4096)):
                 said += more

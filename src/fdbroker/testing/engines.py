@@ -229,7 +229,7 @@ def _descriptors() -> int:
 
 
 def _ends_at(threads: int) -> bool:
-    """Return whether there are no more threads, or soon: who joins one goes on before the kernel has ended it."""
+    """Return whether there are no more threads, or soon: one that was joined is listed for a moment."""
     end = time.monotonic() + _THREAD_ENDS
     while _threads() > threads:
         if time.monotonic() > end:
