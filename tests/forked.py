@@ -14,7 +14,7 @@ import traceback
 from subprocess import DEVNULL, TimeoutExpired
 from typing import TYPE_CHECKING
 
-from fdbroker.kernel import process
+from fdbroker.launcher.until_ready import _keep_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -78,7 +78,7 @@ def fork_program(
         os.dup2(nothing, 0)
         os.dup2(nothing if stdout == DEVNULL else stdout, 1)
         os.dup2(stderr, 2)
-        _keep_only({0, 1, 2, *pass_fds})
+        _keep_only([0, 1, 2, *pass_fds])
         sys.stdin, sys.stdout, sys.stderr = (
             open(number, mode, buffering=1, closefd=False)  # noqa: SIM115 - as long as it lives
             for number, mode in enumerate("rww")
@@ -92,12 +92,3 @@ def fork_program(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-
-def _keep_only(descriptors: Collection[int]) -> None:
-    free = 0
-    for number in sorted(descriptors):
-        if free < number:
-            process.close_range(free, number - 1)
-        free = number + 1
-    process.close_range(free)
