@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -34,10 +36,12 @@ from tests.system.inside.system import (
 )
 
 SYSTEMD = Path(__file__).resolve().parents[3] / "systemd"
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 START, STOP = 0.3, 1.0  # seconds
-ROUNDS = 12
+ROUNDS = 10
 BROKEN = "version: 1\nroots: {data: {path: /srv/data}}\nrulez: []\n"
-SECONDS_OF_CPU = re.compile(r"usage_usec (\d+)")
 
 
 def test_units_are_without_a_word_of_complaint() -> None:
@@ -142,35 +146,43 @@ def test_a_unit_is_told_from_others_with_a_user_of_its_own_or_not(*, dynamic: bo
     assert records()[-1]["decision"] == "deny"
 
 
+@pytest.fixture
+def _before_others() -> Iterator[None]:
+    """Have the CPUs before whatever else this machine does: we, systemd, and what it starts from now on."""
+    processes = (0, 1, main_pid("systemd-journald.service"))
+    for process in processes:
+        os.sched_setscheduler(process, os.SCHED_RR, os.sched_param(1))
+    yield
+    for process in processes:
+        os.sched_setscheduler(process, os.SCHED_OTHER, os.sched_param(0))
+
+
+@pytest.mark.usefixtures("_before_others")
 def test_from_start_to_the_first_answer_and_from_stop_to_the_end_it_takes_no_longer_than_promised() -> None:
-    starts: list[float] = []
-    requests: list[float] = []
-    stops: list[float] = []
-    cpu: list[float] = []
+    times: dict[str, list[float]] = {"start": [], "request": [], "stop": []}
+
+    @contextlib.contextmanager
+    def timed(what: str) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        times[what].append(time.monotonic() - begin)
+
     for number in range(2 * ROUNDS):
         run("systemctl", "reset-failed", SERVICE)  # so many starts in so little time are too many
-        begin = time.monotonic()
-        if number % 2:
-            run("systemctl", "start", SERVICE)
-        with fdbroker.connect() as client:
-            with pytest.raises(PermissionError):
+        with timed("start" if number % 2 else "request"):
+            if number % 2:
+                run("systemctl", "start", SERVICE)
+            with fdbroker.connect() as client, pytest.raises(PermissionError):
                 client.open("/srv/data/file")
-            (starts if number % 2 else requests).append(time.monotonic() - begin)
-            group = Path("/sys/fs/cgroup", show("ControlGroup").lstrip("/"), "cpu.stat")
-            [used] = SECONDS_OF_CPU.findall(group.read_text())
-            cpu.append(int(used) / 1e6)
-        begin = time.monotonic()
-        run("systemctl", "stop", SERVICE)
-        stops.append(time.monotonic() - begin)
-    load_now = os.getloadavg()[0]
+        with timed("stop"):
+            run("systemctl", "stop", SERVICE)
+    best = {what: min(taken) for what, taken in times.items()}
     print(  # noqa: T201 - shown by whoever boots us
-        f"figure: start to first answer {min(starts):.3f} s, first request to answer {min(requests):.3f} s,"
-        f" CPU {min(cpu):.3f} s, stop {min(stops):.3f} s; best of {ROUNDS}, load {load_now:.1f}"
+        f"figure: start to first answer {best['start']:.3f} s, first request to answer {best['request']:.3f} s,"
+        f" stop {best['stop']:.3f} s; best of {ROUNDS}, load {os.getloadavg()[0]:.1f}"
     )
-    # Where others have the CPUs, what the service needs of them tells how long it would take alone.
-    busy = load_now > len(os.sched_getaffinity(0))
-    assert min(starts + requests) <= START or (busy and min(cpu) <= START)
-    assert min(stops) <= STOP
+    assert max(best["start"], best["request"]) <= START
+    assert best["stop"] <= STOP
 
 
 def test_a_crash_loses_no_call() -> None:
