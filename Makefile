@@ -90,8 +90,8 @@ docs: $(VENV)/.ready-docs ## build the documentation's site in build/site; a war
 	@$(BIN)/python -m sphinx -q -j auto -W --keep-going -d build/site-doctrees -c docs/site . build/site
 	@echo "docs: open build/site/index.html"
 
-# The tests look into the archives that these two make.
-SOURCES := $(shell git ls-files --cached --others --exclude-standard 2>/dev/null)
+# What an sdist has.
+SOURCES := $(wildcard $(shell git ls-files --cached --others --exclude-standard 2>/dev/null))
 
 dist: dist/.made ## make the sdist and the wheel in dist/, reproducibly
 
