@@ -173,6 +173,31 @@ def test_a_connection_of_accept_yes_is_served_as_an_inherited_one(
     assert taken == [[[], [], [[3, "connection"]], None, None, None], [], []]
 
 
+@pytest.mark.root
+def test_sockets_for_datagrams_of_another_network_namespace_are_refused(
+    tmp_path: Path, in_child: Children
+) -> None:
+    def elsewhere() -> list[socket.socket]:
+        made = listeners(tmp_path, socket.SOCK_DGRAM)()
+        namespaces.unshare(namespaces.CLONE_NEWNET)
+        return made
+
+    text = passing(in_child, ["dgram"], elsewhere)
+    assert "socket 'dgram' of systemd is of another network namespace" in str(text)
+    assert "set PrivateNetwork=no" in str(text)
+
+
+def test_what_is_probed_of_a_socket_for_datagrams_is_nothing_to_be_answered(
+    tmp_path: Path, in_child: Children
+) -> None:
+    made = listeners(tmp_path, socket.SOCK_DGRAM)()
+    with made[0]:
+        passing(in_child, ["dgram"], lambda: made)
+        made[0].settimeout(0)
+        with pytest.raises(BlockingIOError):
+            made[0].recv(1)
+
+
 def test_sockets_for_datagrams_that_nobody_can_reach_are_refused(in_child: Children) -> None:
     text = passing(in_child, ["dgram"], lambda: [socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)])
     assert "descriptor 3 is a socket without a name, so nobody can send anything there; bind it" in str(text)

@@ -88,7 +88,7 @@ def check_services(activation: Activation, kinds: Mapping[str, str]) -> None:
         if name not in kinds:
             raise LaunchError(
                 f"{_what(name)}: no socket of fdbroker has this name, and no service in listeners of the"
-                f" policy; {_NAMES_CURE}"
+                f" policy; {_NAMES_CURE}. Or stop and disable that unit"
             )
         check_listener(number, _what(name), kinds[name])
 
