@@ -67,6 +67,19 @@ def test_hardening_leaves_homes_and_tmp_to_be_served(place: str) -> None:
     assert cat(f"{place}/file").stdout == f"what is in {place}\n"
 
 
+def test_helpers_open_files_in_the_unit_and_end_with_it() -> None:
+    text = POLICY_FILE.read_text().replace("tmp: {path: /tmp}", "tmp: {path: /tmp, opens: helpers}")
+    POLICY_FILE.write_text(text)
+    assert cat("/tmp/file").stdout == "what is in /tmp\n"
+    group = Path("/sys/fs/cgroup", show("ControlGroup").lstrip("/"), "cgroup.procs")
+    assert len(group.read_text().split()) > 2
+    begin = time.monotonic()
+    run("systemctl", "stop", SERVICE)
+    assert not group.exists()
+    print(f"figure: stop with helpers {time.monotonic() - begin:.3f} s")  # noqa: T201 - as below
+    assert show("Result") == "success"
+
+
 def test_what_is_handed_out_can_not_be_written_by_its_owner() -> None:
     file = Path("/srv/data/alices")
     file.write_text("x")
@@ -178,8 +191,8 @@ def test_from_start_to_the_first_answer_and_from_stop_to_the_end_it_takes_no_lon
             run("systemctl", "stop", SERVICE)
     best = {what: min(taken) for what, taken in times.items()}
     print(  # noqa: T201 - shown by whoever boots us
-        f"figure: start to first answer {best['start']:.3f} s, first request to answer {best['request']:.3f} s,"
-        f" stop {best['stop']:.3f} s; best of {ROUNDS}, load {os.getloadavg()[0]:.1f}"
+        f"figure: start to first answer {best['start']:.3f} s, first request to answer {best['request']:.3f}"
+        f" s, stop {best['stop']:.3f} s; best of {ROUNDS}, load {os.getloadavg()[0]:.1f}"
     )
     assert max(best["start"], best["request"]) <= START
     assert best["stop"] <= STOP
