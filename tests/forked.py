@@ -1,4 +1,4 @@
-"""Our programs in forked children of the tests: as they are started, without an interpreter's start and imports.
+"""Our programs in forked children of the tests: all that they do, but for an interpreter's start and imports.
 
 Those take longer than what the program does, and hundreds of tests start one.
 That it is started by a command line has its own tests.
@@ -11,10 +11,10 @@ import select
 import signal
 import sys
 import traceback
-from subprocess import TimeoutExpired
+from subprocess import DEVNULL, TimeoutExpired
 from typing import TYPE_CHECKING
 
-from fdbroker.kernel import process
+from fdbroker.launcher.until_ready import _keep_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -65,7 +65,7 @@ class ForkedProcess:
 def fork_program(
     main: Callable[[], int], name: str, *, stdout: int, stderr: int, pass_fds: Collection[int] = ()
 ) -> ForkedProcess:
-    """Run a program's main function in a child with these standard streams, nothing to read, and `pass_fds`."""
+    """Run a program's main function in a child with these outputs, nothing to read, and `pass_fds`."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -76,26 +76,19 @@ def fork_program(
         sys.settrace(None)  # what measures coverage here would only slow it down: nothing is written there
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)
-        os.dup2(nothing if stdout == -3 else stdout, 1)  # subprocess.DEVNULL
+        os.dup2(nothing if stdout == DEVNULL else stdout, 1)
         os.dup2(stderr, 2)
-        _keep_only({0, 1, 2, *pass_fds})
+        _keep_only([0, 1, 2, *pass_fds])
         sys.stdin, sys.stdout, sys.stderr = (
             open(number, mode, buffering=1, closefd=False)  # noqa: SIM115 - as long as it lives
             for number, mode in enumerate("rww")
         )
         status = main()
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
     except BaseException:  # noqa: BLE001 - as an interpreter would show it
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-
-def _keep_only(descriptors: Collection[int]) -> None:
-    free = 0
-    for number in sorted(descriptors):
-        if free < number:
-            process.close_range(free, number - 1)
-        free = number + 1
-    process.close_range(free)

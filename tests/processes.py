@@ -7,6 +7,7 @@ import os
 import pickle
 import select
 import signal
+import socket
 import time
 import traceback
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -106,6 +107,25 @@ def children_of(pid: int) -> list[int]:
     """
     with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
         return [int(child) for child in file.read().split()]
+
+
+def has_ended(pid: int) -> bool:
+    """Return whether a process has ended, be it that nobody has waited for it: an init may take its time."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in b"ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def listens(path: Path) -> bool:
+    """Return whether a stream socket of this name can be connected to; its file is there before that."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            sock.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        return True
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> None:

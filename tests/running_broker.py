@@ -181,7 +181,8 @@ def running_broker(
     `compiled` is a compiled policy, or the text of a policy.yaml. `audit` is
     another file than the usual one, `-` for the descriptor `stdout`, or `none`.
     `prefix` goes before the command (`taskset`, `strace`); without one the
-    launcher is forked from here. With `stop` False it is killed, and may have died. `own_socket` False: the policy's listeners are made, and it names the same.
+    launcher is forked from here. With `stop` False it is killed, and may have
+    died. `own_socket` False: the policy's listeners are made, and it names the same.
     """
     socket, errors = directory / "broker.seqpacket", directory / "errors"
     records = directory / "audit.jsonl" if audit is None else Path(audit)

@@ -32,9 +32,12 @@ if TYPE_CHECKING:
 
 _S = TypeVar("_S", bound=Speaker)
 
-# After a reload a broker looks through all that it has. This process has pytest and all tests, which are frozen.
-server.gc = SimpleNamespace(  # type: ignore[assignment]
-    unfreeze=lambda: None, collect=lambda: gc.collect(), freeze=lambda: gc.freeze()
+# After a reload a broker looks through all that it has. This process has pytest and all
+# tests, which stay frozen.
+vars(server)["gc"] = SimpleNamespace(
+    unfreeze=lambda: None,
+    collect=gc.collect,
+    freeze=lambda: gc.freeze(),  # noqa: PLW0108 - a test may have replaced it
 )
 
 

@@ -94,13 +94,13 @@ def test_service_acts_for_a_client_of_a_confined_broker(running: RunningBroker, 
         tree = bytes(directory / "tree")
         assert service.do(open_for, got.number, tree + b"/f7") == [("ok", b"f7")]
         assert service.do(open_for, None, tree + b"/f7") == [("denied", None)]
-        assert service.do(release, got.number) == "ok"
+        service.do(release, got.number)
         assert service.do(open_for, got.number, tree + b"/f7") == [("identity", None)]
         client.do(connect, directory / "clamd")
         number = service.do(accepted).number
         client.end()
         assert service.do(open_for, number, tree + b"/f7") == [("identity", None)]
-        assert service.do(release, number) == "ok"
+        service.do(release, number)
         assert len(running.descriptors()) == before
 
 

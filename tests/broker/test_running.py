@@ -773,10 +773,15 @@ def test_it_sleeps_when_nobody_asks(running: RunningBroker) -> None:
     with Speaker.connect(running.socket) as speaker:
         speaker.status()
         wait_until(lambda: running.status()["State"].startswith("S"), "asleep")
-        before = wake_ups()
-        for _ in range(20):
-            in_child(os.getpid)  # something that takes a while
-        assert wake_ups() == before
+
+        def slept() -> bool:
+            before = wake_ups()
+            for _ in range(20):
+                in_child(os.getpid)  # something that takes a while
+            return wake_ups() == before
+
+        # What an earlier client left to do may wake it; a loop that spins never sleeps as long.
+        assert any(slept() for _ in range(5))
 
 
 def test_rules_for_two_users_serve_each_its_own(reachable: Path) -> None:

@@ -54,7 +54,9 @@ def make_tree(tree: Path, count: int, of_directory: int) -> Path:
         directory = tree / f"d{number // of_directory}"
         if not number % of_directory:
             directory.mkdir(parents=True)
-        (directory / f"f{number}").write_text(f"f{number}")
+        file = os.open(f"{directory}/f{number}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        os.write(file, b"f%d" % number)
+        os.close(file)
     return tree
 
 

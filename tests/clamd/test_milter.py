@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 import pytest
 
-from tests.processes import wait_until
+from tests.processes import listens, wait_until
 from tests.scan.clamav import BAD
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def milter(directory: Path, clamd: Path) -> Iterator[Path]:
             stderr=said,
         )
     try:
-        wait_until((directory / "milter").exists, "the milter listens")
+        wait_until(lambda: listens(directory / "milter"), "the milter listens")
         yield directory / "milter"
         assert process.poll() is None, (directory / "said").read_text()
     finally:

@@ -31,7 +31,7 @@ from tests.cli.commands import (
     run_on_terminal,
     verdicts,
 )
-from tests.processes import children_of, wait_until
+from tests.processes import children_of, has_ended, wait_until
 from tests.running_broker import CLIENT_UID, policy, reachable_directory, rule, running_broker
 from tests.sandbox.confined import WORKER_UID
 from tests.scan.clamav import make_database, running_clamd
@@ -319,7 +319,7 @@ def test_interrupted_scan_ends_with_a_summary_that_says_so(broker: RunningBroker
     assert errors == "fdbroker: interrupted, so the scan is incomplete\n"
     [summary] = lines(output, "summary")
     assert (summary["complete"], summary["exit_status"]) == (False, 2)
-    wait_until(lambda: not os.path.exists(f"/proc/{workers[0]}"), "the worker is gone")
+    wait_until(lambda: has_ended(workers[0]), "the worker is gone")
 
 
 @pytest.mark.root

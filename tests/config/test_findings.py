@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import example, given, settings
 
-from fdbroker.config import compile_policy, findings
+from fdbroker.config import compile_policy
 from fdbroker.config.check import check
 from fdbroker.config.findings import Finding, find
 from fdbroker.config.identities import OfflineLookups
@@ -22,6 +22,7 @@ from fdbroker.config.places import Places
 from fdbroker.config.surroundings import ThisMachine
 from fdbroker.policy.decide import Policy, decide_object
 from fdbroker.policy.globs import compile_glob
+from fdbroker.policy.rule_index import MANY_PATTERNS
 from fdbroker.policy.rules import RuleSet, read_policy
 from fdbroker.wire.client import for_broker
 from tests.descriptors.mounting import mounted
@@ -148,8 +149,8 @@ def test_many_patterns_that_are_tried_on_one_name_are_told_once(
 ) -> None:
     # One case by as many as are many in truth; what a glob's form and the rules' number do shows with fewer.
     most = 200 if (glob, in_one_rule) == ("*x%d*/**", False) else 20
-    assert findings.MANY_PATTERNS == 200
-    monkeypatch.setattr(findings, "MANY_PATTERNS", most)
+    assert MANY_PATTERNS == 200
+    monkeypatch.setattr("fdbroker.config.findings.MANY_PATTERNS", most)
 
     def kinds(count: int) -> list[tuple[str, int, str | None]]:
         globs = ", ".join(f"'{glob % n}'" for n in range(1000, 1000 + count))

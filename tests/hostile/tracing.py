@@ -8,13 +8,11 @@ import re
 import shutil
 import signal
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-from tests.processes import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 # `name(arguments) = result`, with the pid before it where several are traced. What was interrupted by a call
 # of another process is in two lines, of which the first one has the name.
@@ -34,14 +32,6 @@ def strace() -> str:
     return found
 
 
-def is_traced(pid: int) -> bool:
-    """Return whether somebody traces a process, or it has ended."""
-    try:
-        return "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
 @contextlib.contextmanager
 def traced(pids: Sequence[int], written: Path, *options: str, forks: bool = False) -> Iterator[None]:
     """Trace processes for the length of the block; what they do is in `written` afterwards.
@@ -49,15 +39,19 @@ def traced(pids: Sequence[int], written: Path, *options: str, forks: bool = Fals
     `forks`: and what they fork meanwhile.
     """
     named = [word for pid in pids for word in ("-p", str(pid))]
-    command = [strace(), *(["-f"] if forks else []), "-q", "-s", "0", "-o", str(written), *options, *named]
+    command = [strace(), *(["-f"] if forks else []), "-s", "0", "-o", str(written), *options, *named]
     with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
         try:
-            wait_until(
-                lambda: process.poll() is not None or all(map(is_traced, pids)), "strace is attached", 30
-            )
+            # It says so when it has stopped a process. It is its tracer before that, and sees nothing.
+            said = b""
+            while said.count(b" attached") < len(pids) and (more := os.read(process.stderr.fileno(), 4096)):
+                said += more
             # What a process waits in may be the call that fails: then it ends at once, and strace with it.
-            lost = process.poll() is not None and all(os.path.exists(f"/proc/{pid}") for pid in pids)
-            assert not lost, process.stderr.read() if process.stderr else ""
+            lost = said.count(b" attached") < len(pids) and all(
+                os.path.exists(f"/proc/{pid}") for pid in pids
+            )
+            assert not lost, said
             yield
         finally:
             process.send_signal(signal.SIGINT)

@@ -8,9 +8,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fdbroker.launcher.launch import launch
+from tests.forked import fork_program
 from tests.running_broker import BROKER_UID, launcher_environment
 
 if TYPE_CHECKING:
@@ -54,7 +57,12 @@ def command(
 
 
 def run(policy: Path, *options: str, **changes: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401 - as Popen's
-    """Run fdbrokerd to its end, which is near: it does not start, or goes into the background."""
+    """Run fdbrokerd to its end, which is near: it does not start, or goes into the background.
+
+    It is forked from here unless it is to be run in another way.
+    """
+    if not changes:
+        return _run_forked(command(policy, *options))
     return subprocess.run(
         [
             *changes.pop("prefix", ()),
@@ -73,6 +81,18 @@ def run(policy: Path, *options: str, **changes: Any) -> subprocess.CompletedProc
         timeout=60,
         **changes,
     )
+
+
+def _run_forked(words: list[str]) -> subprocess.CompletedProcess[str]:
+    arguments = words[words.index("--dev") :]
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        process = fork_program(
+            lambda: launch(arguments), "fdbrokerd", stdout=output.fileno(), stderr=errors.fileno()
+        )
+        status = process.wait(timeout=60)
+        for file in (output, errors):
+            file.seek(0)
+        return subprocess.CompletedProcess(words, status, output.read().decode(), errors.read().decode())
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from fdbroker.wire.messages import Welcome
 from fdbroker.wire.stream import FrameBuffer, framed
 from tests.launcher.installed import directory_of_root, installed
 from tests.launcher.starting import POLICY, command, lay_out, run, started
-from tests.processes import wait_until
+from tests.processes import has_ended, wait_until
 from tests.running_broker import BROKER_UID, OTHER_UID, launcher_environment, policy, reachable_directory
 
 pytestmark = pytest.mark.root
@@ -48,10 +48,6 @@ def not_started(directory: Path, *options: str, status: int = 2) -> str:
     assert (done.returncode, done.stdout) == (status, ""), done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
-
-
-def ended(pid: int) -> bool:
-    return not os.path.exists(f"/proc/{pid}")
 
 
 # ---- sockets ----
@@ -289,7 +285,7 @@ def test_a_second_start_says_who_holds_the_lock(directory: Path) -> None:
         assert content(directory) == b"content"
     finally:
         os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: ended(pid), "the broker has ended")
+        wait_until(lambda: has_ended(pid), "the broker has ended")
     # What the file says counts only while it is locked.
     assert int((directory / "run/pid").read_text()) == pid
     with started(directory / "policy.yaml", "--audit=none", pidfile) as process:
@@ -343,7 +339,7 @@ def test_daemon_needs_a_place_for_the_audit(directory: Path) -> None:
     assert done.returncode == 0, done.stderr
     pid = int((directory / "run/pid").read_text())
     os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: ended(pid), "the broker has ended")
+    wait_until(lambda: has_ended(pid), "the broker has ended")
     events = [json.loads(line)["event"] for line in (directory / "audit.jsonl").read_text().splitlines()]
     assert events == ["started", "stopped"]
 
@@ -358,7 +354,7 @@ def test_daemon_tells_the_ready_descriptor_of_its_caller_as_well(directory: Path
     assert done.returncode == 0, done.stderr
     pid = int((directory / "run/pid").read_text())
     os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: ended(pid), "the broker has ended")
+    wait_until(lambda: has_ended(pid), "the broker has ended")
 
 
 # ---- signals ----
@@ -631,7 +627,7 @@ def test_closed_standard_descriptors_are_filled_before_anything_is_opened(direct
         assert os.readlink(f"/proc/{pid}/fd/2").startswith("pipe:")
     finally:
         os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: ended(pid), "the broker has ended")
+        wait_until(lambda: has_ended(pid), "the broker has ended")
 
 
 # ---- the command ----
@@ -715,7 +711,7 @@ def test_relative_paths_are_those_of_the_caller(directory: Path) -> None:
         assert content(directory) == b"content"
     finally:
         os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: ended(pid), "the broker has ended")
+        wait_until(lambda: has_ended(pid), "the broker has ended")
 
 
 # ---- time ----

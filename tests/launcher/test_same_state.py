@@ -18,7 +18,7 @@ import pytest
 from fdbroker.client import control
 from tests.launcher.installed import directory_of_root, installed
 from tests.launcher.starting import command, run, started, state_of
-from tests.processes import wait_until
+from tests.processes import has_ended, wait_until
 from tests.running_broker import BROKER_UID, launcher_environment
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def test_in_the_background(directory: Path, installation: Path) -> None:
         assert os.getsid(pid) not in {os.getsid(0), pid}
     finally:
         os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: not os.path.exists(f"/proc/{pid}"), "the broker has ended")
+        wait_until(lambda: has_ended(pid), "the broker has ended")
 
 
 ORDERS = [("requests", "control"), ("control", "requests")]

@@ -367,7 +367,7 @@ def how_it_was_answered(view: ActionView, path: str) -> str:
 
 @pytest.mark.unmeasured
 def test_every_outcome_has_its_share_of_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The same cases, whichever modules were imported by other tests: hypothesis draws from their constants, too.
+    # The same cases, whatever other tests have imported: hypothesis draws from the constants of modules, too.
     monkeypatch.setattr(providers, "_get_local_constants", Constants)
     monkeypatch.setattr(providers, "CONSTANTS_CACHE", type(providers.CONSTANTS_CACHE)(1024))
     counted: Counter[str] = Counter()

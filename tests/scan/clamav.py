@@ -7,10 +7,10 @@ import hashlib
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.processes import listens, wait_until
 from tests.scan.descriptors import EICAR, EICAR_NAME
 
 if TYPE_CHECKING:
@@ -61,11 +61,8 @@ def running_clamd(directory: Path, database: Path, *settings: str) -> Iterator[P
         stderr=subprocess.DEVNULL,
     )
     try:
-        end = time.monotonic() + 60
-        while not socket_path.exists():
-            assert process.poll() is None, (directory / "clamd.log").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        wait_until(lambda: process.poll() is not None or listens(socket_path), "clamd listens", 60)
+        assert process.poll() is None, (directory / "clamd.log").read_text()
         yield socket_path
     finally:
         process.send_signal(signal.SIGKILL)

@@ -298,8 +298,9 @@ def test_worker_that_closes_its_channel_and_lives_holds_up_nobody_else(
     with Puppet(lambda: None, uid=ANN) as ann:
         ann.begin(reasons_of, scand.socket, [os.fsencode(name) for name in names])
         wait_until(lambda: under_way(scand), "it scans")
-        for _ in range(30):
-            assert in_child(lambda: seconds_of_a_status(scand), uid=BOB) < 0.5
+        waits = [in_child(lambda: seconds_of_a_status(scand), uid=BOB) for _ in range(30)]
+        # Each of the five workers would hold up one; a busy machine may be late once.
+        assert sum(wait >= 0.5 for wait in waits) <= 1, waits
         assert set(ann.result().values()) == {"killed"}
 
 

@@ -136,6 +136,21 @@ def test_what_is_watched_later_is_called_then_unless_it_is_let_go_of_or_changed_
     watching(test)
 
 
+def test_what_is_closed_without_a_word_keeps_no_other_one_from_being_watched() -> None:
+    async def test(watch: Watch) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            told: asyncio.Queue[int] = asyncio.Queue()
+            watch.add(ours.fileno(), READABLE, told.put_nowait, later=True)
+            with socket.socket() as closed:
+                watch.add(closed.fileno(), READABLE, told.put_nowait, later=True)
+            theirs.send(b"x")
+            assert await told.get() == READABLE
+            watch.let_go(ours.fileno())
+
+    watching(test)
+
+
 def test_a_call_of_ones_own_is_a_round_as_well() -> None:
     async def test(watch: Watch) -> None:
         seen = []

@@ -84,6 +84,7 @@ def main(shared: Path) -> None:
         "service": _show("fdbroker.service", "ActiveState", "UnitFileState"),
         "policy": POLICY.read_text(),
         "checks": [_status("fdbroker", "policy", "check"), _status("fdbroker-scand", "--check")],
+        "compiled": len(list(Path("/var/cache/fdbroker/code").iterdir())),
         "manual": [_status("man", "-w", page) for page in ("fdbroker", "fdbrokerd", "fdbroker-policy.yaml")],
     }
     seen["asked_first"] = _ask()
@@ -119,7 +120,7 @@ def main(shared: Path) -> None:
             AUDIT.read_text(),
             Path("/etc/fdbroker/scand.yaml").exists(),
         ],
-        "run": Path("/run/fdbroker").exists(),
+        "left": [path for path in ("/run/fdbroker", "/var/cache/fdbroker") if Path(path).exists()],
         "programs": Path("/usr/bin/fdbroker").exists(),
     }
     POLICY.unlink()
@@ -187,7 +188,7 @@ def _load() -> Iterator[list[Any]]:
 
 def _files() -> list[str]:
     """Return the names of all files that a package could leave, without what apt and dpkg keep of all."""
-    places = ["/etc", "/usr", "/var", "/srv", "/run/fdbroker"]
+    places = ["/etc", "/usr", "/var", "/srv", "/run/fdbroker", "/var/cache/fdbroker"]
     # And what runs besides.
     pruned = (
         "/usr/local",

@@ -90,6 +90,7 @@ def test_what_is_installed_listens_allows_nothing_and_has_its_pages(seen: dict[s
     assert installed["service"] == ["inactive", "disabled"]
     assert installed["policy"] == (REPOSITORY / "config" / "policy.yaml").read_text()
     assert [status for status, _ in installed["checks"]] == [0, 0], installed["checks"]
+    assert installed["compiled"] > 20
     assert [status for status, _ in installed["manual"]] == [0, 0, 0]
     assert seen["asked_first"] == "DeniedError"
 
@@ -127,7 +128,7 @@ def test_removal_stops_all_and_keeps_what_is_the_administrators(seen: dict[str, 
     assert removed["states"] == [["inactive"]] * 3
     assert removed["service"] == ["inactive"]
     assert removed["kept"] == [True, "{}\n", True]
-    assert not removed["run"]
+    assert not removed["left"]
     assert not removed["programs"]
 
 

@@ -197,9 +197,11 @@ class ClamdClient:
             if not all(map(self._core.mounted.have, owned.numbers())):
                 self._sort_out(data, owned)
                 break
+            # A read ends at a descriptor, otherwise at the end of what is there.
+            may_be_more = len(owned) > 0 or len(data) == _MOST_BYTES
             self._receive(data, owned)
             self._pull()
-            if not self._wants_more():
+            if not may_be_more or not self._wants_more():
                 break
         self._go_on()
 
@@ -236,7 +238,8 @@ class ClamdClient:
         if self._pulling or self._finishing or self._closed:
             return
         while True:
-            self._pull()
+            if not self._dry:
+                self._pull()
             self._flush()
             if self._dry or not self._may_go_on():
                 return

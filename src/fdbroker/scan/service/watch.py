@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import select
 from typing import TYPE_CHECKING
 
@@ -94,7 +95,10 @@ class Watch:
             descriptor, events = self._later.popitem()
             try:
                 self._epoll.register(descriptor, events)
-            except OSError:  # there are too many for now
+            except OSError as error:
+                if error.errno == errno.EBADF:  # it was closed without a word
+                    continue
+                # There are too many for now.
                 self._later[descriptor] = events
                 self._timer = self._loop.call_later(_SECONDS_UNTIL_LATER, self._begin)
                 return
