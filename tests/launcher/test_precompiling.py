@@ -25,7 +25,8 @@ pytestmark = pytest.mark.root
 
 @pytest.fixture
 def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Give where it goes to, with sources that are as good as root's."""
+    """Give where it goes to, with sources that are as good as root's; two folders of them will do."""
+    monkeypatch.setattr(entry, "TRUSTED_FOLDERS", frozenset({"kernel", "policy"}))
     monkeypatch.setattr(entry, "check_only_root_writes", lambda _path: None)
     with directory_of_root() as directory:
         yield directory / "cache" / "code"

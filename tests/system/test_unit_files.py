@@ -55,7 +55,7 @@ def test_a_socket_of_the_broker_is_known_by_its_name_and_comes_with_the_service(
 @pytest.mark.skipif(not shutil.which("apparmor_parser"), reason="needs apparmor: apt-get install apparmor")
 def test_the_apparmor_profile_is_one_and_is_that_of_the_unit() -> None:
     profile = REPOSITORY / "packaging" / "apparmor" / "fdbroker"
-    parse = ["apparmor_parser", "--skip-kernel-load", "--skip-cache", "--names", profile]
+    parse = ["apparmor_parser", "--skip-kernel-load", "--skip-cache", "--names", str(profile)]
     done = subprocess.run(parse, capture_output=True, encoding="utf-8", check=False)
     assert (done.returncode, done.stdout) == (0, "fdbroker\n"), done
     assert "\nAppArmorProfile=-fdbroker\n" in (SYSTEMD / "fdbroker.service").read_text()

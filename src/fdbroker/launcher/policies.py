@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import traceback
 from typing import Any, NamedTuple, NoReturn
 
 from fdbroker.config.compiled import MAX_FILE
@@ -129,6 +128,8 @@ def _compile_and_exit(path: str, output: int, *, dev: bool) -> NoReturn:
         )
         status = EXIT_NOT_STARTED
     except BaseException:  # noqa: BLE001 - nothing may leave the child but by its status
+        import traceback  # noqa: PLC0415 - takes long, and is for bugs alone
+
         traceback.print_exc()
     finally:
         sys.stderr.flush()

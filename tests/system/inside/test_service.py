@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 START, STOP = 0.3, 1.0  # seconds
-ROUNDS = 10
+LEAST_ROUNDS, MOST_ROUNDS = 6, 30
 BROKEN = "version: 1\nroots: {data: {path: /srv/data}}\nrulez: []\n"
 
 
@@ -65,6 +66,19 @@ def test_sockets_listen_since_the_system_was_booted_and_the_first_request_starts
 @pytest.mark.parametrize("place", ["/home/mallory", "/tmp"])
 def test_hardening_leaves_homes_and_tmp_to_be_served(place: str) -> None:
     assert cat(f"{place}/file").stdout == f"what is in {place}\n"
+
+
+def test_helpers_open_files_in_the_unit_and_end_with_it() -> None:
+    text = POLICY_FILE.read_text().replace("tmp: {path: /tmp}", "tmp: {path: /tmp, opens: helpers}")
+    POLICY_FILE.write_text(text)
+    assert cat("/tmp/file").stdout == "what is in /tmp\n"
+    group = Path("/sys/fs/cgroup", show("ControlGroup").lstrip("/"), "cgroup.procs")
+    assert len(group.read_text().split()) > 2
+    begin = time.monotonic()
+    run("systemctl", "stop", SERVICE)
+    assert not group.exists()
+    print(f"figure: stop with helpers {time.monotonic() - begin:.3f} s")  # noqa: T201 - as below
+    assert show("Result") == "success"
 
 
 def test_what_is_handed_out_can_not_be_written_by_its_owner() -> None:
@@ -167,7 +181,10 @@ def test_from_start_to_the_first_answer_and_from_stop_to_the_end_it_takes_no_lon
         yield
         times[what].append(time.monotonic() - begin)
 
-    for number in range(2 * ROUNDS):
+    best: dict[str, float] = {}
+    # As many as it takes, for where others have the machine, and no end of them where it takes too long.
+    while len(times["stop"]) < 2 * MOST_ROUNDS:
+        number = len(times["stop"])
         run("systemctl", "reset-failed", SERVICE)  # so many starts in so little time are too many
         with timed("start" if number % 2 else "request"):
             if number % 2:
@@ -176,10 +193,12 @@ def test_from_start_to_the_first_answer_and_from_stop_to_the_end_it_takes_no_lon
                 client.open("/srv/data/file")
         with timed("stop"):
             run("systemctl", "stop", SERVICE)
-    best = {what: min(taken) for what, taken in times.items()}
+        best = {what: min(taken, default=math.inf) for what, taken in times.items()}
+        if number >= 2 * LEAST_ROUNDS and max(best["start"], best["request"]) <= START:
+            break
     print(  # noqa: T201 - shown by whoever boots us
-        f"figure: start to first answer {best['start']:.3f} s, first request to answer {best['request']:.3f} s,"
-        f" stop {best['stop']:.3f} s; best of {ROUNDS}, load {os.getloadavg()[0]:.1f}"
+        f"figure: start to first answer {best['start']:.3f} s, first request to answer {best['request']:.3f}"
+        f" s, stop {best['stop']:.3f} s; best of {len(times['start'])}, load {os.getloadavg()[0]:.1f}"
     )
     assert max(best["start"], best["request"]) <= START
     assert best["stop"] <= STOP
