@@ -29,7 +29,14 @@ html_show_copyright = False
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 # The sources' directory is the checkout, and the first page its README.
 root_doc = "README"
-include_patterns = ["README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**"]
+include_patterns = [
+    "README.md",
+    "SECURITY.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "packaging/README.md",
+    "docs/**",
+]
 exclude_patterns = ["docs/site/**"]
 
 html_theme = "furo"

@@ -30,7 +30,7 @@ roots:
   test: {{path: {TREE}}}
 rules:
   - name: all
-    allow: [open, stat]
+    allow: [open, stat, walk]
     client: {{user: {CLIENT}}}
     in: test
     paths: ["**"]
@@ -95,6 +95,11 @@ def main(shared: Path) -> None:
     # Another root: what the broker may reach at all it fixes when it starts.
     seen["restart"] = _status("systemctl", "restart", "fdbroker.service")
     seen["asked_then"] = _ask()
+    # What versions of click and rich do differently.
+    seen["walk"] = _status(*_become(), "fdbroker", "walk", str(TREE))
+    seen["wrong_use"] = [
+        _status("fdbroker", *words)[0] for words in ((), ("policy",), ("\x1b",), ("audit", "x"))
+    ]
 
     before = _running()
     with _load() as load:
@@ -165,13 +170,16 @@ def _running() -> list[Any]:
     return [_show("fdbroker.service", "MainPID", "ActiveState"), since]
 
 
-def _become(program: str) -> list[str]:
-    become = ["setpriv", f"--reuid={CLIENT}", f"--regid={CLIENT}", "--init-groups"]
-    return [*become, "/usr/bin/python3", "-I", "-c", program, str(TREE / "file")]
+def _become() -> list[str]:
+    return ["setpriv", f"--reuid={CLIENT}", f"--regid={CLIENT}", "--init-groups"]
+
+
+def _client(program: str) -> list[str]:
+    return [*_become(), "/usr/bin/python3", "-I", "-c", program, str(TREE / "file")]
 
 
 def _ask() -> str:
-    return subprocess.run(_become(ASK), capture_output=True, encoding="utf-8", check=True).stdout.strip()
+    return subprocess.run(_client(ASK), capture_output=True, encoding="utf-8", check=True).stdout.strip()
 
 
 @contextmanager
@@ -179,7 +187,7 @@ def _load() -> Iterator[list[Any]]:
     """Have two clients call while the body runs; give a list to which is added what each saw."""
     seen: list[Any] = []
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    clients = [subprocess.Popen(_become(LOAD), **pipes) for _ in range(2)]  # type: ignore[call-overload]
+    clients = [subprocess.Popen(_client(LOAD), **pipes) for _ in range(2)]  # type: ignore[call-overload]
     for client in clients:
         assert client.stdout.readline() == b"ready\n"
     yield seen

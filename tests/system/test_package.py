@@ -102,6 +102,12 @@ def test_a_client_gets_its_file_when_the_policy_says_so(seen: dict[str, Any]) ->
 
 
 @pytest.mark.booting
+def test_the_command_is_the_same_with_the_versions_of_the_distribution(seen: dict[str, Any]) -> None:
+    assert seen["walk"] == [0, ""]
+    assert seen["wrong_use"] == [2, 2, 2, 2]
+
+
+@pytest.mark.booting
 def test_an_upgrade_under_load_fails_no_call(seen: dict[str, Any]) -> None:
     upgraded = seen["upgraded"]
     (before, since), (after, still_since) = upgraded["before"], upgraded["after"]
@@ -169,3 +175,17 @@ def test_building_elsewhere_gives_the_same_bytes(packages: list[Path], tmp_path:
     )
     assert len(first) == len(packages)
     assert first == second
+
+
+def test_every_manual_page_and_completion_is_in_one_package(packages: list[Path]) -> None:
+    subprocess.run(["make", "-s", "man"], cwd=REPOSITORY, check=True, capture_output=True)
+    wanted = [f"{page.name}.gz" for page in (REPOSITORY / "build" / "man").rglob("*.[1-8]")]
+    wanted += [file.name for file in (REPOSITORY / "packaging" / "completions").rglob("*fdbroker*")]
+    listed = [
+        line.rpartition("/")[2]
+        for package in packages
+        for line in subprocess.check_output(["dpkg-deb", "-c", package], encoding="utf-8").splitlines()
+        if re.search(r"/share/(man|bash-completion|fish|zsh)/", line) and not line.endswith("/")
+    ]
+    assert len(wanted) > 20
+    assert sorted(listed) == sorted(wanted)

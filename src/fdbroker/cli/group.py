@@ -8,17 +8,20 @@ import click
 
 
 class SuggestingGroup(click.Group):
-    """Names the command that is most like one that there is not."""
+    """Names the command that is most like one that there is not; none at all is wrong use."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Do as click does, but for no arguments: with click 8.1 the help for that would be a success."""
+        if not args and self.no_args_is_help and not ctx.resilient_parsing:
+            raise click.UsageError(ctx.get_help(), ctx)
+        return super().parse_args(ctx, args)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command as click does, and say more where it finds none."""
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as error:
+        """Find a command as click does, and say more where there is none."""
+        if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
             close = difflib.get_close_matches(args[0], self.list_commands(ctx), 1)
-            if not close:
-                raise
-            text = f"No such command {args[0]!r}. Did you mean {close[0]}?"
-            raise click.UsageError(text, ctx) from error
+            meant = f" Did you mean {close[0]}?" if close else ""
+            raise click.UsageError(f"No such command {args[0]!r}.{meant}", ctx)
+        return super().resolve_command(ctx, args)

@@ -44,10 +44,24 @@ class _Left(TextColumn):
         return Text(f"{hours}:{minutes:02}:{seconds:02} left")
 
 
-def _bar(*columns: ProgressColumn, wanted: bool) -> Progress:
+class _Bar(Progress):
+    """Does nothing where it is disabled. Of itself, older rich ends it with an empty line nevertheless."""
+
+    def start(self) -> None:
+        """Begin to draw."""
+        if not self.disable:
+            super().start()
+
+    def stop(self) -> None:
+        """Remove what was drawn."""
+        if not self.disable:
+            super().stop()
+
+
+def _bar(*columns: ProgressColumn, wanted: bool) -> _Bar:
     """Return a bar that is drawn when it is told to, and nowhere if it is not wanted or can't be."""
     console = Console(stderr=True)
-    return Progress(
+    return _Bar(
         SpinnerColumn(),
         TextColumn("{task.fields[words]}", markup=False),
         *columns,
