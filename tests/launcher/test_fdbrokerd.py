@@ -674,6 +674,13 @@ def test_help_says_how_to_begin_and_what_the_exit_status_means() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 110
 
 
+def test_its_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read_options(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"fdbrokerd {fdbroker.__version__}\n"
+
+
 WRONG = ["--pol=x", "--nonsense", "--daemon --foreground", "--socket-mode=9", "--socket-mode=7777"]
 # Beyond what the kernel has, "no id", anybody's, and not a number.
 NOBODYS = [2**32, 2**32 - 1, 99999999999, 65534, "nobody", "nogroup", -1, "", "1_0", "\u0661"]

@@ -42,3 +42,4 @@ complete -c fdbrokerd -n '__fdbrokerd_is "fdbrokerd"' -l audit -r -F -d 'file to
 complete -c fdbrokerd -n '__fdbrokerd_is "fdbrokerd"' -l user -x -a '(__fish_complete_users)' -d 'whom the broker runs as: a name, or UID:GID'
 complete -c fdbrokerd -n '__fdbrokerd_is "fdbrokerd"' -l ready-fd -x -d 'write \'ready\' here when it serves, and close it'
 complete -c fdbrokerd -n '__fdbrokerd_is "fdbrokerd"' -l dev -d 'accept sources and policies that others than root can change'
+complete -c fdbrokerd -n '__fdbrokerd_is "fdbrokerd"' -l version -d 'show program\'s version number and exit'

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from fdbroker.config import DEFAULT_POLICY
 from fdbroker.config.defaults import ALL_PERMISSIONS, FOR_REQUESTS
 from fdbroker.config.identities import MAX_ID, OVERFLOW_ID
+from fdbroker.launcher.version import installed_version
 
 DEFAULT_PIDFILE = "/run/fdbroker/fdbrokerd.pid"
 NONE = "none"
@@ -152,6 +153,7 @@ def option_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="accept sources and policies that others than root can change; to try things out",
     )
+    parser.add_argument("--version", action="version", version=f"fdbrokerd {installed_version()}")
     return parser
 
 
