@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.programs import Command, Option, programs
+from scripts.programs import Command, Option, programs, write_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -339,15 +338,7 @@ def completions() -> dict[str, str]:
     return found
 
 
-def main(directory: str) -> None:
-    """Write all files below a directory."""
-    for name, text in completions().items():
-        path = Path(directory, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
 if __name__ == "__main__":
     if len(sys.argv) != 2:  # noqa: PLR2004 - the program and its argument
         sys.exit("usage: python3 -m scripts.completions DIRECTORY")
-    main(sys.argv[1])
+    write_files(completions(), sys.argv[1])

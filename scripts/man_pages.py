@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import fdbroker
-from scripts.programs import Command, programs
+from scripts.programs import Command, programs, write_files
 from scripts.roff import Converter, Page, elements, literal, page_name, parse, plain, sections, variable
 
 if TYPE_CHECKING:
@@ -363,10 +363,7 @@ def page_of_command(entry: OfCommand, command: Command, date: str) -> str:
 def page_of_document(entry: Document, date: str) -> str:
     """Return the page that a document is, or a part of it."""
     writer = Writer(entry.page, entry.file, entry.what, date)
-    if entry.file != "scand.md" and not entry.sections:
-        writer.document(entry.file, ())
-    else:
-        writer.document(entry.file, entry.sections)
+    writer.document(entry.file, entry.sections)
     return writer.see_also("fdbroker(1)")
 
 
@@ -382,17 +379,12 @@ def pages(date: str) -> dict[str, str]:
     }
 
 
-def main(directory: str) -> None:
-    """Write all pages below a directory, and nothing else is there afterwards."""
-    seconds = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
-    date = time.strftime("%Y-%m-%d", time.gmtime(seconds))
-    for name, text in pages(date).items():
-        path = Path(directory, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+def date_of_pages() -> str:
+    """Return the date of SOURCE_DATE_EPOCH, or of today."""
+    return time.strftime("%Y-%m-%d", time.gmtime(int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))))
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:  # noqa: PLR2004 - the program and its argument
         sys.exit("usage: python3 -m scripts.man_pages DIRECTORY")
-    main(sys.argv[1])
+    write_files(pages(date_of_pages()), sys.argv[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import click
@@ -14,7 +15,7 @@ from fdbroker.scan.service.main import command as scand
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 # Click's mark for a paragraph that keeps its lines.
 _KEPT = "\b\n"
@@ -59,6 +60,14 @@ class Command(NamedTuple):
         yield self
         for each in self.commands:
             yield from each.all_commands()
+
+
+def write_files(files: Mapping[str, str], directory: str) -> None:
+    """Write files below a directory, by their names there."""
+    for name, text in files.items():
+        path = Path(directory, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
 
 
 def programs() -> tuple[Command, ...]:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
-import runpy
 import subprocess
 import sys
-import zipfile
-from importlib import metadata
-from pathlib import Path
 
 import pytest
 
 from tests.documentation.blocks import blocks
 from tests.documentation.commands import Command, commands, without_numbers
+from tests.documentation.stage import run_in_one_shell
+from tests.wheels import make_wheels
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-MARK = "--- command"
 VERSION = "import sys; print(sys.implementation.cache_tag)"
 # What the commands write to, in memory. The rest of the machine is as it is.
 STAGE = """\
@@ -41,26 +36,6 @@ LEFT = (
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: run `sudo make test`")
 
 
-def make_wheels(directory: Path) -> None:
-    """Make wheels of what is installed here and fdbroker needs or is built by: pip needs no network then."""
-    installed = list(metadata.distributions())
-    demo = runpy.run_path(str(CHECKOUT / "scripts" / "demo.py"))
-    available = {demo["canonical"](each.metadata["Name"]): each for each in installed}
-    needed: dict[str, metadata.Distribution] = {}
-    demo["requirements_of"]("fdbroker", {"daemon", "cli"}, available, needed)
-    demo["requirements_of"]("hatchling", set(), available, needed)
-    for name, distribution in needed.items():
-        if name == "fdbroker":
-            continue
-        tag = re.findall(r"^Tag: (.*)$", distribution.read_text("WHEEL") or "", re.MULTILINE)[-1]
-        wheel = directory / f"{name.replace('-', '_')}-{distribution.version}-{tag}.whl"
-        with zipfile.ZipFile(wheel, "w") as archive:
-            for file in distribution.files or ():
-                source = Path(str(file.locate()))
-                if ".." not in file.parts and source.suffix != ".pyc" and source.is_file():
-                    archive.write(source, str(file))
-
-
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Command, int, list[str]]]:
     """Run all commands in one shell, in namespaces of its own; return each with its status and output."""
@@ -71,7 +46,6 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Command, int
     make_wheels(wheels)
     shown = [step for block in blocks("docs/quick-start.md") for step in commands(block)]
     steps = [*shown, Command("", "# ", LEFT, [])]
-    script = STAGE + "".join(f"{step.text}\nprintf '\\n{MARK} %s\\n' $?\n" for step in steps)
     # What stands for the network is told to pip by its environment; the command is as written.
     environment = {
         "HOME": "/run/home",
@@ -81,23 +55,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Command, int
         "PIP_FIND_LINKS": str(wheels),
         "PIP_NO_INDEX": "1",
     }
-    done = subprocess.run(
-        ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script],
-        cwd=CHECKOUT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-        umask=0o022,
-    )
-    parts = re.split(rf"\n{MARK} (\d+)\n", done.stdout)
-    assert len(parts) == 2 * len(steps) + 1, done.stdout
-    return [
-        (step, int(status), output.splitlines())
-        for step, output, status in zip(steps, parts[::2], parts[1::2], strict=False)
-    ]
+    ran = run_in_one_shell(STAGE, [step.text for step in steps], environment)
+    return [(step, status, output) for step, (status, output) in zip(steps, ran, strict=True)]
 
 
 def test_each_command_of_the_quick_start_succeeds_unless_it_is_shown_to_be_denied_something(

@@ -8,16 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fdbroker.cli.checks import BROKEN, OK, WEAKER, units
+from fdbroker.cli.checks import BROKEN, OK, WEAKER, systemd
 from fdbroker.cli.checks.check import Running
-from fdbroker.cli.checks.units import (
-    SCAN_SERVICE,
-    SERVICE,
-    Unit,
-    calls_refused,
-    objections_to_broker,
-    unit_checks,
-)
+from fdbroker.cli.checks.systemd import SCAN_SERVICE, SERVICE, Unit
+from fdbroker.cli.checks.unit_options import calls_refused, file_with, objections_to_broker
+from fdbroker.cli.checks.units import unit_checks
 from fdbroker.config.compile import compile_policy
 from fdbroker.config.identities import SystemLookups
 
@@ -139,11 +134,12 @@ def shown(
         values = of.get(name, {"LoadState": "not-found"})
         return defaultdict(list, {key: value.split("|") for key, value in values.items()})
 
-    monkeypatch.setattr(units, "_show", show)
+    monkeypatch.setattr(systemd, "_show", show)
     monkeypatch.setattr("os.path.isdir", lambda _path: True)
     running = Running(7, {})
     return {
-        check.name: (check.state, check.found) for check in unit_checks(units.read_units(), compiled, running)
+        check.name: (check.state, check.found)
+        for check in unit_checks(systemd.read_units(), compiled, running)
     }
 
 
@@ -241,8 +237,8 @@ def test_drop_in_that_has_the_option_last_is_named(tmp_path: Path) -> None:
     ):
         file.write_text(f"[Service]\n{text}\n")
     named = unit(FragmentPath=str(files[0]), DropInPaths=" ".join(map(str, files[1:])))
-    assert units.file_with(named, "PrivateTmp") == str(files[2])
-    assert units.file_with(named, "ProtectHome") is None
+    assert file_with(named, "PrivateTmp") == str(files[2])
+    assert file_with(named, "ProtectHome") is None
 
 
 def test_each_option_that_is_documented_to_go_wrong_is_looked_at() -> None:
@@ -250,4 +246,4 @@ def test_each_option_that_is_documented_to_go_wrong_is_looked_at() -> None:
     [table] = re.findall(r"\| option \| effect \| instead \|\n\|---.*\n((?:\|.*\n)+)", page)
     options = {option for row in table.splitlines() for option in re.findall(r"`(\w+)=", row.split(" | ")[0])}
     assert len(options) > 8
-    assert options <= set(units._PROPERTIES)
+    assert options <= set(systemd._PROPERTIES)

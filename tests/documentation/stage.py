@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tests.documentation.blocks import ROOT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 _MARK = "--- command"
 # All that documents write to. The rest of the machine is as it is; it has no network.
@@ -80,34 +80,37 @@ def installed() -> Iterator[Path]:
 
 
 def play(prefix: Path, preparation: str, commands: Sequence[str]) -> list[Ran]:
-    """Run commands in one shell, as root, in namespaces of their own; return what became of each.
+    """Run commands on the stage, without a network, with fdbroker installed by `installed`.
 
-    `preparation` is a script that must succeed. All ends with the last command, whatever it has started.
+    `preparation` is a script that must succeed. As `run_in_one_shell` otherwise.
     """
-    script = [_STAGE, "set -e", preparation, "set +e", f"printf '\\n{_MARK} 0\\n'"]
+    environment = {
+        "HOME": "/run/home",
+        "INSTALLED": str(prefix),
+        "LANG": "C.UTF-8",
+        "PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "TZ": "UTC",
+    }
+    script = f"{_STAGE}set -e\n{preparation}\nset +e"
+    return run_in_one_shell(script, commands, environment, "--net")
+
+
+def run_in_one_shell(
+    preparation: str, commands: Sequence[str], environment: Mapping[str, str], *namespaces: str
+) -> list[Ran]:
+    """Run commands in one shell, as root, in the checkout; return what became of each.
+
+    It has namespaces of its own for mounts and processes, and those that are named as options of unshare(1).
+    All ends with the last command, whatever it has started.
+    """
+    script = [preparation, f"printf '\\n{_MARK} 0\\n'"]
     # What a command leaves in $? is there for the next one.
     script += [f"{command}\nsaid=$?; printf '\\n{_MARK} %s\\n' $said; (exit $said)" for command in commands]
+    unshare = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *namespaces]
     done = subprocess.run(
-        [
-            "unshare",
-            "--mount",
-            "--pid",
-            "--net",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-            "bash",
-            "-c",
-            "\n".join(script),
-        ],
+        [*unshare, "bash", "-c", "\n".join(script)],
         cwd=ROOT,
-        env={
-            "HOME": "/run/home",
-            "INSTALLED": str(prefix),
-            "LANG": "C.UTF-8",
-            "PATH": "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-            "TZ": "UTC",
-        },
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -74,7 +74,7 @@ CLAIMS = [
     Claim("docs/protocol.md", "tests/wire/test_vectors.py"),
     Claim("docs/quick-start.md", "tests/test_quick_start.py", "console"),
     Claim("docs/sandbox.md", "tests/sandbox/test_documentation.py"),
-    Claim("docs/scand.md", "tests/system/test_clamd_tcp.py", "", "systemctl enable"),
+    Claim("docs/scand.md", "tests/system/inside/test_scand.py", "", "systemctl enable"),
     Claim("docs/without-systemd.md", "tests/supervisors/supervised.py"),
 ]
 

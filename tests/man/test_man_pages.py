@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from scripts import man_pages
-from scripts.programs import Command, programs
+from scripts.programs import Command, programs, write_files
 from scripts.roff import Page, elements, parse, plain, sections
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ FILES = sorted(PAGES)
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("man")
-    for name, text in PAGES.items():
-        (path / name).parent.mkdir(exist_ok=True)
-        (path / name).write_text(text)
+    write_files(PAGES, str(path))
     return path
 
 
@@ -163,15 +161,10 @@ def test_whatever_stands_in_a_text_is_shown_as_it_is(tmp_path: Path) -> None:
         assert shown.count(unspaced(text)) >= 4
 
 
-def test_date_is_that_of_the_sources_where_it_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_date_is_that_of_the_sources_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
-    monkeypatch.setattr(man_pages, "DOCUMENTS", man_pages.DOCUMENTS[:1])
-    monkeypatch.setattr(man_pages, "COMMANDS", ())
-    man_pages.main(str(tmp_path))
-    [written] = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert '.TH "FDBROKER\\-POLICY.YAML" "5" 1970-01-02 ' in written.read_text()
+    assert man_pages.date_of_pages() == "1970-01-02"
+    assert f'\n.TH "FDBROKER" "1" {DATE} ' in "\n" + PAGES["man1/fdbroker.1"]
 
 
 def test_a_section_that_a_document_has_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,9 @@
 #   boot.sh FILES SHARED COMMAND [ARGUMENT...]
 #
 # FILES: directories whose contents are put below /, as those of a package; SHARED: directories that are the same
-# inside; of both there may be several, with a colon between them. The systemd of this machine is PID 1 of namespaces of
-# its own (pid, mount, uts, ipc, net, cgroup). Its root is an overlay of /, of which the writes go to a tmpfs. Needs
-# root, overlayfs, cgroup2 and util-linux.
+# inside; of both there may be none, or several with a colon between them. The systemd of this machine is PID 1 of
+# namespaces of its own (pid, mount, uts, ipc, net, cgroup). Its root is an overlay of /, of which the writes go to a
+# tmpfs. Needs root, overlayfs, cgroup2 and util-linux.
 set -euo pipefail
 SELF=$(readlink -f "$0")
 

@@ -1,57 +1,44 @@
-"""Programs that run in a real systemd, which boot.sh starts for them."""
+"""Commands that run in a real systemd, which boot.sh starts for them."""
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from tests.running_broker import launcher_environment
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Mapping, Sequence
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-UNITS = "etc/systemd/system"
-
-
-def boot_command(files: Iterable[Path], shared: Iterable[Path], command: Sequence[object]) -> list[str]:
-    """Return the command that boots and runs `command` there.
-
-    `files`: directories whose contents are put below /; units belong in `UNITS`.
-    `shared`: directories that are the same inside.
-    """
-    return [
-        str(HERE / "boot.sh"),
-        *(":".join(map(str, each)) for each in (files, shared)),
-        *map(str, command),
-    ]
 
 
 def run_booted(
-    program: str,
-    shared: Path,
-    *arguments: object,
-    files: tuple[Path, ...],
-    places: tuple[Path, ...] = (),
-) -> dict[str, Any]:
-    """Boot, run a program of this folder there, and return what it wrote to `shared`/seen.
+    command: Sequence[object],
+    *,
+    environment: Mapping[str, str],
+    files: Sequence[Path] = (),
+    shared: Sequence[Path] = (REPOSITORY,),
+) -> str:
+    """Boot, run a command there from the top of the checkout, and return what it wrote to either output.
 
-    The program is called with `shared` and the arguments. It sees the checkout, `shared` and `places`.
+    `files`: directories whose contents are put below /, as those of a package. `shared`: directories that
+    are the same inside.
+
+    Raises:
+        AssertionError: it failed; the text is what it wrote.
+
     """
-    command = [sys.executable, HERE / program, shared, *arguments]
+    places = (":".join(map(str, each)) for each in (files, shared))
     done = subprocess.run(
-        boot_command(files, (REPOSITORY, shared, *places), command),
-        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}:{launcher_environment()['PYTHONPATH']}"},
-        capture_output=True,
+        [HERE / "boot.sh", *places, *map(str, command)],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         encoding="utf-8",
-        timeout=120,
+        timeout=280,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    seen: dict[str, Any] = json.loads((shared / "seen").read_text())
-    return seen
+    assert done.returncode == 0, done.stdout
+    return done.stdout

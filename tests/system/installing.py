@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
 from configparser import ConfigParser
-from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from tests.wheels import files_of, requirements
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PYTHON = "/usr/bin/python3"
@@ -38,12 +38,10 @@ def install(tree: Path) -> None:
         pytest.skip(f"what this interpreter has installed is of no use to {PYTHON}")
     site = tree / _SITE
     site.mkdir(parents=True)
-    for distribution in _requirements():
-        for file in distribution.files or ():
-            source = Path(str(file.locate()))
-            if ".." not in file.parts and source.suffix != ".pyc" and source.is_file():
-                (site / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, site / file)
+    for distribution in requirements():
+        for source, place in files_of(distribution):
+            (site / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, site / place)
     _install_wheel(_build(tree), tree)
     for pattern, place in _FILES.items():
         (tree / place).mkdir(parents=True, exist_ok=True)
@@ -57,16 +55,6 @@ def install(tree: Path) -> None:
         subprocess.run(command, check=True)
     units = sorted(path.name for path in (tree / "usr/lib/systemd/system").iterdir())
     subprocess.run(["systemctl", f"--root={tree}", "preset", *units], check=True, capture_output=True)
-
-
-def _requirements() -> list[metadata.Distribution]:
-    """Return what is installed here and fdbroker needs."""
-    demo = runpy.run_path(str(REPOSITORY / "scripts" / "demo.py"))
-    available = {demo["canonical"](each.metadata["Name"]): each for each in metadata.distributions()}
-    needed: dict[str, metadata.Distribution] = {}
-    demo["requirements_of"]("fdbroker", {"daemon", "cli"}, available, needed)
-    del needed["fdbroker"]
-    return list(needed.values())
 
 
 def _build(tree: Path) -> Path:

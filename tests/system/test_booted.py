@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.system.booted import HERE, REPOSITORY, boot_command
+from tests.system.booted import HERE, run_booted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,17 +21,7 @@ FILES = sorted(path.name for path in (HERE / "inside").glob("test_*.py"))
 @pytest.mark.parametrize("file", FILES)
 def test_installed_package_does_all_of(file: str, package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = [sys.executable, "-m", "pytest", "-q", "-s", "-o", "cache_dir=/run/pytest", HERE / "inside" / file]
-    done = subprocess.run(
-        boot_command((package,), (REPOSITORY,), run),
-        cwd=REPOSITORY,
-        env={**os.environ, "FDBROKER_BOOTED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+    said = run_booted(run, environment={**os.environ, "FDBROKER_BOOTED": "1"}, files=(package,))
     with capsys.disabled():
-        for figure in re.findall("figure: (.*)", done.stdout):
+        for figure in re.findall("figure: (.*)", said):
             print(f"\n{file}: {figure}", end="")  # noqa: T201 - for whoever runs it

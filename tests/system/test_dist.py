@@ -14,7 +14,7 @@ import pytest
 from tests.launcher.installed import directory_of_root
 from tests.launcher.starting import started
 from tests.system.booted import REPOSITORY
-from tests.test_quick_start import make_wheels
+from tests.wheels import make_wheels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,17 +56,8 @@ def programs(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         new = directory / "venv"
         interpreter = os.path.realpath(sys.executable)
         subprocess.run([interpreter, "-I", "-m", "venv", "--without-pip", new], check=True)
-        pip: list[str | Path] = [
-            sys.executable,
-            "-I",
-            "-m",
-            "pip",
-            "--python",
-            new / "bin" / "python",
-            "install",
-            "--quiet",
-        ]
-        offline: list[str | Path] = ["--no-index", "--find-links", wheels, f"{wheel}[daemon,cli]"]
+        pip = [sys.executable, "-I", "-m", "pip", "--python", str(new / "bin" / "python"), "install", "-q"]
+        offline = ["--no-index", "--find-links", str(wheels), f"{wheel}[daemon,cli]"]
         subprocess.run([*pip, *offline], check=True, env={**os.environ, "PIP_CONFIG_FILE": os.devnull})
         yield new / "bin"
 
@@ -112,17 +103,7 @@ def test_the_sdist_has_what_a_package_is_built_of_and_gives_the_same_wheel(
     ).stdout.splitlines()
     assert not [name for name in tracked if (REPOSITORY / name).exists() and not (tree / name).exists()]
     [stamp] = {int(member.stat().st_mtime) for member in tree.glob("LICENSE")}
-    build: list[str | Path] = [
-        sys.executable,
-        "-I",
-        "-m",
-        "hatchling",
-        "build",
-        "-t",
-        "wheel",
-        "-d",
-        tmp_path / "again",
-    ]
+    build = [sys.executable, "-I", "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "again")]
     environment = {**os.environ, "SOURCE_DATE_EPOCH": str(stamp), "TZ": "Pacific/Kiritimati"}
     subprocess.run(build, cwd=tree, check=True, capture_output=True, env=environment, umask=0o077)
     assert (tmp_path / "again" / wheel.name).read_bytes() == wheel.read_bytes()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.running_broker import reachable_directory
-from tests.system.booted import HERE, REPOSITORY, boot_command
+from tests.system.booted import HERE, REPOSITORY, run_booted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,21 +37,14 @@ def packages() -> list[Path]:
 @pytest.fixture(scope="module")
 def seen(packages: list[Path]) -> Iterator[dict[str, Any]]:
     with reachable_directory() as shared:
-        for name in ("first", "second", "nothing"):
+        for name in ("first", "second"):
             (shared / name).mkdir()
         for package in packages:
             (shared / "first" / package.name).write_bytes(package.read_bytes())
             _as_second(package, shared)
         program = ["/usr/bin/python3", "-I", HERE / "package_inside.py", shared]
-        done = subprocess.run(
-            boot_command([shared / "nothing"], [REPOSITORY, shared], program),
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
-            capture_output=True,
-            encoding="utf-8",
-            timeout=280,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+        run_booted(program, environment=environment, shared=(REPOSITORY, shared))
         yield json.loads((shared / "seen").read_text())
 
 

@@ -326,10 +326,12 @@ class FakeBroker:
         uid: int | None = None,
         gid: int | None = None,
         timeout: float = 5.0,
+        kind: socket.SocketKind = socket.SOCK_STREAM,
     ) -> socket.socket:
         """Connect a client to a listener, once it is served; return its end, which the caller owns.
 
         The service gets the other end, and is told that it is this process, or whom the arguments name.
+        `kind`: SOCK_STREAM or SOCK_SEQPACKET, as the policy has it of a listener (`type`).
 
         Raises:
             ValueError: nobody served this listener within `timeout` seconds.
@@ -351,7 +353,7 @@ class FakeBroker:
             os.getgid() if gid is None else gid,
             0,
         )
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
         with ours:
             try:
                 connection.send(encode_accepted(request_id, GENERATION, facts), [ours.fileno()])

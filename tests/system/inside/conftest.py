@@ -7,36 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.inside.system import POLICY_FILE, run, sync_journal
-
-POLICY = """\
-version: 1
-roots:
-  data: {path: /srv/data}
-  home: {path: /home}
-  tmp: {path: /tmp}
-rules:
-  - name: alice-reads-data
-    allow: [open, stat, list, walk]
-    client: {user: alice}
-    in: data
-    paths: ["**"]
-  - name: a-unit-reads-data
-    allow: open
-    client: [{unit: reader.service}, {unit: fdbroker-worker@.service}]
-    in: data
-    paths: ["**"]
-  - name: alice-reads-homes-and-tmp
-    allow: open
-    client: {user: alice}
-    in: home
-    paths: ["**"]
-  - name: alice-reads-tmp
-    allow: open
-    client: {user: alice}
-    in: tmp
-    paths: ["**"]
-"""
+from tests.system.inside.system import POLICY, POLICY_FILE, run, sync_journal
 
 
 @pytest.fixture(scope="session", autouse=True)

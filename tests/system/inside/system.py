@@ -23,6 +23,35 @@ POLICY_FILE = Path("/etc/fdbroker/policy.yaml")
 COMPILED = Path("/run/fdbroker/policy.json")
 SEQPACKET = Path("/run/fdbroker/broker.seqpacket")
 SERVICE = "fdbroker.service"
+# In force when a test begins.
+POLICY = """\
+version: 1
+roots:
+  data: {path: /srv/data}
+  home: {path: /home}
+  tmp: {path: /tmp}
+rules:
+  - name: alice-reads-data
+    allow: [open, stat, list, walk]
+    client: {user: alice}
+    in: data
+    paths: ["**"]
+  - name: a-unit-reads-data
+    allow: open
+    client: [{unit: reader.service}, {unit: fdbroker-worker@.service}]
+    in: data
+    paths: ["**"]
+  - name: alice-reads-homes-and-tmp
+    allow: open
+    client: {user: alice}
+    in: home
+    paths: ["**"]
+  - name: alice-reads-tmp
+    allow: open
+    client: {user: alice}
+    in: tmp
+    paths: ["**"]
+"""
 
 
 def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -86,10 +115,14 @@ def become_user(name: str) -> None:
     become(entry.pw_uid, entry.pw_gid, tuple(os.getgrouplist(name, entry.pw_gid)))
 
 
+def run_as(user: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user with all groups, whatever becomes of it."""
+    return run("setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", *command, check=False)
+
+
 def cat(path: str, user: str = "alice", *options: str) -> subprocess.CompletedProcess[str]:
     """Run `fdbroker cat` as a user."""
-    command = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "fdbroker", *options]
-    return run(*command, "cat", path, check=False)
+    return run_as(user, "fdbroker", *options, "cat", path)
 
 
 class Load:

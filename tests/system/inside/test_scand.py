@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import os
+import socket
+import stat
 from pathlib import Path
 
 import pytest
 
 from fdbroker.scan.client import connect
+from tests.clamd.talks import chunks
+from tests.documentation.blocks import blocks
 from tests.processes import in_child, wait_until
-from tests.scan.descriptors import EICAR
-from tests.system.inside.system import POLICY_FILE, become_user, messages, run, show
+from tests.scan.descriptors import EICAR, EICAR_NAME
+from tests.system.inside.system import (
+    POLICY_FILE,
+    become_user,
+    drop_in,
+    main_pid,
+    messages,
+    run,
+    run_as,
+    show,
+)
 
-SCAND = "fdbroker-scand.service"
+SCAND, PORT = "fdbroker-scand.service", "fdbroker-clamd-tcp.socket"
+BEGIN = f"systemctl enable {PORT}"
 POLICY = """\
 version: 1
 roots:
@@ -86,8 +100,23 @@ def test_devices_and_tmp_are_its_own() -> None:
 
 def test_clients_of_clamav_are_served_by_the_commands_of_clamav() -> None:
     Path("/run/clamd.conf").write_text("LocalSocket /run/fdbroker/clamd\n")
-    command = ["setpriv", "--reuid=alice", "--regid=alice", "--init-groups", "clamdscan"]
-    done = run(*command, "--config-file=/run/clamd.conf", "/home/alice/eicar", check=False)
+    done = run_as("alice", "clamdscan", "--config-file=/run/clamd.conf", "/home/alice/eicar")
     assert done.returncode == 1, done
     assert "/home/alice/eicar: " in done.stdout
     assert " FOUND" in done.stdout
+
+
+def test_a_service_without_a_network_serves_the_port_that_is_passed() -> None:
+    [documented] = [block for block in blocks("docs/scand.md") if block.text.startswith(BEGIN)]
+    log = Path("/var/log/fdbroker-scand.log")
+    with drop_in(f"[Service]\nStandardError=append:{log}\n", SCAND):
+        assert "PONG\n" in run("bash", "-e", "-c", documented.text).stdout
+        with socket.create_connection(("127.0.0.1", 3310), timeout=60) as sock:
+            sock.sendall(b"zINSTREAM\0" + chunks(EICAR))
+            assert sock.makefile().read() == f"stream: {EICAR_NAME} FOUND\0"
+        networks = {os.readlink(f"/proc/{pid}/ns/net") for pid in (1, main_pid(SCAND))}
+        assert len(networks) == 2
+        run("systemctl", "disable", "--now", PORT, SCAND)
+    assert "listener tcp 127.0.0.1:3310: serving" in log.read_text()
+    # What is found in somebody's files is nobody else's business.
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600

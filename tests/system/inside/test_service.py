@@ -32,14 +32,15 @@ from tests.system.inside.system import (
     messages,
     records,
     run,
+    run_as,
     show,
     wait_for,
 )
 
-SYSTEMD = Path(__file__).resolve().parents[3] / "systemd"
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+SYSTEMD = Path(__file__).resolve().parents[3] / "systemd"
 START, STOP = 0.3, 1.0  # seconds
 LEAST_ROUNDS, MOST_ROUNDS = 6, 30
 BROKEN = "version: 1\nroots: {data: {path: /srv/data}}\nrulez: []\n"
@@ -58,7 +59,7 @@ def test_sockets_listen_since_the_system_was_booted_and_the_first_request_starts
     assert show("ActiveState") == "inactive"
     done = cat("/srv/data/file")
     assert (done.stdout, done.stderr) == ("what is in /srv/data\n", "")
-    assert show("StatusText") == '"Serving by policy generation 1 (4 rules)"'.strip('"')
+    assert show("StatusText") == "Serving by policy generation 1 (4 rules)"
     assert run("systemctl", "is-enabled", "fdbroker-seqpacket.socket").stdout == "enabled\n"
     assert run("systemctl", "is-enabled", SERVICE, check=False).stdout == "disabled\n"
 
@@ -102,8 +103,7 @@ def test_streams_are_served_and_control_is_for_anybody() -> None:
     assert cat("/srv/data/file", "alice", "--socket", "/run/fdbroker/broker.stream").returncode == 0
     assert records()[-1]["socket"] == "stream"
     for user in ("alice", "mallory"):
-        ask = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups", "fdbroker"]
-        done = run(*ask, "policy", "explain", "/srv/data/file", check=False)
+        done = run_as(user, "fdbroker", "policy", "explain", "/srv/data/file")
         assert done.returncode == (0 if user == "alice" else 1), done
 
 
@@ -255,9 +255,6 @@ def test_what_systemd_starts_again_goes_on_with_what_was_in_force_while_the_file
     with load() as clients:
         # What was taken away by a reload does not come back.
         POLICY_FILE.write_text(
-            POLICY_FILE.read_text().replace("client: {user: alice}\n    in: tmp", "client: any\n    in: tmp")
-        )
-        POLICY_FILE.write_text(
             re.sub(r"  - name: alice-reads-tmp.*", "", POLICY_FILE.read_text(), flags=re.DOTALL)
         )
         run("systemctl", "reload", SERVICE)
@@ -318,30 +315,6 @@ def test_a_service_that_was_stopped_is_started_by_the_next_who_connects_until_it
     assert show("ActiveState") == "inactive"
 
 
-def test_audit_in_the_journal_is_readable_whole_and_nobody_elses() -> None:
-    odd = '/srv/data/"},\n\udcff\x1b[31m{"event":"open","decision":"allow"}'
-    cat("/srv/data/file")
-    cat(odd)
-    invocation = show("InvocationID")
-    forged = json.dumps(
-        {"run": "f" * 16, "seq": 0, "event": "open", "uid": 0, "path": "/forged", "decision": "allow"}
-    )
-    options = ["--quiet", "--wait", "--collect", "-p", "User=mallory", "-p", "SyslogIdentifier=fdbrokerd"]
-    run("systemd-run", *options, "echo", forged)
-    run("systemd-run", *options, "logger", "-t", "fdbrokerd", forged)
-    run("systemctl", "stop", SERVICE)
-    seen = records()
-    assert not [record for record in seen if record.get("path") == "/forged"]
-    assert "\x1b" not in run("fdbroker", "audit", "--journal").stdout
-    mine = [record for record in seen if record["run"] == seen[-1]["run"]]
-    assert [record["event"] for record in mine] == ["started", "open", "open", "stopped"]
-    assert [record["seq"] for record in mine] == [0, 1, 2, 3]
-    assert mine[0]["boot"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    # All that the broker wrote is there, and nothing is in between.
-    assert [json.loads(line) for line in messages(since=invocation) if line.startswith('{"run"')] == mine
-    assert run("fdbroker", "audit", "verify", "--journal").returncode == 0
-
-
 def test_audit_goes_to_a_file_where_a_drop_in_says_so_and_logrotate_moves_it() -> None:
     file = Path("/var/log/fdbroker/audit.jsonl")
     with drop_in((SYSTEMD / "examples/audit-to-file.conf").read_text()):
@@ -387,12 +360,3 @@ def test_a_worker_is_started_for_each_client_and_has_what_its_template_may_have(
     granted = [record for record in records() if record.get("rule") == "a-unit-reads-data"][-1]
     assert 61184 <= granted["uid"] <= 65519  # a user that there was for this client
     run("systemctl", "stop", "fdbroker-worker.socket")
-
-
-def test_doctor_finds_an_installation_in_order() -> None:
-    run("systemctl", "start", SERVICE)
-    done = run("fdbroker", "doctor", check=False)
-    assert (done.returncode, done.stderr) == (0, ""), done.stdout
-    assert done.stdout.splitlines()[-1].endswith("0 broken, 0 missing.")
-    # What is weaker is so for what this policy says, and for the machine.
-    assert set(re.findall(r"^weaker +(.*?)  ", done.stdout, re.MULTILINE)) <= {"policy warnings", "clock"}

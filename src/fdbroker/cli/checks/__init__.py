@@ -16,7 +16,8 @@ from fdbroker.cli.checks.on_access import on_access_checks
 from fdbroker.cli.checks.policy import needs, policy_file, warnings
 from fdbroker.cli.checks.roots import root_checks
 from fdbroker.cli.checks.scanning import scan_checks
-from fdbroker.cli.checks.units import read_units, unit_checks
+from fdbroker.cli.checks.systemd import read_units
+from fdbroker.cli.checks.units import unit_checks
 from fdbroker.config.names import printable
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import fdbroker
 from fdbroker import client
+from fdbroker.broker.entry import TRUSTED_FOLDERS
 from fdbroker.cli.broker import obstacle
 from fdbroker.cli.checks.check import BROKEN, MISSING, OK, WEAKER, Check, Places, Running
 from fdbroker.cli.policy_file import changes_for_restart
@@ -19,8 +20,6 @@ from fdbroker.wire.client import for_broker
 if TYPE_CHECKING:
     from fdbroker.config import CompiledPolicy
 
-# What a broker has loaded.
-_TRUSTED = ("broker", "policy", "wire", "kernel")
 RESTART = "systemctl restart fdbroker, or fdbrokerd --stop and fdbrokerd --daemon"
 
 
@@ -119,10 +118,8 @@ def _in_force(whole: dict[str, object], compiled: CompiledPolicy | None, path: s
 
 def its_code(running: Running) -> Check:
     """Check that the broker runs what is installed here: a package may have been replaced under it."""
-    name, meaning = (
-        "its version",
-        "what was mended in the installed version is mended in the broker that runs",
-    )
+    name = "its version"
+    meaning = "what was mended in the installed version is mended in the broker that runs"
     cure = f"restart the broker: {RESTART}"
     ours, its = fdbroker.__version__, running.status.get("version")
     if its != ours:
@@ -141,4 +138,4 @@ def its_code(running: Running) -> Check:
 
 def _its_sources() -> list[Path]:
     package = Path(fdbroker.__file__).parent
-    return [source for folder in _TRUSTED for source in (package / folder).glob("*.py")]
+    return [source for folder in TRUSTED_FOLDERS for source in (package / folder).glob("*.py")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -75,3 +76,12 @@ def in_child(probe: Callable[[], str]) -> str:
     if status and not answer:
         return f"the process that tried it ended with {os.waitstatus_to_exitcode(status)}"
     return printable(answer)
+
+
+def output_of(*command: str) -> str | None:
+    """Return what a fixed command writes; None: it is not there, or takes too long."""
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=10, check=False)  # noqa: S603 - a fixed command
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode(errors="replace")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
-import subprocess
 from typing import TYPE_CHECKING
 
-from fdbroker.cli.checks.check import OK, WEAKER, Check
+from fdbroker.cli.checks.check import OK, WEAKER, Check, output_of
 from fdbroker.config.names import counted, printable
 
 if TYPE_CHECKING:
@@ -54,15 +52,12 @@ def denials(lines: Iterable[str], running: Running | None) -> list[str]:
 
 
 def _of_the_journal() -> list[str] | None:
-    if shutil.which("journalctl") is None or not any(map(os.path.isdir, _JOURNALS)):
+    if not any(map(os.path.isdir, _JOURNALS)):
         return None
     command = ["journalctl", "--quiet", "--no-pager", "--output=cat", f"--since={_SINCE}"]
     command += ["_TRANSPORT=kernel", "+", "_TRANSPORT=audit"]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=10, check=False)  # noqa: S603 - a fixed command
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.decode(errors="replace").splitlines()
+    said = output_of(*command)
+    return None if said is None else said.splitlines()
 
 
 def _of_the_audit_log(path: str) -> list[str] | None:

@@ -14,6 +14,7 @@ from fdbroker.cli.checks.broker import RESTART
 from fdbroker.cli.checks.check import BROKEN, MISSING, OK, WEAKER, Check
 from fdbroker.config.directories import Sticky, UnsafeDirectoryError, open_directory
 from fdbroker.config.names import counted, group_name, printable, user_text
+from fdbroker.launcher.inherited import KINDS
 from fdbroker.launcher.options import DEFAULT_PIDFILE
 
 if TYPE_CHECKING:
@@ -24,12 +25,6 @@ if TYPE_CHECKING:
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _LITTLE_ROOM = 64 << 20  # bytes of a disk
 _MOST_DIGITS = 32  # bytes of a pidfile
-_TYPES = {
-    "seqpacket": socket.SOCK_SEQPACKET,
-    "control": socket.SOCK_SEQPACKET,
-    "stream": socket.SOCK_STREAM,
-    "dgram": socket.SOCK_DGRAM,
-}
 
 
 def file_checks(socket_path: str, compiled: CompiledPolicy | None, running: Running | None) -> list[Check]:
@@ -118,7 +113,7 @@ _SYSTEMD = "systemd"
 
 def _who_listens(listener: CompiledListener) -> str:
     """Connect, hang up, and return who made the socket; OSError: nobody has it, or this user may not."""
-    kind = _TYPES[listener["kind"]]
+    kind = KINDS[listener["kind"]].type
     with socket.socket(socket.AF_UNIX, kind) as sock:
         sock.settimeout(1.0)
         sock.connect(os.fsencode(listener["path"]))
@@ -137,16 +132,11 @@ def audit_file(compiled: CompiledPolicy | None, running: Running | None) -> list
     path = None if compiled is None else compiled["daemon"]["audit"]
     name, meaning = "audit file", "every decision can be recorded, and by the broker alone"
     shown = "" if path is None else printable(path)
-    cure = f"free its disk, then see which are missing: fdbroker audit verify {shown}"
-    failed = (
-        [
-            Check(
-                name, WEAKER, f"{failures} writes failed since the broker was started", meaning, cure.rstrip()
-            )
-        ]
-        if failures
-        else []
-    )
+    failed = []
+    if failures:
+        found = f"{failures} writes failed since the broker was started"
+        cure = f"free its disk, then see which are missing: fdbroker audit verify {shown}".rstrip()
+        failed = [Check(name, WEAKER, found, meaning, cure)]
     if path is None:
         return failed
     problem = _problem_with_audit(path)
