@@ -3,8 +3,8 @@
     python3 package_inside.py SHARED
 
 SHARED has two directories of packages, `first` and `second`, which is the higher version. What was seen
-is left there as JSON. `page` has the commands of a document, to be run where the packages are new. It runs by the
-system's interpreter, as what it tests.
+is left there as JSON. `page` has the commands of a document, to be run where the packages are new. It
+runs by the system's interpreter, as what it tests.
 """
 
 from __future__ import annotations
