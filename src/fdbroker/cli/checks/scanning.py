@@ -75,7 +75,7 @@ def _service(path: str) -> list[Check]:
 
 
 def _clamd(path: str) -> Check:
-    """Check that somebody answers clients of ClamAV. clamdscan, which has no time-out, waits for ever else."""
+    """Check that somebody answers clients of ClamAV. clamdscan has no time-out and waits for ever else."""
     name, meaning = "clamd listener", "clients of ClamAV have their files scanned"
     shown = printable(path)
     try:
