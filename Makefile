@@ -94,6 +94,7 @@ docs: $(VENV)/.ready-docs ## build the documentation's site in build/site; a war
 SOURCES := $(wildcard $(shell git ls-files --cached --others --exclude-standard 2>/dev/null))
 
 dist: dist/.made ## make the sdist and the wheel in dist/, reproducibly
+	@ls dist/*.tar.gz dist/*.whl
 
 dist/.made: $(VENV)/.ready $(SOURCES)
 	@rm -rf dist
@@ -102,6 +103,7 @@ dist/.made: $(VENV)/.ready $(SOURCES)
 	@touch $@
 
 deb: build/deb/.made ## build Debian packages of the sdist in build/deb, and check them with lintian (on Debian)
+	@echo "deb: apt-get install ./build/deb/*.deb installs them (docs/packages.md)"
 
 build/deb/.made: dist/.made scripts/deb
 	@scripts/setup --packages deb

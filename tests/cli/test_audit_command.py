@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fdbroker.cli import audit
+from fdbroker.cli import audit, broker
 from fdbroker.cli.audit_file import follow_lines
 from fdbroker.cli.audit_records import Filter, Line, path_of
 from fdbroker.policy.globs import compile_glob
@@ -441,3 +441,29 @@ def test_followed_file_shows_its_last_records_then_each_new_one_until_the_interr
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=30)
     assert (process.returncode, output, errors) == (0, "", "")
+
+
+# ---- where it is, where nobody says ----
+
+
+def test_audit_of_a_service_is_read_from_the_journal_unless_there_is_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "audit.jsonl"
+    monkeypatch.setattr(audit, "DEFAULT_FILE", str(file))
+    monkeypatch.setattr(broker, "is_a_service", lambda: True)
+
+    def is_of_journal(*files: str, rotated: bool = False) -> bool:
+        return audit._Source(files, None, None, rotated=rotated, journal=False).journal
+
+    assert is_of_journal()
+    assert (
+        capsys.readouterr().err == f"fdbroker: there is no {file}; this is the journal of fdbroker.service\n"
+    )
+    assert not is_of_journal(str(file)), "one that is named is what is meant"
+    file.touch()
+    assert not is_of_journal()
+    file.unlink()
+    monkeypatch.setattr(broker, "is_a_service", lambda: False)
+    assert not is_of_journal()
+    assert capsys.readouterr().err == ""

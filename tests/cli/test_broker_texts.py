@@ -74,6 +74,19 @@ def test_missing_broker_is_told_with_the_command_that_starts_it(
     assert ("pip install 'fdbroker[daemon]'" in text) is not installed
 
 
+def test_a_service_is_started_and_restarted_by_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"/run/systemd/system", "/usr/lib/systemd/system/fdbroker.service"}
+    monkeypatch.setattr(os.path, "isdir", there.__contains__)
+    monkeypatch.setattr(os.path, "exists", there.__contains__)
+    text = str(broker.obstacle("/x", MISSING))
+    assert "as root: systemctl start fdbroker.service. Why it ended says journalctl" in text
+    assert broker.how_to_restart() == "systemctl restart fdbroker.service"
+    for away in sorted(there):
+        there.remove(away)
+        assert "systemctl" not in str(broker.obstacle("/x", MISSING)) + broker.how_to_restart()
+        there.add(away)
+
+
 def test_control_socket_is_named_by_its_own_option() -> None:
     text = str(broker.obstacle("/x\n", MISSING, "--control"))
     assert text.startswith(r"/x\x0a: ")

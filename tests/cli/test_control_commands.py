@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import pytest
 
 from fdbroker.cli import policy_explain as policy_command
-from fdbroker.cli.broker import DENIED
+from fdbroker.cli.broker import DENIED, how_to_restart
 from fdbroker.cli.explanation import document_of_answer, lines_of_answer, status_of_answer
 from fdbroker.cli.failure import Failure
 from fdbroker.client import BrokerError, connect
@@ -143,7 +143,7 @@ def test_reload_that_the_broker_refuses_says_why_and_what_to_do(served: Served) 
         result = run_here("reload", "--dev", "--policy", str(served.policy), "--control", served.control)
     assert result.returncode == 2
     assert "the broker keeps its old policy" in result.stderr
-    assert "restart the broker" in result.stderr
+    assert f"restart the broker: {how_to_restart()}" in result.stderr
 
 
 def test_reload_is_for_root(served: Served, others: ForOtherUsers) -> None:

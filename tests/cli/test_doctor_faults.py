@@ -6,9 +6,11 @@ import fcntl
 import functools
 import os
 import pwd
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -481,6 +483,36 @@ def test_scan_service_that_does_not_run_or_may_not_connect_is_told(
     [check] = scanning._membership(compiled)
     assert (check.name, check.state) == ("group of scand", WEAKER)
     assert "usermod -aG" in check.cure
+
+
+def test_clients_of_clamav_that_nobody_takes_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scanning, "_GREETED_WITHIN", 0.2)
+    path = str(tmp_path / "clamd")
+    missing = scanning._clamd(path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        waiting = scanning._clamd(path)
+
+        def answered(answer: bytes) -> Check:
+            def answer_one() -> None:
+                client, _ = listener.accept()
+                with client:
+                    client.sendall(answer if client.recv(16) == b"zPING\0" else b"")
+
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(answer_one)
+                return scanning._clamd(path)
+
+        listener.accept()[0].close()  # who waited
+        right, wrong = answered(b"PONG\0"), answered(b"no")
+    assert [check.state for check in (missing, waiting, right, wrong)] == [WEAKER, WEAKER, OK, WEAKER]
+    assert "No such file" in missing.found
+    assert "it does not run" in waiting.found
+    assert "systemctl start fdbroker-scand" in waiting.cure
+    assert "protocol: clamd" in wrong.cure
 
 
 def test_database_that_is_old_is_told_with_its_age(monkeypatch: pytest.MonkeyPatch) -> None:

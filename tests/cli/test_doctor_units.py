@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from fdbroker.cli.broker import SERVICE
 from fdbroker.cli.checks import BROKEN, OK, WEAKER, systemd
 from fdbroker.cli.checks.check import Running
-from fdbroker.cli.checks.systemd import SCAN_SERVICE, SERVICE, Unit
+from fdbroker.cli.checks.systemd import SCAN_SERVICE, Unit
 from fdbroker.cli.checks.unit_options import calls_refused, file_with, objections_to_broker
 from fdbroker.cli.checks.units import unit_checks
 from fdbroker.config.compile import compile_policy

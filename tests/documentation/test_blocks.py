@@ -68,6 +68,7 @@ CLAIMS = [
     Claim("docs/from-clamd.md", "tests/clamd/test_documentation.py", "", "missing:"),
     Claim("docs/from-clamd.md", "tests/clamd/test_clamonacc.py", "", "OnAccessIncludePath"),
     Claim("docs/metrics.md", "tests/cli/test_metrics.py", "yaml", "groups:"),
+    Claim("docs/packages.md", "tests/system/test_package.py"),
     Claim("docs/policy.md", "tests/config/test_documentation.py"),
     Claim("docs/policy-tools.md", "tests/config/test_tools_documentation.py", "yaml", "version:"),
     Claim("docs/policy-tools.md", "tests/config/test_tools_documentation.py", "text"),

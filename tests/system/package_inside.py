@@ -3,7 +3,8 @@
     python3 package_inside.py SHARED
 
 SHARED has two directories of packages, `first` and `second`, which is the higher version. What was seen
-is left there as JSON. It runs by the system's interpreter, as what it tests.
+is left there as JSON. `page` has the commands of a document, to be run where the packages are new. It
+runs by the system's interpreter, as what it tests.
 """
 
 from __future__ import annotations
@@ -88,6 +89,12 @@ def main(shared: Path) -> None:
         "manual": [_status("man", "-w", page) for page in ("fdbroker", "fdbrokerd", "fdbroker-policy.yaml")],
     }
     seen["asked_first"] = _ask()
+
+    seen["page"] = [_step("bash", "-c", command) for command in json.loads((shared / "page").read_text())]
+    seen["as_before"] = {
+        "policy": POLICY.read_text(),
+        "sockets": [_show(f"fdbroker-{name}.socket", "ActiveState") for name in SOCKETS],
+    }
 
     POLICY.write_text(ALLOWING)
     # The administrator's audit file, of which the package knows the directory alone.

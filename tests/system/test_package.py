@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.documentation.blocks import blocks
+from tests.documentation.commands import commands, without_numbers
 from tests.running_broker import reachable_directory
 from tests.system.booted import HERE, REPOSITORY, run_booted
 
@@ -22,6 +24,13 @@ pytestmark = pytest.mark.root
 
 BUILT = REPOSITORY / "build" / "deb"
 SECOND = "0.1.0-2"
+# The packages are there already.
+PAGE = [
+    command
+    for block in blocks("docs/packages.md")
+    for command in commands(block)
+    if command.text != "make deb"
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +51,7 @@ def seen(packages: list[Path]) -> Iterator[dict[str, Any]]:
         for package in packages:
             (shared / "first" / package.name).write_bytes(package.read_bytes())
             _as_second(package, shared)
+        (shared / "page").write_text(json.dumps([command.text for command in PAGE]))
         program = ["/usr/bin/python3", "-I", HERE / "package_inside.py", shared]
         environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
         run_booted(program, environment=environment, shared=(REPOSITORY, shared))
@@ -86,6 +96,20 @@ def test_what_is_installed_listens_allows_nothing_and_has_its_pages(seen: dict[s
     assert installed["compiled"] > 20
     assert [status for status, _ in installed["manual"]] == [0, 0, 0]
     assert seen["asked_first"] == "DeniedError"
+    assert "nobody may read anything yet" in seen["install"][1]
+    assert "nobody may read anything yet" not in seen["reinstall"][1] + seen["upgrade"][1]
+
+
+@pytest.mark.booting
+def test_the_page_about_packages_shows_what_its_commands_print_and_undoes_it(seen: dict[str, Any]) -> None:
+    for command, (status, output) in zip(PAGE, seen["page"], strict=True):
+        printed = [without_numbers(line) for line in output.splitlines()]
+        for line in command.shown:
+            assert without_numbers(line) in printed, (command.place, line, output)
+        refused = "enied" in " ".join(command.shown) and "fdbroker audit" not in command.text
+        assert (status != 0) == refused, (command.place, status, output)
+    assert seen["as_before"]["policy"] == (REPOSITORY / "config" / "policy.yaml").read_text()
+    assert seen["as_before"]["sockets"] == [["active"]] * 3
 
 
 @pytest.mark.booting

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fdbroker.cli.audit_verify import Finding
 
 DEFAULT_FILE = "/var/log/fdbroker/audit.jsonl"
-DEFAULT_UNIT = "fdbroker.service"
+DEFAULT_UNIT = broker.SERVICE
 EXIT_NOT_ACCOUNTED_FOR = 3
 _LINES_WHEN_FOLLOWING = 10
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -108,6 +108,9 @@ class _Source:
         if self.journal and (files or rotated):
             raise click.UsageError("files or the journal, not both")
         self.files = list(files) or [DEFAULT_FILE]
+        if not self.journal and not files and not rotated and _is_in_the_journal():
+            self.journal = True
+            complain_printable(f"there is no {DEFAULT_FILE}; this is the journal of {self.unit}")
         if rotated:
             with _readable(self.files[0]):
                 self.files = [path for file in self.files for path in with_rotated(file)]
@@ -155,6 +158,17 @@ class _Source:
                 f"the journal can't be read: {error.strerror or error}; run this as root, or see to"
                 " --journal-directory"
             ) from error
+
+
+def _is_in_the_journal() -> bool:
+    """Return whether the broker is a service whose audit goes to no file, as its unit comes."""
+    try:
+        os.stat(DEFAULT_FILE)
+    except FileNotFoundError:
+        return broker.is_a_service()
+    except OSError:
+        pass  # it is there, and whoever reads it is told why that fails
+    return False
 
 
 @contextlib.contextmanager
@@ -215,9 +229,10 @@ def read(  # noqa: PLR0913 - one for each option
     """Show the broker's record of every decision: time, who, what, which path, the decision and why.
 
     FILE is where the policy says that the audit goes (audit: {to: FILE}); without it
-    /var/log/fdbroker/audit.jsonl; - is standard input. Compressed files are read
-    as well. Records that are missing (their numbers have a gap), lines that are
-    none, and a file that others than root can write are told on standard error.
+    /var/log/fdbroker/audit.jsonl or, where that is not and systemd starts the broker,
+    the journal; - is standard input. Compressed files are read as well. Records that
+    are missing (their numbers have a gap), lines that are none, and a file that others
+    than root can write are told on standard error.
 
     \b
     Exit status: 0  shown

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 
 SOCKET_VARIABLE = "FDBROKER_SOCKET"
 CONTROL_VARIABLE = "FDBROKER_CONTROL"
+SERVICE = "fdbroker.service"
+_BY_HAND = "fdbrokerd --stop && fdbrokerd --daemon"
+_UNIT_DIRECTORIES = (
+    "/etc/systemd/system",
+    "/run/systemd/system",
+    "/usr/lib/systemd/system",
+    "/lib/systemd/system",
+)
 _NO_TIMEOUT = b"\0" * 16  # struct timeval
 _MOST_DESCRIPTORS = 1 << 20  # above every limit of open files that there is by default
 _STANDARD_ERROR = 2
@@ -237,7 +245,23 @@ def obstacle(socket_path: str, error: client.BrokerError, option: str = "--socke
     return Obstacle(f"{shown}: {printable(error.strerror or str(error))}", "The broker's log may say more.")
 
 
+def is_a_service() -> bool:
+    """Return whether systemd is to start the broker here: it runs, and has a unit of this name."""
+    return os.path.isdir("/run/systemd/system") and any(
+        os.path.exists(f"{directory}/{SERVICE}") for directory in _UNIT_DIRECTORIES
+    )
+
+
+def how_to_restart() -> str:
+    """Return the command for root that starts the broker anew."""
+    if is_a_service():
+        return f"systemctl restart {SERVICE}"
+    return _BY_HAND
+
+
 def _how_to_start() -> str:
+    if is_a_service():
+        return f"Start it, as root: systemctl start {SERVICE}. Why it ended says journalctl -u {SERVICE}."
     if (
         shutil.which("fdbrokerd", path=f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin")
         is None

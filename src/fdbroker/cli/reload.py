@@ -124,7 +124,8 @@ def _hand_over(control: Control, compiled: CompiledPolicy) -> int:
         if error.reason not in _REFUSALS:
             raise
         why = printable(error.strerror or str(error))
-        raise Failure(f"the broker keeps its old policy: {why}") from error
+        cure = f": {broker.how_to_restart()}" if why.endswith("restart the broker") else ""
+        raise Failure(f"the broker keeps its old policy: {why}{cure}") from error
 
 
 def _generation_in_force(

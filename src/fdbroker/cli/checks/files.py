@@ -10,6 +10,7 @@ import stat
 import struct
 from typing import TYPE_CHECKING
 
+from fdbroker.cli.broker import is_a_service
 from fdbroker.cli.checks.broker import RESTART
 from fdbroker.cli.checks.check import BROKEN, MISSING, OK, WEAKER, Check
 from fdbroker.config.directories import Sticky, UnsafeDirectoryError, open_directory
@@ -170,7 +171,13 @@ def _problem_with_audit(path: str) -> tuple[str, str] | None:
     try:
         status = os.lstat(path)
     except OSError as error:
-        return f"is not there: {error.strerror}", "fdbrokerd makes it when it starts: restart the broker"
+        cure = "fdbrokerd makes it when it starts: restart the broker"
+        if is_a_service():
+            cure = (
+                "its service can't make it: leave audit.to out, and have systemd open it, by"
+                f" StandardOutput=append:{printable(path)}"
+            )
+        return f"is not there: {error.strerror}", cure
     shown = printable(path)
     if not stat.S_ISREG(status.st_mode):
         return "is no regular file", f"remove it, and name another one in audit.to: {shown}"

@@ -6,6 +6,7 @@ import datetime as dt
 import os
 import pwd
 import re
+import socket
 from typing import TYPE_CHECKING
 
 import fdbroker
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from fdbroker.config import CompiledPolicy
 
 SERVICE_USER = "fdbroker-scand"
+CLAMD = "clamd"  # the listener for clients of ClamAV, by its usual name
+_START = "systemctl start fdbroker-scand, or fdbroker-scand as its user (docs/scand.md); its log says more"
 _CLAMAV = re.compile(r"ClamAV [^/]*/[^/]*/([^,]*)")
 _OLD = 7  # days
 _GREETED_WITHIN = 3.0  # seconds
@@ -29,24 +32,27 @@ def scan_checks(compiled: CompiledPolicy | None) -> list[Check]:
     """Check it, and that its user may connect to the broker."""
     if compiled is None:
         return []
-    listener = compiled["daemon"]["listeners"].get(os.path.basename(DEFAULT_SOCKET))
-    if listener is None:
-        return []
-    return [*_membership(compiled), *_service(listener["path"]), _workers()]
+    listeners = compiled["daemon"]["listeners"]
+    listener, for_clamav = listeners.get(os.path.basename(DEFAULT_SOCKET)), listeners.get(CLAMD)
+    checks = _membership(compiled)
+    if listener is not None:
+        checks += _service(listener["path"])
+    if for_clamav is not None:
+        checks.append(_clamd(for_clamav["path"]))
+    return [] if listener is for_clamav is None else [*checks, _workers()]
 
 
 def _service(path: str) -> list[Check]:
     name, meaning = "scan service", "users have their files scanned: fdbroker scan"
     shown = printable(path)
-    start = "systemctl start fdbroker-scand, or fdbroker-scand as its user (docs/scand.md); its log says more"
     try:
         with connect(path, timeout=_ANSWERED_WITHIN, greeted_within=_GREETED_WITHIN) as service:
             status, version = service.status(), service.welcome.service
     except ServiceTimeoutError:
         found = f"{shown}: the broker keeps clients for it, and it does not take them: it does not run"
-        return [Check(name, WEAKER, found, meaning, start)]
+        return [Check(name, WEAKER, found, meaning, _START)]
     except ScanServiceError as error:
-        return [Check(name, WEAKER, f"{shown}: {printable(str(error.strerror))}", meaning, start)]
+        return [Check(name, WEAKER, f"{shown}: {printable(str(error.strerror))}", meaning, _START)]
     engines = status.get("engines")
     versions = [row["version"] for row in engines] if isinstance(engines, list) else []
     found = f"answers on {shown}, with {', '.join(map(printable, versions)) or 'no engine'}"
@@ -66,6 +72,27 @@ def _service(path: str) -> list[Check]:
         cure = "its log says why; then systemctl reload fdbroker-scand"
         checks.append(Check("scan databases", WEAKER, found, "it finds what the latest database knows", cure))
     return checks
+
+
+def _clamd(path: str) -> Check:
+    """Check that somebody answers clients of ClamAV. clamdscan has no time-out and waits for ever else."""
+    name, meaning = "clamd listener", "clients of ClamAV have their files scanned"
+    shown = printable(path)
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(_GREETED_WITHIN)
+            sock.connect(path)
+            sock.sendall(b"zPING\0")
+            answers = sock.recv(5) == b"PONG\0"
+    except TimeoutError:
+        found = f"{shown}: clients wait, and the scan service does not take them: it does not run"
+        return Check(name, WEAKER, found, meaning, _START)
+    except OSError as error:
+        return Check(name, WEAKER, f"{shown}: {error.strerror}", meaning, _START)
+    if not answers:
+        found = f"{shown}: whoever answers there does not as clamd does"
+        return Check(name, WEAKER, found, meaning, "listeners in /etc/fdbroker/scand.yaml: protocol: clamd")
+    return Check(name, OK, f"answers on {shown}", meaning)
 
 
 def days_of_database(version: str) -> int | None:

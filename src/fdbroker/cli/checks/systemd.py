@@ -6,13 +6,14 @@ import os
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
+from fdbroker.cli.broker import SERVICE
 from fdbroker.cli.checks.check import output_of
 from fdbroker.launcher.unit_options import is_at_or_above
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-SERVICE, SCAN_SERVICE = "fdbroker.service", "fdbroker-scand.service"
+SCAN_SERVICE = "fdbroker-scand.service"
 _PROPERTIES = (
     *("LoadState", "LoadError", "ActiveState", "Result", "FragmentPath", "DropInPaths", "NeedDaemonReload"),
     *("Type", "NotifyAccess", "User", "TriggeredBy", "MainPID", "DynamicUser", "PrivateUsers", "PrivateTmp"),
