@@ -58,7 +58,9 @@ def precompile(directory: str = entry.PRECOMPILED) -> None:
 def _compiled(text: bytes, path: str) -> bytes:
     """Return a `.pyc` of a source, with its assertions, however this interpreter was started."""
     code = compile(text, path, "exec", dont_inherit=True, optimize=0)
-    return importlib.util.MAGIC_NUMBER + _UNCHECKED_HASH + importlib.util.source_hash(text) + marshal.dumps(code)
+    return (
+        importlib.util.MAGIC_NUMBER + _UNCHECKED_HASH + importlib.util.source_hash(text) + marshal.dumps(code)
+    )
 
 
 def _sources() -> Iterator[str]:
