@@ -79,7 +79,8 @@ def test_what_hangs_or_fails_does_not_hide_the_rest(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(check_module, "_LONGEST_LOOK", 0.3)
     monkeypatch.setattr("fdbroker.cli.checks.root_checks", lambda _: threading.Event().wait())
     monkeypatch.setattr("fdbroker.cli.checks.policy_file", lambda _: threading.Event().wait())
-    monkeypatch.setattr("fdbroker.cli.checks.file_checks", lambda *_: {}["what a broker says"])
+    said: dict[str, object] = {}
+    monkeypatch.setattr("fdbroker.cli.checks.file_checks", lambda *_: said["what a broker says"])
     by_name = {check.name: check for check in all_checks(NOWHERE)}
     for name in ("its roots", NOWHERE.policy):
         assert by_name[name].state == WEAKER

@@ -37,7 +37,7 @@ def precompile(directory: str = entry.PRECOMPILED) -> None:
         names = set()
         for source in _sources():
             entry.check_only_root_writes(source)
-            # Read once: a package manager may just be replacing it, and the name of one is not to have the other.
+            # Read once: a package manager may just be replacing it, and the name of one is not for the other.
             with open(source, "rb") as file:
                 text = file.read()
             name = entry.name_of_code(source, text)

@@ -127,7 +127,11 @@ class ClamdClient:
         self._refused = False
         core.connections[self] = listener
         # Mostly it has said by now what it wants, and is answered and gone before anybody has to wait for it.
-        self._read()
+        try:
+            self._read()
+        except BaseException:
+            self._close()
+            raise
 
     # ---- who it is ----
 
