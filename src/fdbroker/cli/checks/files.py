@@ -135,7 +135,7 @@ def audit_file(compiled: CompiledPolicy | None, running: Running | None) -> list
     shown = "" if path is None else printable(path)
     failed = []
     if failures:
-        found = f"{failures} writes failed since the broker was started"
+        found = f"{printable(str(failures))} writes failed since the broker was started"
         cure = f"free its disk, then see which are missing: fdbroker audit verify {shown}".rstrip()
         failed = [Check(name, WEAKER, found, meaning, cure)]
     if path is None:
