@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -80,6 +81,50 @@ def test_nothing_is_left_of_a_client_that_can_not_be_watched(
         monkeypatch.undo()
 
     with_core(test)
+
+
+def test_a_client_that_asks_much_in_one_breath_lets_others_have_their_turn() -> None:
+    """Ten thousand commands fit into one read."""
+    count = 8000
+
+    async def run() -> None:
+        core = Core(Configuration(()), Pool([]), [])
+        pairs = [socket.socketpair() for _ in range(2)]
+        try:
+            for ours, theirs in pairs:
+                ours.settimeout(0)
+                theirs.settimeout(0)
+                ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            (busy, asks_much), (_, asks_little) = pairs
+            asks_much.send(b"zIDSESSION\0" + b"zPING\0" * count)
+            ClamdClient(core, cast("ServedClient", _Served(busy)), Listener("clamd"))
+            answers = asks_much.recv(1 << 20).count(b"\0")
+            assert answers < 100, "that was one turn"
+            asks_little.send(b"zPING\0")
+            ClamdClient(core, cast("ServedClient", _Served(pairs[1][0])), Listener("clamd"))
+            assert asks_little.recv(10) == b"PONG\0"
+            while answers < count:
+                await asyncio.sleep(0)
+                with contextlib.suppress(BlockingIOError):
+                    more = asks_much.recv(1 << 20).count(b"\0")
+                    assert more < 200
+                    answers += more
+            assert answers == count
+            for connection in tuple(core.connections):
+                connection.end("stopping", "")
+        finally:
+            for pair in pairs:
+                for sock in pair:
+                    sock.close()
+            core.close()
+
+    async def in_time() -> None:
+        async with asyncio.timeout(20):
+            await run()
+
+    before = open_descriptors()
+    asyncio.run(in_time())
+    assert open_descriptors() == before
 
 
 def test_a_stranger_that_can_not_be_served_is_one_less_and_not_two(monkeypatch: pytest.MonkeyPatch) -> None:
