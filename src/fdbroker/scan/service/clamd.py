@@ -59,8 +59,8 @@ if TYPE_CHECKING:
 
 MOST_COMMANDS = 64  # of one session under way; then no more is read
 _MOST_BYTES = 1 << 16  # of one read
-# Before others have their turn. Of short commands one read has ten thousand; of the usual parts of a stream, a
-# KiB each, no more than these.
+# Before others have their turn. Of short commands one read has ten thousand, of usual parts of a stream
+# (1 KiB) no more than these.
 _READS_AT_ONCE = 16
 _EVENTS_AT_ONCE = 80
 _DRAINING = 1.0  # seconds for a client to close, after all was said
