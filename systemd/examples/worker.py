@@ -12,9 +12,11 @@ import sys
 
 import fdbroker
 
+LONGEST = 4096  # PATH_MAX with its end: what is longer is no path, and is not to fill memory
+
 
 def main() -> None:
-    path = sys.stdin.buffer.readline().removesuffix(b"\n")
+    path = sys.stdin.buffer.readline(LONGEST).removesuffix(b"\n")
     try:
         with fdbroker.connect() as client, client.open(path) as file:
             print(hashlib.file_digest(file, "sha256").hexdigest())

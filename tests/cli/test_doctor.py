@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pwd
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,8 +24,9 @@ from fdbroker.cli.checks import (
     installation,
     kernel,
 )
+from fdbroker.cli.checks import check as check_module
 from fdbroker.cli.checks import policy as policy_checks
-from fdbroker.cli.checks.check import in_child
+from fdbroker.cli.checks.check import NotSeenError, in_child, in_time
 from fdbroker.config.compile import compile_policy
 from fdbroker.config.identities import SystemLookups
 from fdbroker.kernel import landlock, namespaces, process, sockets
@@ -71,6 +73,28 @@ def test_what_can_not_be_looked_at_does_not_hide_the_rest(monkeypatch: pytest.Mo
     check = found("limits")
     assert check.state == WEAKER
     assert "could not be looked at to the end" in check.found
+
+
+def test_what_hangs_or_fails_does_not_hide_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "_LONGEST_LOOK", 0.3)
+    monkeypatch.setattr("fdbroker.cli.checks.root_checks", lambda _: threading.Event().wait())
+    monkeypatch.setattr("fdbroker.cli.checks.policy_file", lambda _: threading.Event().wait())
+    said: dict[str, object] = {}
+    monkeypatch.setattr("fdbroker.cli.checks.file_checks", lambda *_: said["what a broker says"])
+    by_name = {check.name: check for check in all_checks(NOWHERE)}
+    for name in ("its roots", NOWHERE.policy):
+        assert by_name[name].state == WEAKER
+        assert "does not answer" in by_name[name].found
+    assert "KeyError: 'what a broker says'" in by_name["its files"].found
+    assert by_name["kernel settings"].state in {OK, WEAKER}
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_what_a_look_gives_is_told_whole_and_its_end_without_a_word_is() -> None:
+    assert in_time(lambda: ["x" * 200_000, None]) == ["x" * 200_000, None]
+    with pytest.raises(NotSeenError, match="has ended"):
+        in_time(lambda: os._exit(3))
 
 
 def test_nothing_stays_behind_from_trying(tmp_path: Path) -> None:

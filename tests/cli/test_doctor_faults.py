@@ -6,6 +6,7 @@ import fcntl
 import functools
 import os
 import pwd
+import re
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import fdbroker
 from fdbroker.cli.checks import BROKEN, OK, WEAKER, Check, Places, on_access, scanning
 from fdbroker.cli.checks import broker as broker_module
 from fdbroker.cli.checks.broker import broker_checks, its_code
-from fdbroker.cli.checks.check import Running
+from fdbroker.cli.checks.check import Running, in_time
 from fdbroker.cli.checks.denials import denials
 from fdbroker.cli.checks.files import audit_file, pidfile, sockets
 from fdbroker.cli.checks.limits import clock, open_files, settings, tasks
@@ -35,6 +36,7 @@ from fdbroker.launcher.start import find_cgroup2
 from fdbroker.scan.messages import Welcome
 from tests.descriptors.mounting import mounted, shared_tmpfs
 from tests.hanging.fanotify import held_opens
+from tests.hanging.fuse import Operation, abort, fuse_mounted
 from tests.processes import in_child, wait_until
 from tests.running_broker import BROKER_UID, CLIENT_UID, reachable_directory, running_broker
 from tests.scan.running_scand import policy_text, scand_and_broker
@@ -174,6 +176,43 @@ def test_process_that_can_not_be_looked_at_is_told() -> None:
     assert "can't be looked at" in check.found
     assert open_files(gone).state == WEAKER
     assert its_code(gone._replace(status={"version": fdbroker.__version__})).state == WEAKER
+
+
+def test_root_whose_file_system_does_not_answer_any_more_holds_nothing_up() -> None:
+    with reachable_directory() as directory:
+        (directory / "far").mkdir()
+        text = _POLICY.replace("HERE", str(directory)).replace("GROUP", str(CLIENT_UID))
+        text = re.sub(
+            "roots:.*rules", "roots: {far: {path: FAR, opens: helpers}}\nrules", text, flags=re.DOTALL
+        )
+        text = text.replace("FAR", str(directory / "far"))
+        with (
+            fuse_mounted(directory / "far", {}) as server,
+            running_broker(directory, text, own_socket=False),
+        ):
+            compiled = compile_policy(text.encode(), "policy.yaml", SystemLookups())
+            places = Places(str(directory / "broker.seqpacket"), str(directory / "control"), "/no/policy")
+            _, running = broker_checks(places, None)
+            server.never |= {(Operation.GETATTR, ""), (Operation.STATFS, "")}
+            try:
+                # So that another policy can be put in force.
+                again = in_time(
+                    lambda: len(compile_policy(text.encode(), "policy.yaml", SystemLookups())["roots"]), 5.0
+                )
+                found = in_time(
+                    lambda: [
+                        *root_checks(running),
+                        *audit_file(compiled, running),
+                        *on_access_checks(running),
+                    ],
+                    5.0,
+                )
+            finally:
+                abort(directory / "far")
+    assert again == 1
+    assert isinstance(found, list)
+    assert {state for _, state, *_ in found} == {OK}
+    assert "1 root with 'opens: helpers' not looked at" in found[0][2]
 
 
 # ---- sockets, audit, pidfile ----
@@ -531,7 +570,8 @@ def test_database_that_is_old_is_told_with_its_age(monkeypatch: pytest.MonkeyPat
         def __exit__(self, *_: object) -> None: ...
 
         def status(self) -> dict[str, object]:
-            return {"engines": [{"version": old}], "outdated": True}
+            # What was turned by a hostile file may say anything.
+            return {"engines": [{"version": old}, {"version": 7}, {}, None], "outdated": True}
 
     monkeypatch.setattr(scanning, "connect", lambda *_arguments, **_named: Service())
     answers, version, age, outdated = scanning._service("/run/scan")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from importlib.machinery import SourcelessFileLoader
 from typing import TYPE_CHECKING
 
@@ -47,6 +49,50 @@ def test_each_source_is_there_as_this_interpreter_compiles_it_and_older_ones_are
     precompile(str(place))
     assert len(os.listdir(place)) == len(sources)
     assert {stat.S_IMODE(path.stat().st_mode) for path in (place.parent, place)} == {0o755}
+
+
+def test_source_that_is_replaced_meanwhile_is_not_under_the_name_of_the_one_before(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by an upgrade: whoever goes back to the older version would have code of the newer one."""
+    source = place.parent.parent / "source.py"
+    source.write_bytes(b"BEFORE = 1\n")
+    monkeypatch.setattr(precompiling, "_sources", lambda: iter([str(source)]))
+    name_of_code = entry.name_of_code
+
+    def upgrade(path: str, text: bytes) -> str:
+        source.write_bytes(b"AFTER = 1\n")
+        return name_of_code(path, text)
+
+    monkeypatch.setattr(entry, "name_of_code", upgrade)
+    precompile(str(place))
+    code = SourcelessFileLoader("", str(place / name_of_code(str(source), b"BEFORE = 1\n"))).get_code("")
+    assert code is not None
+    assert code.co_names == ("BEFORE",)
+
+
+def test_assertions_are_kept_whatever_the_options_of_the_interpreter_and_others_may_read_it(
+    place: Path,
+) -> None:
+    source = place.parent.parent / "source.py"
+    source.write_bytes(b"assert False\n")
+    place.mkdir(parents=True)
+    (place / ".of-another-one.0123").touch()
+    program = (
+        "import sys; from fdbroker.broker import entry; from fdbroker.launcher import precompiling;"
+        "entry.check_only_root_writes = lambda path: None; precompiling._sources = lambda: sys.argv[1:2];"
+        "precompiling.precompile(sys.argv[2])"
+    )
+    before = os.umask(0o077)
+    try:
+        subprocess.run([sys.executable, "-OO", "-c", program, str(source), str(place)], check=True)
+    finally:
+        os.umask(before)
+    path = place / entry.name_of_code(str(source), source.read_bytes())
+    with pytest.raises(AssertionError):
+        exec(SourcelessFileLoader("", str(path)).get_code("") or "")  # noqa: S102 - of this very test
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert (place / ".of-another-one.0123").exists()
 
 
 def test_it_is_refused_where_others_than_root_can_write(place: Path) -> None:

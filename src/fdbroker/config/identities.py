@@ -106,6 +106,15 @@ class SystemLookups:
         for component in path.split("/")[1:]:
             at = f"{at}/{component}"
             try:
+                # Not stat(2), for which the server of a file system is asked, who may never answer.
+                os.close(os.open(at, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
+            except NotADirectoryError:
+                pass
+            except OSError as error:
+                return Fault(f"{at!r}: {error.strerror}", "name a directory that exists")
+            else:
+                continue
+            try:
                 status = os.lstat(at)
             except OSError as error:
                 return Fault(f"{at!r}: {error.strerror}", "name a directory that exists")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import marshal
 import os
-import py_compile
 from typing import TYPE_CHECKING
 
 from fdbroker.broker import entry
+from fdbroker.cli.whole_file import whole_file
 from fdbroker.launcher.directories import open_directory_of_root
 from fdbroker.launcher.errors import LaunchError
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_BY_HASH = py_compile.PycInvalidationMode.UNCHECKED_HASH  # which is in its name, and is compared by us
+_UNCHECKED_HASH = (1).to_bytes(4, "little")  # PEP 552: nobody compares it, as its name was made of it
 
 
 def precompile(directory: str = entry.PRECOMPILED) -> None:
@@ -35,18 +37,30 @@ def precompile(directory: str = entry.PRECOMPILED) -> None:
         names = set()
         for source in _sources():
             entry.check_only_root_writes(source)
+            # Read once: a package manager may just be replacing it, and the name of one is not for the other.
             with open(source, "rb") as file:
-                name = entry.name_of_code(source, file.read())
+                text = file.read()
+            name = entry.name_of_code(source, text)
             names.add(name)
-            path = os.path.join(directory, name)
-            py_compile.compile(source, path, doraise=True, invalidation_mode=_BY_HASH)
+            with whole_file(os.path.join(directory, name), 0o644) as file:
+                file.write(_compiled(text, source))
         for name in set(os.listdir(directory)) - names:
-            with contextlib.suppress(FileNotFoundError):  # another one is at it as well
-                os.unlink(os.path.join(directory, name))
+            # Another one may be at it as well, whose files are hidden until they are whole.
+            if not name.startswith("."):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(directory, name))
     except entry.UntrustedSourceError as error:
         raise LaunchError(str(error)) from error
     except OSError as error:
         raise LaunchError(f"{directory} can't be written: {error.strerror}; run this as root") from error
+
+
+def _compiled(text: bytes, path: str) -> bytes:
+    """Return a `.pyc` of a source, with its assertions, however this interpreter was started."""
+    code = compile(text, path, "exec", dont_inherit=True, optimize=0)
+    return (
+        importlib.util.MAGIC_NUMBER + _UNCHECKED_HASH + importlib.util.source_hash(text) + marshal.dumps(code)
+    )
 
 
 def _sources() -> Iterator[str]:

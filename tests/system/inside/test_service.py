@@ -278,6 +278,34 @@ def test_a_start_that_is_asked_for_with_a_broken_policy_is_refused_and_says_why(
     assert any("unknown key 'rulez'" in line for line in messages())
 
 
+def test_a_start_that_is_asked_for_after_a_failure_is_refused_as_well() -> None:
+    with drop_in("[Service]\nRestart=no\nTimeoutStopSec=1s\n"):
+        cat("/srv/data/file")
+        os.kill(main_pid(), signal.SIGKILL)
+        wait_for("failed/failed")
+        good = POLICY_FILE.read_text()
+        POLICY_FILE.write_text(BROKEN)
+        assert run("systemctl", "start", SERVICE, check=False).returncode == 1
+        assert not COMPILED.exists()
+        POLICY_FILE.write_text(good)
+        cat("/srv/data/file")
+        os.kill(main_pid(), signal.SIGSTOP)  # so that it is ended by force
+        POLICY_FILE.write_text(BROKEN)
+        assert run("systemctl", "restart", SERVICE, check=False).returncode == 1
+        assert show("ActiveState") == "failed"
+
+
+def test_a_restart_that_is_asked_for_after_one_by_itself_is_refused_as_well() -> None:
+    cat("/srv/data/file")
+    pid = main_pid()
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: main_pid() not in {0, pid}, "another process")
+    wait_for("active/running")
+    POLICY_FILE.write_text(BROKEN)
+    assert run("systemctl", "restart", SERVICE, check=False).returncode == 1
+    assert show("ActiveState") == "failed"
+
+
 def test_a_policy_that_is_mended_is_served_at_once() -> None:
     good = POLICY_FILE.read_text()
     POLICY_FILE.write_text(BROKEN)

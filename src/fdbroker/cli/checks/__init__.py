@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from fdbroker.cli.checks.broker import broker_checks
-from fdbroker.cli.checks.check import BROKEN, MISSING, OK, WEAKER, Check, Places
+from fdbroker.cli.checks.check import (
+    BROKEN,
+    MISSING,
+    OK,
+    WEAKER,
+    Check,
+    NotSeenError,
+    Places,
+    in_time,
+)
 from fdbroker.cli.checks.denials import denial_checks
 from fdbroker.cli.checks.files import directory, file_checks
 from fdbroker.cli.checks.installation import account_checks, modules, program
@@ -23,13 +32,15 @@ from fdbroker.config.names import printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fdbroker.config import CompiledPolicy
+
 __all__ = ["BROKEN", "MISSING", "OK", "WEAKER", "Check", "Places", "all_checks"]
 
 
 def all_checks(places: Places) -> list[Check]:
     """Try everything, in the order in which a broker would meet it."""
     units = read_units()
-    policy, compiled = policy_file(places.policy)
+    policy, compiled = _policy(places.policy)
     broker, running = broker_checks(places, compiled)
     return [
         *kernel_checks(),
@@ -37,8 +48,7 @@ def all_checks(places: Places) -> list[Check]:
         modules(),
         program(),
         directory(os.path.dirname(places.socket)),
-        policy,
-        *warnings(places.policy, compiled),
+        *policy,
         *needs(compiled),
         *_of("units", lambda: unit_checks(units, compiled, running)),
         *broker,
@@ -51,10 +61,32 @@ def all_checks(places: Places) -> list[Check]:
     ]
 
 
-def _of(name: str, look: Callable[[], list[Check]]) -> list[Check]:
-    """Return what a look gives. What went away meanwhile, as a process does, is not to hide all the rest."""
+def _policy(path: str) -> tuple[list[Check], CompiledPolicy | None]:
+    """Return what there is to say of the policy file, and what it compiles to, None if it does not.
+
+    It is compared with this machine's directories.
+    """
+
+    def look() -> object:
+        check, compiled = policy_file(path)
+        return [[check, *warnings(path, compiled)], compiled]
+
     try:
-        return look()
-    except OSError as error:
-        found = f"could not be looked at to the end: {printable(str(error))}"
-        return [Check(name, WEAKER, found, "what else is wrong there is not known", "run this again")]
+        rows, compiled = cast("tuple[list[list[str]], CompiledPolicy | None]", in_time(look))
+    except NotSeenError as error:
+        return [_not_seen(printable(path), error)], None
+    return [Check(*row) for row in rows], compiled
+
+
+def _of(name: str, look: Callable[[], list[Check]]) -> list[Check]:
+    """Return what a look gives. What goes away or hangs, or lies to us, is not to hide all the rest."""
+    try:
+        return [Check(*row) for row in cast("list[list[str]]", in_time(look))]
+    except NotSeenError as error:
+        return [_not_seen(name, error)]
+
+
+def _not_seen(name: str, error: NotSeenError) -> Check:
+    found = f"could not be looked at to the end: {printable(str(error))}"
+    cure = "see that all mounts answer (ls below each), then run this again"
+    return Check(name, WEAKER, found, "what else is wrong there is not known", cure)

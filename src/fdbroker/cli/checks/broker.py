@@ -33,7 +33,9 @@ def broker_checks(places: Places, compiled: CompiledPolicy | None) -> tuple[list
     except BrokerError as error:
         found, cure = obstacle(places.socket, error)
         return [Check(name, MISSING, found, meaning, cure)], None
-    found = f"answers on {printable(places.socket)}, policy generation {status.get('generation')}"
+    found = (
+        f"answers on {printable(places.socket)}, policy generation {printable(str(status.get('generation')))}"
+    )
     checks = [Check(name, OK, found, meaning)]
     control_socket, whole = _control_socket(places, status)
     checks.append(control_socket)

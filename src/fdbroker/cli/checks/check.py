@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from fdbroker.config.names import printable
+from fdbroker.sandbox.waiting import is_readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+_LONGEST_LOOK = 20.0  # seconds
+_SECONDS_TO_DIE = 1.0
+_OF_THE_CHILD = 1 << 16  # bytes of one read
 
 OK, WEAKER, BROKEN, MISSING = "ok", "weaker", "broken", "missing"
 
@@ -85,3 +92,64 @@ def output_of(*command: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.decode(errors="replace")
+
+
+class NotSeenError(Exception):
+    """What was to be looked at could not be, to the end; the text says why."""
+
+
+def in_time(look: Callable[[], object], seconds: float | None = None) -> object:
+    """Return what `look` gives, which must be made of what JSON has; it runs in a child, for so long at most.
+
+    A file system may never answer, and who asks it can't be interrupted. `seconds`: None for the usual.
+
+    Raises:
+        NotSeenError: it took longer, or raised something.
+
+    """
+    deadline = time.monotonic() + (_LONGEST_LOOK if seconds is None else seconds)
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if not pid:  # pragma: no cover - the child writes no report
+        _tell(look, write_end)
+    os.close(write_end)
+    told = b""
+    with open(read_end, "rb", buffering=0) as pipe:
+        while is_readable(read_end, deadline - time.monotonic()):
+            more = pipe.read(_OF_THE_CHILD)
+            if not more:
+                os.waitpid(pid, 0)
+                return _understood(told)
+            told += more
+    _end(pid)
+    raise NotSeenError("something does not answer, perhaps a file system")
+
+
+def _end(pid: int) -> None:
+    """End a child. One that a file system holds even so ends when that lets go of it: it is left."""
+    os.kill(pid, signal.SIGKILL)
+    child = os.pidfd_open(pid)
+    try:
+        if is_readable(child, _SECONDS_TO_DIE):
+            os.waitpid(pid, 0)
+    finally:
+        os.close(child)
+
+
+def _tell(look: Callable[[], object], write_end: int) -> NoReturn:  # pragma: no cover - as above
+    try:
+        told = {"given": look()}
+    except Exception as error:  # noqa: BLE001 - told by the parent
+        told = {"error": str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"}
+    try:
+        with open(write_end, "wb") as pipe:
+            pipe.write(json.dumps(told).encode())
+    finally:
+        os._exit(0)
+
+
+def _understood(told: bytes) -> object:
+    answer = json.loads(told) if told else {"error": "the process that looked has ended"}
+    if "error" in answer:
+        raise NotSeenError(answer["error"])
+    return answer["given"]

@@ -135,7 +135,7 @@ def audit_file(compiled: CompiledPolicy | None, running: Running | None) -> list
     shown = "" if path is None else printable(path)
     failed = []
     if failures:
-        found = f"{failures} writes failed since the broker was started"
+        found = f"{printable(str(failures))} writes failed since the broker was started"
         cure = f"free its disk, then see which are missing: fdbroker audit verify {shown}".rstrip()
         failed = [Check(name, WEAKER, found, meaning, cure)]
     if path is None:
@@ -190,10 +190,17 @@ def _problem_with_audit(path: str) -> tuple[str, str] | None:
 def _is_open_for_writing(running: Running, file: os.stat_result) -> bool | None:
     """Return whether the broker has the file; None: its descriptors can't be seen."""
     try:
-        names = os.listdir(running.proc("fd"))
+        names = [name for name in os.listdir(running.proc("fd")) if _is_for_writing(running, name)]
         return any(os.path.samestat(os.stat(running.proc(f"fd/{name}")), file) for name in names)
     except OSError:
         return None
+
+
+def _is_for_writing(running: Running, name: str) -> bool:
+    """Return whether a descriptor is; the others may be of file systems that do not answer."""
+    with open(running.proc(f"fdinfo/{name}"), encoding="ascii") as info:
+        [flags] = [int(line.split()[1], 8) for line in info if line.startswith("flags:")]
+    return flags & os.O_ACCMODE != os.O_RDONLY and not flags & os.O_PATH
 
 
 # ---- the pidfile ----

@@ -13,7 +13,7 @@ from fdbroker.launcher.mounts import parse_mounts
 from fdbroker.launcher.unit_options import is_at_or_above
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Container, Iterable
 
     from fdbroker.cli.checks.check import Running
     from fdbroker.launcher.mounts import Mount
@@ -70,9 +70,9 @@ def read_roots(running: Running) -> list[Root]:
         OSError: this process may not look at it, or it has ended.
 
     """
-    held = _held_directories(running)
     told = running.status.get("roots")
     assert isinstance(told, list)  # noqa: S101 - for the type checker; the protocol says it
+    held = _held_directories(running, {row["path"] for row in told if row["opens"] == "helpers"})
     roots = []
     for row in told:
         helpers = row["opens"] == "helpers"
@@ -91,18 +91,26 @@ def read_roots(running: Running) -> list[Root]:
     return roots
 
 
-def _held_directories(running: Running) -> list[Held]:
-    """Return what a broker has open by O_PATH, its roots among them."""
+def _held_directories(running: Running, helped: Container[str]) -> list[Held]:
+    """Return what a broker has open by O_PATH, its roots among them; of those that are `helped` no inode.
+
+    Whoever answers for these may not, and a file system is not asked for what is said here otherwise.
+    """
     found = []
     for name in os.listdir(running.proc("fd")):
         try:
-            status = os.stat(running.proc(f"fd/{name}"))
+            place = os.readlink(running.proc(f"fd/{name}"))
             with open(running.proc(f"fdinfo/{name}"), encoding="ascii") as file:
                 info = dict(line.split(":", 1) for line in file if ":" in line)
-            place = os.readlink(running.proc(f"fd/{name}"))
+            if not int(info["flags"], 8) & os.O_PATH:
+                continue
+            if place.removesuffix(" (deleted)") in helped:
+                found.append(Held(place, 0, 0, int(info["mnt_id"])))
+                continue
+            status = os.stat(running.proc(f"fd/{name}"))
         except FileNotFoundError:
             continue  # it was closed meanwhile
-        if stat.S_ISDIR(status.st_mode) and int(info["flags"], 8) & os.O_PATH:
+        if stat.S_ISDIR(status.st_mode):
             found.append(Held(place, status.st_dev, status.st_ino, int(info["mnt_id"])))
     return found
 

@@ -54,7 +54,9 @@ def _service(path: str) -> list[Check]:
     except ScanServiceError as error:
         return [Check(name, WEAKER, f"{shown}: {printable(str(error.strerror))}", meaning, _START)]
     engines = status.get("engines")
-    versions = [row["version"] for row in engines] if isinstance(engines, list) else []
+    rows = engines if isinstance(engines, list) else []
+    # It has hostile files read, and may be anybody's by now.
+    versions = [str(row.get("version")) for row in rows if isinstance(row, dict)]
     found = f"answers on {shown}, with {', '.join(map(printable, versions)) or 'no engine'}"
     checks = [Check(name, OK, found, meaning)]
     ours = f"fdbroker-scand {fdbroker.__version__}"

@@ -59,7 +59,10 @@ if TYPE_CHECKING:
 
 MOST_COMMANDS = 64  # of one session under way; then no more is read
 _MOST_BYTES = 1 << 16  # of one read
-_READS_AT_ONCE = 16  # before others have their turn
+# Before others have their turn. Of short commands one read has ten thousand, of usual parts of a stream
+# (1 KiB) no more than these.
+_READS_AT_ONCE = 16
+_EVENTS_AT_ONCE = 80
 _DRAINING = 1.0  # seconds for a client to close, after all was said
 _NOT_RECEIVED = b"File descriptors could not be received. ERROR\n"
 _STOP_AT_A_FINDING = frozenset({Kind.SCAN, Kind.ALLMATCHSCAN})
@@ -127,7 +130,11 @@ class ClamdClient:
         self._refused = False
         core.connections[self] = listener
         # Mostly it has said by now what it wants, and is answered and gone before anybody has to wait for it.
-        self._read()
+        try:
+            self._read()
+        except BaseException:
+            self._close()
+            raise
 
     # ---- who it is ----
 
@@ -203,7 +210,10 @@ class ClamdClient:
             self._pull()
             if not may_be_more or not self._wants_more():
                 break
-        self._go_on()
+        if self._resuming is None:
+            self._go_on()
+        else:
+            self._flush()
 
     def _receive(self, data: bytes, descriptors: Descriptors) -> None:
         count = len(descriptors)
@@ -241,13 +251,15 @@ class ClamdClient:
             if not self._dry:
                 self._pull()
             self._flush()
-            if self._dry or not self._may_go_on():
+            if self._dry or self._resuming is not None or not self._may_go_on():
                 return
 
     def _pull(self) -> None:
         self._pulling = True
         try:
-            while not self._dry and self._may_go_on():
+            for _ in range(_EVENTS_AT_ONCE):
+                if self._dry or not self._may_go_on():
+                    return
                 event = self._conversation.next_event(self._loop.time())
                 if event is None:
                     self._dry = True
@@ -255,6 +267,8 @@ class ClamdClient:
                         self._owned.close()
                 else:
                     self._take(event)
+            if self._resuming is None:
+                self._resuming = self._loop.call_soon(self._resume)
         finally:
             self._pulling = False
 

@@ -127,7 +127,11 @@ class NativeClient:
         self._outbox: deque[bytes] = deque()
         self._flushing: asyncio.Handle | None = None
         core.connections[self] = listener
-        self._read()
+        try:
+            self._read()
+        except BaseException:
+            self._close()
+            raise
 
     # ---- the socket ----
 

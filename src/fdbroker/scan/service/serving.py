@@ -136,9 +136,10 @@ async def _take_clients(
             return
         try:
             core.watch.round(partial(speaks, core, served, listener))
-        except OSError as error:  # no more descriptors can be watched
+        except Exception as error:  # noqa: BLE001 - no more descriptors can be watched, or whatever: others are served
             served.close()
-            say(f"a client of uid {served.uid} could not be served: {error.strerror}")
+            why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            say(f"a client of uid {served.uid} could not be served: {why}")
 
     try:
         await service.for_each(take)

@@ -142,9 +142,10 @@ class _Stranger:
         self._on_close = on_close
 
     def close(self) -> None:
-        """Close the connection."""
-        self.socket.close()
-        self._on_close()
+        """Close the connection. May be called again."""
+        if self.socket.fileno() >= 0:
+            self.socket.close()
+            self._on_close()
 
 
 class TcpClient(ClamdClient):

@@ -1,0 +1,180 @@
+"""Clients that can't be served from the first moment on: nothing of them is left, and others are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from fdbroker.scan.pool import Pool
+from fdbroker.scan.service import serving
+from fdbroker.scan.service.clamd import ClamdClient
+from fdbroker.scan.service.configuration import Configuration, Listener
+from fdbroker.scan.service.core import Core
+from fdbroker.scan.service.native import NativeClient
+from fdbroker.scan.service.tcp import TcpClient, _Stranger
+from tests.scan.descriptors import open_descriptors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fdbroker.aio import ServedClient, Service
+    from fdbroker.broker.notify import Notifier
+    from fdbroker.scan.service.core import Speaks
+
+
+def with_core(test: Callable[[Core], None]) -> None:
+    """Run a test with a service that has no engines; nothing may stay open, nor be called later."""
+
+    async def run() -> None:
+        failed: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context))
+        core = Core(Configuration(()), Pool([]), [])
+        try:
+            test(core)
+            await asyncio.sleep(0.15)  # longer than a plain command waits, and than a client is not watched
+        finally:
+            core.close()
+        assert not failed
+
+    before = open_descriptors()
+    asyncio.run(run())
+    assert open_descriptors() == before
+
+
+def refuse_to_watch(*_arguments: object, **_named: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class _Served:
+    """As a client that the broker has handed over."""
+
+    uid = 1000
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+@pytest.mark.parametrize(("speaks", "refused"), [(ClamdClient, "change"), (NativeClient, "add")])
+def test_nothing_is_left_of_a_client_that_can_not_be_watched(
+    speaks: Speaks, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def test(core: Core) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            theirs.send(b"PIN")  # to be waited for
+            monkeypatch.setattr(core.watch, refused, refuse_to_watch)
+            ours.settimeout(0)
+            served = _Served(ours)
+            with pytest.raises(OSError, match="No space"):
+                speaks(core, cast("ServedClient", served), Listener("clamd"))
+            served.close()  # as who made it does
+            assert (len(core.connections), core.hub.clients, ours.fileno()) == (0, 0, -1)
+        monkeypatch.undo()
+
+    with_core(test)
+
+
+def test_a_client_that_asks_much_in_one_breath_lets_others_have_their_turn() -> None:
+    """Ten thousand commands fit into one read."""
+    count = 8000
+
+    async def run() -> None:
+        core = Core(Configuration(()), Pool([]), [])
+        pairs = [socket.socketpair() for _ in range(2)]
+        try:
+            for ours, theirs in pairs:
+                ours.settimeout(0)
+                theirs.settimeout(0)
+                ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            (busy, asks_much), (_, asks_little) = pairs
+            asks_much.send(b"zIDSESSION\0" + b"zPING\0" * count)
+            ClamdClient(core, cast("ServedClient", _Served(busy)), Listener("clamd"))
+            answers = asks_much.recv(1 << 20).count(b"\0")
+            assert answers < 100, "that was one turn"
+            asks_little.send(b"zPING\0")
+            ClamdClient(core, cast("ServedClient", _Served(pairs[1][0])), Listener("clamd"))
+            assert asks_little.recv(10) == b"PONG\0"
+            while answers < count:
+                await asyncio.sleep(0)
+                with contextlib.suppress(BlockingIOError):
+                    more = asks_much.recv(1 << 20).count(b"\0")
+                    assert more < 200
+                    answers += more
+            assert answers == count
+            for connection in tuple(core.connections):
+                connection.end("stopping", "")
+        finally:
+            for pair in pairs:
+                for sock in pair:
+                    sock.close()
+            core.close()
+
+    async def in_time() -> None:
+        async with asyncio.timeout(20):
+            await run()
+
+    before = open_descriptors()
+    asyncio.run(in_time())
+    assert open_descriptors() == before
+
+
+def test_a_stranger_that_can_not_be_served_is_one_less_and_not_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = []
+
+    def test(core: Core) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            monkeypatch.setattr(core.watch, "change", refuse_to_watch)
+            ours.settimeout(0)
+            stranger = _Stranger(ours, lambda: gone.append(1))
+            with pytest.raises(OSError, match="No space"):
+                TcpClient(core, stranger, "tcp", -2, Listener("clamd"))
+            stranger.close()
+            assert (len(core.connections), core.hub.clients) == (0, 0)
+        monkeypatch.undo()
+
+    with_core(test)
+    assert gone == [1]
+
+
+def test_a_client_at_whose_first_words_the_service_fails_is_closed_and_the_next_one_is_served(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served: list[str] = []
+
+    def speaks(_core: object, client: _Served, _listener: object) -> None:
+        if not served:
+            served.append("failed")
+            message = "what came\n"
+            raise ValueError(message)
+        served.append("served")
+        client.close()
+
+    class _Coming:
+        async def for_each(self, serve: Callable[[ServedClient], None]) -> None:
+            for _ in range(2):
+                ours, theirs = socket.socketpair()
+                with theirs:
+                    serve(cast("ServedClient", _Served(ours)))
+                assert ours.fileno() == -1
+
+    def test(core: Core) -> None:
+        monkeypatch.setitem(serving.PROTOCOLS, "clamd", cast("Speaks", speaks))
+        coming = serving._take_clients(
+            core, "clamd", Listener("clamd"), cast("Service", _Coming()), cast("Notifier", None)
+        )
+        with pytest.raises(StopIteration):
+            coming.send(None)
+
+    with_core(test)
+    assert served == ["failed", "served"]
+    assert r"uid 1000 could not be served: ValueError: what came\x0a" in capsys.readouterr().err
