@@ -16,6 +16,8 @@ from coverage import Coverage
 from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.database import DirectoryBasedExampleDatabase
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 
 import fdbroker
 from tests.for_other_users import ForOtherUsers, for_other_users
@@ -190,6 +192,13 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def same_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have hypothesis try the same cases whatever was imported: it draws from the constants of modules, too."""
+    monkeypatch.setattr(providers, "_get_local_constants", Constants)
+    monkeypatch.setattr(providers, "CONSTANTS_CACHE", type(providers.CONSTANTS_CACHE)(1024))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from hypothesis.internal.conjecture import providers
-from hypothesis.internal.constants_ast import Constants
 
 from fdbroker.policy import decide as decide_module
 from fdbroker.policy import rule_index
@@ -366,10 +364,8 @@ def how_it_was_answered(view: ActionView, path: str) -> str:
 
 
 @pytest.mark.unmeasured
-def test_every_outcome_has_its_share_of_the_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The same cases, whatever other tests have imported: hypothesis draws from the constants of modules, too.
-    monkeypatch.setattr(providers, "_get_local_constants", Constants)
-    monkeypatch.setattr(providers, "CONSTANTS_CACHE", type(providers.CONSTANTS_CACHE)(1024))
+@pytest.mark.usefixtures("same_cases")
+def test_every_outcome_has_its_share_of_the_cases() -> None:
     counted: Counter[str] = Counter()
 
     # The same cases in every profile.
