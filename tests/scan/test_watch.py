@@ -1,3 +1,5 @@
+"""The descriptors that the scan service looks at: each has its call, and nobody has another one's."""
+
 from __future__ import annotations
 
 import asyncio

@@ -22,6 +22,7 @@ class SuggestingGroup(click.Group):
         """Find a command as click does, and say more where there is none."""
         if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
             close = difflib.get_close_matches(args[0], self.list_commands(ctx), 1)
-            meant = f" Did you mean {close[0]}?" if close else ""
-            raise click.UsageError(f"No such command {args[0]!r}.{meant}", ctx)
+            if close:
+                raise click.UsageError(f"No such command {args[0]!r}. Did you mean {close[0]}?", ctx)
+            raise click.UsageError(f"No such command {args[0]!r}.", ctx)
         return super().resolve_command(ctx, args)

@@ -16,6 +16,8 @@ from fdbroker.cli.checks.check import OK, WEAKER, Check
 from fdbroker.config.names import group_name, printable, user_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fdbroker.config import CompiledPolicy
 
 _MODULES_OF_DAEMON = {
@@ -44,26 +46,25 @@ _NUMBER = "a number without a name, as the policy has it"
 
 
 def _user(name: str, otherwise: str, meaning: str) -> Check:
-    if name.isdigit():
-        return Check(f"user {name}", OK, _NUMBER, meaning)
-    try:
-        found = pwd.getpwnam(name)
-    except KeyError:
-        cure = f"as root: useradd --system --no-create-home --shell /usr/sbin/nologin {name}"
-        return Check(f"user {name}", otherwise, "does not exist", meaning, cure)
-    return Check(f"user {name}", OK, f"uid {found.pw_uid}", meaning)
+    add = "useradd --system --no-create-home --shell /usr/sbin/nologin"
+    return _account("user", name, lambda: f"uid {pwd.getpwnam(name).pw_uid}", add, otherwise, meaning)
 
 
 def _group(name: str, otherwise: str, meaning: str) -> Check:
+    def found() -> str:
+        entry = grp.getgrnam(name)
+        return f"gid {entry.gr_gid}, members: {', '.join(map(printable, entry.gr_mem)) or 'nobody'}"
+
+    return _account("group", name, found, "groupadd --system", otherwise, meaning)
+
+
+def _account(kind: str, name: str, look: Callable[[], str], add: str, otherwise: str, meaning: str) -> Check:
     if name.isdigit():
-        return Check(f"group {name}", OK, _NUMBER, meaning)
+        return Check(f"{kind} {name}", OK, _NUMBER, meaning)
     try:
-        found = grp.getgrnam(name)
+        return Check(f"{kind} {name}", OK, look(), meaning)
     except KeyError:
-        cure = f"as root: groupadd --system {name}"
-        return Check(f"group {name}", otherwise, "does not exist", meaning, cure)
-    members = ", ".join(map(printable, found.gr_mem)) or "nobody"
-    return Check(f"group {name}", OK, f"gid {found.gr_gid}, members: {members}", meaning)
+        return Check(f"{kind} {name}", otherwise, "does not exist", meaning, f"as root: {add} {name}")
 
 
 def modules() -> Check:
