@@ -196,7 +196,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def same_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have hypothesis try the same cases whatever was imported: it draws from the constants of modules, too."""
+    """Have hypothesis try the same cases whatever was imported: it draws from modules' constants, too."""
     monkeypatch.setattr(providers, "_get_local_constants", Constants)
     monkeypatch.setattr(providers, "CONSTANTS_CACHE", type(providers.CONSTANTS_CACHE)(1024))
 
