@@ -66,6 +66,10 @@ def policy_text(directory: Path) -> str:
     return text
 
 
+# Descriptors of one more worker, which is started where there is more to do. They stay; those of clients go.
+OF_A_WORKER = 3
+
+
 class RunningScand:
     """The process of a service. `socket` is that of its clients, `said` what its manager was told."""
 

@@ -23,6 +23,7 @@ from tests.scan.descriptors import lingering_socket
 from tests.scan.running_scand import (
     ANN,
     BOB,
+    OF_A_WORKER,
     RunningScand,
     client_of,
     copy_treacherous_engine,
@@ -107,7 +108,7 @@ def test_files_that_wait_to_be_copied_are_closed_when_their_client_goes(scand: R
     with Puppet(lambda: None, uid=ANN) as ann:
         ann.do(keep_copies_waiting, scand.socket, 15)
         wait_until(lambda: under_way(scand), "it scans")
-    wait_until(lambda: scand.descriptors() <= before + 3, "its descriptors are closed")  # of a worker
+    wait_until(lambda: scand.descriptors() <= before + OF_A_WORKER, "its descriptors are closed")
 
 
 def test_files_that_wait_to_be_copied_count_as_files_that_wait(scand: RunningScand) -> None:
