@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# What `fdbroker` imports when it is asked for: a child that became another user may not read a checkout.
+import fdbroker.client
+import fdbroker.scan.client  # noqa: F401
 from tests.system.inside.system import POLICY, POLICY_FILE, run, sync_journal
 
 
