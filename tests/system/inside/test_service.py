@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SYSTEMD = Path(__file__).resolve().parents[3] / "systemd"
-# Seconds. A start takes at most 0.3 on a quiet machine, which is tried for and shown. What is later than any noise
-# of a machine makes of that fails.
+# Seconds. A start takes at most 0.3 on a quiet machine, which is tried for and shown; later than LATE fails,
+# whatever else a machine has to do.
 START, LATE, STOP = 0.3, 1.2, 1.0
 LEAST_ROUNDS, MOST_ROUNDS = 6, 30
 BROKEN = "version: 1\nroots: {data: {path: /srv/data}}\nrulez: []\n"
