@@ -14,8 +14,8 @@ from fdbroker.aio.link import WatchedLink, waking
 from fdbroker.client.answers import limits_of
 from fdbroker.client.engine import TooLargeError, batches
 from fdbroker.client.errors import BrokerError, UnavailableError, disconnected, timed_out
-from fdbroker.client.link import Call, ConnectionLost, Deadline, not_greeted
-from fdbroker.client.session import MAY_COME_BACK, PAUSES, count_loss
+from fdbroker.client.link import Call, ConnectionLost, Deadline
+from fdbroker.client.session import count_loss, may_come_back, pauses
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable
@@ -211,13 +211,19 @@ class Session:
         link = self._live()
         if link is not None:
             return link
-        if self._connect_again is None:
+        connect_again = self._connect_again
+        if connect_again is None:
             raise disconnected("the connection has ended, and it was not made by connect()")
+
+        async def unless_closed(deadline: Deadline) -> WatchedLink:
+            self._check_open()
+            return await connect_again(deadline)
+
         try:
             async with asyncio.timeout(deadline.left()), self._connecting:
                 link = self._live()
                 if link is None:
-                    link = await reconnect(self._connect_again, deadline, self._check_open)
+                    link = await reconnect(unless_closed, deadline)
                     self._link, self.welcome = link, link.welcome
                 return link
         except TimeoutError as late:
@@ -232,34 +238,21 @@ class Session:
 
 
 async def reconnect(
-    connect_again: Callable[[Deadline], Awaitable[WatchedLink]],
-    deadline: Deadline,
-    before_each: Callable[[], None] | None = None,
+    connect_again: Callable[[Deadline], Awaitable[WatchedLink]], deadline: Deadline
 ) -> WatchedLink:
     """Return a connection to a broker that was there a moment ago, and may be one that is being restarted.
-
-    `before_each` try it may raise what ends this.
 
     Raises:
         BrokerError: it does not come back.
 
     """
     last: Exception | None = None
-    for pause in PAUSES:
-        left = deadline.left()
-        if left is not None and left <= pause:
-            break
+    for pause in pauses(deadline):
         await asyncio.sleep(pause)
-        if before_each is not None:
-            before_each()
         try:
             return await connect_again(deadline)
-        except UnavailableError as error:
-            if error.errno not in MAY_COME_BACK:
-                raise
-            last = error
-        except ConnectionLost as lost:
-            last = not_greeted(lost)
+        except (UnavailableError, ConnectionLost) as error:
+            last = may_come_back(error)
     raise last or timed_out(deadline.seconds, "the broker did not come back")
 
 

@@ -31,7 +31,7 @@ _Result = TypeVar("_Result")
 _MOST_LOSSES = 3
 # Seconds before each try to connect again: a broker that is restarted by hand has no socket for a moment.
 PAUSES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
-MAY_COME_BACK = frozenset({errno.ENOENT, errno.ECONNREFUSED})
+_MAY_COME_BACK = frozenset({errno.ENOENT, errno.ECONNREFUSED})
 
 
 class Session:
@@ -309,20 +309,36 @@ def reconnect(connect_again: Callable[[Deadline], Connection], deadline: Deadlin
 
     """
     last: Exception | None = None
-    for pause in PAUSES:
-        left = deadline.left()
-        if left is not None and left <= pause:
-            break
+    for pause in pauses(deadline):
         time.sleep(pause)
         try:
             return connect_again(deadline)
-        except UnavailableError as error:
-            if error.errno not in MAY_COME_BACK:
-                raise
-            last = error
-        except ConnectionLost as lost:
-            last = not_greeted(lost)
+        except (UnavailableError, ConnectionLost) as error:
+            last = may_come_back(error)
     raise last or timed_out(deadline.seconds, "the broker did not come back")
+
+
+def pauses(deadline: Deadline) -> Iterator[float]:
+    """Yield the seconds before each try to connect again, as long as there is time for one."""
+    for pause in PAUSES:
+        left = deadline.left()
+        if left is not None and left <= pause:
+            return
+        yield pause
+
+
+def may_come_back(error: UnavailableError | ConnectionLost) -> Exception:
+    """Return what to raise if no try to connect comes after the one that failed so.
+
+    Raises:
+        UnavailableError: another try would fail as well.
+
+    """
+    if isinstance(error, ConnectionLost):
+        return not_greeted(error)
+    if error.errno not in _MAY_COME_BACK:
+        raise error
+    return error
 
 
 def count_loss(call: Call, how: str, lost: Exception | None = None, *, final: bool) -> None:
