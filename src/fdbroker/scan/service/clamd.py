@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fdbroker.clamd.protocol import (
@@ -39,7 +39,7 @@ from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.scan.run import Scanned
 from fdbroker.scan.service.copying import look, sealed_copy
 from fdbroker.scan.service.filesystems import Sorted, sort_out
-from fdbroker.scan.service.opening import FAILED, ToScan, TreeOfFiles
+from fdbroker.scan.service.opening import FAILED, OneByOne, ToScan, TreeOfFiles
 from fdbroker.scan.service.streams import Stream
 from fdbroker.scan.service.watch import IS_GONE, READABLE, WRITABLE
 from fdbroker.scan.tree import Exclusions
@@ -109,9 +109,7 @@ class ClamdClient:
         self._owned = Descriptors()  # that came and were not asked about yet
         self._commands: dict[int, _Command] = {}
         self._stream: Stream | None = None
-        # Paths that the broker opens: one command after the other.
-        self._to_open: deque[_Command] = deque()
-        self._opener: asyncio.Task[None] | None = None
+        self._to_open = OneByOne()
         self._copying: set[asyncio.Task[None]] = set()
         self._outbox = bytearray()
         self._flushing: asyncio.Handle | None = None
@@ -422,9 +420,9 @@ class ClamdClient:
         for handle in (self._timer, self._write_timer, self._flushing, self._resuming):
             if handle is not None:
                 handle.cancel()
-        for task in (self._opener, *self._copying):
-            if task is not None:
-                task.cancel()
+        self._to_open.close()
+        for task in self._copying:
+            task.cancel()
         for command in self._commands.values():
             command.over = True
             _let_go(command)
@@ -478,9 +476,7 @@ class ClamdClient:
             case _:
                 command = self._commands[number] = _Command(asked, asked.path, asked.path)
                 command.missing = (FAILED,)  # until it is known otherwise, whatever happens
-                self._to_open.append(command)
-                if self._opener is None or self._opener.done():
-                    self._opener = asyncio.create_task(self._open_all())
+                self._to_open.add(command, partial(self._open, command))
 
     def _say(self, number: int, text: bytes) -> None:
         self._send(self._conversation.answer(number, text))
@@ -544,18 +540,6 @@ class ClamdClient:
             self._hand_in(command, b"", whole, owner=self._owner_of_streams())
 
     # ---- files that the broker opens ----
-
-    async def _open_all(self) -> None:
-        while self._to_open:
-            command = self._to_open[0]
-            if not command.over:
-                command.task = asyncio.create_task(self._open(command))
-                try:
-                    await asyncio.wait([command.task])
-                except asyncio.CancelledError:
-                    command.task.cancel()
-                    raise
-            self._to_open.popleft()
 
     async def _open(self, command: _Command) -> None:
         try:
@@ -645,8 +629,7 @@ class ClamdClient:
     def _stop(self, command: _Command) -> None:
         """Let go of all that a command still has to do; nothing is said of it any more."""
         command.over = True
-        if command.task is not None:
-            command.task.cancel()
+        self._to_open.drop(command)
         self._files.cancel(command)
 
     def _end(self, command: _Command) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 import fdbroker
@@ -41,7 +42,7 @@ from fdbroker.scan.run import Scanned, Skipped
 from fdbroker.scan.service.aside import run_aside
 from fdbroker.scan.service.copying import look, sealed_copy
 from fdbroker.scan.service.filesystems import Sorted, sort_out
-from fdbroker.scan.service.opening import FAILED, ToScan, TreeOfFiles, files_at
+from fdbroker.scan.service.opening import FAILED, OneByOne, ToScan, TreeOfFiles, files_at
 from fdbroker.scan.service.watch import IS_GONE, READABLE, SAYS_NO_MORE, WRITABLE
 from fdbroker.scan.tree import Exclusions
 from fdbroker.scan.verdict import Error, Infected
@@ -119,9 +120,7 @@ class NativeClient:
         self._reading = True
         self._sorting = False
         self._scans: dict[int, _Scan] = {}
-        # Those whose files the broker opens: one after the other.
-        self._to_open: deque[tuple[_Scan, ScanPaths | ScanTree]] = deque()
-        self._opener: asyncio.Task[None] | None = None
+        self._to_open = OneByOne()
         self._copying: set[asyncio.Task[None]] = set()
         self._copies = core.copies_of(served.uid)
         self._outbox: deque[bytes] = deque()
@@ -266,9 +265,9 @@ class NativeClient:
         self._closed = True
         self._core.connections.pop(self, None)
         self._core.watch.let_go(self._fileno)
-        for task in (self._opener, *self._copying):
-            if task is not None:
-                task.cancel()
+        self._to_open.close()
+        for task in self._copying:
+            task.cancel()
         for scan in self._scans.values():
             scan.over = True
         self._scans.clear()
@@ -319,9 +318,7 @@ class NativeClient:
             if isinstance(request, ScanDescriptor):
                 self._scan_descriptor(scan, came)
             else:
-                self._to_open.append((scan, request))
-                if self._opener is None or self._opener.done():
-                    self._opener = asyncio.create_task(self._open_all())
+                self._to_open.add(scan, partial(self._open, scan, request))
 
     def _renew(self, request: Renew) -> None:
         if self._served.uid not in self._core.configuration.may_renew:
@@ -400,16 +397,6 @@ class NativeClient:
 
     # ---- files that the broker opens ----
 
-    async def _open_all(self) -> None:
-        while self._to_open:
-            scan, request = self._to_open.popleft()
-            scan.task = asyncio.create_task(self._open(scan, request))
-            try:
-                await asyncio.wait([scan.task])
-            except asyncio.CancelledError:
-                scan.task.cancel()
-                raise
-
     async def _open(self, scan: _Scan, request: ScanPaths | ScanTree) -> None:
         tree = None
         scan.missing = (FAILED,)  # until it is known otherwise, whatever happens here
@@ -483,10 +470,8 @@ class NativeClient:
 
     def _stop(self, scan: _Scan, why: str) -> None:
         """End a request now; what it has no verdict of by then has none."""
-        if scan.task is not None:
-            scan.task.cancel()
+        self._to_open.drop(scan)
         scan.over = True  # what comes for it from now on is let go of
-        self._to_open = deque(one for one in self._to_open if one[0] is not scan)
         self._files.cancel(scan)
         scan.let_go_of_copy()
         scan.missing = (why,)

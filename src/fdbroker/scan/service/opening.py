@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import stat
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fdbroker.client import (
     BrokerError,
@@ -21,7 +22,7 @@ from fdbroker.scan.tree import EXCLUDED, KINDS, Exclusions, is_about_the_connect
 from fdbroker.scan.verdict import Error, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable
+    from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 
     from fdbroker.aio import ServedClient
 
@@ -40,6 +41,47 @@ class ToScan(NamedTuple):
 
 
 Opened = ToScan | Scanned | Skipped
+
+
+class OpensFiles(Protocol):
+    """A request of a client whose files the broker opens; `task` does so, and is cancelled to end that."""
+
+    task: asyncio.Task[None] | None
+
+
+class OneByOne:
+    """The requests of one connection whose files are to be opened: one after the other, in their order."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[OpensFiles, Callable[[], Coroutine[None, None, None]]]] = deque()
+        self._runs: asyncio.Task[None] | None = None
+
+    def add(self, request: OpensFiles, open_files: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Call a function for a request, and run what it returns, when those before are over."""
+        self._waiting.append((request, open_files))
+        if self._runs is None or self._runs.done():
+            self._runs = asyncio.create_task(self._run())
+
+    def drop(self, request: OpensFiles) -> None:
+        """Begin no more with a request, and end it if it has begun."""
+        self._waiting = deque(one for one in self._waiting if one[0] is not request)
+        if request.task is not None:
+            request.task.cancel()
+
+    def close(self) -> None:
+        """Begin with none, and end the one that has begun."""
+        if self._runs is not None:
+            self._runs.cancel()
+
+    async def _run(self) -> None:
+        while self._waiting:
+            request, open_files = self._waiting.popleft()
+            request.task = asyncio.create_task(open_files())
+            try:
+                await asyncio.wait([request.task])
+            except asyncio.CancelledError:
+                request.task.cancel()
+                raise
 
 
 async def files_at(served: ServedClient, paths: Iterable[bytes]) -> AsyncGenerator[Opened, None]:
