@@ -588,14 +588,10 @@ def _decode_walk(frame: bytes, flags: int, count: int, request_id: int, generati
 
 
 def _decode_serve(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> ServeReply:
-    return ServeReply(request_id, generation, _decode_one_result(frame, count, request_id, "serve"))
-
-
-def _decode_one_result(frame: bytes, count: int, request_id: int, what: str) -> Result:
-    _expect(frame, HEADER.size + RESULT.size, f"a reply to {what}", request_id)
+    _expect(frame, HEADER.size + RESULT.size, "a reply to serve", request_id)
     if count:
-        raise MalformedError(f"a reply to {what} whose count is not 0", request_id)
-    return _decode_own_result(frame, HEADER.size)
+        raise MalformedError("a reply to serve whose count is not 0", request_id)
+    return ServeReply(request_id, generation, _decode_own_result(frame, HEADER.size))
 
 
 def _decode_accepted(
