@@ -71,16 +71,16 @@ def read_units() -> list[Unit | None]:
     """
     if not os.path.isdir("/run/systemd/system"):
         return [None, None]
-    return [_read_unit(SERVICE), _read_unit(SCAN_SERVICE)]
+    return [_read_unit(SERVICE, _PROPERTIES), _read_unit(SCAN_SERVICE, _PROPERTIES)]
 
 
-def read_socket(name: str) -> Mapping[str, list[str]]:
-    """Return what systemd has of a .socket unit; without a LoadState where it can't be asked."""
-    return _show(name, _OF_SOCKETS)
+def read_socket(name: str) -> Unit | None:
+    """Return a .socket unit, None where systemd does not have it, or can't be asked."""
+    return _read_unit(name, _OF_SOCKETS)
 
 
-def _read_unit(name: str) -> Unit | None:
-    values = _show(name, _PROPERTIES)
+def _read_unit(name: str, properties: Sequence[str]) -> Unit | None:
+    values = _show(name, properties)
     if not values or values.get("LoadState") == ["not-found"]:
         return None
     return Unit(name, values)
