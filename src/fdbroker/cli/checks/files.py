@@ -7,13 +7,13 @@ import errno
 import os
 import socket
 import stat
-import struct
 from typing import TYPE_CHECKING
 
 from fdbroker.cli.broker import how_to_restart, is_a_service
 from fdbroker.cli.checks.check import BROKEN, MISSING, OK, WEAKER, Check
 from fdbroker.config.directories import Sticky, UnsafeDirectoryError, open_directory
 from fdbroker.config.names import counted, group_name, printable, user_text
+from fdbroker.kernel import peers
 from fdbroker.launcher.inherited import KINDS
 from fdbroker.launcher.options import DEFAULT_PIDFILE
 
@@ -120,8 +120,8 @@ def _who_listens(listener: CompiledListener) -> str:
         sock.connect(os.fsencode(listener["path"]))
         if kind == socket.SOCK_DGRAM:
             return "whoever binds it"
-        pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return _SYSTEMD if pid == 1 else "fdbrokerd"
+        maker = peers.read_ucred(peers.peer_credentials(sock))
+    return _SYSTEMD if maker.pid == 1 else "fdbrokerd"
 
 
 # ---- the audit ----
