@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.cli.broker import SERVICE
+from fdbroker.cli.broker import SERVICE, systemd_runs
 from fdbroker.cli.checks.check import output_of
 from fdbroker.launcher.unit_options import is_at_or_above
 
@@ -69,7 +69,7 @@ def read_units() -> list[Unit | None]:
 
     To be asked before anything connects to a socket, which starts a service that has failed once more.
     """
-    if not os.path.isdir("/run/systemd/system"):
+    if not systemd_runs():
         return [None, None]
     return [_read_unit(SERVICE, _PROPERTIES), _read_unit(SCAN_SERVICE, _PROPERTIES)]
 
