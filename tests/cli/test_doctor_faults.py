@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import pytest
 
 import fdbroker
+from fdbroker.cli.broker import how_to_restart
 from fdbroker.cli.checks import BROKEN, OK, WEAKER, Check, Places, on_access, scanning
-from fdbroker.cli.checks import broker as broker_module
 from fdbroker.cli.checks.broker import broker_checks, its_code
 from fdbroker.cli.checks.check import Running, in_time
 from fdbroker.cli.checks.denials import denials
@@ -412,7 +412,7 @@ def test_broker_of_another_version_or_of_replaced_sources_is_told(
     replaced = its_code(around.running)
     assert replaced.state == WEAKER
     assert "installed anew since the broker was started" in replaced.found
-    assert broker_module.RESTART in replaced.cure
+    assert how_to_restart() in replaced.cure
 
 
 def in_namespaces(script: str, check: str) -> str:

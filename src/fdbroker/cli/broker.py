@@ -245,11 +245,14 @@ def obstacle(socket_path: str, error: client.BrokerError, option: str = "--socke
     return Obstacle(f"{shown}: {printable(error.strerror or str(error))}", "The broker's log may say more.")
 
 
+def systemd_runs() -> bool:
+    """Return whether systemd is this machine's init; sd_booted(3)."""
+    return os.path.isdir("/run/systemd/system")
+
+
 def is_a_service() -> bool:
     """Return whether systemd is to start the broker here: it runs, and has a unit of this name."""
-    return os.path.isdir("/run/systemd/system") and any(
-        os.path.exists(f"{directory}/{SERVICE}") for directory in _UNIT_DIRECTORIES
-    )
+    return systemd_runs() and any(os.path.exists(f"{directory}/{SERVICE}") for directory in _UNIT_DIRECTORIES)
 
 
 def how_to_restart() -> str:

@@ -144,8 +144,8 @@ def why_missing(reason: str) -> str:
     """Return what a word of `missing` of docs/scan-protocol.md means, and the word, printable."""
     from fdbroker.cli.walk import MISSING  # noqa: PLC0415 - of no use to a scan that is complete
 
-    for flag, (_, text) in MISSING.items():
-        if flag.name is not None and flag.name.lower() == reason:
+    for word, text in MISSING.values():
+        if word == reason:
             return f"{text} ({reason})"
     if reason in _GONE:
         return f"{_GONE[reason]} meanwhile; scan again ({reason})"

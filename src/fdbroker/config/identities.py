@@ -6,7 +6,6 @@ import grp
 import os
 import pwd
 import re
-import stat
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
@@ -109,20 +108,12 @@ class SystemLookups:
                 # Not stat(2), for which the server of a file system is asked, who may never answer.
                 os.close(os.open(at, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
             except NotADirectoryError:
-                pass
-            except OSError as error:
-                return Fault(f"{at!r}: {error.strerror}", "name a directory that exists")
-            else:
-                continue
-            try:
-                status = os.lstat(at)
-            except OSError as error:
-                return Fault(f"{at!r}: {error.strerror}", "name a directory that exists")
-            if stat.S_ISLNK(status.st_mode):
-                real = os.path.realpath(path)
-                return Fault(f"{at!r} is a symbolic link", f"write the real path, {real!r}")
-            if not stat.S_ISDIR(status.st_mode):
+                if os.path.islink(at):
+                    real = os.path.realpath(path)
+                    return Fault(f"{at!r} is a symbolic link", f"write the real path, {real!r}")
                 return Fault(f"{at!r} is not a directory", "name a directory")
+            except OSError as error:
+                return Fault(f"{at!r}: {error.strerror}", "name a directory that exists")
         return None
 
 

@@ -13,8 +13,6 @@ may be left out; with the default UNSET, that is not the same as any value.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import types
 import typing
 from collections.abc import Mapping
@@ -31,8 +29,7 @@ class UnsetType:
 UNSET: Final = UnsetType()
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Meta:
+class Meta(NamedTuple):
     """What an annotation says of a value besides its type.
 
     `min_length` is of a text, a list or a mapping; `ge` and `le` bound a
@@ -69,7 +66,7 @@ class Structure:
     def __init_subclass__(cls) -> None:
         """Note the annotations of the new class, which are not evaluated."""
         attributes = dict(cls.__attributes__)
-        for attribute in inspect.get_annotations(cls):
+        for attribute in cls.__annotations__:
             value = getattr(cls, attribute, _REQUIRED)
             attributes[attribute] = value if isinstance(value, _Key) else _Key(attribute, value)
         cls.__attributes__ = MappingProxyType(attributes)
@@ -93,6 +90,8 @@ def json_schemas(*structures: type[Structure]) -> dict[str, JsonSchema]:
 
 
 def _describe(structure: type[Structure], schemas: dict[str, JsonSchema]) -> None:
+    import inspect  # noqa: PLC0415 - takes long, and a start describes nothing
+
     if structure.__name__ in schemas:
         return
     schema = schemas[structure.__name__] = {

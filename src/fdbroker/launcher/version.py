@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ import sys
 _METADATA = re.compile(r"fdbroker-([^-]+)\.(?:dist|egg)-info")
 
 
+@functools.cache
 def installed_version() -> str:
     """Return the version as `fdbroker.__version__` does, without importlib.metadata: that takes 40 ms."""
     for directory in sys.path:

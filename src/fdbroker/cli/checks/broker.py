@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import fdbroker
 from fdbroker import client
 from fdbroker.broker.entry import TRUSTED_FOLDERS
-from fdbroker.cli.broker import obstacle
+from fdbroker.cli.broker import how_to_restart, obstacle
 from fdbroker.cli.checks.check import BROKEN, MISSING, OK, WEAKER, Check, Places, Running
 from fdbroker.cli.policy_file import changes_for_restart
 from fdbroker.client import BrokerError, control
@@ -19,8 +19,6 @@ from fdbroker.wire.client import for_broker
 
 if TYPE_CHECKING:
     from fdbroker.config import CompiledPolicy
-
-RESTART = "systemctl restart fdbroker, or fdbrokerd --stop and fdbrokerd --daemon"
 
 
 def broker_checks(places: Places, compiled: CompiledPolicy | None) -> tuple[list[Check], Running | None]:
@@ -122,7 +120,7 @@ def its_code(running: Running) -> Check:
     """Check that the broker runs what is installed here: a package may have been replaced under it."""
     name = "its version"
     meaning = "what was mended in the installed version is mended in the broker that runs"
-    cure = f"restart the broker: {RESTART}"
+    cure = f"restart the broker: {how_to_restart()}"
     ours, its = fdbroker.__version__, running.status.get("version")
     if its != ours:
         found = f"{printable(str(its))}; installed here is {ours}"

@@ -65,26 +65,6 @@ class Running(NamedTuple):
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
-def in_child(probe: Callable[[], str]) -> str:
-    """Run something that can't be undone in a child, and return what it returns or what went wrong."""
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if not pid:  # pragma: no cover - the child writes no report
-        try:
-            os.write(write_end, probe().encode(errors="backslashreplace"))
-        except Exception as error:  # noqa: BLE001 - told by the parent
-            os.write(write_end, str(error).encode(errors="backslashreplace"))
-        finally:
-            os._exit(0)
-    os.close(write_end)
-    with open(read_end, "rb") as pipe:
-        answer = pipe.read()
-    _, status = os.waitpid(pid, 0)
-    if status and not answer:
-        return f"the process that tried it ended with {os.waitstatus_to_exitcode(status)}"
-    return printable(answer)
-
-
 def output_of(*command: str) -> str | None:
     """Return what a fixed command writes; None: it is not there, or takes too long."""
     try:
@@ -118,11 +98,19 @@ def in_time(look: Callable[[], object], seconds: float | None = None) -> object:
         while is_readable(read_end, deadline - time.monotonic()):
             more = pipe.read(_OF_THE_CHILD)
             if not more:
-                os.waitpid(pid, 0)
-                return _understood(told)
+                _, status = os.waitpid(pid, 0)
+                return _understood(told, status)
             told += more
     _end(pid)
     raise NotSeenError("something does not answer, perhaps a file system")
+
+
+def in_child(probe: Callable[[], str]) -> str:
+    """Run something that can't be undone in a child, and return what it returns or what went wrong."""
+    try:
+        return printable(str(in_time(probe)))
+    except NotSeenError as error:
+        return printable(str(error))
 
 
 def _end(pid: int) -> None:
@@ -138,18 +126,20 @@ def _end(pid: int) -> None:
 
 def _tell(look: Callable[[], object], write_end: int) -> NoReturn:  # pragma: no cover - as above
     try:
-        told = {"given": look()}
-    except Exception as error:  # noqa: BLE001 - told by the parent
-        told = {"error": str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"}
-    try:
+        try:
+            told = {"given": look()}
+        except Exception as error:  # noqa: BLE001 - told by the parent
+            told = {"error": str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"}
         with open(write_end, "wb") as pipe:
             pipe.write(json.dumps(told).encode())
     finally:
         os._exit(0)
 
 
-def _understood(told: bytes) -> object:
-    answer = json.loads(told) if told else {"error": "the process that looked has ended"}
+def _understood(told: bytes, status: int) -> object:
+    if not told:
+        raise NotSeenError(f"the process that tried it ended with {os.waitstatus_to_exitcode(status)}")
+    answer = json.loads(told)
     if "error" in answer:
         raise NotSeenError(answer["error"])
     return answer["given"]

@@ -7,14 +7,13 @@ import errno
 import os
 import socket
 import stat
-import struct
 from typing import TYPE_CHECKING
 
-from fdbroker.cli.broker import is_a_service
-from fdbroker.cli.checks.broker import RESTART
+from fdbroker.cli.broker import how_to_restart, is_a_service
 from fdbroker.cli.checks.check import BROKEN, MISSING, OK, WEAKER, Check
 from fdbroker.config.directories import Sticky, UnsafeDirectoryError, open_directory
 from fdbroker.config.names import counted, group_name, printable, user_text
+from fdbroker.kernel import peers
 from fdbroker.launcher.inherited import KINDS
 from fdbroker.launcher.options import DEFAULT_PIDFILE
 
@@ -82,11 +81,11 @@ def _socket(name: str, listener: CompiledListener) -> Check:
         status = os.lstat(listener["path"])
     except OSError as error:
         found = f"{shown}: {error.strerror}, though the broker listens: it was removed"
-        return Check(title, BROKEN, found, meaning, f"the broker makes it again: {RESTART}")
+        return Check(title, BROKEN, found, meaning, f"the broker makes it again: {how_to_restart()}")
     mode = stat.S_IMODE(status.st_mode)
     whose = f"mode 0{mode:03o}, {user_text(status.st_uid)}:{group_name(status.st_gid)}"
     if not stat.S_ISSOCK(status.st_mode):
-        cure = f"remove it; then the broker makes a socket again: {RESTART}"
+        cure = f"remove it; then the broker makes a socket again: {how_to_restart()}"
         return Check(title, BROKEN, f"{shown} is no socket ({whose})", meaning, cure)
     try:
         who = _who_listens(listener)
@@ -94,7 +93,8 @@ def _socket(name: str, listener: CompiledListener) -> Check:
         if error.errno in {errno.EACCES, errno.EPERM}:
             return Check(title, OK, f"{shown}, {whose}; you may not connect", meaning)
         found = f"{shown}, {whose}: {error.strerror}: it is another one than that of the broker"
-        return Check(title, BROKEN, found, meaning, f"remove it; the broker makes it again: {RESTART}")
+        cure = f"remove it; the broker makes it again: {how_to_restart()}"
+        return Check(title, BROKEN, found, meaning, cure)
     if status.st_uid:
         cure = f"as root: chown root {shown}; SocketUser=root in a unit"
         found = f"{shown} ({whose}) is not root's, so its owner says who may connect"
@@ -120,8 +120,8 @@ def _who_listens(listener: CompiledListener) -> str:
         sock.connect(os.fsencode(listener["path"]))
         if kind == socket.SOCK_DGRAM:
             return "whoever binds it"
-        pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return _SYSTEMD if pid == 1 else "fdbrokerd"
+        maker = peers.read_ucred(peers.peer_credentials(sock))
+    return _SYSTEMD if maker.pid == 1 else "fdbrokerd"
 
 
 # ---- the audit ----

@@ -7,6 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from fdbroker.cli.broker import systemd_runs
 from fdbroker.cli.checks.check import BROKEN, OK, WEAKER, Check, output_of
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def _set_since(running: Running) -> float | None:
 
 def _is_synchronised() -> bool | None:
     """Ask systemd, where it runs; None: it can't be asked."""
-    if not os.path.isdir("/run/systemd/system"):
+    if not systemd_runs():
         return None
     said = output_of("timedatectl", "show", "--property=NTPSynchronized", "--value")
     return {"yes\n": True, "no\n": False}.get(said or "")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -135,10 +134,11 @@ def _exclusion(listener: Listener, who: str, running: Running) -> Iterator[tuple
     """Say if clamonacc scans what the broker opens: to answer, it may have to ask the broker."""
     if listener.program != "clamonacc":
         return
-    user = user_name(read_process_state(running.pid).uids[1])
+    uid = read_process_state(running.pid).uids[1]
+    user = user_name(uid)
     path = _configuration_of(listener.pid)
     excluded, uids = excluded_users(path)
-    if user in excluded or _uid(user) in uids:
+    if user in excluded or uid in uids:
         return
     found = f"{who} scans what the broker's user {printable(user)} opens, which every client asks for"
     yield found, f"OnAccessExcludeUname {printable(user)} in {printable(path)}, and restart clamonacc"
@@ -166,12 +166,3 @@ def excluded_users(path: str) -> tuple[set[str], set[int]]:
             elif key == "OnAccessExcludeUID" and value.strip().isdigit():
                 uids.add(int(value))
     return names, uids
-
-
-def _uid(name: str) -> int:
-    if name.isdigit():
-        return int(name)
-    try:
-        return pwd.getpwnam(name).pw_uid
-    except KeyError:
-        return -1

@@ -6,7 +6,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.cli.checks.broker import RESTART
+from fdbroker.cli.broker import how_to_restart
 from fdbroker.cli.checks.check import BROKEN, OK, WEAKER, Check
 from fdbroker.config.names import counted, printable
 from fdbroker.launcher.mounts import parse_mounts
@@ -121,7 +121,7 @@ def _replaced(roots: list[Root]) -> Check:
     wrong = [problem for root in roots if not root.helpers and (problem := _what_became_of(root))]
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        cure = f"if what is there now is meant, restart the broker: {RESTART}"
+        cure = f"if what is there now is meant, restart the broker: {how_to_restart()}"
         return Check(name, BROKEN, f"{wrong[0]}{more}", meaning, cure)
     note = f"; {counted(helped, 'root')} with 'opens: helpers' not looked at" if helped else ""
     found = f"{counted(len(roots) - helped, 'root')}, the same as when it started{note}"
@@ -153,7 +153,7 @@ def _mount_view(roots: list[Root], mounts: list[Mount]) -> Check:
     ]
     if writable:
         found = f"a root is writable in the broker's view: {_names(writable)}"
-        cure = f"see who mounted it anew; then restart the broker: {RESTART}"
+        cure = f"see who mounted it anew; then restart the broker: {how_to_restart()}"
         return Check(name, BROKEN, found, meaning, cure)
     later, unserved = [], 0
     for root in roots:
@@ -164,7 +164,7 @@ def _mount_view(roots: list[Root], mounts: list[Mount]) -> Check:
             unserved += len(below)
     if later:
         found = f"mounted since it started, and writable in its view: {_names(later)}; no file there is given"
-        return Check(name, WEAKER, found, meaning, f"restart the broker: {RESTART}")
+        return Check(name, WEAKER, found, meaning, f"restart the broker: {how_to_restart()}")
     note = ""
     if unserved:
         note = f"; {counted(unserved, 'mount')} below roots without cross_mounts: nothing there is served"

@@ -19,7 +19,6 @@ from fdbroker.scan.client import DEFAULT_SOCKET, ScanServiceError, ServiceTimeou
 if TYPE_CHECKING:
     from fdbroker.config import CompiledPolicy
 
-SERVICE_USER = "fdbroker-scand"
 CLAMD = "clamd"  # the listener for clients of ClamAV, by its usual name
 _START = "systemctl start fdbroker-scand, or fdbroker-scand as its user (docs/scand.md); its log says more"
 _CLAMAV = re.compile(r"ClamAV [^/]*/[^/]*/([^,]*)")

@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.cli.broker import SERVICE
+from fdbroker.cli.broker import SERVICE, systemd_runs
 from fdbroker.cli.checks.check import output_of
 from fdbroker.launcher.unit_options import is_at_or_above
 
@@ -69,18 +69,18 @@ def read_units() -> list[Unit | None]:
 
     To be asked before anything connects to a socket, which starts a service that has failed once more.
     """
-    if not os.path.isdir("/run/systemd/system"):
+    if not systemd_runs():
         return [None, None]
-    return [_read_unit(SERVICE), _read_unit(SCAN_SERVICE)]
+    return [_read_unit(SERVICE, _PROPERTIES), _read_unit(SCAN_SERVICE, _PROPERTIES)]
 
 
-def read_socket(name: str) -> Mapping[str, list[str]]:
-    """Return what systemd has of a .socket unit; without a LoadState where it can't be asked."""
-    return _show(name, _OF_SOCKETS)
+def read_socket(name: str) -> Unit | None:
+    """Return a .socket unit, None where systemd does not have it, or can't be asked."""
+    return _read_unit(name, _OF_SOCKETS)
 
 
-def _read_unit(name: str) -> Unit | None:
-    values = _show(name, _PROPERTIES)
+def _read_unit(name: str, properties: Sequence[str]) -> Unit | None:
+    values = _show(name, properties)
     if not values or values.get("LoadState") == ["not-found"]:
         return None
     return Unit(name, values)

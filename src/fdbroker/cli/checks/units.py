@@ -16,7 +16,7 @@ from fdbroker.cli.checks.unit_options import (
 from fdbroker.config.names import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from fdbroker.cli.checks.check import Running
     from fdbroker.cli.checks.systemd import Unit
@@ -43,15 +43,14 @@ def unit_checks(
         broker = broker._replace(roots=roots, helpers=helpers)
         # One that was not started yet is not among those that systemd knows of.
         usual = [f"fdbroker-{name}.socket" for name in (*_KIND_OF, *sorted(services or ()))]
-        sockets = {
-            name: read_socket(name) for name in dict.fromkeys([*broker.value("TriggeredBy").split(), *usual])
-        }
+        names = dict.fromkeys([*broker.value("TriggeredBy").split(), *usual])
+        sockets = [unit for unit in map(read_socket, names) if unit is not None]
         objections = objections_to_broker(broker)
-        if any(_takes_datagrams(values) for values in sockets.values()):
+        if any(map(_takes_datagrams, sockets)):
             objections += about_datagrams(broker)
         checks += [_state_of(broker), *options_of(broker, objections)]
-        for name, values in sockets.items():
-            checks += _socket(name, values, services)
+        for unit in sockets:
+            checks += _socket(unit, services)
         checks += _whose_broker(broker, running)
     if scand is not None:
         checks += [_state_of(scand), *options_of(scand, objections_to_scand(scand))]
@@ -103,25 +102,19 @@ def _whose_broker(unit: Unit, running: Running | None) -> list[Check]:
 # ---- sockets ----
 
 
-def _takes_datagrams(values: Mapping[str, list[str]]) -> bool:
-    return values.get("ActiveState") == ["active"] and values.get("FileDescriptorName") == ["dgram"]
+def _takes_datagrams(unit: Unit) -> bool:
+    return unit.value("ActiveState") == "active" and unit.value("FileDescriptorName") == "dgram"
 
 
-def _socket(name: str, values: Mapping[str, list[str]], services: set[str] | None) -> list[Check]:
+def _socket(unit: Unit, services: set[str] | None) -> list[Check]:
     """Check a socket unit of the broker; `services`: names that the policy has besides, None: not known."""
-    meaning = "clients reach the broker, also while it is not started yet"
-
-    def value(option: str) -> str:
-        return " ".join(values.get(option, []))
-
-    if value("LoadState") in {"", "not-found"}:
-        return []
-    called = value("FileDescriptorName")
-    listening = values.get("Listen", [])
-    if value("ActiveState") == "inactive" and value("UnitFileState") != "enabled":
+    name, meaning = unit.name, "clients reach the broker, also while it is not started yet"
+    called = unit.value("FileDescriptorName")
+    listening = unit.values.get("Listen", [])
+    if unit.value("ActiveState") == "inactive" and unit.value("UnitFileState") != "enabled":
         return []  # it is not wanted
-    if value("ActiveState") != "active":
-        found = f"is {value('ActiveState')} ({value('Result')})"
+    if unit.value("ActiveState") != "active":
+        found = f"is {unit.value('ActiveState')} ({unit.value('Result')})"
         cure = f"systemctl reset-failed {name}; systemctl enable --now {name}"
         return [Check(name, BROKEN, found, meaning, cure)]
     cure = f"systemctl edit {name}; then systemctl restart {name}"
@@ -135,10 +128,10 @@ def _socket(name: str, values: Mapping[str, list[str]], services: set[str] | Non
     if wrong:
         found = f"{printable(wrong[0])} is another type than {called} says, so the broker does not start"
         return [Check(name, BROKEN, found, meaning, f"Listen{kind}=: {cure}")]
-    if value("Accept") == "yes":
+    if unit.value("Accept") == "yes":
         found = "Accept=yes: each connection would have a service of its own"
         return [Check(name, BROKEN, found, meaning, f"Accept=no: {cure}")]
-    if called == "dgram" and value("PassCredentials") != "yes":
+    if called == "dgram" and unit.value("PassCredentials") != "yes":
         found = "PassCredentials=no: datagrams of before the broker's start are refused"
         return [Check(name, WEAKER, found, meaning, f"PassCredentials=yes: {cure}")]
     return [Check(name, OK, f"listens: {printable(', '.join(listening))}", meaning)]
