@@ -40,13 +40,6 @@ ASK = (
 
 
 @pytest.fixture(scope="module")
-def dist() -> Path:
-    """Return the directory of the archives, made anew where sources changed."""
-    subprocess.run(["make", "-s", "dist"], cwd=REPOSITORY, check=True, capture_output=True)
-    return REPOSITORY / "dist"
-
-
-@pytest.fixture(scope="module")
 def programs(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Give the directory of programs of a new environment that has the wheel and what it requires."""
     wheels = tmp_path_factory.mktemp("wheels")
