@@ -14,7 +14,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test coverage test-system races soak hostile fuzz lint format man completions docs dist deb bench \
-	bench-scan constraints clean
+	bench-scan constraints clean unknown-sources
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -90,15 +90,15 @@ docs: $(VENV)/.ready-docs ## build the documentation's site in build/site; a war
 	@$(BIN)/python -m sphinx -q -j auto -W --keep-going -d build/site-doctrees -c docs/site . build/site
 	@echo "docs: open build/site/index.html"
 
-# What an sdist has.
-SOURCES := $(wildcard $(shell git ls-files --cached --others --exclude-standard 2>/dev/null))
+# What an sdist has. Where git does not say, be it that the checkout is somebody else's, it is made each time.
+SOURCES := $(or $(wildcard $(shell git ls-files --cached --others --exclude-standard 2>/dev/null)),unknown-sources)
 
 dist: dist/.made ## make the sdist and the wheel in dist/, reproducibly
 	@ls dist/*.tar.gz dist/*.whl
 
 dist/.made: $(VENV)/.ready $(SOURCES)
 	@rm -rf dist
-	@export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null); \
+	@if epoch=$$(git log -1 --format=%ct 2>/dev/null); then export SOURCE_DATE_EPOCH=$$epoch; fi; \
 	umask 022 && $(BIN)/python -I -m hatchling build -d dist >build/dist.log 2>&1 || { cat build/dist.log >&2; exit 1; }
 	@touch $@
 

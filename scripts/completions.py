@@ -56,6 +56,18 @@ def _in_short(text: str) -> str:
     return re.split(r"\.(?: |$)| \[| \((?:see|default|with --daemon)|; ", text)[0]
 
 
+def _valued(commands: list[Command]) -> list[str]:
+    """Return the names of options behind which there is a value, whichever commands they are of."""
+    options = [option for each in commands for option in each.options]
+    valued = {name: None for option in options if option.value for name in option.names}
+    alone = {name for option in options if not option.value for name in option.names}
+    if both := alone & valued.keys():
+        raise SystemExit(
+            f"completions: {', '.join(sorted(both))}: with a value in one command, without in another"
+        )
+    return list(valued)
+
+
 def _quoted(text: str) -> str:
     """Return a word of a shell: of bash and zsh, and of fish where there is no backslash in it."""
     return "'" + text.replace("'", "'\\''") + "'"
@@ -72,13 +84,6 @@ def bash(program: Command) -> str:
     """Return the completion of a program for bash."""
     name = program.words[0]
     commands = [_whole(each) for each in program.all_commands()]
-    valued = [
-        f'"{" ".join(each.words)} {name}"'
-        for each in commands
-        for option in each.options
-        if option.value
-        for name in option.names
-    ]
     lines = [
         f"# bash completion for {name}",
         _HEADER,
@@ -98,15 +103,13 @@ def bash(program: Command) -> str:
         "        elif [[ $word == -- ]]; then",
         "            rest=.",
         "        elif [[ $word == -* ]]; then",
-        '            case "$command $word" in',
-        *_wrapped(valued, "            ", ") option=$word ;;"),
+        "            case $word in",
+        *_wrapped(_valued(commands), "            ", ") option=$word ;;"),
         "            esac",
         "        elif [[ $first ]]; then",
         '            case "$command $word" in',
         *_wrapped(
-            [f'"{" ".join(each.words)}"' for each in commands[1:]] or ['"-"'],
-            "            ",
-            ') command+=" $word" ;;',
+            [f'"{" ".join(each.words)}"' for each in commands[1:]], "            ", ') command+=" $word" ;;'
         ),
         "            *) first= ;;",
         "            esac",
@@ -153,10 +156,11 @@ def _names(command: Command) -> list[str]:
 
 
 def _wrapped(patterns: list[str], indent: str, end: str) -> Iterator[str]:
-    """Yield alternatives of `case`, one a line."""
+    """Yield alternatives of `case`, one a line; nothing if there are none."""
     for pattern in patterns[:-1]:
         yield f"{indent}{pattern} | \\"
-    yield f"{indent}{patterns[-1]}{end}"
+    if patterns:
+        yield f"{indent}{patterns[-1]}{end}"
 
 
 def _bash_values(commands: list[Command]) -> Iterator[str]:
@@ -255,49 +259,18 @@ def fish(program: Command) -> str:
     name = program.words[0]
     commands = [_whole(each) for each in program.all_commands()]
     function = f"_{_function(program.words)}_is"
-    valued = [
-        _fish_word(f"{' '.join(each.words)} {name}")
-        for each in commands
-        for option in each.options
-        if option.value
-        for name in option.names
-    ]
-    below = [_fish_word(" ".join(each.words)) for each in commands[1:]]
-    lines = [
-        f"# fish completion for {name}",
-        _HEADER,
-        "# Whether the words before the cursor lead to this command.",
-        f"function {function}",
-        "    set -l words (commandline -opc)",
-        f"    set -l command {_fish_word(name)}",
-        "    set -l value",
-        "    for word in $words[2..]",
-        "        if set -q value[1]",
-        "            set -e value[1]",
-        "            continue",
-        "        end",
-        '        switch "$command $word"',
-        *_fish_case(valued, "set value $word"),
-        "            case '* -*'",
-        "                continue",
-        *_fish_case(below, 'set command "$command $word"'),
-        "            case '*'",
-        "                break",
-        "        end",
-        "    end",
-        '    test "$command" = "$argv[1]"',
-        "end",
-        "",
-        f"complete -c {name} -f",
-    ]
+    lines = [f"# fish completion for {name}", _HEADER]
+    if program.commands:
+        lines += _fish_function(function, commands)
+    lines.append(f"complete -c {name} -f")
     for each in commands:
         asked = f'{function} "{" ".join(each.words)}"'
-        condition = f"complete -c {name} -n {_fish_word(asked)}"
+        condition = f"complete -c {name}" + (f" -n {_fish_word(asked)}" if program.commands else "")
         lines += [f"{condition} -a {one.words[-1]} -d {_fish_word(one.summary)}" for one in each.commands]
         if _takes_files(each) or each.words == _EXEC:
             lines.append(f"{condition} -F")
         if each.words == _EXEC:
-            program_next = f'{function} "{" ".join(each.words)}"; and test (commandline -opc)[-1] = --'
+            program_next = f"{asked}; and test (commandline -opc)[-1] = --"
             lines.append(
                 f"complete -c {name} -n {_fish_word(program_next)} -x -a '(__fish_complete_command)'"
             )
@@ -305,8 +278,28 @@ def fish(program: Command) -> str:
     return "\n".join([*lines, ""])
 
 
-def _fish_case(words: list[str], does: str) -> list[str]:
-    return [f"            case {' '.join(words)}", f"                {does}"] if words else []
+def _fish_function(function: str, commands: list[Command]) -> list[str]:
+    below = [_fish_word(" ".join(each.words)) for each in commands[1:]]
+    return [
+        "# Whether the words before the cursor lead to this command.",
+        f"function {function}",
+        f"    set -l command {commands[0].words[0]}",
+        "    set -l option",
+        "    for word in (commandline -opc)[2..]",
+        '        if test -n "$option"',
+        "            set option",
+        f"        else if contains -- $word {' '.join(_valued(commands))}",
+        "            set option $word",
+        f'        else if contains -- "$command $word" {" ".join(below)}',
+        '            set command "$command $word"',
+        "        else if not string match -q -- '-*' $word",
+        "            break",
+        "        end",
+        "    end",
+        '    test "$command" = "$argv[1]"',
+        "end",
+        "",
+    ]
 
 
 def _fish_word(text: str) -> str:

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -283,6 +284,7 @@ class Writer:
         return self.page.text()
 
 
+@cache
 def _sections_of(file: str) -> dict[str, list[Token]]:
     return dict(sections(parse((DOCS / file).read_text())))
 
@@ -321,7 +323,9 @@ def _without_what_help_says(tokens: list[Token], command: Command) -> list[Token
         children = each[1].children if goes_on and first.type == "paragraph_open" else None
         if children and children[0].type == "text":
             # A sentence that began with the usage.
-            children[0].content = children[0].content[:1].upper() + children[0].content[1:]
+            begin = children[0].content
+            first_words = children[0].copy(content=begin[:1].upper() + begin[1:])
+            each[1] = each[1].copy(children=[first_words, *children[1:]])
         goes_on = False
         kept.append(each)
     return [token for each in kept for token in each]

@@ -88,7 +88,7 @@ class Page:
     def paragraph(self, markup: str) -> None:
         """Write a paragraph."""
         self._begin_paragraph()
-        self._fill(markup)
+        self.fill(markup)
 
     def tagged(self, tag: str, *lines: str) -> None:
         """Write a paragraph that is about `tag`."""
@@ -96,7 +96,7 @@ class Page:
         for number, markup in enumerate(lines):
             if number:
                 self._lines.append(".br")
-            self._fill(markup)
+            self.fill(markup)
 
     def name(self, name: str, what: str) -> None:
         """Write the section by which pages are found."""
@@ -121,10 +121,6 @@ class Page:
         self._lines.append(".RS 4")
         write()
         self._lines.append(".RE")
-
-    def filled(self, markup: str) -> None:
-        """Write the text of an item of a list."""
-        self._fill(markup)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Write a table: as one where it fits, else a tagged paragraph for each row."""
@@ -158,8 +154,8 @@ class Page:
         if not self._lines[-1].startswith((".SH", ".SS")):
             self._lines.append(".PP")
 
-    def _fill(self, markup: str) -> None:
-        """Append text whose lines roff makes anew: sentences and some words a line, as it wants them."""
+    def fill(self, markup: str) -> None:
+        """Write text whose lines roff makes anew: sentences and some words a line, as it wants them."""
         for sentence in re.split(r"(?<=[.?!]) (?=[A-Z])", re.sub(r"\s+", " ", markup).strip()):
             line = ""
             for word in sentence.split(" "):
@@ -202,11 +198,8 @@ class Converter:
             MarkdownError: there is something in it of which nothing can be made.
 
         """
-        position = 0
-        while position < len(tokens):
-            token = tokens[position]
-            end = _end(tokens, position)
-            inside = tokens[position + 1 : end]
+        for element in elements(tokens):
+            token, inside = element[0], element[1:-1]
             if token.type == "heading_open":
                 title = "".join(each.content for each in inside[0].children or ())
                 (page.section if token.tag == "h2" else page.subsection)(title)
@@ -221,33 +214,28 @@ class Converter:
                 page.table(header, rows)
             elif token.type != "html_block":  # a comment, for the tests of documents
                 raise MarkdownError(f"line {(token.map or [0])[0] + 1}: {token.type} has no place in a page")
-            position = end + 1
 
     def _items(
         self, page: Page, tokens: Sequence[Token], *, numbered: bool
     ) -> Iterator[tuple[str, list[Callable[[], None]]]]:
-        position = number = 0
-        while position < len(tokens):
-            end = _end(tokens, position)
-            number += 1
-            mark = f"{number}." if numbered else r"\(bu"
-            yield mark, list(self._parts(page, tokens[position + 1 : end]))
-            position = end + 1
+        for number, item in enumerate(elements(tokens), 1):
+            yield f"{number}." if numbered else r"\(bu", list(self._parts(page, item[1:-1]))
 
     def _parts(self, page: Page, tokens: Sequence[Token]) -> Iterator[Callable[[], None]]:
         """Yield what writes the paragraphs of an item, each with what is nested below it."""
-        position = 0
-        while position < len(tokens):
-            end = _end(tokens, position)
-            first = tokens[position + 1]
-            below = end + 1
-            while below < len(tokens) and tokens[below].type != "paragraph_open":
-                below = _end(tokens, below) + 1
-            yield functools.partial(self._part, page, first, tokens[end + 1 : below])
-            position = below
+        parts: list[tuple[Token, list[Token]]] = []
+        for element in elements(tokens):
+            if element[0].type == "paragraph_open":
+                parts.append((element[1], []))
+            elif parts:
+                parts[-1][1].extend(element)
+            else:
+                raise MarkdownError(f"an item that begins with {element[0].type} has no place in a page")
+        for first, nested in parts:
+            yield functools.partial(self._part, page, first, nested)
 
     def _part(self, page: Page, first: Token, nested: Sequence[Token]) -> None:
-        page.filled(self._inline(first))
+        page.fill(self._inline(first))
         if nested:
             page.nested(lambda: self.write(page, nested))
 
@@ -289,16 +277,6 @@ class Converter:
         return markup
 
 
-def _end(tokens: Sequence[Token], position: int) -> int:
-    """Return where that ends which begins there."""
-    depth = 0
-    for number in range(position, len(tokens)):
-        depth += tokens[number].nesting
-        if depth <= 0:
-            return number
-    raise MarkdownError(f"{tokens[position].type} has no end")
-
-
 def parse(text: str) -> list[Token]:
     """Return the parts of a document."""
     return _MARKDOWN.parse(text)
@@ -306,11 +284,14 @@ def parse(text: str) -> list[Token]:
 
 def elements(tokens: Sequence[Token]) -> Iterator[list[Token]]:
     """Yield each paragraph, list, table, heading and so on of a document, whole."""
-    position = 0
-    while position < len(tokens):
-        end = _end(tokens, position)
-        yield list(tokens[position : end + 1])
-        position = end + 1
+    element: list[Token] = []
+    depth = 0
+    for token in tokens:
+        element.append(token)
+        depth += token.nesting
+        if depth == 0:
+            yield element
+            element = []
 
 
 def sections(tokens: Sequence[Token], level: str = "h2") -> list[tuple[str, list[Token]]]:

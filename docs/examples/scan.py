@@ -20,13 +20,13 @@ def say(**message: object) -> None:
 
 
 def receive() -> dict[str, Any]:
-    """Return one message; ends the program if there are no more."""
+    """Return one message; ends the program if it is refused what it asks for, or there are no more."""
     try:
         data = sock.recv(65536)
     except ConnectionResetError:
         data = sock.recv(65536)  # what was said last is still there
     message = json.loads(data) if data else {"type": "farewell", "message": "the connection has ended"}
-    if message["type"] == "farewell":
+    if message["type"] in {"farewell", "refused"}:
         sys.stderr.write(f"{message['message']}\n")
         sys.exit(2)
     return message
@@ -41,8 +41,6 @@ for path in sys.argv[1:]:
         for result in answer["results"]:
             if result.get("verdict") in {"infected", "error"}:
                 print(ascii(result["path"]), result.get("name") or result["message"])
-    if answer["type"] == "refused":
-        sys.exit(answer["message"])
     infected += answer["infected"]
     unknown += answer["errors"] + (not answer["complete"])
 sys.exit(2 if unknown else bool(infected))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,14 +17,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DATE = "2026-01-31"
-PAGES = man_pages.pages(DATE)
-FILES = sorted(PAGES)
+
+
+@cache
+def pages() -> dict[str, str]:
+    """Return all pages; not before a test asks, since every process of the tests imports this."""
+    return man_pages.pages(DATE)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("man")
-    write_files(PAGES, str(path))
+    write_files(pages(), str(path))
     return path
 
 
@@ -99,7 +104,7 @@ def test_code_of_a_document_is_in_its_page_as_it_is(directory: Path) -> None:
 
 
 def test_mandoc_and_groff_have_nothing_to_say(directory: Path) -> None:
-    paths = [str(directory / name) for name in FILES]
+    paths = [str(directory / name) for name in sorted(pages())]
     done = subprocess.run(
         ["mandoc", "-Tlint", "-Wwarning", *paths], capture_output=True, text=True, check=False
     )
@@ -117,11 +122,11 @@ def test_mandoc_and_groff_have_nothing_to_say(directory: Path) -> None:
 
 
 def test_no_line_of_text_is_wider_than_a_terminal_but_for_examples(directory: Path) -> None:
-    for name in FILES:
+    for name, page in pages().items():
         done = subprocess.run(
             ["mandoc", "-Tutf8", directory / name], capture_output=True, text=True, check=True
         )
-        examples = unspaced("".join(re.findall(r"^\.EX\n(.*?)^\.EE", PAGES[name], re.MULTILINE | re.DOTALL)))
+        examples = unspaced("".join(re.findall(r"^\.EX\n(.*?)^\.EE", page, re.MULTILINE | re.DOTALL)))
         for line in re.sub(".\b", "", done.stdout).splitlines():
             if len(line) > 80:
                 assert unspaced(plain(line.strip())) in examples, (name, line)
@@ -130,11 +135,11 @@ def test_no_line_of_text_is_wider_than_a_terminal_but_for_examples(directory: Pa
 def test_each_page_that_is_named_exists() -> None:
     named = {
         f"{name}({section})".replace("\\", "")
-        for text in PAGES.values()
+        for text in pages().values()
         for name, section in re.findall(r"\\fB(fdbroker[a-z.\\-]*)\\fR\((\d)\)", text)
     }
     assert len(named) > 20
-    assert {file_of(page) for page in named} <= set(FILES)
+    assert {file_of(page) for page in named} <= pages().keys()
 
 
 def test_whatever_stands_in_a_text_is_shown_as_it_is(tmp_path: Path) -> None:
@@ -164,7 +169,7 @@ def test_whatever_stands_in_a_text_is_shown_as_it_is(tmp_path: Path) -> None:
 def test_date_is_that_of_the_sources_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     assert man_pages.date_of_pages() == "1970-01-02"
-    assert f'\n.TH "FDBROKER" "1" {DATE} ' in "\n" + PAGES["man1/fdbroker.1"]
+    assert f'\n.TH "FDBROKER" "1" {DATE} ' in "\n" + pages()["man1/fdbroker.1"]
 
 
 def test_a_section_that_a_document_has_not_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

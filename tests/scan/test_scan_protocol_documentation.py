@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +31,26 @@ def test_everything_that_may_be_missing_is_documented() -> None:
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
     walks = {flag.name.lower() for flag in Incomplete if flag.name is not None}
     assert named == walks | {"broker_gone", "stopping", "malformed"}
+
+
+def test_the_example_takes_what_is_refused_for_no_verdict(tmp_path: Path) -> None:
+    path = str(tmp_path / "scan")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+        with subprocess.Popen(
+            [sys.executable, "-I", EXAMPLE, "/somewhere"],
+            env={"FDBROKER_SCAN_SOCKET": path},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as example:
+            client, _ = listener.accept()
+            with client:
+                for answer in ({"type": "welcome"}, {"type": "refused", "id": 1, "message": "not now"}):
+                    assert client.recv(4096)
+                    client.send(json.dumps(answer).encode())
+                _, errors = example.communicate(timeout=60)
+    assert (example.returncode, errors) == (2, "not now\n")
 
 
 @pytest.mark.root

@@ -19,7 +19,7 @@ MASKED="dev-hugepages.mount dev-mqueue.mount proc-sys-fs-binfmt_misc.automount s
     ldconfig.service systemd-journal-catalog-update.service systemd-update-done.service tmp.mount"
 
 mounts() { # in the new mount namespace: PID 1's root at $1/root
-    local root=$1/root device directory
+    local root=$1/root unit directory files shared
     mount -t tmpfs -o mode=755,size=1g none "$1/rw"
     mkdir "$1/rw/upper" "$1/rw/work"
     mount -t overlay -o "lowerdir=/,upperdir=$1/rw/upper,workdir=$1/rw/work" none "$root"
@@ -36,8 +36,8 @@ mounts() { # in the new mount namespace: PID 1's root at $1/root
 
     # Nothing that this machine has enabled is started.
     mount -t tmpfs -o mode=755 none "$root/etc/systemd/system"
-    for device in $MASKED; do
-        ln -s /dev/null "$root/etc/systemd/system/$device"
+    for unit in $MASKED; do
+        ln -s /dev/null "$root/etc/systemd/system/$unit"
     done
     # It would empty the /tmp of the overlay.
     mkdir -p "$root/etc/tmpfiles.d" "$root/etc/systemd/journald.conf.d"
@@ -80,7 +80,7 @@ U
 }
 
 devices() { # a /dev at $1, with all that PrivateDevices= of a unit copies
-    local device
+    local device name major minor
     mount -t tmpfs -o nosuid,mode=755 none "$1"
     for device in null:1:3 zero:1:5 full:1:7 random:1:8 urandom:1:9 tty:5:0; do
         IFS=: read -r name major minor <<<"$device"

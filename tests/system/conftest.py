@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.system.booted import REPOSITORY
 from tests.system.installing import install
 
 if TYPE_CHECKING:
@@ -43,8 +44,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dist() -> Path:
+    """Return the directory of the archives, made anew where sources changed."""
+    subprocess.run(["make", "-s", "dist"], cwd=REPOSITORY, check=True, capture_output=True)
+    return REPOSITORY / "dist"
+
+
+@pytest.fixture(scope="session")
+def package(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Give the tree of files that a package would install, with the units enabled that it enables."""
     tree = tmp_path_factory.mktemp("package")
-    install(tree)
+    [wheel] = dist.glob("*.whl")
+    install(wheel, tree)
     return tree

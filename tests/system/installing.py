@@ -8,13 +8,16 @@ import subprocess
 import sys
 import zipfile
 from configparser import ConfigParser
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.system.booted import REPOSITORY
 from tests.wheels import files_of, requirements
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+if TYPE_CHECKING:
+    from pathlib import Path
+
 PYTHON = "/usr/bin/python3"
 _SITE = "usr/lib/python3/dist-packages"
 _TAG = "import sys; print(sys.implementation.cache_tag)"
@@ -31,8 +34,8 @@ _FILES = {
 _SCRIPT = "#!{python} -I\nimport sys\n\nfrom {module} import {function}\n\nsys.exit({function}())\n"
 
 
-def install(tree: Path) -> None:
-    """Put the built wheel, what it needs, and all files beside it into `tree`, which is new."""
+def install(wheel: Path, tree: Path) -> None:
+    """Put the wheel, what it needs, and all files beside it into `tree`, which is new."""
     tags = {subprocess.check_output([python, "-I", "-c", _TAG]) for python in (sys.executable, PYTHON)}
     if len(tags) != 1:
         pytest.skip(f"what this interpreter has installed is of no use to {PYTHON}")
@@ -42,7 +45,7 @@ def install(tree: Path) -> None:
         for source, place in files_of(distribution):
             (site / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, site / place)
-    _install_wheel(_build(tree), tree)
+    _install_wheel(wheel, tree)
     for pattern, place in _FILES.items():
         (tree / place).mkdir(parents=True, exist_ok=True)
         for source in REPOSITORY.glob(pattern):
@@ -57,20 +60,11 @@ def install(tree: Path) -> None:
     subprocess.run(["systemctl", f"--root={tree}", "preset", *units], check=True, capture_output=True)
 
 
-def _build(tree: Path) -> Path:
-    directory = tree / "wheel"
-    build = [sys.executable, "-I", "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
-    subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True)
-    [wheel] = directory.glob("*.whl")
-    return wheel
-
-
 def _install_wheel(wheel: Path, tree: Path) -> None:
-    """Unpack it, make its commands, and remove it."""
+    """Unpack it, and make its commands."""
     site, programs = tree / _SITE, tree / "usr/bin"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
-    shutil.rmtree(wheel.parent)
     [data] = site.glob("*.data")
     shutil.copytree(data / "data", tree / "usr", dirs_exist_ok=True)
     shutil.rmtree(data)

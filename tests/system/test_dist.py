@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,13 +38,6 @@ print(fdbroker.__file__)
 ASK = (
     "import sys, fdbroker\nwith fdbroker.connect(sys.argv[1]) as c, c.open(sys.argv[2]) as f: print(f.read())"
 )
-
-
-@pytest.fixture(scope="module")
-def dist() -> Path:
-    """Return the directory of the archives, made anew where sources changed."""
-    subprocess.run(["make", "-s", "dist"], cwd=REPOSITORY, check=True, capture_output=True)
-    return REPOSITORY / "dist"
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +101,20 @@ def test_the_sdist_has_what_a_package_is_built_of_and_gives_the_same_wheel(
     environment = {**os.environ, "SOURCE_DATE_EPOCH": str(stamp), "TZ": "Pacific/Kiritimati"}
     subprocess.run(build, cwd=tree, check=True, capture_output=True, env=environment, umask=0o077)
     assert (tmp_path / "again" / wheel.name).read_bytes() == wheel.read_bytes()
+
+
+def test_an_unpacked_sdist_makes_archives_without_git_and_anew_each_time(dist: Path, tmp_path: Path) -> None:
+    [sdist] = dist.glob("*.tar.gz")
+    subprocess.run(["tar", "-xf", sdist, "-C", tmp_path], check=True)
+    [tree] = tmp_path.iterdir()
+    (tree / "build").mkdir()
+    venv = REPOSITORY / "build" / "venv"
+    make = ["make", "-s", f"--assume-old={venv}/.ready", f"VENV={venv}", "dist"]
+    environment = os.environ | {"GIT_DIR": str(tmp_path / "nowhere")}
+    for line in ("", "changed = True\n"):
+        with (tree / "src/fdbroker/__init__.py").open("a") as file:
+            file.write(line)
+        subprocess.run(make, cwd=tree, env=environment, check=True, capture_output=True)
+        [made] = (tree / "dist").glob("*.whl")
+        with zipfile.ZipFile(made) as wheel:
+            assert wheel.read("fdbroker/__init__.py").endswith(line.encode())

@@ -3,23 +3,17 @@
 
 # Whether the words before the cursor lead to this command.
 function __fdbroker_scand_is
-    set -l words (commandline -opc)
-    set -l command 'fdbroker-scand'
-    set -l value
-    for word in $words[2..]
-        if set -q value[1]
-            set -e value[1]
-            continue
-        end
-        switch "$command $word"
-            case 'fdbroker-scand --config' 'fdbroker-scand --ready-fd'
-                set value $word
-            case '* -*'
-                continue
-            case 'fdbroker-scand import-clamd-conf'
-                set command "$command $word"
-            case '*'
-                break
+    set -l command fdbroker-scand
+    set -l option
+    for word in (commandline -opc)[2..]
+        if test -n "$option"
+            set option
+        else if contains -- $word --config --ready-fd
+            set option $word
+        else if contains -- "$command $word" 'fdbroker-scand import-clamd-conf'
+            set command "$command $word"
+        else if not string match -q -- '-*' $word
+            break
         end
     end
     test "$command" = "$argv[1]"

@@ -3,23 +3,17 @@
 
 # Whether the words before the cursor lead to this command.
 function __fdbroker_is
-    set -l words (commandline -opc)
-    set -l command 'fdbroker'
-    set -l value
-    for word in $words[2..]
-        if set -q value[1]
-            set -e value[1]
-            continue
-        end
-        switch "$command $word"
-            case 'fdbroker --socket' 'fdbroker --fd' 'fdbroker --control' 'fdbroker scan --socket' 'fdbroker scan --via' 'fdbroker scan --engine' 'fdbroker scan --hashes' 'fdbroker scan --accept' 'fdbroker scan --jobs' 'fdbroker scan -j' 'fdbroker scan --isolate' 'fdbroker scan --exclude' 'fdbroker scan --max-size' 'fdbroker scan --timeout' 'fdbroker scan --worker-uid' 'fdbroker scan --report' 'fdbroker cat --socket' 'fdbroker ls --socket' 'fdbroker walk --glob' 'fdbroker walk --type' 'fdbroker walk --min-size' 'fdbroker walk --max-size' 'fdbroker walk --newer-than' 'fdbroker walk --socket' 'fdbroker exec --fd' 'fdbroker exec --socket' 'fdbroker policy check --ignore' 'fdbroker policy compile --output' 'fdbroker policy diff --tree' 'fdbroker policy diff --as' 'fdbroker policy diff --examples' 'fdbroker policy explain --policy' 'fdbroker policy explain --as' 'fdbroker policy explain --on-behalf-of' 'fdbroker policy explain --action' 'fdbroker policy explain --unit' 'fdbroker policy explain --cgroup' 'fdbroker policy explain --label' 'fdbroker policy explain --control' 'fdbroker policy test --policy' 'fdbroker reload --policy' 'fdbroker reload --control' 'fdbroker status --textfile' 'fdbroker status --control' 'fdbroker status --socket' 'fdbroker top --interval' 'fdbroker top --count' 'fdbroker top --sort' 'fdbroker top --rows' 'fdbroker top --control' 'fdbroker top --socket' 'fdbroker audit --journal-directory' 'fdbroker audit --unit' 'fdbroker audit --decision' 'fdbroker audit --event' 'fdbroker audit --path' 'fdbroker audit --below' 'fdbroker audit --uid' 'fdbroker audit --for' 'fdbroker audit --rule' 'fdbroker audit --reason' 'fdbroker audit --request' 'fdbroker audit --connection' 'fdbroker audit --since' 'fdbroker audit --until' 'fdbroker audit -n' 'fdbroker audit --lines' 'fdbroker audit read --journal-directory' 'fdbroker audit read --unit' 'fdbroker audit read --decision' 'fdbroker audit read --event' 'fdbroker audit read --path' 'fdbroker audit read --below' 'fdbroker audit read --uid' 'fdbroker audit read --for' 'fdbroker audit read --rule' 'fdbroker audit read --reason' 'fdbroker audit read --request' 'fdbroker audit read --connection' 'fdbroker audit read --since' 'fdbroker audit read --until' 'fdbroker audit read -n' 'fdbroker audit read --lines' 'fdbroker audit reopen --control' 'fdbroker audit verify --journal-directory' 'fdbroker audit verify --unit' 'fdbroker doctor --policy' 'fdbroker doctor --control' 'fdbroker doctor --socket' 'fdbroker sandbox report --profile' 'fdbroker sandbox report --landlock-abi'
-                set value $word
-            case '* -*'
-                continue
-            case 'fdbroker scan' 'fdbroker cat' 'fdbroker ls' 'fdbroker walk' 'fdbroker exec' 'fdbroker policy' 'fdbroker policy check' 'fdbroker policy compile' 'fdbroker policy diff' 'fdbroker policy explain' 'fdbroker policy schema' 'fdbroker policy test' 'fdbroker reload' 'fdbroker status' 'fdbroker top' 'fdbroker audit' 'fdbroker audit read' 'fdbroker audit reopen' 'fdbroker audit schema' 'fdbroker audit verify' 'fdbroker doctor' 'fdbroker sandbox' 'fdbroker sandbox report'
-                set command "$command $word"
-            case '*'
-                break
+    set -l command fdbroker
+    set -l option
+    for word in (commandline -opc)[2..]
+        if test -n "$option"
+            set option
+        else if contains -- $word --socket --fd --control --via --engine --hashes --accept --jobs -j --isolate --exclude --max-size --timeout --worker-uid --report --glob --type --min-size --newer-than --ignore --output --tree --as --examples --policy --on-behalf-of --action --unit --cgroup --label --textfile --interval --count --sort --rows --journal-directory --decision --event --path --below --uid --for --rule --reason --request --connection --since --until -n --lines --profile --landlock-abi
+            set option $word
+        else if contains -- "$command $word" 'fdbroker scan' 'fdbroker cat' 'fdbroker ls' 'fdbroker walk' 'fdbroker exec' 'fdbroker policy' 'fdbroker policy check' 'fdbroker policy compile' 'fdbroker policy diff' 'fdbroker policy explain' 'fdbroker policy schema' 'fdbroker policy test' 'fdbroker reload' 'fdbroker status' 'fdbroker top' 'fdbroker audit' 'fdbroker audit read' 'fdbroker audit reopen' 'fdbroker audit schema' 'fdbroker audit verify' 'fdbroker doctor' 'fdbroker sandbox' 'fdbroker sandbox report'
+            set command "$command $word"
+        else if not string match -q -- '-*' $word
+            break
         end
     end
     test "$command" = "$argv[1]"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ def _prepared() -> None:
 def _policy() -> None:
     """Begin each test with this policy and a service that does not run, and its sockets that listen."""
     run("systemctl", "stop", "fdbroker.service")
-    subprocess.run(["systemctl", "reset-failed"], check=True)
+    run("systemctl", "reset-failed")
     POLICY_FILE.write_text(POLICY)
     run(
         "systemctl", "start", "fdbroker-seqpacket.socket", "fdbroker-stream.socket", "fdbroker-control.socket"

@@ -71,6 +71,13 @@ def main_pid(unit: str = SERVICE) -> int:
     return int(show("MainPID", unit))
 
 
+def signal_service(number: int) -> None:
+    """Send the service a signal by which it ends, and wait until systemd has started it again."""
+    pid = main_pid()
+    os.kill(pid, number)
+    wait_until(lambda: main_pid() not in {0, pid}, "another process")
+
+
 def wait_for(state: str, unit: str = SERVICE) -> None:
     """Wait until a unit is in this state (ActiveState/SubState)."""
     wait_until(lambda: f"{show('ActiveState', unit)}/{show('SubState', unit)}" == state, state)
@@ -88,10 +95,10 @@ def messages(unit: str = SERVICE, *, since: str | None = None) -> list[str]:
     return run("journalctl", "-o", "cat", "--no-pager", *which).stdout.splitlines()
 
 
-def records() -> list[dict[str, Any]]:
+def records(*options: str) -> list[dict[str, Any]]:
     """Return the audit, as the command reads it from the journal."""
     sync_journal()
-    done = run("fdbroker", "audit", "--journal", "--json")
+    done = run("fdbroker", "audit", "--journal", "--json", *options)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

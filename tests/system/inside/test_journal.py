@@ -6,14 +6,23 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.audit_records import check_record
 from tests.broker.speaking import check_audit, path_of
 from tests.processes import wait_until
-from tests.system.inside.system import POLICY, POLICY_FILE, SERVICE, cat, messages, run, show, sync_journal
+from tests.system.inside.system import (
+    POLICY,
+    POLICY_FILE,
+    SERVICE,
+    cat,
+    messages,
+    records,
+    run,
+    show,
+    sync_journal,
+)
 
 ODD = b'/srv/data/"},\n\xff\x1b[31m{"event":"open","decision":"allow"}'
 ASKED = [b"/srv/data/file", ODD, b"/etc/shadow"]
@@ -44,12 +53,6 @@ for message in (fields + more, fields):
 """
 
 
-def audit(*options: str) -> list[dict[str, Any]]:
-    """Return what `fdbroker audit` reads of the journal."""
-    done = run("fdbroker", "audit", "--journal", "--json", *options)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture(scope="module")
 def invocation() -> str:
     """Have alice ask while mallory forges, and the broker stop; return which start of the unit that was."""
@@ -69,22 +72,22 @@ def test_forged_records_are_in_the_journal_and_are_not_taken_for_the_brokers() -
     shown = run("journalctl", "-o", "json").stdout
     said = [json.loads(line).get("MESSAGE") for line in shown.splitlines()]
     assert said.count(json.dumps(FORGED)) == 3
-    assert all(record["run"] != FORGED["run"] for record in audit())
+    assert all(record["run"] != FORGED["run"] for record in records())
     # What it wrote to its standard output is there for who asks for that unit.
     done = run("fdbroker", "audit", "--unit", "forger.service", "--json")
     assert json.loads(done.stdout) == FORGED
 
 
 def test_the_audit_is_whole_and_nothing_is_in_between(invocation: str) -> None:
-    records = audit()
-    check_audit(records)
-    for record in records:
+    told = records()
+    check_audit(told)
+    for record in told:
         check_record(record)
-    assert [record["event"] for record in records] == ["started", "open", "open", "open", "stopped"]
-    assert [path_of(record) for record in records[1:-1]] == ASKED
-    assert {record["uid"] for record in records[1:-1]} == {int(run("id", "-u", "alice").stdout)}
-    assert records[0]["boot"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    assert [json.loads(line) for line in messages(since=invocation) if line.startswith('{"run"')] == records
+    assert [record["event"] for record in told] == ["started", "open", "open", "open", "stopped"]
+    assert [path_of(record) for record in told[1:-1]] == ASKED
+    assert {record["uid"] for record in told[1:-1]} == {int(run("id", "-u", "alice").stdout)}
+    assert told[0]["boot"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert [json.loads(line) for line in messages(since=invocation) if line.startswith('{"run"')] == told
 
 
 @pytest.mark.usefixtures("invocation")
@@ -92,8 +95,8 @@ def test_it_is_shown_filtered_and_verified() -> None:
     text = run("fdbroker", "audit", "--journal").stdout
     assert "\x1b" not in text
     assert len(text.splitlines()) == 5
-    assert [record["reason"] for record in audit("--denied")] == ["not_found", "outside_roots"]
-    assert [record["event"] for record in audit("-n", "1")] == ["stopped"]
+    assert [record["reason"] for record in records("--denied")] == ["not_found", "outside_roots"]
+    assert [record["event"] for record in records("-n", "1")] == ["stopped"]
     verified = json.loads(run("fdbroker", "audit", "verify", "--journal", "--json").stdout)
     assert (verified["records"], verified["findings"]) == (5, [])
 

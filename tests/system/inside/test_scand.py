@@ -93,7 +93,7 @@ def test_verdicts_come_from_fully_confined_workers_and_go_on_after_reloads_and_r
 
 def test_devices_and_tmp_are_its_own() -> None:
     Path("/tmp/of-the-system").touch()
-    root = Path(f"/proc/{show('MainPID', SCAND)}/root")
+    root = Path(f"/proc/{main_pid(SCAND)}/root")
     assert not (root / "tmp/of-the-system").exists()
     assert {path.name for path in (root / "dev").iterdir() if path.is_block_device()} == set()
     assert (root / "dev").stat().st_dev != Path("/dev").stat().st_dev

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ import pytest
 
 import fdbroker
 from tests.broker.speaking import DatagramSpeaker
-from tests.processes import in_child, wait_until
+from tests.processes import in_child
 from tests.system.inside.system import (
     COMPILED,
     POLICY_FILE,
@@ -34,6 +33,7 @@ from tests.system.inside.system import (
     run,
     run_as,
     show,
+    signal_service,
     wait_for,
 )
 
@@ -210,9 +210,7 @@ def test_a_crash_loses_no_call() -> None:
     cat("/srv/data/file")
     with load() as clients:
         for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGALRM):
-            pid = main_pid()
-            os.kill(pid, number)
-            wait_until(lambda: main_pid() not in {0, pid}, "another process")  # noqa: B023 - within the round
+            signal_service(number)
             clients.go_on()
     wait_for("active/running")
 
@@ -230,9 +228,7 @@ def test_a_loop_that_answers_nobody_is_ended_by_the_watchdog_and_no_call_is_lost
     with drop_in("[Service]\nWatchdogSec=1s\n"):
         with load() as clients:
             run("systemctl", "restart", SERVICE)
-            pid = main_pid()
-            os.kill(pid, signal.SIGSTOP)
-            wait_until(lambda: main_pid() not in {0, pid}, "another process")
+            signal_service(signal.SIGSTOP)
             clients.go_on()
         run("systemctl", "stop", SERVICE)
     assert any("Watchdog timeout" in line for line in messages())
@@ -262,9 +258,7 @@ def test_what_systemd_starts_again_goes_on_with_what_was_in_force_while_the_file
         run("systemctl", "reload", SERVICE)
         assert cat("/tmp/file").returncode == 1
         POLICY_FILE.write_text(BROKEN)
-        pid = main_pid()
-        os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: main_pid() not in {0, pid}, "another process")
+        signal_service(signal.SIGKILL)
         clients.go_on()
         assert cat("/tmp/file").returncode == 1
     assert f"{COMPILED} stays as it was: the policy that was in force" in messages()
@@ -299,9 +293,7 @@ def test_a_start_that_is_asked_for_after_a_failure_is_refused_as_well() -> None:
 
 def test_a_restart_that_is_asked_for_after_one_by_itself_is_refused_as_well() -> None:
     cat("/srv/data/file")
-    pid = main_pid()
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: main_pid() not in {0, pid}, "another process")
+    signal_service(signal.SIGKILL)
     wait_for("active/running")
     POLICY_FILE.write_text(BROKEN)
     assert run("systemctl", "restart", SERVICE, check=False).returncode == 1
@@ -382,9 +374,7 @@ def test_a_worker_is_started_for_each_client_and_has_what_its_template_may_have(
             with sock.makefile() as answer:
                 return answer.read()
 
-    expected = subprocess.run(
-        ["sha256sum", "/srv/data/file"], check=True, capture_output=True, text=True
-    ).stdout
+    expected = run("sha256sum", "/srv/data/file").stdout
     assert ask(b"/srv/data/file").strip() == expected.split()[0]
     assert ask(b"/home/mallory/file").startswith("error: ")
     granted = [record for record in records() if record.get("rule") == "a-unit-reads-data"][-1]
