@@ -13,13 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.processes import wait_until
+from tests.processes import children_of, has_ended, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).resolve().parent.parent
 DEMO = CHECKOUT / "scripts" / "demo.py"
 README = CHECKOUT / "README.md"
-TOKEN = "FDBROKER_TEST_TOKEN"  # noqa: S105 - in the environment of one demonstration, to find it by
 # What is said last before a signal: nothing, its beginning, the broker starts, it runs, it works, it ends.
 AT_ONCE = ""
 MOMENTS = [
@@ -93,23 +91,23 @@ def demonstrate(script: Path = DEMO, umask: int = 0o022) -> subprocess.Completed
 
 
 class Members:
-    """The processes of a demonstration, which is found by a token in the environment of who started it."""
+    """The processes of a demonstration, which `pid` is, or has started."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, pid: int) -> None:
         """Wait until it has its pid namespace."""
-        self._token = f"{TOKEN}={token}".encode()
         self.namespace = ""
-        wait_until(self._find, "the demonstration has a pid namespace of its own")
+        wait_until(lambda: self._find(pid), "the demonstration has a pid namespace of its own")
 
-    def _find(self) -> bool:
-        ours = os.readlink("/proc/self/ns/pid")
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if self._token in (process / "environ").read_bytes():
-                    namespace = os.readlink(process / "ns/pid")
-                    if namespace != ours:
-                        self.namespace = namespace
-        return bool(self.namespace)
+    def _find(self, parent: int) -> bool:
+        with contextlib.suppress(OSError):
+            for pid in children_of(parent):
+                namespace = os.readlink(f"/proc/{pid}/ns/pid")
+                if namespace != os.readlink("/proc/self/ns/pid"):
+                    self.namespace = namespace
+                    return True
+                if self._find(pid):
+                    return True
+        return False
 
     def pids(self) -> set[int]:
         """Return the processes that are in its pid namespace now."""
@@ -119,6 +117,10 @@ class Members:
                 if os.readlink(process / "ns/pid") == self.namespace:
                     found.add(int(process.name))
         return found
+
+    def have_ended(self) -> bool:
+        """Return whether all have, be it that the machine's init has not waited for the first one yet."""
+        return all(map(has_ended, self.pids()))
 
 
 def is_broker(pid: int) -> bool:
@@ -254,10 +256,8 @@ def test_demonstration_runs_on_a_terminal_by_make_from_a_checkout_that_only_root
 def test_signal_that_ends_the_demonstration_ends_the_broker_and_all_else(
     moment: str, number: signal.Signals
 ) -> None:
-    token = str(uuid.uuid4())
     with subprocess.Popen(
         [sys.executable, "-I", DEMO],
-        env=environment(**{TOKEN: token}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -265,31 +265,30 @@ def test_signal_that_ends_the_demonstration_ends_the_broker_and_all_else(
         assert demo.stdout is not None
         # So small that it can't go on, and end by itself, while nobody reads.
         fcntl.fcntl(demo.stdout, fcntl.F_SETPIPE_SZ, 4096)
-        members = Members(token)
+        members = Members(demo.pid)
         assert members.pids()
         read_until(demo.stdout.fileno(), moment)
         if moment in BROKER_RUNS:
-            assert any(is_broker(pid) for pid in members.pids())
+            assert any(map(is_broker, members.pids()))
         demo.send_signal(number)
         assert demo.wait(timeout=20) == -number
         if number != signal.SIGKILL and moment != AT_ONCE:  # it is there to wait for the others
             assert not members.pids()
-        wait_until(lambda: not members.pids(), "all of the demonstration has ended", seconds=5)
+        wait_until(members.have_ended, "all of the demonstration has ended", seconds=5)
         assert b"nothing is left" not in demo.stdout.read()
 
 
 def test_closing_the_terminal_ends_the_demonstration_and_its_broker() -> None:
-    token = str(uuid.uuid4())
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(CHECKOUT)
-        os.execvpe("make", ["make", "demo"], environment(**{TOKEN: token, "TERM": "xterm"}))  # noqa: S606
-    members = Members(token)
+        os.execvpe("make", ["make", "demo"], environment(TERM="xterm"))  # noqa: S606
+    members = Members(pid)
     read_until(terminal, "root# grep -E")
-    assert any(is_broker(pid) for pid in members.pids())
+    assert any(map(is_broker, members.pids()))
     os.close(terminal)
     os.waitpid(pid, 0)
-    wait_until(lambda: not members.pids(), "all of the demonstration has ended", seconds=5)
+    wait_until(members.have_ended, "all of the demonstration has ended", seconds=5)
 
 
 def test_broker_that_does_not_end_is_told_of_and_is_not_left() -> None:
@@ -304,15 +303,13 @@ def test_broker_that_does_not_end_is_told_of_and_is_not_left() -> None:
         )
         assert deaf.count("kill -0") == told.count('"kill $') == 1
         script.write_text(deaf)
-        token = str(uuid.uuid4())
         with subprocess.Popen(
             [sys.executable, "-I", script],
-            env=environment(**{TOKEN: token}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         ) as demo:
-            members = Members(token)
+            members = Members(demo.pid)
             assert demo.stdout is not None
             said = demo.stdout.read()
             assert demo.wait(timeout=20) == 1
@@ -322,17 +319,15 @@ def test_broker_that_does_not_end_is_told_of_and_is_not_left() -> None:
 
 
 def test_demonstration_whose_reader_has_gone_ends_without_a_traceback() -> None:
-    token = str(uuid.uuid4())
     with subprocess.Popen(
         [sys.executable, "-I", DEMO],
-        env=environment(**{TOKEN: token}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as demo:
         assert demo.stdout is not None
         assert demo.stderr is not None
-        members = Members(token)
+        members = Members(demo.pid)
         demo.stdout.close()
         assert "Traceback" not in demo.stderr.read()
         assert demo.wait(timeout=20) != 0

@@ -43,10 +43,28 @@ BATCH = 250  # what the broker chooses
 FILES = 5 * BATCH
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tree of directories of 250 files, each with its own name as contents; it stays as it is."""
+    return make_tree(tmp_path_factory.mktemp("files") / "tree", FILES, BATCH)
+
+
 @pytest.fixture
-def files(tmp_path: Path) -> Path:
-    """Return a tree of directories of 250 files, each with its own name as contents."""
-    return make_tree(tmp_path / "tree", FILES, BATCH)
+def empty(files: Path) -> Iterator[Path]:
+    """Return an empty directory in the tree."""
+    made = files / "empty"
+    made.mkdir()
+    yield made
+    made.rmdir()
+
+
+@pytest.fixture
+def _link(files: Path) -> Iterator[None]:
+    """Have a link in the tree, `link`."""
+    made = files / "link"
+    made.symlink_to("d0")
+    yield
+    made.unlink()
 
 
 def make_tree(tree: Path, count: int, of_directory: int) -> Path:
@@ -176,9 +194,8 @@ def test_walk_without_descriptors_names_what_its_filter_asks_for(walked: Stepped
     )
 
 
-def test_walk_of_nothing_ends_at_once(walked: SteppedBroker) -> None:
-    (walked.tree / "empty").mkdir()
-    whole = walk(walked, walked.join(), walked.tree / "empty")
+def test_walk_of_nothing_ends_at_once(walked: SteppedBroker, empty: Path) -> None:
+    whole = walk(walked, walked.join(), empty)
     assert (whole.frames, whole.end) == (1, (0, 0, 1, Incomplete(0)))
 
 
@@ -264,6 +281,7 @@ def test_walk_that_has_credit_is_cancelled_among_its_frames(walked: SteppedBroke
 # Refused
 
 
+@pytest.mark.usefixtures("_link")
 @pytest.mark.parametrize(
     ("path", "reason", "audited"),
     [
@@ -278,7 +296,6 @@ def test_walk_that_has_credit_is_cancelled_among_its_frames(walked: SteppedBroke
 def test_walk_that_may_not_begin_is_refused_in_its_only_frame(
     walked: SteppedBroker, path: bytes, reason: str, audited: str
 ) -> None:
-    (walked.tree / "link").symlink_to("d0")
     speaker = walked.join()
     speaker.begin_walk(path.replace(b"%s", bytes(walked.tree)), credit=1)
     [frame] = frames_now(walked, speaker)

@@ -15,7 +15,6 @@ from fdbroker.kernel import namespaces
 from fdbroker.launcher.activation import Activation, check_services, take_from_systemd
 from fdbroker.launcher.errors import LaunchError
 from fdbroker.launcher.unit_options import check_user_namespace
-from tests.for_other_users import for_other_users
 from tests.launcher.starting import lay_out, run, started
 from tests.running_broker import BROKER_UID, CLIENT_UID, OTHER_UID, policy, reachable_directory
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterator
 
+    from tests.for_other_users import ForOtherUsers
     from tests.kernel.conftest import Children
 
 AS_A_SERVICE = str(Path(__file__).parent / "as_a_service.py")
@@ -269,21 +269,22 @@ def directory() -> Iterator[Path]:
         yield path
 
 
-def inherited(directory: Path, *without: str, uid: int = BROKER_UID, file: str = "policy.json") -> str:
+def inherited(
+    directory: Path, others: ForOtherUsers, *without: str, uid: int = BROKER_UID, file: str = "policy.json"
+) -> str:
     """Start as a service without some options of its unit; return what it says when it does not start."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, SEQPACKET)
     with ours, theirs:
         prefix = [sys.executable, AS_A_SERVICE, str(uid), *without, "--"]
         options = ["--audit=none", f"--inherited={theirs.fileno()}"]
-        with for_other_users() as place:
-            done = run(
-                directory / file,
-                *options,
-                prefix=prefix,
-                pass_fds=[theirs.fileno()],
-                python=place.python,
-                env={"PYTHONPATH": str(place.directory)},
-            )
+        done = run(
+            directory / file,
+            *options,
+            prefix=prefix,
+            pass_fds=[theirs.fileno()],
+            python=others.python,
+            env={"PYTHONPATH": str(others.directory)},
+        )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
@@ -303,11 +304,13 @@ def inherited(directory: Path, *without: str, uid: int = BROKER_UID, file: str =
         ("ambient", "AmbientCapabilities=CAP_DAC_READ_SEARCH"),
     ],
 )
-def test_what_a_unit_lacks_is_named_by_its_option(directory: Path, without: str, options: str) -> None:
+def test_what_a_unit_lacks_is_named_by_its_option(
+    directory: Path, others: ForOtherUsers, without: str, options: str
+) -> None:
     if without == "ambient":
         # Without it not even the compiled policy can be read, unless everybody can.
         (directory / "policy.json").chmod(0o644)
-    assert options in inherited(directory, without)
+    assert options in inherited(directory, others, without)
 
 
 @pytest.mark.root
@@ -325,16 +328,16 @@ def test_what_a_process_may_still_do_for_itself_needs_no_option(directory: Path)
 
 
 @pytest.mark.root
-def test_another_user_than_that_of_the_policy_is_named(directory: Path) -> None:
-    text = inherited(directory, uid=OTHER_UID)
+def test_another_user_than_that_of_the_policy_is_named(directory: Path, others: ForOtherUsers) -> None:
+    text = inherited(directory, others, uid=OTHER_UID)
     assert (
         f"user ids are ({OTHER_UID}, {OTHER_UID}, {OTHER_UID}, {OTHER_UID}), not {BROKER_UID} (User=)" in text
     )
 
 
 @pytest.mark.root
-def test_yaml_is_for_root_to_compile(directory: Path) -> None:
-    text = inherited(directory, file="policy.yaml")
+def test_yaml_is_for_root_to_compile(directory: Path, others: ForOtherUsers) -> None:
+    text = inherited(directory, others, file="policy.yaml")
     assert (
         "policy.yaml is for root to compile; let systemd do so before the start (ExecStartPre=+fdbroker"
         in text
@@ -399,15 +402,14 @@ def test_a_filter_that_refuses_what_the_broker_needs_is_recognised(
 
 
 @pytest.mark.root
-def test_who_is_neither_root_nor_a_service_is_told_so(directory: Path) -> None:
-    with for_other_users() as place:
-        done = run(
-            directory / "policy.json",
-            "--audit=none",
-            prefix=["setpriv", f"--reuid={CLIENT_UID}", "--clear-groups"],
-            python=place.python,
-            env={"PYTHONPATH": str(place.directory)},
-        )
+def test_who_is_neither_root_nor_a_service_is_told_so(directory: Path, others: ForOtherUsers) -> None:
+    done = run(
+        directory / "policy.json",
+        "--audit=none",
+        prefix=["setpriv", f"--reuid={CLIENT_UID}", "--clear-groups"],
+        python=others.python,
+        env={"PYTHONPATH": str(others.directory)},
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("fdbroker: only root can start the broker")
 

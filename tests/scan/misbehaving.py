@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
 from typing import TYPE_CHECKING
 
 from fdbroker.kernel import sockets
@@ -60,6 +61,8 @@ GARBAGE: dict[str, Callable[[int, int], bytes]] = {
     "an error of an unknown reason": lambda number, size: clean(number, size)[:-4] + b"\3\xff\0\0",
     "a text that is not UTF-8": lambda number, size: clean(number, size)[:-4] + b"\3\0\1\0\xff",
 }
+_TAKEN = threading.Lock()
+_TAKEN.acquire()
 ANSWERS = {"short": _answer_of(SHORT), "found": _answer_of(FOUND), "clean": clean, **GARBAGE}
 
 
@@ -100,8 +103,9 @@ def crash_at_a_file(_state: tuple[str, str], channel: socket.socket, _scratch: b
                 head = os.pread(descriptor, 5, 0)
                 if head == b"crash":
                     ctypes.string_at(0)
-                while head == b"wait":
-                    os.getpid()
+                if head == b"wait":
+                    with _TAKEN:  # nobody lets go of it
+                        pass
                 verdict = FOUND if head == b"found" else Clean()
                 if head == b"spoil":
                     answers += encode(number, size, [Answer("hashes", Error(Reason.MEMORY, "used up"))])

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tests.processes import wait_until
+from tests.processes import children_of, wait_until
 from tests.running_broker import CLIENT_UID, launcher_command, launcher_environment, policy, rule
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def serving(place: Place, command: Sequence[str]) -> Iterator[subprocess.Popen[b
         yield server
         wait_until(lambda: not children_of(server.pid), "the end of the last broker")
     finally:
-        left = children_of(server.pid)
+        left = children_of(server.pid) if server.poll() is None else []
         server.terminate()
         server.wait(timeout=20)
         for pid in left:
@@ -101,11 +101,3 @@ def is_listening(path: Path) -> bool:
         if fields[-1] == str(path) and int(fields[3], 16) & _LISTENS:
             return True
     return False
-
-
-def children_of(pid: int) -> list[int]:
-    """Return the children of a process."""
-    try:
-        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-    except FileNotFoundError:
-        return []

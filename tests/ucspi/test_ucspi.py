@@ -14,9 +14,9 @@ import pytest
 
 import fdbroker
 from tests.cli.commands import command, environment
-from tests.processes import wait_until
+from tests.processes import children_of, wait_until
 from tests.running_broker import CLIENT_UID, OTHER_UID, reachable_directory, running_broker
-from tests.ucspi.serving import FILES, Place, children_of, lay_out, serving
+from tests.ucspi.serving import FILES, Place, lay_out, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
