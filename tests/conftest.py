@@ -78,8 +78,9 @@ settings.register_profile(
 )
 settings.load_profile("ci")
 
-# Ignored where a shell without job control starts the tests in the background, so in all that they start.
+# Both are ignored where a shell without job control starts the tests in the background, so in all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 # Many tests make what another uid, the broker or a client, has to reach. Under a stricter umask of whoever
 # runs them (077 is not rare for root) it could not, as mkdir(mode=...), bind(2) and the like obey it.

@@ -246,12 +246,16 @@ def outcome(document: dict[str, Any], asker: Asker, action: str, path: str, fact
     return Outcome(expected.reason, expected.rule)
 
 
-def is_given(document: dict[str, Any], asker: Asker, action: str, path: str, facts: Facts) -> bool:
-    """Say what comes out in the end, for a path and the object that is there."""
+def rules_about(document: dict[str, Any], asker: Asker, action: str, path: str) -> list[dict[str, Any]]:
+    """Return the rules that match a path; none where it is no path."""
     if problem(path) is not None:
-        return False
+        return []
     _, matching = matching_rules(document, asker, action, path)
-    rules = [document["rules"][i] for i in matching]
+    return [document["rules"][i] for i in matching]
+
+
+def is_given(rules: list[dict[str, Any]], asker: Asker, facts: Facts) -> bool:
+    """Say what comes out in the end, by the rules that match a path, of the object that is there."""
     holding = {
         rule["effect"]
         for rule in rules

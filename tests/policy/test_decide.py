@@ -123,11 +123,12 @@ def test_decision_is_that_of_the_plain_evaluator(case: Case, any_objects: list[F
             assert tuple(entry.index for entry in followed.allows) == expected.follows
             assert (followed.root, followed.denies) == (decision.root, decision.denies)
             assert (followed.allowed, followed.followed) == (True, None)
+        about = decision_model.rules_about(*case[:3], path)
         for facts in found:
             result = decide_object(decision, facts, *uids, facts.around) if decision.allowed else decision
             rule_index = None if result.rule is None else result.rule.index
             assert (result.reason, rule_index) == decision_model.outcome(*case[:3], path, facts)
-            assert result.allowed is decision_model.is_given(*case[:3], path, facts)
+            assert result.allowed is decision_model.is_given(about, case.asker, facts)
             assert result.allowed or not decision.plain
 
 
@@ -724,6 +725,7 @@ def test_every_combination_of_conditions_and_of_what_meets_them(effect: str, kin
             rules.append(rule("all"))
         document = policy("/r", *rules)
         decision = view_of(document).decide(b"/r/a/b")
+        about = decision_model.rules_about(document, ASKER, "open", "/r/a/b")
         for met, found in objects_that_meet.items():
             # size, links and age say nothing about what is no regular file: there an allow rule
             # passes over them, and a deny rule with one of them does not apply.
@@ -734,7 +736,7 @@ def test_every_combination_of_conditions_and_of_what_meets_them(effect: str, kin
                 applies = False
             given_ = decision.allowed and decide_object(decision, found, UID, None, found.around).allowed
             assert given_ is (applies if effect == "allow" else not applies), (asked, met)
-            assert given_ is decision_model.is_given(document, ASKER, "open", "/r/a/b", found)
+            assert given_ is decision_model.is_given(about, ASKER, found)
 
 
 def test_conditions_on_size_and_links_neither_hide_nor_forbid_directories() -> None:
