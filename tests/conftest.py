@@ -78,7 +78,8 @@ settings.register_profile(
 )
 settings.load_profile("ci")
 
-# Both are ignored where a shell without job control starts the tests in the background, so in all that they start.
+# Both are ignored where a shell without job control starts the tests in the background, and in all that they
+# start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 

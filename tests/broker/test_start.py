@@ -577,7 +577,8 @@ def test_finder_takes_what_root_compiled_of_the_very_source_and_nothing_else(
     code = compiled / entry.name_of_code(str(source), source.read_bytes())
     other = roots_own / "other.py"
     other.write_text("WHO = 'compiled'\n")
-    py_compile.compile(str(other), str(code), dfile="<compiled>")  # coverage would look for a source that is gone
+    # Coverage would look for the source when it is gone.
+    py_compile.compile(str(other), str(code), dfile="<compiled>")
     finder = TrustedFinder(str(roots_own), check=True)
     assert who(finder.find_spec("fdbroker.kernel.libc", None)) == "compiled"
     code.chmod(0o664)

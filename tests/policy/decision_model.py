@@ -216,10 +216,10 @@ def conditions_failing(where: dict[str, Any], facts: Facts, asker: Asker, *, den
         elif not regular:
             good = not deny
         elif name == "age":
+            modified = min(facts.st_mtime_ns, NOW)  # in the future it is as if it were now
             newest = NOW - wanted.get("min", 0) * SECOND
-            oldest = NOW - wanted["max"] * SECOND if "max" in wanted else facts.st_mtime_ns
-            # In the future it is as if it were now.
-            good = oldest <= min(facts.st_mtime_ns, NOW) <= newest
+            oldest = NOW - wanted["max"] * SECOND if "max" in wanted else modified
+            good = oldest <= modified <= newest
         else:
             value = facts.st_size if name == "size" else facts.st_nlink
             good = wanted.get("min", value) <= value <= wanted.get("max", value)
