@@ -22,6 +22,7 @@ from fdbroker.scan.service.configuration import read_configuration
 from fdbroker.scan.service.serving import serve
 from fdbroker.scan.service.tcp import listening_socket
 from fdbroker.testing import FakeBroker
+from fdbroker.wire import messages
 from tests.clamd.talks import chunks
 from tests.config.fake_lookups import FakeLookups
 from tests.processes import wait_until
@@ -183,9 +184,9 @@ def test_who_comes_by_tcp_has_streams_scanned_and_nothing_opened(pool: Pool, tmp
 
         assert ask(b"zPING\0") == "PONG\0"
         assert ask(b"zINSTREAM\0", chunks(EICAR)) == f"stream: {FOUND}\0"
-        asked = len(served.broker.requests)
         assert ask(b"zSCAN /tree/bad\0") == "COMMAND UNAVAILABLE\0"
-        assert len(served.broker.requests) == asked
+        asked = {type(request) for request in served.broker.requests}
+        assert asked <= {messages.Hello, messages.ServeRequest}  # other listeners may just be being made
 
     serve_while(client, pool, tmp_path)
 
