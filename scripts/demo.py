@@ -228,18 +228,17 @@ def install(prefix: Path) -> None:
     python = os.path.realpath(CHECKOUT / "build/venv/bin/python")
     run(python, "-I", "-m", "venv", "--without-pip", str(prefix))
     target = next((prefix / "lib").glob("python3*/site-packages"))
-    shutil.copytree(
-        CHECKOUT / "src/fdbroker", target / "fdbroker", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    # With their times, and so with what is compiled of them: most commands run as somebody who could not keep it.
+    shutil.copytree(CHECKOUT / "src/fdbroker", target / "fdbroker")
     found: dict[str, metadata.Distribution] = {}
     available = {canonical(d.metadata["Name"]): d for d in metadata.distributions(path=[str(site)])}
     requirements_of("fdbroker", {"daemon", "cli"}, available, found)
     for distribution in found.values():
         for file in distribution.files or ():
             source = site / file
-            if source.is_file() and ".." not in file.parts and source.suffix != ".pyc":
+            if source.is_file() and ".." not in file.parts:
                 (target / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target / file)
+                shutil.copy2(source, target / file)
     for command, module in {
         "fdbroker": "fdbroker.cli.__main__",
         "fdbrokerd": "fdbroker.launcher.command",
