@@ -228,7 +228,7 @@ def install(prefix: Path) -> None:
     python = os.path.realpath(CHECKOUT / "build/venv/bin/python")
     run(python, "-I", "-m", "venv", "--without-pip", str(prefix))
     target = next((prefix / "lib").glob("python3*/site-packages"))
-    # With their times, and so with what is compiled of them: most commands run as somebody who could not keep it.
+    # With their times, and so with what is compiled of them: most commands run as who could not keep that.
     shutil.copytree(CHECKOUT / "src/fdbroker", target / "fdbroker")
     found: dict[str, metadata.Distribution] = {}
     available = {canonical(d.metadata["Name"]): d for d in metadata.distributions(path=[str(site)])}
