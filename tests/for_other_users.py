@@ -80,5 +80,14 @@ def for_other_users() -> Iterator[ForOtherUsers]:
         yield ForOtherUsers(python, directory)
 
 
+def import_from_copy(others: ForOtherUsers) -> None:
+    """Be an interpreter that was started so, in a forked child: what it still imports comes from the copy."""
+    outside = [place for place in sys.path if place.startswith((sys.base_prefix, sys.base_exec_prefix))]
+    sys.executable, sys.path[:] = others.python, [str(others.directory), *outside]
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in _PACKAGES and hasattr(module, "__path__"):
+            module.__path__ = [str(others.directory / name.replace(".", "/"))]
+
+
 def _others_can_execute(path: str) -> bool:
     return all(os.stat(part).st_mode & 0o001 for part in (Path(path), *Path(path).parents))

@@ -6,18 +6,24 @@ That it is started by a command line has its own tests.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
 import sys
 import traceback
 from subprocess import DEVNULL, TimeoutExpired
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from fdbroker.launcher.until_ready import _keep_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+
+# For a stream that who starts a program has closed.
+CLOSED = -100
+# The status of an interpreter that could not write all that it had to.
+_NOT_FLUSHED = 120
 
 
 class ForkedProcess:
@@ -63,9 +69,18 @@ class ForkedProcess:
 
 
 def fork_program(
-    main: Callable[[], int], name: str, *, stdout: int, stderr: int, pass_fds: Collection[int] = ()
+    main: Callable[[], int],
+    name: str,
+    *,
+    stdin: int = DEVNULL,
+    stdout: int,
+    stderr: int,
+    pass_fds: Collection[int] = (),
 ) -> ForkedProcess:
-    """Run a program's main function in a child with these outputs, nothing to read, and `pass_fds`."""
+    """Run a program's main function in a child with these streams, each a descriptor or DEVNULL, and `pass_fds`.
+
+    A stream that is `CLOSED` is, and None in `sys`, as an interpreter has it.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -74,21 +89,38 @@ def fork_program(
     status = 1
     try:
         sys.settrace(None)  # what measures coverage here would only slow it down: nothing is written there
-        nothing = os.open(os.devnull, os.O_RDWR)
-        os.dup2(nothing, 0)
-        os.dup2(nothing if stdout == DEVNULL else stdout, 1)
-        os.dup2(stderr, 2)
-        _keep_only([0, 1, 2, *pass_fds])
-        sys.stdin, sys.stdout, sys.stderr = (
-            open(number, mode, buffering=1, closefd=False)  # noqa: SIM115 - as long as it lives
-            for number, mode in enumerate("rww")
-        )
+        _have_streams(stdin, stdout, stderr, pass_fds)
         status = main()
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
     except BaseException:  # noqa: BLE001 - as an interpreter would show it
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+        except OSError:
+            status = _NOT_FLUSHED
         os._exit(status)
+
+
+def _have_streams(stdin: int, stdout: int, stderr: int, pass_fds: Collection[int]) -> None:
+    """Have these descriptors and no others, and the streams that an interpreter makes of them."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    wanted = [nothing if stream == DEVNULL else stream for stream in (stdin, stdout, stderr)]
+    copies = [stream if stream == CLOSED else fcntl.fcntl(stream, fcntl.F_DUPFD, 3) for stream in wanted]
+    streams: list[TextIO | None] = []
+    for number, (copy, mode) in enumerate(zip(copies, "rww", strict=True)):
+        if copy == CLOSED:
+            os.close(number)
+            streams.append(None)
+        else:
+            os.dup2(copy, number)
+            streams.append(open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - as long as it lives
+    sys.stdin, sys.stdout, sys.stderr = streams  # type: ignore[assignment]
+    if sys.stderr is not None:
+        sys.stderr.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    _keep_only([number for number, stream in enumerate(streams) if stream is not None] + [*pass_fds])
+    for number in pass_fds:
+        os.set_inheritable(number, True)

@@ -1,4 +1,4 @@
-"""Running the `fdbroker` command as a process, as some user."""
+"""Running the `fdbroker` command, as a process or within this one, as some user."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
+from subprocess import DEVNULL
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from fdbroker.cli.main import main
+from tests.for_other_users import import_from_copy
+from tests.forked import fork_program
+from tests.processes import become_started
 from tests.running_broker import launcher_environment
 from tests.sandbox.confined import WORKER_UID
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from tests.for_other_users import ForOtherUsers
+    from tests.forked import ForkedProcess
 
 AS_ROOT = ("--worker-uid", str(WORKER_UID))
 
@@ -32,9 +38,82 @@ def environment(**changes: str) -> dict[str, str]:
     return {**launcher_environment(), "LANG": "C.UTF-8", **changes}
 
 
-def run(*arguments: str | bytes, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run it and return what it wrote."""
-    return _run(command(*arguments), env or environment())
+def start(
+    *arguments: str | bytes,
+    stdin: int = DEVNULL,
+    stdout: int,
+    stderr: int,
+    env: dict[str, str] | None = None,
+    cwd: str = "/",
+    pass_fds: Collection[int] = (),
+    uid: int | None = None,
+    others: ForOtherUsers | None = None,
+) -> ForkedProcess:
+    """Start it in a forked child: all of it but for an interpreter's start and imports, which take ten times as long.
+
+    As `uid`, without any groups, it imports from the copy of `others`.
+    """
+    return fork_program(
+        lambda: _be_the_command(arguments, env or environment(), cwd, uid, others),
+        "fdbroker",
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        pass_fds=pass_fds,
+    )
+
+
+def _be_the_command(
+    arguments: Sequence[str | bytes],
+    env: Mapping[str, str],
+    cwd: str,
+    uid: int | None,
+    others: ForOtherUsers | None,
+) -> int:
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    if others is not None:
+        import_from_copy(others)
+    if uid is not None:
+        become_started(uid)
+    return main([os.fsdecode(argument) for argument in arguments])
+
+
+def run(*arguments: str | bytes, **how: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401 - as `start`
+    """Run it as `start` does, and return what it wrote."""
+    done = run_bytes(*arguments, **how)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def run_bytes(*arguments: str | bytes, **how: Any) -> subprocess.CompletedProcess[bytes]:  # noqa: ANN401 - as `start`
+    """Run it as `start` does, and return the very bytes that it wrote, where `stdout` and `stderr` are not given."""
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(tempfile.TemporaryFile()) for name in ("stdout", "stderr")}
+        outputs = {name: file.fileno() for name, file in files.items()}
+        process = start(*arguments, **(outputs | how))
+        try:
+            status = process.wait(timeout=60)
+        finally:
+            process.kill()
+        written = []
+        for file in files.values():
+            file.seek(0)
+            written.append(file.read())
+        return subprocess.CompletedProcess(arguments, status, *written)
+
+
+def run_program(*arguments: str | bytes, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run it by its command line, in an interpreter of its own, and return what it wrote."""
+    return subprocess.run(
+        command(*arguments),
+        env=env or environment(),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        cwd="/",
+        check=False,
+    )
 
 
 def run_here(*arguments: str | bytes, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -61,31 +140,18 @@ def run_here(*arguments: str | bytes, env: dict[str, str] | None = None) -> subp
     return subprocess.CompletedProcess(arguments, status, *told)
 
 
-def run_bytes(*arguments: str | bytes) -> subprocess.CompletedProcess[bytes]:
-    """Run it and return the very bytes that it wrote."""
-    return subprocess.run(
-        command(*arguments), env=environment(), capture_output=True, timeout=60, cwd="/", check=False
-    )
-
-
 def run_on_terminal(*arguments: str | bytes, **changes: str) -> tuple[int, bytes]:
     """Run it with standard output and error on a terminal; return its status and what it showed."""
     master, terminal = os.openpty()
-    process = subprocess.Popen(
-        command(*arguments),
-        env=environment(**{"TERM": "xterm", "COLUMNS": "100", **changes}),
-        stdin=subprocess.DEVNULL,
-        stdout=terminal,
-        stderr=terminal,
-        cwd="/",
-    )
+    env = environment(**{"TERM": "xterm", "COLUMNS": "100", **changes})
+    process = start(*arguments, env=env, stdout=terminal, stderr=terminal)
     os.close(terminal)
     shown = read_terminal(master, process)
     os.close(master)
-    return process.returncode, shown
+    return process.wait(), shown
 
 
-def read_terminal(master: int, process: subprocess.Popen[bytes]) -> bytes:
+def read_terminal(master: int, process: subprocess.Popen[bytes] | ForkedProcess) -> bytes:
     """Return all that a process writes to its terminal until it ends."""
     shown = b""
     with contextlib.suppress(OSError):  # EIO: the last one has closed it
@@ -98,23 +164,24 @@ def read_terminal(master: int, process: subprocess.Popen[bytes]) -> bytes:
 def run_as(
     uid: int, others: ForOtherUsers, *arguments: str | bytes, **changes: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run it as another user without any groups and return what it wrote."""
+    """Run it as `start` does, as another user without any groups, and return what it wrote."""
     env = environment(PYTHONPATH=str(others.directory), **changes)
-    return _run(command(*arguments, python=others.python), env, uid)
+    return run(*arguments, env=env, uid=uid, others=others)
 
 
-def _run(
-    command: Sequence[str | bytes], env: dict[str, str], uid: int | None = None
+def run_program_as(
+    uid: int, others: ForOtherUsers, *arguments: str | bytes
 ) -> subprocess.CompletedProcess[str]:
+    """Run it by its command line, as another user without any groups, and return what it wrote."""
     return subprocess.run(
-        command,
-        env=env,
+        command(*arguments, python=others.python),
+        env=environment(PYTHONPATH=str(others.directory)),
         capture_output=True,
         encoding="utf-8",
         timeout=60,
         user=uid,
         group=uid,
-        extra_groups=None if uid is None else (),
+        extra_groups=(),
         cwd="/",
         check=False,
     )

@@ -29,6 +29,8 @@ from tests.cli.commands import (
     run_as,
     run_here,
     run_on_terminal,
+    run_program,
+    start,
     verdicts,
 )
 from tests.processes import children_of, has_ended, wait_until
@@ -70,7 +72,7 @@ def home(tree: Tree, number: int) -> str:
 
 @pytest.mark.root
 def test_clean_files_give_status_0_and_only_a_summary(broker: RunningBroker, tree: Tree) -> None:
-    result = run("scan", "--socket", str(broker.socket), *AS_ROOT, home(tree, 0) + "/big")
+    result = run_program("scan", "--socket", str(broker.socket), *AS_ROOT, home(tree, 0) + "/big")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert result.stdout.startswith("1 file, 20971520 bytes, 0 infected, 0 errors, 0 skipped, ")
@@ -262,14 +264,7 @@ def test_socket_that_this_user_may_not_use_is_told_with_what_to_do(
 @pytest.mark.root
 def test_full_disk_behind_the_output_is_an_error_not_a_finding(broker: RunningBroker, tree: Tree) -> None:
     with open("/dev/full", "wb") as full:
-        result = subprocess.run(
-            command("scan", "--socket", str(broker.socket), *AS_ROOT, tree.root),
-            env=environment(),
-            stdout=full,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            check=False,
-        )
+        result = run("scan", "--socket", str(broker.socket), *AS_ROOT, tree.root, stdout=full.fileno())
     assert result.returncode == 2
     assert result.stderr == "fdbroker: the output could not be written: No space left on device\n"
 
@@ -278,14 +273,7 @@ def test_full_disk_behind_the_output_is_an_error_not_a_finding(broker: RunningBr
 def test_pipe_that_nobody_reads_is_an_error_not_a_finding(broker: RunningBroker, tree: Tree) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
-    result = subprocess.run(
-        command("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, tree.root),
-        env=environment(),
-        stdout=write_end,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        check=False,
-    )
+    result = run("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, tree.root, stdout=write_end)
     os.close(write_end)
     assert result.returncode == 2
     assert result.stderr == "fdbroker: the output could not be written: Broken pipe\n"
@@ -327,8 +315,8 @@ def test_interrupted_scan_ends_with_a_summary_that_says_so(broker: RunningBroker
 def test_progress_is_shown_on_a_terminal_alone(both: bool, broker: RunningBroker, tree: Tree) -> None:  # noqa: FBT001 - a parameter
     master, terminal = os.openpty()
     output = terminal if both else os.open(os.devnull, os.O_WRONLY)
-    process = subprocess.Popen(
-        command("scan", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1)),
+    process = start(
+        *("scan", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1)),
         env=environment(TERM="xterm", COLUMNS="100"),
         stdout=output,
         stderr=terminal,
@@ -382,8 +370,8 @@ def test_json_on_a_terminal_is_json_alone(broker: RunningBroker, tree: Tree) -> 
 @pytest.mark.root
 def test_bar_goes_with_json_that_goes_elsewhere(broker: RunningBroker, tree: Tree) -> None:
     master, terminal = os.openpty()
-    process = subprocess.Popen(
-        command("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1)),
+    process = start(
+        *("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1)),
         env=environment(TERM="xterm", COLUMNS="100"),
         stdout=subprocess.DEVNULL,
         stderr=terminal,
