@@ -18,14 +18,11 @@ from tests.running_broker import reachable_directory
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# The command with what it needs, all of it pure Python.
+# The command with what it imports, all of it pure Python.
 _PACKAGES = (
     "fdbroker",
     "click",
     "rich",
-    "pygments",
-    "markdown_it",
-    "mdurl",
     "prometheus_client",
     "yaml",
 )

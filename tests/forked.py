@@ -6,14 +6,16 @@ That it is started by a command line has its own tests.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
 import signal
 import sys
+import tempfile
 import traceback
-from subprocess import DEVNULL, TimeoutExpired
-from typing import TYPE_CHECKING, TextIO
+from subprocess import DEVNULL, CompletedProcess, TimeoutExpired
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fdbroker.launcher.until_ready import _keep_only
 
@@ -103,6 +105,28 @@ def fork_program(
         except OSError:
             status = _NOT_FLUSHED
         os._exit(status)
+
+
+def run_forked(main: Callable[[], int], name: str, **streams: Any) -> CompletedProcess[bytes]:  # noqa: ANN401
+    """Run it as `fork_program` does, to its end; return what it wrote where no stream is given for it.
+
+    Raises:
+        TimeoutExpired: it does not end within a minute. It is killed then.
+
+    """
+    with contextlib.ExitStack() as stack:
+        files = {each: stack.enter_context(tempfile.TemporaryFile()) for each in ("stdout", "stderr")}
+        outputs = {each: file.fileno() for each, file in files.items()}
+        process = fork_program(main, name, **(outputs | streams))
+        try:
+            status = process.wait(timeout=60)
+        finally:
+            process.kill()
+        written = []
+        for file in files.values():
+            file.seek(0)
+            written.append(file.read())
+        return CompletedProcess(name, status, *written)
 
 
 def _have_streams(stdin: int, stdout: int, stderr: int, pass_fds: Collection[int]) -> None:

@@ -9,20 +9,18 @@ import os
 import select
 import subprocess
 import sys
-import tempfile
-from subprocess import DEVNULL
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from fdbroker.cli.main import main
 from tests.for_other_users import import_from_copy
-from tests.forked import fork_program
+from tests.forked import fork_program, run_forked
 from tests.processes import become_started
 from tests.running_broker import launcher_environment
 from tests.sandbox.confined import WORKER_UID
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from tests.for_other_users import ForOtherUsers
     from tests.forked import ForkedProcess
@@ -38,69 +36,52 @@ def environment(**changes: str) -> dict[str, str]:
     return {**launcher_environment(), "LANG": "C.UTF-8", **changes}
 
 
-def start(
-    *arguments: str | bytes,
-    stdin: int = DEVNULL,
-    stdout: int,
-    stderr: int,
-    env: dict[str, str] | None = None,
+def start(*arguments: str | bytes, stdout: int, stderr: int, **how: Any) -> ForkedProcess:  # noqa: ANN401 - see there
+    """Start it in a forked child, with streams as `fork_program` has them, and in other respects as `_as_started`.
+
+    That is all of it but for an interpreter's start and imports, which take ten times as long.
+    """
+    main, streams = _as_started(arguments, **how)
+    return fork_program(main, "fdbroker", stdout=stdout, stderr=stderr, **streams)
+
+
+def _as_started(
+    arguments: Sequence[str | bytes],
+    *,
+    env: Mapping[str, str] | None = None,
     cwd: str = "/",
-    pass_fds: Collection[int] = (),
     uid: int | None = None,
     others: ForOtherUsers | None = None,
-) -> ForkedProcess:
-    """Start it in a forked child: all of it but for an interpreter's start and imports, which take ten times as long.
+    **streams: Any,  # noqa: ANN401 - given back
+) -> tuple[Callable[[], int], dict[str, Any]]:
+    """Return what is the command, once it is run in a forked child, and `streams`.
 
     As `uid`, without any groups, it imports from the copy of `others`.
     """
-    return fork_program(
-        lambda: _be_the_command(arguments, env or environment(), cwd, uid, others),
-        "fdbroker",
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        pass_fds=pass_fds,
-    )
+
+    def be_the_command() -> int:
+        os.environ.clear()
+        os.environ.update(environment() if env is None else env)
+        os.chdir(cwd)
+        if others is not None:
+            import_from_copy(others)
+        if uid is not None:
+            become_started(uid)
+        return main([os.fsdecode(argument) for argument in arguments])
+
+    return be_the_command, streams
 
 
-def _be_the_command(
-    arguments: Sequence[str | bytes],
-    env: Mapping[str, str],
-    cwd: str,
-    uid: int | None,
-    others: ForOtherUsers | None,
-) -> int:
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(cwd)
-    if others is not None:
-        import_from_copy(others)
-    if uid is not None:
-        become_started(uid)
-    return main([os.fsdecode(argument) for argument in arguments])
-
-
-def run(*arguments: str | bytes, **how: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401 - as `start`
+def run(*arguments: str | bytes, **how: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401 - as of `start`
     """Run it as `start` does, and return what it wrote."""
     done = run_bytes(*arguments, **how)
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-def run_bytes(*arguments: str | bytes, **how: Any) -> subprocess.CompletedProcess[bytes]:  # noqa: ANN401 - as `start`
-    """Run it as `start` does, and return the very bytes that it wrote, where `stdout` and `stderr` are not given."""
-    with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(tempfile.TemporaryFile()) for name in ("stdout", "stderr")}
-        outputs = {name: file.fileno() for name, file in files.items()}
-        process = start(*arguments, **(outputs | how))
-        try:
-            status = process.wait(timeout=60)
-        finally:
-            process.kill()
-        written = []
-        for file in files.values():
-            file.seek(0)
-            written.append(file.read())
-        return subprocess.CompletedProcess(arguments, status, *written)
+def run_bytes(*arguments: str | bytes, **how: Any) -> subprocess.CompletedProcess[bytes]:  # noqa: ANN401 - likewise
+    """Run it as `start` does, and return the very bytes that it wrote, but for a stream that is given."""
+    main, streams = _as_started(arguments, **how)
+    return run_forked(main, "fdbroker", **streams)
 
 
 def run_program(*arguments: str | bytes, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
