@@ -121,11 +121,13 @@ def run_here(*arguments: str | bytes, env: dict[str, str] | None = None) -> subp
     return subprocess.CompletedProcess(arguments, status, *told)
 
 
-def run_on_terminal(*arguments: str | bytes, **changes: str) -> tuple[int, bytes]:
+def run_on_terminal(
+    *arguments: str | bytes, uid: int | None = None, others: ForOtherUsers | None = None, **changes: str
+) -> tuple[int, bytes]:
     """Run it with standard output and error on a terminal; return its status and what it showed."""
     master, terminal = os.openpty()
     env = environment(**{"TERM": "xterm", "COLUMNS": "100", **changes})
-    process = start(*arguments, env=env, stdout=terminal, stderr=terminal)
+    process = start(*arguments, env=env, uid=uid, others=others, stdout=terminal, stderr=terminal)
     os.close(terminal)
     shown = read_terminal(master, process)
     os.close(master)

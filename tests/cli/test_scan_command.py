@@ -75,7 +75,7 @@ def test_clean_files_give_status_0_and_only_a_summary(broker: RunningBroker, tre
     result = run_program("scan", "--socket", str(broker.socket), *AS_ROOT, home(tree, 0) + "/big")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    assert result.stdout.startswith("1 file, 20971520 bytes, 0 infected, 0 errors, 0 skipped, ")
+    assert result.stdout.startswith("1 file, 5242880 bytes, 0 infected, 0 errors, 0 skipped, ")
     _, engines = result.stdout.splitlines()
     assert engines == "Scanned by hashes (hashes 1, 3 digests), in workers of this command."
 
@@ -337,20 +337,23 @@ def test_progress_is_shown_on_a_terminal_alone(both: bool, broker: RunningBroker
 
 
 @pytest.mark.root
-def test_bar_of_a_scan_that_takes_a_while_shows_what_is_left(broker: RunningBroker, tree: Tree) -> None:
-    folder = home(tree, 2) + "/sparse"
-    os.mkdir(folder)
+def test_bar_of_a_scan_that_takes_a_while_shows_what_is_left(
+    broker: RunningBroker, tree: Tree, others: ForOtherUsers
+) -> None:
+    folder = Path(home(tree, 2)) / "many"
+    folder.mkdir()
     try:
-        for number in range(150):
-            with open(f"{folder}/{number}", "wb") as file:
-                file.truncate(8 << 20)
-        status, shown = run_on_terminal("scan", "--socket", str(broker.socket), *AS_ROOT, folder)
+        for number in range(30):
+            (folder / str(number)).touch()
+        takes_a_while = ("--engine", "command:argv=/bin/sleep,argv=0.03", "--jobs", "1")  # of which root has none
+        scan = ("scan", "--socket", str(broker.socket), *takes_a_while, str(folder))
+        status, shown = run_on_terminal(*scan, uid=CLIENT_UID, others=others)
     finally:
         shutil.rmtree(folder)
     assert status == 0
     drawn = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown).decode()
     rates = [
-        int(files) for files in re.findall(r"/150 files, 0 infected, 0 errors [^\r]*?(\d+) files/s", drawn)
+        int(files) for files in re.findall(r"/30 files, 0 infected, 0 errors [^\r]*?(\d+) files/s", drawn)
     ]
     assert max(rates) > 0
     left = re.findall(r"(\d+):(\d\d):(\d\d) left", drawn)
