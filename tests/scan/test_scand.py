@@ -63,7 +63,8 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def scand(others: ForOtherUsers, directory: Path) -> Iterator[RunningScand]:
-    with scand_and_broker(others, directory, "workers: 1\nspare_workers: 1\n") as (running, _):
+    configuration = "workers: 1\nspare_workers: 1\n"
+    with scand_and_broker(others, directory, configuration, by_command_line=True) as (running, _):
         yield running
 
 
