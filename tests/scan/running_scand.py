@@ -79,7 +79,9 @@ OF_A_WORKER = 3
 class RunningScand:
     """The process of a service. `socket` is that of its clients, `said` what its manager was told."""
 
-    def __init__(self, process: subprocess.Popen[bytes] | ForkedProcess, manager: socket.socket, directory: Path) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes] | ForkedProcess, manager: socket.socket, directory: Path
+    ) -> None:
         self.process = process
         self.pid = process.pid
         self.socket = str(directory / "scan")
