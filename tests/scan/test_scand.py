@@ -207,7 +207,7 @@ def test_descriptors_that_are_of_no_use_are_errors_and_never_clean(
 def test_client_that_reads_nothing_stops_its_own_files_alone(scand: RunningScand, directory: Path) -> None:
     before = scand.descriptors()
     file = os.fsencode(directory / "tree" / "bob" / "clean")
-    with Puppet(lambda: None, uid=BOB) as bob:
+    with Puppet(uid=BOB) as bob:
         bob.do(flood, scand.socket, file)
         assert in_child(lambda: ask_status(scand)["clients"], uid=ANN) == 2
         started = time.monotonic()
@@ -244,7 +244,7 @@ def test_cancelled_tree_ends_at_once_and_says_so(scand: RunningScand, directory:
 def test_single_file_is_not_kept_waiting_by_another_users_tree(scand: RunningScand, directory: Path) -> None:
     ann, bob = directory / "tree" / "ann" / "many", os.fsencode(directory / "tree" / "bob" / "bad")
 
-    with Puppet(lambda: None, uid=ANN) as puppet:
+    with Puppet(uid=ANN) as puppet:
         puppet.begin(scan_tree, scand.socket, os.fsencode(ann))
         assert in_child(lambda: scan_one(scand, bob), uid=BOB) == "infected"
         end = puppet.result()
@@ -391,7 +391,7 @@ def test_command_says_what_it_can_not_ask_of_the_service(
 def test_files_to_be_copied_are_closed_though_their_client_is_gone(scand: RunningScand) -> None:
     """It is stopped meanwhile, so that it sees their end in the round in which they come."""
     idle = scand.descriptors()
-    with Puppet(lambda: None, uid=BOB) as bob:
+    with Puppet(uid=BOB) as bob:
         bob.do(greet, scand.socket)
         scand.process.send_signal(signal.SIGSTOP)
         try:

@@ -136,7 +136,7 @@ def test_worker_that_is_turned_lies_of_no_other_user_and_no_other_owner(
 def test_engine_that_hangs_costs_its_file_and_nobody_else_waits(scand: RunningScand, directory: Path) -> None:
     hanging = fill(directory, ANN, b"hang", b"fine", WORD)
     [of_bob] = fill(directory, BOB, WORD)
-    with Puppet(lambda: None, uid=ANN) as ann:
+    with Puppet(uid=ANN) as ann:
         ann.begin(scan_paths, scand.socket, hanging)
         wait_until(lambda: in_child(lambda: status(scand)["files_under_way"], uid=BOB), "it hangs")
         began = time.monotonic()
@@ -148,7 +148,7 @@ def test_engine_that_hangs_costs_its_file_and_nobody_else_waits(scand: RunningSc
 def test_client_that_goes_takes_its_hanging_file_with_it(scand: RunningScand, directory: Path) -> None:
     idle = scand.descriptors()
     hanging = fill(directory, ANN, *[b"hang"] * 20)
-    with Puppet(lambda: None, uid=ANN) as ann:
+    with Puppet(uid=ANN) as ann:
         ann.begin(scan_paths, scand.socket, hanging)
         wait_until(lambda: in_child(lambda: status(scand)["files_under_way"], uid=BOB), "it hangs")
     wait_until(
@@ -172,7 +172,7 @@ def test_changed_database_is_noticed_and_no_request_is_missed(
     assert in_child(lambda: ask(scand, [path, other]), uid=ANN) == {path: "infected", other: "clean"}
     (directory / "word").write_bytes(b"Fire")
     seen: set[str] = set()
-    with Puppet(lambda: None, uid=ANN) as ann:
+    with Puppet(uid=ANN) as ann:
         end = time.monotonic() + 20
         while "infected" not in seen and time.monotonic() < end:
             answer = ann.do(scan_paths, scand.socket, [path, other])
@@ -219,7 +219,7 @@ def test_service_that_is_stopped_says_so_and_leaves_no_process(
     hanging = fill(own_directory, ANN, b"hang")
     with scand_alone(others, own_directory) as scand:
         children = children_of(scand.pid)
-        with Puppet(lambda: None, uid=ANN) as ann:
+        with Puppet(uid=ANN) as ann:
             ann.begin(farewell, scand.socket, hanging)
             wait_until(lambda: in_child(lambda: status(scand)["files_under_way"], uid=BOB), "it scans")
             assert scand.stop() == 0
@@ -265,7 +265,7 @@ def test_broker_that_is_started_anew_is_found_again_and_clients_are_told(
         with broker():
             scand.wait_for("scan: serving")
             assert in_child(lambda: ask(scand, [path]), uid=ANN) == {path: "infected"}
-            ann = Puppet(lambda: None, uid=ANN)
+            ann = Puppet(uid=ANN)
             ann.begin(farewell, scand.socket, hanging)
             wait_until(lambda: in_child(lambda: status(scand)["files_under_way"], uid=BOB), "it scans")
         with ann:
