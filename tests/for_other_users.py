@@ -44,6 +44,11 @@ def copy_systemd(directory: Path) -> Path:
     return to
 
 
+def copy_package(package: Path, to: Path) -> None:
+    """Copy a package with its bytecode, and the times that this is checked by; over one that is there."""
+    shutil.copytree(package, to, ignore=_BEING_WRITTEN, dirs_exist_ok=True)
+
+
 class ForOtherUsers(NamedTuple):
     """An interpreter, to be run with -P and PYTHONPATH `directory`, where the packages are."""
 
@@ -66,9 +71,8 @@ def for_other_users() -> Iterator[ForOtherUsers]:
             spec = importlib.util.find_spec(name)
             assert spec is not None
             assert spec.origin is not None
-            # With its bytecode and the times that this is checked by ...
-            shutil.copytree(Path(spec.origin).parent, directory / name, ignore=_BEING_WRITTEN)
-        # ... and with what is missing of it, as the other user can't write any.
+            copy_package(Path(spec.origin).parent, directory / name)
+        # And with what is missing of it, as the other user can't write any.
         compileall.compile_dir(directory, quiet=1)
         for parent, _, files in os.walk(directory):
             os.chmod(parent, 0o755)

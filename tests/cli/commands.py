@@ -84,7 +84,9 @@ def run_bytes(*arguments: str | bytes, **how: Any) -> subprocess.CompletedProces
     return run_forked(main, "fdbroker", **streams)
 
 
-def run_program(*arguments: str | bytes, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run_program(
+    *arguments: str | bytes, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run it by its command line, in an interpreter of its own, and return what it wrote."""
     return subprocess.run(
         command(*arguments),

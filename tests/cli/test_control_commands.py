@@ -131,7 +131,9 @@ def test_reload_puts_the_changed_policy_in_force_and_names_its_generation(
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == f"{to_change.policy} is in force: generation 2, 1 root, 5 rules\n"
     assert (before.returncode, after.returncode, after.stdout) == (1, 0, "x")
-    assert [record["event"] for record in to_change.broker.records() if "fingerprint" in record] == ["reloaded"]
+    assert [record["event"] for record in to_change.broker.records() if "fingerprint" in record] == [
+        "reloaded"
+    ]
 
 
 def test_reload_of_a_broken_policy_shows_each_problem_with_its_place_and_changes_nothing(
@@ -155,7 +157,9 @@ def test_reload_of_a_broken_policy_shows_each_problem_with_its_place_and_changes
 def test_reload_that_the_broker_refuses_says_why_and_what_to_do(to_change: Served) -> None:
     with reachable_directory() as other:
         to_change.policy.write_text(policy_text(other))
-        result = run_here("reload", "--dev", "--policy", str(to_change.policy), "--control", to_change.control)
+        result = run_here(
+            "reload", "--dev", "--policy", str(to_change.policy), "--control", to_change.control
+        )
     assert result.returncode == 2
     assert "the broker keeps its old policy" in result.stderr
     assert f"restart the broker: {how_to_restart()}" in result.stderr
@@ -473,16 +477,18 @@ def test_running_broker_is_asked_as_a_user_and_tells_what_the_file_does_in_all_d
     # All that the other user gets is compared with a file's answer by another test.
     asked = [(CLIENT_UID, *each) for each in ASKED] + [(OTHER_UID, *each) for each in ASKED[::5]]
     for uid, action, name in asked:
-            path = f"{served.tree}/{name}"
-            options = ("--as", str(uid), "--action", action)
-            status, running, _ = asked_running(served, *options, path)
-            by_file = explained(served, path, *options)
-            assert (running["source"], running["generation"]) == ("broker", 1)
-            assert running | {"source": "file", "generation": None} == by_file
-            assert status == {"allow": 0, "deny": 1}[by_file["decision"]]
+        path = f"{served.tree}/{name}"
+        options = ("--as", str(uid), "--action", action)
+        status, running, _ = asked_running(served, *options, path)
+        by_file = explained(served, path, *options)
+        assert (running["source"], running["generation"]) == ("broker", 1)
+        assert running | {"source": "file", "generation": None} == by_file
+        assert status == {"allow": 0, "deny": 1}[by_file["decision"]]
     # It was those users who asked.
     said = served.broker.records()[before:]
-    assert [record["uid"] for record in said if record["event"] == "explained"] == [uid for uid, _, _ in asked]
+    assert [record["uid"] for record in said if record["event"] == "explained"] == [
+        uid for uid, _, _ in asked
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
@@ -504,16 +510,21 @@ def test_user_who_stops_or_ends_the_process_that_asks_as_him_does_not_hold_up_ro
 
 def test_file_that_is_not_in_force_is_told_from_what_the_broker_decides_by(to_change: Served) -> None:
     to_change.policy.write_text(
-        policy_text(to_change.tree, "  - {name: more, allow: open, in: tree, client: any, paths: 'private/*'}\n")
+        policy_text(
+            to_change.tree, "  - {name: more, allow: open, in: tree, client: any, paths: 'private/*'}\n"
+        )
     )
     path = f"{to_change.tree}/private/x"
     status, running, told = asked_running(to_change, "--as", str(CLIENT_UID), path)
     assert (status, running["decision"], running["rules"]) == (1, "deny", [])
     assert running["client"]["uid"] == CLIENT_UID
     assert (
-        told == f"fdbroker: {to_change.policy} is not what is in force; put it in force with: fdbroker reload\n"
+        told
+        == f"fdbroker: {to_change.policy} is not what is in force; put it in force with: fdbroker reload\n"
     )
-    assert run_here("reload", "--dev", "--policy", str(to_change.policy), *to_change.sockets[2:]).returncode == 0
+    assert (
+        run_here("reload", "--dev", "--policy", str(to_change.policy), *to_change.sockets[2:]).returncode == 0
+    )
     status, running, told = asked_running(to_change, "--as", str(CLIENT_UID), path)
     assert (status, running["decision"], running["generation"], told) == (0, "allow", 2, "")
 

@@ -144,7 +144,9 @@ def test_running_broker_is_looked_at_layer_by_layer(others: ForOtherUsers) -> No
         with running_broker(directory, policy(directory / "tree"), f"--control={control}") as running:
             options = ("--socket", str(running.socket), "--control", control, "--policy", NOWHERE.policy)
             as_root = states(json.loads(run_here("doctor", "--json", *options).stdout))
-            as_other = states(json.loads(run_program_as(CLIENT_UID, others, "doctor", "--json", *options).stdout))
+            as_other = states(
+                json.loads(run_program_as(CLIENT_UID, others, "doctor", "--json", *options).stdout)
+            )
             without = states(
                 json.loads(
                     run_here("doctor", "--json", *options[:2], "--control", "/no", *options[4:]).stdout

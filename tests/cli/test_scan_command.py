@@ -345,7 +345,12 @@ def test_bar_of_a_scan_that_takes_a_while_shows_what_is_left(
     try:
         for number in range(30):
             (folder / str(number)).touch()
-        takes_a_while = ("--engine", "command:argv=/bin/sleep,argv=0.03", "--jobs", "1")  # of which root has none
+        takes_a_while = (
+            "--engine",
+            "command:argv=/bin/sleep,argv=0.03",
+            "--jobs",
+            "1",
+        )  # of which root has none
         scan = ("scan", "--socket", str(broker.socket), *takes_a_while, str(folder))
         status, shown = run_on_terminal(*scan, uid=CLIENT_UID, others=others)
     finally:

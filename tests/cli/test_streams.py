@@ -31,7 +31,9 @@ def broker() -> Iterator[str]:
 def run_with(redirections: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command as a shell does with these redirections, each of which closes a stream or fills it."""
     with open("/dev/full", "wb") as full:
-        streams = {_STREAMS[each]: CLOSED if each in _CLOSING else full.fileno() for each in redirections.split()}
+        streams = {
+            _STREAMS[each]: CLOSED if each in _CLOSING else full.fileno() for each in redirections.split()
+        }
         return run(*arguments, **streams)
 
 
@@ -49,7 +51,13 @@ def run_by_shell(redirections: str, *arguments: str) -> subprocess.CompletedProc
 
 
 _CLOSING = {"<&-", ">&-", "2>&-"}
-_STREAMS = {"<&-": "stdin", ">&-": "stdout", "2>&-": "stderr", ">/dev/full": "stdout", "2>/dev/full": "stderr"}
+_STREAMS = {
+    "<&-": "stdin",
+    ">&-": "stdout",
+    "2>&-": "stderr",
+    ">/dev/full": "stdout",
+    "2>/dev/full": "stderr",
+}
 
 ERRORS: list[tuple[tuple[str, ...], int]] = [
     (("scan", *NOWHERE, *AS_ROOT, "/home/x"), 2),
@@ -138,7 +146,9 @@ def test_closed_output_of_what_the_broker_gives_is_told_in_a_line(
 def test_files_and_connections_never_become_standard_streams(broker: str) -> None:
     shown = "os.listdir('/proc/self/fd')"
     program = f"import os; print(sorted(n for n in {shown} if n in {{'0', '1', '2'}}))"
-    given = run_by_shell("<&- 2>&-", "--socket", broker, "exec", "--connect", "--", sys.executable, "-c", program)
+    given = run_by_shell(
+        "<&- 2>&-", "--socket", broker, "exec", "--connect", "--", sys.executable, "-c", program
+    )
     # 0 and 2 are closed as before; what the listing opens takes the first of them.
     assert given.stdout == "['0', '1']\n"
     assert (

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tests.documentation.blocks import ROOT
+from tests.for_other_users import copy_package
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -69,12 +70,13 @@ def installed() -> Iterator[Path]:
         for source, target in wheel["shared-data"].items():
             if (ROOT / source).is_dir():
                 shutil.copytree(ROOT / source, prefix / target)
-        # ... and what metrics need.
-        spec = importlib.util.find_spec("prometheus_client")
-        assert spec is not None
-        assert spec.origin is not None
+        # ... what metrics need, and the bytecode that there is: other users than root could keep none.
         [site] = prefix.glob("lib/python3*/site-packages")
-        shutil.copytree(Path(spec.origin).parent, site / "prometheus_client")
+        for name in ("prometheus_client", "fdbroker", "click", "rich", "yaml"):
+            spec = importlib.util.find_spec(name)
+            assert spec is not None
+            assert spec.origin is not None
+            copy_package(Path(spec.origin).parent, site / name)
         subprocess.run(["chmod", "-R", "a+rX", prefix], check=True)
         yield prefix
 

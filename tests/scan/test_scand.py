@@ -19,6 +19,7 @@ from fdbroker.client import DEFAULT_SOCKET
 from fdbroker.scan.messages import End
 from fdbroker.scan.verdict import Clean, Infected
 from tests.broker.puppets import Puppet
+from tests.cli.commands import run_as
 from tests.processes import in_child, wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.descriptors import EICAR, EICAR_NAME
@@ -30,7 +31,6 @@ from tests.scan.running_scand import (
     client_of,
     own,
     reasons,
-    run_as_ann,
     scand_and_broker,
 )
 
@@ -285,10 +285,7 @@ def scan_one(scand: RunningScand, path: bytes) -> str:
 
 def command(scand: RunningScand, others: ForOtherUsers, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `fdbroker scan` as one of the users."""
-    return run_as_ann(
-        [others.python, "-P", "-m", "fdbroker.cli", "scan", *arguments],
-        {"PYTHONPATH": str(others.directory), "LANG": "C.UTF-8", "FDBROKER_SCAN_SOCKET": scand.socket},
-    )
+    return run_as(ANN, others, "scan", *arguments, FDBROKER_SCAN_SOCKET=scand.socket)
 
 
 def test_command_goes_by_the_service_where_it_is_and_says_so(
