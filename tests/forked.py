@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import select
 import signal
@@ -79,9 +80,9 @@ def fork_program(
     stderr: int,
     pass_fds: Collection[int] = (),
 ) -> ForkedProcess:
-    """Run a program's main function in a child with these streams, each a descriptor or DEVNULL, and `pass_fds`.
+    """Run a program's main function in a child with these streams, and `pass_fds`.
 
-    A stream that is `CLOSED` is, and None in `sys`, as an interpreter has it.
+    A stream is a descriptor, or DEVNULL; or it is `CLOSED`, and None in `sys`, as an interpreter has it.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -133,18 +134,23 @@ def _have_streams(stdin: int, stdout: int, stderr: int, pass_fds: Collection[int
     """Have these descriptors and no others, and the streams that an interpreter makes of them."""
     nothing = os.open(os.devnull, os.O_RDWR)
     wanted = [nothing if stream == DEVNULL else stream for stream in (stdin, stdout, stderr)]
-    copies = [stream if stream == CLOSED else fcntl.fcntl(stream, fcntl.F_DUPFD, 3) for stream in wanted]
-    streams: list[TextIO | None] = []
-    for number, (copy, mode) in enumerate(zip(copies, "rww", strict=True)):
+    copies = [CLOSED if stream == CLOSED else fcntl.fcntl(stream, fcntl.F_DUPFD, 3) for stream in wanted]
+    for number, copy in enumerate(copies):
         if copy == CLOSED:
             os.close(number)
-            streams.append(None)
         else:
             os.dup2(copy, number)
-            streams.append(open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - as long as it lives
-    sys.stdin, sys.stdout, sys.stderr = streams  # type: ignore[assignment]
-    if sys.stderr is not None:
-        sys.stderr.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
-    _keep_only([number for number, stream in enumerate(streams) if stream is not None] + [*pass_fds])
+    there = [number for number, copy in enumerate(copies) if copy != CLOSED]
+    _keep_only([*there, *pass_fds])
     for number in pass_fds:
         os.set_inheritable(number, True)
+    sys.stdin, sys.stdout, sys.stderr = (
+        _stream(number, mode) if number in there else None for number, mode in enumerate("rww")
+    )
+
+
+def _stream(number: int, mode: str) -> TextIO:
+    raw = open(number, f"{mode}b", closefd=False)  # noqa: SIM115 - as long as it lives
+    of_errors = number == 2  # noqa: PLR2004 - its number
+    errors = "backslashreplace" if of_errors else "strict"
+    return io.TextIOWrapper(raw, "utf-8", errors, line_buffering=of_errors or raw.isatty())

@@ -33,7 +33,7 @@ def become(uid: int, gid: int | None = None, groups: tuple[int, ...] = ()) -> No
 
 
 def become_started(uid: int) -> None:
-    """Become another user without groups, and a process that looks at itself in /proc as one after execve(2) can."""
+    """Become another user without groups, who may look at this process in /proc as after execve(2)."""
     become(uid)
     set_dumpable(True)
 

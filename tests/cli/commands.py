@@ -37,9 +37,9 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def start(*arguments: str | bytes, stdout: int, stderr: int, **how: Any) -> ForkedProcess:  # noqa: ANN401 - see there
-    """Start it in a forked child, with streams as `fork_program` has them, and in other respects as `_as_started`.
+    """Start it in a forked child: all of it but for an interpreter's start and imports, ten times as long.
 
-    That is all of it but for an interpreter's start and imports, which take ten times as long.
+    `how`: other streams, and `pass_fds`, as `fork_program` has them; the rest as `_as_started`.
     """
     main, streams = _as_started(arguments, **how)
     return fork_program(main, "fdbroker", stdout=stdout, stderr=stderr, **streams)
@@ -123,13 +123,24 @@ def run_here(*arguments: str | bytes, env: dict[str, str] | None = None) -> subp
     return subprocess.CompletedProcess(arguments, status, *told)
 
 
-def run_on_terminal(
-    *arguments: str | bytes, uid: int | None = None, others: ForOtherUsers | None = None, **changes: str
-) -> tuple[int, bytes]:
+def run_on_terminal(*arguments: str | bytes, **changes: str) -> tuple[int, bytes]:
     """Run it with standard output and error on a terminal; return its status and what it showed."""
+    return _on_terminal(arguments, changes)
+
+
+def run_on_terminal_as(uid: int, others: ForOtherUsers, *arguments: str | bytes) -> tuple[int, bytes]:
+    """Do the same as another user without any groups."""
+    return _on_terminal(arguments, {}, uid=uid, others=others)
+
+
+def _on_terminal(
+    arguments: Sequence[str | bytes],
+    changes: Mapping[str, str],
+    **how: Any,  # noqa: ANN401 - as of `start`
+) -> tuple[int, bytes]:
     master, terminal = os.openpty()
     env = environment(**{"TERM": "xterm", "COLUMNS": "100", **changes})
-    process = start(*arguments, env=env, uid=uid, others=others, stdout=terminal, stderr=terminal)
+    process = start(*arguments, env=env, stdout=terminal, stderr=terminal, **how)
     os.close(terminal)
     shown = read_terminal(master, process)
     os.close(master)

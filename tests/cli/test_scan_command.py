@@ -29,6 +29,7 @@ from tests.cli.commands import (
     run_as,
     run_here,
     run_on_terminal,
+    run_on_terminal_as,
     run_program,
     start,
     verdicts,
@@ -352,7 +353,7 @@ def test_bar_of_a_scan_that_takes_a_while_shows_what_is_left(
             "1",
         )  # of which root has none
         scan = ("scan", "--socket", str(broker.socket), *takes_a_while, str(folder))
-        status, shown = run_on_terminal(*scan, uid=CLIENT_UID, others=others)
+        status, shown = run_on_terminal_as(CLIENT_UID, others, *scan)
     finally:
         shutil.rmtree(folder)
     assert status == 0

@@ -72,11 +72,11 @@ def installed() -> Iterator[Path]:
                 shutil.copytree(ROOT / source, prefix / target)
         # ... what metrics need, and the bytecode that there is: other users than root could keep none.
         [site] = prefix.glob("lib/python3*/site-packages")
-        for name in ("prometheus_client", "fdbroker", "click", "rich", "yaml"):
-            spec = importlib.util.find_spec(name)
+        for package in ("prometheus_client", "fdbroker", "click", "rich", "yaml"):
+            spec = importlib.util.find_spec(package)
             assert spec is not None
             assert spec.origin is not None
-            copy_package(Path(spec.origin).parent, site / name)
+            copy_package(Path(spec.origin).parent, site / package)
         subprocess.run(["chmod", "-R", "a+rX", prefix], check=True)
         yield prefix
 

@@ -37,7 +37,7 @@ def tree(directory: Path) -> Tree:
 
 
 @pytest.fixture(scope="module")
-def broker(directory: Path, tree: Tree) -> Iterator[RunningBroker]:  # noqa: ARG001 - the tree is there
+def broker(directory: Path, tree: Tree) -> Iterator[RunningBroker]:
     """Run one from which all may be had."""
     with reachable_directory() as own, running_broker(own, policy(directory / "tree")) as running:
         yield running

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from fdbroker.scan.engine import Inside
 from fdbroker.scan.verdict import Clean, Infected, Verdict
 
-
 _TAKEN = threading.Lock()
 _TAKEN.acquire()
 
