@@ -151,6 +151,6 @@ def _have_streams(stdin: int, stdout: int, stderr: int, pass_fds: Collection[int
 
 def _stream(number: int, mode: str) -> TextIO:
     raw = open(number, f"{mode}b", closefd=False)  # noqa: SIM115 - as long as it lives
-    of_errors = number == 2  # noqa: PLR2004 - its number
+    of_errors = number == 2
     errors = "backslashreplace" if of_errors else "strict"
     return io.TextIOWrapper(raw, "utf-8", errors, line_buffering=of_errors or raw.isatty())
