@@ -132,6 +132,13 @@ def write_executable(**_rest: object) -> int:
 # ---- others that are named as the work or the warming themselves ----
 
 
+def be_told(state: dict[str, Any], channel: socket.socket, scratch: bytes | None) -> None:
+    """Be what the first message names."""
+    with (message := sockets.receive(channel, 100)).descriptors:
+        name = message.data.decode()
+    globals()[name](state, channel, scratch)
+
+
 def wait_for_the_end(_state: object, channel: socket.socket, _scratch: bytes | None) -> None:
     sockets.receive(channel, 1)
 
