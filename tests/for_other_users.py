@@ -45,8 +45,8 @@ def copy_systemd(directory: Path) -> Path:
 
 
 def copy_package(package: Path, to: Path) -> None:
-    """Copy a package with its bytecode, and the times that this is checked by; over one that is there."""
-    shutil.copytree(package, to, ignore=_BEING_WRITTEN, dirs_exist_ok=True)
+    """Copy a package with its bytecode, and the times that this is checked by."""
+    shutil.copytree(package, to, ignore=_BEING_WRITTEN)
 
 
 class ForOtherUsers(NamedTuple):

@@ -70,13 +70,12 @@ def installed() -> Iterator[Path]:
         for source, target in wheel["shared-data"].items():
             if (ROOT / source).is_dir():
                 shutil.copytree(ROOT / source, prefix / target)
-        # ... what metrics need, and the bytecode that there is: other users than root could keep none.
+        # ... and what metrics need.
+        spec = importlib.util.find_spec("prometheus_client")
+        assert spec is not None
+        assert spec.origin is not None
         [site] = prefix.glob("lib/python3*/site-packages")
-        for package in ("prometheus_client", "fdbroker", "click", "rich", "yaml"):
-            spec = importlib.util.find_spec(package)
-            assert spec is not None
-            assert spec.origin is not None
-            copy_package(Path(spec.origin).parent, site / package)
+        copy_package(Path(spec.origin).parent, site / "prometheus_client")
         subprocess.run(["chmod", "-R", "a+rX", prefix], check=True)
         yield prefix
 
