@@ -105,13 +105,13 @@ def test_what_a_look_gives_is_told_whole_and_its_end_without_a_word_is() -> None
 
 
 def test_nothing_stays_behind_from_trying(tmp_path: Path) -> None:
-    def seen() -> list[object]:
+    def seen() -> list[list[str]]:
         with open("/proc/self/status") as file:
             privileges = [line for line in file if line.startswith(("Seccomp:", "NoNewPrivs:"))]
         with open("/proc/self/mountinfo") as file:
-            return [os.listdir("/proc/self/fd"), privileges, file.read()]
+            return [os.listdir("/proc/self/fd"), privileges, list(file)]
 
-    def child() -> list[list[object]]:
+    def child() -> list[list[list[str]]]:
         if os.geteuid() == 0:  # who is no root mounts nothing; and other tests mount while this one runs
             namespaces.unshare(namespaces.CLONE_NEWNS)
             namespaces.mount_setattr(b"/", attributes=0, propagation=namespaces.MS_PRIVATE, recursive=True)
@@ -122,7 +122,9 @@ def test_nothing_stays_behind_from_trying(tmp_path: Path) -> None:
         return [before, after]
 
     before, after = Children()(child)
-    assert after == before
+    assert after[:2] == before[:2]
+    # Another test's mount may be gone: who removes the directory below it takes it from every namespace.
+    assert set(after[2]) <= set(before[2])
 
 
 def test_missing_things_are_status_1_and_say_what_to_do() -> None:
