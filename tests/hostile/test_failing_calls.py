@@ -60,7 +60,7 @@ class Case(NamedTuple):
     nth: int
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def place() -> Iterator[Served]:
     with reachable_directory() as directory, served(directory) as made:
         made.broker.starter_and_helpers()  # all of them are there
