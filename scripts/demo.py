@@ -229,7 +229,9 @@ def install(prefix: Path) -> None:
     run(python, "-I", "-m", "venv", "--without-pip", str(prefix))
     target = next((prefix / "lib").glob("python3*/site-packages"))
     # With their times, and so with what is compiled of them: most commands run as who could not keep that.
-    shutil.copytree(CHECKOUT / "src/fdbroker", target / "fdbroker")
+    # Bytecode that somebody writes just now has another name, and may be gone.
+    being_written = shutil.ignore_patterns("*.pyc.*")
+    shutil.copytree(CHECKOUT / "src/fdbroker", target / "fdbroker", ignore=being_written)
     found: dict[str, metadata.Distribution] = {}
     available = {canonical(d.metadata["Name"]): d for d in metadata.distributions(path=[str(site)])}
     requirements_of("fdbroker", {"daemon", "cli"}, available, found)

@@ -18,14 +18,11 @@ from tests.running_broker import reachable_directory
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# The command with what it needs, all of it pure Python.
+# The command with what it imports, all of it pure Python.
 _PACKAGES = (
     "fdbroker",
     "click",
     "rich",
-    "pygments",
-    "markdown_it",
-    "mdurl",
     "prometheus_client",
     "yaml",
 )
@@ -45,6 +42,11 @@ def copy_systemd(directory: Path) -> Path:
     to = directory / "packages"
     shutil.copytree(Path(spec.origin).parent, to / "systemd")
     return to
+
+
+def copy_package(package: Path, to: Path) -> None:
+    """Copy a package with its bytecode, and the times that this is checked by."""
+    shutil.copytree(package, to, ignore=_BEING_WRITTEN)
 
 
 class ForOtherUsers(NamedTuple):
@@ -69,15 +71,23 @@ def for_other_users() -> Iterator[ForOtherUsers]:
             spec = importlib.util.find_spec(name)
             assert spec is not None
             assert spec.origin is not None
-            # With its bytecode and the times that this is checked by ...
-            shutil.copytree(Path(spec.origin).parent, directory / name, ignore=_BEING_WRITTEN)
-        # ... and with what is missing of it, as the other user can't write any.
+            copy_package(Path(spec.origin).parent, directory / name)
+        # And with what is missing of it, as the other user can't write any.
         compileall.compile_dir(directory, quiet=1)
         for parent, _, files in os.walk(directory):
             os.chmod(parent, 0o755)
             for file in files:
                 os.chmod(os.path.join(parent, file), 0o644)
         yield ForOtherUsers(python, directory)
+
+
+def import_from_copy(others: ForOtherUsers) -> None:
+    """Be an interpreter that was started so, in a forked child: what it still imports comes from the copy."""
+    outside = [place for place in sys.path if place.startswith((sys.base_prefix, sys.base_exec_prefix))]
+    sys.executable, sys.path[:] = others.python, [str(others.directory), *outside]
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in _PACKAGES and hasattr(module, "__path__"):
+            module.__path__ = [str(others.directory / name.replace(".", "/"))]
 
 
 def _others_can_execute(path: str) -> bool:

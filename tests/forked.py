@@ -6,18 +6,27 @@ That it is started by a command line has its own tests.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import io
 import os
 import select
 import signal
 import sys
+import tempfile
 import traceback
-from subprocess import DEVNULL, TimeoutExpired
-from typing import TYPE_CHECKING
+from subprocess import DEVNULL, CompletedProcess, TimeoutExpired
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fdbroker.launcher.until_ready import _keep_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+
+# For a stream that who starts a program has closed.
+CLOSED = -100
+# The status of an interpreter that could not write all that it had to.
+_NOT_FLUSHED = 120
 
 
 class ForkedProcess:
@@ -63,9 +72,18 @@ class ForkedProcess:
 
 
 def fork_program(
-    main: Callable[[], int], name: str, *, stdout: int, stderr: int, pass_fds: Collection[int] = ()
+    main: Callable[[], int],
+    name: str,
+    *,
+    stdin: int = DEVNULL,
+    stdout: int,
+    stderr: int,
+    pass_fds: Collection[int] = (),
 ) -> ForkedProcess:
-    """Run a program's main function in a child with these outputs, nothing to read, and `pass_fds`."""
+    """Run a program's main function in a child with these streams, and `pass_fds`.
+
+    A stream is a descriptor, or DEVNULL; or it is `CLOSED`, and None in `sys`, as an interpreter has it.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -74,21 +92,65 @@ def fork_program(
     status = 1
     try:
         sys.settrace(None)  # what measures coverage here would only slow it down: nothing is written there
-        nothing = os.open(os.devnull, os.O_RDWR)
-        os.dup2(nothing, 0)
-        os.dup2(nothing if stdout == DEVNULL else stdout, 1)
-        os.dup2(stderr, 2)
-        _keep_only([0, 1, 2, *pass_fds])
-        sys.stdin, sys.stdout, sys.stderr = (
-            open(number, mode, buffering=1, closefd=False)  # noqa: SIM115 - as long as it lives
-            for number, mode in enumerate("rww")
-        )
+        _have_streams(stdin, stdout, stderr, pass_fds)
         status = main()
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
     except BaseException:  # noqa: BLE001 - as an interpreter would show it
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+        except OSError:
+            status = _NOT_FLUSHED
         os._exit(status)
+
+
+def run_forked(main: Callable[[], int], name: str, **streams: Any) -> CompletedProcess[bytes]:  # noqa: ANN401
+    """Run it as `fork_program` does, to its end; return what it wrote where no stream is given for it.
+
+    Raises:
+        TimeoutExpired: it does not end within a minute. It is killed then.
+
+    """
+    with contextlib.ExitStack() as stack:
+        files = {each: stack.enter_context(tempfile.TemporaryFile()) for each in ("stdout", "stderr")}
+        outputs = {each: file.fileno() for each, file in files.items()}
+        process = fork_program(main, name, **(outputs | streams))
+        try:
+            status = process.wait(timeout=60)
+        finally:
+            process.kill()
+        written = []
+        for file in files.values():
+            file.seek(0)
+            written.append(file.read())
+        return CompletedProcess(name, status, *written)
+
+
+def _have_streams(stdin: int, stdout: int, stderr: int, pass_fds: Collection[int]) -> None:
+    """Have these descriptors and no others, and the streams that an interpreter makes of them."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    wanted = [nothing if stream == DEVNULL else stream for stream in (stdin, stdout, stderr)]
+    copies = [CLOSED if stream == CLOSED else fcntl.fcntl(stream, fcntl.F_DUPFD, 3) for stream in wanted]
+    for number, copy in enumerate(copies):
+        if copy == CLOSED:
+            os.close(number)
+        else:
+            os.dup2(copy, number)
+    there = [number for number, copy in enumerate(copies) if copy != CLOSED]
+    _keep_only([*there, *pass_fds])
+    for number in pass_fds:
+        os.set_inheritable(number, True)
+    sys.stdin, sys.stdout, sys.stderr = (
+        _stream(number, mode) if number in there else None for number, mode in enumerate("rww")
+    )
+
+
+def _stream(number: int, mode: str) -> TextIO:
+    raw = open(number, f"{mode}b", closefd=False)  # noqa: SIM115 - as long as it lives
+    of_errors = number == 2
+    errors = "backslashreplace" if of_errors else "strict"
+    return io.TextIOWrapper(raw, "utf-8", errors, line_buffering=of_errors or raw.isatty())

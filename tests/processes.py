@@ -12,6 +12,8 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fdbroker.kernel.dumpable import set_dumpable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
@@ -28,6 +30,12 @@ def become(uid: int, gid: int | None = None, groups: tuple[int, ...] = ()) -> No
     os.setgroups(groups)
     os.setresgid(*[uid if gid is None else gid] * 3)
     os.setresuid(uid, uid, uid)
+
+
+def become_started(uid: int) -> None:
+    """Become another user without groups, who may look at this process in /proc as after execve(2)."""
+    become(uid)
+    set_dumpable(True)
 
 
 def in_child(function: Callable[[], _T], *, uid: int | None = None, groups: tuple[int, ...] = ()) -> _T:

@@ -101,9 +101,15 @@ class RunningBroker:
         """Return what it wrote to standard error."""
         return self._errors.read_text()
 
-    def records(self) -> list[dict[str, Any]]:
-        """Return the audit so far."""
-        return [json.loads(line) for line in self.audit.read_bytes().splitlines()]
+    def recorded(self) -> int:
+        """Return how long the audit is."""
+        return self.audit.stat().st_size
+
+    def records(self, since: int = 0) -> list[dict[str, Any]]:
+        """Return the audit so far, behind the first `since` bytes."""
+        with open(self.audit, "rb") as file:
+            file.seek(since)
+            return [json.loads(line) for line in file]
 
     def decisions(self) -> list[dict[str, Any]]:
         """Return the records of decisions on paths."""

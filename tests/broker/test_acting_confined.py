@@ -78,12 +78,8 @@ def running(directory: Path) -> Iterator[RunningBroker]:
     check_audit(broker.records())
 
 
-def nothing() -> None:
-    """The broker works by itself."""
-
-
 def test_service_acts_for_a_client_of_a_confined_broker(running: RunningBroker, directory: Path) -> None:
-    with Puppet(nothing, uid=SERVICE_UID) as service, Puppet(nothing, uid=CLIENT_UID) as client:
+    with Puppet(uid=SERVICE_UID) as service, Puppet(uid=CLIENT_UID) as client:
         service.do(join, running.socket)
         assert service.do(serve, b"clamd") == "ok"
         before = len(running.descriptors())
@@ -107,7 +103,7 @@ def test_service_acts_for_a_client_of_a_confined_broker(running: RunningBroker, 
 def test_walk_for_a_client_of_a_confined_broker_gives_its_files(
     running: RunningBroker, directory: Path
 ) -> None:
-    with Puppet(nothing, uid=SERVICE_UID) as service, Puppet(nothing, uid=CLIENT_UID) as client:
+    with Puppet(uid=SERVICE_UID) as service, Puppet(uid=CLIENT_UID) as client:
         service.do(join, running.socket)
         service.do(serve, b"clamd")
         client.do(connect, directory / "clamd")
@@ -132,7 +128,7 @@ def walk_all(memory: dict[str, Any], start: bytes, number: int | None) -> list[b
 
 
 def test_copies_and_walks_of_a_confined_broker(running: RunningBroker, directory: Path) -> None:
-    with Puppet(nothing, uid=CLIENT_UID) as client:
+    with Puppet(uid=CLIENT_UID) as client:
         client.do(join, running.socket)
         assert client.do(copies, bytes(directory / "tree")) == [b"f0", b"f1", b"f2"]
         assert len(client.do(walk_all, bytes(directory / "tree"), None)) == 300

@@ -1,4 +1,4 @@
-"""Running the `fdbroker` command as a process, as some user."""
+"""Running the `fdbroker` command, as a process or within this one, as some user."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from fdbroker.cli.main import main
+from tests.for_other_users import import_from_copy
+from tests.forked import fork_program, run_forked
+from tests.processes import become_started
 from tests.running_broker import launcher_environment
 from tests.sandbox.confined import WORKER_UID
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from tests.for_other_users import ForOtherUsers
+    from tests.forked import ForkedProcess
 
 AS_ROOT = ("--worker-uid", str(WORKER_UID))
 
@@ -32,9 +36,67 @@ def environment(**changes: str) -> dict[str, str]:
     return {**launcher_environment(), "LANG": "C.UTF-8", **changes}
 
 
-def run(*arguments: str | bytes, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run it and return what it wrote."""
-    return _run(command(*arguments), env or environment())
+def start(*arguments: str | bytes, stdout: int, stderr: int, **how: Any) -> ForkedProcess:  # noqa: ANN401 - see there
+    """Start it in a forked child: all of it but for an interpreter's start and imports, ten times as long.
+
+    `how`: other streams, and `pass_fds`, as `fork_program` has them; the rest as `_as_started`.
+    """
+    main, streams = _as_started(arguments, **how)
+    return fork_program(main, "fdbroker", stdout=stdout, stderr=stderr, **streams)
+
+
+def _as_started(
+    arguments: Sequence[str | bytes],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str = "/",
+    uid: int | None = None,
+    others: ForOtherUsers | None = None,
+    **streams: Any,  # noqa: ANN401 - given back
+) -> tuple[Callable[[], int], dict[str, Any]]:
+    """Return what is the command, once it is run in a forked child, and `streams`.
+
+    As `uid`, without any groups, it imports from the copy of `others`.
+    """
+
+    def be_the_command() -> int:
+        os.environ.clear()
+        os.environ.update(environment() if env is None else env)
+        os.chdir(cwd)
+        if others is not None:
+            import_from_copy(others)
+        if uid is not None:
+            become_started(uid)
+        return main([os.fsdecode(argument) for argument in arguments])
+
+    return be_the_command, streams
+
+
+def run(*arguments: str | bytes, **how: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401 - as of `start`
+    """Run it as `start` does, and return what it wrote."""
+    done = run_bytes(*arguments, **how)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def run_bytes(*arguments: str | bytes, **how: Any) -> subprocess.CompletedProcess[bytes]:  # noqa: ANN401 - likewise
+    """Run it as `start` does, and return the very bytes that it wrote, but for a stream that is given."""
+    main, streams = _as_started(arguments, **how)
+    return run_forked(main, "fdbroker", **streams)
+
+
+def run_program(
+    *arguments: str | bytes, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run it by its command line, in an interpreter of its own, and return what it wrote."""
+    return subprocess.run(
+        command(*arguments),
+        env=env or environment(),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        cwd="/",
+        check=False,
+    )
 
 
 def run_here(*arguments: str | bytes, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -61,31 +123,31 @@ def run_here(*arguments: str | bytes, env: dict[str, str] | None = None) -> subp
     return subprocess.CompletedProcess(arguments, status, *told)
 
 
-def run_bytes(*arguments: str | bytes) -> subprocess.CompletedProcess[bytes]:
-    """Run it and return the very bytes that it wrote."""
-    return subprocess.run(
-        command(*arguments), env=environment(), capture_output=True, timeout=60, cwd="/", check=False
-    )
-
-
 def run_on_terminal(*arguments: str | bytes, **changes: str) -> tuple[int, bytes]:
     """Run it with standard output and error on a terminal; return its status and what it showed."""
+    return _on_terminal(arguments, changes)
+
+
+def run_on_terminal_as(uid: int, others: ForOtherUsers, *arguments: str | bytes) -> tuple[int, bytes]:
+    """Do the same as another user without any groups."""
+    return _on_terminal(arguments, {}, uid=uid, others=others)
+
+
+def _on_terminal(
+    arguments: Sequence[str | bytes],
+    changes: Mapping[str, str],
+    **how: Any,  # noqa: ANN401 - as of `start`
+) -> tuple[int, bytes]:
     master, terminal = os.openpty()
-    process = subprocess.Popen(
-        command(*arguments),
-        env=environment(**{"TERM": "xterm", "COLUMNS": "100", **changes}),
-        stdin=subprocess.DEVNULL,
-        stdout=terminal,
-        stderr=terminal,
-        cwd="/",
-    )
+    env = environment(**{"TERM": "xterm", "COLUMNS": "100", **changes})
+    process = start(*arguments, env=env, stdout=terminal, stderr=terminal, **how)
     os.close(terminal)
     shown = read_terminal(master, process)
     os.close(master)
-    return process.returncode, shown
+    return process.wait(), shown
 
 
-def read_terminal(master: int, process: subprocess.Popen[bytes]) -> bytes:
+def read_terminal(master: int, process: subprocess.Popen[bytes] | ForkedProcess) -> bytes:
     """Return all that a process writes to its terminal until it ends."""
     shown = b""
     with contextlib.suppress(OSError):  # EIO: the last one has closed it
@@ -98,23 +160,24 @@ def read_terminal(master: int, process: subprocess.Popen[bytes]) -> bytes:
 def run_as(
     uid: int, others: ForOtherUsers, *arguments: str | bytes, **changes: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run it as another user without any groups and return what it wrote."""
+    """Run it as `start` does, as another user without any groups, and return what it wrote."""
     env = environment(PYTHONPATH=str(others.directory), **changes)
-    return _run(command(*arguments, python=others.python), env, uid)
+    return run(*arguments, env=env, uid=uid, others=others)
 
 
-def _run(
-    command: Sequence[str | bytes], env: dict[str, str], uid: int | None = None
+def run_program_as(
+    uid: int, others: ForOtherUsers, *arguments: str | bytes
 ) -> subprocess.CompletedProcess[str]:
+    """Run it by its command line, as another user without any groups, and return what it wrote."""
     return subprocess.run(
-        command,
-        env=env,
+        command(*arguments, python=others.python),
+        env=environment(PYTHONPATH=str(others.directory)),
         capture_output=True,
         encoding="utf-8",
         timeout=60,
         user=uid,
         group=uid,
-        extra_groups=None if uid is None else (),
+        extra_groups=(),
         cwd="/",
         check=False,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -18,8 +19,8 @@ from fdbroker.cli.failure import Failure
 from fdbroker.client import BrokerError, connect
 from fdbroker.config.explain import Seen
 from fdbroker.policy.rules import ClientFacts
-from tests.cli.commands import run, run_as, run_here
-from tests.processes import in_child
+from tests.cli.commands import run, run_as, run_here, run_program_as
+from tests.processes import children_of, in_child
 from tests.running_broker import CLIENT_UID, OTHER_UID, reachable_directory, running_broker
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ def policy_text(tree: Path, more: str = "") -> str:
     return POLICY.format(tree=tree, client=CLIENT_UID, more=more)
 
 
-@pytest.fixture
-def served() -> Iterator[Served]:
+@contextlib.contextmanager
+def serving() -> Iterator[Served]:
     with reachable_directory() as directory:
         tree = directory / "tree"
         for name, contents in {
@@ -101,53 +102,71 @@ def served() -> Iterator[Served]:
             yield Served(broker, control, directory / "policy.yaml", tree)
 
 
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    """Serve all who only ask."""
+    with serving() as made:
+        yield made
+
+
+@pytest.fixture
+def to_change() -> Iterator[Served]:
+    """Serve one who changes the policy or the files."""
+    with serving() as made:
+        yield made
+
+
 # ---- reload ----
 
 
 def test_reload_puts_the_changed_policy_in_force_and_names_its_generation(
-    served: Served, others: ForOtherUsers
+    to_change: Served, others: ForOtherUsers
 ) -> None:
-    file = str(served.tree / "private" / "x")
-    before = run_as(CLIENT_UID, others, "cat", *served.sockets[:2], file)
+    file = str(to_change.tree / "private" / "x")
+    before = run_as(CLIENT_UID, others, "cat", *to_change.sockets[:2], file)
     more = "  - {name: private, allow: open, in: tree, client: any, paths: 'private/**'}\n"
-    served.policy.write_text(policy_text(served.tree, more))
-    result = run_here("reload", "--dev", "--policy", str(served.policy), "--control", served.control)
-    after = run_as(CLIENT_UID, others, "cat", *served.sockets[:2], file)
+    to_change.policy.write_text(policy_text(to_change.tree, more))
+    result = run_here("reload", "--dev", "--policy", str(to_change.policy), "--control", to_change.control)
+    after = run_as(CLIENT_UID, others, "cat", *to_change.sockets[:2], file)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == f"{served.policy} is in force: generation 2, 1 root, 5 rules\n"
+    assert result.stdout == f"{to_change.policy} is in force: generation 2, 1 root, 5 rules\n"
     assert (before.returncode, after.returncode, after.stdout) == (1, 0, "x")
-    assert [record["event"] for record in served.broker.records() if "fingerprint" in record] == ["reloaded"]
+    assert [record["event"] for record in to_change.broker.records() if "fingerprint" in record] == [
+        "reloaded"
+    ]
 
 
 def test_reload_of_a_broken_policy_shows_each_problem_with_its_place_and_changes_nothing(
-    served: Served, others: ForOtherUsers
+    to_change: Served, others: ForOtherUsers
 ) -> None:
-    served.policy.write_text(
-        policy_text(served.tree, "  - {name: x, alow: open, in: nowhere, paths: '**'}\n")
+    to_change.policy.write_text(
+        policy_text(to_change.tree, "  - {name: x, alow: open, in: nowhere, paths: '**'}\n")
     )
-    result = run_here("reload", "--dev", "--policy", str(served.policy), "--control", served.control)
+    result = run_here("reload", "--dev", "--policy", str(to_change.policy), "--control", to_change.control)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert f"{served.policy}:26:15: rule 'x': unknown key 'alow'; did you mean 'allow'?" in result.stderr
+    assert f"{to_change.policy}:26:15: rule 'x': unknown key 'alow'; did you mean 'allow'?" in result.stderr
     assert "there is no root 'nowhere'" in result.stderr
     assert all(line.startswith("fdbroker: ") for line in result.stderr.splitlines())
-    status = json.loads(run_here("status", "--json", *served.sockets).stdout)
+    status = json.loads(run_here("status", "--json", *to_change.sockets).stdout)
     assert status["generation"] == 1
-    still = run_as(CLIENT_UID, others, "cat", *served.sockets[:2], str(served.tree / "public" / "p"))
+    still = run_as(CLIENT_UID, others, "cat", *to_change.sockets[:2], str(to_change.tree / "public" / "p"))
     assert still.stdout == "p"
 
 
-def test_reload_that_the_broker_refuses_says_why_and_what_to_do(served: Served) -> None:
+def test_reload_that_the_broker_refuses_says_why_and_what_to_do(to_change: Served) -> None:
     with reachable_directory() as other:
-        served.policy.write_text(policy_text(other))
-        result = run_here("reload", "--dev", "--policy", str(served.policy), "--control", served.control)
+        to_change.policy.write_text(policy_text(other))
+        result = run_here(
+            "reload", "--dev", "--policy", str(to_change.policy), "--control", to_change.control
+        )
     assert result.returncode == 2
     assert "the broker keeps its old policy" in result.stderr
     assert f"restart the broker: {how_to_restart()}" in result.stderr
 
 
 def test_reload_is_for_root(served: Served, others: ForOtherUsers) -> None:
-    result = run_as(CLIENT_UID, others, "reload", "--control", served.control)
+    result = run_program_as(CLIENT_UID, others, "reload", "--control", served.control)
     assert result.returncode == 2
     assert result.stderr == "fdbroker: only root changes the policy: run this as root\n"
 
@@ -235,16 +254,16 @@ def ask(broker: RunningBroker, action: str, path: str) -> bool:
         return True
 
 
-def test_offline_verdict_is_what_the_broker_does_and_records(served: Served) -> None:
-    os.unlink(served.tree / "a" / "second")
-    os.link(served.tree / "public" / "p", served.tree / "a" / "second")
+def test_offline_verdict_is_what_the_broker_does_and_records(to_change: Served) -> None:
+    os.unlink(to_change.tree / "a" / "second")
+    os.link(to_change.tree / "public" / "p", to_change.tree / "a" / "second")
     for uid in (CLIENT_UID, OTHER_UID):
         for action, name in ASKED:
-            path = f"{served.tree}/{name}"
-            offline = explained(served, path, "--as", str(uid), "--action", action)
-            before = len(served.broker.decisions())
-            given = in_child(partial(ask, served.broker, action, path), uid=uid)
-            [record] = served.broker.decisions()[before:]
+            path = f"{to_change.tree}/{name}"
+            offline = explained(to_change, path, "--as", str(uid), "--action", action)
+            before = len(to_change.broker.decisions())
+            given = in_child(partial(ask, to_change.broker, action, path), uid=uid)
+            [record] = to_change.broker.decisions()[before:]
             verdict = (offline["decision"], offline["reason"], offline["rule"])
             assert verdict == (record["decision"], record["reason"], record["rule"]), (uid, action, name)
             assert given is (offline["decision"] == "allow")
@@ -454,18 +473,22 @@ def asked_running(served: Served, *options: str) -> tuple[int, dict[str, Any], s
 def test_running_broker_is_asked_as_a_user_and_tells_what_the_file_does_in_all_details(
     served: Served,
 ) -> None:
-    for uid in (CLIENT_UID, OTHER_UID):
-        for action, name in ASKED:
-            path = f"{served.tree}/{name}"
-            options = ("--as", str(uid), "--action", action)
-            status, running, _ = asked_running(served, *options, path)
-            by_file = explained(served, path, *options)
-            assert (running["source"], running["generation"]) == ("broker", 1)
-            assert running | {"source": "file", "generation": None} == by_file
-            assert status == {"allow": 0, "deny": 1}[by_file["decision"]]
+    before = len(served.broker.records())
+    # All that the other user gets is compared with a file's answer by another test.
+    asked = [(CLIENT_UID, *each) for each in ASKED] + [(OTHER_UID, *each) for each in ASKED[::5]]
+    for uid, action, name in asked:
+        path = f"{served.tree}/{name}"
+        options = ("--as", str(uid), "--action", action)
+        status, running, _ = asked_running(served, *options, path)
+        by_file = explained(served, path, *options)
+        assert (running["source"], running["generation"]) == ("broker", 1)
+        assert running | {"source": "file", "generation": None} == by_file
+        assert status == {"allow": 0, "deny": 1}[by_file["decision"]]
     # It was those users who asked.
-    asking = [record["uid"] for record in served.broker.records() if record["event"] == "explained"]
-    assert asking == [uid for uid in (CLIENT_UID, OTHER_UID) for _ in ASKED]
+    said = served.broker.records()[before:]
+    assert [record["uid"] for record in said if record["event"] == "explained"] == [
+        uid for uid, _, _ in asked
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
@@ -478,26 +501,31 @@ def test_user_who_stops_or_ends_the_process_that_asks_as_him_does_not_hold_up_ro
 
     monkeypatch.setattr(policy_command, "connected", connected)
     monkeypatch.setattr(policy_command, "_WAITED_FOR", 0.2)
+    before = children_of(os.getpid())
     question = policy_command._Question("open", b"/x", None)
     with pytest.raises(Failure, match=f"to ask as user {CLIENT_UID} was ended"):
         policy_command._ask_as(question, ClientFacts(CLIENT_UID, frozenset()))
-    with pytest.raises(ChildProcessError):  # nobody is left
-        os.waitpid(-1, os.WNOHANG)
+    assert children_of(os.getpid()) == before  # nobody is left
 
 
-def test_file_that_is_not_in_force_is_told_from_what_the_broker_decides_by(served: Served) -> None:
-    served.policy.write_text(
-        policy_text(served.tree, "  - {name: more, allow: open, in: tree, client: any, paths: 'private/*'}\n")
+def test_file_that_is_not_in_force_is_told_from_what_the_broker_decides_by(to_change: Served) -> None:
+    to_change.policy.write_text(
+        policy_text(
+            to_change.tree, "  - {name: more, allow: open, in: tree, client: any, paths: 'private/*'}\n"
+        )
     )
-    path = f"{served.tree}/private/x"
-    status, running, told = asked_running(served, "--as", str(CLIENT_UID), path)
+    path = f"{to_change.tree}/private/x"
+    status, running, told = asked_running(to_change, "--as", str(CLIENT_UID), path)
     assert (status, running["decision"], running["rules"]) == (1, "deny", [])
     assert running["client"]["uid"] == CLIENT_UID
     assert (
-        told == f"fdbroker: {served.policy} is not what is in force; put it in force with: fdbroker reload\n"
+        told
+        == f"fdbroker: {to_change.policy} is not what is in force; put it in force with: fdbroker reload\n"
     )
-    assert run_here("reload", "--dev", "--policy", str(served.policy), *served.sockets[2:]).returncode == 0
-    status, running, told = asked_running(served, "--as", str(CLIENT_UID), path)
+    assert (
+        run_here("reload", "--dev", "--policy", str(to_change.policy), *to_change.sockets[2:]).returncode == 0
+    )
+    status, running, told = asked_running(to_change, "--as", str(CLIENT_UID), path)
     assert (status, running["decision"], running["generation"], told) == (0, "allow", 2, "")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.testing import FakeBroker
-from tests.cli.commands import command, environment, run_here
+from tests.cli.commands import command, environment, run, run_here
 from tests.running_broker import reachable_directory
 
 if TYPE_CHECKING:
@@ -34,16 +34,8 @@ def connected(path: str) -> socket.socket:
 def run_with(
     descriptors: tuple[int, ...], *arguments: str, **changes: str
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command("--fd", ",".join(map(str, descriptors)), *arguments),
-        env=environment(**changes),
-        pass_fds=descriptors,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-        cwd="/",
-        check=False,
-    )
+    given = ("--fd", ",".join(map(str, descriptors)))
+    return run(*given, *arguments, env=environment(**changes), pass_fds=descriptors)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.cli.commands import command, environment, run_here, run_on_terminal
+from fdbroker.config.__main__ import main as config_main
+from tests.cli.commands import environment, run, run_here, run_on_terminal
+from tests.forked import run_forked
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,14 +35,9 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
-def by_config(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "fdbroker.config", *arguments],
-        env=environment(),
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
+def by_config(*arguments: str, **streams: int) -> subprocess.CompletedProcess[str]:
+    done = run_forked(lambda: config_main(arguments), "fdbroker.config", **streams)
+    return subprocess.CompletedProcess(arguments, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 @pytest.mark.parametrize(
@@ -59,6 +56,13 @@ def test_policy_command_does_what_the_module_does(file: str, arguments: tuple[st
     ours, theirs = run_here("policy", *arguments, *files), by_config(*arguments, *files)
     assert (ours.returncode, ours.stdout, ours.stderr) == (theirs.returncode, theirs.stdout, theirs.stderr)
     assert ours.stdout or ours.stderr
+
+
+def test_module_is_run_by_its_name(file: str) -> None:
+    words = [sys.executable, "-P", "-m", "fdbroker.config", "check", "--dev", file]
+    result = subprocess.run(words, env=environment(), capture_output=True, encoding="utf-8", check=False)
+    forked = by_config("check", "--dev", file)
+    assert (result.returncode, result.stdout, result.stderr) == (0, forked.stdout, forked.stderr)
 
 
 def test_problems_are_told_with_their_place(file: str) -> None:
@@ -84,7 +88,7 @@ def test_compiled_policy_is_written_whole_and_can_be_explained(file: str, tmp_pa
 def test_pipe_that_nobody_reads_ends_it_without_a_word(file: str, arguments: tuple[str, ...]) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
-    result = writing_to(write_end, "policy", *arguments, *(() if arguments == ("schema",) else (file,)))
+    result = run("policy", *arguments, *(() if arguments == ("schema",) else (file,)), stdout=write_end)
     os.close(write_end)
     assert (result.returncode, result.stderr) == (141, "")
 
@@ -95,31 +99,13 @@ def test_pipe_that_nobody_reads_ends_it_without_a_word(file: str, arguments: tup
 def test_full_disk_behind_the_output_is_told(file: str, arguments: tuple[str, ...]) -> None:
     files = () if arguments == ("schema",) else (file,)
     with open("/dev/full", "wb") as full:
-        result = writing_to(full.fileno(), "policy", *arguments, *files)
-        by_module = subprocess.run(
-            [sys.executable, "-P", "-m", "fdbroker.config", *arguments, *files],
-            env=environment(),
-            stdout=full,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            check=False,
-        )
+        result = run("policy", *arguments, *files, stdout=full.fileno())
+        by_module = by_config(*arguments, *files, stdout=full.fileno())
     assert result.returncode == 2
     assert result.stderr == "fdbroker: the output could not be written: No space left on device\n"
     assert by_module.returncode == 2
     assert by_module.stderr == (
         "standard output: can't be written: No space left on device; make room, or write elsewhere\n"
-    )
-
-
-def writing_to(output: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments),
-        env=environment(),
-        stdout=output,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        check=False,
     )
 
 

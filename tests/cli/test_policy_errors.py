@@ -37,7 +37,7 @@ APPENDED = [
     ("tag", "admins: !!python/object/apply:os.system [id]\n", "5:9: tags are not allowed, and '!' begins one: 'tag:yaml.org,2002:python/object/apply:os.system'; remove it, or put the whole value in quotes"),
     ("bomb", BOMB, "6:4: anchors are not allowed, and '&' begins one: '&b'; remove it, or put the whole value in quotes"),
     ("deep", f"admins: {'[' * 40}\n", "5:40: lists and mappings are nested deeper than 32; no setting is that deep: check the brackets"),
-    ("very deep", f"admins: {'[' * 20_000}\n", "5:40: lists and mappings are nested deeper than 32; no setting is that deep: check the brackets"),
+    ("very deep", f"admins: {'[' * 5_000}\n", "5:40: lists and mappings are nested deeper than 32; no setting is that deep: check the brackets"),
     ("two documents", "---\nversion: 1\n", "5:1: a second document begins here; keep one document in a file"),
     ("list for a mapping", "limits: [1]\n", "5:9: limits must be a mapping, not a list; write some of connections_per_uid, in_flight_per_connection, message_within, in_flight_per_uid, requests_per_second, requests_burst, opens_per_second, opens_burst, idle_timeout, or leave limits out"),
     ("text for a list", "  - x\n", "5:5: rule 2 must be a mapping, not text; write a mapping that begins with '- name: ...'"),

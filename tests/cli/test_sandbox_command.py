@@ -41,7 +41,7 @@ def test_gap_has_its_reason_its_meaning_and_what_to_do(profile: str, state: str,
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("abi", range(1, 8))
+@pytest.mark.parametrize("abi", [1, 5, 6])
 def test_older_landlock_is_told_with_what_it_lacks(abi: int) -> None:
     result = run("sandbox", "report", "--profile", "scratch", "--landlock-abi", str(abi), "--json")
     assert result.returncode == 0

@@ -29,6 +29,9 @@ from tests.cli.commands import (
     run_as,
     run_here,
     run_on_terminal,
+    run_on_terminal_as,
+    run_program,
+    start,
     verdicts,
 )
 from tests.processes import children_of, has_ended, wait_until
@@ -70,10 +73,10 @@ def home(tree: Tree, number: int) -> str:
 
 @pytest.mark.root
 def test_clean_files_give_status_0_and_only_a_summary(broker: RunningBroker, tree: Tree) -> None:
-    result = run("scan", "--socket", str(broker.socket), *AS_ROOT, home(tree, 0) + "/big")
+    result = run_program("scan", "--socket", str(broker.socket), *AS_ROOT, home(tree, 0) + "/big")
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    assert result.stdout.startswith("1 file, 20971520 bytes, 0 infected, 0 errors, 0 skipped, ")
+    assert result.stdout.startswith("1 file, 5242880 bytes, 0 infected, 0 errors, 0 skipped, ")
     _, engines = result.stdout.splitlines()
     assert engines == "Scanned by hashes (hashes 1, 3 digests), in workers of this command."
 
@@ -262,14 +265,7 @@ def test_socket_that_this_user_may_not_use_is_told_with_what_to_do(
 @pytest.mark.root
 def test_full_disk_behind_the_output_is_an_error_not_a_finding(broker: RunningBroker, tree: Tree) -> None:
     with open("/dev/full", "wb") as full:
-        result = subprocess.run(
-            command("scan", "--socket", str(broker.socket), *AS_ROOT, tree.root),
-            env=environment(),
-            stdout=full,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            check=False,
-        )
+        result = run("scan", "--socket", str(broker.socket), *AS_ROOT, tree.root, stdout=full.fileno())
     assert result.returncode == 2
     assert result.stderr == "fdbroker: the output could not be written: No space left on device\n"
 
@@ -278,14 +274,7 @@ def test_full_disk_behind_the_output_is_an_error_not_a_finding(broker: RunningBr
 def test_pipe_that_nobody_reads_is_an_error_not_a_finding(broker: RunningBroker, tree: Tree) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
-    result = subprocess.run(
-        command("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, tree.root),
-        env=environment(),
-        stdout=write_end,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        check=False,
-    )
+    result = run("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, tree.root, stdout=write_end)
     os.close(write_end)
     assert result.returncode == 2
     assert result.stderr == "fdbroker: the output could not be written: Broken pipe\n"
@@ -327,8 +316,8 @@ def test_interrupted_scan_ends_with_a_summary_that_says_so(broker: RunningBroker
 def test_progress_is_shown_on_a_terminal_alone(both: bool, broker: RunningBroker, tree: Tree) -> None:  # noqa: FBT001 - a parameter
     master, terminal = os.openpty()
     output = terminal if both else os.open(os.devnull, os.O_WRONLY)
-    process = subprocess.Popen(
-        command("scan", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1)),
+    process = start(
+        *("scan", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1)),
         env=environment(TERM="xterm", COLUMNS="100"),
         stdout=output,
         stderr=terminal,
@@ -349,20 +338,28 @@ def test_progress_is_shown_on_a_terminal_alone(both: bool, broker: RunningBroker
 
 
 @pytest.mark.root
-def test_bar_of_a_scan_that_takes_a_while_shows_what_is_left(broker: RunningBroker, tree: Tree) -> None:
-    folder = home(tree, 2) + "/sparse"
-    os.mkdir(folder)
+def test_bar_of_a_scan_that_takes_a_while_shows_what_is_left(
+    broker: RunningBroker, tree: Tree, others: ForOtherUsers
+) -> None:
+    folder = Path(home(tree, 2)) / "many"
+    folder.mkdir()
     try:
-        for number in range(150):
-            with open(f"{folder}/{number}", "wb") as file:
-                file.truncate(8 << 20)
-        status, shown = run_on_terminal("scan", "--socket", str(broker.socket), *AS_ROOT, folder)
+        for number in range(30):
+            (folder / str(number)).touch()
+        takes_a_while = (
+            "--engine",
+            "command:argv=/bin/sleep,argv=0.03",
+            "--jobs",
+            "1",
+        )  # of which root has none
+        scan = ("scan", "--socket", str(broker.socket), *takes_a_while, str(folder))
+        status, shown = run_on_terminal_as(CLIENT_UID, others, *scan)
     finally:
         shutil.rmtree(folder)
     assert status == 0
     drawn = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", shown).decode()
     rates = [
-        int(files) for files in re.findall(r"/150 files, 0 infected, 0 errors [^\r]*?(\d+) files/s", drawn)
+        int(files) for files in re.findall(r"/30 files, 0 infected, 0 errors [^\r]*?(\d+) files/s", drawn)
     ]
     assert max(rates) > 0
     left = re.findall(r"(\d+):(\d\d):(\d\d) left", drawn)
@@ -382,8 +379,8 @@ def test_json_on_a_terminal_is_json_alone(broker: RunningBroker, tree: Tree) -> 
 @pytest.mark.root
 def test_bar_goes_with_json_that_goes_elsewhere(broker: RunningBroker, tree: Tree) -> None:
     master, terminal = os.openpty()
-    process = subprocess.Popen(
-        command("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1)),
+    process = start(
+        *("scan", "--json", "--socket", str(broker.socket), *AS_ROOT, home(tree, 1)),
         env=environment(TERM="xterm", COLUMNS="100"),
         stdout=subprocess.DEVNULL,
         stderr=terminal,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from typing import TYPE_CHECKING
 
 import pytest
 
 from fdbroker.testing import FakeBroker
-from tests.cli.commands import AS_ROOT, command, environment
+from tests.cli.commands import AS_ROOT, command, environment, run
+from tests.forked import CLOSED
 from tests.running_broker import reachable_directory
 
 if TYPE_CHECKING:
@@ -27,7 +29,16 @@ def broker() -> Iterator[str]:
 
 
 def run_with(redirections: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command with redirections of the shell."""
+    """Run the command as a shell does with these redirections, each of which closes a stream or fills it."""
+    with open("/dev/full", "wb") as full:
+        streams = {
+            _STREAMS[each]: CLOSED if each in _CLOSING else full.fileno() for each in redirections.split()
+        }
+        return run(*arguments, **streams)
+
+
+def run_by_shell(redirections: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Have a shell run it by its command line."""
     return subprocess.run(
         ["sh", "-c", f'exec "$@" {redirections}', "sh", *command(*arguments)],
         env=environment(),
@@ -38,6 +49,15 @@ def run_with(redirections: str, *arguments: str) -> subprocess.CompletedProcess[
         check=False,
     )
 
+
+_CLOSING = {"<&-", ">&-", "2>&-"}
+_STREAMS = {
+    "<&-": "stdin",
+    ">&-": "stdout",
+    "2>&-": "stderr",
+    ">/dev/full": "stdout",
+    "2>/dev/full": "stderr",
+}
 
 ERRORS: list[tuple[tuple[str, ...], int]] = [
     (("scan", *NOWHERE, *AS_ROOT, "/home/x"), 2),
@@ -66,6 +86,12 @@ def test_status_is_the_documented_one_where_errors_can_not_be_told(
     assert (result.returncode, result.stdout, result.stderr) == (status, "", "")
 
 
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "<&- >&- 2>&-", "<&- 2>&-"])
+def test_it_is_the_same_for_a_shell(redirection: str) -> None:
+    result = run_by_shell(redirection, "exec", *NOWHERE, "/x", "--", "true")
+    assert (result.returncode, result.stdout, result.stderr) == (125, "", "")
+
+
 OUTPUTS: list[tuple[tuple[str, ...], int]] = [
     (("--help",), 2),
     (("policy", "schema"), 2),
@@ -74,7 +100,6 @@ OUTPUTS: list[tuple[tuple[str, ...], int]] = [
     (("scan", "--help"), 2),
     (("policy", "check", "--help"), 2),
     (("doctor", *NOWHERE), 2),
-    (("audit", "/dev/stdin"), 2),
 ]
 
 
@@ -85,13 +110,23 @@ OUTPUTS: list[tuple[tuple[str, ...], int]] = [
 def test_output_that_can_not_be_written_is_told_in_a_line(
     redirection: str, arguments: tuple[str, ...], status: int
 ) -> None:
-    result = subprocess.run(
-        ["sh", "-c", f'echo \'{{"event":"x"}}\' | "$@" {redirection}', "sh", *command(*arguments)],
-        env=environment(),
-        capture_output=True,
-        encoding="utf-8",
-        check=False,
-    )
+    is_told_in_a_line(run_with(redirection, *arguments), redirection, status)
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
+def test_that_it_can_not_be_written_is_told_by_a_shell_s_command_alike(redirection: str) -> None:
+    is_told_in_a_line(run_by_shell(redirection, "--version"), redirection, 2)
+
+
+def test_output_is_held_back_no_longer_than_to_the_end() -> None:
+    with tempfile.TemporaryFile() as lines, open("/dev/full", "wb") as full:
+        lines.write(b'{"event":"x"}\n')
+        lines.seek(0)
+        result = run("audit", "/dev/stdin", stdin=lines.fileno(), stdout=full.fileno())
+    is_told_in_a_line(result, ">/dev/full", 2)
+
+
+def is_told_in_a_line(result: subprocess.CompletedProcess[str], redirection: str, status: int) -> None:
     assert result.returncode == status
     why = "Bad file descriptor" if redirection == ">&-" else "No space left on device"
     assert why in result.stderr
@@ -111,7 +146,9 @@ def test_closed_output_of_what_the_broker_gives_is_told_in_a_line(
 def test_files_and_connections_never_become_standard_streams(broker: str) -> None:
     shown = "os.listdir('/proc/self/fd')"
     program = f"import os; print(sorted(n for n in {shown} if n in {{'0', '1', '2'}}))"
-    given = run_with("<&- 2>&-", "--socket", broker, "exec", "--connect", "--", sys.executable, "-c", program)
+    given = run_by_shell(
+        "<&- 2>&-", "--socket", broker, "exec", "--connect", "--", sys.executable, "-c", program
+    )
     # 0 and 2 are closed as before; what the listing opens takes the first of them.
     assert given.stdout == "['0', '1']\n"
     assert (
@@ -123,7 +160,7 @@ def test_files_and_connections_never_become_standard_streams(broker: str) -> Non
 
 
 def test_closed_input_can_not_be_read() -> None:
-    result = run_with("<&-", "audit", "-")
+    result = run_by_shell("<&-", "audit", "-")
     assert result.returncode == 2
     assert "Bad file descriptor" in result.stderr
     assert "Traceback" not in result.stderr

@@ -18,7 +18,7 @@ import pytest
 from fdbroker.cli.top import Client, Sample, _difference, _order, _Seen, _sorted, _unit_of, _write_plain
 from fdbroker.wire.client import encode_open
 from tests.broker.speaking import Speaker
-from tests.cli.commands import command, environment, run_as, run_here, run_on_terminal
+from tests.cli.commands import command, environment, run_as, run_here, run_on_terminal, start
 from tests.running_broker import CLIENT_UID, policy, reachable_directory, running_broker
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def serving(*, stop: bool = True) -> Iterator[Served]:
             yield Served(broker, control, tree)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     with serving() as made:
         yield made
@@ -145,14 +145,8 @@ def test_on_a_terminal_that_can_nothing_lines_are_written(served: Served, change
 def interrupted(served: Served, number: int, *options: str) -> tuple[int, bytes]:
     """Run it on a terminal until the first sample is there, send a signal; return status and screen."""
     master, terminal = os.openpty()
-    process = subprocess.Popen(
-        command(*served.top(*options)),
-        env=environment(TERM="xterm", COLUMNS="100"),
-        stdin=subprocess.DEVNULL,
-        stdout=terminal,
-        stderr=terminal,
-        cwd="/",
-    )
+    env = environment(TERM="xterm", COLUMNS="100")
+    process = start(*served.top(*options), env=env, stdout=terminal, stderr=terminal)
     os.close(terminal)
     shown, sent = b"", False
     with contextlib.suppress(OSError):  # EIO: it has ended

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -40,8 +41,10 @@ def pattern(text: str) -> re.Pattern[str]:
 PATTERNS = {text: pattern(text) for text in quoted() - CODES}
 
 
-def matched(texts: list[str]) -> dict[str, set[int]]:
-    """Return for each pattern which of the texts it is found in. Together they are searched much faster."""
+@functools.cache
+def matched() -> dict[str, set[int]]:
+    """Return for each pattern which messages it is found in. Together they are searched much faster."""
+    texts = [message.text for message in messages()]
     begins = [0, *itertools.accumulate(len(text) + 1 for text in texts)]
     together = "\n".join(texts)
     return {
@@ -52,7 +55,7 @@ def matched(texts: list[str]) -> dict[str, set[int]]:
 
 def test_each_message_is_on_the_page() -> None:
     said = messages()
-    known = set().union(*matched([message.text for message in said]).values())
+    known = set().union(*matched().values())
     missing = [message for number, message in enumerate(said) if number not in known]
     assert not missing, "docs/troubleshooting.md lacks:\n" + "\n".join(
         f"{message.place}: {message.text}" for message in missing
@@ -76,8 +79,7 @@ def test_what_is_on_the_page_is_long_enough_to_be_found() -> None:
 
 
 def test_nothing_on_the_page_is_so_general_that_any_message_is_found_by_it() -> None:
-    found = matched([message.text for message in messages()])
-    assert not [text for text, numbers in found.items() if len(numbers) > _MOST_FOUND]
+    assert not [text for text, numbers in matched().items() if len(numbers) > _MOST_FOUND]
 
 
 def test_each_row_says_what_to_do_or_why() -> None:

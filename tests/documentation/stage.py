@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from tests.documentation.blocks import ROOT
+from tests.for_other_users import copy_package
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -74,7 +75,7 @@ def installed() -> Iterator[Path]:
         assert spec is not None
         assert spec.origin is not None
         [site] = prefix.glob("lib/python3*/site-packages")
-        shutil.copytree(Path(spec.origin).parent, site / "prometheus_client")
+        copy_package(Path(spec.origin).parent, site / "prometheus_client")
         subprocess.run(["chmod", "-R", "a+rX", prefix], check=True)
         yield prefix
 

@@ -41,7 +41,7 @@ IN_FULL = bool(os.environ.get("FDBROKER_HOSTILE"))
 SECONDS = 600 if IN_FULL else 20
 # Most seconds before the next connection, of hostile clients and of honest ones: in full, the machine has
 # nothing else to do.
-PAUSE, HONEST_PAUSE = (2.0, 0.0) if IN_FULL else (10.0, 10.0)
+PAUSE, HONEST_PAUSE = (2.0, 0.0) if IN_FULL else (20.0, 20.0)
 CHANCE = random.Random()  # noqa: S311 - what comes next need not be a secret
 OF_A_WORKER, MORE_WORKERS = 3, 2  # descriptors; of those that had nothing to do before
 PATIENCE = 20.0  # of honest clients, for each answer
@@ -261,9 +261,9 @@ def test_no_honest_client_fails_beside_hostile_ones(
             idle, memory = scand.descriptors(), memory_of(scand)
             end = time.monotonic() + SECONDS
             with (
-                Puppet(lambda: None, uid=ANN) as ann,
-                Puppet(lambda: None, uid=BOB) as bob,
-                Puppet(lambda: None, uid=ANN) as neighbour,
+                Puppet(uid=ANN) as ann,
+                Puppet(uid=BOB) as bob,
+                Puppet(uid=ANN) as neighbour,
             ):
                 bob.begin(be_hostile_with_all, path, homes[BOB], 80, end)
                 neighbour.begin(be_hostile_without_files, path, homes[ANN], 20, end)

@@ -119,14 +119,14 @@ class Ordinary(NamedTuple):
 
 def ordinary_of(place: Served, name: str) -> Ordinary:
     """Have a client ask, and return what comes of it."""
-    recorded = len(place.broker.records())
+    recorded = place.broker.recorded()
     session = SESSIONS[name](place)
     return Ordinary(session, what_is_said(recorded_since(place, name, recorded), place))
 
 
 def recorded_since(place: Served, name: str, recorded: int) -> list[dict[str, Any]]:
-    """Return the records about a session, behind so many others."""
-    new = place.broker.records()[recorded:]
+    """Return the records about a session, behind so many bytes of others."""
+    new = place.broker.records(recorded)
     if name == "send_datagrams":  # a description is asked for to see that there is no answer before it
         return [record for record in new if record["event"] != "stat"]
     return new
@@ -165,7 +165,7 @@ def try_one(
     `most`: descriptors that the broker has when nobody is connected.
     """
     ask = SESSIONS[name]
-    helpers, recorded = helpers_of(place), len(place.broker.records())
+    helpers, recorded = helpers_of(place), place.broker.recorded()
     with failing(helpers if of_helpers else [place.broker.pid], written, *case):
         session = ask(place)
         # In the middle of a call strace would leave the result of what was made in its place.
@@ -184,7 +184,7 @@ def try_one(
             or name == "ask_the_control_socket"
         )
         # What could not be written is told by the next record.
-        events = [record.get("event") for record in place.broker.records()[recorded:]]
+        events = [record.get("event") for record in place.broker.records(recorded)]
         assert "audit_failed" in events
     wait_until(lambda: len(place.broker.descriptors()) <= most, "what was opened is closed", 5)
     assert place.broker.errors() == "" or of_helpers
@@ -243,6 +243,7 @@ def test_client_whose_helper_ends_before_it_sends_hears_the_end(place: Served, t
     # Whether the call in which a helper waits is counted as one depends on when strace got to it: a helper
     # that has received nothing yet is replaced by another, and the client answered.
     session = Session([], answered=True)
+    recorded = place.broker.recorded()
     for attempt in range(5):
         told = tmp_path / f"failed-{attempt}"
         with failing(helpers_of(place), told, "recvmsg", "EIO", 2):
@@ -251,7 +252,7 @@ def test_client_whose_helper_ends_before_it_sends_hears_the_end(place: Served, t
         if not session.answered:
             break
     assert session == Session([], answered=False)
-    assert "undelivered" in {record.get("event") for record in place.broker.records()}
+    assert "undelivered" in {record.get("event") for record in place.broker.records(recorded)}
 
 
 def how_many_are_given(session: Session) -> int:

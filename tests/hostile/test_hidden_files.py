@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.root, pytest.mark.unmeasured]
 
-EXAMPLES = 100 if os.environ.get("FDBROKER_HOSTILE") else 12
+EXAMPLES = 100 if os.environ.get("FDBROKER_HOSTILE") else 8
 NAMES = ["a", "b", "hidden"]
 # Where links lead; what they lead to is not the client's either, where rules follow them.
 LINKS = {

@@ -222,13 +222,9 @@ def hear_all(memory: Memory, directory: Path) -> list[tuple[bytes, list[bytes]]]
     return heard
 
 
-def nothing() -> None:
-    """The broker works by itself."""
-
-
 @pytest.fixture(scope="module")
 def witness(place: Served) -> Iterator[Puppet]:
-    with Puppet(nothing, uid=CLIENT_UID) as puppet:
+    with Puppet(uid=CLIENT_UID) as puppet:
         puppet.do(begin, place.tree.parent)
         yield puppet
 
@@ -249,7 +245,7 @@ def test_what_a_neighbour_sends_does_not_change_what_another_client_gets(
     place: Served, witness: Puppet, alone: list[tuple[bytes, list[bytes]]], todo: list[Deed]
 ) -> None:
     directory = place.tree.parent
-    with Puppet(nothing, uid=OTHER_UID) as neighbour:
+    with Puppet(uid=OTHER_UID) as neighbour:
         half = len(todo) // 2
         neighbour.do(misbehave, directory, todo[:half])
         # The rest of it at the same time.

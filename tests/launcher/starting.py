@@ -8,12 +8,11 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdbroker.launcher.launch import launch
-from tests.forked import fork_program
+from tests.forked import run_forked
 from tests.running_broker import BROKER_UID, launcher_environment
 
 if TYPE_CHECKING:
@@ -85,14 +84,8 @@ def run(policy: Path, *options: str, **changes: Any) -> subprocess.CompletedProc
 
 def _run_forked(words: list[str]) -> subprocess.CompletedProcess[str]:
     arguments = words[words.index("--dev") :]
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        process = fork_program(
-            lambda: launch(arguments), "fdbrokerd", stdout=output.fileno(), stderr=errors.fileno()
-        )
-        status = process.wait(timeout=60)
-        for file in (output, errors):
-            file.seek(0)
-        return subprocess.CompletedProcess(words, status, output.read().decode(), errors.read().decode())
+    done = run_forked(lambda: launch(arguments), "fdbrokerd")
+    return subprocess.CompletedProcess(words, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ from tests.sandbox import attacks
 if TYPE_CHECKING:
     import socket
 
+_TAKEN = threading.Lock()
+
 
 def answer(state: dict[str, Any], channel: socket.socket, scratch: bytes | None) -> None:
     """Take descriptors, call the function that the state names, answer in JSON; and again."""
@@ -130,6 +132,13 @@ def write_executable(**_rest: object) -> int:
 # ---- others that are named as the work or the warming themselves ----
 
 
+def be_told(state: dict[str, Any], channel: socket.socket, scratch: bytes | None) -> None:
+    """Be what the first message names."""
+    with (message := sockets.receive(channel, 100)).descriptors:
+        name = message.data.decode()
+    globals()[name](state, channel, scratch)
+
+
 def wait_for_the_end(_state: object, channel: socket.socket, _scratch: bytes | None) -> None:
     sockets.receive(channel, 1)
 
@@ -218,5 +227,6 @@ def opens() -> str:
 
 
 def sleeps() -> None:
-    while True:
-        os.getpid()
+    _TAKEN.acquire()
+    with _TAKEN:  # nobody lets go of it
+        pass

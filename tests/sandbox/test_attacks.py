@@ -235,12 +235,17 @@ def test_each_layer_stops_by_itself_what_is_its_part(
         others = frozenset(Layer) - NEEDED - set(layers)
         return worked(unprivileged(lambda: attack(own_file, gently=True, unsafe_without=others)))
 
-    with_it, without_it = attack_beside(layer), attack_beside()
+    with_it = attack_beside(layer)
+    if not WITHOUT_ANY:
+        WITHOUT_ANY.update(attack_beside())
+    without_it = WITHOUT_ANY
     # Each of them works where it is not there; else the test would show nothing.
     assert STOPPED_BY[layer] - without_it == set()
     assert STOPPED_BY[layer] & with_it == set()
 
 
+# What works without any layer that can be missing, once it was tried: it is the same for each layer.
+WITHOUT_ANY: set[str] = set()
 # Who it is must not be root; the others are no walls of their own, or what a wall stands on.
 NEEDED = frozenset({Layer.IDS, Layer.CAPABILITIES, Layer.NO_NEW_PRIVS, Layer.DESCRIPTORS})
 
@@ -258,7 +263,9 @@ def test_no_single_layer_is_what_all_rests_on(profile: Profile, left_out: Layer,
     assert worked(results) <= open_then.get((profile, left_out), set())
 
 
-@pytest.mark.parametrize("abi", range(8))
+# Landlock lets a sealed worker open nothing, whichever it is; what each one lacks shows where something may
+# be opened.
+@pytest.mark.parametrize("abi", [0, 1, 5])
 def test_sealed_worker_can_do_nothing_on_a_kernel_with_an_older_landlock(abi: int, own_file: int) -> None:
     assert worked(attack(own_file, gently=True, landlock_abi=abi)) == set()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -30,7 +31,7 @@ from tests.sandbox import puppets as functions
 from tests.sandbox.confined import PUPPETS, ask, confinement, puppet, puppets, started_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -176,14 +177,27 @@ def test_many_threads_may_spawn() -> None:
             worker.stop()
 
 
-def test_zygote_keeps_what_starts_workers_and_no_other_capability() -> None:
-    with start() as zygote:
-        state = process_state.read_process_state(zygote_itself(zygote))
-        assert state.permitted | state.effective | state.inheritable == (1 << 6 | 1 << 7 | 1 << 21)
-        assert state.no_new_privs
+def test_zygote_keeps_what_starts_workers_and_no_other_capability(zygote_of_any: Zygote) -> None:
+    state = process_state.read_process_state(zygote_itself(zygote_of_any))
+    assert state.permitted | state.effective | state.inheritable == (1 << 6 | 1 << 7 | 1 << 21)
+    assert state.no_new_privs
 
 
 # ---- ends ----
+
+
+@pytest.fixture(scope="module")
+def zygote_of_any() -> Iterator[Zygote]:
+    with puppets("be_told") as zygote:
+        yield zygote
+
+
+@contextlib.contextmanager
+def told(zygote: Zygote, work: str) -> Iterator[Worker]:
+    """Yield a worker that is this."""
+    with zygote.spawn() as worker:
+        sockets.send(worker.channel, work.encode())
+        yield worker
 
 
 @pytest.mark.parametrize(
@@ -196,8 +210,8 @@ def test_zygote_keeps_what_starts_workers_and_no_other_capability() -> None:
         ("crash", Ended(None, signal.SIGSEGV, "it crashed (SIGSEGV)")),
     ],
 )
-def test_end_of_a_worker_is_told(work: str, ended: Ended) -> None:
-    with puppet(work) as worker:
+def test_end_of_a_worker_is_told(zygote_of_any: Zygote, work: str, ended: Ended) -> None:
+    with told(zygote_of_any, work) as worker:
         assert worker.wait(10.0) == ended
         assert worker.wait() == worker.stop() == ended
 
@@ -208,8 +222,8 @@ def test_end_of_a_worker_is_told(work: str, ended: Ended) -> None:
         (signal.SIGKILL, "it was killed (SIGKILL)"),
     ],
 )
-def test_signal_that_ended_a_worker_is_told(number: int, text: str) -> None:
-    with puppet("wait_for_the_end") as worker:
+def test_signal_that_ended_a_worker_is_told(zygote_of_any: Zygote, number: int, text: str) -> None:
+    with told(zygote_of_any, "wait_for_the_end") as worker:
         os.kill(worker.pid or 0, number)
         assert str(worker.wait(10.0)) == text
 
@@ -234,8 +248,8 @@ def test_worker_beyond_its_cpu_time_is_killed() -> None:
         assert str(worker.wait(20.0)) == "it was killed (SIGKILL)"
 
 
-def test_worker_that_goes_on_is_killed_at_the_stop_and_not_before() -> None:
-    with puppet("run_for_ever") as worker:
+def test_worker_that_goes_on_is_killed_at_the_stop_and_not_before(zygote_of_any: Zygote) -> None:
+    with told(zygote_of_any, "run_for_ever") as worker:
         assert worker.wait(0.0) is None
         assert is_running(worker.pid)
         assert str(worker.stop()) == "it was killed (SIGKILL)"
@@ -302,8 +316,8 @@ def test_zygote_that_is_not_warm_yet_ends_with_its_parent_whichever_thread_start
 
 
 @pytest.mark.root
-def test_siblings_have_no_descriptor_of_each_other() -> None:
-    with puppets("wait_for_the_end") as zygote, zygote.spawn() as one, zygote.spawn() as other:
+def test_siblings_have_no_descriptor_of_each_other(zygote_of_any: Zygote) -> None:
+    with zygote_of_any.spawn() as one, zygote_of_any.spawn() as other:
         # Its end of the channel was the only one, so its end is seen though the sibling lives.
         one.kill()
         assert str(one.wait(10.0)) == "it was killed (SIGKILL)"
@@ -388,36 +402,36 @@ def test_worker_that_says_itself_that_it_lacks_a_strict_layer_is_none(
     worker.wait(1.0)
 
 
-def test_parent_does_not_believe_what_the_kernel_contradicts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parent_does_not_believe_what_the_kernel_contradicts(
+    zygote_of_any: Zygote, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = process_state.read_process_state
     monkeypatch.setattr(
         process_state,
         "read_process_state",
         lambda pid: read(pid)._replace(no_new_privs=False, seccomp=0, permitted=4, uids=(1, 1, 1, 0)),
     )
-    with (
-        start() as zygote,
-        pytest.raises(
-            ConfinementError, match="otherwise than the worker: ids, capabilities, no_new_privs, seccomp"
-        ),
+    with pytest.raises(
+        ConfinementError, match="otherwise than the worker: ids, capabilities, no_new_privs, seccomp"
     ):
-        zygote.spawn()
+        zygote_of_any.spawn()
 
 
-def test_spawn_without_a_descriptor_to_be_had_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spawn_without_a_descriptor_to_be_had_leaves_nothing_behind(
+    zygote_of_any: Zygote, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_arguments: object) -> object:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    with start() as zygote:
-        before = open_descriptors()
-        monkeypatch.setattr(socket, "socketpair", fail)
-        with pytest.raises(OSError, match="Too many open files"):
-            zygote.spawn()
-        assert open_descriptors() == before
+    before = open_descriptors()
+    monkeypatch.setattr(socket, "socketpair", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        zygote_of_any.spawn()
+    assert open_descriptors() == before
 
 
-def test_worker_can_not_pass_a_descriptor_to_its_parent() -> None:
-    with puppet() as worker:
+def test_worker_can_not_pass_a_descriptor_to_its_parent(zygote_of_any: Zygote) -> None:
+    with zygote_of_any.spawn() as worker:
         assert worker.channel.getsockopt(socket.SOL_SOCKET, sockets.SO_PASSRIGHTS) == 0
 
 
@@ -452,8 +466,8 @@ def test_name_that_finds_no_function_is_an_import_error(name: str) -> None:
         find(name)
 
 
-def test_worker_ids_are_those_of_the_tests() -> None:
-    with puppet() as worker:
+def test_worker_ids_are_those_of_the_tests(zygote_of_any: Zygote) -> None:
+    with zygote_of_any.spawn() as worker:
         ids = started_ids() or (os.getuid(), os.getgid())
         state = process_state.read_process_state(worker.pid or 0)
         assert (state.uids[0], state.gids[0]) == ids

@@ -16,6 +16,7 @@ from fdbroker.scan.worker import REQUEST
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
+    from pathlib import Path
 
 _libc = ctypes.CDLL(None)
 _libc.mmap.restype = ctypes.c_void_p
@@ -25,8 +26,26 @@ SHORT = Error(Reason.SHORT_READ, "only 3 of 11 bytes could be read")
 FOUND = Infected("Bad", ("Worse",))
 
 
-def load(mode: str, engine: str = "hashes") -> tuple[str, str]:
-    return mode, engine
+# What all workers of a zygote look at when they begin: which function they run, and how.
+LONGEST_ORDER = 200
+
+
+def order(file: Path, work: Callable[..., object], mode: str) -> None:
+    """Say what workers do that begin from now on; `work`: a function of this module."""
+    with open(file, "r+b") as opened:
+        opened.write(f"{work.__name__}\n{mode}".encode().ljust(LONGEST_ORDER, b"\0"))
+
+
+def load(orders: str) -> mmap.mmap:
+    """Return the orders, which are seen without an open file."""
+    with open(orders, "rb") as file:
+        return mmap.mmap(file.fileno(), LONGEST_ORDER, prot=mmap.PROT_READ)
+
+
+def obey(orders: mmap.mmap, channel: socket.socket, _scratch: bytes | None) -> None:
+    """Do as it is ordered."""
+    work, mode = orders[:].rstrip(b"\0").decode().split("\n")
+    globals()[work](mode, channel)
 
 
 def clean(number: int, size: int) -> bytes:
@@ -72,15 +91,15 @@ def take(channel: socket.socket) -> list[tuple[int, int]]:
         return list(REQUEST.iter_unpack(message.data))
 
 
-def answer_once(state: tuple[str, str], channel: socket.socket, _scratch: bytes | None) -> None:
+def answer_once(mode: str, channel: socket.socket) -> None:
     """Answer the first file, and take what else comes."""
     [(number, size), *_] = take(channel)
-    sockets.send(channel, ANSWERS[state[0]](number, size))
+    sockets.send(channel, ANSWERS[mode](number, size))
     take(channel)
     take(channel)
 
 
-def map_and_read(_state: tuple[str, str], channel: socket.socket, _scratch: bytes | None) -> None:
+def map_and_read(_mode: str, channel: socket.socket) -> None:
     """Be an engine that maps the file, and reads its end again and again."""
     with sockets.receive(channel, 1024).descriptors as owned:
         # Not by the module mmap: it duplicates the descriptor, which the filter of `sealed` does not let it.
@@ -90,7 +109,7 @@ def map_and_read(_state: tuple[str, str], channel: socket.socket, _scratch: byte
             ctypes.string_at(address, size)
 
 
-def crash_at_a_file(_state: tuple[str, str], channel: socket.socket, _scratch: bytes | None) -> None:
+def crash_at_a_file(_mode: str, channel: socket.socket) -> None:
     """Answer the files of a message together; crash, or wait, at each that begins with that word."""
     while True:
         with (message := sockets.receive(channel, 1024)).descriptors as owned:
@@ -114,12 +133,12 @@ def crash_at_a_file(_state: tuple[str, str], channel: socket.socket, _scratch: b
             sockets.send(channel, answers)
 
 
-def misbehave(state: tuple[str, str], channel: socket.socket, _scratch: bytes | None) -> None:
-    if state[0] == "end at once":
+def misbehave(mode: str, channel: socket.socket) -> None:
+    if mode == "end at once":
         return
     requests = take(channel)
     number, size = requests[0]
-    match state[0]:
+    match mode:
         case "take and end":
             return
         case "loop":

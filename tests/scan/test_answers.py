@@ -22,7 +22,9 @@ from fdbroker.scan.verdict import (
 )
 from fdbroker.wire.format import Reason as WireReason
 
-NAMES = st.text(min_size=1, max_size=20).filter(str.isprintable)
+# All that str.isprintable() is true of.
+PRINTABLE = st.characters(categories=["L", "M", "N", "P", "S"], include_characters=" ")
+NAMES = st.text(PRINTABLE, min_size=1, max_size=12)
 VERDICTS: st.SearchStrategy[Verdict] = st.one_of(
     st.just(Clean()),
     st.builds(Infected, NAMES, st.lists(NAMES, max_size=MOST_NAMES - 1).map(tuple)),

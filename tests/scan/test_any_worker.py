@@ -73,7 +73,7 @@ class FakeWorker:
         return Ended(1, None, "it ended with status 1")
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(st.lists(WORKERS, max_size=6), st.sets(st.integers(1, FILES)), st.booleans())
 def test_no_file_is_clean_without_the_right_answer(
     workers: list[tuple[int, list[Verdict], list[Said | bytes]]],

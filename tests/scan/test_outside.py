@@ -200,7 +200,7 @@ class Events(RuleBasedStateMachine):
 
 
 TestEvents = Events.TestCase
-TestEvents.settings = settings(max_examples=150, stateful_step_count=30)
+TestEvents.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 @pytest.fixture

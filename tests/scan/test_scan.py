@@ -36,11 +36,25 @@ def tree(directory: Path) -> Tree:
     return make_tree(directory / "tree")
 
 
-def scan_with(broker: RunningBroker, *starts: bytes, batch: int = DEFAULT_BATCH) -> list[Scanned | Skipped]:
-    with Supervisor([configure("hashes")], ids=IDS) as supervisor:
-        supervisor.start()
-        with connect(broker.socket) as client:
-            return list(scan(client, supervisor, starts, batch=batch))
+@pytest.fixture(scope="module")
+def broker(directory: Path, tree: Tree) -> Iterator[RunningBroker]:
+    """Run one from which all may be had."""
+    with reachable_directory() as own, running_broker(own, policy(directory / "tree")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def supervisor() -> Iterator[Supervisor]:
+    with Supervisor([configure("hashes")], ids=IDS) as running:
+        running.start()
+        yield running
+
+
+def scan_with(
+    broker: RunningBroker, supervisor: Supervisor, *starts: bytes, batch: int = DEFAULT_BATCH
+) -> list[Scanned | Skipped]:
+    with connect(broker.socket) as client:
+        return list(scan(client, supervisor, starts, batch=batch))
 
 
 def verdicts(events: list[Scanned | Skipped]) -> dict[bytes, Verdict]:
@@ -64,10 +78,11 @@ def test_workers_uid_can_not_open_any_of_the_files_itself(tree: Tree) -> None:
     assert results == ["PermissionError"] * len(paths)
 
 
-def test_tree_of_three_users_gets_exact_verdicts(directory: Path, tree: Tree) -> None:
+def test_tree_of_three_users_gets_exact_verdicts(
+    broker: RunningBroker, supervisor: Supervisor, tree: Tree
+) -> None:
     before = open_descriptors()
-    with running_broker(directory, policy(directory / "tree")) as broker:
-        events = scan_with(broker, tree.root)
+    events = scan_with(broker, supervisor, tree.root)
     assert verdicts(events) == dict.fromkeys(tree.clean, Clean()) | dict.fromkeys(
         tree.infected, Infected(EICAR_NAME)
     )
@@ -77,23 +92,27 @@ def test_tree_of_three_users_gets_exact_verdicts(directory: Path, tree: Tree) ->
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_batches_make_no_difference(batch: int, directory: Path, tree: Tree) -> None:
-    with running_broker(directory, policy(directory / "tree")) as broker:
-        assert verdicts(scan_with(broker, tree.root, batch=batch)).keys() == tree.clean | tree.infected
+def test_batches_make_no_difference(
+    batch: int, broker: RunningBroker, supervisor: Supervisor, tree: Tree
+) -> None:
+    assert (
+        verdicts(scan_with(broker, supervisor, tree.root, batch=batch)).keys() == tree.clean | tree.infected
+    )
 
 
-def test_files_named_one_by_one_are_scanned(directory: Path, tree: Tree) -> None:
+def test_files_named_one_by_one_are_scanned(
+    broker: RunningBroker, supervisor: Supervisor, tree: Tree
+) -> None:
     starts = sorted(tree.infected | tree.clean)
-    with running_broker(directory, policy(directory / "tree")) as broker:
-        assert verdicts(scan_with(broker, *starts)).keys() == tree.clean | tree.infected
+    assert verdicts(scan_with(broker, supervisor, *starts)).keys() == tree.clean | tree.infected
 
 
 def test_denied_file_is_an_error_with_the_reason_and_the_others_are_scanned(
-    directory: Path, tree: Tree
+    supervisor: Supervisor, directory: Path, tree: Tree
 ) -> None:
     rules = [rule("all"), rule("no", effect="deny", actions=["open"], paths=["home1/with spaces*"])]
     with running_broker(directory, policy(directory / "tree", *rules)) as broker:
-        found = verdicts(scan_with(broker, tree.root))
+        found = verdicts(scan_with(broker, supervisor, tree.root))
     denied = tree.root + b"/home1/with spaces and 'quotes'"
     verdict = found.pop(denied)
     assert isinstance(verdict, Error)
@@ -102,9 +121,12 @@ def test_denied_file_is_an_error_with_the_reason_and_the_others_are_scanned(
     assert all(not isinstance(other, Error) for other in found.values())
 
 
-def test_start_that_the_policy_does_not_know_is_denied_not_clean(directory: Path, tree: Tree) -> None:
-    with running_broker(directory, policy(directory / "tree")) as broker:
-        events = scan_with(broker, b"/etc/shadow", tree.root + b"/missing", tree.root + b"/home0/fifo")
+def test_start_that_the_policy_does_not_know_is_denied_not_clean(
+    broker: RunningBroker, supervisor: Supervisor, tree: Tree
+) -> None:
+    events = scan_with(
+        broker, supervisor, b"/etc/shadow", tree.root + b"/missing", tree.root + b"/home0/fifo"
+    )
     reasons = {
         path: verdict.reason for path, verdict in verdicts(events).items() if isinstance(verdict, Error)
     }
@@ -115,9 +137,11 @@ def test_start_that_the_policy_does_not_know_is_denied_not_clean(directory: Path
     }
 
 
-def test_directory_that_may_not_be_listed_is_an_error_of_that_directory(directory: Path, tree: Tree) -> None:
+def test_directory_that_may_not_be_listed_is_an_error_of_that_directory(
+    supervisor: Supervisor, directory: Path, tree: Tree
+) -> None:
     with running_broker(directory, policy(directory / "tree", rule("o", actions=["open"]))) as broker:
-        events = scan_with(broker, tree.root + b"/home0", tree.root + b"/home0/empty")
+        events = scan_with(broker, supervisor, tree.root + b"/home0", tree.root + b"/home0/empty")
     assert verdicts(events) == {
         tree.root + b"/home0/empty": Clean(),
         tree.root + b"/home0": verdicts(events)[tree.root + b"/home0"],

@@ -19,6 +19,7 @@ from fdbroker.client import DEFAULT_SOCKET
 from fdbroker.scan.messages import End
 from fdbroker.scan.verdict import Clean, Infected
 from tests.broker.puppets import Puppet
+from tests.cli.commands import run_as
 from tests.processes import in_child, wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.descriptors import EICAR, EICAR_NAME
@@ -30,7 +31,6 @@ from tests.scan.running_scand import (
     client_of,
     own,
     reasons,
-    run_as_ann,
     scand_and_broker,
 )
 
@@ -63,7 +63,8 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def scand(others: ForOtherUsers, directory: Path) -> Iterator[RunningScand]:
-    with scand_and_broker(others, directory, "workers: 1\nspare_workers: 1\n") as (running, _):
+    configuration = "workers: 1\nspare_workers: 1\n"
+    with scand_and_broker(others, directory, configuration, by_command_line=True) as (running, _):
         yield running
 
 
@@ -206,7 +207,7 @@ def test_descriptors_that_are_of_no_use_are_errors_and_never_clean(
 def test_client_that_reads_nothing_stops_its_own_files_alone(scand: RunningScand, directory: Path) -> None:
     before = scand.descriptors()
     file = os.fsencode(directory / "tree" / "bob" / "clean")
-    with Puppet(lambda: None, uid=BOB) as bob:
+    with Puppet(uid=BOB) as bob:
         bob.do(flood, scand.socket, file)
         assert in_child(lambda: ask_status(scand)["clients"], uid=ANN) == 2
         started = time.monotonic()
@@ -243,7 +244,7 @@ def test_cancelled_tree_ends_at_once_and_says_so(scand: RunningScand, directory:
 def test_single_file_is_not_kept_waiting_by_another_users_tree(scand: RunningScand, directory: Path) -> None:
     ann, bob = directory / "tree" / "ann" / "many", os.fsencode(directory / "tree" / "bob" / "bad")
 
-    with Puppet(lambda: None, uid=ANN) as puppet:
+    with Puppet(uid=ANN) as puppet:
         puppet.begin(scan_tree, scand.socket, os.fsencode(ann))
         assert in_child(lambda: scan_one(scand, bob), uid=BOB) == "infected"
         end = puppet.result()
@@ -284,10 +285,7 @@ def scan_one(scand: RunningScand, path: bytes) -> str:
 
 def command(scand: RunningScand, others: ForOtherUsers, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `fdbroker scan` as one of the users."""
-    return run_as_ann(
-        [others.python, "-P", "-m", "fdbroker.cli", "scan", *arguments],
-        {"PYTHONPATH": str(others.directory), "LANG": "C.UTF-8", "FDBROKER_SCAN_SOCKET": scand.socket},
-    )
+    return run_as(ANN, others, "scan", *arguments, FDBROKER_SCAN_SOCKET=scand.socket)
 
 
 def test_command_goes_by_the_service_where_it_is_and_says_so(
@@ -390,7 +388,7 @@ def test_command_says_what_it_can_not_ask_of_the_service(
 def test_files_to_be_copied_are_closed_though_their_client_is_gone(scand: RunningScand) -> None:
     """It is stopped meanwhile, so that it sees their end in the round in which they come."""
     idle = scand.descriptors()
-    with Puppet(lambda: None, uid=BOB) as bob:
+    with Puppet(uid=BOB) as bob:
         bob.do(greet, scand.socket)
         scand.process.send_signal(signal.SIGSTOP)
         try:

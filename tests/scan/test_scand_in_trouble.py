@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -50,6 +51,18 @@ may_renew: {{user: [{ann}]}}
 
 @pytest.fixture(scope="module")
 def directory() -> Iterator[Path]:
+    with served_directory() as path:
+        yield path
+
+
+@pytest.fixture
+def own_directory() -> Iterator[Path]:
+    with served_directory() as path:
+        yield path
+
+
+@contextlib.contextmanager
+def served_directory() -> Iterator[Path]:
     with reachable_directory() as path:
         for name, uid in (("ann", ANN), ("bob", BOB)):
             home = path / "tree" / name
@@ -72,8 +85,21 @@ def fill(directory: Path, uid: int, *contents: bytes) -> list[bytes]:
     return paths
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def scand(others: ForOtherUsers, directory: Path) -> Iterator[RunningScand]:
+    with scand_alone(others, directory) as running:
+        yield running
+
+
+@pytest.fixture
+def scand_to_renew(others: ForOtherUsers, own_directory: Path) -> Iterator[RunningScand]:
+    """Run one whose engines are loaded anew: what it says of that is told from what others have it say."""
+    with scand_alone(others, own_directory) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def scand_alone(others: ForOtherUsers, directory: Path) -> Iterator[RunningScand]:
     configuration = _TREACHEROUS.format(word=directory / "word", ann=ANN)
     with scand_and_broker(others, directory, configuration, str(directory / "engines")) as (running, _):
         yield running
@@ -110,7 +136,7 @@ def test_worker_that_is_turned_lies_of_no_other_user_and_no_other_owner(
 def test_engine_that_hangs_costs_its_file_and_nobody_else_waits(scand: RunningScand, directory: Path) -> None:
     hanging = fill(directory, ANN, b"hang", b"fine", WORD)
     [of_bob] = fill(directory, BOB, WORD)
-    with Puppet(lambda: None, uid=ANN) as ann:
+    with Puppet(uid=ANN) as ann:
         ann.begin(scan_paths, scand.socket, hanging)
         wait_until(lambda: in_child(lambda: status(scand)["files_under_way"], uid=BOB), "it hangs")
         began = time.monotonic()
@@ -122,7 +148,7 @@ def test_engine_that_hangs_costs_its_file_and_nobody_else_waits(scand: RunningSc
 def test_client_that_goes_takes_its_hanging_file_with_it(scand: RunningScand, directory: Path) -> None:
     idle = scand.descriptors()
     hanging = fill(directory, ANN, *[b"hang"] * 20)
-    with Puppet(lambda: None, uid=ANN) as ann:
+    with Puppet(uid=ANN) as ann:
         ann.begin(scan_paths, scand.socket, hanging)
         wait_until(lambda: in_child(lambda: status(scand)["files_under_way"], uid=BOB), "it hangs")
     wait_until(
@@ -137,43 +163,46 @@ def test_engine_that_crashes_costs_its_file_alone(scand: RunningScand, directory
     assert list(map(said.get, paths)) == ["clean", "crashed", "infected", "crashed", "clean"]
 
 
-def test_changed_database_is_noticed_and_no_request_is_missed(scand: RunningScand, directory: Path) -> None:
+def test_changed_database_is_noticed_and_no_request_is_missed(
+    scand_to_renew: RunningScand, own_directory: Path
+) -> None:
+    scand, directory = scand_to_renew, own_directory
     [path] = fill(directory, ANN, b"Fire and " + WORD)
     other = fill(directory, ANN, b"Fire")[0]
     assert in_child(lambda: ask(scand, [path, other]), uid=ANN) == {path: "infected", other: "clean"}
-    try:
-        (directory / "word").write_bytes(b"Fire")
-        seen: set[str] = set()
+    (directory / "word").write_bytes(b"Fire")
+    seen: set[str] = set()
+    with Puppet(uid=ANN) as ann:
         end = time.monotonic() + 20
         while "infected" not in seen and time.monotonic() < end:
-            answer = in_child(lambda: ask(scand, [path, other]), uid=ANN)
+            answer = ann.do(scan_paths, scand.socket, [path, other])
             assert answer[path] == "infected"
             seen.add(answer[other])
-        assert seen == {"clean", "infected"}, scand.errors()
-        assert in_child(lambda: status(scand)["engines"], uid=ANN)[0]["version"] == "Fire"
-    finally:
-        (directory / "word").write_bytes(WORD)
+            time.sleep(0.01)
+    assert seen == {"clean", "infected"}, scand.errors()
+    assert in_child(lambda: status(scand)["engines"], uid=ANN)[0]["version"] == "Fire"
 
 
-def test_hangup_renews_and_a_broken_database_changes_nothing(scand: RunningScand, directory: Path) -> None:
+def test_hangup_renews_and_a_broken_database_changes_nothing(
+    scand_to_renew: RunningScand, own_directory: Path
+) -> None:
+    scand, directory = scand_to_renew, own_directory
     [path] = fill(directory, ANN, WORD)
     os.rename(directory / "word", directory / "hidden")
-    try:
-        scand.process.send_signal(signal.SIGHUP)
-        scand.wait_for("RELOADING=1")
-        scand.wait_for("READY=1")
-        assert "those from before go on" in scand.errors()
-        assert in_child(lambda: ask(scand, [path]), uid=ANN) == {path: "infected"}
-    finally:
-        os.rename(directory / "hidden", directory / "word")
+    scand.process.send_signal(signal.SIGHUP)
+    scand.wait_for("RELOADING=1")
+    scand.wait_for("READY=1")
+    assert "those from before go on" in scand.errors()
+    assert in_child(lambda: ask(scand, [path]), uid=ANN) == {path: "infected"}
+    os.rename(directory / "hidden", directory / "word")
     scand.process.send_signal(signal.SIGHUP)
     scand.wait_for("READY=1")
     assert "loaded anew: treacherous Smoke" in scand.errors()
 
 
-def test_who_may_have_the_engines_renewed_is_configured(scand: RunningScand) -> None:
+def test_who_may_have_the_engines_renewed_is_configured(scand_to_renew: RunningScand) -> None:
     def renew() -> str:
-        with client_of(scand.socket) as service:
+        with client_of(scand_to_renew.socket) as service:
             try:
                 service.renew()
             except OSError as error:
@@ -185,13 +214,12 @@ def test_who_may_have_the_engines_renewed_is_configured(scand: RunningScand) -> 
 
 
 def test_service_that_is_stopped_says_so_and_leaves_no_process(
-    others: ForOtherUsers, directory: Path
+    others: ForOtherUsers, own_directory: Path
 ) -> None:
-    configuration = _TREACHEROUS.format(word=directory / "word", ann=ANN)
-    hanging = fill(directory, ANN, b"hang")
-    with scand_and_broker(others, directory, configuration, str(directory / "engines")) as (scand, _):
+    hanging = fill(own_directory, ANN, b"hang")
+    with scand_alone(others, own_directory) as scand:
         children = children_of(scand.pid)
-        with Puppet(lambda: None, uid=ANN) as ann:
+        with Puppet(uid=ANN) as ann:
             ann.begin(farewell, scand.socket, hanging)
             wait_until(lambda: in_child(lambda: status(scand)["files_under_way"], uid=BOB), "it scans")
             assert scand.stop() == 0
@@ -222,8 +250,9 @@ def test_listener_of_the_wrong_type_is_said_to_serve_nobody(others: ForOtherUser
 
 
 def test_broker_that_is_started_anew_is_found_again_and_clients_are_told(
-    others: ForOtherUsers, directory: Path
+    others: ForOtherUsers, own_directory: Path
 ) -> None:
+    directory = own_directory
     configuration = _TREACHEROUS.format(word=directory / "word", ann=ANN)
     [path, *hanging] = fill(directory, ANN, WORD, *[b"hang"] * 3)
 
@@ -236,7 +265,7 @@ def test_broker_that_is_started_anew_is_found_again_and_clients_are_told(
         with broker():
             scand.wait_for("scan: serving")
             assert in_child(lambda: ask(scand, [path]), uid=ANN) == {path: "infected"}
-            ann = Puppet(lambda: None, uid=ANN)
+            ann = Puppet(uid=ANN)
             ann.begin(farewell, scand.socket, hanging)
             wait_until(lambda: in_child(lambda: status(scand)["files_under_way"], uid=BOB), "it scans")
         with ann:

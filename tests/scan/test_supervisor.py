@@ -25,6 +25,9 @@ from tests.scan.descriptors import EICAR, EICAR_NAME, make_and_open, open_descri
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    BadWorkers = Callable[..., AbstractContextManager[Supervisor]]
 
 HASHES = configure("hashes")
 SIZE = 11
@@ -44,25 +47,54 @@ def confinement() -> Confinement:
     return Confinement(uids=() if ids is None else ids[:1], gid=None if ids is None else ids[1])
 
 
-@contextlib.contextmanager
-def bad_workers(
-    mode: str,
-    *,
-    work: Callable[..., object] = misbehaving.misbehave,
-    timeout: float = DEFAULT_TIMEOUT,
-    all_of_them: bool = False,
-) -> Iterator[Supervisor]:
-    """Give a supervisor whose first worker misbehaves, and whose others do not."""
+@pytest.fixture(scope="module")
+def good() -> Iterator[Supervisor]:
+    """Give one whose zygote has workers for many tests; it has none itself."""
+    with supervise() as made:
+        made.spawn_from_zygote().stop()
+        yield made
 
-    def spawn() -> Worker:
-        if made.workers_started == 0 or all_of_them:
-            return zygote.spawn()
-        return made.spawn_from_zygote()
 
-    with Zygote(misbehaving.load, work, {"mode": mode}, confinement=confinement()) as zygote:
-        made = supervise(spawn=spawn, timeout=timeout)
+@pytest.fixture(scope="module")
+def orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file by which workers are told how to misbehave."""
+    path = tmp_path_factory.mktemp("orders") / "orders"
+    path.write_bytes(bytes(misbehaving.LONGEST_ORDER))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bad_zygote(orders: Path) -> Iterator[Zygote]:
+    """Give a zygote whose workers do as they are told."""
+    arguments = {"orders": str(orders)}
+    with Zygote(misbehaving.load, misbehaving.obey, arguments, confinement=confinement()) as zygote:
+        yield zygote
+
+
+@pytest.fixture
+def bad(bad_zygote: Zygote, orders: Path, good: Supervisor) -> BadWorkers:
+    """Return what gives a supervisor whose first worker misbehaves, and whose others do not."""
+
+    @contextlib.contextmanager
+    def bad_workers(
+        mode: str,
+        *,
+        work: Callable[..., object] = misbehaving.misbehave,
+        timeout: float = DEFAULT_TIMEOUT,
+        window: int = DEFAULT_WINDOW,
+        all_of_them: bool = False,
+    ) -> Iterator[Supervisor]:
+        def spawn() -> Worker:
+            if made.workers_started == 0 or all_of_them:
+                return bad_zygote.spawn()
+            return good.spawn_from_zygote()
+
+        misbehaving.order(orders, work, mode)
+        made = supervise(spawn=spawn, timeout=timeout, window=window)
         with made:
             yield made
+
+    return bad_workers
 
 
 def submit(supervisor: Supervisor, directory: Path, *contents: bytes) -> list[Done]:
@@ -97,8 +129,10 @@ def test_verdicts_are_exact(tmp_path: Path) -> None:
     ]
 
 
-def test_a_worker_that_ends_while_it_has_nothing_is_let_go_of_once_that_shows(tmp_path: Path) -> None:
-    with supervise() as supervisor:
+def test_a_worker_that_ends_while_it_has_nothing_is_let_go_of_once_that_shows(
+    good: Supervisor, tmp_path: Path
+) -> None:
+    with supervise(spawn=good.spawn_from_zygote) as supervisor:
         scan_all(supervisor, tmp_path, b"fine")
         supervisor.let_go_if_gone()
         watched, killed = supervisor.watched(), supervisor.worker_pid
@@ -112,10 +146,12 @@ def test_a_worker_that_ends_while_it_has_nothing_is_let_go_of_once_that_shows(tm
 
 
 @pytest.mark.parametrize("window", [1, 2, 64])
-def test_many_files_keep_their_order_and_nothing_stays_open(window: int, tmp_path: Path) -> None:
+def test_many_files_keep_their_order_and_nothing_stays_open(
+    good: Supervisor, window: int, tmp_path: Path
+) -> None:
     before = open_descriptors()
     contents = [EICAR if number % 7 == 3 else b"%d" % number for number in range(300)]
-    supervisor = supervise(window=window)
+    supervisor = supervise(spawn=good.spawn_from_zygote, window=window)
     with supervisor:
         done = submit(supervisor, tmp_path, *contents)
         assert len(done) >= 300 - window
@@ -126,11 +162,13 @@ def test_many_files_keep_their_order_and_nothing_stays_open(window: int, tmp_pat
     assert open_descriptors() == before
 
 
-def test_killed_worker_costs_one_file_and_the_next_one_scans_the_rest(tmp_path: Path) -> None:
+def test_killed_worker_costs_one_file_and_the_next_one_scans_the_rest(
+    good: Supervisor, tmp_path: Path
+) -> None:
     endless = tmp_path / "endless"
     endless.touch()
     os.truncate(endless, 1 << 40)  # a hole: nothing on the disk, and an hour of work
-    supervisor = supervise()
+    supervisor = supervise(spawn=good.spawn_from_zygote)
     with supervisor:
         assert [*supervisor.submit(b"9", os.open(endless, os.O_RDONLY | os.O_CLOEXEC))] == []
         done = submit(supervisor, tmp_path, b"after", EICAR)
@@ -148,24 +186,24 @@ def test_killed_worker_costs_one_file_and_the_next_one_scans_the_rest(tmp_path: 
 
 
 @pytest.mark.parametrize("mode", misbehaving.GARBAGE)
-def test_garbage_is_an_error_and_the_worker_is_replaced(mode: str, tmp_path: Path) -> None:
-    with bad_workers(mode, work=misbehaving.answer_once) as supervisor:
+def test_garbage_is_an_error_and_the_worker_is_replaced(bad: BadWorkers, mode: str, tmp_path: Path) -> None:
+    with bad(mode, work=misbehaving.answer_once) as supervisor:
         done = scan_all(supervisor, tmp_path, b"x" * SIZE, b"fine", EICAR)
         assert verdicts(done) == ["unknown_answer", "clean", "infected"]
         assert supervisor.workers_started == 2
 
 
-def test_right_answer_that_carries_a_descriptor_is_an_error(tmp_path: Path) -> None:
+def test_right_answer_that_carries_a_descriptor_is_an_error(bad: BadWorkers, tmp_path: Path) -> None:
     before = open_descriptors()
-    with bad_workers("descriptor") as supervisor:
+    with bad("descriptor") as supervisor:
         first, second = verdicts(scan_all(supervisor, tmp_path, b"x" * SIZE, b"fine"))
     assert second == "clean"
     assert first in {"unknown_answer", "crashed"}
     assert open_descriptors() == before
 
 
-def test_answer_before_the_question_is_not_believed(tmp_path: Path) -> None:
-    with bad_workers("early") as supervisor:
+def test_answer_before_the_question_is_not_believed(bad: BadWorkers, tmp_path: Path) -> None:
+    with bad("early") as supervisor:
         done = scan_all(supervisor, tmp_path, b"x" * SIZE, EICAR, b"fine")
         assert supervisor.workers_started == 2
     assert verdicts(done) == ["clean", "infected", "clean"]
@@ -174,7 +212,7 @@ def test_answer_before_the_question_is_not_believed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("content", "verdict"), [(b"crash", "crashed"), (b"wait", "timed_out")])
 @pytest.mark.parametrize("window", [1, 8, 64])
 def test_of_files_in_one_message_those_that_a_worker_fails_at_are_errors_and_no_others(
-    content: bytes, verdict: str, window: int, tmp_path: Path
+    bad: BadWorkers, content: bytes, verdict: str, window: int, tmp_path: Path
 ) -> None:
     wanted = ["clean"] * 40
     contents = [b"fine"] * 40
@@ -184,56 +222,51 @@ def test_of_files_in_one_message_those_that_a_worker_fails_at_are_errors_and_no_
     wanted[5] = wanted[8] = "infected"
     contents[5] = contents[8] = b"found"
     before = open_descriptors()
-    with (
-        Zygote(
-            misbehaving.load, misbehaving.crash_at_a_file, {"mode": ""}, confinement=confinement()
-        ) as zygote,
-        supervise(spawn=zygote.spawn, timeout=0.5, window=window) as supervisor,
-    ):
+    work = misbehaving.crash_at_a_file
+    with bad("", work=work, timeout=0.5, window=window, all_of_them=True) as supervisor:
         done = scan_all(supervisor, tmp_path, *contents)
     assert [one.path for one in done] == [b"%d" % number for number in range(40)]
     assert verdicts(done) == wanted
     assert open_descriptors() == before
 
 
-def test_what_a_worker_says_behind_an_engine_that_is_spoilt_is_not_believed(tmp_path: Path) -> None:
-    with (
-        Zygote(
-            misbehaving.load, misbehaving.crash_at_a_file, {"mode": ""}, confinement=confinement()
-        ) as zygote,
-        supervise(spawn=zygote.spawn) as supervisor,
-    ):
+def test_what_a_worker_says_behind_an_engine_that_is_spoilt_is_not_believed(
+    bad: BadWorkers, tmp_path: Path
+) -> None:
+    with bad("", work=misbehaving.crash_at_a_file, all_of_them=True) as supervisor:
         done = scan_all(supervisor, tmp_path, b"fine", b"fine", b"spoil", b"found", b"fine")
         assert supervisor.workers_started == 2
     assert verdicts(done) == ["clean", "clean", "memory", "infected", "clean"]
 
 
-def test_stuck_worker_is_a_timeout_and_is_replaced(tmp_path: Path) -> None:
-    with bad_workers("loop", timeout=1.0) as supervisor:
+def test_stuck_worker_is_a_timeout_and_is_replaced(bad: BadWorkers, tmp_path: Path) -> None:
+    with bad("loop", timeout=0.5) as supervisor:
         supervisor.start()
         stuck = supervisor.worker_pid
         assert stuck is not None
         done = scan_all(supervisor, tmp_path, b"x" * SIZE, b"fine")
-        assert done[0].verdict == Error(Reason.TIMED_OUT, "the worker did not answer within 1 s")
+        assert done[0].verdict == Error(Reason.TIMED_OUT, "the worker did not answer within 0.5 s")
         assert verdicts(done) == ["timed_out", "clean"]
         assert not os.path.exists(f"/proc/{stuck}")
 
 
 @pytest.mark.parametrize("mode", ["take and end", "end at once"])
-def test_worker_that_ends_with_each_file_costs_each_file_and_ends(mode: str, tmp_path: Path) -> None:
-    with bad_workers(mode, all_of_them=True) as supervisor:
+def test_worker_that_ends_with_each_file_costs_each_file_and_ends(
+    bad: BadWorkers, mode: str, tmp_path: Path
+) -> None:
+    with bad(mode, all_of_them=True) as supervisor:
         assert verdicts(scan_all(supervisor, tmp_path, *[b"x"] * 5)) == ["crashed"] * 5
 
 
-def test_answers_that_a_worker_gave_before_it_died_count(tmp_path: Path) -> None:
-    with bad_workers("answer and end") as supervisor:
+def test_answers_that_a_worker_gave_before_it_died_count(bad: BadWorkers, tmp_path: Path) -> None:
+    with bad("answer and end") as supervisor:
         done = scan_all(supervisor, tmp_path, *[b"x" * SIZE] * 4)
         assert supervisor.workers_started == 2
     assert verdicts(done) == ["clean"] * 4
 
 
-def test_worker_that_ended_behind_its_files_costs_no_other_file(tmp_path: Path) -> None:
-    with bad_workers("answer and end") as supervisor:
+def test_worker_that_ended_behind_its_files_costs_no_other_file(bad: BadWorkers, tmp_path: Path) -> None:
+    with bad("answer and end") as supervisor:
         done = scan_all(supervisor, tmp_path, b"x")
         assert supervisor._worker is not None
         assert is_readable(supervisor._worker.channel.fileno(), 20)  # its end
@@ -249,15 +282,17 @@ def test_worker_that_ended_behind_its_files_costs_no_other_file(tmp_path: Path) 
         ("crash", Reason.CRASHED, "it crashed (SIGSEGV)"),
     ],
 )
-def test_how_a_worker_ended_is_told_apart(mode: str, reason: Reason, text: str, tmp_path: Path) -> None:
-    with bad_workers(mode) as supervisor:
+def test_how_a_worker_ended_is_told_apart(
+    bad: BadWorkers, mode: str, reason: Reason, text: str, tmp_path: Path
+) -> None:
+    with bad(mode) as supervisor:
         done = scan_all(supervisor, tmp_path, b"x")
     assert done[0].verdict == Error(reason, f"the worker ended while it had this file: {text}")
 
 
 @pytest.mark.root
-def test_file_cut_off_under_an_engine_that_maps_it_is_an_error(tmp_path: Path) -> None:
-    with bad_workers("", work=misbehaving.map_and_read) as supervisor:
+def test_file_cut_off_under_an_engine_that_maps_it_is_an_error(bad: BadWorkers, tmp_path: Path) -> None:
+    with bad("", work=misbehaving.map_and_read) as supervisor:
         assert submit(supervisor, tmp_path, bytes(1 << 20)) == []
         maps = Path(f"/proc/{supervisor.worker_pid}/maps")
         while str(tmp_path / "0") not in maps.read_text():
@@ -269,17 +304,19 @@ def test_file_cut_off_under_an_engine_that_maps_it_is_an_error(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("mode", "verdict"), [("short", misbehaving.SHORT), ("found", misbehaving.FOUND)])
-def test_each_answer_has_its_verdict(mode: str, verdict: Error | Infected, tmp_path: Path) -> None:
-    with bad_workers(mode, work=misbehaving.answer_once) as supervisor:
+def test_each_answer_has_its_verdict(
+    bad: BadWorkers, mode: str, verdict: Error | Infected, tmp_path: Path
+) -> None:
+    with bad(mode, work=misbehaving.answer_once) as supervisor:
         [done] = scan_all(supervisor, tmp_path, b"x" * SIZE)
     assert done == Done(b"0", SIZE, verdict, (Answer("hashes", verdict),))
 
 
 @pytest.mark.parametrize("change", [lambda path: os.truncate(path, 3), lambda path: os.utime(path, (1, 1))])
 def test_file_that_changed_by_the_parents_own_look_is_not_clean(
-    change: Callable[[Path], None], tmp_path: Path
+    bad: BadWorkers, change: Callable[[Path], None], tmp_path: Path
 ) -> None:
-    with bad_workers("pairs") as supervisor:
+    with bad("pairs") as supervisor:
         assert submit(supervisor, tmp_path, b"x" * SIZE) == []
         change(tmp_path / "0")
         done = [*supervisor.submit(b"1", make_and_open(tmp_path / "1")), *supervisor.finish()]
@@ -287,10 +324,10 @@ def test_file_that_changed_by_the_parents_own_look_is_not_clean(
 
 
 def test_old_worker_is_replaced_without_losing_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    good: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_module, "_SECONDS_OF_A_WORKER", 0.0)
-    supervisor = supervise()
+    supervisor = supervise(spawn=good.spawn_from_zygote)
     with supervisor:
         done = scan_all(supervisor, tmp_path, *[b"fine", EICAR] * 5)
     assert verdicts(done) == ["clean", "infected"] * 5
@@ -341,8 +378,8 @@ def test_of_several_engines_each_answers_and_the_worst_counts(tmp_path: Path) ->
     assert [answer.engine for answer in done[0].answers] == ["hashes", "yara-x"]
 
 
-def test_what_is_no_regular_file_is_never_handed_on(tmp_path: Path) -> None:
-    with supervise() as supervisor:
+def test_what_is_no_regular_file_is_never_handed_on(good: Supervisor, tmp_path: Path) -> None:
+    with supervise(spawn=good.spawn_from_zygote) as supervisor:
         directory = os.open(tmp_path, os.O_RDONLY | os.O_CLOEXEC)
         [done] = supervisor.submit(b"0", directory)
         assert verdicts([done]) == ["not_regular"]
@@ -408,9 +445,9 @@ def refuse_sends(monkeypatch: pytest.MonkeyPatch, number: int, refused: Sequence
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ETOOMANYREFS])
 def test_file_that_the_kernel_does_not_take_now_is_sent_later(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    good: Supervisor, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with supervise() as supervisor:
+    with supervise(spawn=good.spawn_from_zygote) as supervisor:
         supervisor.start()
         refuse_sends(monkeypatch, number, [False, True])
         done = [*submit(supervisor, tmp_path, *[b"fine"] * 4), *supervisor.finish()]
@@ -420,9 +457,9 @@ def test_file_that_the_kernel_does_not_take_now_is_sent_later(
 
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ETOOMANYREFS])
 def test_file_that_the_kernel_does_not_take_though_none_is_under_way_is_an_error(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    good: Supervisor, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with supervise() as supervisor:
+    with supervise(spawn=good.spawn_from_zygote) as supervisor:
         supervisor.start()
         refuse_sends(monkeypatch, number, [True])
         done = [*submit(supervisor, tmp_path, b"fine", EICAR), *supervisor.finish()]
@@ -430,8 +467,10 @@ def test_file_that_the_kernel_does_not_take_though_none_is_under_way_is_an_error
         assert supervisor.workers_started == 1
 
 
-def test_worker_that_takes_nothing_costs_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with supervise() as supervisor:
+def test_worker_that_takes_nothing_costs_one_file(
+    good: Supervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with supervise(spawn=good.spawn_from_zygote) as supervisor:
         supervisor.start()
         refuse_sends(monkeypatch, errno.EPIPE, [True])
         done = [*submit(supervisor, tmp_path, b"fine", EICAR), *supervisor.finish()]
@@ -440,9 +479,9 @@ def test_worker_that_takes_nothing_costs_one_file(tmp_path: Path, monkeypatch: p
     assert "the worker took no file (Broken pipe): it ended with status 0" in str(done[0].verdict)
 
 
-def test_leaving_early_closes_everything(tmp_path: Path) -> None:
+def test_leaving_early_closes_everything(bad: BadWorkers, tmp_path: Path) -> None:
     before = open_descriptors()
-    with bad_workers("loop") as supervisor:
+    with bad("loop") as supervisor:
         submit(supervisor, tmp_path, *[b"x"] * 10)
         pid = supervisor.worker_pid
     assert open_descriptors() == before

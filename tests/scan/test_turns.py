@@ -291,4 +291,4 @@ class Scans(RuleBasedStateMachine):
 
 
 TestScans = Scans.TestCase
-TestScans.settings = settings(max_examples=150, stateful_step_count=40)
+TestScans.settings = settings(max_examples=60, stateful_step_count=40)

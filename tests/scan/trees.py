@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 OWNERS = (31001, 31002, 31003)
-BIG = 20 << 20
+BIG = 5 << 20
 
 
 class Tree(NamedTuple):

@@ -64,13 +64,15 @@ def run(*command: str | bytes, user: str | None = None) -> tuple[int, str]:
 def wait_for(condition: Callable[[], Any], what: str) -> Any:  # noqa: ANN401 - whatever the condition gives
     """Ask until there is an answer."""
     end = time.monotonic() + PATIENCE
+    pause = 0.02
     while True:
         found = condition()
         if found:
             return found
         if time.monotonic() > end:
             raise SystemExit(f"after {PATIENCE} s still not: {what}")
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(1.3 * pause, 0.2)
 
 
 def set_the_stage(packages: list[str]) -> None:

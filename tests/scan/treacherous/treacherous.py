@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import time
 from dataclasses import dataclass
 
 from fdbroker.scan.engine import Inside
 from fdbroker.scan.verdict import Clean, Infected, Verdict
+
+_TAKEN = threading.Lock()
+_TAKEN.acquire()
+
+
+def _sleep_for_ever() -> None:
+    with _TAKEN:  # nobody lets go of it
+        pass
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,10 @@ class Treacherous(Inside):
         if data == b"turn":
             Treacherous.turned = True
         elif data == b"hang":
-            while True:
-                pass
+            _sleep_for_ever()
         elif data == b"close":
             os.close(0)  # the channel
-            while True:
-                pass
+            _sleep_for_ever()
         elif data == b"crash":
             ctypes.string_at(0)
         if self.turned:
