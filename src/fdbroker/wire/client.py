@@ -79,6 +79,8 @@ if TYPE_CHECKING:
 _OPEN, _STAT, _OPEN_REPLY = int(Type.OPEN), int(Type.STAT), Type.OPEN | REPLY
 _new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
 _NO_STAT = bytes(STAT.size)
+_WALK_RECORD_AT = WALK_ENTRY.size
+_WALK_ENTRY_HEAD = WALK_ENTRY.size + STAT.size
 _GIVEN = GIVEN.encode()
 _NOT_NAMES = frozenset({b"", b".", b".."})
 _ALL_INCOMPLETE = sum(Incomplete)
@@ -558,22 +560,26 @@ def _decode_walk(frame: bytes, flags: int, count: int, request_id: int, generati
     if end_at < at:
         raise MalformedError("a frame of a walk that ends too early", request_id)
     result = _decode_own_result(frame, HEADER.size)
-    entries = []
+    entries: list[WalkEntry] = []
+    paths: list[bytes] = []
+    unpack, add, add_path = WALK_ENTRY.unpack_from, entries.append, paths.append
     for _ in range(count):
-        if end_at < at + WALK_ENTRY.size + STAT.size:
+        path_at = at + _WALK_ENTRY_HEAD
+        if path_at > end_at:
             raise MalformedError("a frame of a walk that ends within an entry", request_id)
-        length, kind, entry_flags = WALK_ENTRY.unpack_from(frame, at)
-        if entry_flags & ~WALK_ENTRY_HAS_DESCRIPTOR:
+        length, kind, entry_flags = unpack(frame, at)
+        if entry_flags > WALK_ENTRY_HAS_DESCRIPTOR:
             raise MalformedError("an entry with unknown flags", request_id)
-        at += WALK_ENTRY.size
-        record = frame[at : at + STAT.size]
-        at += STAT.size
-        path = frame[at : at + length]
-        at += length
-        # A caller will join it to a path: it must not lead anywhere else.
-        if len(path) != length or 0 in path or not _NOT_NAMES.isdisjoint(path.split(b"/")):
-            raise MalformedError("a frame of a walk with an impossible path", request_id)
-        entries.append(_new(WalkEntry, (path, kind, record, bool(entry_flags))))
+        record = frame[at + _WALK_RECORD_AT : path_at]
+        at = path_at + length
+        path = frame[path_at:at]
+        add_path(path)
+        add(_new(WalkEntry, (path, kind, record, entry_flags == WALK_ENTRY_HAS_DESCRIPTOR)))
+    # Where each entry ends is where the next one begins, so one look sees all that are cut off. A caller will
+    # join a path to another one: it must not lead anywhere else.
+    names = b"/".join(paths)
+    if at > end_at or 0 in names or (paths and not _NOT_NAMES.isdisjoint(names.split(b"/"))):
+        raise MalformedError("a frame of a walk with an impossible path", request_id)
     if at != end_at:
         raise MalformedError("a frame of a walk with bytes behind its entries", request_id)
     end = None
