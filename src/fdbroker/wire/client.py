@@ -6,8 +6,6 @@ sandboxed worker must not trust its broker's bytes more than needed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 from fdbroker.wire.format import (
     ACCEPTED,
     ACTIONS,
@@ -71,7 +69,9 @@ from fdbroker.wire.messages import (
     WalkFilter,
     Welcome,
 )
+from fdbroker.wire.records import NamedTuple
 
+TYPE_CHECKING = False  # as typing has it, see records.py
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
