@@ -77,6 +77,7 @@ if TYPE_CHECKING:
 
 # As plain numbers: packing a member of an Enum is slow.
 _OPEN, _STAT, _OPEN_REPLY = int(Type.OPEN), int(Type.STAT), Type.OPEN | REPLY
+_COPIED = Status.COPIED  # to ask an Enum for its member is slow as well
 _new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
 _NO_STAT = bytes(STAT.size)
 _WALK_RECORD_AT = WALK_ENTRY.size
@@ -399,7 +400,12 @@ def decode_reply(frame: bytes) -> Reply:
     if len(frame) < HEADER.size:
         raise MalformedError(f"a frame of {len(frame)} bytes is shorter than its header ({HEADER.size})")
     kind, flags, count, request_id, generation = HEADER.unpack_from(frame)
-    if kind == _OPEN_REPLY and not flags and frame[HEADER.size :] == _GIVEN * count:
+    if (
+        kind == _OPEN_REPLY
+        and not flags
+        and len(frame) == HEADER.size + RESULT.size * count
+        and frame.endswith(_GIVEN * count)
+    ):
         # Most replies are one by which everything is given.
         return _new(OpenReply, (request_id, generation, [GIVEN] * count, ()))
     decode = _DECODERS.get(kind)
@@ -425,8 +431,8 @@ def _decode_result(frame: bytes, at: int) -> Result:
     if frame.startswith(_GIVEN, at):
         return GIVEN
     status, reason, number, length = RESULT.unpack_from(frame, at)
-    if status == Status.COPIED and not reason and not number and length <= MAX_COPY:
-        return Result(Status.COPIED, Reason.NONE, 0, length)
+    if status == _COPIED and not reason and not number and length <= MAX_COPY:
+        return _new(Result, (_COPIED, Reason.NONE, 0, length, None))
     if status == Status.REFUSED and reason == Reason.LIMIT and length == LIMIT.size:
         return Result(Status.REFUSED, Reason.LIMIT, number, length)  # what it says follows
     if status in {Status.GIVEN, Status.COPIED} or length:
@@ -481,35 +487,33 @@ def _decode_welcome(frame: bytes, _flags: int, count: int, request_id: int, gene
 
 
 def _decode_open(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> OpenReply:
-    size = RESULT.size
-    body = frame[HEADER.size :]
-    if len(body) < count * size:
+    at = HEADER.size + count * RESULT.size
+    if len(frame) < at:
         raise MalformedError("an open reply that ends within its results", request_id)
-    results = [_decode_result(body, at) for at in range(0, count * size, size)]
-    at = count * size
+    results = [_decode_result(frame, place) for place in range(HEADER.size, at, RESULT.size)]
     copies = []
     for result in results:
-        if result.status is Status.COPIED:
-            copies.append(body[at : at + result.length])
+        if result.status is _COPIED:
+            copies.append(frame[at : at + result.length])
             at += result.length
-    results = _decode_limits(body, at, results, "the body of an open reply", request_id)
+    results = _decode_limits(frame, at, results, "an open reply", request_id)
     return OpenReply(request_id, generation, results, tuple(copies))
 
 
 def _decode_limits(
-    body: bytes, at: int, results: Sequence[Result], what: str, request_id: int
+    frame: bytes, at: int, results: Sequence[Result], what: str, request_id: int
 ) -> list[Result]:
-    """Return results with the limits that they say follow; these end `body`, which is `what`."""
+    """Return results with the limits that they say follow; these end `frame`, which is `what`."""
     read = []
     for result in results:
-        if not result.length or result.status is not Status.REFUSED:
+        if not result.length or result.status is _COPIED:
             read.append(result)
             continue
-        if len(body) < at + LIMIT.size:
+        if len(frame) < at + LIMIT.size:
             raise MalformedError(f"{what} ends within its limits", request_id)
-        read.append(result._replace(limit=_decode_limit(body, at)))
+        read.append(result._replace(limit=_decode_limit(frame, at)))
         at += LIMIT.size
-    _expect(body, at, what, request_id)
+    _expect(frame, at, what, request_id)
     return read
 
 
