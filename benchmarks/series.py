@@ -151,18 +151,19 @@ class Walks:
 class Hashes:
     """Every file of a tree hashed: seconds from the start of the first program to the end of the last.
 
-    By a worker without privileges that fdbroker walks for, or by root's own programs. All have two CPUs, and
+    By a worker without privileges that a broker walks for, or by root's own programs. All have two CPUs, and
     write the same lines, which are compared one by one.
     """
 
-    by: Literal["fdbroker", "sha256sum", "openssl dgst -sha256 -r"]
+    by: Literal["fdbroker", "floor", "sha256sum", "openssl dgst -sha256 -r"]
     unit: str = "s"
 
     def measure(self, stage: Stage) -> float:
         """Return the seconds."""
         root = stage.walked.root
-        if self.by == "fdbroker":
-            broker = stage.broker("fdbroker-walk")
+        walks_by: dict[str, BrokerName] = {"fdbroker": "fdbroker-walk", "floor": "floor-walk"}
+        if self.by in walks_by:
+            broker = stage.broker(walks_by[self.by])
             pin(broker.pid, stage.two_cpus)
             command = [stage.python, "-I", "-S", str(_WALK_CLIENT), str(_SOURCES), str(broker.socket)]
             command += [str(root), str(CLIENT_UID)]
@@ -439,6 +440,7 @@ VARIANTS: dict[str, Variant] = {
     "floor_walk": Walks("floor-walk"),
     "fdbroker_walk": Walks("fdbroker-walk"),
     "fdbroker_hashes": Hashes("fdbroker"),
+    "floor_hashes": Hashes("floor"),
     "sha256sum_hashes": Hashes("sha256sum"),
     "openssl_hashes": Hashes("openssl dgst -sha256 -r"),
     "fdbroker_idle": IdleSize(),
@@ -490,6 +492,7 @@ SERIES = (
     Series("walk_pass", "fdbroker_walk", "floor_walk", "lower", 2.1),
     Series("walk_sha256_vs_sha256sum", "fdbroker_hashes", "sha256sum_hashes", "lower", 0.5),
     Series("walk_sha256_vs_openssl", "fdbroker_hashes", "openssl_hashes", "lower", 0.9),
+    Series("walk_sha256_vs_floor", "fdbroker_hashes", "floor_hashes", "lower", 1.5),
     Series("idle_rss_mib", "fdbroker_idle", None, "lower", 16.0),
     Series("rules_10000_vs_10", "fdbroker_rules_10000", "fdbroker_rules_10", "lower", 2.0),
     Series("decide_10000_vs_10", "decide_10000", "decide_10", "lower", 2.0),

@@ -13,8 +13,9 @@ import hashlib
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING
+from binascii import hexlify
 
+TYPE_CHECKING = False  # as typing has it, which would be a fifth of the start
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -24,7 +25,8 @@ def main(arguments: list[str]) -> int:
     sources, name, start, uid = arguments
     sys.path.insert(0, sources)
     # Before it becomes somebody for whom the checkout may be out of reach.
-    from fdbroker.wire import client, messages  # noqa: F401, PLC0415 - found only now
+    from fdbroker.kernel import descriptors  # noqa: F401, PLC0415 - found only now
+    from fdbroker.wire import client, messages  # noqa: F401, PLC0415
 
     os.setgroups([])
     os.setresgid(int(uid), int(uid), int(uid))
@@ -38,19 +40,20 @@ def main(arguments: list[str]) -> int:
 
 
 def _hash_all(broker: socket.socket, start: bytes, write: Callable[[bytes], object]) -> int:
+    from fdbroker.kernel.descriptors import close_all  # noqa: PLC0415
     from fdbroker.wire.client import WalkReply, decode_reply, encode_hello, encode_walk  # noqa: PLC0415
     from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Incomplete  # noqa: PLC0415
     from fdbroker.wire.messages import WalkFilter  # noqa: PLC0415
 
-    room = socket.CMSG_SPACE(MAX_PATHS * 4)
+    room_of_descriptors = socket.CMSG_SPACE(MAX_PATHS * 4)
     broker.send(encode_hello(1))
     broker.recv(MAX_FRAME)
     broker.send(encode_walk(2, start, WalkFilter(), credit=0xFFFFFFFF))
-    room_of_file = bytearray(1 << 16)
-    content = memoryview(room_of_file)
+    room = [bytearray(1 << 16)]
+    content = memoryview(room[0])
     came = 0
     while True:
-        frame, ancillary, flags, _ = broker.recvmsg(MAX_FRAME, room, socket.MSG_CMSG_CLOEXEC)
+        frame, ancillary, flags, _ = broker.recvmsg(MAX_FRAME, room_of_descriptors, socket.MSG_CMSG_CLOEXEC)
         reply = decode_reply(frame)
         if not isinstance(reply, WalkReply) or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             sys.stderr.write(f"{reply}, flags {flags}\n")
@@ -59,13 +62,14 @@ def _hash_all(broker: socket.socket, start: bytes, write: Callable[[bytes], obje
         for _, _, data in ancillary:
             descriptors.frombytes(data)
         for entry, descriptor in zip(reply.entries, descriptors, strict=True):
-            digest = hashlib.sha256()
-            while (size := os.readv(descriptor, [room_of_file])) == len(content):
-                digest.update(content)
-            digest.update(content[:size])
-            os.close(descriptor)
-            write(b"%s  %s/%s\n" % (digest.hexdigest().encode(), start, entry.path))
+            size = os.readv(descriptor, room)
+            digest = hashlib.sha256(content[:size])
+            while size == len(content):
+                size = os.readv(descriptor, room)
+                digest.update(content[:size])
+            write(b"%s  %s/%s\n" % (hexlify(digest.digest()), start, entry.path))
         came += len(descriptors)
+        close_all(descriptors.tolist())
         if reply.end is not None:
             right = reply.end.descriptors == came and reply.end.incomplete == Incomplete(0)
             if not right:

@@ -39,6 +39,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/sysmacros.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -144,19 +145,28 @@ struct walk {
 	int64_t newer_than;
 } __attribute__((packed));
 
+struct moment {
+	int64_t seconds;
+	uint32_t nanoseconds;
+	uint32_t spare;
+};
+
 struct walk_entry {
 	uint16_t length;
 	uint8_t type;
 	uint8_t flags;
-	uint64_t device;
-	uint64_t inode;
-	uint32_t mode;
 	uint32_t links;
 	uint32_t uid;
 	uint32_t gid;
+	uint16_t mode;
+	uint16_t spare;
+	uint64_t inode;
 	uint64_t size;
-	int64_t mtime;
-	int64_t ctime;
+	struct moment ctime;
+	struct moment mtime;
+	uint32_t more_spare[2];
+	uint32_t device_major;
+	uint32_t device_minor;
 } __attribute__((packed));
 
 struct walk_end {
@@ -168,7 +178,7 @@ struct walk_end {
 
 /* The layouts above go over the wire: no padding may creep in. */
 _Static_assert(sizeof(struct walk) == 44, "walk");
-_Static_assert(sizeof(struct walk_entry) == 60, "walk_entry");
+_Static_assert(sizeof(struct walk_entry) == 84, "walk_entry");
 _Static_assert(sizeof(struct walk_end) == 28, "walk_end");
 _Static_assert(sizeof(struct header) == 12, "header");
 _Static_assert(sizeof(struct hello) == 28, "hello");
@@ -427,6 +437,11 @@ static int64_t nanoseconds(struct timespec time)
 	return time.tv_sec * 1000000000LL + time.tv_nsec;
 }
 
+static struct moment moment(struct timespec time)
+{
+	return (struct moment){.seconds = time.tv_sec, .nanoseconds = (uint32_t)time.tv_nsec};
+}
+
 /* A directory must be where it was, and untouched. This one gives up otherwise, which
  * would be no way to serve anybody. */
 static void look_again(const struct level *level, const char *path)
@@ -494,15 +509,16 @@ static void add_file(struct walk_batch *batch, int directory, const char *name, 
 
 	check(held, "openat2");
 	if (reopen(held, &facts, &batch->fds[batch->count]).status == GIVEN) {
-		entry.device = facts.st_dev;
-		entry.inode = facts.st_ino;
-		entry.mode = facts.st_mode;
 		entry.links = (uint32_t)facts.st_nlink;
 		entry.uid = facts.st_uid;
 		entry.gid = facts.st_gid;
+		entry.mode = (uint16_t)facts.st_mode;
+		entry.inode = facts.st_ino;
 		entry.size = (uint64_t)facts.st_size;
-		entry.mtime = nanoseconds(facts.st_mtim);
-		entry.ctime = nanoseconds(facts.st_ctim);
+		entry.ctime = moment(facts.st_ctim);
+		entry.mtime = moment(facts.st_mtim);
+		entry.device_major = major(facts.st_dev);
+		entry.device_minor = minor(facts.st_dev);
 		memcpy(batch->frame + batch->size, &entry, sizeof(entry));
 		memcpy(batch->frame + batch->size + sizeof(entry), path, length);
 		batch->size += sizeof(entry) + length;

@@ -52,6 +52,17 @@ def test_the_client_imports_no_asyncio_and_nothing_of_the_broker() -> None:
     assert all(name.split(".")[1] in {"client", "wire", "kernel"} for name in ours)
 
 
+def test_a_worker_that_decodes_replies_loads_no_typing() -> None:
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "import fdbroker.wire.client, fdbroker.kernel.descriptors; print('\\n'.join(sys.modules))"
+    )
+    sources = str(Path(fdbroker.__file__).parents[1])
+    command = [sys.executable, "-I", "-S", "-c", program, sources]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert not {"typing", "re", "dataclasses"} & set(done.stdout.split())
+
+
 def test_the_asyncio_client_is_a_module_of_the_package() -> None:
     program = "import fdbroker.aio; print(fdbroker.aio.connect.__name__)"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)

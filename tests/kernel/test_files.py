@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.kernel import files
+from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.wire.messages import FileStat
 
@@ -203,6 +204,91 @@ def test_files_that_are_opened_in_a_row_come_with_what_they_are_and_each_with_it
         assert count_open() == before + 1
     finally:
         os.close(opened[0])
+
+
+def test_no_more_files_than_there_is_room_for_are_opened_in_a_row(directory: int, proc: int) -> None:
+    with pytest.raises(ValueError, match="257 names: at most 256"):
+        files.open_regular_entries(directory, [b"file"] * 257, proc, 0, 4, -1)
+
+
+def test_as_many_files_as_there_is_room_for_are_opened_in_a_row_each_with_its_own_facts(
+    directory: int, proc: int, tmp_path: Path
+) -> None:
+    for size in range(files.MOST_ENTRIES):
+        (tmp_path / f"{size}").write_bytes(bytes(size))
+    names = [b"%d" % size for size in range(files.MOST_ENTRIES)]
+    before = count_open()
+    opened, found = files.open_regular_entries(directory, names, proc, 0, 1 << 63, -(1 << 63))
+    try:
+        assert count_open() == before + files.MOST_ENTRIES
+        sizes = [os.fstat(descriptor).st_size for descriptor in opened]
+        said = [FileStat.decode(record).size for record in found if isinstance(record, bytes)]
+        assert sizes == said == list(range(files.MOST_ENTRIES))
+    finally:
+        close_all(opened)
+
+
+@pytest.mark.parametrize("newer_than", [-(1 << 63), 0])
+def test_nothing_but_regular_files_is_opened_in_a_row(
+    directory: int, proc: int, tmp_path: Path, newer_than: int
+) -> None:
+    names = [b"link", b"fifo", b"below"]
+    opened, found = files.open_regular_entries(directory, names, proc, 0, 1 << 63, newer_than)
+    assert opened == [-1, -1, -1]
+    for name, record in zip(names, found, strict=True):
+        assert isinstance(record, bytes)
+        assert_describes(record, (tmp_path / os.fsdecode(name)).lstat())
+
+
+@pytest.mark.parametrize("call", ["_statx_at_once", "_openat_at_once"])
+def test_of_files_in_a_row_those_fail_whose_call_does_and_no_descriptor_is_left(
+    directory: int, proc: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(b"1")
+    calls = 0
+    function = getattr(files, call)
+
+    def fails_once(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        return -1 if calls == 2 else function(*arguments)
+
+    def fails(_proc: int, descriptor: int) -> int:
+        raise SyscallError(errno.EIO, "stand-in", descriptor=descriptor)
+
+    monkeypatch.setattr(files, call, fails_once)
+    monkeypatch.setattr(files, "reopen_for_reading", fails)
+    before = count_open()
+    opened, found = files.open_regular_entries(directory, [b"a", b"b", b"c"], proc, 0, 4, -1)
+    close_all([descriptor for descriptor in opened if descriptor >= 0])
+    assert [descriptor >= 0 for descriptor in opened] == [True, False, True]
+    assert [getattr(result, "errno", None) for result in found] == [None, errno.EIO, None]
+    assert count_open() == before
+
+
+def test_what_was_opened_in_a_row_is_closed_where_it_can_not_be_given_away(
+    directory: int, proc: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"1")
+
+    def fails(*_arguments: object) -> None:
+        raise OSError(errno.EIO, "stand-in")
+
+    monkeypatch.setattr(os, "set_blocking", fails)
+    before = count_open()
+    with pytest.raises(OSError, match="stand-in"):
+        files.open_regular_entries(directory, [b"a", b"missing"], proc, 0, 4, -1)
+    assert count_open() == before
+
+
+def test_a_descriptor_of_any_number_has_its_name() -> None:
+    assert [files._NAMES[number] for number in (0, 1023, 1024, 1 << 20)] == [
+        b"0",
+        b"1023",
+        b"1024",
+        b"1048576",
+    ]
 
 
 def assert_describes(record: bytes, facts: os.stat_result) -> None:

@@ -21,6 +21,7 @@ import os
 import stat
 import time
 from collections.abc import Collection
+from itertools import repeat
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -817,10 +818,8 @@ class Walk:
                 length: pack(len(relative_prefix) + length, _REGULAR, WALK_ENTRY_HAS_DESCRIPTOR)
                 for length in set(map(len, wanted))
             }
-            names += [
-                heads[len(name)] + record + relative_prefix + name  # type: ignore[operator]
-                for name, record in zip(wanted, found, strict=True)
-            ]
+            parts = zip(map(heads.__getitem__, map(len, wanted)), found, repeat(relative_prefix), wanted)
+            names += map(b"".join, parts)  # type: ignore[arg-type]  # none of `found` is an error
         else:
             descriptors += [descriptor for descriptor in opened if descriptor >= 0]
             for name, descriptor, record in zip(wanted, opened, found, strict=True):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # as typing has it, which takes a worker longer to load than this package
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType

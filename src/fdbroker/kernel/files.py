@@ -13,6 +13,8 @@ import errno
 import math
 import os
 import struct
+import sys
+from itertools import repeat
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel.descriptors import close_all
@@ -20,7 +22,7 @@ from fdbroker.kernel.errors import SyscallError, renamed
 from fdbroker.kernel.libc import LIBC, SYS_GETDENTS64, SYS_OPENAT2
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 # From linux/openat2.h, Linux 5.6.
 RESOLVE_NO_XDEV = 0x01
@@ -165,18 +167,36 @@ def open_regular_beneath(directory: int, path: bytes, proc_self_fd: int) -> int 
 
 
 _openat_at_once = _AT_ONCE.openat
-# Names in /proc/self/fd, made once for those that are used all day.
-_NAMES = [b"%d" % number for number in range(1024)]
+
+
+class _Names(dict[int, bytes]):
+    """Names of descriptors in /proc/self/fd, which are made but for those that are there."""
+
+    def __missing__(self, descriptor: int) -> bytes:
+        """Make it."""
+        return b"%d" % descriptor
+
+
+# Those that are used all day.
+_NAMES = _Names((number, b"%d" % number) for number in range(1024))
 _READ_FLAGS = ctypes.c_int.from_param(_READ_AT_ONCE)
 _STATX_BASIC_STATS = ctypes.c_uint.from_param(0x7FF)
-# What filters look at: size, and mtime in seconds and nanoseconds.
-_STATX_FILTERED = struct.Struct("=40xQ64xqI")
 _SECOND = 1_000_000_000
 _ANY_SIZE, _ANY_TIME = (1 << 63) - 1, -(1 << 63)
+MOST_ENTRIES = 256  # that are opened in a row
+# A struct statx for each of them, and what is read of all: the bytes of `stat_record`; the upper byte of
+# each mode; and, for filters, mode, size, and mtime in seconds and nanoseconds.
+_STATX_SIZE = ctypes.sizeof(_Statx)
+_row_room = ctypes.create_string_buffer(MOST_ENTRIES * _STATX_SIZE)
+_ROW = [ctypes.byref(_row_room, place * _STATX_SIZE) for place in range(MOST_ENTRIES)]
+_row_bytes = memoryview(_row_room).cast("B")
+_RECORDS = struct.Struct("=16x32s48x48s112x")
+_UPPER_MODE = slice(29 if sys.byteorder == "little" else 28, None, _STATX_SIZE)
+_UPPER_OF_REGULAR = bytes(range(_REGULAR >> 8, (_REGULAR >> 8) + 16))
+_FILTERED = struct.Struct("=28xH10xQ64xqI132x")
 
-
-# The same room, to cut bytes out of.
-_statx_bytes = (ctypes.c_char * ctypes.sizeof(_Statx)).from_buffer(_statx_room)
+# The room of one, to cut bytes out of.
+_statx_bytes = (ctypes.c_char * _STATX_SIZE).from_buffer(_statx_room)
 
 
 def open_regular_entries(
@@ -191,62 +211,97 @@ def open_regular_entries(
 ) -> tuple[list[int], list[bytes | OSError]]:
     """Open names in the held `directory` for reading; return descriptors and what they are, by name.
 
-    As `open_regular_beneath`, for who has many of them to open: each is held by O_PATH, then each is looked
-    at and reopened, so that those that were held stand in a row and are closed by one call. What they are
-    is as `stat_record` says it, or an error of `open_path_beneath` or `reopen_for_reading`. -1 in place
-    of a descriptor: an error, no regular file, not from `least_size` to `most_size` bytes, or not modified
-    later than `newer_than`, in nanoseconds since 1970 (-2^63: any time). `given_away`: O_NONBLOCK, which a
-    receiver would see, is taken from them. The caller owns the descriptors.
+    As `open_regular_beneath`, for who has many of them to open, up to `MOST_ENTRIES`: all are held by O_PATH,
+    then all are looked at, then reopened, so that those that were held stand in a row and are closed by one
+    call. What they are is as `stat_record` says it, or an error of `open_path_beneath` or
+    `reopen_for_reading`. -1 in place of a descriptor: an error, no regular file, not from `least_size` to
+    `most_size` bytes, or not modified later than `newer_than`, in nanoseconds since 1970 (-2^63: any time).
+    `given_away`: O_NONBLOCK, which a receiver would see, is taken from them. The caller owns the descriptors.
+
+    Raises:
+        ValueError: more names than that.
+
     """
-    # Written out as well.
-    opened: list[int] = []
-    found: list[bytes | OSError] = []
+    # One call for all names before the next one, by map(): a loop of Python costs as much as what it calls.
+    count = len(names)
+    if count > MOST_ENTRIES:
+        raise ValueError(f"{count} names: at most {MOST_ENTRIES} are opened in a row")
     held: list[int] = []
-    failed: dict[int, OSError] = {}
-    unpack, room, set_blocking, known = _STATX_FILTERED.unpack_from, _statx_room, os.set_blocking, len(_NAMES)
-    oldest = divmod(newer_than, _SECOND) if newer_than > _ANY_TIME else (-math.inf, 0)
-    everything = least_size <= 0 and most_size >= _ANY_SIZE and newer_than <= _ANY_TIME
+    opened: list[int] = []
+    errors: dict[int, OSError] = {}  # by place
+    set_blocking = os.set_blocking
     try:
-        for name in names:
-            descriptor = -1 if 0 in name else _openat2_at_once(_OPENAT2, directory, name, _WITHIN, _SIZE)
-            if descriptor < 0:
-                try:
-                    descriptor = open_path_beneath(directory, name)  # for its retries and its error
-                except OSError as error:
-                    failed[len(held)] = error
-            held.append(descriptor)
-        for descriptor in held:
-            number = -1
+        # ctypes would cut a name at a NUL; by an empty one nothing is found.
+        asked = [b"" if 0 in name else name for name in names] if 0 in b"".join(names) else names
+        # What list.extend() was given before an error it keeps, so that it is closed.
+        held.extend(
+            map(_openat2_at_once, repeat(_OPENAT2), repeat(directory), asked, repeat(_WITHIN), repeat(_SIZE))
+        )
+        for place in _failed(held):
             try:
-                if descriptor < 0:
-                    raise failed[len(opened)]
-                if _statx_at_once(descriptor, _NO_PATH, _AT_EMPTY_PATH, _STATX_BASIC_STATS, _STATX_ROOM) != 0:
-                    os.fstat(descriptor)  # for its error
-                    raise SyscallError(errno.EIO, "statx", descriptor=descriptor)
-                is_wanted = room.mode & _KIND == _REGULAR
-                if is_wanted and not everything:
-                    size, seconds, rest = unpack(room)
-                    is_wanted = least_size <= size <= most_size and (seconds, rest) > oldest
-                if is_wanted:
-                    path = _NAMES[descriptor] if descriptor < known else b"%d" % descriptor
-                    number = _openat_at_once(proc_self_fd, path, _READ_FLAGS)
-                    if number < 0:
-                        number = reopen_for_reading(proc_self_fd, descriptor)  # for its error
-                    if given_away:
-                        set_blocking(number, True)
-                opened.append(number)
-                found.append(_statx_bytes[16:48] + _statx_bytes[96:144])  # type: ignore[arg-type] # ctypes slices them to bytes
+                held[place] = open_path_beneath(directory, names[place])  # for its retries and its error
             except OSError as error:
-                if number >= 0:
-                    os.close(number)
-                opened.append(-1)
-                found.append(error)
+                errors[place] = error
+        asks = repeat(_NO_PATH), repeat(_AT_EMPTY_PATH), repeat(_STATX_BASIC_STATS)
+        looked = list(map(_statx_at_once, held, *asks, _ROW))
+        for place in _failed(looked):
+            errors.setdefault(place, _error_of_statx(held[place]))
+        facts = _row_bytes[: count * _STATX_SIZE]
+        found: list[bytes | OSError] = [before + behind for before, behind in _RECORDS.iter_unpack(facts)]
+        left_out = {*errors, *_unwanted(facts, least_size, most_size, newer_than)}
+        paths: Iterable[bytes] = map(_NAMES.__getitem__, held)
+        if left_out:
+            paths = [b"" if place in left_out else path for place, path in enumerate(paths)]
+        opened.extend(map(_openat_at_once, repeat(proc_self_fd), paths, repeat(_READ_FLAGS)))
+        for place in _failed(opened):
+            if place not in left_out:
+                try:
+                    opened[place] = reopen_for_reading(proc_self_fd, held[place])  # for its error
+                except OSError as error:
+                    errors[place] = error
+        if given_away:
+            for descriptor in opened:
+                if descriptor >= 0:
+                    set_blocking(descriptor, True)
+        for place, why in errors.items():
+            found[place] = why
     except BaseException:
         close_all([descriptor for descriptor in opened if descriptor >= 0])
         raise
     finally:
-        close_all([descriptor for descriptor in held if descriptor >= 0] if failed else held)
+        close_all([descriptor for descriptor in held if descriptor >= 0] if -1 in held else held)
     return opened, found
+
+
+def _failed(returned: list[int]) -> Sequence[int]:
+    """Return the places of calls that returned -1."""
+    return [place for place, number in enumerate(returned) if number < 0] if -1 in returned else ()
+
+
+def _unwanted(facts: memoryview, least_size: int, most_size: int, newer_than: int) -> Sequence[int]:
+    """Return the places in a row of struct statx that are no regular file, or not in these bounds."""
+    if (
+        least_size <= 0
+        and most_size >= _ANY_SIZE
+        and newer_than <= _ANY_TIME
+        and not facts[_UPPER_MODE].tobytes().translate(None, _UPPER_OF_REGULAR)
+    ):
+        return ()
+    oldest = divmod(newer_than, _SECOND) if newer_than > _ANY_TIME else (-math.inf, 0)
+    return [
+        place
+        for place, (mode, size, seconds, rest) in enumerate(_FILTERED.iter_unpack(facts))
+        if mode & _KIND != _REGULAR or not least_size <= size <= most_size or (seconds, rest) <= oldest
+    ]
+
+
+def _error_of_statx(descriptor: int) -> OSError:
+    """Return why statx(2) failed, which was asked without its errno."""
+    try:
+        os.fstat(descriptor)
+    except OSError as error:
+        return error
+    return SyscallError(errno.EIO, "statx", descriptor=descriptor)
 
 
 def stat_record(descriptor: int) -> bytes:
@@ -261,8 +316,7 @@ def stat_record(descriptor: int) -> bytes:
 
     """
     if _statx_at_once(descriptor, _NO_PATH, _AT_EMPTY_PATH, _STATX_BASIC_STATS, _STATX_ROOM) != 0:
-        os.fstat(descriptor)  # for its error
-        raise SyscallError(errno.EIO, "statx", descriptor=descriptor)
+        raise _error_of_statx(descriptor)
     return _statx_bytes[16:48] + _statx_bytes[96:144]  # type: ignore[return-value] # as above
 
 

@@ -6,8 +6,6 @@ sandboxed worker must not trust its broker's bytes more than needed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 from fdbroker.wire.format import (
     ACCEPTED,
     ACTIONS,
@@ -71,14 +69,19 @@ from fdbroker.wire.messages import (
     WalkFilter,
     Welcome,
 )
+from fdbroker.wire.records import NamedTuple
 
+TYPE_CHECKING = False  # as typing has it, see records.py
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 # As plain numbers: packing a member of an Enum is slow.
 _OPEN, _STAT, _OPEN_REPLY = int(Type.OPEN), int(Type.STAT), Type.OPEN | REPLY
+_COPIED = Status.COPIED  # to ask an Enum for its member is slow as well
 _new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
 _NO_STAT = bytes(STAT.size)
+_WALK_RECORD_AT = WALK_ENTRY.size
+_WALK_ENTRY_HEAD = WALK_ENTRY.size + STAT.size
 _GIVEN = GIVEN.encode()
 _NOT_NAMES = frozenset({b"", b".", b".."})
 _ALL_INCOMPLETE = sum(Incomplete)
@@ -397,7 +400,12 @@ def decode_reply(frame: bytes) -> Reply:
     if len(frame) < HEADER.size:
         raise MalformedError(f"a frame of {len(frame)} bytes is shorter than its header ({HEADER.size})")
     kind, flags, count, request_id, generation = HEADER.unpack_from(frame)
-    if kind == _OPEN_REPLY and not flags and frame[HEADER.size :] == _GIVEN * count:
+    if (
+        kind == _OPEN_REPLY
+        and not flags
+        and len(frame) == HEADER.size + RESULT.size * count
+        and frame.endswith(_GIVEN * count)
+    ):
         # Most replies are one by which everything is given.
         return _new(OpenReply, (request_id, generation, [GIVEN] * count, ()))
     decode = _DECODERS.get(kind)
@@ -423,8 +431,8 @@ def _decode_result(frame: bytes, at: int) -> Result:
     if frame.startswith(_GIVEN, at):
         return GIVEN
     status, reason, number, length = RESULT.unpack_from(frame, at)
-    if status == Status.COPIED and not reason and not number and length <= MAX_COPY:
-        return Result(Status.COPIED, Reason.NONE, 0, length)
+    if status == _COPIED and not reason and not number and length <= MAX_COPY:
+        return _new(Result, (_COPIED, Reason.NONE, 0, length, None))
     if status == Status.REFUSED and reason == Reason.LIMIT and length == LIMIT.size:
         return Result(Status.REFUSED, Reason.LIMIT, number, length)  # what it says follows
     if status in {Status.GIVEN, Status.COPIED} or length:
@@ -479,35 +487,33 @@ def _decode_welcome(frame: bytes, _flags: int, count: int, request_id: int, gene
 
 
 def _decode_open(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> OpenReply:
-    size = RESULT.size
-    body = frame[HEADER.size :]
-    if len(body) < count * size:
+    at = HEADER.size + count * RESULT.size
+    if len(frame) < at:
         raise MalformedError("an open reply that ends within its results", request_id)
-    results = [_decode_result(body, at) for at in range(0, count * size, size)]
-    at = count * size
+    results = [_decode_result(frame, place) for place in range(HEADER.size, at, RESULT.size)]
     copies = []
     for result in results:
-        if result.status is Status.COPIED:
-            copies.append(body[at : at + result.length])
+        if result.status is _COPIED:
+            copies.append(frame[at : at + result.length])
             at += result.length
-    results = _decode_limits(body, at, results, "the body of an open reply", request_id)
+    results = _decode_limits(frame, at, results, "an open reply", request_id)
     return OpenReply(request_id, generation, results, tuple(copies))
 
 
 def _decode_limits(
-    body: bytes, at: int, results: Sequence[Result], what: str, request_id: int
+    frame: bytes, at: int, results: Sequence[Result], what: str, request_id: int
 ) -> list[Result]:
-    """Return results with the limits that they say follow; these end `body`, which is `what`."""
+    """Return results with the limits that they say follow; these end `frame`, which is `what`."""
     read = []
     for result in results:
-        if not result.length or result.status is not Status.REFUSED:
+        if not result.length or result.status is _COPIED:
             read.append(result)
             continue
-        if len(body) < at + LIMIT.size:
+        if len(frame) < at + LIMIT.size:
             raise MalformedError(f"{what} ends within its limits", request_id)
-        read.append(result._replace(limit=_decode_limit(body, at)))
+        read.append(result._replace(limit=_decode_limit(frame, at)))
         at += LIMIT.size
-    _expect(body, at, what, request_id)
+    _expect(frame, at, what, request_id)
     return read
 
 
@@ -558,22 +564,26 @@ def _decode_walk(frame: bytes, flags: int, count: int, request_id: int, generati
     if end_at < at:
         raise MalformedError("a frame of a walk that ends too early", request_id)
     result = _decode_own_result(frame, HEADER.size)
-    entries = []
+    entries: list[WalkEntry] = []
+    paths: list[bytes] = []
+    unpack, add, add_path = WALK_ENTRY.unpack_from, entries.append, paths.append
     for _ in range(count):
-        if end_at < at + WALK_ENTRY.size + STAT.size:
+        path_at = at + _WALK_ENTRY_HEAD
+        if path_at > end_at:
             raise MalformedError("a frame of a walk that ends within an entry", request_id)
-        length, kind, entry_flags = WALK_ENTRY.unpack_from(frame, at)
-        if entry_flags & ~WALK_ENTRY_HAS_DESCRIPTOR:
+        length, kind, entry_flags = unpack(frame, at)
+        if entry_flags > WALK_ENTRY_HAS_DESCRIPTOR:
             raise MalformedError("an entry with unknown flags", request_id)
-        at += WALK_ENTRY.size
-        record = frame[at : at + STAT.size]
-        at += STAT.size
-        path = frame[at : at + length]
-        at += length
-        # A caller will join it to a path: it must not lead anywhere else.
-        if len(path) != length or 0 in path or not _NOT_NAMES.isdisjoint(path.split(b"/")):
-            raise MalformedError("a frame of a walk with an impossible path", request_id)
-        entries.append(_new(WalkEntry, (path, kind, record, bool(entry_flags))))
+        record = frame[at + _WALK_RECORD_AT : path_at]
+        at = path_at + length
+        path = frame[path_at:at]
+        add_path(path)
+        add(_new(WalkEntry, (path, kind, record, entry_flags == WALK_ENTRY_HAS_DESCRIPTOR)))
+    # Where each entry ends is where the next one begins, so one look sees all that are cut off. A caller will
+    # join a path to another one: it must not lead anywhere else.
+    names = b"/".join(paths)
+    if at > end_at or 0 in names or (paths and not _NOT_NAMES.isdisjoint(names.split(b"/"))):
+        raise MalformedError("a frame of a walk with an impossible path", request_id)
     if at != end_at:
         raise MalformedError("a frame of a walk with bytes behind its entries", request_id)
     end = None

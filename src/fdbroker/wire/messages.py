@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from fdbroker.wire.format import (
     ANY_TIME,
     ERRNO_OF,
@@ -18,6 +16,7 @@ from fdbroker.wire.format import (
     Status,
     WalkKind,
 )
+from fdbroker.wire.records import NamedTuple
 
 _SECOND = 1_000_000_000  # nanoseconds
 

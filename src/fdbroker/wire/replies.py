@@ -67,7 +67,7 @@ def encode_open_reply(
     """
     entries = [_GIVEN if result is GIVEN else result.encode() for result in results]
     head = HEADER.pack(_OPEN_REPLY, 0, len(entries), request_id, generation)
-    return head + b"".join(entries) + b"".join(copies) + _limits_of(results)
+    return b"".join((head, *entries, *copies, _limits_of(results)))
 
 
 def _limits_of(results: Sequence[Result]) -> bytes:
