@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _MOST_OF_ONE_SHAPE = 20
-_MOST_LINES = 10_000
+_MOST_LINES = 2_000
 _seen: dict[object, int] = {}
 
 

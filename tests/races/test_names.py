@@ -20,6 +20,7 @@ from tests.races.careless import (
 )
 from tests.races.racing import (
     GOOD,
+    LEAST_LISTS,
     SECRET,
     Place,
     Race,
@@ -379,6 +380,7 @@ def test_listed_directory_that_is_moved_out_with_its_parent_and_replaced_there(
             attacker=0,
             ask=asking_to_list(good, path),
             careless=step_by_step(place.tree, path, lists_only(good), directory=True),
+            least=LEAST_LISTS,
         ),
     )
     show(outcome)
@@ -410,7 +412,7 @@ def test_listed_directory_that_is_moved_out_and_gets_a_secret_while_it_is_there(
             attacker=0,
             ask=asking_to_list(good, path),
             careless=step_by_step(place.tree, path, lists_only(good), directory=True),
-            factor=2,  # three moves have to fall between two looks
+            least=2 * LEAST_LISTS,  # three moves have to fall between two looks
         ),
     )
     show(outcome)
