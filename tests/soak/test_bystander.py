@@ -108,7 +108,7 @@ def flood_of_datagrams(served: Everywhere) -> None:
             with contextlib.suppress(OSError):
                 while True:
                     speaker.send(request)
-        # There is no room, and there will be some before this is over: to try meanwhile would only keep a CPU.
+        # There will be room before this is over: to try meanwhile would only keep a CPU.
         select.select([], [], [], 0.001)
 
 
@@ -166,7 +166,7 @@ def under(attacks: list[Attack], served: Everywhere) -> Iterator[None]:
 
 
 def is_attacked(served: Everywhere, idle: dict[int, str], recorded: int) -> bool:
-    """Return whether somebody has come: by a connection, or on record behind the `recorded` bytes of before."""
+    """Return whether somebody has come: by a connection, or on record behind the first `recorded` bytes."""
     if served.broker.descriptors() != idle:
         return True
     with open(served.broker.audit, "rb") as audit:
