@@ -162,7 +162,7 @@ def by_walks(served: Served) -> int:
     return given
 
 
-WAYS = [by_many_connections, by_many_processes, by_large_requests, by_datagrams, by_walks]
+WAYS: list[Attack] = [by_many_connections, by_many_processes, by_large_requests, by_datagrams, by_walks]
 
 
 # Of these each asks as a uid of its own, and has a bucket of its own.
