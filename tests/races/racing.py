@@ -70,8 +70,9 @@ class Race:
 
     `ask` makes a client ask the broker once and count; `careless` makes one
     try in its own way and says whether what it got was right, or None if it
-    got nothing. `least`: how often a client asks at least. `meets`: a reason
-    that the client is told sooner or later; it asks until then.
+    got nothing. `least`: how often a client asks at least, and `least_steps`
+    how often the attacker does something meanwhile. `meets`: a reason that the
+    client is told sooner or later; it asks until then.
     """
 
     steps: Sequence[Callable[[], None]]
@@ -80,6 +81,7 @@ class Race:
     careless: Callable[[], bool | None]
     rules: Sequence[dict[str, Any]] = ()
     least: int = LEAST_OPENS
+    least_steps: int = LEAST_STEPS
     meets: str | None = None
 
 
@@ -148,7 +150,7 @@ def _ask_often(broker: RunningBroker, race: Race, attack: Attack) -> Tally:
         end = time.monotonic() + SECONDS
         while (
             tally.tries < race.least
-            or attack.steps - before < LEAST_STEPS
+            or attack.steps - before < race.least_steps
             or not tally.good
             or (race.meets is not None and race.meets not in tally.refused)
         ):
