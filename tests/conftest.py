@@ -33,14 +33,12 @@ LONG_FILES = [
     f"tests/{name}.py"
     for name in (
         "test_demo",
-        "policy/test_decide",
         "soak/test_bystander",
         "test_quick_start",
         "launcher/test_fdbrokerd",
         "broker/test_walking",
         "cli/test_scan_command",
         "cli/test_control_commands",
-        "broker/test_walks",
         "ucspi/test_ucspi",
         "broker/test_limits_running",
         "scan/test_supervisor",
@@ -53,7 +51,6 @@ LONG_FILES = [
         "broker/test_reload",
         "hostile/test_failing_calls",
         "launcher/test_activation",
-        "config/test_json_schema",
         "broker/test_not_started",
         "hostile/test_hidden_files",
         "client/test_aio",
@@ -62,7 +59,6 @@ LONG_FILES = [
         "hanging/test_watchdog",
         "client/test_contract",
         "documentation/test_sessions",
-        "config/test_explain",
     )
 ]
 
