@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _MOST_OF_ONE_SHAPE = 20
-_MOST_LINES = 10_000
+_MOST_LINES = 2_000
 _seen: dict[object, int] = {}
+# The event and the members, with what their values begin with. Quotation marks in values are escaped.
+_SHAPE = re.compile(rb'"(?:event":"(\w+)|(\w+)":(?:(["\[{tfn])|[-0-9]))')
 
 
 @cache
@@ -35,6 +38,9 @@ def check_lines(lines: Sequence[bytes]) -> None:
     anybody reads, those of a flood, some that are spread over them are looked at.
     """
     for line in lines[:: 1 + len(lines) // _MOST_LINES]:
+        shape = tuple(_SHAPE.findall(line))
+        if _seen.get(shape, 0) >= _MOST_OF_ONE_SHAPE:
+            continue
         try:
             pairs = json.loads(line, object_pairs_hook=list)
         except ValueError:
@@ -43,10 +49,8 @@ def check_lines(lines: Sequence[bytes]) -> None:
             continue
         record = dict(pairs)
         assert len(record) == len(pairs), f"a member twice: {line!r}"
-        shape = (record.get("event"), tuple((name, type(value)) for name, value in pairs))
+        check_record(record)
         _seen[shape] = _seen.get(shape, 0) + 1
-        if _seen[shape] <= _MOST_OF_ONE_SHAPE:
-            check_record(record)
 
 
 def check_record(record: dict[str, Any]) -> None:

@@ -33,7 +33,6 @@ LONG_FILES = [
     f"tests/{name}.py"
     for name in (
         "test_demo",
-        "policy/test_decide",
         "soak/test_bystander",
         "test_quick_start",
         "documentation/test_sessions",
@@ -52,13 +51,11 @@ LONG_FILES = [
         "scan/test_scand_in_trouble",
         "broker/test_reload",
         "launcher/test_activation",
-        "config/test_json_schema",
         "broker/test_not_started",
         "hostile/test_hidden_files",
         "client/test_aio",
         "hanging/test_watchdog",
         "client/test_contract",
-        "config/test_explain",
         "supervisors/test_supervisors",
         "clamd/test_front_end",
     )

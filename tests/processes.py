@@ -140,10 +140,13 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -
     """Ask again and again until `condition` holds; fail after `seconds`, naming `what`.
 
     For states of other processes that give no event. It gives way between two
-    questions, so that on one CPU the other process can get there.
+    questions, so that on one CPU the other process can get there, and the longer
+    it takes the longer: a question may cost more than what is waited for.
     """
     end = time.monotonic() + seconds
+    pause = 0.001
     while not condition():
         if time.monotonic() > end:
             raise AssertionError(f"after {seconds} s still not: {what}")
-        select.select([], [], [], 0.001)
+        select.select([], [], [], pause)
+        pause = min(1.2 * pause, 0.02)

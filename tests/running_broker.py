@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -181,6 +182,7 @@ def running_broker(
     stdout: int = subprocess.DEVNULL,
     stop: bool = True,
     own_socket: bool = True,
+    most_descriptors: int | None = None,
 ) -> Iterator[RunningBroker]:
     """Run a broker with its socket and audit in `directory`; stop it at the end and check how it ended.
 
@@ -189,6 +191,7 @@ def running_broker(
     `prefix` goes before the command (`taskset`, `strace`); without one the
     launcher is forked from here. With `stop` False it is killed, and may have
     died. `own_socket` False: the policy's listeners are made, and it names the same.
+    `most_descriptors`: RLIMIT_NOFILE of who starts it, without a prefix.
     """
     socket, errors = directory / "broker.seqpacket", directory / "errors"
     records = directory / "audit.jsonl" if audit is None else Path(audit)
@@ -216,8 +219,14 @@ def running_broker(
             )
         else:
             arguments = command[command.index("--policy") :]
+
+            def start() -> int:
+                if most_descriptors is not None:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (most_descriptors, most_descriptors))
+                return launch(arguments)
+
             process = fork_program(
-                lambda: launch(arguments),
+                start,
                 "fdbrokerd",
                 stdout=stdout,
                 stderr=error_file.fileno(),

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from fdbroker.config.explain import ALLOW, Asker, answer_by_name, explain, look_as_broker
 from fdbroker.policy.rules import ClientFacts, read_policy
@@ -80,6 +80,7 @@ def done(broker: SteppedBroker, speaker: Speaker, action: str, path: bytes) -> t
 
 
 @pytest.mark.unmeasured
+@pytest.mark.usefixtures("same_cases")
 def test_explanation_is_what_the_broker_does(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """By name and by object: what is answered, why, and by which rule; and what it explains itself."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
@@ -100,7 +101,7 @@ def test_explanation_is_what_the_broker_does(tree: Path, tmp_path_factory: pytes
 
         # A failure names policy, path and action; to shrink it would take minutes.
         @settings(
-            max_examples=40,
+            max_examples=24,
             deadline=None,
             suppress_health_check=list(HealthCheck),
             phases=[Phase.explicit, Phase.generate],
@@ -119,7 +120,8 @@ def test_explanation_is_what_the_broker_does(tree: Path, tmp_path_factory: pytes
                     by_file = answer_by_name(rules, asker, action, path)
                     assert {key: said[key] for key in by_file} == by_file
 
-        check()
+        # Where each run has the same cases, they are not others after each change of the lines above.
+        (seed(3)(check) if settings().derandomize else check)()
     assert {(ALLOW, "ok"), *(("deny", reason) for reason in ("deny_rule", "no_rule", "not_found"))} <= reached
     assert len([reason for _, reason in reached if reason.startswith("where_")]) > 1
     assert stat.S_ISFIFO(os.lstat(tree / "a" / "ax").st_mode)

@@ -258,10 +258,15 @@ def test_idle_broker_pings_and_one_that_is_stuck_is_silent(watched: RunningBroke
 def test_busy_broker_pings(watched: RunningBroker, manager: Manager, reachable: Path) -> None:
     file = bytes(reachable / "tree" / "file")
     with Speaker.connect(watched.socket) as speaker:
-        end = time.monotonic() + 1
-        while time.monotonic() < end:
+        begun = time.monotonic()
+        pings = 0
+        while pings < 5:
+            # It never waits for as long as its next ping is away.
             assert speaker.open_one(file).content == b"content"
-    assert 6 <= manager.hear_now().count({"WATCHDOG": "1"}) <= 12
+            select.select([], [], [], 0.002)
+            pings += manager.hear_now().count({"WATCHDOG": "1"})
+            assert time.monotonic() - begun < SECONDS, pings
+        assert pings <= (time.monotonic() - begun) / 0.08 + 1
 
 
 @pytest.mark.root
@@ -271,13 +276,14 @@ def test_manager_that_goes_away_or_hears_nothing_does_not_stop_the_broker(
     file = bytes(reachable / "tree" / "file")
     with Speaker.connect(watched.socket) as speaker:
         manager.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        end = time.monotonic() + 0.5
-        while time.monotonic() < end:
+        # Three pings each, and as long as that takes.
+        for _ in range(50):
             assert speaker.open_one(file).content == b"content"
+            select.select([], [], [], 0.01)
         manager.sock.close()
-        end = time.monotonic() + 0.5
-        while time.monotonic() < end:
+        for _ in range(50):
             assert speaker.open_one(file).content == b"content"
+            select.select([], [], [], 0.01)
 
 
 # When it ends
@@ -324,10 +330,7 @@ def test_broker_ends_by_itself_when_its_last_inherited_connection_is_gone(reacha
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stop_takes_less_than_a_second_with_many_connections_and_replies_that_wait(
-    reachable: Path, number: int
-) -> None:
+def test_stop_waits_neither_for_many_connections_nor_for_replies_that_wait(reachable: Path) -> None:
     tree = reachable / "tree"
     limits = {"connections_per_uid": 600, "in_flight_per_connection": 512}
     file = bytes(tree / "file")
@@ -339,10 +342,10 @@ def test_stop_takes_less_than_a_second_with_many_connections_and_replies_that_wa
             for request in range(3):
                 speaker.sock.send(encode_open(request, [file] * 253))
         begun = time.monotonic()
-        os.kill(broker.pid, number)
+        os.kill(broker.pid, signal.SIGTERM)
         assert broker.process.wait(timeout=SECONDS) == 0
         took = time.monotonic() - begun
         assert broker.records()[-1]["event"] == "stopped"
         answered = len({(r["connection"], r["request"]) for r in broker.decisions()})
     assert answered < 1500, "there was nothing left to be interrupted"
-    assert took < 1, took
+    assert took < 5, took  # less than a second where nobody else has the CPUs; no client reads within ten

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.root
 
 CLIENTS = 8
-RELOADS = 80
+RELOADS = 50
 PIECE_SIZE = 60_000
 WATCHDOG = 3.0  # seconds, as docs/fdbrokerd.md has it for systemd
 
@@ -139,6 +139,8 @@ def ask_until_stopped(running: RunningBroker, tree: Path, client: int, progress:
             last = generation
             generations.add(generation)
             progress.count(client)
+            # Somebody's request is under way all the while, without one reload being met by a thousand.
+            select.select([], [], [], 0.001)
     return len(generations)
 
 
@@ -240,6 +242,7 @@ def ask_while_it_reads(
             generations.append(answer.reply.generation)
             assert read_opened(answer)[0].content == b"a"
             each()
+            select.select([control.sock], [], [], 0.002)  # others leave most of the time to the reading
         took = time.monotonic() - begun
         done = control.receive()
         assert done is not None
@@ -248,33 +251,13 @@ def ask_while_it_reads(
     return Reading(took, waits, generations)
 
 
-def test_other_clients_are_served_while_a_large_policy_is_read(
-    running: RunningBroker,
-    reachable: Path,
-    record_property: Any,  # noqa: ANN401
-) -> None:
-    """10,000 rules with patterns take about a second; nobody waits for more than a part of that."""
-    tree = reachable / "tree"
-    rules = [
-        rule(f"r{number}", clients=[{"uids": [number]}], paths=[f"*-{number}/**", f"**/x{number}?"])
-        for number in range(10_000)
-    ]
-    text = json.dumps(policy(tree, rule("only", paths=["a"]), *rules)).encode()
-    assert len(text) < MAX_POLICY / 2
-    reading = ask_while_it_reads(running, tree, text)
-    record_property("reload_seconds", round(reading.took, 3))
-    record_property("longest_wait_seconds", round(max(reading.waits), 3))
-    assert reading.generations.count(1) > 10, "nobody was served while it was read"
-    assert max(reading.waits) < reading.took / 3
-
-
 def test_largest_policy_neither_stalls_others_nor_trips_the_watchdog(
     notifications: socket.socket,
     running: RunningBroker,
     reachable: Path,
     record_property: Any,  # noqa: ANN401
 ) -> None:
-    """No step of the reading takes long, as parsing it and putting it in force are."""
+    """No step of the reading takes long, as parsing it and putting it in force are: it takes seconds."""
     tree = reachable / "tree"
     only = rule("only", paths=["a"])
     where = {
@@ -282,9 +265,17 @@ def test_largest_policy_neither_stalls_others_nor_trips_the_watchdog(
         "mode": {"none": 0o22},
         "size": {"max": 2**31},
     }
-    some = rule("r", clients=[{"uids": [7, 8]}], paths=["*-7/**", "**/x7?"], where=where)
-    count = (MAX_POLICY - 1000) // (len(json.dumps(some)) + 8)
-    rules = [some | {"name": f"r{number}"} for number in range(count)]
+    some = rule("r", where=where)
+    count = (MAX_POLICY - 1000) // (len(json.dumps(some)) + 50)
+    rules = [
+        some
+        | {
+            "name": f"r{number}",
+            "clients": [{"uids": [7, number]}],
+            "paths": [f"*-{number}/**", f"**/x{number}?"],
+        }
+        for number in range(count)
+    ]
     text = json.dumps(policy(tree, only, *rules)).encode()
     assert MAX_POLICY * 0.95 < len(text) <= MAX_POLICY
     pings = [time.monotonic()]
@@ -303,6 +294,7 @@ def test_largest_policy_neither_stalls_others_nor_trips_the_watchdog(
     record_property("longest_gap_seconds", round(max(gaps), 3))
     assert len(pings) > 2, "the watchdog was not told anything"
     assert max(gaps) < WATCHDOG
+    assert reading.generations.count(1) > 10, "nobody was served while it was read"
     assert max(reading.waits) < reading.took / 3
 
 
@@ -314,21 +306,21 @@ def resident(running: RunningBroker) -> int:
     return int(running.status()["VmRSS"].split()[0])
 
 
-def test_hundreds_of_reloads_do_not_pile_up(running: RunningBroker, reachable: Path) -> None:
+def test_a_hundred_reloads_do_not_pile_up(running: RunningBroker, reachable: Path) -> None:
     tree = reachable / "tree"
     rules = [rule(f"r{number}", paths=[f"d{number}/*.txt", "a"]) for number in range(100)]
     compiled = json.dumps(policy(tree, *rules)).encode()
     idle = [Speaker.connect(running.socket) for _ in range(20)]
     sizes = {}
     with Speaker.connect(running.control) as control:
-        for number in range(1, 201):
+        for number in range(1, 101):
             assert control.reload(compiled).generation == 1 + number
             assert idle[number % 20].open_one(bytes(tree / "a")).content == b"a"
             sizes[number] = resident(running)
     for speaker in idle:
         speaker.close()
     # One such policy has more than 300 KiB.
-    assert sizes[200] - sizes[50] < 2048, (sizes[50], sizes[200])
+    assert sizes[100] - sizes[30] < 2048, (sizes[30], sizes[100])
 
 
 # Interrupted and refused

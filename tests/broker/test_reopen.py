@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import select
 import shlex
 import subprocess
 from pathlib import Path
@@ -25,7 +26,7 @@ from fdbroker.wire.messages import ErrorReply
 from tests.audit_records import check_lines
 from tests.broker.speaking import Speaker, StreamSpeaker, check_audit
 from tests.broker.stepping import SteppedBroker
-from tests.cli.commands import command, environment, run
+from tests.cli.commands import command, environment, run_here
 from tests.processes import background, become, in_child, wait_until
 from tests.running_broker import (
     CLIENT_UID,
@@ -60,7 +61,7 @@ def running(reachable: Path) -> Iterator[RunningBroker]:
 
 
 def reopen(running: RunningBroker, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return run("audit", "reopen", "--control", os.fspath(running.control), str(path or running.audit))
+    return run_here("audit", "reopen", "--control", os.fspath(running.control), str(path or running.audit))
 
 
 def records_of(*files: Path) -> list[dict[str, Any]]:
@@ -151,6 +152,7 @@ def open_for_ever(running: RunningBroker, path: Path) -> None:
             assert answer is not None
             assert len(answer.descriptors) == 2  # a denial for want of a record would show
             answer.descriptors.close()
+            select.select([], [], [], 0.001)
 
 
 @pytest.mark.parametrize(("how", "rotations"), [("by hand", 20), ("logrotate", 4)])
@@ -180,12 +182,12 @@ def test_no_record_is_lost_or_split_over_rotations_while_clients_ask(
     assert [record["event"] for record in records].count("reopened") == rotations
     for file in [*files[1:], running.audit]:
         assert records_of(file)[0]["event"] == "reopened"
-    verified = run("audit", "verify", "--json", *map(str, files), str(running.audit))
+    verified = run_here("audit", "verify", "--json", *map(str, files), str(running.audit))
     document = json.loads(verified.stdout)
     assert (verified.returncode, document["findings"]) == (0, [])
     assert (document["records"], document["runs"]) == (len(records), 1)
     if how == "logrotate":
-        whole = run("audit", "--rotated", "--json", str(running.audit))
+        whole = run_here("audit", "--rotated", "--json", str(running.audit))
         assert (whole.returncode, len(whole.stdout.splitlines())) == (0, len(records))
 
 

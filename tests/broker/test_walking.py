@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import inspect
 import itertools
 import os
 import resource
 import signal
 import stat
+import sys
 import tempfile
 import time
 import tracemalloc
@@ -378,7 +381,7 @@ def test_where_something_is_asked_of_the_start_not_there_and_refused_are_one_ans
 
 
 @pytest.mark.unmeasured
-@pytest.mark.parametrize("room", [1, 3, 64])
+@pytest.mark.parametrize("room", [2, 64])
 def test_a_walk_that_is_taken_up_behind_any_path_goes_on_as_the_first_one_did(bush: Path, room: int) -> None:
     everything = list(in_order(bush))
     with ground(bush) as here:
@@ -590,8 +593,8 @@ def large(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.unmeasured
 @pytest.mark.root
-@pytest.mark.parametrize(("make", "count"), [(os.mknod, 40_000), (os.mkdir, 27_000)])
-def test_a_directory_of_40_000_entries_is_walked_in_bounded_steps_and_memory(
+@pytest.mark.parametrize(("make", "count"), [(os.mknod, 40_000), (os.mkdir, 9_000)])
+def test_a_large_directory_is_walked_in_bounded_steps_and_memory(
     large: Path, make: Callable[[bytes], None], count: int
 ) -> None:
     for number in range(count):
@@ -599,15 +602,15 @@ def test_a_directory_of_40_000_entries_is_walked_in_bounded_steps_and_memory(
     with ground(large) as here:
         walk = here.walk(ALL, most=253)
         tracemalloc.start()
-        for _ in range(100):
+        for _ in range(30):
             assert walk.step(253).end is None
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         while (end := walk.step(253).end) is None:
             pass
         assert end == (count, 0, walk.directories, COMPLETE)
-        assert peak < 2_000_000
-        last = b"%06d" % 25_000
+        assert peak < 400_000  # of some 7,500 entries
+        last = b"%06d" % (count // 2)
         walk = here.walk(ALL, behind=last)
         while not (reply := take(walk.step(64))).entries:
             pass
@@ -659,7 +662,7 @@ def test_globs_are_compiled_in_as_many_steps_as_they_take_time(
 def test_a_step_takes_no_longer_where_the_clients_globs_are_slow(
     tmp_path: Path, *, descriptors: bool
 ) -> None:
-    for number in range(256):
+    for number in range(100):
         (tmp_path / f"{'a' * 250}{number:05}").touch()
     # Some 0.2 ms each for one name: at each of its bytes some hundred others are looked at.
     slow = tuple(b"*" + b"[!-~]" * 120 + b"%d" % number + b"x" for number in range(16))
@@ -698,10 +701,21 @@ def test_40_levels_of_200_byte_names_are_walked_as_far_as_paths_reach(tmp_path: 
     assert found.end.incomplete == Incomplete.TOO_LONG
 
 
+@contextlib.contextmanager
+def calling_less_deep(calls: int) -> Iterator[None]:
+    """Let Python call only so many functions within each other from here."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + calls)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
 @pytest.mark.unmeasured
 @pytest.mark.root
 def test_depth_costs_little_memory_and_no_recursion(large: Path) -> None:
-    deep = 1200  # more than Python calls deep
+    deep = 400  # more than Python may call deep below
     here_fd = os.open(large, os.O_RDONLY)
     for _ in range(deep):
         for name in "abcefghi":
@@ -712,7 +726,7 @@ def test_depth_costs_little_memory_and_no_recursion(large: Path) -> None:
         here_fd = below
     os.close(here_fd)
     asked = WalkFilter(globs=(b"**/[a-c]", b"d/d/d/[e-f]"))
-    with ground(large) as here:
+    with ground(large) as here, calling_less_deep(200):
         walk = here.walk(asked)
         tracemalloc.start()
         while len(walk._levels) < deep - 100:
@@ -725,7 +739,7 @@ def test_depth_costs_little_memory_and_no_recursion(large: Path) -> None:
             ]
         )
         tracemalloc.stop()
-        assert sum(statistic.size for statistic in held.statistics("filename")) < 1_000_000
+        assert sum(statistic.size for statistic in held.statistics("filename")) < 250_000
         assert finish(walk).end.entries == 3 * deep + 2
         last = b"/".join([b"d"] * (deep - 1) + [b"i"])
         assert here.find(asked, behind=last).result.status is Status.GIVEN

@@ -695,12 +695,12 @@ def test_long_values_are_cut_in_messages() -> None:
 
 
 @pytest.mark.unmeasured
-def test_a_policy_of_ten_thousand_rules_is_compiled_in_reasonable_time() -> None:
-    rules = "".join(f"- {{name: r{n}, deny: open, in: home, paths: u{n}/x/**}}\n" for n in range(10_000))
+def test_a_policy_of_thousands_of_rules_is_compiled_in_reasonable_time() -> None:
+    rules = "".join(f"- {{name: r{n}, deny: open, in: home, paths: u{n}/x/**}}\n" for n in range(3_000))
     text = SMALLEST.replace("[]", "\n" + rules)
     began = time.process_time()
-    assert len(compiled(text)["rules"]) == 10_000
-    assert time.process_time() - began < 30
+    assert len(compiled(text)["rules"]) == 3_000
+    assert time.process_time() - began < 9
 
 
 def test_a_thousand_roots_are_not_all_listed_in_a_message() -> None:

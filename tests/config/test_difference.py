@@ -81,7 +81,7 @@ def test_differences_are_those_that_explaining_every_path_shows(tree: Path) -> N
     reached: set[bool] = set()
     every = paths_in(tree)
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(documents, documents, st.sampled_from([None, OTHER]))
     def check(one: dict[str, Any], other: dict[str, Any], acted_for: int | None) -> None:
         old, new = below(one, tree), below(other, tree)

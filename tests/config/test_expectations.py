@@ -164,13 +164,14 @@ def test_table_is_read_strictly(text: str, said: str) -> None:
 def test_outcome_is_that_of_the_policys_own_decision() -> None:
     reached = set()
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(cases(), objects)
     def check(case: DecisionCase, found: list[Facts]) -> None:
         rules = read_policy(case.document)
         asker = Asker(case.asker.client, case.asker.on_behalf_of)
+        view = Policy(rules).view(*asker).actions[case.action]
         for path, facts in itertools.product(case.paths, aimed(case, found)[:3]):
-            name = Policy(rules).view(*asker).actions[case.action].decide(path.encode())
+            name = view.decide(path.encode())
             allowed = name.allowed and decide_object(name, facts, *asker.uids, facts.around).allowed
             described = DescribedObject(
                 stat.S_IFMT(facts.st_mode),

@@ -279,7 +279,7 @@ def test_what_is_said_to_be_of_no_use_changes_no_decision_when_it_goes(reached: 
 
     hidden = policy("/", rule("one", paths=["a/*"]), rule("never", effect="deny", paths=["a/**"]))
 
-    @settings(max_examples=250, deadline=None)
+    @settings(max_examples=150, deadline=None)
     @given(cases(), objects)
     # A rule that is hidden as a whole is rarely drawn.
     @example(Case(hidden, Asker(CLIENT), "open", ["/a/b", "/a/b/c", "/b"]), [Facts(FILE)])
@@ -287,15 +287,17 @@ def test_what_is_said_to_be_of_no_use_changes_no_decision_when_it_goes(reached: 
         service = {"name": "s", "clients": [{"uids": [1]}]}
         document = case.document | {"services": [service]}
         rules = read_policy(document)
+        # The others `open` refuses whatever the rules say.
+        regular = [facts for facts in found if stat.S_ISREG(facts.st_mode)]
+        before: list[bool] = []
         for finding in find(rules, Places("f"), None):
             changed = without_what_is_said(document, finding.message)
             if changed is None:
                 reached.add(finding.kind)
                 continue
             reached.add(f"{finding.kind} {SAYS_WHOLE.match(finding.message) is not None}")
-            # The others `open` refuses whatever the rules say.
-            regular = [facts for facts in found if stat.S_ISREG(facts.st_mode)]
-            assert answers(rules, case, regular) == answers(read_policy(changed), case, regular)
+            before = before or answers(rules, case, regular)
+            assert before == answers(read_policy(changed), case, regular)
 
     check()
     assert {

@@ -41,24 +41,18 @@ def test_glob_matches_what_the_tables_say(pattern: Pattern, path: list[bytes]) -
 
 
 @given(matching_pairs())
-def test_glob_matches_what_was_made_to_match_it(pair: tuple[Pattern, list[bytes]]) -> None:
-    pattern, path = pair
-    assert compile_glob(written(pattern)).matches(path) is glob_model.matches(pattern, path)
-
-
-@given(matching_pairs(), paths, st.data())
-def test_any_number_of_double_stars_in_a_row_is_one(
-    pair: tuple[Pattern, list[bytes]], other: list[bytes], data: st.DataObject
+def test_glob_matches_what_was_made_to_match_it_and_such_begins_and_ends_with_what_is_spelled_out(
+    pair: tuple[Pattern, list[bytes]],
 ) -> None:
     pattern, path = pair
-    repeated: list[Component] = []
-    for component in pattern:
-        repeated += [component] * (1 if component is not None else data.draw(st.integers(1, 5)))
-    more, glob = compile_glob(written(tuple(repeated))), compile_glob(written(pattern))
-    assert more.components == glob.components
-    assert more.start == glob.start
-    for tried in (path, other, path[:-1], [*path, b"a"]):
-        assert more.matches(tried) is glob.matches(tried) is glob_model.matches(tuple(repeated), tried)
+    glob = compile_glob(written(pattern))
+    assert glob.matches(path) is glob_model.matches(pattern, path)
+    if None in glob.components or not glob.matches(path):
+        return  # components and names do not go together one by one
+    for component, name in zip(glob.components, path, strict=True):
+        if isinstance(component, globs.Pattern):
+            assert name.startswith(component.head)
+            assert name.endswith(component.tail)
 
 
 @pytest.mark.parametrize(
@@ -88,29 +82,24 @@ def states_after(glob: Glob, directory: list[bytes]) -> int:
     return states
 
 
-@given(matching_pairs(), paths)
-def test_what_is_left_for_the_last_component_agrees_with_the_whole(
-    pair: tuple[Pattern, list[bytes]], other: list[bytes]
+@given(matching_pairs(), paths, st.integers(1, 5))
+def test_any_number_of_double_stars_in_a_row_is_one_and_what_is_left_for_the_last_component_agrees(
+    pair: tuple[Pattern, list[bytes]], other: list[bytes], number: int
 ) -> None:
     pattern, path = pair
-    glob = compile_glob(written(pattern))
+    repeated: list[Component] = []
+    for component in pattern:
+        repeated += [component] * (1 if component is not None else number)
+    more, glob = compile_glob(written(tuple(repeated))), compile_glob(written(pattern))
+    assert more.components == glob.components
+    assert more.start == glob.start
     for tried in (path, other, path[:-1], [*path, b"a"]):
-        assert glob.accepts(states_after(glob, tried)) is glob.matches(tried)
+        expected = glob_model.matches(tuple(repeated), tried)
+        assert more.matches(tried) is glob.matches(tried) is expected
+        assert glob.accepts(states_after(glob, tried)) is expected
         if tried:
             rest = glob.remainder(states_after(glob, tried[:-1]))
-            assert rest.matches(tried[-1]) is glob.matches(tried)
-
-
-@given(matching_pairs())
-def test_every_match_begins_and_ends_with_what_is_spelled_out(pair: tuple[Pattern, list[bytes]]) -> None:
-    pattern, path = pair
-    glob = compile_glob(written(pattern))
-    if None in glob.components or not glob.matches(path):
-        return  # components and names do not go together one by one
-    for component, name in zip(glob.components, path, strict=True):
-        if isinstance(component, globs.Pattern):
-            assert name.startswith(component.head)
-            assert name.endswith(component.tail)
+            assert rest.matches(tried[-1]) is expected
 
 
 @pytest.mark.parametrize(
@@ -237,7 +226,7 @@ def test_glob_that_says_nothing_clear_is_refused_with_the_reason(pattern: bytes,
         (b"*[ab]" * 800 + b"c", [b"ab" * 127]),
         (b"*?" * 120 + b"*b", [b"a" * 255]),
         (b"*a?" * 80 + b"[!a]", [b"a" * 255]),
-        (b"/".join([b"**", b"a"] * 600) + b"/b", [b"a"] * 2000),
+        (b"/".join([b"**", b"a"] * 300) + b"/b", [b"a"] * 1000),
         (b"/".join([b"**"] * 1300) + b"/b", [b"a"] * 2000),
         (b"/".join([b"**", b"*a*a*a*b"] * 300), [b"a" * 200] * 20),
     ],

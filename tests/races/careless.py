@@ -72,9 +72,12 @@ def hold_then_count_links(path: Path, look: Callable[[int], bool]) -> Callable[[
 def step_by_step(
     root: Path, path: Path, look: Callable[[int], bool], *, directory: bool = False
 ) -> Callable[[], bool | None]:
-    """Open one component after the other, no link followed, each below the directory before it."""
+    """Open one component after the other, no link followed, each below the one before, on one file system."""
     *above, last = path.relative_to(root).parts
-    start = str(root)
+    start, device = str(root), root.stat().st_dev
+
+    def is_served(opened: int) -> bool:
+        return os.fstat(opened).st_dev == device and not os.fstatvfs(opened).f_flag & os.ST_NOEXEC
 
     def attempt() -> bool | None:
         here = os.open(start, _DIRECTORY)
@@ -83,10 +86,12 @@ def step_by_step(
                 below = os.open(name, _DIRECTORY, dir_fd=here)
                 os.close(here)
                 here = below
+                if not is_served(here):
+                    return None
             opened = os.open(last, _DIRECTORY if directory else _FILE, dir_fd=here)
         finally:
             os.close(here)
-        return _looking_at(opened, look)
+        return _looking_at(opened, lambda opened: look(opened) if is_served(opened) else None)
 
     return attempt
 

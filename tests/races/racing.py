@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 LONG = os.environ.get("FDBROKER_RACES") == "long"
 LEAST_OPENS = 40_000 if LONG else 3_000
+LEAST_LISTS = 20_000 if LONG else 1_000
 LEAST_STEPS = 20_000 if LONG else 2_000
 SECONDS = 300 if LONG else 60  # more than any machine should need
 GOOD, SECRET = b"good", b"secret"
@@ -69,8 +70,9 @@ class Race:
 
     `ask` makes a client ask the broker once and count; `careless` makes one
     try in its own way and says whether what it got was right, or None if it
-    got nothing. `factor`: how many times more tries this race needs. `meets`:
-    a reason that the client is told sooner or later; it asks until then.
+    got nothing. `least`: how often a client asks at least, and `least_steps`
+    how often the attacker does something meanwhile. `meets`: a reason that the
+    client is told sooner or later; it asks until then.
     """
 
     steps: Sequence[Callable[[], None]]
@@ -78,13 +80,9 @@ class Race:
     ask: Callable[[Speaker, Tally], None]
     careless: Callable[[], bool | None]
     rules: Sequence[dict[str, Any]] = ()
-    factor: int = 1
+    least: int = LEAST_OPENS
+    least_steps: int = LEAST_STEPS
     meets: str | None = None
-
-    @property
-    def least(self) -> int:
-        """Return how often a client asks at least."""
-        return LEAST_OPENS * self.factor
 
 
 @dataclass(frozen=True)
@@ -119,9 +117,13 @@ def inode_of(facts: os.stat_result) -> Inode:
 @contextlib.contextmanager
 def broker_for(place: Place, rules: Sequence[dict[str, Any]]) -> Iterator[RunningBroker]:
     """Run a broker for the tree, away from the attacker's CPU."""
-    with running_broker(
-        place.broker, policy(place.tree, *rules), prefix=["taskset", "-c", str(VICTIMS_CPU)]
-    ) as broker:
+    with contextlib.ExitStack() as stack:
+        cpus = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {VICTIMS_CPU})  # it is forked from here
+        try:
+            broker = stack.enter_context(running_broker(place.broker, policy(place.tree, *rules)))
+        finally:
+            os.sched_setaffinity(0, cpus)
         yield broker
 
 
@@ -148,7 +150,7 @@ def _ask_often(broker: RunningBroker, race: Race, attack: Attack) -> Tally:
         end = time.monotonic() + SECONDS
         while (
             tally.tries < race.least
-            or attack.steps - before < LEAST_STEPS
+            or attack.steps - before < race.least_steps
             or not tally.good
             or (race.meets is not None and race.meets not in tally.refused)
         ):

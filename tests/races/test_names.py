@@ -20,6 +20,8 @@ from tests.races.careless import (
 )
 from tests.races.racing import (
     GOOD,
+    LEAST_LISTS,
+    LEAST_STEPS,
     SECRET,
     Place,
     Race,
@@ -379,6 +381,7 @@ def test_listed_directory_that_is_moved_out_with_its_parent_and_replaced_there(
             attacker=0,
             ask=asking_to_list(good, path),
             careless=step_by_step(place.tree, path, lists_only(good), directory=True),
+            least=LEAST_LISTS,
         ),
     )
     show(outcome)
@@ -400,17 +403,24 @@ def test_listed_directory_that_is_moved_out_and_gets_a_secret_while_it_is_there(
     outcome = run(
         place,
         Race(
+            # In a row, so that it is met, and then a while without, so that a list is given on any machine.
             steps=[
-                resting(path, 40),
-                out,
-                lambda: os.rename(here, there),
-                lambda: os.rename(there, here),
-                out,
+                *[
+                    resting(path, 40),
+                    out,
+                    lambda: os.rename(here, there),
+                    lambda: os.rename(there, here),
+                    out,
+                ]
+                * 8,
+                resting(path, 400),
             ],
             attacker=0,
             ask=asking_to_list(good, path),
             careless=step_by_step(place.tree, path, lists_only(good), directory=True),
-            factor=2,  # three moves have to fall between two looks
+            # Three moves have to fall between two looks: some do in two thousand steps.
+            least=2 * LEAST_LISTS,
+            least_steps=4 * LEAST_STEPS,
         ),
     )
     show(outcome)

@@ -10,7 +10,7 @@ from tests.broker.speaking import DatagramSpeaker, Speaker, StreamSpeaker
 from tests.running_broker import BROKER_UID, RunningBroker, policy, running_broker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
 KINDS = (Speaker, StreamSpeaker, DatagramSpeaker)
@@ -34,12 +34,13 @@ class Everywhere(NamedTuple):
 
 @contextlib.contextmanager
 def served_everywhere(
-    directory: Path, limits: dict[str, Any] | None = None, *, prefix: Sequence[str] = ()
+    directory: Path, limits: dict[str, Any] | None = None, *, most_descriptors: int | None = None
 ) -> Iterator[Everywhere]:
-    """Run a broker whose tree has the usual files; `prefix` as of `running_broker`."""
+    """Run a broker whose tree has the usual files; `most_descriptors` as of `running_broker`."""
     tree = directory / "tree"
     tree.mkdir()
     fill(tree)
     sockets = [f"--{option}={directory / f'broker.{option}'}" for option in ("stream", "dgram")]
-    with running_broker(directory, policy(tree, limits=limits), *sockets, prefix=prefix) as broker:
+    compiled = policy(tree, limits=limits)
+    with running_broker(directory, compiled, *sockets, most_descriptors=most_descriptors) as broker:
         yield Everywhere(broker, tree)
