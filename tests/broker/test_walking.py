@@ -593,7 +593,7 @@ def large(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.unmeasured
 @pytest.mark.root
-@pytest.mark.parametrize(("make", "count"), [(os.mknod, 40_000), (os.mkdir, 9_000)])
+@pytest.mark.parametrize(("make", "count"), [(os.mknod, 100_000), (os.mkdir, 9_000)])
 def test_a_large_directory_is_walked_in_bounded_steps_and_memory(
     large: Path, make: Callable[[bytes], None], count: int
 ) -> None:
