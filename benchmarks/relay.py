@@ -79,6 +79,7 @@ def _relay(acceptor: socket.socket, worker: socket.socket) -> NoReturn:
     epoll.register(acceptor, select.EPOLLIN)
     epoll.register(worker, select.EPOLLIN)
     clients: dict[int, socket.socket] = {}
+    asked_in_session: dict[int, int] = {}
     while True:
         for ready, _ in epoll.poll():
             if ready == acceptor.fileno():
@@ -87,16 +88,41 @@ def _relay(acceptor: socket.socket, worker: socket.socket) -> NoReturn:
                     os._exit(0)
                 number = came.descriptors.take()
                 client = clients[number] = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=number)
+                asked = sockets.receive(client, _MOST)
+                if asked.data == b"zPING\0":
+                    client.send(b"PONG\0")
+                    clients.pop(number).close()
+                    acceptor.send(b"released")
+                    continue
+                if asked.data.startswith(b"zIDSESSION\0"):
+                    asked_in_session[number] = 0
+                    epoll.register(number, select.EPOLLIN)
+                    _pong(client, asked.data.removeprefix(b"zIDSESSION\0"), number, asked_in_session)
+                    continue
                 # It may send the command first, and the descriptor behind it.
-                while not len((asked := sockets.receive(client, _MOST)).descriptors):
-                    pass
+                while not len(asked.descriptors):
+                    asked = sockets.receive(client, _MOST)
                 with asked.descriptors as files:
                     sockets.send(worker, _NUMBER.pack(number), files.numbers())
+            elif ready in asked_in_session:
+                said = clients[ready].recv(_MOST)
+                _pong(clients[ready], said, ready, asked_in_session)
+                if not said:
+                    del asked_in_session[ready]
+                    clients.pop(ready).close()
+                    acceptor.send(b"released")
             else:
                 answer = worker.recv(_MOST)
                 with clients.pop(*_NUMBER.unpack_from(answer)) as client:
                     client.send(b"fd: " + answer[_NUMBER.size :] + b"\0")
                 acceptor.send(b"released")
+
+
+def _pong(client: socket.socket, said: bytes, number: int, asked: dict[int, int]) -> None:
+    """Answer what may be a PING in a session."""
+    if said == b"zPING\0":
+        asked[number] += 1
+        client.send(b"%d: PONG\0" % asked[number])
 
 
 def _work(engine: LibClamAV, relay: socket.socket, scratch: bytes) -> NoReturn:

@@ -13,7 +13,7 @@ import pytest
 
 from fdbroker.scan.pool import Pool
 from fdbroker.scan.service import serving
-from fdbroker.scan.service.clamd import ClamdClient
+from fdbroker.scan.service.clamd import serve_client
 from fdbroker.scan.service.configuration import Configuration, Listener
 from fdbroker.scan.service.core import Core
 from fdbroker.scan.service.native import NativeClient
@@ -63,7 +63,7 @@ class _Served:
         self.socket.close()
 
 
-@pytest.mark.parametrize(("speaks", "refused"), [(ClamdClient, "change"), (NativeClient, "add")])
+@pytest.mark.parametrize(("speaks", "refused"), [(serve_client, "change"), (NativeClient, "add")])
 def test_nothing_is_left_of_a_client_that_can_not_be_watched(
     speaks: Speaks, refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,11 +97,11 @@ def test_a_client_that_asks_much_in_one_breath_lets_others_have_their_turn() -> 
                 ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
             (busy, asks_much), (_, asks_little) = pairs
             asks_much.send(b"zIDSESSION\0" + b"zPING\0" * count)
-            ClamdClient(core, cast("ServedClient", _Served(busy)), Listener("clamd"))
+            serve_client(core, cast("ServedClient", _Served(busy)), Listener("clamd"))
             answers = asks_much.recv(1 << 20).count(b"\0")
             assert answers < 100, "that was one turn"
             asks_little.send(b"zPING\0")
-            ClamdClient(core, cast("ServedClient", _Served(pairs[1][0])), Listener("clamd"))
+            serve_client(core, cast("ServedClient", _Served(pairs[1][0])), Listener("clamd"))
             assert asks_little.recv(10) == b"PONG\0"
             while answers < count:
                 await asyncio.sleep(0)

@@ -21,6 +21,7 @@ from fdbroker.clamd.protocol import (
     COMMANDS,
     EVERYTHING,
     RELOADING,
+    WHOLE_CONVERSATIONS,
     Abandoned,
     Asked,
     Chunk,
@@ -88,10 +89,44 @@ class _Command:
         self.kept: Kept | None = None
 
 
-class ClamdClient:
-    """A connection of a client; owns it. See `fdbroker.scan.service.core.Speaks`."""
+def serve_client(core: Core, served: ServedClient, listener: Listener) -> None:
+    """Serve a client. See `fdbroker.scan.service.core.Speaks`.
 
-    def __init__(self, core: Core, served: ServedClient, listener: Listener) -> None:
+    Mostly it has said by now what it wants. Who wants nothing but an answer to a PING is gone before anything
+    is made for him.
+    """
+    came = None
+    with contextlib.suppress(OSError):  # it is read from again
+        came = sockets.receive_unclosed(served.socket, _MOST_BYTES)
+    if came is not None and not len(came[1]):
+        reply = WHOLE_CONVERSATIONS.get(came[0])
+        if reply is not None and not came[2] and _is_all_said(served.socket, reply):
+            served.close()
+            return
+    ClamdClient(core, served, listener, came)
+
+
+def _is_all_said(sock: socket.socket, reply: bytes) -> bool:
+    """Answer a client, if it says nothing else; return whether that was all."""
+    if not _all_is_read(sock):
+        return False
+    # Nothing was sent there yet, so there is room. Whom it does not reach is gone.
+    with contextlib.suppress(OSError):
+        sockets.send_at_once(sock, reply)
+    return True
+
+
+class ClamdClient:
+    """A connection of a client; owns it."""
+
+    def __init__(
+        self,
+        core: Core,
+        served: ServedClient,
+        listener: Listener,
+        came: tuple[bytes, Descriptors, bool] | None = None,
+    ) -> None:
+        """Serve it. `came`: what it has said already, as `receive_unclosed` gives it; owned from now on."""
         self._core = core
         self._served = served
         self._sock = served.socket
@@ -129,7 +164,7 @@ class ClamdClient:
         core.connections[self] = listener
         # Mostly it has said by now what it wants, and is answered and gone before anybody has to wait for it.
         try:
-            self._read()
+            self._read(came)
         except BaseException:
             self._close()
             raise
@@ -182,10 +217,11 @@ class ClamdClient:
             # Mostly a client says nothing while it waits, so this was left until it does.
             self._wait(0)
 
-    def _read(self) -> None:
+    def _read(self, came: tuple[bytes, Descriptors, bool] | None = None) -> None:
+        """Read what is there, behind what `came` already, and do what can be done about it."""
         for _ in range(_READS_AT_ONCE):
             try:
-                data, owned, dropped = sockets.receive_unclosed(self._sock, _MOST_BYTES)
+                data, owned, dropped = came or sockets.receive_unclosed(self._sock, _MOST_BYTES)
             except BlockingIOError:
                 break
             except ConnectionError:
@@ -199,7 +235,11 @@ class ClamdClient:
                 self._core.aside.run(self._served.uid, owned.close)
                 self._send_and_close(_NOT_RECEIVED)
                 return
-            if not all(map(self._core.mounted.have, owned.numbers())):
+            came = None
+            if not len(owned):
+                if self._is_answered_at_once(data):
+                    return
+            elif not all(map(self._core.mounted.have, owned.numbers())):
                 self._sort_out(data, owned)
                 break
             # A read ends at a descriptor, otherwise at the end of what is there.
@@ -212,6 +252,25 @@ class ClamdClient:
             self._go_on()
         else:
             self._flush()
+
+    def _is_answered_at_once(self, data: bytes) -> bool:
+        """Answer what is all that a client says, where it is such a thing and nothing else is under way.
+
+        Then what was waited for before is waited for now.
+        """
+        if self._waits_for != READABLE or self._outbox or not self._dry or self._resuming is not None:
+            return False
+        reply = self._conversation.answer_at_once(data, self._loop.time())
+        if reply is None:
+            return False
+        try:
+            sent = sockets.send_at_once(self._sock, reply)
+        except OSError:  # it waits, or who it is for is gone: what is done then is known elsewhere
+            sent = 0
+        if sent < len(reply):
+            self._send(reply[sent:])
+            self._flush()
+        return True
 
     def _receive(self, data: bytes, descriptors: Descriptors) -> None:
         count = len(descriptors)
@@ -363,7 +422,7 @@ class ClamdClient:
         the reply: so what such a client still says is read for a moment.
         """
         self._finishing = True
-        if self._all_is_read():
+        if not self._refused and _all_is_read(self._sock):
             self._close()
             return
         with contextlib.suppress(OSError):
@@ -374,14 +433,6 @@ class ClamdClient:
         self._reading = False
         self._timer = self._loop.call_later(_DRAINING, self._close)
         self._wait(READABLE)
-
-    def _all_is_read(self) -> bool:
-        if self._refused:
-            return False
-        try:
-            return not self._sock.recv(1, socket.MSG_PEEK)
-        except OSError:  # mostly that nothing is there
-            return True
 
     def _drain(self) -> None:
         try:
@@ -673,6 +724,13 @@ def _commands_of(uid: int, core: Core) -> frozenset[Kind]:
     """Return what a user may ask for."""
     configuration = core.configuration
     return _COMMANDS[uid in configuration.may_renew, uid in configuration.may_stop]
+
+
+def _all_is_read(sock: socket.socket) -> bool:
+    try:
+        return not sock.recv(1, socket.MSG_PEEK)
+    except OSError:  # mostly that nothing is there
+        return True
 
 
 def _let_go(command: _Command) -> None:
