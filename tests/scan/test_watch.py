@@ -163,3 +163,53 @@ def test_a_call_of_ones_own_is_a_round_as_well() -> None:
         assert not watch.in_round
 
     watching(test)
+
+
+def test_what_is_to_be_called_soon_is_called_when_the_round_is_over() -> None:
+    async def test(watch: Watch) -> None:
+        seen: list[str] = []
+        done = asyncio.Event()
+
+        def after() -> None:
+            seen.append("after")
+            if len(seen) == 2:
+                watch.soon(lambda: seen.append(f"told {watch.in_round}"))
+
+        def call() -> None:
+            seen.append("call")
+            watch.soon(behind)
+
+        def behind() -> None:
+            seen.append("soon")
+            watch.soon(done.set)  # the others have their turn first
+
+        watch.after = after
+        watch.round(call)
+        assert seen == ["call", "after", "soon", "told True", "after"]
+        assert not watch.in_round
+        assert not done.is_set()
+        await done.wait()
+        done.clear()
+        watch.soon(done.set)  # in no round
+        assert not done.is_set()
+        await done.wait()
+
+    watching(test)
+
+
+def test_a_soon_call_that_fails_keeps_none_of_the_others_from_being_made() -> None:
+    failed: list[Exception] = []
+
+    async def test(watch: Watch) -> None:
+        seen = []
+
+        def call() -> None:
+            watch.soon(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+            watch.soon(lambda: seen.append(1))
+
+        watch.round(call)
+        assert seen == [1]
+
+    watching(test, failed=failed)
+    [error] = failed
+    assert isinstance(error, ZeroDivisionError)

@@ -147,7 +147,7 @@ class ClamdClient:
         self._to_open = OneByOne()
         self._copying: set[asyncio.Task[None]] = set()
         self._outbox = bytearray()
-        self._flushing: asyncio.Handle | None = None
+        self._is_due = False  # to go on, and say what there is to say
         self._resuming: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -372,13 +372,22 @@ class ClamdClient:
 
     def _send(self, data: bytes) -> None:
         self._outbox += data
-        if self._flushing is None and not self._pulling and not self._closed:
-            self._flushing = self._loop.call_soon(self._flush)
+        if not self._pulling and not self._closed:
+            self._go_on_soon()
+
+    def _go_on_soon(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            self._core.watch.soon(self._on_round_over)
+
+    def _on_round_over(self) -> None:
+        self._is_due = False
+        if self._resuming is None:
+            self._go_on()
+        else:
+            self._flush()
 
     def _flush(self) -> None:
-        if self._flushing is not None:
-            self._flushing.cancel()
-            self._flushing = None
         if not self._closed and self._write_timer is None:
             self._write()
 
@@ -468,7 +477,7 @@ class ClamdClient:
         self._core.connections.pop(self, None)
         self._core.watch.let_go(self._fileno)
         self._reading = False
-        for handle in (self._timer, self._write_timer, self._flushing, self._resuming):
+        for handle in (self._timer, self._write_timer, self._resuming):
             if handle is not None:
                 handle.cancel()
         self._to_open.close()
@@ -691,8 +700,8 @@ class ClamdClient:
             return
         if self._conversation.is_over:
             self._flush()
-        elif self._resuming is None:
-            self._resuming = self._loop.call_soon(self._resume)
+        else:
+            self._go_on_soon()
 
     def _log(self, command: _Command, name: bytes, verdict: Verdict, text: bytes) -> None:
         if isinstance(verdict, Error) and verdict.reason in _IN_THE_AUDIT:

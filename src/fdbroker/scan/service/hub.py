@@ -90,6 +90,8 @@ class Hub:
 
     def has_room(self, files: ClientFiles, part: int) -> bool:
         """Return whether a client may have one more file here, of the `part`th part of its room."""
+        if not self.queued:
+            return True
         share = self.limits.total // (len(self._of_user) + 1)
         user = files.source.user
         return (

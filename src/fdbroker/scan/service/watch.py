@@ -32,7 +32,8 @@ _MOST_AT_ONCE = 64  # before other tasks have their turn
 class Watch:
     """Calls functions when something happens to descriptors. For one event loop, the one that runs.
 
-    Each is told the events. `after` is called when a round of such calls is over.
+    Each is told the events. `after` is called when a round of such calls is over, and behind it what was to
+    be called `soon`.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,9 @@ class Watch:
         self._epoll = select.epoll()
         self._calls: dict[int, Call] = {}
         self._later: dict[int, int] = {}
+        self._soon: list[Callable[[], None]] = []
+        self._sees_to_soon = False
+        self._soon_in_loop: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._epoll.fileno(), self._look)
@@ -74,6 +78,35 @@ class Watch:
 
     def round(self, call: Callable[[], object]) -> None:
         """Make a call as if it were for one of the descriptors."""
+        self._sees_to_soon = True
+        try:
+            self._part_of_round(call)
+            if self._soon:
+                self._part_of_round(self._make_soon_calls)
+        finally:
+            self._sees_to_soon = False
+            if self._soon:  # what is behind that has its turn when others had theirs
+                self._have_soon_calls_made()
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """Make a call when this round is over; outside one, in the next round of the loop.
+
+        What is told to a client, of several files perhaps, is so said once, and at once.
+        """
+        self._soon.append(call)
+        if not self._sees_to_soon:
+            self._have_soon_calls_made()
+
+    def close(self) -> None:
+        """Let go of all."""
+        if self._soon_in_loop is not None:
+            self._soon_in_loop.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+
+    def _part_of_round(self, call: Callable[[], object]) -> None:
         self.in_round = True
         try:
             call()
@@ -82,12 +115,24 @@ class Watch:
             if self.after is not None:
                 self.after()
 
-    def close(self) -> None:
-        """Let go of all."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._loop.remove_reader(self._epoll.fileno())
-        self._epoll.close()
+    def _have_soon_calls_made(self) -> None:
+        if self._soon_in_loop is None:
+            self._soon_in_loop = self._loop.call_soon(self._in_loop)
+
+    def _in_loop(self) -> None:
+        self._soon_in_loop = None
+        self._make_soon_calls()
+
+    def _make_soon_calls(self) -> None:
+        calls, self._soon = self._soon, []
+        for call in calls:
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the others are served
+                self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self._loop.call_exception_handler({"message": "a call failed", "exception": error})
 
     def _begin(self) -> None:
         self._timer = None
@@ -114,4 +159,4 @@ class Watch:
             try:
                 call(events)
             except Exception as error:  # noqa: BLE001 - whatever it is, the others are served
-                self._loop.call_exception_handler({"message": "a call failed", "exception": error})
+                self._failed(error)
