@@ -18,6 +18,7 @@ from fdbroker.scan.service.configuration import Configuration, Listener
 from fdbroker.scan.service.core import Core
 from fdbroker.scan.service.native import NativeClient
 from fdbroker.scan.service.tcp import TcpClient, _Stranger
+from fdbroker.scan.service.watch import run as run_watched
 from tests.scan.descriptors import open_descriptors
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def with_core(test: Callable[[Core], None]) -> None:
         assert not failed
 
     before = open_descriptors()
-    asyncio.run(run())
+    run_watched(run())
     assert open_descriptors() == before
 
 
@@ -123,7 +124,7 @@ def test_a_client_that_asks_much_in_one_breath_lets_others_have_their_turn() -> 
             await run()
 
     before = open_descriptors()
-    asyncio.run(in_time())
+    run_watched(in_time())
     assert open_descriptors() == before
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fdbroker.scan.service.watch import IS_GONE, READABLE, SAYS_NO_MORE, WRITABLE, Watch
+from fdbroker.scan.service.watch import run as run_watched
 from tests.scan.descriptors import open_descriptors
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def watching(test: Callable[[Watch], Awaitable[None]], failed: list[Exception] |
             watch.close()
 
     before = open_descriptors()
-    asyncio.run(run())
+    run_watched(run())
     assert open_descriptors() == before
 
 
@@ -204,7 +205,7 @@ def test_a_soon_call_that_fails_keeps_none_of_the_others_from_being_made() -> No
         seen = []
 
         def call() -> None:
-            watch.soon(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+            watch.soon(lambda: 1 // 0)  # type: ignore[arg-type]
             watch.soon(lambda: seen.append(1))
 
         watch.round(call)
