@@ -244,8 +244,9 @@ class ClamdClient:
                 break
             # A read ends at a descriptor, otherwise at the end of what is there.
             may_be_more = len(owned) > 0 or len(data) == _MOST_BYTES
-            self._receive(data, owned)
-            self._pull()
+            if len(owned) != 1 or not self._is_begun_at_once(data, owned):
+                self._receive(data, owned)
+                self._pull()
             if not may_be_more or not self._wants_more():
                 break
         if self._resuming is None:
@@ -270,6 +271,20 @@ class ClamdClient:
         if sent < len(reply):
             self._send(reply[sent:])
             self._flush()
+        return True
+
+    def _is_begun_at_once(self, data: bytes, descriptors: Descriptors) -> bool:
+        """Have a file scanned, where all that is said is that."""
+        if not self._may_go_on():
+            return False
+        asked = self._conversation.asked_at_once(data, self._loop.time())
+        if asked is None:
+            return False
+        self._pulling = True
+        try:
+            self._scan_descriptor(asked, descriptors.take())
+        finally:
+            self._pulling = False
         return True
 
     def _receive(self, data: bytes, descriptors: Descriptors) -> None:
@@ -313,11 +328,12 @@ class ClamdClient:
 
     def _pull(self) -> None:
         self._pulling = True
+        now = self._loop.time()
         try:
             for _ in range(_EVENTS_AT_ONCE):
                 if self._dry or not self._may_go_on():
                     return
-                event = self._conversation.next_event(self._loop.time())
+                event = self._conversation.next_event(now)
                 if event is None:
                     self._dry = True
                     if not self._conversation.descriptors_wanted:

@@ -90,8 +90,6 @@ class Hub:
 
     def has_room(self, files: ClientFiles, part: int) -> bool:
         """Return whether a client may have one more file here, of the `part`th part of its room."""
-        if not self.queued:
-            return True
         share = self.limits.total // (len(self._of_user) + 1)
         user = files.source.user
         return (
@@ -259,7 +257,7 @@ class ClientFiles:
 
     def may_be_given(self) -> bool:
         """Return whether there is room for one more descriptor that the client sends."""
-        return self._hub.has_room(self, 1)
+        return not self._hub.queued or self._hub.has_room(self, 1)
 
     def may_open(self) -> bool:
         """Return whether there is room for one more file that is opened for it, and it hears of them."""
