@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from fdbroker.clamd.protocol import WHOLE_CONVERSATIONS
 from fdbroker.scan.pool import Pool
 from fdbroker.scan.service import serving
 from fdbroker.scan.service.clamd import serve_client
@@ -179,3 +180,59 @@ def test_a_client_at_whose_first_words_the_service_fails_is_closed_and_the_next_
     with_core(test)
     assert served == ["failed", "served"]
     assert r"uid 1000 could not be served: ValueError: what came\x0a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("said", "answer"), WHOLE_CONVERSATIONS.items())
+def test_a_ping_is_answered_before_anything_is_made_for_who_asks(
+    said: bytes, answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def test(core: Core) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            ours.settimeout(0)
+            theirs.settimeout(10)
+            theirs.send(said)
+            monkeypatch.setattr(core.watch, "add", refuse_to_watch)
+            serve_client(core, cast("ServedClient", _Served(ours)), Listener("clamd"))
+            assert ours.fileno() == -1
+            assert (theirs.recv(100), theirs.recv(100)) == (answer, b"")
+            assert (len(core.connections), core.hub.clients) == (0, 0)
+
+    with_core(test)
+
+
+def test_of_a_session_that_does_not_read_its_answers_no_ping_is_lost() -> None:
+    count = 2000
+
+    async def run() -> None:
+        core = Core(Configuration(()), Pool([]), [])
+        ours, theirs = socket.socketpair()
+        try:
+            for sock in (ours, theirs):
+                sock.settimeout(0)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least that the kernel gives
+            theirs.send(b"zIDSESSION\0")
+            serve_client(core, cast("ServedClient", _Served(ours)), Listener("clamd"))
+            sent, answers = 0, bytearray()
+            while sent < count:
+                with contextlib.suppress(BlockingIOError):
+                    theirs.send(b"zPING\0")
+                    sent += 1
+                    await asyncio.sleep(0)
+                    continue
+                answers += theirs.recv(1 << 16)  # it waits for that
+                await asyncio.sleep(0)
+            while answers.count(b"\0") < count:
+                await asyncio.sleep(0)
+                with contextlib.suppress(BlockingIOError):
+                    answers += theirs.recv(1 << 16)
+            assert answers == b"".join(b"%d: PONG\0" % number for number in range(1, count + 1))
+        finally:
+            theirs.close()
+            for connection in list(core.connections):
+                connection.end("stopping", "the service ends")
+            core.close()
+
+    before = open_descriptors()
+    run_watched(asyncio.wait_for(run(), 30))
+    assert open_descriptors() == before
