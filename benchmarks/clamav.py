@@ -96,17 +96,19 @@ def running_clamd(directory: Path, database: Path) -> Iterator[Daemon]:
 
 
 @contextmanager
-def running_relay(python: str, directory: Path, database: Path) -> Iterator[Daemon]:
+def running_relay(python: str, directory: Path, database: Path, *options: str) -> Iterator[Daemon]:
     """Run benchmarks/relay.py in clamd's place."""
     directory.mkdir()
-    command = [python, "-P", str(_RELAY), str(database), str(directory)]
+    command = [python, "-P", str(_RELAY), str(database), str(directory), *options]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
         try:
             if process.stdout is None or process.stdout.readline() != "ready\n":
                 raise BenchmarkError("the relay did not start")
             configuration = directory / "client.conf"
             configuration.write_text(f"LocalSocket {directory}/socket\n", "utf-8")
-            yield Daemon(configuration, directory / "socket", (process.pid,))
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text("ascii")
+            pids = (process.pid, *map(int, children.split()))
+            yield Daemon(configuration, directory / "socket", pids)
         finally:
             process.kill()
 

@@ -279,13 +279,13 @@ class Pings:
     On a connection of its own until that has ended, or all in one session.
     """
 
-    by: Literal["clamd", "scand"]
+    by: Literal["clamd", "scand", "relay", "relay_who"]
     session: bool = False
     unit: str = "us"
 
     def measure(self, stage: Stage) -> float:
         """Return the microseconds of one."""
-        daemon = stage.scand if self.by == "scand" else stage.small_clamd
+        daemon = getattr(stage, "small_clamd" if self.by == "clamd" else self.by)
         count = stage.opens(_PINGS)
         usual = os.sched_getaffinity(0)
         pids = (*daemon.pids, os.getpid())
@@ -464,7 +464,12 @@ VARIANTS: dict[str, Variant] = {
     "fdbroker_scan_large": Scans("fdbroker", large=True),
     "clamdscan_large_multiscan": Scans("--multiscan", large=True),
 }
-VARIANTS["relay_fdpass"] = Clamdscans("relay", ("--fdpass",))
+VARIANTS |= {
+    "relay_fdpass": Clamdscans("relay", ("--fdpass",)),
+    "relay_ping": Pings("relay"),
+    "relay_who_ping": Pings("relay_who"),
+    "relay_ping_session": Pings("relay", session=True),
+}
 for _by in ("clamd", "scand"):
     VARIANTS |= {
         f"{_by}_ping": Pings(_by),
@@ -514,6 +519,9 @@ SCAN_SERIES = (
     Series("fildes_vs_multiscan", "fdbroker_fildes", "clamdscan_multiscan", "lower", 1.1),
     Series("ping_vs_clamd", "scand_ping", "clamd_ping", "lower", 3.0),
     Series("ping_session_vs_clamd", "scand_ping_session", "clamd_ping_session", "lower", 3.0),
+    Series("ping_vs_relay", "scand_ping", "relay_ping", "lower", 4.5),
+    Series("ping_vs_relay_who", "scand_ping", "relay_who_ping", "lower", 3.0),
+    Series("ping_session_vs_relay", "scand_ping_session", "relay_ping_session", "lower", 2.5),
     Series("clamdscan_fdpass_vs_clamd", "scand_fdpass", "clamd_fdpass", "lower", 1.0),
     Series("clamdscan_fdpass_vs_relay", "scand_fdpass", "relay_fdpass", "lower", 2.5),
     Series("clamdscan_stream_vs_clamd", "scand_stream", "clamd_stream", "lower", 1.0),

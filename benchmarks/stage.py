@@ -141,6 +141,13 @@ class Stage:
         running = clamav.running_relay(self.python, self.directory / "relay", self.small_database)
         return self._stack.enter_context(running)
 
+    @cached_property
+    def relay_who(self) -> clamav.Daemon:
+        """The same, but that it asks who connects."""
+        directory = self.directory / "relay-who"
+        running = clamav.running_relay(self.python, directory, self.small_database, "--who")
+        return self._stack.enter_context(running)
+
     def opens(self, wanted: int) -> int:
         """Return how many opens to make where `wanted` is right for a full run."""
         return max(int(wanted * self.scale), 256)

@@ -482,25 +482,20 @@ def test_out_of_descriptors_an_open_is_broken_and_not_denied(stepped: SteppedBro
 
 
 def test_error_of_accept_is_recorded_and_the_next_one_is_accepted(
-    stepped: SteppedBroker, tmp_path: Path
+    stepped: SteppedBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = stepped.listen(tmp_path)
-    [number] = stepped.broker._acceptor.listeners
-    listener = stepped.broker._acceptor.listeners[number]
     errors = [OSError(errno.ECONNABORTED, "gone")]
+    accept = sockets.accept
 
-    class Failing:
-        """Fails once, then is the listener."""
+    def fail_once(listener: socket.socket, kind: int) -> socket.socket:
+        if errors:
+            raise errors.pop()
+        return accept(listener, kind)
 
-        def accept(self) -> tuple[socket.socket, object]:
-            if errors:
-                raise errors.pop()
-            return listener.sock.accept()
-
-    stepped.broker._acceptor.listeners[number] = listener._replace(sock=Failing())  # type: ignore[arg-type]
+    monkeypatch.setattr(sockets, "accept", fail_once)
     with stepped.call(path) as speaker:
         assert speaker.open_one(bytes(stepped.tree / "file")).content == b"content"
-    stepped.broker._acceptor.listeners[number] = listener
     assert stepped.events() == ["accept_failed"]
     assert stepped.records()[0]["errno"] == errno.ECONNABORTED
 
@@ -515,11 +510,11 @@ def no_file_for_accept(
     waiting.sock.connect(str(path))
     number: int = request.param
 
-    def fail(_listener: socket.socket) -> object:
+    def fail(_listener: socket.socket, _kind: int) -> socket.socket:
         raise OSError(number, "none left")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "accept", fail)
+        patch.setattr(sockets, "accept", fail)
         yield NoFileForAccept(waiting, number, patch)
     waiting.sock.close()
 
@@ -611,14 +606,14 @@ def test_connections_are_served_while_a_listener_rests(
 
 
 def test_broker_closes_while_a_listener_rests(tree: Path, tmp_path: Path) -> None:
-    def fail(_listener: socket.socket) -> object:
+    def fail(_listener: socket.socket, _kind: int) -> socket.socket:
         raise OSError(errno.ENFILE, "none left")
 
     with no_descriptor_left(), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         with SteppedBroker(tree) as broker:
             sock.connect(str(broker.listen(tmp_path)))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(socket.socket, "accept", fail)
+                patch.setattr(sockets, "accept", fail)
                 broker.broker.step(0)
             assert len(broker.broker._acceptor.resting) == 1
         with pytest.raises(ConnectionResetError):

@@ -13,6 +13,7 @@ from fdbroker.clamd.protocol import (
     COMMANDS,
     FOR_STRANGERS,
     LONGEST_COMMAND,
+    WHOLE_CONVERSATIONS,
     Abandoned,
     Asked,
     Chunk,
@@ -106,6 +107,73 @@ PARTS = st.tuples(st.one_of(st.binary(max_size=12), SAID), st.integers(0, 3))
 @given(parts=st.lists(PARTS, max_size=6))
 def test_any_bytes_have_an_answer_and_little_is_kept(parts: list[tuple[bytes, int]]) -> None:
     fuzzed(b"".join(bytes((len(part) % 256, count)) + part for part, count in parts))
+
+
+def test_what_is_known_of_whole_conversations_is_what_comes_of_them() -> None:
+    for data, reply in WHOLE_CONVERSATIONS.items():
+        conversation = Conversation(LIMITS, 0.0)
+        assert events_of(conversation, data) == [Reply(reply)]
+        assert conversation.is_over
+
+
+@given(
+    st.lists(SAID, max_size=2),
+    st.sampled_from([b"zPING\0", b"nPING\n", b"zFILDES\0\0", b"nFILDES\n\0", b"zEND\0", b""]),
+    st.integers(0, 2),
+    SAID,
+)
+def test_what_is_answered_or_begun_at_once_is_the_same_as_by_and_by(
+    before: list[bytes], data: bytes, count: int, behind: bytes
+) -> None:
+    quick, slow = (begun(*before) for _ in range(2))
+    expected = events_of(slow, data, count, now=7.0)
+    if count == 0 and (reply := quick.answer_at_once(data, 7.0)) is not None:
+        assert expected == [Reply(reply)]
+    elif count == 1 and (asked := quick.asked_at_once(data, 7.0)) is not None:
+        assert expected == [asked]
+    else:
+        assert events_of(quick, data, count, now=7.0) == expected
+    for number in range(3):
+        assert answer_of(quick, number) == answer_of(slow, number)
+    assert (quick.deadline, quick.under_way, quick.is_over) == (slow.deadline, slow.under_way, slow.is_over)
+    assert events_of(quick, behind, now=8.0) == events_of(slow, behind, now=8.0)
+    assert (quick.deadline, quick.under_way, quick.is_over) == (slow.deadline, slow.under_way, slow.is_over)
+
+
+def answer_of(conversation: Conversation, number: int) -> bytes | None:
+    try:
+        return conversation.answer(number, b"OK", b"fd")
+    except RuntimeError:
+        return None
+
+
+def test_a_fildes_is_begun_at_once_where_nothing_is_half_said() -> None:
+    session = begun(b"zIDSESSION\0", b"zPING\0")
+    assert session.asked_at_once(b"zFILDES\0\0", 1.0) == Asked(Kind.FILDES, 2)
+    assert session.asked_at_once(b"nFILDES\n\0", 1.0) == Asked(Kind.FILDES, 3)
+    assert session.answer(3, b"OK", b"fd[1]") == b"3: fd[1]: OK\n"
+    alone = begun()
+    assert alone.asked_at_once(b"zFILDES\0\0", 1.0) == Asked(Kind.FILDES, 0)
+    assert not alone.reads_more
+    for data in (b"zFILDES\0", b"zFILDES\0\0z", b"zPING\0", b""):
+        assert session.asked_at_once(data, 1.0) is None
+    for unfinished in (b"zPI", b"zFILDES\0", b"zINSTREAM\0"):
+        assert begun(unfinished).asked_at_once(b"zFILDES\0\0", 1.0) is None
+    assert Conversation(LIMITS, 0.0, FOR_STRANGERS).asked_at_once(b"zFILDES\0\0", 1.0) is None
+
+
+def test_of_a_session_a_ping_is_answered_at_once_and_nothing_else() -> None:
+    session = begun(b"zIDSESSION\0", b"zPING\0")
+    assert session.answer_at_once(b"zPING\0", 1.0) == b"2: PONG\0"
+    assert session.answer_at_once(b"nPING\n", 1.0) == b"3: PONG\n"
+    for data in (b"zPING\0zPING\0", b"PING\n", b"zVERSION\0", b""):
+        assert session.answer_at_once(data, 1.0) is None
+    assert begun().answer_at_once(b"zPING\0", 1.0) is None, "it is not in a session"
+    for unfinished in (b"zPI", b"zFILDES\0", b"zINSTREAM\0"):
+        assert begun(b"zIDSESSION\0", unfinished).answer_at_once(b"zPING\0", 1.0) is None
+    strangers = Conversation(LIMITS, 0.0, frozenset({Kind.IDSESSION}))
+    events_of(strangers, b"zIDSESSION\0")
+    assert strangers.answer_at_once(b"zPING\0", 1.0) is None
 
 
 def test_a_command_is_as_long_as_it_may_be() -> None:

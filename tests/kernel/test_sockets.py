@@ -71,3 +71,20 @@ def test_end_of_the_connection_is_no_data_and_no_flags(pair: Pair) -> None:
     there.close()
     data, _, flags = sockets.receive_data(here, 100)
     assert (data, flags) == (b"", 0)
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
+def test_what_is_accepted_is_as_socket_accept_would_give_it(kind: socket.SocketKind) -> None:
+    with socket.socket(socket.AF_UNIX, kind) as listener, socket.socket(socket.AF_UNIX, kind) as client:
+        listener.bind("")
+        listener.listen(1)
+        listener.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            sockets.accept(listener, kind)
+        client.connect(listener.getsockname())
+        with sockets.accept(listener, kind) as accepted:
+            assert (accepted.family, accepted.type, accepted.proto) == (socket.AF_UNIX, kind, 0)
+            assert os.get_blocking(accepted.fileno())
+            assert not os.get_inheritable(accepted.fileno())
+            client.send(b"x")
+            assert accepted.recv(1) == b"x"

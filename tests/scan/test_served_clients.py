@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
+from fdbroker.clamd.protocol import WHOLE_CONVERSATIONS
 from fdbroker.scan.pool import Pool
 from fdbroker.scan.service import serving
-from fdbroker.scan.service.clamd import ClamdClient
+from fdbroker.scan.service.clamd import serve_client
 from fdbroker.scan.service.configuration import Configuration, Listener
 from fdbroker.scan.service.core import Core
 from fdbroker.scan.service.native import NativeClient
 from fdbroker.scan.service.tcp import TcpClient, _Stranger
+from fdbroker.scan.service.watch import run as run_watched
 from tests.scan.descriptors import open_descriptors
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def with_core(test: Callable[[Core], None]) -> None:
         assert not failed
 
     before = open_descriptors()
-    asyncio.run(run())
+    run_watched(run())
     assert open_descriptors() == before
 
 
@@ -63,7 +65,7 @@ class _Served:
         self.socket.close()
 
 
-@pytest.mark.parametrize(("speaks", "refused"), [(ClamdClient, "change"), (NativeClient, "add")])
+@pytest.mark.parametrize(("speaks", "refused"), [(serve_client, "change"), (NativeClient, "add")])
 def test_nothing_is_left_of_a_client_that_can_not_be_watched(
     speaks: Speaks, refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,11 +99,11 @@ def test_a_client_that_asks_much_in_one_breath_lets_others_have_their_turn() -> 
                 ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
             (busy, asks_much), (_, asks_little) = pairs
             asks_much.send(b"zIDSESSION\0" + b"zPING\0" * count)
-            ClamdClient(core, cast("ServedClient", _Served(busy)), Listener("clamd"))
+            serve_client(core, cast("ServedClient", _Served(busy)), Listener("clamd"))
             answers = asks_much.recv(1 << 20).count(b"\0")
             assert answers < 100, "that was one turn"
             asks_little.send(b"zPING\0")
-            ClamdClient(core, cast("ServedClient", _Served(pairs[1][0])), Listener("clamd"))
+            serve_client(core, cast("ServedClient", _Served(pairs[1][0])), Listener("clamd"))
             assert asks_little.recv(10) == b"PONG\0"
             while answers < count:
                 await asyncio.sleep(0)
@@ -123,7 +125,7 @@ def test_a_client_that_asks_much_in_one_breath_lets_others_have_their_turn() -> 
             await run()
 
     before = open_descriptors()
-    asyncio.run(in_time())
+    run_watched(in_time())
     assert open_descriptors() == before
 
 
@@ -178,3 +180,59 @@ def test_a_client_at_whose_first_words_the_service_fails_is_closed_and_the_next_
     with_core(test)
     assert served == ["failed", "served"]
     assert r"uid 1000 could not be served: ValueError: what came\x0a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("said", "answer"), WHOLE_CONVERSATIONS.items())
+def test_a_ping_is_answered_before_anything_is_made_for_who_asks(
+    said: bytes, answer: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def test(core: Core) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            ours.settimeout(0)
+            theirs.settimeout(10)
+            theirs.send(said)
+            monkeypatch.setattr(core.watch, "add", refuse_to_watch)
+            serve_client(core, cast("ServedClient", _Served(ours)), Listener("clamd"))
+            assert ours.fileno() == -1
+            assert (theirs.recv(100), theirs.recv(100)) == (answer, b"")
+            assert (len(core.connections), core.hub.clients) == (0, 0)
+
+    with_core(test)
+
+
+def test_of_a_session_that_does_not_read_its_answers_no_ping_is_lost() -> None:
+    count = 2000
+
+    async def run() -> None:
+        core = Core(Configuration(()), Pool([]), [])
+        ours, theirs = socket.socketpair()
+        try:
+            for sock in (ours, theirs):
+                sock.settimeout(0)
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least that the kernel gives
+            theirs.send(b"zIDSESSION\0")
+            serve_client(core, cast("ServedClient", _Served(ours)), Listener("clamd"))
+            sent, answers = 0, bytearray()
+            while sent < count:
+                with contextlib.suppress(BlockingIOError):
+                    theirs.send(b"zPING\0")
+                    sent += 1
+                    await asyncio.sleep(0)
+                    continue
+                answers += theirs.recv(1 << 16)  # it waits for that
+                await asyncio.sleep(0)
+            while answers.count(b"\0") < count:
+                await asyncio.sleep(0)
+                with contextlib.suppress(BlockingIOError):
+                    answers += theirs.recv(1 << 16)
+            assert answers == b"".join(b"%d: PONG\0" % number for number in range(1, count + 1))
+        finally:
+            theirs.close()
+            for connection in list(core.connections):
+                connection.end("stopping", "the service ends")
+            core.close()
+
+    before = open_descriptors()
+    run_watched(asyncio.wait_for(run(), 30))
+    assert open_descriptors() == before

@@ -21,6 +21,7 @@ from fdbroker.scan.pool import Pool
 from fdbroker.scan.service.configuration import read_configuration
 from fdbroker.scan.service.serving import serve
 from fdbroker.scan.service.tcp import listening_socket
+from fdbroker.scan.service.watch import run
 from fdbroker.testing import FakeBroker
 from fdbroker.wire import messages
 from tests.clamd.talks import chunks
@@ -109,7 +110,7 @@ def serve_while(client: Callable[[Served], None], pool: Pool, directory: Path) -
 
     with manager, tcp, FakeBroker(FILES, socket_path=directory / "broker") as broker:
         with contextlib.closing(Notifier(ours.detach())) as notifier:
-            asyncio.run(play(notifier, broker))
+            run(play(notifier, broker))
         told = []
         while message := manager.recv(4096).decode():
             told += message.splitlines()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import selectors
 import socket
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fdbroker.scan.service.watch import IS_GONE, READABLE, SAYS_NO_MORE, WRITABLE, Watch
+import pytest
+
+from fdbroker.scan.service.watch import IS_GONE, READABLE, SAYS_NO_MORE, WRITABLE, Watch, _Selector
+from fdbroker.scan.service.watch import run as run_watched
 from tests.scan.descriptors import open_descriptors
 
 if TYPE_CHECKING:
@@ -30,7 +34,7 @@ def watching(test: Callable[[Watch], Awaitable[None]], failed: list[Exception] |
             watch.close()
 
     before = open_descriptors()
-    asyncio.run(run())
+    run_watched(run())
     assert open_descriptors() == before
 
 
@@ -163,3 +167,105 @@ def test_a_call_of_ones_own_is_a_round_as_well() -> None:
         assert not watch.in_round
 
     watching(test)
+
+
+def test_what_is_to_be_called_soon_is_called_when_the_round_is_over() -> None:
+    async def test(watch: Watch) -> None:
+        seen: list[str] = []
+        done = asyncio.Event()
+
+        def after() -> None:
+            seen.append("after")
+            if len(seen) == 2:
+                watch.soon(lambda: seen.append(f"told {watch.in_round}"))
+
+        def call() -> None:
+            seen.append("call")
+            watch.soon(behind)
+
+        def behind() -> None:
+            seen.append("soon")
+            watch.soon(done.set)  # the others have their turn first
+
+        watch.after = after
+        watch.round(call)
+        assert seen == ["call", "after", "soon", "told True", "after"]
+        assert not watch.in_round
+        assert not done.is_set()
+        await done.wait()
+        done.clear()
+        watch.soon(done.set)  # in no round
+        assert not done.is_set()
+        await done.wait()
+
+    watching(test)
+
+
+def test_a_soon_call_that_fails_keeps_none_of_the_others_from_being_made() -> None:
+    failed: list[Exception] = []
+
+    async def test(watch: Watch) -> None:
+        seen = []
+
+        def call() -> None:
+            watch.soon(lambda: 1 // 0)  # type: ignore[arg-type]
+            watch.soon(lambda: seen.append(1))
+
+        watch.round(call)
+        assert seen == [1]
+
+    watching(test, failed=failed)
+    [error] = failed
+    assert isinstance(error, ZeroDivisionError)
+
+
+def test_others_in_the_same_loop_wait_as_in_any() -> None:
+    async def test(watch: Watch) -> None:
+        told: asyncio.Queue[int] = asyncio.Queue()
+        watched, other = socket.socketpair()
+        watch.add(watched.fileno(), READABLE, told.put_nowait)
+        ours, theirs = socket.socketpair()
+        reader, writer = await asyncio.open_connection(sock=ours)
+        loop = asyncio.get_running_loop()
+        theirs.settimeout(0)
+        # More than a socket has room for, so that it is waited for in both ways.
+        writer.write(b"x" * 1_000_000)
+        there = 0
+        while there < 1_000_000:
+            there += len(await loop.sock_recv(theirs, 1 << 16))
+        other.send(b"x")
+        await loop.sock_sendall(theirs, b"answer\n")
+        assert await reader.readline() == b"answer\n"
+        assert await told.get() == READABLE
+        began = loop.time()
+        watch.let_go(watched.fileno())
+        await asyncio.sleep(0.01)
+        assert loop.time() - began >= 0.01
+        writer.close()
+        await writer.wait_closed()
+        for sock in (theirs, watched, other):
+            sock.close()
+
+    watching(test)
+
+
+def test_the_selector_has_one_key_for_each_and_finds_that_of_a_closed_one() -> None:
+    selector = _Selector()
+    ours, theirs = socket.socketpair()
+    with theirs:
+        key = selector.register(ours, selectors.EVENT_READ, "data")
+        assert dict(selector.get_map()) == {ours: key}
+        with pytest.raises(KeyError):
+            selector.register(ours.fileno(), selectors.EVENT_READ)
+        with pytest.raises(KeyError):
+            selector.unregister(theirs)
+        assert selector.select(0) == []
+        key = selector.modify(ours, selectors.EVENT_READ | selectors.EVENT_WRITE, "other")
+        assert selector.select() == [(key, selectors.EVENT_WRITE)]
+        theirs.send(b"x")
+        assert selector.select(1.0) == [(key, selectors.EVENT_READ | selectors.EVENT_WRITE)]
+        key = selector.modify(ours, selectors.EVENT_READ)
+        assert selector.select(1.0) == [(key, selectors.EVENT_READ)]
+        ours.close()
+        assert selector.unregister(ours) == key
+    selector.close()

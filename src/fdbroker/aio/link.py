@@ -36,6 +36,7 @@ class WatchedLink(Link):
         # Reads that had something: shows whether the broker is alive.
         self.heard = 0
         self._is_writing = False
+        self._is_reading = False  # what is to be sent is sent when that is over
         self._greeted: Callable[[], None] | None = None
         self.loop.add_reader(sock, self._read)
 
@@ -68,7 +69,7 @@ class WatchedLink(Link):
 
     def send_queued(self) -> None:
         """Send what waits to be sent: what the socket takes now, the rest when it takes more."""
-        if self.ended is not None:
+        if self.ended is not None or self._is_reading:
             return
         try:
             all_sent = self.flush()
@@ -105,6 +106,7 @@ class WatchedLink(Link):
             self.close()
 
     def _read(self) -> None:
+        self._is_reading = True
         try:
             for _ in range(_MOST_AT_ONCE):
                 if not self.receive():
@@ -115,6 +117,8 @@ class WatchedLink(Link):
         except (ConnectionLost, BrokerError) as why:
             self.end(why)
             return
+        finally:
+            self._is_reading = False
         self.send_queued()  # clients that came and nobody wants are released
         if self._greeted is not None and self._engine.state is State.READY:
             self._greeted()

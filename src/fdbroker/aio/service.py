@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import TYPE_CHECKING
 
 from fdbroker.aio.files import FileRequests
@@ -93,9 +92,10 @@ class Service:
 
         def come() -> None:
             try:
+                if not self._call.answers:
+                    self._check()
                 while self._call.answers:
                     serve(self._take())
-                self._check()
             except Exception as error:  # noqa: BLE001 - raised by who waits
                 if not over.done():
                     over.set_exception(error)
@@ -115,7 +115,7 @@ class Service:
         self._session.check_bound(self._call)
 
     def _take(self) -> ServedClient:
-        facts, sock = accepted_by(self._call, os.fsencode(self._listener))
+        facts, sock = accepted_by(self._call)
         sock.settimeout(0)
         return ServedClient(self._session, self._call.bound, facts, sock)
 

@@ -28,7 +28,7 @@ _MOST_FOR_CONTROL = 64
 
 
 class Listener(NamedTuple):
-    """A socket that others come to, and its name in the audit.
+    """A socket that others come to, its name in the audit, and its type: SOCK_STREAM or another.
 
     `answers`: what can be asked on its connections; None: it takes datagrams,
     or its clients are those of `service`.
@@ -36,6 +36,7 @@ class Listener(NamedTuple):
 
     sock: socket.socket
     name: str
+    kind: int
     answers: Table | None = None
     service: bytes | None = None
 
@@ -95,6 +96,11 @@ class Acceptor:
         if listener not in self.resting:
             self._epoll.modify(listener.sock, select.EPOLLIN if wanted else 0)
 
+    @property
+    def some_are_unwanted(self) -> bool:
+        """Whether the clients of some listener wait until somebody serves them."""
+        return bool(self._unwanted)
+
     def listen_again(self) -> None:
         """Listen to those that were left alone for a round."""
         for listener in self.resting:
@@ -106,7 +112,7 @@ class Acceptor:
         """Accept what waits, up to a number."""
         for _ in range(_ACCEPTS_PER_ROUND):
             try:
-                sock, _ = listener.sock.accept()
+                sock = sockets.accept(listener.sock, listener.kind)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -123,7 +129,7 @@ class Acceptor:
     def accept_one(self, listener: Listener) -> socket.socket | None:
         """Accept one connection, which the caller owns; None: there is none."""
         try:
-            return listener.sock.accept()[0]
+            return sockets.accept(listener.sock, listener.kind)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -175,8 +181,7 @@ class Acceptor:
             os.close(self._spare)
             self._spare = -1
         try:
-            sock, _ = listener.sock.accept()
-            with sock:
+            with sockets.accept(listener.sock, listener.kind) as sock:
                 self.record_refusal(listener.name, member_text(reason="descriptors"))
                 text = "the broker has no descriptors left"
                 if listener.answers is not None:

@@ -38,7 +38,8 @@ class ServedClient:
     def __init__(self, number: int, peer: PeerAtConnect, released: Callable[[ServedClient], None]) -> None:
         self.number = number
         self.peer = peer
-        self.record = member_text(for_number=number, for_pid=peer.pid, for_uid=peer.uid, for_gid=peer.gid)
+        # As `member_text` would write it: these are numbers.
+        self.record = f'"for_number":{number},"for_pid":{peer.pid},"for_uid":{peer.uid},"for_gid":{peer.gid}'
         self.released = released
         # What the policy says about this client of that service, and the generation that says it.
         self.asker: Asker | None = None
@@ -65,11 +66,14 @@ class Services:
         self._clients_of: dict[int, int] = {}
         # Connections by which the clients of a listener are taken, by its name.
         self._servers: dict[bytes, dict[Connection, None]] = {}
+        # How the audit names the listener.
+        self._members_of: dict[bytes, str] = {}
         dispatch.table |= {ServeRequest: self._serve, ReleaseRequest: self._release}
 
     def add_listener(self, name: bytes) -> None:
         """Let services ask for the clients of listener `name`."""
         self._servers[name] = {}
+        self._members_of[name] = member_text(listener=os.fsdecode(name))
 
     def forget(self, connection: Connection) -> None:
         """Note that a connection is gone: nothing is handed over there any more."""
@@ -88,7 +92,9 @@ class Services:
         """
         if self.count >= self._most:
             return None
-        able = sorted(filter(_has_room, self._servers[name]), key=lambda server: len(server.clients))
+        able = [server for server in self._servers[name] if _has_room(server)]
+        if len(able) > 1:
+            able.sort(key=_number_of_clients)
         for server in able:
             objection = server.peer.present_objection()
             if objection is None:
@@ -144,16 +150,15 @@ class Services:
             if number > _LAST_NUMBER:
                 raise IdentityError("numbers_used_up")
             client = ServedClient(number, peer, self._released)
-            members = f"{member_text(listener=os.fsdecode(name))},{server.record},{client.record}"
+            members = f"{self._members_of[name]},{server.record},{client.record}"
             if not self._audit.event("client_accepted", members) and self._audit.deny_on_failure:
                 raise IdentityError("audit")
         except (IdentityError, OSError) as error:
             sock.close()
             if peer is not None:
                 peer.close()
-            uid = None if peer is None else peer.uid
-            members = member_text(listener=os.fsdecode(name), uid=uid, reason=str(error))
-            self._audit.event("client_refused", members)
+            members = member_text(uid=None if peer is None else peer.uid, reason=str(error))
+            self._audit.event("client_refused", f"{self._members_of[name]},{members}")
             return None
         self.count += 1
         self._clients_of[peer.uid] = self._clients_of.get(peer.uid, 0) + 1
@@ -206,6 +211,10 @@ class Services:
 
 def _has_room(server: Connection) -> bool:
     return not server.unsent and not _is_sent_to(server) and len(server.clients) < MOST_CLIENTS
+
+
+def _number_of_clients(server: Connection) -> int:
+    return len(server.clients)
 
 
 def _is_sent_to(server: Connection) -> bool:

@@ -135,7 +135,8 @@ class Broker:
         if service is not None:
             # What comes from there is the service's to receive, descriptors as well.
             self._services.add_listener(os.fsencode(service))
-            self._acceptor.add(Listener(listener, name, service=os.fsencode(service)), wanted=False)
+            served = Listener(listener, name, int(listener.type), service=os.fsencode(service))
+            self._acceptor.add(served, wanted=False)
             return
         sockets.ask_for_credentials(listener)
         sockets.refuse_descriptors(listener)
@@ -146,10 +147,10 @@ class Broker:
                 from fdbroker.broker.datagrams import Datagrams  # noqa: PLC0415
 
                 self._datagrams = Datagrams(self._dispatch, self._audit, self._level, self._flight)
-            self._acceptor.add(Listener(listener, name))
+            self._acceptor.add(Listener(listener, name, int(listener.type)))
             return
         answers = self._control.table if control else self._dispatch.table
-        self._acceptor.add(Listener(listener, name, answers))
+        self._acceptor.add(Listener(listener, name, int(listener.type), answers))
 
     def use_helpers(self, helpers: OpenHelpers, helped: type[Helped]) -> None:
         """Have what may hang opened by others; owned from now on. `helped` answers by what they say."""
@@ -236,7 +237,12 @@ class Broker:
             # One client wants one thing, as it mostly is.
             descriptor, events = ready[0]
             connection = self._connections.get(descriptor)
-            if connection is not None and events == _READY and connection.state is _READING:
+            if connection is None:
+                listener = self._acceptor.listeners.get(descriptor)
+                if listener is not None:
+                    self._on_listener(listener)
+                    return
+            elif events == _READY and connection.state is _READING:
                 self._serve_message(connection)
                 return
         self._acceptor.listen_again()
@@ -320,7 +326,7 @@ class Broker:
         if connection.state is not _READING:
             return
         stream = connection.stream
-        if can_go_on(connection) or (stream is not None and stream.has_frame):
+        if (connection.walks and can_go_on(connection)) or (stream is not None and stream.has_frame):
             self._busy[connection] = None
         if stream is not None and len(stream) and not stream.has_frame:
             self._expect(connection)
@@ -773,8 +779,9 @@ class Broker:
         if answered is None:
             connection.requests += 1
             connection.durations.count_untimed(kind)
-            self._answer_later(connection)
-            if kind is ReleaseRequest:
+            if kind is not ReleaseRequest:
+                self._answer_later(connection)
+            elif self._acceptor.some_are_unwanted:
                 self._see_who_serves()
             return
         if self._deadlines and connection.greeted:

@@ -105,6 +105,18 @@ _SEVERAL_DESCRIPTORS = b"FILDES: several descriptors received, one is needed. ER
 _STRAY_DESCRIPTOR = b"PROTOCOL ERROR: ancillary data sent without FILDES. ERROR"
 
 
+# Reads that are all of what some connections have to say, each with all that is answered.
+WHOLE_CONVERSATIONS = {
+    b"zPING\0": PONG + _NUL,
+    b"nPING\n": PONG + _NEWLINE,
+    b"PING\n": PONG + _NEWLINE,
+}
+# Reads of a session that are a command which is answered on the spot, with the end of it.
+_PINGS = {b"zPING\0": _NUL, b"nPING\n": _NEWLINE}
+# FILDES as clients say it, with the byte that the descriptor comes with.
+_FILDES = {b"zFILDES\0\0": _NUL, b"nFILDES\n\0": _NEWLINE}
+
+
 @dataclass(frozen=True)
 class Limits:
     """What one connection may do.
@@ -175,6 +187,8 @@ class _State(IntEnum):
 
 
 _STREAMING = frozenset({_State.LENGTH, _State.CHUNK})
+# To look up a member of an Enum takes as long as the rest of a short command.
+_COMMAND, _KIND_FILDES = _State.COMMAND, Kind.FILDES
 
 
 class Conversation:
@@ -183,6 +197,8 @@ class Conversation:
     def __init__(self, limits: Limits, now: float, commands: frozenset[Kind] = EVERYTHING) -> None:
         self._limits = limits
         self._commands = commands
+        self._may_ping = Kind.PING in commands
+        self._may_hand_in = Kind.FILDES in commands
         self._state = _State.COMMAND
         self._data = bytearray()
         self._events: deque[Event] = deque()
@@ -259,6 +275,44 @@ class Conversation:
         self._heard_at = now
         if self._state in _STREAMING:
             self._out_of_time_at = now + self._limits.read_timeout
+
+    def answer_at_once(self, data: bytes, now: float) -> bytes | None:
+        """Return the reply to a read without descriptors if that is a PING in a session, and nothing else.
+
+        It is then settled. None: `receive` it. For an owner that would do so and pull events until there is
+        none: that comes to the same, and takes much longer.
+        """
+        terminator = _PINGS.get(data)
+        if terminator is None or not self._in_session or not self._may_ping or not self._is_between_commands:
+            return None
+        self._begin_at_once(terminator, now)
+        return _framed(self._number, PONG, terminator)
+
+    def asked_at_once(self, data: bytes, now: float) -> Asked | None:
+        """Return the FILDES that a read with one descriptor is, if it is that and nothing else.
+
+        None: `receive` it; as `answer_at_once`.
+        """
+        terminator = _FILDES.get(data)
+        if terminator is None or not self._may_hand_in or not self._is_between_commands:
+            return None
+        self._begin_at_once(terminator, now)
+        number = self._number
+        self._due[number] = terminator
+        if not self._in_session:
+            self._read_no_more()
+        return Asked(_KIND_FILDES, number)
+
+    @property
+    def _is_between_commands(self) -> bool:
+        """Whether nothing is there of a command, and nothing is left of what was received."""
+        return self._dry and self._state is _COMMAND and not self._data and not self._held
+
+    def _begin_at_once(self, terminator: bytes, now: float) -> None:
+        self._terminator = terminator
+        self._number += self._in_session
+        self._heard_at = now
+        self._out_of_time_at = now + self._limits.read_timeout
 
     def expire(self, now: float) -> None:
         """Do what is due at the `deadline`: there are events then. Before it nothing is."""

@@ -435,6 +435,9 @@ class Engine:
                     del self._outstanding[request_id]
                     answer = _new(Answer, (request_id, reply, descriptors, True))
                     return answer
+            elif type(reply) is AcceptedReply and self._state is State.READY:
+                answer = self._accept(reply, descriptors)
+                return answer
             answer = self._receive(reply, descriptors)
         finally:
             if answer is None:
@@ -481,8 +484,6 @@ class Engine:
     def _answer(self, reply: Reply, descriptors: Descriptors) -> Answer | None:
         if self._state is not State.READY:
             self._happens(Happening.ANSWER, reply.id)
-        if isinstance(reply, AcceptedReply):
-            return self._accept(reply, descriptors)
         if isinstance(reply, ServeReply) and reply.id in self._services and reply.result is not GIVEN:
             # A reload took the right away: it was given, and is over now.
             self._check(descriptors, 0, reply)
@@ -515,12 +516,13 @@ class Engine:
             self._fail(f"a client of a listener that nobody serves (request {reply.id})", reply.id)
         if number in self._clients:
             self._fail(f"another client with the number {number}, which is in use", reply.id)
-        self._check(descriptors, 1, reply)
+        if len(descriptors) != 1:
+            self._check(descriptors, 1, reply)
         self._clients.add(number)
         if reply.id in self._abandoned:
             self._to_release.append(number)
             return None
-        return Answer(reply.id, reply, descriptors, last=False)
+        return _new(Answer, (reply.id, reply, descriptors, False))
 
     def _check_answer(self, question: Question, reply: Reply) -> tuple[int, bool]:
         """Check what answers a question: how many descriptors belong to it, and is it the last answer?"""

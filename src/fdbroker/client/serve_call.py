@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
 class ServeCall(Call):
     """A request to serve. After its first answer, each is a client that was handed over, or the end."""
 
-    __slots__ = ()
+    __slots__ = ("listener", "sockets")
 
     def __init__(self, listener: bytes) -> None:
         super().__init__(ServeListener(listener))
+        self.listener = listener
+        # Family, type and protocol of its clients' sockets, by the first: a listener has one of each, and
+        # to ask for them takes the kernel, and Python, longer than all else that is done with a socket.
+        self.sockets: tuple[int, int, int] | None = None
 
     def abandon(self) -> None:
         """Have the clients released that nobody took, and those that still come."""
@@ -33,7 +38,7 @@ class ServeCall(Call):
         super().abandon()
 
 
-def accepted_by(call: ServeCall, listener: bytes) -> tuple[AcceptedClient, socket.socket]:
+def accepted_by(call: ServeCall) -> tuple[AcceptedClient, socket.socket]:
     """Take the next client that was handed over; return it and its socket, which the caller owns.
 
     Raises:
@@ -43,24 +48,22 @@ def accepted_by(call: ServeCall, listener: bytes) -> tuple[AcceptedClient, socke
 
     """
     answer = call.answers.pop(0)
-    if not isinstance(answer.reply, AcceptedReply):
+    if type(answer.reply) is not AcceptedReply:
         call.answers.insert(0, answer)  # whoever else asks is told as well
-        check_served(answer, listener)
-    return accepted_of(answer)
+        check_served(answer, call.listener)
+    return _accepted_of(answer, call)
 
 
-def accepted_of(answer: Answer) -> tuple[AcceptedClient, socket.socket]:
-    """Return a client that was handed over, and its socket, which the caller owns.
-
-    Raises:
-        ProtocolError: what came is no socket; it was closed.
-
-    """
-    assert isinstance(answer.reply, AcceptedReply)  # noqa: S101 - for the type checker
-    with answer.descriptors:
-        try:
-            sock = socket.socket(fileno=answer.descriptors.numbers()[0])
-        except OSError as error:
-            raise protocol_error(f"a client whose descriptor is no socket: {error}", answer.id) from error
-        answer.descriptors.take()
+def _accepted_of(answer: Answer, call: ServeCall) -> tuple[AcceptedClient, socket.socket]:
+    assert type(answer.reply) is AcceptedReply  # noqa: S101 - for the type checker
+    number = answer.descriptors.take()
+    try:
+        if call.sockets is None:
+            sock = socket.socket(fileno=number)
+            call.sockets = int(sock.family), int(sock.type), sock.proto
+        else:
+            sock = socket.socket(*call.sockets, fileno=number)
+    except OSError as error:
+        os.close(number)
+        raise protocol_error(f"a client whose descriptor is no socket: {error}", answer.id) from error
     return answer.reply.client, sock

@@ -155,7 +155,7 @@ class Service:
             if self.closed:
                 raise ValueError(f"the service of {self._listener!r} is closed")
             try:
-                facts, sock = accepted_by(self._call, os.fsencode(self._listener))
+                facts, sock = accepted_by(self._call)
                 return ServedClient(self._session, self._call.bound, facts, sock)
             except IndexError:  # none has come, or another thread was faster
                 pass

@@ -608,10 +608,11 @@ def _decode_accepted(
     frame: bytes, _flags: int, count: int, request_id: int, generation: int
 ) -> AcceptedReply:
     _expect(frame, HEADER.size + ACCEPTED.size, "an accepted client", request_id)
-    *facts, reserved = ACCEPTED.unpack_from(frame, HEADER.size)
+    number, pid, uid, gid, level, reserved = ACCEPTED.unpack_from(frame, HEADER.size)
     if count or reserved:
         raise MalformedError("an accepted client whose reserved fields are not 0", request_id)
-    return AcceptedReply(request_id, generation, AcceptedClient(*facts))
+    client = _new(AcceptedClient, (number, pid, uid, gid, level))
+    return _new(AcceptedReply, (request_id, generation, client))
 
 
 def _decode_status(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> StatusReply:

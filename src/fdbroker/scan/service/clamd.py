@@ -21,6 +21,7 @@ from fdbroker.clamd.protocol import (
     COMMANDS,
     EVERYTHING,
     RELOADING,
+    WHOLE_CONVERSATIONS,
     Abandoned,
     Asked,
     Chunk,
@@ -88,10 +89,44 @@ class _Command:
         self.kept: Kept | None = None
 
 
-class ClamdClient:
-    """A connection of a client; owns it. See `fdbroker.scan.service.core.Speaks`."""
+def serve_client(core: Core, served: ServedClient, listener: Listener) -> None:
+    """Serve a client. See `fdbroker.scan.service.core.Speaks`.
 
-    def __init__(self, core: Core, served: ServedClient, listener: Listener) -> None:
+    Mostly it has said by now what it wants. Who wants nothing but an answer to a PING is gone before anything
+    is made for him.
+    """
+    came = None
+    with contextlib.suppress(OSError):  # it is read from again
+        came = sockets.receive_unclosed(served.socket, _MOST_BYTES)
+    if came is not None and not len(came[1]):
+        reply = WHOLE_CONVERSATIONS.get(came[0])
+        if reply is not None and not came[2] and _is_all_said(served.socket, reply):
+            served.close()
+            return
+    ClamdClient(core, served, listener, came)
+
+
+def _is_all_said(sock: socket.socket, reply: bytes) -> bool:
+    """Answer a client, if it says nothing else; return whether that was all."""
+    if not _all_is_read(sock):
+        return False
+    # Nothing was sent there yet, so there is room. Whom it does not reach is gone.
+    with contextlib.suppress(OSError):
+        sockets.send_at_once(sock, reply)
+    return True
+
+
+class ClamdClient:
+    """A connection of a client; owns it."""
+
+    def __init__(
+        self,
+        core: Core,
+        served: ServedClient,
+        listener: Listener,
+        came: tuple[bytes, Descriptors, bool] | None = None,
+    ) -> None:
+        """Serve it. `came`: what it has said already, as `receive_unclosed` gives it; owned from now on."""
         self._core = core
         self._served = served
         self._sock = served.socket
@@ -112,7 +147,7 @@ class ClamdClient:
         self._to_open = OneByOne()
         self._copying: set[asyncio.Task[None]] = set()
         self._outbox = bytearray()
-        self._flushing: asyncio.Handle | None = None
+        self._is_due = False  # to go on, and say what there is to say
         self._resuming: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -129,7 +164,7 @@ class ClamdClient:
         core.connections[self] = listener
         # Mostly it has said by now what it wants, and is answered and gone before anybody has to wait for it.
         try:
-            self._read()
+            self._read(came)
         except BaseException:
             self._close()
             raise
@@ -182,10 +217,11 @@ class ClamdClient:
             # Mostly a client says nothing while it waits, so this was left until it does.
             self._wait(0)
 
-    def _read(self) -> None:
+    def _read(self, came: tuple[bytes, Descriptors, bool] | None = None) -> None:
+        """Read what is there, behind what `came` already, and do what can be done about it."""
         for _ in range(_READS_AT_ONCE):
             try:
-                data, owned, dropped = sockets.receive_unclosed(self._sock, _MOST_BYTES)
+                data, owned, dropped = came or sockets.receive_unclosed(self._sock, _MOST_BYTES)
             except BlockingIOError:
                 break
             except ConnectionError:
@@ -199,19 +235,57 @@ class ClamdClient:
                 self._core.aside.run(self._served.uid, owned.close)
                 self._send_and_close(_NOT_RECEIVED)
                 return
-            if not all(map(self._core.mounted.have, owned.numbers())):
+            came = None
+            if not len(owned):
+                if self._is_answered_at_once(data):
+                    return
+            elif not all(map(self._core.mounted.have, owned.numbers())):
                 self._sort_out(data, owned)
                 break
             # A read ends at a descriptor, otherwise at the end of what is there.
             may_be_more = len(owned) > 0 or len(data) == _MOST_BYTES
-            self._receive(data, owned)
-            self._pull()
+            if len(owned) != 1 or not self._is_begun_at_once(data, owned):
+                self._receive(data, owned)
+                self._pull()
             if not may_be_more or not self._wants_more():
                 break
         if self._resuming is None:
             self._go_on()
         else:
             self._flush()
+
+    def _is_answered_at_once(self, data: bytes) -> bool:
+        """Answer what is all that a client says, where it is such a thing and nothing else is under way.
+
+        Then what was waited for before is waited for now.
+        """
+        if self._waits_for != READABLE or self._outbox or not self._dry or self._resuming is not None:
+            return False
+        reply = self._conversation.answer_at_once(data, self._loop.time())
+        if reply is None:
+            return False
+        try:
+            sent = sockets.send_at_once(self._sock, reply)
+        except OSError:  # it waits, or who it is for is gone: what is done then is known elsewhere
+            sent = 0
+        if sent < len(reply):
+            self._send(reply[sent:])
+            self._flush()
+        return True
+
+    def _is_begun_at_once(self, data: bytes, descriptors: Descriptors) -> bool:
+        """Have a file scanned, where all that is said is that."""
+        if not self._may_go_on():
+            return False
+        asked = self._conversation.asked_at_once(data, self._loop.time())
+        if asked is None:
+            return False
+        self._pulling = True
+        try:
+            self._scan_descriptor(asked, descriptors.take())
+        finally:
+            self._pulling = False
+        return True
 
     def _receive(self, data: bytes, descriptors: Descriptors) -> None:
         count = len(descriptors)
@@ -254,11 +328,12 @@ class ClamdClient:
 
     def _pull(self) -> None:
         self._pulling = True
+        now = self._loop.time()
         try:
             for _ in range(_EVENTS_AT_ONCE):
                 if self._dry or not self._may_go_on():
                     return
-                event = self._conversation.next_event(self._loop.time())
+                event = self._conversation.next_event(now)
                 if event is None:
                     self._dry = True
                     if not self._conversation.descriptors_wanted:
@@ -313,13 +388,22 @@ class ClamdClient:
 
     def _send(self, data: bytes) -> None:
         self._outbox += data
-        if self._flushing is None and not self._pulling and not self._closed:
-            self._flushing = self._loop.call_soon(self._flush)
+        if not self._pulling and not self._closed:
+            self._go_on_soon()
+
+    def _go_on_soon(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            self._core.watch.soon(self._on_round_over)
+
+    def _on_round_over(self) -> None:
+        self._is_due = False
+        if self._resuming is None:
+            self._go_on()
+        else:
+            self._flush()
 
     def _flush(self) -> None:
-        if self._flushing is not None:
-            self._flushing.cancel()
-            self._flushing = None
         if not self._closed and self._write_timer is None:
             self._write()
 
@@ -363,7 +447,7 @@ class ClamdClient:
         the reply: so what such a client still says is read for a moment.
         """
         self._finishing = True
-        if self._all_is_read():
+        if not self._refused and _all_is_read(self._sock):
             self._close()
             return
         with contextlib.suppress(OSError):
@@ -374,14 +458,6 @@ class ClamdClient:
         self._reading = False
         self._timer = self._loop.call_later(_DRAINING, self._close)
         self._wait(READABLE)
-
-    def _all_is_read(self) -> bool:
-        if self._refused:
-            return False
-        try:
-            return not self._sock.recv(1, socket.MSG_PEEK)
-        except OSError:  # mostly that nothing is there
-            return True
 
     def _drain(self) -> None:
         try:
@@ -417,7 +493,7 @@ class ClamdClient:
         self._core.connections.pop(self, None)
         self._core.watch.let_go(self._fileno)
         self._reading = False
-        for handle in (self._timer, self._write_timer, self._flushing, self._resuming):
+        for handle in (self._timer, self._write_timer, self._resuming):
             if handle is not None:
                 handle.cancel()
         self._to_open.close()
@@ -640,8 +716,8 @@ class ClamdClient:
             return
         if self._conversation.is_over:
             self._flush()
-        elif self._resuming is None:
-            self._resuming = self._loop.call_soon(self._resume)
+        else:
+            self._go_on_soon()
 
     def _log(self, command: _Command, name: bytes, verdict: Verdict, text: bytes) -> None:
         if isinstance(verdict, Error) and verdict.reason in _IN_THE_AUDIT:
@@ -673,6 +749,13 @@ def _commands_of(uid: int, core: Core) -> frozenset[Kind]:
     """Return what a user may ask for."""
     configuration = core.configuration
     return _COMMANDS[uid in configuration.may_renew, uid in configuration.may_stop]
+
+
+def _all_is_read(sock: socket.socket) -> bool:
+    try:
+        return not sock.recv(1, socket.MSG_PEEK)
+    except OSError:  # mostly that nothing is there
+        return True
 
 
 def _let_go(command: _Command) -> None:

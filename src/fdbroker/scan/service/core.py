@@ -41,8 +41,8 @@ class Connection(Protocol):
 class Speaks(Protocol):
     """What serves the clients of a listener: a protocol."""
 
-    def __call__(self, core: Core, served: ServedClient, listener: Listener) -> Connection:
-        """Serve a client that the broker has handed over."""
+    def __call__(self, core: Core, served: ServedClient, listener: Listener) -> object:
+        """Serve a client that the broker has handed over: now, or by a `Connection` that goes on."""
 
 
 class Core:

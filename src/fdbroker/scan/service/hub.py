@@ -257,7 +257,7 @@ class ClientFiles:
 
     def may_be_given(self) -> bool:
         """Return whether there is room for one more descriptor that the client sends."""
-        return self._hub.has_room(self, 1)
+        return not self._hub.queued or self._hub.has_room(self, 1)
 
     def may_open(self) -> bool:
         """Return whether there is room for one more file that is opened for it, and it hears of them."""

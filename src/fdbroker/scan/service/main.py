@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import resource
@@ -33,6 +32,7 @@ from fdbroker.scan.service.core import say
 from fdbroker.scan.service.opening import DESCRIPTORS_OF_A_REQUEST
 from fdbroker.scan.service.serving import serve
 from fdbroker.scan.service.tcp import listening_socket
+from fdbroker.scan.service.watch import run
 from fdbroker.scan.supervisor import DEFAULT_WINDOW
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _run_with(configuration: Configuration, tcp: socket.socket | None, ready: in
             missing = ", ".join(state.layer.value for state in report.missing())
             say("its workers are confined" + (f", but for: {missing}" if missing else " by all layers"))
         versions: list[Version] = pool.versions()
-        asyncio.run(serve(configuration, pool, versions, notifier, tcp))
+        run(serve(configuration, pool, versions, notifier, tcp))
 
 
 def limits_within(configuration: Configuration, descriptors: int) -> Limits:

@@ -124,7 +124,7 @@ class NativeClient:
         self._copying: set[asyncio.Task[None]] = set()
         self._copies = core.copies_of(served.uid)
         self._outbox: deque[bytes] = deque()
-        self._flushing: asyncio.Handle | None = None
+        self._is_due = False  # to tell what there is to tell
         core.connections[self] = listener
         try:
             self._read()
@@ -480,14 +480,13 @@ class NativeClient:
         self._flush()
 
     def _flush_soon(self) -> None:
-        if self._flushing is None and not self._closed:
-            self._flushing = self._loop.call_soon(self._flush)
+        if not self._is_due and not self._closed:
+            self._is_due = True
+            self._core.watch.soon(self._flush)
 
     def _flush(self) -> None:
         """Tell what there is to tell, unless something waits to be read: then it waits as well."""
-        if self._flushing is not None:
-            self._flushing.cancel()
-            self._flushing = None
+        self._is_due = False
         if self._closed or self._outbox:
             return
         messages: list[bytes] = []

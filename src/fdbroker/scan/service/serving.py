@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fdbroker import aio
-from fdbroker.scan.service.clamd import ClamdClient
+from fdbroker.scan.service.clamd import serve_client
 from fdbroker.scan.service.configuration import Tcp
 from fdbroker.scan.service.core import Core, say
 from fdbroker.scan.service.native import NativeClient
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fdbroker.scan.service.core import Speaks
 
 # By the words of the configuration.
-PROTOCOLS: dict[str, Speaks] = {"clamd": ClamdClient, "scan": NativeClient}
+PROTOCOLS: dict[str, Speaks] = {"clamd": serve_client, "scan": NativeClient}
 # What they are spoken on, and how the policy has it.
 _SOCKETS = {"clamd": (socket.SOCK_STREAM, "stream"), "scan": (socket.SOCK_SEQPACKET, "seqpacket")}
 
@@ -121,9 +121,12 @@ async def _take_clients(
     """Serve who comes. Raises BrokerError when nobody can come any more; then those that came are gone."""
     speaks = PROTOCOLS[listener.protocol]
     kind, word = _SOCKETS[listener.protocol]
+    fits = False  # all of a listener have the same type
 
     def take(served: aio.ServedClient) -> None:
-        if served.socket.type != kind:
+        nonlocal fits
+        fits = fits or served.socket.type == kind
+        if not fits:
             # Of the policy nothing can be seen before somebody comes.
             _note(
                 core,

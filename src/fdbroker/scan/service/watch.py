@@ -1,8 +1,8 @@
 """Descriptors that an event loop looks at: clients, and workers, each with its own call.
 
 An event loop of asyncio takes a handle, a context and a place in a queue for each event, and most of a small
-scan is such work. So all of these are in one epoll(7), which the loop sees as one descriptor, and their calls
-are made one after the other.
+scan is such work. So the loop has a selector that makes the calls of these itself, one after the other, and
+tells the loop of the others alone: `run` runs a program by such a loop.
 """
 
 from __future__ import annotations
@@ -10,13 +10,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
 import select
-from typing import TYPE_CHECKING
+import selectors
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine, Mapping
+    from typing import Any
+
+    from _typeshed import FileDescriptorLike
 
     Call = Callable[[int], None]
+
+_Result = TypeVar("_Result")
 
 # Events of epoll_ctl(2). What is told in any case is that the other end is gone.
 READABLE = int(select.EPOLLIN)
@@ -29,22 +37,135 @@ _SECONDS_UNTIL_LATER = 0.05
 _MOST_AT_ONCE = 64  # before other tasks have their turn
 
 
-class Watch:
-    """Calls functions when something happens to descriptors. For one event loop, the one that runs.
+def run(main: Coroutine[Any, Any, _Result]) -> _Result:
+    """Run a program in which there may be a `Watch`, and return its result; as `asyncio.run`."""
+    with asyncio.Runner(loop_factory=_Loop) as runner:
+        return runner.run(main)
 
-    Each is told the events. `after` is called when a round of such calls is over.
+
+class _Selector(selectors.BaseSelector):
+    """As `selectors.EpollSelector`, but that it hands what is ready and has no key to `others`."""
+
+    def __init__(self) -> None:
+        self.epoll = select.epoll()
+        self.others: Callable[[list[tuple[int, int]]], None] | None = None
+        self._keys: dict[int, selectors.SelectorKey] = {}
+
+    def register(
+        self,
+        fileobj: FileDescriptorLike,
+        events: int,
+        data: Any = None,  # noqa: ANN401 - of the base class
+    ) -> selectors.SelectorKey:
+        """Wait for `events`: EVENT_READ, EVENT_WRITE, or both."""
+        number = _number_of(fileobj)
+        if number in self._keys:
+            raise KeyError(f"{fileobj!r} is registered already")
+        self.epoll.register(number, _events_of(events))
+        key = self._keys[number] = selectors.SelectorKey(fileobj, number, events, data)
+        return key
+
+    def unregister(self, fileobj: FileDescriptorLike) -> selectors.SelectorKey:
+        """Wait for it no more; it may be closed by now. Raises KeyError if it is not registered."""
+        key = self._keys.pop(self.get_key(fileobj).fd)
+        with contextlib.suppress(OSError):
+            self.epoll.unregister(key.fd)
+        return key
+
+    def modify(
+        self,
+        fileobj: FileDescriptorLike,
+        events: int,
+        data: Any = None,  # noqa: ANN401 - of the base class
+    ) -> selectors.SelectorKey:
+        """Wait for other events. Raises KeyError if it is not registered."""
+        before = self.get_key(fileobj)
+        if events != before.events:
+            self.epoll.modify(before.fd, _events_of(events))
+        key = self._keys[before.fd] = before._replace(events=events, data=data)
+        return key
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Wait, make the calls of the others, and return what there is of its keys."""
+        if timeout is None:
+            seconds = -1.0
+        elif timeout <= 0:
+            seconds = 0.0
+        else:  # epoll_wait(2) counts milliseconds; what is due must not be asked for again and again before
+            seconds = math.ceil(timeout * 1e3) * 1e-3
+        ready = self.epoll.poll(seconds, _MOST_AT_ONCE)
+        keys = self._keys
+        others = [one for one in ready if one[0] not in keys]
+        if others and self.others is not None:
+            self.others(others)
+            if len(others) == len(ready):
+                return []
+        found = []
+        for number, events in ready:
+            # Not before the calls: they may have had another descriptor registered by this number.
+            key = keys.get(number)
+            if key is not None:
+                mask = (events & ~READABLE and selectors.EVENT_WRITE) | (
+                    events & ~WRITABLE and selectors.EVENT_READ
+                )
+                found.append((key, mask & key.events))
+        return found
+
+    def close(self) -> None:
+        """Let go of all."""
+        self.epoll.close()
+        self._keys.clear()
+
+    def get_key(self, fileobj: FileDescriptorLike) -> selectors.SelectorKey:
+        """Return the key of an object, also of a closed one. Raises KeyError if there is none."""
+        number = _number_of(fileobj)
+        if number < 0:
+            number = next((key.fd for key in self._keys.values() if key.fileobj is fileobj), number)
+        return self._keys[number]
+
+    def get_map(self) -> Mapping[FileDescriptorLike, selectors.SelectorKey]:
+        """Return the keys by object."""
+        return {key.fileobj: key for key in self._keys.values()}
+
+
+def _number_of(fileobj: FileDescriptorLike) -> int:
+    return fileobj if isinstance(fileobj, int) else fileobj.fileno()
+
+
+def _events_of(events: int) -> int:
+    return (events & selectors.EVENT_READ and READABLE) | (events & selectors.EVENT_WRITE and WRITABLE)
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop in which there may be a `Watch`."""
+
+    def __init__(self) -> None:
+        self.selector = _Selector()
+        super().__init__(self.selector)
+
+
+class Watch:
+    """Calls functions when something happens to descriptors. For one event loop, that of `run`, which runs.
+
+    Each is told the events. `after` is called when a round of such calls is over, and behind it what was to
+    be called `soon`.
     """
 
     def __init__(self) -> None:
         self.after: Callable[[], None] | None = None
         self.in_round = False
         """Whether `after` will be called without anybody's doing."""
-        self._epoll = select.epoll()
+        self._loop = asyncio.get_running_loop()
+        assert isinstance(self._loop, _Loop)  # noqa: S101 - for the type checker
+        self._selector = self._loop.selector
+        self._epoll = self._selector.epoll
+        self._selector.others = self._look
         self._calls: dict[int, Call] = {}
         self._later: dict[int, int] = {}
+        self._soon: list[Callable[[], None]] = []
+        self._sees_to_soon = False
+        self._soon_in_loop: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._epoll.fileno(), self._look)
 
     def add(self, descriptor: int, events: int, call: Call, *, later: bool = False) -> None:
         """Call a function whenever one of the events is there; let go of it before it is closed here.
@@ -74,6 +195,36 @@ class Watch:
 
     def round(self, call: Callable[[], object]) -> None:
         """Make a call as if it were for one of the descriptors."""
+        self._sees_to_soon = True
+        try:
+            self._part_of_round(call)
+            if self._soon:
+                self._part_of_round(self._make_soon_calls)
+        finally:
+            self._sees_to_soon = False
+            if self._soon:  # what is behind that has its turn when others had theirs
+                self._have_soon_calls_made()
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """Make a call when this round is over; outside one, in the next round of the loop.
+
+        What is told to a client, of several files perhaps, is so said once, and at once.
+        """
+        self._soon.append(call)
+        if not self._sees_to_soon:
+            self._have_soon_calls_made()
+
+    def close(self) -> None:
+        """Let go of all."""
+        if self._soon_in_loop is not None:
+            self._soon_in_loop.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._selector.others = None
+        for descriptor in list(self._calls):
+            self.let_go(descriptor)
+
+    def _part_of_round(self, call: Callable[[], object]) -> None:
         self.in_round = True
         try:
             call()
@@ -82,12 +233,24 @@ class Watch:
             if self.after is not None:
                 self.after()
 
-    def close(self) -> None:
-        """Let go of all."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._loop.remove_reader(self._epoll.fileno())
-        self._epoll.close()
+    def _have_soon_calls_made(self) -> None:
+        if self._soon_in_loop is None:
+            self._soon_in_loop = self._loop.call_soon(self._in_loop)
+
+    def _in_loop(self) -> None:
+        self._soon_in_loop = None
+        self._make_soon_calls()
+
+    def _make_soon_calls(self) -> None:
+        calls, self._soon = self._soon, []
+        for call in calls:
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the others are served
+                self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        self._loop.call_exception_handler({"message": "a call failed", "exception": error})
 
     def _begin(self) -> None:
         self._timer = None
@@ -103,15 +266,15 @@ class Watch:
                 self._timer = self._loop.call_later(_SECONDS_UNTIL_LATER, self._begin)
                 return
 
-    def _look(self) -> None:
-        self.round(self._call)
+    def _look(self, ready: list[tuple[int, int]]) -> None:
+        self.round(partial(self._call, ready))
 
-    def _call(self) -> None:
-        for descriptor, events in self._epoll.poll(0, _MOST_AT_ONCE):
+    def _call(self, ready: list[tuple[int, int]]) -> None:
+        for descriptor, events in ready:
             call = self._calls.get(descriptor)
             if call is None:  # it was let go of in this very round
                 continue
             try:
                 call(events)
             except Exception as error:  # noqa: BLE001 - whatever it is, the others are served
-                self._loop.call_exception_handler({"message": "a call failed", "exception": error})
+                self._failed(error)
