@@ -45,13 +45,13 @@ class FileAnswer(NamedTuple):
 
 def encode(number: int, size: int, answers: Sequence[Answer]) -> bytes:
     """Return the answer as bytes."""
-    head = _HEAD.pack(number, size, len(answers))
-    return head + b"".join([_encode_verdict(one.verdict) for one in answers])
+    data = _HEAD.pack(number, size, len(answers))
+    for _, verdict in answers:
+        data += _CLEAN_BYTES if isinstance(verdict, Clean) else _encode_bad(verdict)
+    return data
 
 
-def _encode_verdict(verdict: Verdict) -> bytes:
-    if isinstance(verdict, Clean):
-        return _CLEAN_BYTES
+def _encode_bad(verdict: Infected | Error) -> bytes:
     if isinstance(verdict, Infected):
         text = _text(verdict.name)
         for name in verdict.more:

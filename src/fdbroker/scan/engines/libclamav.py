@@ -179,16 +179,6 @@ _OnPart = ctypes.CFUNCTYPE(
 )
 
 
-class _Layer:
-    """The file, or a part that was unpacked from it."""
-
-    __slots__ = ("kind", "parts")
-
-    def __init__(self, kind: bytes) -> None:
-        self.kind = kind
-        self.parts = 0
-
-
 class LibClamAV(Inside):
     """Scans with ClamAV's library, in the worker."""
 
@@ -204,7 +194,10 @@ class LibClamAV(Inside):
         self._scratch: Scratch | None = None
         self._messages: list[bytes] = []
         self._names: list[bytes] = []
-        self._layers: list[_Layer] = []
+        # Of the file, and of the part of a part of it that is being scanned: its kind, and how many parts came
+        # out of it.
+        self._kinds: list[bytes | None] = []
+        self._parts: list[int] = []
         self._without_parts: bytes | None = None
         self._cut_off = False
         heuristic = _ALERT_EXCEEDS_MAX | (0 if "encrypted" in options.accept else _ALERT_ENCRYPTED)
@@ -245,7 +238,7 @@ class LibClamAV(Inside):
 
         """
         self._library = _load_library(self.options.library)
-        self._scan_descriptor = self._library.cl_scandesc_callback
+        self._scan_descriptor = _scan_function(self.options.library)
         self._library.cl_set_clcb_msg(self._on_message)
         self._check("cl_init", self._library.cl_init(0))
         engine = self._library.cl_engine_new()
@@ -296,14 +289,17 @@ class LibClamAV(Inside):
             self._scratch = Scratch(scratch)
         self._messages.clear()
         self._names.clear()
-        self._layers.clear()
+        self._kinds.clear()
+        self._parts.clear()
         self._without_parts, self._cut_off = None, False
         self._name.value = None
         status = self._scan_descriptor(
             descriptor, None, self._name_pointer, None, self._engine, self._options_pointer, None
         )
         self._close_layers(0)
-        self._take_name(descriptor, self._last_name(), None)
+        last_name = self._name.value
+        if last_name:
+            self._take_name(descriptor, last_name, None)
         verdict: Verdict = _NOTHING_FOUND
         # The short way for nearly all files: the library says clean, and there is nothing else to look at.
         if status or self._names or self._messages or self._cut_off or self._without_parts:
@@ -343,9 +339,6 @@ class LibClamAV(Inside):
             return Error(Reason.UNSCANNABLE_CONTAINER, text)
         return _NOTHING_FOUND
 
-    def _last_name(self) -> bytes | None:
-        return self._name.value
-
     def _take_message(self, severity: int, _full: bytes, message: bytes | None, _context: object) -> None:
         if severity >= _MESSAGE_ERROR and len(self._messages) < _MOST_MESSAGES:
             self._messages.append(message or b"an error without a text")
@@ -369,19 +362,22 @@ class LibClamAV(Inside):
         _context: int | None,
     ) -> int:
         """Be told of the file (depth 0), and of each part of it, before it is scanned."""
-        self._close_layers(depth)
-        if self._layers:
-            self._layers[-1].parts += 1
+        parts = self._parts
+        if parts:
+            self._close_layers(depth)
+        if parts:
+            parts[-1] += 1
             self._cut_off = self._cut_off or size >= self.options.max_file_size
-        self._layers.append(_Layer(kind or b""))
+        self._kinds.append(kind)
+        parts.append(0)
         return _CL_CLEAN
 
     def _close_layers(self, depth: int) -> None:
-        layers = self._layers
-        while len(layers) > depth:
-            layer = layers.pop()
-            if not layer.parts and layer.kind in _MUST_HAVE_PARTS:
-                self._without_parts = layer.kind
+        kinds, parts = self._kinds, self._parts
+        while len(parts) > depth:
+            kind = kinds.pop()
+            if not parts.pop() and kind in _MUST_HAVE_PARTS:
+                self._without_parts = kind
 
     def _set_limits(self) -> None:
         options = self.options
@@ -480,8 +476,16 @@ def _load_library(name: str) -> Any:  # noqa: ANN401 - a library has no type
     library.cl_engine_get_num.restype = ctypes.c_longlong
     library.cl_engine_set_str.argtypes = (pointer, number, text)
     library.cl_load.argtypes = (text, pointer, pointer, ctypes.c_uint)
-    library.cl_scandesc_callback.argtypes = (number, text, pointer, pointer, pointer, pointer, pointer)
     return library
+
+
+def _scan_function(name: str) -> Any:  # noqa: ANN401 - as of the library
+    """Return cl_scandesc_callback of a library that is loaded, as it costs least to call it for each file.
+
+    The lock of the interpreter stays held, as there is no other thread: otherwise each callback would take
+    it. Arguments go as what they are (a descriptor, None, things of ctypes), without a look at their types.
+    """
+    return ctypes.PyDLL(name).cl_scandesc_callback
 
 
 def _has_unrar() -> bool:
