@@ -311,12 +311,17 @@ class Pool:
         """
         file = self._admitted(self._own, path, path, descriptor, self._max_size, None)
         if file is not None:
-            lane = self._last
-            if lane is not None and lane.gathers_more(file) and not self._handovers and not self.waiting:
-                # As `_to_workers` would do with it, without asking which worker, or for verdicts.
-                lane.gather(file)
-                self._with_workers += 1
-                return ()
+            if not self.waiting:
+                # As `_make_room` would do with it, without asking who else waits, or for verdicts.
+                lane = self._last
+                if self._handovers:
+                    if self._handovers[0][1].room() > 0 and not self._finished:
+                        self._hand_over(file)
+                        return ()
+                elif lane is not None and lane.gathers_more(file):
+                    lane.gather(file)
+                    self._with_workers += 1
+                    return ()
             self._queue(file)
         return self._make_room()
 
@@ -636,17 +641,17 @@ class Pool:
         for name, handover in self._handovers:
             for number, verdict in handover.answers():
                 file = self._outside_files.pop(number)
-                file = file._replace(answers=(*file.answers, Answer(name, verdict)))
+                answers = (*file.answers, _new(Answer, (name, verdict)))
                 if number in self._unwanted:
                     self._unwanted.discard(number)
                     file.owned.close()
-                elif len(file.answers) < len(self._handovers):
-                    self._hand_over(file)
+                elif len(answers) < len(self._handovers):
+                    self._hand_over(file._replace(answers=answers))
                 elif self._lanes:
-                    self._ready.add(file.source, file)
+                    self._ready.add(file.source, file._replace(answers=answers))
                 else:
                     file.owned.close()
-                    self._all_said(file, file.answers)
+                    self._all_said(file, answers)
 
     def _go_on(self, least: int) -> Iterator[Done]:
         """Yield the verdicts that are there; if there is none, wait until there may be one.
