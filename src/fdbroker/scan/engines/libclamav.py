@@ -29,12 +29,8 @@ Hazards of the scratch directory, all three seen with ClamAV 1.4.6:
 from __future__ import annotations
 
 import ctypes
-import io
 import os
 import re
-import tarfile
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +233,8 @@ class LibClamAV(Inside):
             EngineError: either can't be loaded, or there is no signature in the database.
 
         """
+        import tempfile  # noqa: PLC0415 - for the warm-up only; who configures the engine has no use for it
+
         self._library = _load_library(self.options.library)
         self._scan_descriptor = _scan_function(self.options.library)
         self._library.cl_set_clcb_msg(self._on_message)
@@ -508,9 +506,12 @@ def _date(seconds: int) -> str:
 
 
 def _samples() -> list[bytes]:
-    import bz2  # noqa: PLC0415 - for the warm-up only
+    import bz2  # noqa: PLC0415 - for the warm-up only, all of them
     import gzip  # noqa: PLC0415
+    import io  # noqa: PLC0415
     import lzma  # noqa: PLC0415
+    import tarfile  # noqa: PLC0415
+    import zipfile  # noqa: PLC0415
 
     text = b"<html><head><meta charset='windows-1251'></head><body>text</body></html>"
     zipped, tarred = io.BytesIO(), io.BytesIO()
