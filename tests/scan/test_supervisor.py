@@ -486,3 +486,33 @@ def test_leaving_early_closes_everything(bad: BadWorkers, tmp_path: Path) -> Non
         pid = supervisor.worker_pid
     assert open_descriptors() == before
     assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_versions_are_told_by_the_worker_of_the_start_and_after_its_first_file_by_another(
+    tmp_path: Path,
+) -> None:
+    spawned: list[None] = []
+
+    def spawn() -> Worker:
+        spawned.append(None)
+        return supervisor.spawn_from_zygote()
+
+    with supervise(spawn=spawn) as supervisor:
+        supervisor.start()
+        told = supervisor.versions()
+        assert (told, len(spawned)) == (["hashes 1, 3 digests"], 1)
+        assert verdicts([*submit(supervisor, tmp_path, EICAR), *supervisor.finish()]) == ["infected"]
+        assert (supervisor.versions(), len(spawned)) == (told, 2)
+        assert supervisor.workers_started == 1
+
+
+def test_a_worker_that_could_not_be_asked_for_versions_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with supervise() as supervisor:
+        supervisor.start()
+        refuse_sends(monkeypatch, errno.EPIPE, [True])
+        with pytest.raises(OSError, match="Broken pipe"):
+            supervisor.versions()
+        assert verdicts([*submit(supervisor, tmp_path, EICAR), *supervisor.finish()]) == ["infected"]
+        assert supervisor.workers_started == 2

@@ -256,19 +256,31 @@ class Supervisor:
     def versions(self, loaded: Loaded | None = None) -> list[str]:
         """Return what each engine says of its version, in their order; of `loaded`, before it is adopted.
 
-        A worker of its own is asked, which never has a file, so that nothing hostile answers.
+        A worker is asked that has had no file yet, so that nothing hostile answers: the one of `start`, or
+        one of its own.
 
         Raises:
             SandboxError: there is no such worker, or it does not answer.
             OSError: no process or descriptors to be had.
 
         """
+        if loaded is None and self._worker is not None and not self._has_had_files:
+            try:
+                return self._told_by(self._worker)
+            except BaseException:
+                # It may answer yet, and nobody would know to what.
+                self.replace_worker()
+                raise
         with self._spawn() if loaded is None else loaded.zygote.spawn() as fresh:
-            sockets.send(fresh.channel, VERSIONS)
-            if not is_readable(fresh.channel.fileno(), _SECONDS_TO_TELL):
-                raise SandboxError("the worker does not tell the versions of its engines")
-            with (message := sockets.receive(fresh.channel, LONGEST_VERSIONS + 1)).descriptors:
-                versions = decode_versions(message.data)
+            return self._told_by(fresh)
+
+    def _told_by(self, fresh: Worker) -> list[str]:
+        """Return the versions that a worker tells which has had no file."""
+        sockets.send(fresh.channel, VERSIONS)
+        if not is_readable(fresh.channel.fileno(), _SECONDS_TO_TELL):
+            raise SandboxError("the worker does not tell the versions of its engines")
+        with (message := sockets.receive(fresh.channel, LONGEST_VERSIONS + 1)).descriptors:
+            versions = decode_versions(message.data)
         if len(versions) != len(self._engines):
             raise SandboxError("the worker told something else than the versions of its engines")
         return versions

@@ -28,6 +28,7 @@ Hazards of the scratch directory, all three seen with ClamAV 1.4.6:
 
 from __future__ import annotations
 
+import binascii
 import ctypes
 import os
 import re
@@ -190,8 +191,7 @@ class LibClamAV(Inside):
         self._scratch: Scratch | None = None
         self._messages: list[bytes] = []
         self._names: list[bytes] = []
-        # Of the file, and of the part of a part of it that is being scanned: its kind, and how many parts came
-        # out of it.
+        # Of the file, and of the part of a part of it that is being scanned: its kind, and how many parts it had.
         self._kinds: list[bytes | None] = []
         self._parts: list[int] = []
         self._without_parts: bytes | None = None
@@ -295,9 +295,7 @@ class LibClamAV(Inside):
             descriptor, None, self._name_pointer, None, self._engine, self._options_pointer, None
         )
         self._close_layers(0)
-        last_name = self._name.value
-        if last_name:
-            self._take_name(descriptor, last_name, None)
+        self._take_name(descriptor, self._last_name(), None)
         verdict: Verdict = _NOTHING_FOUND
         # The short way for nearly all files: the library says clean, and there is nothing else to look at.
         if status or self._names or self._messages or self._cut_off or self._without_parts:
@@ -336,6 +334,9 @@ class LibClamAV(Inside):
             text = f"libclamav: damaged, or packed as it can't unpack: nothing came out of {kind}"
             return Error(Reason.UNSCANNABLE_CONTAINER, text)
         return _NOTHING_FOUND
+
+    def _last_name(self) -> bytes | None:
+        return self._name.value
 
     def _take_message(self, severity: int, _full: bytes, message: bytes | None, _context: object) -> None:
         if severity >= _MESSAGE_ERROR and len(self._messages) < _MOST_MESSAGES:
@@ -505,22 +506,29 @@ def _date(seconds: int) -> str:
     return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%a %b %e %H:%M:%S %Y") if seconds else "local"
 
 
-def _samples() -> list[bytes]:
-    import bz2  # noqa: PLC0415 - for the warm-up only, all of them
-    import gzip  # noqa: PLC0415
-    import io  # noqa: PLC0415
-    import lzma  # noqa: PLC0415
-    import tarfile  # noqa: PLC0415
-    import zipfile  # noqa: PLC0415
+_TEXT = b"<html><head><meta charset='windows-1251'></head><body>text</body></html>"
+# That text in containers: zip, tar.gz, gz, bz2, xz. To make them here would take longer than to scan them.
+_CONTAINERS = """
+UEsDBBQAAAAIAAAAIQAS7sS/PwAAAEgAAAALAAAAc2FtcGxlLmh0bWyzySjJzbGzyUhNTLGzyU0tSVRIzkgsKk4tsVUvz8xL
+yS8v1jU0MjVUt7PRh6hJyk+ptCtJrSix0QczgeIgEwBQSwECFAMUAAAACAAAACEAEu7Evz8AAABIAAAACwAAAAAAAAAAAAAA
+gAEAAAAAc2FtcGxlLmh0bWxQSwUGAAAAAAEAAQA5AAAAaAAAAAAA
 
-    text = b"<html><head><meta charset='windows-1251'></head><body>text</body></html>"
-    zipped, tarred = io.BytesIO(), io.BytesIO()
-    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("sample.html", text)
-    with tarfile.open(fileobj=tarred, mode="w:gz") as archive:
-        info = tarfile.TarInfo("sample.txt")
-        info.size = len(text)
-        archive.addfile(info, io.BytesIO(text))
+H4sIAAAAAAACA+3NQQ6CMBCF4R6FHSuFGpBN7V2qNMGEiqFjwNtbYWHiXjb+3+ZNXiYz0YV77/cyi/qZMjlW1ZLJd5Zaf+a1
+b5q6UVmpNvCI4sb0Uv0n00norem8a60JXlx26dwYvZzy6Xprhynu9KHWuTXFunMe2qcVP4spljH17wsKAAAAAAAAAAAAAAAA
+ALCpF6ptxXUAKAAA
+
+H4sIAAAAAAACA7PJKMnNsbPJSE1MsbPJTS1JVEjOSCwqTi2xVS/PzEvJLy/WNTQyNVS3s9GHqEnKT6m0K0mtKLHRBzOB4iAT
+ABLuxL9IAAAA
+
+QlpoOTFBWSZTWenQOp0AAAgZgECCsgc+Z5zgIABURAAA0NADU1D1NH6oG0mZQFdXMjopjcSTb6lgmGVR23DMHgZisFyQnqjF
+RzgWm3vhAqgQqeHxdyRThQkOnQOp0A==
+
+/Td6WFoAAATm1rRGAgAhARYAAAB0L+Wj4ABHAEBdAB4aCobvStlaiOTcnkCyk/8EcQTVd44J6r4oE+ScC/gWKtaBH0cx3Ynk
+A0q1Zy5j0L1nS4PqJyq8n5t5LgeEYAAAYhYCSfPALY8AAVxI0W6PTh+2830BAAAAAARZWg==
+""".split("\n\n")
+
+
+def _samples() -> list[bytes]:
     mail = (
         b"From: a@example.org\r\nTo: b@example.org\r\nSubject: =?koi8-r?B?8NLJ18XU?=\r\nMIME-Version: 1.0\r\n"
         b"Date: Thu, 01 Jan 2026 00:00:00 +0000\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n"
@@ -537,13 +545,9 @@ def _samples() -> list[bytes]:
     )
     return [
         b"text",
-        text,
-        text.decode("ascii").encode("utf-16"),
-        zipped.getvalue(),
-        tarred.getvalue(),
-        gzip.compress(text),
-        bz2.compress(text),
-        lzma.compress(text),
+        _TEXT,
+        _TEXT.decode("ascii").encode("utf-16"),
+        *map(binascii.a2b_base64, _CONTAINERS),
         mail,
         pdf,
         png,
