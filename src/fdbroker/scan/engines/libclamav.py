@@ -191,7 +191,7 @@ class LibClamAV(Inside):
         self._scratch: Scratch | None = None
         self._messages: list[bytes] = []
         self._names: list[bytes] = []
-        # Of the file, and of the part of a part of it that is being scanned: its kind, and how many parts it had.
+        # Of the file, and of the parts that are within each other now: the kind, and how many parts came out.
         self._kinds: list[bytes | None] = []
         self._parts: list[int] = []
         self._without_parts: bytes | None = None
@@ -507,25 +507,31 @@ def _date(seconds: int) -> str:
 
 
 _TEXT = b"<html><head><meta charset='windows-1251'></head><body>text</body></html>"
-# That text in containers: zip, tar.gz, gz, bz2, xz. To make them here would take longer than to scan them.
-_CONTAINERS = """
-UEsDBBQAAAAIAAAAIQAS7sS/PwAAAEgAAAALAAAAc2FtcGxlLmh0bWyzySjJzbGzyUhNTLGzyU0tSVRIzkgsKk4tsVUvz8xL
-yS8v1jU0MjVUt7PRh6hJyk+ptCtJrSix0QczgeIgEwBQSwECFAMUAAAACAAAACEAEu7Evz8AAABIAAAACwAAAAAAAAAAAAAA
-gAEAAAAAc2FtcGxlLmh0bWxQSwUGAAAAAAEAAQA5AAAAaAAAAAAA
-
-H4sIAAAAAAACA+3NQQ6CMBCF4R6FHSuFGpBN7V2qNMGEiqFjwNtbYWHiXjb+3+ZNXiYz0YV77/cyi/qZMjlW1ZLJd5Zaf+a1
-b5q6UVmpNvCI4sb0Uv0n00norem8a60JXlx26dwYvZzy6Xprhynu9KHWuTXFunMe2qcVP4spljH17wsKAAAAAAAAAAAAAAAA
-ALCpF6ptxXUAKAAA
-
-H4sIAAAAAAACA7PJKMnNsbPJSE1MsbPJTS1JVEjOSCwqTi2xVS/PzEvJLy/WNTQyNVS3s9GHqEnKT6m0K0mtKLHRBzOB4iAT
-ABLuxL9IAAAA
-
-QlpoOTFBWSZTWenQOp0AAAgZgECCsgc+Z5zgIABURAAA0NADU1D1NH6oG0mZQFdXMjopjcSTb6lgmGVR23DMHgZisFyQnqjF
-RzgWm3vhAqgQqeHxdyRThQkOnQOp0A==
-
-/Td6WFoAAATm1rRGAgAhARYAAAB0L+Wj4ABHAEBdAB4aCobvStlaiOTcnkCyk/8EcQTVd44J6r4oE+ScC/gWKtaBH0cx3Ynk
-A0q1Zy5j0L1nS4PqJyq8n5t5LgeEYAAAYhYCSfPALY8AAVxI0W6PTh+2830BAAAAAARZWg==
-""".split("\n\n")
+# That text in containers: to make them here would take longer than to scan them.
+_CONTAINERS = {
+    "zip": (
+        "UEsDBBQAAAAIAAAAIQAS7sS/PwAAAEgAAAALAAAAc2FtcGxlLmh0bWyzySjJzbGzyUhNTLGzyU0tSVRIzkgsKk4tsVUvz8xL"
+        "yS8v1jU0MjVUt7PRh6hJyk+ptCtJrSix0QczgeIgEwBQSwECFAMUAAAACAAAACEAEu7Evz8AAABIAAAACwAAAAAAAAAAAAAA"
+        "gAEAAAAAc2FtcGxlLmh0bWxQSwUGAAAAAAEAAQA5AAAAaAAAAAAA"
+    ),
+    "tar.gz": (
+        "H4sIAAAAAAACA+3NQQ6CMBCF4R6FHSuFGpBN7V2qNMGEiqFjwNtbYWHiXjb+3+ZNXiYz0YV77/cyi/qZMjlW1ZLJd5Zaf+a1"
+        "b5q6UVmpNvCI4sb0Uv0n00norem8a60JXlx26dwYvZzy6Xprhynu9KHWuTXFunMe2qcVP4spljH17wsKAAAAAAAAAAAAAAAA"
+        "ALCpF6ptxXUAKAAA"
+    ),
+    "gz": (
+        "H4sIAAAAAAACA7PJKMnNsbPJSE1MsbPJTS1JVEjOSCwqTi2xVS/PzEvJLy/WNTQyNVS3s9GHqEnKT6m0K0mtKLHRBzOB4iAT"
+        "ABLuxL9IAAAA"
+    ),
+    "bz2": (
+        "QlpoOTFBWSZTWenQOp0AAAgZgECCsgc+Z5zgIABURAAA0NADU1D1NH6oG0mZQFdXMjopjcSTb6lgmGVR23DMHgZisFyQnqjF"
+        "RzgWm3vhAqgQqeHxdyRThQkOnQOp0A=="
+    ),
+    "xz": (
+        "/Td6WFoAAATm1rRGAgAhARYAAAB0L+Wj4ABHAEBdAB4aCobvStlaiOTcnkCyk/8EcQTVd44J6r4oE+ScC/gWKtaBH0cx3Ynk"
+        "A0q1Zy5j0L1nS4PqJyq8n5t5LgeEYAAAYhYCSfPALY8AAVxI0W6PTh+2830BAAAAAARZWg=="
+    ),
+}
 
 
 def _samples() -> list[bytes]:
@@ -547,7 +553,7 @@ def _samples() -> list[bytes]:
         b"text",
         _TEXT,
         _TEXT.decode("ascii").encode("utf-16"),
-        *map(binascii.a2b_base64, _CONTAINERS),
+        *map(binascii.a2b_base64, _CONTAINERS.values()),
         mail,
         pdf,
         png,
