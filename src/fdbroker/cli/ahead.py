@@ -22,6 +22,7 @@ class Ahead:
     An iterator over the same. It goes `limit` entries ahead at most, some
     for each that is taken: nobody waits for the listing of a whole tree. An
     error of the walk is raised in its place, behind all that came before it.
+    With a limit of 0 a loop does not count: there is no bar then.
     """
 
     def __init__(self, found: Iterable[Found], limit: int) -> None:

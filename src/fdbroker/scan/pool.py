@@ -91,6 +91,7 @@ class _Lane:
     def __init__(self, supervisor: Supervisor, window: int) -> None:
         self.supervisor = supervisor
         self.window = window
+        self.group = supervisor.group
         self.domain: Domain | None = None  # of its files; None: it had none yet
         self.files: deque[_File] = deque()  # that it has; answered in this order
         self.bytes = 0
@@ -109,7 +110,7 @@ class _Lane:
     def gathers_more(self, file: _File) -> bool:
         """Return whether it is busy, can have this file too, and waits for more before they are sent."""
         return (
-            0 < self.gathered < self.supervisor.group - 1
+            0 < self.gathered < self.group - 1
             # As in `takes`, of one that has files.
             and self.domain == (file.source.user, file.owner)
             and len(self.files) < self.window
@@ -128,7 +129,7 @@ class _Lane:
     def load(self, domain: Domain) -> int:
         """Return how many files it has; as if it had some if it is still to be started for this domain."""
         ready = self.domain is None and self.supervisor.workers_started > 0
-        return len(self.files) if domain == self.domain or ready else self.supervisor.group
+        return len(self.files) if domain == self.domain or ready else self.group
 
 
 class Pool:
@@ -311,7 +312,7 @@ class Pool:
         """
         file = self._admitted(self._own, path, path, descriptor, self._max_size, None)
         if file is not None:
-            if not self.waiting:
+            if not self._arrived.count and not self._ready.count:
                 # As `_make_room` would do with it, without asking who else waits, or for verdicts.
                 lane = self._last
                 if self._handovers:
@@ -500,7 +501,7 @@ class Pool:
         self._distribute()
         yield from self._told()
         while self.waiting:
-            yield from self._go_on(self._lanes[0].supervisor.group if self._lanes else 1)
+            yield from self._go_on(self._lanes[0].group if self._lanes else 1)
 
     def _told(self) -> Iterator[Done]:
         finished, self._finished = self._finished, []
@@ -557,11 +558,7 @@ class Pool:
         lane.gather(file)
         self._with_workers += 1
         # Few messages to who is busy, and none that waits for others where nobody is.
-        if (
-            lane.gathered >= lane.supervisor.group
-            or lane.bytes >= _MOST_BYTES
-            or lane.supervisor.fileno() is None
-        ):
+        if lane.gathered >= lane.group or lane.bytes >= _MOST_BYTES or lane.supervisor.fileno() is None:
             self._advance(lane, 1)
 
     def _lane_for(self, domain: Domain) -> _Lane | None:

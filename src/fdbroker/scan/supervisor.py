@@ -697,10 +697,11 @@ class Supervisor:
 def _confirmed(said: tuple[Answer, ...], job: _Job) -> tuple[Answer, ...]:
     """Return the answers that stand, after one more look at the file; mostly it is what was said."""
     [descriptor] = job.file.numbers()
-    stand = [confirm(verdict, descriptor, job.before) for _, verdict in said]
-    if len(said) == 1 and stand[0] is said[0].verdict:
-        return said
-    return tuple([Answer(one.engine, verdict) for one, verdict in zip(said, stand, strict=True)])
+    if len(said) == 1:
+        verdict = said[0].verdict
+        stands = confirm(verdict, descriptor, job.before)
+        return said if stands is verdict else (Answer(said[0].engine, stands),)
+    return tuple([Answer(name, confirm(verdict, descriptor, job.before)) for name, verdict in said])
 
 
 def _is_spoilt_by(answers: Iterable[Answer]) -> bool:
