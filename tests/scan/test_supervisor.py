@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.kernel import sockets
+from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.sandbox import Confinement, Worker, Zygote, ZygoteError
 from fdbroker.sandbox.waiting import is_readable
 from fdbroker.scan import supervisor as supervisor_module
@@ -242,12 +243,13 @@ def test_what_a_worker_says_behind_an_engine_that_is_spoilt_is_not_believed(
 def test_stuck_worker_is_a_timeout_and_is_replaced(bad: BadWorkers, tmp_path: Path) -> None:
     with bad("loop", timeout=0.5) as supervisor:
         supervisor.start()
-        stuck = supervisor.worker_pid
-        assert stuck is not None
-        done = scan_all(supervisor, tmp_path, b"x" * SIZE, b"fine")
-        assert done[0].verdict == Error(Reason.TIMED_OUT, "the worker did not answer within 0.5 s")
-        assert verdicts(done) == ["timed_out", "clean"]
-        assert not os.path.exists(f"/proc/{stuck}")
+        assert supervisor.worker_pid is not None
+        with Descriptors([os.pidfd_open(supervisor.worker_pid)]) as stuck:
+            done = scan_all(supervisor, tmp_path, b"x" * SIZE, b"fine")
+            assert done[0].verdict == Error(Reason.TIMED_OUT, "the worker did not answer within 0.5 s")
+            assert verdicts(done) == ["timed_out", "clean"]
+            # It was killed, which nobody waited for.
+            assert is_readable(stuck.numbers()[0], 20)
 
 
 @pytest.mark.parametrize("mode", ["take and end", "end at once"])
