@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdbroker.scan.answers import LONGEST_ANSWER, AnswerError, decode, encode
+from fdbroker.scan.answers import LONGEST_ANSWER, AnswerError, all_clean, decode, encode
 from fdbroker.scan.verdict import (
     LONGEST_NAME,
     LONGEST_TEXT,
@@ -33,7 +33,7 @@ VERDICTS: st.SearchStrategy[Verdict] = st.one_of(
 NUMBERS = st.integers(0, 2**64 - 1)
 
 
-ENGINES = ["engine0", "engine1"]
+CLEAN = all_clean(["engine0", "engine1"])
 FILES = st.tuples(NUMBERS, NUMBERS, st.lists(VERDICTS, min_size=2, max_size=2))
 
 
@@ -42,19 +42,19 @@ def test_an_answer_is_read_as_it_was_written(number: int, size: int, verdicts: l
     written = answers(*verdicts)
     data = encode(number, size, written)
     assert len(data) <= LONGEST_ANSWER
-    assert decode(data, [answer.engine for answer in written]) == [(number, size, written)]
+    assert decode(data, all_clean(answer.engine for answer in written)) == [(number, size, written)]
 
 
 @given(st.lists(FILES, min_size=1, max_size=8))
 def test_answers_of_one_message_are_read_in_turn(files: list[tuple[int, int, list[Verdict]]]) -> None:
     written = [(number, size, answers(*verdicts)) for number, size, verdicts in files]
-    assert decode(b"".join([encode(*one) for one in written]), ENGINES) == written
+    assert decode(b"".join([encode(*one) for one in written]), CLEAN) == written
 
 
 @given(st.binary(max_size=64), st.integers(1, 3))
 def test_any_bytes_are_answers_or_an_error(data: bytes, count: int) -> None:
     with contextlib.suppress(AnswerError):
-        assert decode(data, ["engine"] * count)
+        assert decode(data, all_clean(["engine"] * count))
 
 
 @given(st.lists(FILES, min_size=1, max_size=3), st.binary(max_size=16))
@@ -63,7 +63,7 @@ def test_a_message_with_something_behind_its_answers_is_none(
 ) -> None:
     written = b"".join([encode(number, size, answers(*verdicts)) for number, size, verdicts in files])
     with pytest.raises(AnswerError):
-        decode(written + rest + b"\0", ENGINES)
+        decode(written + rest + b"\0", CLEAN)
 
 
 @given(VERDICTS, st.integers(0, 200), st.integers(0, 255))
@@ -73,7 +73,7 @@ def test_a_byte_that_was_changed_never_makes_a_clean_of_what_was_not(
     data = bytearray(encode(1, 2, [Answer("engine", verdict)]))
     data[at % len(data)] = byte
     try:
-        read = decode(bytes(data), ["engine"])
+        read = decode(bytes(data), all_clean(["engine"]))
     except AnswerError:
         return
     if isinstance(read[0].answers[0].verdict, Clean):
@@ -84,14 +84,14 @@ def test_names_that_do_not_fit_are_left_out_and_the_finding_stays() -> None:
     long = tuple("é" * (LONGEST_NAME - 1) + chr(0x61 + number) for number in range(MOST_NAMES))
     data = encode(1, 2, [Answer("engine", Infected(long[0], long[1:]))])
     assert len(data) <= LONGEST_ANSWER
-    [[_, _, [answer]]] = decode(data, ["engine"])
+    [[_, _, [answer]]] = decode(data, all_clean(["engine"]))
     assert isinstance(answer.verdict, Infected)
     assert answer.verdict.name == long[0]
     assert 0 < len(answer.verdict.more) < MOST_NAMES - 1
 
 
-def answers(*verdicts: Verdict) -> list[Answer]:
-    return [Answer(f"engine{index}", verdict) for index, verdict in enumerate(verdicts)]
+def answers(*verdicts: Verdict) -> tuple[Answer, ...]:
+    return tuple(Answer(f"engine{index}", verdict) for index, verdict in enumerate(verdicts))
 
 
 MEMORY, FAILED = Error(Reason.MEMORY, "a"), Error(Reason.ENGINE_FAILED, "b")

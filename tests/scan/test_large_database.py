@@ -10,7 +10,7 @@ import pytest
 
 from fdbroker.kernel import sockets
 from fdbroker.sandbox.waiting import is_readable
-from fdbroker.scan.answers import LONGEST_ANSWER, decode
+from fdbroker.scan.answers import LONGEST_ANSWER, all_clean, decode
 from fdbroker.scan.plugins import configure
 from fdbroker.scan.supervisor import Supervisor
 from fdbroker.scan.verdict import Clean, Infected, Verdict
@@ -59,7 +59,7 @@ def scan(worker: Worker, path: Path, contents: bytes) -> Verdict:
     sockets.send(worker.channel, REQUEST.pack(1, len(contents)), [descriptor])
     assert is_readable(worker.channel.fileno(), 30.0)
     with (message := sockets.receive(worker.channel, LONGEST_ANSWER + 1)).descriptors:
-        [said] = decode(message.data, ["libclamav"])
+        [said] = decode(message.data, all_clean(["libclamav"]))
     return said.answers[0].verdict
 
 

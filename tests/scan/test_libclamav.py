@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
 import ctypes
+import gzip
+import io
+import lzma
 import os
 import subprocess
+import tarfile
+import zipfile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -69,6 +75,20 @@ def scan_here(engine: LibClamAV, directory: Path, contents: bytes, scratch: Path
         return engine.scan(descriptor, len(contents), bytes(scratch))
     finally:
         os.close(descriptor)
+
+
+def test_containers_of_the_warm_up_have_the_text_in_them() -> None:
+    zipped, tarred, *packed = libclamav._samples()[3:8]
+    texts = [zipfile.ZipFile(io.BytesIO(zipped)).read("sample.html")]
+    with tarfile.open(fileobj=io.BytesIO(tarred)) as archive:
+        member = archive.extractfile("sample.txt")
+        assert member is not None
+        texts.append(member.read())
+    texts += [
+        unpack(data)
+        for unpack, data in zip((gzip.decompress, bz2.decompress, lzma.decompress), packed, strict=True)
+    ]
+    assert texts == [libclamav._TEXT] * 5
 
 
 def reason_of(verdict: Verdict) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.kernel import sockets
+from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.sandbox import Confinement, Worker, Zygote, ZygoteError
 from fdbroker.sandbox.waiting import is_readable
 from fdbroker.scan import supervisor as supervisor_module
@@ -242,12 +243,13 @@ def test_what_a_worker_says_behind_an_engine_that_is_spoilt_is_not_believed(
 def test_stuck_worker_is_a_timeout_and_is_replaced(bad: BadWorkers, tmp_path: Path) -> None:
     with bad("loop", timeout=0.5) as supervisor:
         supervisor.start()
-        stuck = supervisor.worker_pid
-        assert stuck is not None
-        done = scan_all(supervisor, tmp_path, b"x" * SIZE, b"fine")
-        assert done[0].verdict == Error(Reason.TIMED_OUT, "the worker did not answer within 0.5 s")
-        assert verdicts(done) == ["timed_out", "clean"]
-        assert not os.path.exists(f"/proc/{stuck}")
+        assert supervisor.worker_pid is not None
+        with Descriptors([os.pidfd_open(supervisor.worker_pid)]) as stuck:
+            done = scan_all(supervisor, tmp_path, b"x" * SIZE, b"fine")
+            assert done[0].verdict == Error(Reason.TIMED_OUT, "the worker did not answer within 0.5 s")
+            assert verdicts(done) == ["timed_out", "clean"]
+            # It was killed, which nobody waited for.
+            assert is_readable(stuck.numbers()[0], 20)
 
 
 @pytest.mark.parametrize("mode", ["take and end", "end at once"])
@@ -486,3 +488,33 @@ def test_leaving_early_closes_everything(bad: BadWorkers, tmp_path: Path) -> Non
         pid = supervisor.worker_pid
     assert open_descriptors() == before
     assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_versions_are_told_by_the_worker_of_the_start_and_after_its_first_file_by_another(
+    tmp_path: Path,
+) -> None:
+    spawned: list[None] = []
+
+    def spawn() -> Worker:
+        spawned.append(None)
+        return supervisor.spawn_from_zygote()
+
+    with supervise(spawn=spawn) as supervisor:
+        supervisor.start()
+        told = supervisor.versions()
+        assert (told, len(spawned)) == (["hashes 1, 3 digests"], 1)
+        assert verdicts([*submit(supervisor, tmp_path, EICAR), *supervisor.finish()]) == ["infected"]
+        assert (supervisor.versions(), len(spawned)) == (told, 2)
+        assert supervisor.workers_started == 1
+
+
+def test_a_worker_that_could_not_be_asked_for_versions_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with supervise() as supervisor:
+        supervisor.start()
+        refuse_sends(monkeypatch, errno.EPIPE, [True])
+        with pytest.raises(OSError, match="Broken pipe"):
+            supervisor.versions()
+        assert verdicts([*submit(supervisor, tmp_path, EICAR), *supervisor.finish()]) == ["infected"]
+        assert supervisor.workers_started == 2

@@ -24,6 +24,8 @@ from tests.scan.descriptors import open_descriptors
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fdbroker.kernel.descriptors import Descriptors
+
 WINDOW = 4
 USERS = (1, 2, 3)
 OWNERS = (11, 12)
@@ -95,11 +97,11 @@ class PuppetSupervisor:
     def under_way(self) -> int:
         return len(self.files) + len(self.answers)
 
-    def enqueue(self, name: bytes, descriptor: int, before: Stamp) -> None:
+    def enqueue(self, name: bytes, file: Descriptors, before: Stamp) -> None:
         self.workers_started += not self.domains
         self.domains.add(PuppetSupervisor.look_up(name))
         assert len(self.domains) == 1, "a worker has files of two domains"
-        self.files.append((name, descriptor, before))
+        self.files.append((name, file.take(), before))
 
     def answer(self, verdict: Verdict) -> None:
         if self.files:
@@ -171,13 +173,15 @@ class Scans(RuleBasedStateMachine):
         self.lanes = PuppetSupervisor.made
         self.sources = [Source(user) for user in USERS for _ in range(2)]
         self.waiting: dict[int, Source] = {}  # tickets without a verdict
+        self.sources_of: dict[int, Source] = {}
+        self.owners: dict[int, int] = {}
         self.told: dict[int, Verdict] = {}
         self.said: dict[int, Verdict] = {}  # by engines, of the last worker that had the file
         self.last = 0
 
     def _domain_of(self, name: bytes) -> tuple[int, int]:
-        file = self.pool._files[int(name)]
-        return file.source.user, file.owner
+        ticket = int(name)
+        return self.sources_of[ticket].user, self.owners[ticket]
 
     @rule(which=st.integers(0, 5), owners=st.lists(st.sampled_from(OWNERS), min_size=1, max_size=10))
     def hand_in(self, which: int, owners: list[int]) -> None:
@@ -185,8 +189,9 @@ class Scans(RuleBasedStateMachine):
             self.last += 1
             descriptor = os.open("/dev/null", os.O_RDONLY)
             self.stamps[descriptor] = Stamp(10, 0, 0, owner)
-            self.waiting[self.last] = self.sources[which]
-            self.pool.enqueue(self.sources[which], self.last, b"f", descriptor)
+            self.waiting[self.last] = self.sources_of[self.last] = self.sources[which]
+            self.owners[self.last] = owner
+            self.pool.enqueue(self.sources[which], self.last, b"%d" % self.last, descriptor)
         self._go_on()
 
     @rule(
@@ -198,14 +203,9 @@ class Scans(RuleBasedStateMachine):
         lane = self.lanes[which % len(self.lanes)]
         for _ in range(count):
             if lane.files:
-                self.said[self._ticket(lane.files[0][0])] = verdict
+                self.said[int(lane.files[0][0])] = verdict
                 lane.answer(verdict)
         self._go_on()
-
-    def _ticket(self, name: bytes) -> int:
-        ticket = self.pool._files[int(name)].ticket
-        assert isinstance(ticket, int)
-        return ticket
 
     @rule(which=st.integers(0, 2))
     def worker_dies(self, which: int) -> None:
@@ -257,7 +257,7 @@ class Scans(RuleBasedStateMachine):
         for _ in range(2 * len(pending) * WINDOW + WINDOW):
             for lane in self.lanes:
                 if lane.files:
-                    self.said[self._ticket(lane.files[0][0])] = Clean()
+                    self.said[int(lane.files[0][0])] = Clean()
                     lane.answer(Clean())
             self._go_on()
         for user in pending:
@@ -271,14 +271,14 @@ class Scans(RuleBasedStateMachine):
         if hasattr(self, "pool"):
             assert self.pool.waiting + self.pool.under_way >= len(self.waiting)
             for lane in self.pool._lanes:
-                assert len(lane.numbers) == lane.supervisor.under_way
-                assert lane.bytes == 10 * len(lane.numbers)
+                assert len(lane.files) == lane.supervisor.under_way
+                assert lane.bytes == 10 * len(lane.files)
 
     @invariant()
     def spare_workers_are_for_those_who_have_none(self) -> None:
         if hasattr(self, "pool"):
             for user in USERS:
-                had = [lane for lane in self.pool._lanes if lane.numbers and lane.domain is not None]
+                had = [lane for lane in self.pool._lanes if lane.files and lane.domain is not None]
                 mine = [lane for lane in had if lane.domain is not None and lane.domain.user == user]
                 assert len(mine) <= self.pool._jobs
 
@@ -292,3 +292,18 @@ class Scans(RuleBasedStateMachine):
 
 TestScans = Scans.TestCase
 TestScans.settings = settings(max_examples=60, stateful_step_count=40)
+
+
+def test_an_answer_that_is_out_of_order_is_of_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "Supervisor", PuppetSupervisor)
+    monkeypatch.setattr(PuppetSupervisor, "look_up", lambda _name: (0, 0))
+    PuppetSupervisor.made = []
+    with Pool([configure("hashes")]) as pool:
+        [puppet] = PuppetSupervisor.made
+        for path in (b"1", b"2"):
+            pool.enqueue(Source(0), path, path, os.open(__file__, os.O_RDONLY))
+        assert pool.advance() == []
+        puppet.files.rotate()
+        puppet.answer(Clean())
+        with pytest.raises(RuntimeError, match="in another order"):
+            pool.advance()

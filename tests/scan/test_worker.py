@@ -9,7 +9,7 @@ import pytest
 
 from fdbroker.kernel import sockets
 from fdbroker.scan import worker as worker_module
-from fdbroker.scan.answers import LONGEST_ANSWER, decode
+from fdbroker.scan.answers import LONGEST_ANSWER, all_clean, decode
 from fdbroker.scan.engine import EngineError
 from fdbroker.scan.engines.hashes import Hashes, HashesOptions
 from fdbroker.scan.examine import examine
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fdbroker.scan.verdict import Verdict
 
 CHUNK = 128 * 1024
+CLEAN = all_clean(["hashes"])
 
 
 @pytest.fixture
@@ -158,12 +159,12 @@ def test_requests_are_answered_in_order_until_the_other_end_closes(
         sockets.send(ours, two, [infected, clean])
         ours.shutdown(socket.SHUT_WR)
         work([engine], theirs, None)
-        answers = [answer for _ in range(2) for answer in decode(ours.recv(1000), ["hashes"])]
+        answers = [answer for _ in range(2) for answer in decode(ours.recv(1000), CLEAN)]
         assert open_descriptors() == before
     assert answers == [
-        (7, 4, [Answer("hashes", Clean())]),
-        (2**64 - 1, len(EICAR), [Answer("hashes", Infected(EICAR_NAME))]),
-        (8, 4, [Answer("hashes", Clean())]),
+        (7, 4, (Answer("hashes", Clean()),)),
+        (2**64 - 1, len(EICAR), (Answer("hashes", Infected(EICAR_NAME)),)),
+        (8, 4, (Answer("hashes", Clean()),)),
     ]
 
 
@@ -179,7 +180,7 @@ def answered(engine: Hashes, *opened: int) -> list[list[int]]:
         messages = []
         while data := ours.recv(LONGEST_ANSWER + 1):
             assert len(data) <= LONGEST_ANSWER
-            messages.append([answer.number for answer in decode(data, ["hashes"])])
+            messages.append([answer.number for answer in decode(data, CLEAN)])
     return messages
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 
 from fdbroker.cli import streams
@@ -16,6 +18,10 @@ except ModuleNotFoundError as missing:
     streams.prepare()
     streams.write_error(f"fdbroker: the command needs {package}: pip install 'fdbroker[cli]'\n")
     sys.exit(2)
+
+# What is left at the end goes with the process: nobody has to look through it for cycles, which takes a tenth
+# of the time of a short command.
+atexit.register(gc.freeze)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from fdbroker.scan.tree import File
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from typing import Self
+    from collections.abc import Callable, Iterable, Iterator
 
     from fdbroker.scan.tree import Found
 
@@ -23,6 +22,7 @@ class Ahead:
     An iterator over the same. It goes `limit` entries ahead at most, some
     for each that is taken: nobody waits for the listing of a whole tree. An
     error of the walk is raised in its place, behind all that came before it.
+    With a limit of 0 a loop does not count: there is no bar then.
     """
 
     def __init__(self, found: Iterable[Found], limit: int) -> None:
@@ -33,9 +33,17 @@ class Ahead:
         self.files = 0
         self.complete = False
 
-    def __iter__(self) -> Self:
-        """Return itself."""
-        return self
+    def __iter__(self) -> Iterator[Found]:
+        """Return itself; or the rest, where nothing is read ahead of it, so that each entry costs less."""
+        return self if self._limit else self._rest()
+
+    def _rest(self) -> Iterator[Found]:
+        while self._waiting:
+            yield self._waiting.popleft()
+        if self._error is not None:
+            raise self._error
+        if not self.complete:
+            yield from self._found
 
     def __next__(self) -> Found:
         """Return the next one; raises as the walk does."""

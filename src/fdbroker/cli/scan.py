@@ -32,7 +32,6 @@ from fdbroker.cli.sizes import size_of_option
 from fdbroker.cli.whole_file import whole_file
 from fdbroker.config.names import id_of_number, is_number, printable
 from fdbroker.sandbox import SandboxError
-from fdbroker.scan.client import ScanServiceError
 from fdbroker.scan.engine import EngineError, Inside
 from fdbroker.scan.plugins import make
 from fdbroker.scan.pool import MOST_JOBS, Pool
@@ -320,6 +319,8 @@ def _connected(pool: Pool, socket_path: str) -> client.Client:
 
 def _scan_by_service(service: ScanService, request: _Request, output: Output) -> Totals:
     """Have the scan service scan, and return what it came to."""
+    from fdbroker.scan.client import ScanServiceError  # noqa: PLC0415 - own workers need nothing of it
+
     totals = Totals()
     began = time.monotonic()
 

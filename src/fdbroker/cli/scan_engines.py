@@ -13,7 +13,6 @@ from fdbroker.cli.failure import Failure
 from fdbroker.cli.paths import absolute
 from fdbroker.config.names import printable
 from fdbroker.scan.engine import EngineError
-from fdbroker.scan.engines import hashes
 from fdbroker.scan.options import OptionsError, values_of_words
 from fdbroker.scan.plugins import configure, options_type
 
@@ -74,6 +73,8 @@ def configured_engines(texts: Sequence[str], lists: Sequence[str], accept: Seque
             )
         # Here too, so that what is wrong with a list is told as that, and before a worker is started.
         if "hashes" in values:
+            from fdbroker.scan.engines import hashes  # noqa: PLC0415 - other engines can do without hashlib
+
             hashes.load([os.fsencode(str(path)) for path in _items(values["hashes"], "lists")])
     except (EngineError, OptionsError) as error:
         raise Failure(printable(str(error))) from error

@@ -40,13 +40,14 @@ class Totals:
 
     def add(self, scanned: Scanned) -> None:
         """Count a verdict. Bytes are those that were read to the end."""
+        verdict = scanned.verdict
         self.files += not scanned.directory
-        self.infected += isinstance(scanned.verdict, Infected)
-        if not isinstance(scanned.verdict, Error):
+        if not isinstance(verdict, Error):
             self.bytes += scanned.size or 0
+            self.infected += isinstance(verdict, Infected)
             return
         self.errors += 1
-        if scanned.verdict.reason == Reason.DENIED:
+        if verdict.reason == Reason.DENIED:
             self.denied = self.denied or scanned
 
     def exit_status(self) -> int:
@@ -198,11 +199,14 @@ class JsonOutput:
                 return
             if len(scanned.answers) == 1 and scanned.size is not None:
                 # Nearly all lines are such.
-                names = path_members(scanned.path)
-                path = f'"path": {json_string(names["path"])}'
-                if len(names) > 1:
-                    path += f', "path_hex": "{names["path_hex"]}"'
-                self._write_line(f'{{"type": "file", {path}, "verdict": "clean", "size": {scanned.size}}}')
+                try:
+                    path = json_string(scanned.path.decode())
+                except UnicodeDecodeError:
+                    names = path_members(scanned.path)
+                    path = f'{json_string(names["path"])}, "path_hex": "{names["path_hex"]}"'
+                self._write_line(
+                    f'{{"type": "file", "path": {path}, "verdict": "clean", "size": {scanned.size}}}'
+                )
                 return
         line: dict[str, object] = {
             "type": "directory" if scanned.directory else "file",

@@ -14,13 +14,6 @@ from fdbroker.cli.broker import given_descriptors
 from fdbroker.cli.failure import Failure
 from fdbroker.cli.output import complain
 from fdbroker.config.names import printable
-from fdbroker.scan.client import (
-    DEFAULT_SOCKET,
-    ScanServiceError,
-    ServiceTimeoutError,
-    ServiceUnavailableError,
-    connect,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +61,6 @@ def service_for(via: str | None, socket_path: str) -> ScanService | None:
         for name, option in _OF_OWN_WORKERS.items()
         if context.get_parameter_source(name) not in {ParameterSource.DEFAULT, None}
     ]
-    path = os.environ.get(SERVICE_VARIABLE, DEFAULT_SOCKET)
     if via == SELF:
         return None
     if via is None:
@@ -80,6 +72,15 @@ def service_for(via: str | None, socket_path: str) -> ScanService | None:
             f"{own[0]} is for scans by the command's own workers; how the service scans its configuration"
             " says: leave it out, or say --via self"
         )
+    from fdbroker.scan.client import (  # noqa: PLC0415 - own workers need nothing of it
+        DEFAULT_SOCKET,
+        ScanServiceError,
+        ServiceTimeoutError,
+        ServiceUnavailableError,
+        connect,
+    )
+
+    path = os.environ.get(SERVICE_VARIABLE, DEFAULT_SOCKET)
     try:
         return connect(path, greeted_within=_GREETED_WITHIN[via])
     except ServiceUnavailableError as error:

@@ -115,10 +115,12 @@ class OpenedFile:
             ValueError: `file` has it already, or it was closed or detached.
 
         """
-        if self._file is not None:
-            raise ValueError(f"a file object has the descriptor of {self.path!r} already")
-        self._check()
-        descriptor, self._descriptor = self._descriptor, -1
+        descriptor = self._descriptor
+        if descriptor < 0:
+            if self._file is not None:
+                raise ValueError(f"a file object has the descriptor of {self.path!r} already")
+            self._check()
+        self._descriptor = -1
         return descriptor
 
     def close(self) -> None:

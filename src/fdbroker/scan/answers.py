@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker.scan.verdict import MOST_NAMES, Answer, Clean, Error, Infected, Reason, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 MOST_ENGINES = 8
 
@@ -29,6 +29,7 @@ _MOST_TEXT = 4096
 LONGEST_ANSWER = _HEAD.size + MOST_ENGINES * (_ENGINE.size + _MOST_TEXT)
 _CLEAN_BYTES = _ENGINE.pack(_CLEAN, 0, 0)
 _CLEAN_VERDICT = Clean()
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
 
 
 class AnswerError(ValueError):
@@ -40,18 +41,23 @@ class FileAnswer(NamedTuple):
 
     number: int
     size: int
-    answers: list[Answer]
+    answers: tuple[Answer, ...]
+
+
+def all_clean(engines: Iterable[str]) -> tuple[Answer, ...]:
+    """Return what nearly all files get: clean, by each engine."""
+    return tuple(Answer(engine, _CLEAN_VERDICT) for engine in engines)
 
 
 def encode(number: int, size: int, answers: Sequence[Answer]) -> bytes:
     """Return the answer as bytes."""
-    head = _HEAD.pack(number, size, len(answers))
-    return head + b"".join([_encode_verdict(one.verdict) for one in answers])
+    data = _HEAD.pack(number, size, len(answers))
+    for _, verdict in answers:
+        data += _CLEAN_BYTES if isinstance(verdict, Clean) else _encode_bad(verdict)
+    return data
 
 
-def _encode_verdict(verdict: Verdict) -> bytes:
-    if isinstance(verdict, Clean):
-        return _CLEAN_BYTES
+def _encode_bad(verdict: Infected | Error) -> bytes:
     if isinstance(verdict, Infected):
         text = _text(verdict.name)
         for name in verdict.more:
@@ -67,14 +73,17 @@ def _text(text: str) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def decode(data: bytes, engines: Sequence[str]) -> list[FileAnswer]:
-    """Return the answers in a message of a worker that has these engines, at least one.
+def decode(data: bytes, clean: tuple[Answer, ...]) -> list[FileAnswer]:
+    """Return the answers in a message of a worker that has the engines of `clean`, at least one.
+
+    `clean` is what `all_clean` gave for them. It is itself the answer to a file that all of them call clean.
 
     Raises:
         AnswerError: it is none, or something in it is none.
 
     """
-    at, end, wanted = 0, len(data), len(engines)
+    at, end, wanted = 0, len(data), len(clean)
+    all_say_clean = _CLEAN_BYTES * wanted
     said = []
     while True:
         if end < at + _HEAD.size:
@@ -83,27 +92,34 @@ def decode(data: bytes, engines: Sequence[str]) -> list[FileAnswer]:
         if count != wanted:
             raise AnswerError(f"{count} engines answer, not {wanted}")
         at += _HEAD.size
-        answers = []
-        for engine in engines:
-            if data.startswith(_CLEAN_BYTES, at):
-                at += _ENGINE.size
-                answers.append(Answer(engine, _CLEAN_VERDICT))
-                continue
-            if end < at + _ENGINE.size:
-                raise AnswerError("it ends too early")
-            kind, reason, length = _ENGINE.unpack_from(data, at)
-            at += _ENGINE.size
-            text = data[at : at + length]
-            at += length
-            if len(text) != length or length > _MOST_TEXT:
-                raise AnswerError("a text that ends too early, or is too long")
-            answers.append(Answer(engine, _decode_verdict(kind, reason, text)))
-        said.append(FileAnswer(number, size, answers))
+        if data.startswith(all_say_clean, at):
+            at += len(all_say_clean)
+            said.append(_new(FileAnswer, (number, size, clean)))
+        else:
+            answers = []
+            for engine, _ in clean:
+                verdict, at = _decode_verdict(data, at)
+                answers.append(Answer(engine, verdict))
+            said.append(FileAnswer(number, size, tuple(answers)))
         if at == end:
             return said
 
 
-def _decode_verdict(kind: int, reason: int, data: bytes) -> Verdict:
+def _decode_verdict(data: bytes, at: int) -> tuple[Verdict, int]:
+    """Return what one engine says, and where that ends."""
+    if len(data) < at + _ENGINE.size:
+        raise AnswerError("it ends too early")
+    kind, reason, length = _ENGINE.unpack_from(data, at)
+    at += _ENGINE.size
+    text = data[at : at + length]
+    if len(text) != length or length > _MOST_TEXT:
+        raise AnswerError("a text that ends too early, or is too long")
+    return _verdict_of(kind, reason, text), at + length
+
+
+def _verdict_of(kind: int, reason: int, data: bytes) -> Verdict:
+    if kind == _CLEAN and not reason and not data:
+        return _CLEAN_VERDICT
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from fdbroker.scan.engine import Inside
 
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
+
 
 def examine(engines: Sequence[Inside], descriptor: int, size: int, scratch: bytes | None) -> list[Answer]:
     """Return what each engine says of the file behind a descriptor, in their order.
@@ -27,10 +29,11 @@ def examine(engines: Sequence[Inside], descriptor: int, size: int, scratch: byte
         return _all(engines, Error(Reason.READ_FAILED, f"fstat: {error.strerror}"))
     if before.size != size:
         return _all(engines, Error(Reason.CHANGED, f"the file has {before.size} bytes, not {size}"))
-    return [
-        Answer(engine.name, confirm(_ask(engine, descriptor, size, scratch), descriptor, before))
-        for engine in engines
-    ]
+    answers = []
+    for engine in engines:
+        verdict = confirm(_ask(engine, descriptor, size, scratch), descriptor, before)
+        answers.append(_new(Answer, (engine.name, verdict)))
+    return answers
 
 
 def _ask(engine: Inside, descriptor: int, size: int, scratch: bytes | None) -> object:

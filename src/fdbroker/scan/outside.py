@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from fdbroker.scan.verdict import Verdict
 
 
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python; there are two for each file
+
+
 class _File(NamedTuple):
     descriptor: int
     before: Stamp
@@ -83,9 +86,26 @@ class Handover:
         if isinstance(stamp, Error):
             self._done.append(Progress(number, stamp))
             return
-        self._files[number] = _File(descriptor, stamp)
+        self._files[number] = _new(_File, (descriptor, stamp))
+        session = self._session
+        if session is None or self.room() < 1:
+            self._waiting.append(number)
+            self._go_on()
+            return
+        # As `_go_on` would do with it, since none waits and there is room.
+        try:
+            taken = session.submit(number, descriptor, stamp.size)
+        except SessionLostError as error:
+            self._lost(error)
+            self._again.append(number)
+            self._go_on()
+            return
+        if taken:
+            self._under_way.add(number)
+            return
         self._waiting.append(number)
-        self._go_on()
+        if not self._under_way:
+            self._go_on()
 
     def filenos(self) -> list[int]:
         """Return the descriptors that become readable when there may be an answer."""
@@ -144,7 +164,7 @@ class Handover:
         file = self._files.pop(number)
         self._under_way.discard(number)
         self._alone = False
-        self._done.append(Progress(number, confirm(verdict, file.descriptor, file.before)))
+        self._done.append(_new(Progress, (number, confirm(verdict, file.descriptor, file.before))))
 
     def _lost(self, error: SessionLostError) -> None:
         """Give up the session; what it had is tried again, alone, unless it was alone already."""

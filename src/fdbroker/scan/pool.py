@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel.descriptors import Descriptors
@@ -30,7 +32,7 @@ from fdbroker.scan.verdict import Answer, Error, Reason, worst
 from fdbroker.scan.versions import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -44,6 +46,7 @@ MOST_JOBS = 256
 # Of the files that are with one worker. Small ones are handed over many at a time; of large ones so few that
 # another worker has the next one.
 _MOST_BYTES = 16 << 20
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python; there are two for each file
 
 
 class Version(NamedTuple):
@@ -70,8 +73,9 @@ class Finished(NamedTuple):
 
 
 class _File(NamedTuple):
-    """A file, with the answers of the outside engines that are done with it."""
+    """A file, with the answers of the outside engines that are done with it. `number`: each has another."""
 
+    number: int
     source: Source
     ticket: object
     path: bytes
@@ -87,8 +91,9 @@ class _Lane:
     def __init__(self, supervisor: Supervisor, window: int) -> None:
         self.supervisor = supervisor
         self.window = window
+        self.group = supervisor.group
         self.domain: Domain | None = None  # of its files; None: it had none yet
-        self.numbers: set[int] = set()  # of the files it has
+        self.files: deque[_File] = deque()  # that it has; answered in this order
         self.bytes = 0
         self.gathered = 0  # files that were handed in since it was last seen to
         self.taken = 0  # files of this domain since it had those of another one
@@ -96,33 +101,35 @@ class _Lane:
 
     def takes(self, domain: Domain) -> bool:
         """Return whether it may have one more file, of this domain."""
-        if not self.numbers:
+        if not self.files:
             return self.promised is None or self.promised == domain.user
         if self.promised is not None and self.taken >= self.window:
             return False
-        return domain == self.domain and len(self.numbers) < self.window and self.bytes < _MOST_BYTES
+        return domain == self.domain and len(self.files) < self.window and self.bytes < _MOST_BYTES
 
     def gathers_more(self, file: _File) -> bool:
-        """Return whether it can have this file too, and waits for more before they are sent."""
+        """Return whether it is busy, can have this file too, and waits for more before they are sent."""
         return (
-            0 < self.gathered < self.supervisor.group - 1
-            and self.takes(Domain(file.source.user, file.owner))
+            0 < self.gathered < self.group - 1
+            # As in `takes`, of one that has files.
+            and self.domain == (file.source.user, file.owner)
+            and len(self.files) < self.window
             and self.bytes + file.before.size < _MOST_BYTES
-            and self.supervisor.fileno() is not None
+            and (self.promised is None or self.taken < self.window)
         )
 
-    def gather(self, number: int, file: _File) -> None:
-        """Hand in a file, which is not sent yet."""
-        self.numbers.add(number)
+    def gather(self, file: _File) -> None:
+        """Hand in a file, which is not sent yet; its descriptor is the supervisor's from then on."""
+        self.files.append(file)
         self.bytes += file.before.size
         self.gathered += 1
         self.taken += 1
-        self.supervisor.enqueue(b"%d" % number, file.owned.take(), file.before)
+        self.supervisor.enqueue(file.path, file.owned, file.before)
 
     def load(self, domain: Domain) -> int:
         """Return how many files it has; as if it had some if it is still to be started for this domain."""
         ready = self.domain is None and self.supervisor.workers_started > 0
-        return len(self.numbers) if domain == self.domain or ready else self.supervisor.group
+        return len(self.files) if domain == self.domain or ready else self.group
 
 
 class Pool:
@@ -188,8 +195,9 @@ class Pool:
             )
             self._lanes.append(_Lane(supervisor, window))
         self._last: _Lane | None = None
-        # By numbers: what engines have.
-        self._files: dict[int, _File] = {}
+        # What outside engines have, by number, and how many files workers have.
+        self._outside_files: dict[int, _File] = {}
+        self._with_workers = 0
         self._number = 0
         # For the first outside engine, and for a worker, as soon as one may have it.
         self._arrived: Turns[_File] = Turns()
@@ -223,7 +231,7 @@ class Pool:
     @property
     def under_way(self) -> int:
         """How many files engines have."""
-        return len(self._files)
+        return len(self._outside_files) + self._with_workers
 
     @property
     def waiting(self) -> int:
@@ -297,24 +305,30 @@ class Pool:
             lane.supervisor.start_anew()
         return outgoing
 
-    def submit(self, path: bytes, descriptor: int) -> Iterator[Done]:
+    def submit(self, path: bytes, descriptor: int) -> Iterable[Done]:
         """Hand in a file; yield verdicts of whatever files, as many as it takes to have room for more.
 
         `descriptor` is the pool's from the call on, also if nobody iterates.
         """
         file = self._admitted(self._own, path, path, descriptor, self._max_size, None)
         if file is not None:
-            lane = self._last
-            if lane is not None and not self._handovers and not self.waiting and lane.gathers_more(file):
-                # As `_to_workers` would do with it, without asking which worker, or for verdicts.
-                lane.gather(self._remembered(file), file)
-                return iter(())
+            if not self._arrived.count and not self._ready.count:
+                # As `_make_room` would do with it, without asking who else waits, or for verdicts.
+                lane = self._last
+                if self._handovers:
+                    if self._handovers[0][1].room() > 0 and not self._finished:
+                        self._hand_over(file)
+                        return ()
+                elif lane is not None and lane.gathers_more(file):
+                    lane.gather(file)
+                    self._with_workers += 1
+                    return ()
             self._queue(file)
         return self._make_room()
 
     def finish(self) -> Iterator[Done]:
         """Yield the verdicts of all files that are under way."""
-        while self._files or self.waiting or self._finished:
+        while self.under_way or self.waiting or self._finished:
             yield from self._go_on(1)
 
     def enqueue(
@@ -347,7 +361,7 @@ class Pool:
             or lane.domain != (source.user, file.owner)
             or lane.promised is not None
             or source.held
-            or self._files
+            or self.under_way
             or self.waiting
             or self._handovers
         ):
@@ -372,15 +386,18 @@ class Pool:
         owned = Descriptors([descriptor])
         if before is None:
             before = admit(descriptor)
-        size = 0 if isinstance(before, Error) else before.size
-        if not isinstance(before, Error) and max_size is not None and before.size > max_size:
-            text = f"{before.size} bytes are more than the {max_size} that are asked for"
-            before = Error(Reason.TOO_LARGE, text)
         if isinstance(before, Error):
-            owned.close()
-            self._finished.append(Finished(source, ticket, Done(path, size, before)))
-            return None
-        return _File(source, ticket, path, owned, before, before.owner if owner is None else owner)
+            error, size = before, 0
+        elif max_size is not None and before.size > max_size:
+            size = before.size
+            error = Error(Reason.TOO_LARGE, f"{size} bytes are more than the {max_size} that are asked for")
+        else:
+            self._number += 1
+            whose = before.owner if owner is None else owner
+            return _new(_File, (self._number, source, ticket, path, owned, before, whose, ()))
+        owned.close()
+        self._finished.append(Finished(source, ticket, Done(path, size, error)))
+        return None
 
     def _queue(self, file: _File) -> None:
         (self._arrived if self._handovers else self._ready).add(file.source, file)
@@ -394,7 +411,7 @@ class Pool:
         self._distribute()
         for number, lane in enumerate(self._lanes):
             if ready is None or lane.gathered or number in ready:
-                if lane.numbers:
+                if lane.files:
                     self._advance(lane, least)
                 elif ready is not None:
                     lane.supervisor.let_go_if_gone()
@@ -426,7 +443,7 @@ class Pool:
         """Return when (time.monotonic) `advance` must be called even if nothing became readable."""
         if self._finished:
             return 0.0
-        deadlines = [lane.supervisor.deadline() for lane in self._lanes if lane.numbers]
+        deadlines = [lane.supervisor.deadline() for lane in self._lanes if lane.files]
         deadlines += [left for _, handover in self._handovers if (left := handover.deadline()) is not None]
         first = min(deadlines, default=math.inf)
         return None if first == math.inf else first
@@ -444,17 +461,17 @@ class Pool:
         for file in dropped:
             file.owned.close()
         tickets = [file.ticket for file in dropped]
-        for number, file in self._files.items():
-            if file.source is source and number not in self._unwanted and wanted(file.ticket):
-                self._unwanted.add(number)
+        for file in chain(self._outside_files.values(), *[lane.files for lane in self._lanes]):
+            if file.source is source and file.number not in self._unwanted and wanted(file.ticket):
+                self._unwanted.add(file.number)
                 tickets.append(file.ticket)
         for lane in self._lanes:
-            if lane.numbers and lane.numbers <= self._unwanted:
+            numbers = {file.number for file in lane.files}
+            if numbers and numbers <= self._unwanted:
                 lane.supervisor.abandon()
-                for number in lane.numbers:
-                    del self._files[number]
-                self._unwanted -= lane.numbers
-                lane.numbers.clear()
+                self._unwanted -= numbers
+                self._with_workers -= len(numbers)
+                lane.files.clear()
                 lane.bytes = lane.gathered = 0
         kept = []
         for one in self._finished:
@@ -470,25 +487,21 @@ class Pool:
         for _, handover in self._handovers:
             handover.close()
         # Of what a worker has, its supervisor has the descriptor.
-        for file in (*self._files.values(), *self._arrived.clear(), *self._ready.clear()):
+        for file in (*self._outside_files.values(), *self._arrived.clear(), *self._ready.clear()):
             file.owned.close()
-        self._files.clear()
+        self._outside_files.clear()
         # The first one last: it has the zygote, with which all workers end.
         for lane in reversed(self._lanes):
             lane.supervisor.close()
-
-    def _remembered(self, file: _File) -> int:
-        """Keep a file for its answer; return the number by which it is found."""
-        self._number += 1
-        self._files[self._number] = file
-        return self._number
+            lane.files.clear()
+        self._with_workers = 0
 
     def _make_room(self) -> Iterator[Done]:
         """Go on until whoever has files has room for more."""
         self._distribute()
         yield from self._told()
         while self.waiting:
-            yield from self._go_on(self._lanes[0].supervisor.group if self._lanes else 1)
+            yield from self._go_on(self._lanes[0].group if self._lanes else 1)
 
     def _told(self) -> Iterator[Done]:
         finished, self._finished = self._finished, []
@@ -512,7 +525,8 @@ class Pool:
     def _hand_over(self, file: _File) -> None:
         """Give a file to the outside engine whose turn it is."""
         _, handover = self._handovers[len(file.answers)]
-        handover.submit(self._remembered(file), file.owned.numbers()[0], file.before)
+        self._outside_files[file.number] = file
+        handover.submit(file.number, file.owned.numbers()[0], file.before)
 
     def _to_workers(self) -> None:
         placed = True
@@ -541,13 +555,10 @@ class Pool:
             lane.promised = None
             lane.taken = 0
         self._last = lane
-        lane.gather(self._remembered(file), file)
+        lane.gather(file)
+        self._with_workers += 1
         # Few messages to who is busy, and none that waits for others where nobody is.
-        if (
-            lane.gathered >= lane.supervisor.group
-            or lane.bytes >= _MOST_BYTES
-            or lane.supervisor.fileno() is None
-        ):
+        if lane.gathered >= lane.group or lane.bytes >= _MOST_BYTES or lane.supervisor.fileno() is None:
             self._advance(lane, 1)
 
     def _lane_for(self, domain: Domain) -> _Lane | None:
@@ -560,12 +571,12 @@ class Pool:
             return None
         mine = busy = 0
         for lane in self._lanes:
-            if lane.numbers:
+            if lane.files:
                 busy += 1
                 mine += lane.domain is not None and lane.domain.user == domain.user
         if mine and busy >= self._jobs:
             # What is left is for those who have none.
-            able = [lane for lane in able if lane.numbers]
+            able = [lane for lane in able if lane.files]
         return min(able, key=lambda lane: lane.load(domain), default=None)
 
     def _promise(self) -> None:
@@ -578,7 +589,7 @@ class Pool:
                 lane.promised = None
             if lane.promised is not None:
                 promised.add(lane.promised)
-            if lane.numbers and lane.domain is not None:
+            if lane.files and lane.domain is not None:
                 having[lane.domain.user] = having.get(lane.domain.user, 0) + 1
         for user in waiting:
             if user in having or user in promised:
@@ -589,54 +600,55 @@ class Pool:
 
             def cost(lane: _Lane) -> tuple[int, int]:
                 held = having.get(lane.domain.user, 0) if lane.domain is not None else 0
-                return -held, len(lane.numbers) + max(0, lane.window - lane.taken)
+                return -held, len(lane.files) + max(0, lane.window - lane.taken)
 
             min(free, key=cost).promised = user
 
     def _advance(self, lane: _Lane, least: int) -> None:
         lane.gathered = 0
         for done in lane.supervisor.advance(least):
-            number = int(done.path)
-            file = self._files.pop(number)
-            lane.numbers.discard(number)
+            file = lane.files.popleft()
+            if done.path is not file.path:
+                raise RuntimeError("a worker's files are answered in another order than they were handed in")
+            self._with_workers -= 1
             lane.bytes -= done.size
             if not self._handovers:
-                self._tell(number, file, done._replace(path=file.path))
+                self._tell(file, done)
             else:
                 inside = done.answers or tuple(Answer(name, done.verdict) for name in self._inside)
-                self._all_said(number, file, (*file.answers, *inside))
+                self._all_said(file, (*file.answers, *inside))
 
-    def _tell(self, number: int, file: _File, done: Done) -> None:
-        if number in self._unwanted:
-            self._unwanted.discard(number)
+    def _tell(self, file: _File, done: Done) -> None:
+        if file.number in self._unwanted:
+            self._unwanted.discard(file.number)
             return
-        self._finished.append(Finished(file.source, file.ticket, done))
+        self._finished.append(_new(Finished, (file.source, file.ticket, done)))
 
-    def _all_said(self, number: int, file: _File, answers: tuple[Answer, ...]) -> None:
+    def _all_said(self, file: _File, answers: tuple[Answer, ...]) -> None:
         """Tell what outside and inside engines had said, in the order of the engines."""
         if len(answers) == 1:
-            self._tell(number, file, Done(file.path, file.before.size, answers[0].verdict, answers))
+            self._tell(file, _new(Done, (file.path, file.before.size, answers[0].verdict, answers)))
             return
         by_name = {answer.engine: answer for answer in answers}
         ordered = tuple(by_name[name] for name in self._names)
-        self._tell(number, file, Done(file.path, file.before.size, worst(ordered), ordered))
+        self._tell(file, Done(file.path, file.before.size, worst(ordered), ordered))
 
     def _collect(self) -> None:
         """Take what outside engines have answered, and pass those files on."""
         for name, handover in self._handovers:
             for number, verdict in handover.answers():
-                file = self._files.pop(number)
-                file = file._replace(answers=(*file.answers, Answer(name, verdict)))
+                file = self._outside_files.pop(number)
+                answers = (*file.answers, _new(Answer, (name, verdict)))
                 if number in self._unwanted:
                     self._unwanted.discard(number)
                     file.owned.close()
-                elif len(file.answers) < len(self._handovers):
-                    self._hand_over(file)
+                elif len(answers) < len(self._handovers):
+                    self._hand_over(file._replace(answers=answers))
                 elif self._lanes:
-                    self._ready.add(file.source, file)
+                    self._ready.add(file.source, file._replace(answers=answers))
                 else:
                     file.owned.close()
-                    self._all_said(number, file, file.answers)
+                    self._all_said(file, answers)
 
     def _go_on(self, least: int) -> Iterator[Done]:
         """Yield the verdicts that are there; if there is none, wait until there may be one.
@@ -647,6 +659,6 @@ class Pool:
         finished = self.advance(least)
         for one in finished:
             yield one.done
-        if not finished and self.waiting >= before and (self._files or self.waiting):
+        if not finished and self.waiting >= before and (self.under_way or self.waiting):
             left = self.deadline()
             any_is_readable(self.filenos(), None if left is None else left - time.monotonic())

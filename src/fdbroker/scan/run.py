@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fdbroker.scan.supervisor import Done
 
 DEFAULT_BATCH = 64
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python; there is one for each file
 
 
 class Scanned(NamedTuple):
@@ -41,7 +42,7 @@ class Skipped(NamedTuple):
 class Scanner(Protocol):
     """Who gives verdicts: a `Supervisor` or a `Pool`."""
 
-    def submit(self, path: bytes, descriptor: int) -> Iterator[Done]:
+    def submit(self, path: bytes, descriptor: int) -> Iterable[Done]:
         """Hand in a file; yield verdicts of whatever files, as many as it takes to have room for more."""
 
     def finish(self) -> Iterator[Done]:
@@ -87,14 +88,14 @@ def scan(
                     yield from _take(aside)
                 file = asked.popleft()
                 if result.error is None:
-                    for done in scanner.submit(file.path, result.detach()):
-                        yield _scanned(done)
+                    for path, size, verdict, answers in scanner.submit(file.path, result.detach()):
+                        yield _new(Scanned, (path, verdict, size, False, answers))
                 else:
                     yield _not_opened(file, result.error)
         except BrokerError as error:
             broken = error
-    for done in scanner.finish():
-        yield _scanned(done)
+    for path, size, verdict, answers in scanner.finish():
+        yield _new(Scanned, (path, verdict, size, False, answers))
     yield from _take(aside)
     if broken is not None:
         for file in asked:
@@ -114,11 +115,6 @@ def _not_opened(file: File, error: BrokerError) -> Scanned:
     if file.unlisted is not None and isinstance(error, DirectoryError):
         return _unlisted(file.path, file.unlisted)
     return Scanned(file.path, error_of(error))
-
-
-def _scanned(done: Done) -> Scanned:
-    path, size, verdict, answers = done
-    return Scanned(path, verdict, size, False, answers)  # noqa: FBT003 - by names it takes twice as long
 
 
 def _unlisted(path: bytes, error: BrokerError) -> Scanned:

@@ -31,7 +31,7 @@ from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.sandbox import Confinement, Ended, Limits, Profile, SandboxError, Worker, Zygote, ZygoteError
 from fdbroker.sandbox.waiting import is_readable
 from fdbroker.scan import worker
-from fdbroker.scan.answers import LONGEST_ANSWER, MOST_ENGINES, AnswerError, decode
+from fdbroker.scan.answers import LONGEST_ANSWER, MOST_ENGINES, AnswerError, all_clean, decode
 from fdbroker.scan.contract import admit, confirm
 from fdbroker.scan.engine import EngineError, combined
 from fdbroker.scan.plugins import make_inside, to_json
@@ -71,6 +71,7 @@ _SPOILING = frozenset({Reason.MEMORY, Reason.ENGINE_FAILED, Reason.SCRATCH_FULL,
 # The kernel's "not now": the socket is full, or too many descriptors of this user are under way.
 _FULL = frozenset({errno.EAGAIN, errno.ETOOMANYREFS})
 _NO_ANSWER = Error(Reason.UNKNOWN_ANSWER, "the worker's answer is none")
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python; there are two for each file
 
 
 class Done(NamedTuple):
@@ -149,7 +150,7 @@ class Supervisor:
         self._engines = tuple(engines)
         self._made = made
         self._databases: Databases | None = None
-        self._names = [one.name for one in engines]
+        self._all_clean = all_clean(one.name for one in engines)
         self._timeout = timeout
         self._window = window
         self._group = max(1, min(MOST_REQUESTS, window // 4))
@@ -255,20 +256,32 @@ class Supervisor:
     def versions(self, loaded: Loaded | None = None) -> list[str]:
         """Return what each engine says of its version, in their order; of `loaded`, before it is adopted.
 
-        A worker of its own is asked, which never has a file, so that nothing hostile answers.
+        A worker is asked that has had no file yet, so that nothing hostile answers: the one of `start`, or
+        one of its own.
 
         Raises:
             SandboxError: there is no such worker, or it does not answer.
             OSError: no process or descriptors to be had.
 
         """
+        if loaded is None and self._worker is not None and not self._has_had_files:
+            try:
+                return self._told_by(self._worker)
+            except BaseException:
+                # It may answer yet, and nobody would know to what.
+                self.replace_worker()
+                raise
         with self._spawn() if loaded is None else loaded.zygote.spawn() as fresh:
-            sockets.send(fresh.channel, VERSIONS)
-            if not is_readable(fresh.channel.fileno(), _SECONDS_TO_TELL):
-                raise SandboxError("the worker does not tell the versions of its engines")
-            with (message := sockets.receive(fresh.channel, LONGEST_VERSIONS + 1)).descriptors:
-                versions = decode_versions(message.data)
-        if len(versions) != len(self._names):
+            return self._told_by(fresh)
+
+    def _told_by(self, fresh: Worker) -> list[str]:
+        """Return the versions that a worker tells which has had no file."""
+        sockets.send(fresh.channel, VERSIONS)
+        if not is_readable(fresh.channel.fileno(), _SECONDS_TO_TELL):
+            raise SandboxError("the worker does not tell the versions of its engines")
+        with (message := sockets.receive(fresh.channel, LONGEST_VERSIONS + 1)).descriptors:
+            versions = decode_versions(message.data)
+        if len(versions) != len(self._engines):
             raise SandboxError("the worker told something else than the versions of its engines")
         return versions
 
@@ -368,17 +381,17 @@ class Supervisor:
         if isinstance(before, Error):
             Descriptors([descriptor]).close()
             return iter((Done(path, 0, before),))
-        self.enqueue(path, descriptor, before)
+        self.enqueue(path, Descriptors([descriptor]), before)
         return self._go_on()
 
-    def enqueue(self, path: bytes, descriptor: int, before: Stamp) -> None:
+    def enqueue(self, path: bytes, file: Descriptors, before: Stamp) -> None:
         """Hand in a file, for a caller who looks after several supervisors: `advance` goes on with it.
 
-        `descriptor` is the supervisor's from the call on. `before` is what
-        `fdbroker.scan.contract.admit` said.
+        Files are answered in the order in which they are handed in. `file` has one descriptor, and is the
+        supervisor's from the call on. `before` is what `fdbroker.scan.contract.admit` said.
         """
         self._number += 1
-        self._unsent.append(_Job(self._number, path, Descriptors([descriptor]), before))
+        self._unsent.append(_new(_Job, (self._number, path, file, before)))
 
     def advance(self, least: int = 1) -> list[Done]:
         """Go on as far as that is possible without waiting; return the verdicts that are there.
@@ -610,9 +623,10 @@ class Supervisor:
         """Return the verdicts in a message, up to what can be none of this worker."""
         done: list[Done] = []
         try:
-            received = decode(data, self._names)
+            received = decode(data, self._all_clean)
         except AnswerError:
             return self._blame(_NO_ANSWER)
+        now = time.monotonic()
         # Descriptors of files that are done, closed with one call.
         with Descriptors() as spent:
             for number, size, said in received:
@@ -623,15 +637,15 @@ class Supervisor:
                 if job is None or number != job.number or size != job.before.size:
                     done += self._blame(_NO_ANSWER)
                     break
-                [descriptor] = job.file.numbers()
-                answers = tuple([Answer(name, confirm(one, descriptor, job.before)) for name, one in said])
-                verdict = worst(answers)
+                answers = _confirmed(said, job)
+                # The short way for nearly all files.
+                verdict = answers[0].verdict if answers is self._all_clean else worst(answers)
                 if not isinstance(verdict, Clean) and _is_spoilt_by(answers):
                     # What an engine did not survive unharmed must not scan on. Files behind it are scanned
                     # again.
                     self._replace_after(job)
-                self._take_out(spent)
-                done.append(Done(job.path, job.before.size, verdict, answers))
+                self._take_out(spent, now)
+                done.append(_new(Done, (job.path, size, verdict, answers)))
         return done
 
     def _blame(self, error: Error) -> list[Done]:
@@ -660,11 +674,11 @@ class Supervisor:
     def _failed(self, error: Error) -> list[Done]:
         """Take the oldest file out; return its verdict, which no engine gave."""
         with Descriptors() as spent:
-            job = self._take_out(spent)
+            job = self._take_out(spent, time.monotonic())
         return [Done(job.path, job.before.size, error)]
 
-    def _take_out(self, spent: Descriptors) -> _Job:
-        """Take the oldest file out, with its descriptor; the time of the next one begins."""
+    def _take_out(self, spent: Descriptors, now: float) -> _Job:
+        """Take the oldest file out, with its descriptor; the time of the next one begins (time.monotonic)."""
         if self._sent:
             job = self._sent.popleft()
             if self._ends[0] == job.number:
@@ -672,13 +686,22 @@ class Supervisor:
         else:
             job = self._unsent.popleft()
         spent.add(job.file.take())
-        now = time.monotonic()
         self._oldest_since = now
         if self._files_left is not None:
             self._files_left -= 1
         if self._worker is not None and (now >= self._retire_at or self._files_left == 0):
             self.replace_worker()
         return job
+
+
+def _confirmed(said: tuple[Answer, ...], job: _Job) -> tuple[Answer, ...]:
+    """Return the answers that stand, after one more look at the file; mostly it is what was said."""
+    [descriptor] = job.file.numbers()
+    if len(said) == 1:
+        verdict = said[0].verdict
+        stands = confirm(verdict, descriptor, job.before)
+        return said if stands is verdict else (Answer(said[0].engine, stands),)
+    return tuple([Answer(name, confirm(verdict, descriptor, job.before)) for name, verdict in said])
 
 
 def _is_spoilt_by(answers: Iterable[Answer]) -> bool:

@@ -53,6 +53,8 @@ class Unlisted(NamedTuple):
     error: BrokerError
 
 
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python; there is one for each file
+
 Found = File | NotAFile | Unlisted
 
 
@@ -124,6 +126,7 @@ def is_about_the_connection(error: BrokerError) -> bool:
 def _from(client: Client, start: bytes, exclusions: Exclusions) -> Iterator[Found]:
     # What is not known to be a directory is tried as one; what can't be listed may be opened.
     directories = [(start, False)]
+    excluded = exclusions.have if exclusions.globs else None
     while directories:
         path, known = directories.pop()
         prefix = path if path == b"/" else path + b"/"
@@ -131,10 +134,10 @@ def _from(client: Client, start: bytes, exclusions: Exclusions) -> Iterator[Foun
             for entry in client.list(path):
                 whole = prefix + entry.name
                 kind = _kind(entry)
-                if exclusions.have(whole):
+                if excluded is not None and excluded(whole):
                     yield NotAFile(whole, EXCLUDED)
                 elif kind == _REGULAR:
-                    yield File(whole)
+                    yield _new(File, (whole, None))
                 elif kind in {_DIRECTORY, _UNKNOWN}:
                     directories.append((whole, kind == _DIRECTORY))
                 else:

@@ -39,6 +39,7 @@ _FULL = frozenset({errno.EAGAIN, errno.ETOOMANYREFS})
 # clamd takes at most 100 as MaxRecursion.
 _DEEPER_THAN_ANY_LIMIT = 110
 _PROBE = -1
+_CLEAN = Clean()
 _SECONDS_FOR_A_PROBE = 30.0
 
 
@@ -167,6 +168,8 @@ class ClamdSession(Session):
                 *complete, self._unread = (self._unread + chunk).split(b"\0")
                 for answer in complete:
                     self._take(answer)
+                if complete:
+                    self._last = time.monotonic()
                 if len(self._unread) > _LONGEST_ANSWER:
                     raise SessionLostError(Reason.UNKNOWN_ANSWER, "clamd's answer has no end")
         except BlockingIOError:
@@ -190,7 +193,6 @@ class ClamdSession(Session):
         if match is None or number is None:
             text = answer[:80].decode("utf-8", "backslashreplace")
             raise SessionLostError(Reason.UNKNOWN_ANSWER, f"clamd answered {text!a}")
-        self._last = time.monotonic()
         self._done.append(Progress(number, verdict_of(match[2])))
 
     def _not_for_clamd(self, descriptor: int, size: int) -> Error | None:
@@ -207,9 +209,9 @@ class ClamdSession(Session):
 
 def verdict_of(said: bytes) -> Verdict:
     """Return the verdict of an answer without what stands before it: `OK`, `NAME FOUND`, `TEXT. ERROR`."""
+    if said == b"OK":
+        return _CLEAN
     text = said.decode("utf-8", "backslashreplace")
-    if text == "OK":
-        return Clean()
     if text.endswith(" FOUND"):
         name = text.removesuffix(" FOUND")
         if name.startswith("Heuristics.Limits.Exceeded"):

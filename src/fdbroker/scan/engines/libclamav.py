@@ -28,13 +28,10 @@ Hazards of the scratch directory, all three seen with ClamAV 1.4.6:
 
 from __future__ import annotations
 
+import binascii
 import ctypes
-import io
 import os
 import re
-import tarfile
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -179,16 +176,6 @@ _OnPart = ctypes.CFUNCTYPE(
 )
 
 
-class _Layer:
-    """The file, or a part that was unpacked from it."""
-
-    __slots__ = ("kind", "parts")
-
-    def __init__(self, kind: bytes) -> None:
-        self.kind = kind
-        self.parts = 0
-
-
 class LibClamAV(Inside):
     """Scans with ClamAV's library, in the worker."""
 
@@ -204,7 +191,9 @@ class LibClamAV(Inside):
         self._scratch: Scratch | None = None
         self._messages: list[bytes] = []
         self._names: list[bytes] = []
-        self._layers: list[_Layer] = []
+        # Of the file, and of the parts that are within each other now: the kind, and how many parts came out.
+        self._kinds: list[bytes | None] = []
+        self._parts: list[int] = []
         self._without_parts: bytes | None = None
         self._cut_off = False
         heuristic = _ALERT_EXCEEDS_MAX | (0 if "encrypted" in options.accept else _ALERT_ENCRYPTED)
@@ -244,8 +233,10 @@ class LibClamAV(Inside):
             EngineError: either can't be loaded, or there is no signature in the database.
 
         """
+        import tempfile  # noqa: PLC0415 - for the warm-up only; who configures the engine has no use for it
+
         self._library = _load_library(self.options.library)
-        self._scan_descriptor = self._library.cl_scandesc_callback
+        self._scan_descriptor = _scan_function(self.options.library)
         self._library.cl_set_clcb_msg(self._on_message)
         self._check("cl_init", self._library.cl_init(0))
         engine = self._library.cl_engine_new()
@@ -296,7 +287,8 @@ class LibClamAV(Inside):
             self._scratch = Scratch(scratch)
         self._messages.clear()
         self._names.clear()
-        self._layers.clear()
+        self._kinds.clear()
+        self._parts.clear()
         self._without_parts, self._cut_off = None, False
         self._name.value = None
         status = self._scan_descriptor(
@@ -369,19 +361,22 @@ class LibClamAV(Inside):
         _context: int | None,
     ) -> int:
         """Be told of the file (depth 0), and of each part of it, before it is scanned."""
-        self._close_layers(depth)
-        if self._layers:
-            self._layers[-1].parts += 1
+        parts = self._parts
+        if parts:
+            self._close_layers(depth)
+        if parts:
+            parts[-1] += 1
             self._cut_off = self._cut_off or size >= self.options.max_file_size
-        self._layers.append(_Layer(kind or b""))
+        self._kinds.append(kind)
+        parts.append(0)
         return _CL_CLEAN
 
     def _close_layers(self, depth: int) -> None:
-        layers = self._layers
-        while len(layers) > depth:
-            layer = layers.pop()
-            if not layer.parts and layer.kind in _MUST_HAVE_PARTS:
-                self._without_parts = layer.kind
+        kinds, parts = self._kinds, self._parts
+        while len(parts) > depth:
+            kind = kinds.pop()
+            if not parts.pop() and kind in _MUST_HAVE_PARTS:
+                self._without_parts = kind
 
     def _set_limits(self) -> None:
         options = self.options
@@ -480,8 +475,16 @@ def _load_library(name: str) -> Any:  # noqa: ANN401 - a library has no type
     library.cl_engine_get_num.restype = ctypes.c_longlong
     library.cl_engine_set_str.argtypes = (pointer, number, text)
     library.cl_load.argtypes = (text, pointer, pointer, ctypes.c_uint)
-    library.cl_scandesc_callback.argtypes = (number, text, pointer, pointer, pointer, pointer, pointer)
     return library
+
+
+def _scan_function(name: str) -> Any:  # noqa: ANN401 - as of the library
+    """Return cl_scandesc_callback of a library that is loaded, as it costs least to call it for each file.
+
+    The lock of the interpreter stays held, as there is no other thread: otherwise each callback would take
+    it. Arguments go as what they are (a descriptor, None, things of ctypes), without a look at their types.
+    """
+    return ctypes.PyDLL(name).cl_scandesc_callback
 
 
 def _has_unrar() -> bool:
@@ -503,19 +506,35 @@ def _date(seconds: int) -> str:
     return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%a %b %e %H:%M:%S %Y") if seconds else "local"
 
 
-def _samples() -> list[bytes]:
-    import bz2  # noqa: PLC0415 - for the warm-up only
-    import gzip  # noqa: PLC0415
-    import lzma  # noqa: PLC0415
+_TEXT = b"<html><head><meta charset='windows-1251'></head><body>text</body></html>"
+# That text in containers: to make them here would take longer than to scan them.
+_CONTAINERS = {
+    "zip": (
+        "UEsDBBQAAAAIAAAAIQAS7sS/PwAAAEgAAAALAAAAc2FtcGxlLmh0bWyzySjJzbGzyUhNTLGzyU0tSVRIzkgsKk4tsVUvz8xL"
+        "yS8v1jU0MjVUt7PRh6hJyk+ptCtJrSix0QczgeIgEwBQSwECFAMUAAAACAAAACEAEu7Evz8AAABIAAAACwAAAAAAAAAAAAAA"
+        "gAEAAAAAc2FtcGxlLmh0bWxQSwUGAAAAAAEAAQA5AAAAaAAAAAAA"
+    ),
+    "tar.gz": (
+        "H4sIAAAAAAACA+3NQQ6CMBCF4R6FHSuFGpBN7V2qNMGEiqFjwNtbYWHiXjb+3+ZNXiYz0YV77/cyi/qZMjlW1ZLJd5Zaf+a1"
+        "b5q6UVmpNvCI4sb0Uv0n00norem8a60JXlx26dwYvZzy6Xprhynu9KHWuTXFunMe2qcVP4spljH17wsKAAAAAAAAAAAAAAAA"
+        "ALCpF6ptxXUAKAAA"
+    ),
+    "gz": (
+        "H4sIAAAAAAACA7PJKMnNsbPJSE1MsbPJTS1JVEjOSCwqTi2xVS/PzEvJLy/WNTQyNVS3s9GHqEnKT6m0K0mtKLHRBzOB4iAT"
+        "ABLuxL9IAAAA"
+    ),
+    "bz2": (
+        "QlpoOTFBWSZTWenQOp0AAAgZgECCsgc+Z5zgIABURAAA0NADU1D1NH6oG0mZQFdXMjopjcSTb6lgmGVR23DMHgZisFyQnqjF"
+        "RzgWm3vhAqgQqeHxdyRThQkOnQOp0A=="
+    ),
+    "xz": (
+        "/Td6WFoAAATm1rRGAgAhARYAAAB0L+Wj4ABHAEBdAB4aCobvStlaiOTcnkCyk/8EcQTVd44J6r4oE+ScC/gWKtaBH0cx3Ynk"
+        "A0q1Zy5j0L1nS4PqJyq8n5t5LgeEYAAAYhYCSfPALY8AAVxI0W6PTh+2830BAAAAAARZWg=="
+    ),
+}
 
-    text = b"<html><head><meta charset='windows-1251'></head><body>text</body></html>"
-    zipped, tarred = io.BytesIO(), io.BytesIO()
-    with zipfile.ZipFile(zipped, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("sample.html", text)
-    with tarfile.open(fileobj=tarred, mode="w:gz") as archive:
-        info = tarfile.TarInfo("sample.txt")
-        info.size = len(text)
-        archive.addfile(info, io.BytesIO(text))
+
+def _samples() -> list[bytes]:
     mail = (
         b"From: a@example.org\r\nTo: b@example.org\r\nSubject: =?koi8-r?B?8NLJ18XU?=\r\nMIME-Version: 1.0\r\n"
         b"Date: Thu, 01 Jan 2026 00:00:00 +0000\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n"
@@ -532,13 +551,9 @@ def _samples() -> list[bytes]:
     )
     return [
         b"text",
-        text,
-        text.decode("ascii").encode("utf-16"),
-        zipped.getvalue(),
-        tarred.getvalue(),
-        gzip.compress(text),
-        bz2.compress(text),
-        lzma.compress(text),
+        _TEXT,
+        _TEXT.decode("ascii").encode("utf-16"),
+        *map(binascii.a2b_base64, _CONTAINERS.values()),
         mail,
         pdf,
         png,
