@@ -287,14 +287,17 @@ def test_a_client_that_asks_without_pause_does_not_keep_a_walk_of_another_from_g
     stepped.serve()
     assert stepped.broker._resting
     flight.most_per_uid = most
-    for number in range(5):
-        busy.sock.send(encode_status(number))
-        stepped.broker.step(0)
+    came = 0
     walker.sock.settimeout(1)
-    answer = walker.receive()
-    assert answer is not None
-    with answer.descriptors as descriptors:
-        assert len(descriptors) == 3
+    while came < 3:  # in one frame, or more where a step takes its time
+        for number in range(5):
+            busy.sock.send(encode_status(number))
+            stepped.broker.step(0)
+        answer = walker.receive()
+        assert answer is not None
+        with answer.descriptors as descriptors:
+            came += len(descriptors)
+    assert came == 3
 
 
 def test_an_answer_by_a_full_socket_is_not_late_for_a_client_without_frames(
