@@ -126,8 +126,14 @@ def _rule(name: str, effect: str, client: dict[str, object], paths: list[str]) -
 def copy_sources(directory: Path) -> Path:
     """Return a copy of the sources without bytecode: where there is some, `--dev` lets the broker take it."""
     sources = directory / "sources"
-    shutil.copytree(_SOURCES, sources, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_for_all(_SOURCES, sources, "__pycache__")
     return sources
+
+
+def copy_for_all(source: Path, target: Path, *left_out: str) -> None:
+    """Copy a directory for everybody to read: a checkout's files may be readable for their owner alone."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*left_out))
+    subprocess.run(["chmod", "-R", "u=rwX,go=rX", target], check=True)
 
 
 @contextmanager

@@ -82,6 +82,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Do what the command line says; return the exit status."""
+    os.umask(0o022)  # much of what is made is for other users
     options = parse(arguments)
     chosen = [series for series in (*SERIES, *SCAN_SERIES) if series.name in options.only]
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.brokers import STRANGER_UID, launched
+from benchmarks.brokers import STRANGER_UID, copy_for_all, launched
 from benchmarks.clamav import Daemon
 from benchmarks.errors import BenchmarkError
 
@@ -56,7 +55,7 @@ def running_scand(directory: Path, sources: Path, root: Path, database: Path) ->
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:
             raise BenchmarkError(f"there is no package {name}")
-        shutil.copytree(Path(found.origin).parent, directory / "packages" / name)
+        copy_for_all(Path(found.origin).parent, directory / "packages" / name)
     policy, configuration = directory / "policy.yaml", directory / "scand.yaml"
     policy.write_text(_POLICY.format(root=root, user=STRANGER_UID, directory=directory), "utf-8")
     configuration.write_text(_CONFIGURATION.format(directory=directory, database=database), "utf-8")
@@ -87,5 +86,5 @@ def _wait_for_listener(process: subprocess.Popen[bytes], errors: Path) -> None:
     end = time.monotonic() + _PATIENCE
     while b"listener clamd: serving" not in errors.read_bytes():
         if process.poll() is not None or time.monotonic() > end:
-            raise BenchmarkError("the scan service did not start")
+            raise BenchmarkError(f"the scan service did not start: {errors.read_text()}")
         time.sleep(0.05)
