@@ -37,8 +37,8 @@ from fdbroker.config.names import printable
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.scan.run import Scanned
-from fdbroker.scan.service.core import write_line
 from fdbroker.scan.service.copying import look, sealed_copy
+from fdbroker.scan.service.core import write_line
 from fdbroker.scan.service.filesystems import Sorted, sort_out
 from fdbroker.scan.service.opening import FAILED, OneByOne, ToScan, TreeOfFiles
 from fdbroker.scan.service.streams import Stream

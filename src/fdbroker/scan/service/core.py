@@ -155,7 +155,7 @@ def say(text: str) -> None:
 
 
 def write_line(line: str) -> None:
-    """Write a printable line for whoever looks after the service; that nobody reads it keeps it from nothing."""
+    """Write a printable line for whoever looks after the service; if nobody reads it, it is lost."""
     with contextlib.suppress(OSError):
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()

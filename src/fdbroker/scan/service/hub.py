@@ -165,7 +165,9 @@ class Hub:
                 try:
                     ticket.tell(done)
                 except Exception as error:  # noqa: BLE001 - whatever it is, the others are told
-                    self._loop.call_exception_handler({"message": "a client was not told", "exception": error})
+                    self._loop.call_exception_handler(
+                        {"message": "a client was not told", "exception": error}
+                    )
         if finished:
             self.make_room_known()
 
