@@ -668,7 +668,7 @@ class Pool:
 
 
 def _given_up(lane: _Lane) -> list[Done]:
-    """Return an error for each file of a worker whose verdicts are not as many: nobody knows which is whose."""
+    """Return an error for each file of a worker whose verdicts are not as many: whose is which?"""
     lane.supervisor.abandon()
     error = Error(Reason.UNKNOWN_ANSWER, "there are fewer verdicts, or more, than files")
     return [Done(file.path, file.before.size, error) for file in lane.files]
