@@ -10,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from fdbroker.broker import opening
+from fdbroker.kernel.files import open_regular_entries
 from fdbroker.wire.client import OpenReply, encode_open
 from fdbroker.wire.format import MAX_COPY, MAX_REPLY, Status
 from tests.broker.conftest import fill, no_descriptor_left
@@ -103,6 +105,28 @@ def test_file_is_delivered_as_its_rule_says(delivering: Delivering, tree: str, h
     assert ask(delivering.speaker, [path]) == [Had(how, b"content")]
     [record] = [record for record in delivering.broker.records() if "decision" in record]
     assert (record["event"], record["decision"], record["rule"]) == ("open", "allow", tree)
+
+
+def test_nothing_stays_open_where_the_files_of_a_second_root_break_the_broker(
+    delivering: Delivering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def break_at_the_second(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - as what it stands for
+        asked.append(arguments)
+        if len(asked) == 2:
+            raise MemoryError
+        return open_regular_entries(*arguments, **named)
+
+    paths = [bytes(delivering.trees[tree] / "file") for tree in ("copies", "both")]
+    assert [had.how for had in ask(delivering.speaker, paths)] == ["copied", "copied"]
+    monkeypatch.setattr(opening, "open_regular_entries", break_at_the_second)
+    before = set(os.listdir("/proc/self/fd"))
+    answer = delivering.speaker.ask(encode_open(8, paths, copy=True))
+    assert not isinstance(answer.reply, OpenReply)
+    left = set(os.listdir("/proc/self/fd")) - before
+    assert len(asked) == 2
+    assert not left
 
 
 def test_who_asks_for_no_copy_gets_none(delivering: Delivering) -> None:

@@ -313,6 +313,26 @@ def test_clients_are_served_as_they_come_until_the_service_ends(fake: FakeBroker
     asyncio.run(main())
 
 
+def test_who_serves_each_client_hears_of_a_loss_that_came_behind_one(fake: FakeBroker, path: Path) -> None:
+    async def main() -> None:
+        numbers = []
+
+        def serve(served: aio.ServedClient) -> None:
+            numbers.append(served.number)
+            served.close()
+
+        async with await aio.connect(path) as client, await client.serve("clamd") as service:
+            with fake.hand_over("clamd"):
+                await client.status()  # it is there before anybody waits
+            client.close()
+            async with asyncio.timeout(10):
+                with pytest.raises((DisconnectedError, ValueError)):
+                    await service.for_each(serve)
+            assert numbers == [1]
+
+    asyncio.run(main())
+
+
 def test_what_serving_a_client_raises_ends_it_and_the_next_client_waits(fake: FakeBroker, path: Path) -> None:
     async def main() -> None:
         def fail(served: aio.ServedClient) -> None:

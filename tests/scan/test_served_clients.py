@@ -20,6 +20,7 @@ from fdbroker.scan.service.core import Core
 from fdbroker.scan.service.native import NativeClient
 from fdbroker.scan.service.tcp import TcpClient, _Stranger
 from fdbroker.scan.service.watch import run as run_watched
+from fdbroker.scan.verdict import Error, Reason
 from tests.scan.descriptors import open_descriptors
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from fdbroker.aio import ServedClient, Service
     from fdbroker.broker.notify import Notifier
     from fdbroker.scan.service.core import Speaks
+    from fdbroker.scan.supervisor import Done
 
 
 def with_core(test: Callable[[Core], None]) -> None:
@@ -180,6 +182,37 @@ def test_a_client_at_whose_first_words_the_service_fails_is_closed_and_the_next_
     with_core(test)
     assert served == ["failed", "served"]
     assert r"uid 1000 could not be served: ValueError: what came\x0a" in capsys.readouterr().err
+
+
+def test_who_can_not_be_told_keeps_no_verdict_from_the_others() -> None:
+    failed: list[object] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: failed.append(context["exception"])
+        )
+        core = Core(Configuration(()), Pool([]), [])
+        told: list[Done] = []
+        files = core.hub.client(1000)
+        no_file = Error(Reason.NOT_REGULAR, "")
+
+        def fail(_: Done) -> None:
+            raise ZeroDivisionError
+
+        def hand_in() -> None:
+            for tell in (fail, told.append):
+                files.submit("request", tell, b"", os.open("/", os.O_RDONLY), before=no_file)
+
+        core.watch.round(hand_in)
+        assert [done.verdict for done in told] == [no_file]
+        assert core.hub.queued == files.queued == 0
+        files.close()
+        core.close()
+
+    before = open_descriptors()
+    run_watched(run())
+    assert open_descriptors() == before
+    assert [type(error) for error in failed] == [ZeroDivisionError]
 
 
 @pytest.mark.parametrize(("said", "answer"), WHOLE_CONVERSATIONS.items())

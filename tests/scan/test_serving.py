@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import signal
 import socket
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -133,6 +135,25 @@ def test_clients_of_clamd_hear_what_clamd_would_say(pool: Pool, tmp_path: Path) 
         assert sorted(session.split("\0")) == ["", f"1: /tree/bad: {FOUND}", "2: PONG", "3: stream: OK"]
         assert "THREADS" in served.clamd(b"zSTATS\0")
         assert served.clamd(b"zNONSENSE\0") == "UNKNOWN COMMAND\0"
+
+    serve_while(client, pool, tmp_path)
+
+
+def test_that_nobody_reads_its_log_keeps_no_answer_from_a_client(
+    pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NobodyReads(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise BrokenPipeError
+
+    def client(served: Served) -> None:
+        monkeypatch.setattr(sys, "stderr", NobodyReads())
+        try:
+            for _ in range(2):
+                assert served.clamd(b"zSCAN /tree/bad\0") == f"/tree/bad: {FOUND}\0"
+            assert served.clamd(b"zINSTREAM\0", chunks(EICAR)) == f"stream: {FOUND}\0"
+        finally:
+            monkeypatch.undo()
 
     serve_while(client, pool, tmp_path)
 

@@ -18,7 +18,7 @@ from fdbroker.scan.pool import Pool
 from fdbroker.scan.stamps import Stamp
 from fdbroker.scan.supervisor import Done, Loaded
 from fdbroker.scan.turns import FILES_OF_A_TURN, Source, Turns
-from fdbroker.scan.verdict import Answer, Clean, Error, Reason, Verdict
+from fdbroker.scan.verdict import Answer, Clean, Error, Infected, Reason, Verdict
 from tests.scan.descriptors import open_descriptors
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ TestScans.settings = settings(max_examples=60, stateful_step_count=40)
 
 def test_an_answer_that_is_out_of_order_is_of_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "Supervisor", PuppetSupervisor)
-    monkeypatch.setattr(PuppetSupervisor, "look_up", lambda _name: (0, 0))
+    monkeypatch.setattr(PuppetSupervisor, "look_up", lambda _name: (0, 0), raising=False)
     PuppetSupervisor.made = []
     with Pool([configure("hashes")]) as pool:
         [puppet] = PuppetSupervisor.made
@@ -307,3 +307,27 @@ def test_an_answer_that_is_out_of_order_is_of_no_file(monkeypatch: pytest.Monkey
         puppet.answer(Clean())
         with pytest.raises(RuntimeError, match="in another order"):
             pool.advance()
+
+
+def test_a_verdict_that_is_lost_makes_no_other_file_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "Supervisor", PuppetSupervisor)
+    monkeypatch.setattr(PuppetSupervisor, "look_up", lambda _name: (0, 0), raising=False)
+    PuppetSupervisor.made = []
+    before = open_descriptors()
+    with Pool([configure("hashes")]) as pool:
+        [puppet] = PuppetSupervisor.made
+        for ticket in (b"1", b"2", b"3"):
+            pool.enqueue(Source(0), ticket, b"", os.open(__file__, os.O_RDONLY))  # as a client without names
+        assert pool.advance() == []
+        puppet.answer(Infected("lost"))
+        os.close(puppet.answers.pop()[1])
+        puppet.answer(Clean())
+        finished = pool.advance()
+        assert [one.ticket for one in finished] == [b"1", b"2", b"3"]
+        assert {type(one.done.verdict) for one in finished} == {Error}
+        assert pool.under_way == 0
+        # It goes on with what comes.
+        pool.enqueue(Source(0), b"4", b"", os.open(__file__, os.O_RDONLY))
+        puppet.answer(Clean())
+        assert [(one.ticket, one.done.verdict) for one in pool.advance()] == [(b"4", Clean())]
+    assert open_descriptors() == before

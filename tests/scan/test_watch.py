@@ -87,6 +87,26 @@ def test_a_call_that_fails_keeps_none_of_the_others_from_being_made() -> None:
     assert sorted(str(error) for error in failed) == ["0", "1", "2"]
 
 
+def test_what_fails_behind_a_round_ends_neither_the_loop_nor_who_had_a_part_in_it() -> None:
+    failed: list[Exception] = []
+
+    async def test(watch: Watch) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            told: asyncio.Queue[bytes] = asyncio.Queue()
+            watch.after = lambda: 1 // 0  # type: ignore[assignment]
+            watch.add(ours.fileno(), READABLE, lambda _: told.put_nowait(ours.recv(1)))
+            for said in (b"x", b"y"):
+                theirs.send(said)
+                assert await told.get() == said
+            watch.round(lambda: told.put_nowait(b"z"))
+            assert await told.get() == b"z"
+            watch.let_go(ours.fileno())
+
+    watching(test, failed=failed)
+    assert [type(error) for error in failed] == [ZeroDivisionError] * 3
+
+
 def test_what_is_let_go_of_in_a_round_is_not_called_in_it() -> None:
     async def test(watch: Watch) -> None:
         pairs = [socket.socketpair() for _ in range(2)]

@@ -90,19 +90,20 @@ class Service:
         """
         over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        def come() -> None:
+        def come(*, check: bool = False) -> None:
             try:
-                if not self._call.answers:
-                    self._check()
+                check = check or not self._call.answers
                 while self._call.answers:
                     serve(self._take())
+                if check:
+                    self._check()
             except Exception as error:  # noqa: BLE001 - raised by who waits
                 if not over.done():
                     over.set_exception(error)
 
         self._call.wake = come
         try:
-            come()
+            come(check=True)  # it may be over already, behind clients that came
             await over
             raise AssertionError("it ends by an error alone")
         finally:

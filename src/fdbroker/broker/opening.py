@@ -245,9 +245,10 @@ class Opener:
         room = MAX_REPLY - HEADER.size - RESULT.size * len(paths)
         may_copy, may_open = (asker.view.actions[action].decide for action in ("copy", "open"))
         decisions = [may_copy(path) for path in paths]
-        plain = self._open_plain(decisions, paths)
+        plain: dict[int, tuple[int, bytes | OSError]] = {}
         outcomes = []
         try:
+            self._open_plain(decisions, paths, plain)
             for index, (path, decision) in enumerate(zip(paths, decisions, strict=True)):
                 self._ping()
                 if not decision.allowed:
@@ -276,17 +277,19 @@ class Opener:
         return outcomes
 
     def _open_plain(
-        self, decisions: Sequence[NameDecision], paths: Sequence[bytes]
-    ) -> dict[int, tuple[int, bytes | OSError]]:
-        """Open what may be copied and has nothing asked but its name, by its place in `paths`.
+        self,
+        decisions: Sequence[NameDecision],
+        paths: Sequence[bytes],
+        plain: dict[int, tuple[int, bytes | OSError]],
+    ) -> None:
+        """Open what may be copied and has nothing asked but its name; to `plain`, by its place in `paths`.
 
-        As many as a reply may have room for, at once. The caller owns the descriptors.
+        As many as a reply may have room for, at once. The caller owns the descriptors, whatever is raised.
         """
         places: dict[int, list[int]] = {}
         for place, decision in enumerate(decisions[:_MOST_AT_ONCE]):
             if decision.plain:
                 places.setdefault(decision.root.number, []).append(place)  # type: ignore[union-attr]
-        plain: dict[int, tuple[int, bytes | OSError]] = {}
         for number, chosen in places.items():
             root = self.roots[number]
             if root.cross_mounts or root.helpers:
@@ -296,7 +299,6 @@ class Opener:
                 root.descriptor, names, self._proc_self_fd, 0, MAX_COPY, ANY_TIME, given_away=False
             )
             plain |= zip(chosen, zip(opened, found, strict=True), strict=True)
-        return plain
 
     def _copy_plain(
         self,

@@ -606,7 +606,10 @@ class Pool:
 
     def _advance(self, lane: _Lane, least: int) -> None:
         lane.gathered = 0
-        for done in lane.supervisor.advance(least):
+        answered = lane.supervisor.advance(least)
+        if len(answered) + lane.supervisor.under_way != len(lane.files):
+            answered = _given_up(lane)
+        for done in answered:
             file = lane.files.popleft()
             if done.path is not file.path:
                 raise RuntimeError("a worker's files are answered in another order than they were handed in")
@@ -662,3 +665,10 @@ class Pool:
         if not finished and self.waiting >= before and (self.under_way or self.waiting):
             left = self.deadline()
             any_is_readable(self.filenos(), None if left is None else left - time.monotonic())
+
+
+def _given_up(lane: _Lane) -> list[Done]:
+    """Return an error for each file of a worker whose verdicts are not as many: whose is which?"""
+    lane.supervisor.abandon()
+    error = Error(Reason.UNKNOWN_ANSWER, "there are fewer verdicts, or more, than files")
+    return [Done(file.path, file.before.size, error) for file in lane.files]

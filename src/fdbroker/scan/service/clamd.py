@@ -12,7 +12,6 @@ import contextlib
 import functools
 import os
 import socket
-import sys
 import time
 from functools import partial
 from typing import TYPE_CHECKING
@@ -39,6 +38,7 @@ from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.scan.run import Scanned
 from fdbroker.scan.service.copying import look, sealed_copy
+from fdbroker.scan.service.core import write_line
 from fdbroker.scan.service.filesystems import Sorted, sort_out
 from fdbroker.scan.service.opening import FAILED, OneByOne, ToScan, TreeOfFiles
 from fdbroker.scan.service.streams import Stream
@@ -725,10 +725,9 @@ class ClamdClient:
         shown = name if command.kind in _PATHS else command.shown
         line = f"{printable(shown)}: {text.decode()}"
         if self._core.configuration.log == "clamd":
-            sys.stderr.write(f"{time.strftime('%a %b %e %H:%M:%S %Y')} -> {line}\n")
+            write_line(f"{time.strftime('%a %b %e %H:%M:%S %Y')} -> {line}")
         else:
-            sys.stderr.write(f"fdbroker-scand: {self._who()}: {line}\n")
-        sys.stderr.flush()
+            write_line(f"fdbroker-scand: {self._who()}: {line}")
 
 
 @functools.lru_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 import weakref
@@ -149,6 +150,12 @@ def _load(pool: Pool) -> tuple[Loaded | None, list[Version]]:
 
 
 def say(text: str) -> None:
-    """Write a line for whoever looks after the service."""
-    sys.stderr.write(f"fdbroker-scand: {printable(text)}\n")
-    sys.stderr.flush()
+    """Write a line for whoever looks after the service, which says who speaks."""
+    write_line(f"fdbroker-scand: {printable(text)}")
+
+
+def write_line(line: str) -> None:
+    """Write a printable line for whoever looks after the service; if nobody reads it, it is lost."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()

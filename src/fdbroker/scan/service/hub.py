@@ -162,7 +162,12 @@ class Hub:
             self.scanned += 1
             self.count(ticket.files, -1)
             if source in self._clients:  # unless it has gone since, in this very round
-                ticket.tell(done)
+                try:
+                    ticket.tell(done)
+                except Exception as error:  # noqa: BLE001 - whatever it is, the others are told
+                    self._loop.call_exception_handler(
+                        {"message": "a client was not told", "exception": error}
+                    )
         if finished:
             self.make_room_known()
 

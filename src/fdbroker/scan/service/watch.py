@@ -231,7 +231,10 @@ class Watch:
         finally:
             self.in_round = False
             if self.after is not None:
-                self.after()
+                try:
+                    self.after()
+                except Exception as error:  # noqa: BLE001 - it is nobody's in this round, and would end the loop
+                    self._failed(error)
 
     def _have_soon_calls_made(self) -> None:
         if self._soon_in_loop is None:
