@@ -171,6 +171,10 @@ def test_of_a_session_a_ping_is_answered_at_once_and_nothing_else() -> None:
     assert begun().answer_at_once(b"zPING\0", 1.0) is None, "it is not in a session"
     for unfinished in (b"zPI", b"zFILDES\0", b"zINSTREAM\0"):
         assert begun(b"zIDSESSION\0", unfinished).answer_at_once(b"zPING\0", 1.0) is None
+    session.receive(b"zPING\0zPING\0", 0, 1.0)
+    for _ in range(2):
+        assert session.answer_at_once(b"zPING\0", 1.0) is None, "others were said before"
+        assert session.next_event(1.0) is not None
     strangers = Conversation(LIMITS, 0.0, frozenset({Kind.IDSESSION}))
     events_of(strangers, b"zIDSESSION\0")
     assert strangers.answer_at_once(b"zPING\0", 1.0) is None

@@ -561,7 +561,10 @@ def test_a_socket_of_another_type_is_unavailable(tmp_path: Path) -> None:
 
 def test_a_process_without_descriptors_can_not_connect(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with FakeBroker(socket_path=tmp_path / "broker"):
+    # No broker, not even a fake one: its thread opens descriptors as well.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "broker"))
+        listener.listen()
         spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         os.close(spare)
         resource.setrlimit(resource.RLIMIT_NOFILE, (spare, hard))

@@ -191,7 +191,7 @@ def test_files_that_are_opened_in_a_row_come_with_what_they_are_and_each_with_it
     (tmp_path / "large").write_bytes(b"12345")
     (tmp_path / "sub").mkdir()
     before = count_open()
-    names = [b"small", b"missing", b"large", b"sub", b"nul\0"]
+    names = [b"small", b"missing", b"large", b"sub", b"small\0"]
     opened, found = files.open_regular_entries(directory, names, proc, 0, 4, -1)
     try:
         assert [descriptor >= 0 for descriptor in opened] == [True, False, False, False, False]

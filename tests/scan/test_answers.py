@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fdbroker.scan import answers as answers_module
 from fdbroker.scan.answers import LONGEST_ANSWER, AnswerError, all_clean, decode, encode
 from fdbroker.scan.verdict import (
     LONGEST_NAME,
@@ -78,6 +79,17 @@ def test_a_byte_that_was_changed_never_makes_a_clean_of_what_was_not(
         return
     if isinstance(read[0].answers[0].verdict, Clean):
         assert isinstance(verdict, Clean) or (at % len(data) == 17 and len(data) == 21)
+
+
+@pytest.mark.parametrize(("reason", "text"), [(1, b""), (0, b"x")])
+def test_clean_for_a_reason_or_with_a_text_is_no_answer(reason: int, text: bytes) -> None:
+    said = (
+        answers_module._HEAD.pack(1, 2, 1)
+        + answers_module._ENGINE.pack(answers_module._CLEAN, reason, len(text))
+        + text
+    )
+    with pytest.raises(AnswerError, match="kind 1 with reason"):
+        decode(said, all_clean(["engine"]))
 
 
 def test_names_that_do_not_fit_are_left_out_and_the_finding_stays() -> None:

@@ -165,6 +165,7 @@ def test_what_can_not_be_looked_into_is_an_error_with_its_kind(
             samples.by_program(tmp_path / "deflate", contents, "7z", "a", "-m0=Deflate", "{}")
         ),
     }
+    others["7z of bzip2, and a file behind it"] = samples.zipped_many([others["7z of bzip2"], PADDING])
     verdicts = scan_in_worker(supervisor, tmp_path, files | others)
     assert {name: reason_of(verdict) for name, verdict in verdicts.items()} == {
         **dict.fromkeys(files, "unscannable_encrypted"),

@@ -256,6 +256,20 @@ def test_an_engine_that_is_down_makes_every_file_an_error(engine: FakeEngine, tm
         os.close(descriptor)
 
 
+def test_a_session_that_takes_nothing_though_it_has_room_keeps_nobody_waiting(
+    engine: FakeEngine, tmp_path: Path
+) -> None:
+    with Handover(engine) as handover:
+        descriptors = submit_all(handover, tmp_path, 1)
+        engine.session.answer([0])
+        assert handover.answers() == [Progress(0, Clean())]
+        engine.takes_nothing = True
+        handover.submit(1, descriptors[0])
+        assert handover.deadline() == 0.0, "there is something to be told"
+        assert handover.answers() == [Progress(1, Error(Reason.ENGINE_FAILED, "the engine takes no file"))]
+    os.close(descriptors[0])
+
+
 def test_a_number_that_is_under_way_is_refused(engine: FakeEngine, tmp_path: Path) -> None:
     with Handover(engine) as handover:
         [descriptor] = submit_all(handover, tmp_path, 1)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fdbroker.scan import pool as pool_module
 from fdbroker.scan.engine import EngineError
 from fdbroker.scan.plugins import Configured, configure
-from fdbroker.scan.pool import Pool
+from fdbroker.scan.pool import Pool, _Lane
 from fdbroker.scan.supervisor import Supervisor
 from fdbroker.scan.verdict import Answer, Clean, Error, Infected, Reason
 from tests.sandbox.confined import started_ids
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from fdbroker.scan.pool import _File
     from fdbroker.scan.supervisor import Done, _Job
     from fdbroker.scan.verdict import Verdict
 
@@ -99,6 +101,22 @@ def test_no_worker_has_files_of_two_owners(tmp_path: Path, monkeypatch: pytest.M
     assert {type(one.verdict) for one in done} == {Clean}
     assert all(len(had) == 1 for had in given.values())
     assert {owner for had in given.values() for owner in had} == set(OWNERS)
+
+
+def test_of_large_files_a_worker_has_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_MOST_BYTES", 1000)
+    had: list[int] = []
+    gather = _Lane.gather
+
+    def noted(lane: _Lane, file: _File) -> None:
+        had.append(lane.bytes)
+        gather(lane, file)
+
+    monkeypatch.setattr(_Lane, "gather", noted)
+    with pool(jobs=2) as made:
+        done = scan(made, tmp_path, [b"x" * 300] * 100)
+    assert {type(one.verdict) for one in done} == {Clean}
+    assert 0 < max(had) < 1000
 
 
 def test_isolated_files_have_a_worker_each(tmp_path: Path) -> None:

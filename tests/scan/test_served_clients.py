@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from fdbroker.clamd.protocol import WHOLE_CONVERSATIONS
+from fdbroker.kernel import sockets
 from fdbroker.scan.pool import Pool
 from fdbroker.scan.service import serving
 from fdbroker.scan.service.clamd import serve_client
@@ -24,15 +25,16 @@ from fdbroker.scan.verdict import Error, Reason
 from tests.scan.descriptors import open_descriptors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from fdbroker.aio import ServedClient, Service
     from fdbroker.broker.notify import Notifier
+    from fdbroker.kernel.descriptors import Descriptors
     from fdbroker.scan.service.core import Speaks
     from fdbroker.scan.supervisor import Done
 
 
-def with_core(test: Callable[[Core], None]) -> None:
+def with_core(test: Callable[[Core], Awaitable[None] | None]) -> None:
     """Run a test with a service that has no engines; nothing may stay open, nor be called later."""
 
     async def run() -> None:
@@ -40,7 +42,8 @@ def with_core(test: Callable[[Core], None]) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context))
         core = Core(Configuration(()), Pool([]), [])
         try:
-            test(core)
+            if (rest := test(core)) is not None:
+                await asyncio.wait_for(rest, 20)
             await asyncio.sleep(0.15)  # longer than a plain command waits, and than a client is not watched
         finally:
             core.close()
@@ -232,6 +235,66 @@ def test_a_ping_is_answered_before_anything_is_made_for_who_asks(
             assert (len(core.connections), core.hub.clients) == (0, 0)
 
     with_core(test)
+
+
+def told(
+    receive: Callable[[socket.socket, int], tuple[bytes, Descriptors, bool]],
+    monkeypatch: pytest.MonkeyPatch,
+    say: Callable[[socket.socket], object],
+) -> list[bytes]:
+    """Return what a client is told whose first bytes are received by `receive`, read by read, to the end."""
+    reads: list[bytes] = []
+
+    def receive_first(sock: socket.socket, size: int) -> tuple[bytes, Descriptors, bool]:
+        monkeypatch.undo()
+        return receive(sock, size)
+
+    async def test(core: Core) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            for sock in (ours, theirs):
+                sock.settimeout(0)
+            say(theirs)
+            monkeypatch.setattr(sockets, "receive_unclosed", receive_first)
+            serve_client(core, cast("ServedClient", _Served(ours)), Listener("clamd"))
+            while not reads or reads[-1]:
+                reads.append(await asyncio.get_running_loop().sock_recv(theirs, 100))
+
+    with_core(test)
+    return reads
+
+
+def test_what_is_said_behind_a_ping_is_read_before_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = []
+
+    def say(client: socket.socket) -> None:
+        clients.append(client)
+        client.send(b"zPING\0")
+
+    def receive(sock: socket.socket, size: int) -> tuple[bytes, Descriptors, bool]:
+        came = sockets.receive_unclosed(sock, size)
+        clients[0].send(b"zVERSION\0")
+        return came
+
+    # What is left unread would be a reset, at which the answer may be missed.
+    assert told(receive, monkeypatch, say) == [b"PONG\0", b""]
+
+
+def test_a_ping_that_a_descriptor_comes_with_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def say(client: socket.socket) -> None:
+        with open(__file__, "rb") as file:
+            socket.send_fds(client, [b"zPING\0"], [file.fileno()])
+
+    stray = b"PROTOCOL ERROR: ancillary data sent without FILDES. ERROR\0"
+    assert told(sockets.receive_unclosed, monkeypatch, say) == [stray, b""]
+
+
+def test_a_ping_of_which_descriptors_were_dropped_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def receive(sock: socket.socket, size: int) -> tuple[bytes, Descriptors, bool]:
+        data, owned, _ = sockets.receive_unclosed(sock, size)
+        return data, owned, True
+
+    assert b"PONG" not in b"".join(told(receive, monkeypatch, lambda client: client.send(b"zPING\0")))
 
 
 def test_of_a_session_that_does_not_read_its_answers_no_ping_is_lost() -> None:

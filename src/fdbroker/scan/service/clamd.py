@@ -100,14 +100,14 @@ def serve_client(core: Core, served: ServedClient, listener: Listener) -> None:
         came = sockets.receive_unclosed(served.socket, _MOST_BYTES)
     if came is not None and not len(came[1]):
         reply = WHOLE_CONVERSATIONS.get(came[0])
-        if reply is not None and not came[2] and _is_all_said(served.socket, reply):
+        if reply is not None and not came[2] and _answer_if_all_is_said(served.socket, reply):
             served.close()
             return
     ClamdClient(core, served, listener, came)
 
 
-def _is_all_said(sock: socket.socket, reply: bytes) -> bool:
-    """Answer a client, if it says nothing else; return whether that was all."""
+def _answer_if_all_is_said(sock: socket.socket, reply: bytes) -> bool:
+    """Answer a client, unless it says more; return whether it was answered."""
     if not _all_is_read(sock):
         return False
     # Nothing was sent there yet, so there is room. Whom it does not reach is gone.
@@ -237,14 +237,14 @@ class ClamdClient:
                 return
             came = None
             if not len(owned):
-                if self._is_answered_at_once(data):
+                if self._answer_at_once(data):
                     return
             elif not all(map(self._core.mounted.have, owned.numbers())):
                 self._sort_out(data, owned)
                 break
             # A read ends at a descriptor, otherwise at the end of what is there.
             may_be_more = len(owned) > 0 or len(data) == _MOST_BYTES
-            if len(owned) != 1 or not self._is_begun_at_once(data, owned):
+            if len(owned) != 1 or not self._begin_at_once(data, owned):
                 self._receive(data, owned)
                 self._pull()
             if not may_be_more or not self._wants_more():
@@ -254,10 +254,10 @@ class ClamdClient:
         else:
             self._flush()
 
-    def _is_answered_at_once(self, data: bytes) -> bool:
+    def _answer_at_once(self, data: bytes) -> bool:
         """Answer what is all that a client says, where it is such a thing and nothing else is under way.
 
-        Then what was waited for before is waited for now.
+        Return whether that was so: then what was waited for before is waited for now.
         """
         if self._waits_for != READABLE or self._outbox or not self._dry or self._resuming is not None:
             return False
@@ -273,8 +273,8 @@ class ClamdClient:
             self._flush()
         return True
 
-    def _is_begun_at_once(self, data: bytes, descriptors: Descriptors) -> bool:
-        """Have a file scanned, where all that is said is that."""
+    def _begin_at_once(self, data: bytes, descriptors: Descriptors) -> bool:
+        """Have a file scanned, where all that is said is that; return whether it is so."""
         if not self._may_go_on():
             return False
         asked = self._conversation.asked_at_once(data, self._loop.time())

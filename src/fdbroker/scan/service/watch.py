@@ -11,16 +11,15 @@ import asyncio
 import contextlib
 import errno
 import math
+import os
 import select
 import selectors
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Callable, Coroutine
     from typing import Any
-
-    from _typeshed import FileDescriptorLike
 
     Call = Callable[[int], None]
 
@@ -43,50 +42,17 @@ def run(main: Coroutine[Any, Any, _Result]) -> _Result:
         return runner.run(main)
 
 
-class _Selector(selectors.BaseSelector):
-    """As `selectors.EpollSelector`, but that it hands what is ready and has no key to `others`."""
+class _Selector(selectors.EpollSelector):
+    """As its base class, but that a watch may have descriptors of its own in the same epoll(7)."""
 
     def __init__(self) -> None:
-        self.epoll = select.epoll()
-        self.others: Callable[[list[tuple[int, int]]], None] | None = None
-        self._keys: dict[int, selectors.SelectorKey] = {}
-
-    def register(
-        self,
-        fileobj: FileDescriptorLike,
-        events: int,
-        data: Any = None,  # noqa: ANN401 - of the base class
-    ) -> selectors.SelectorKey:
-        """Wait for `events`: EVENT_READ, EVENT_WRITE, or both."""
-        number = _number_of(fileobj)
-        if number in self._keys:
-            raise KeyError(f"{fileobj!r} is registered already")
-        self.epoll.register(number, _events_of(events))
-        key = self._keys[number] = selectors.SelectorKey(fileobj, number, events, data)
-        return key
-
-    def unregister(self, fileobj: FileDescriptorLike) -> selectors.SelectorKey:
-        """Wait for it no more; it may be closed by now. Raises KeyError if it is not registered."""
-        key = self._keys.pop(self.get_key(fileobj).fd)
-        with contextlib.suppress(OSError):
-            self.epoll.unregister(key.fd)
-        return key
-
-    def modify(
-        self,
-        fileobj: FileDescriptorLike,
-        events: int,
-        data: Any = None,  # noqa: ANN401 - of the base class
-    ) -> selectors.SelectorKey:
-        """Wait for other events. Raises KeyError if it is not registered."""
-        before = self.get_key(fileobj)
-        if events != before.events:
-            self.epoll.modify(before.fd, _events_of(events))
-        key = self._keys[before.fd] = before._replace(events=events, data=data)
-        return key
+        super().__init__()
+        # By another descriptor: the base class keeps its own to itself.
+        self.epoll = select.epoll.fromfd(os.dup(self.fileno()))
+        self.watch: Watch | None = None
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Wait, make the calls of the others, and return what there is of its keys."""
+        """Wait, make the calls of the watch, and return what there is of the loop's own."""
         if timeout is None:
             seconds = -1.0
         elif timeout <= 0:
@@ -94,13 +60,10 @@ class _Selector(selectors.BaseSelector):
         else:  # epoll_wait(2) counts milliseconds; what is due must not be asked for again and again before
             seconds = math.ceil(timeout * 1e3) * 1e-3
         ready = self.epoll.poll(seconds, _MOST_AT_ONCE)
-        keys = self._keys
-        others = [one for one in ready if one[0] not in keys]
-        if others and self.others is not None:
-            self.others(others)
-            if len(others) == len(ready):
-                return []
+        if self.watch is not None:
+            ready = self.watch.look(ready)
         found = []
+        keys = self.get_map()
         for number, events in ready:
             # Not before the calls: they may have had another descriptor registered by this number.
             key = keys.get(number)
@@ -114,26 +77,7 @@ class _Selector(selectors.BaseSelector):
     def close(self) -> None:
         """Let go of all."""
         self.epoll.close()
-        self._keys.clear()
-
-    def get_key(self, fileobj: FileDescriptorLike) -> selectors.SelectorKey:
-        """Return the key of an object, also of a closed one. Raises KeyError if there is none."""
-        number = _number_of(fileobj)
-        if number < 0:
-            number = next((key.fd for key in self._keys.values() if key.fileobj is fileobj), number)
-        return self._keys[number]
-
-    def get_map(self) -> Mapping[FileDescriptorLike, selectors.SelectorKey]:
-        """Return the keys by object."""
-        return {key.fileobj: key for key in self._keys.values()}
-
-
-def _number_of(fileobj: FileDescriptorLike) -> int:
-    return fileobj if isinstance(fileobj, int) else fileobj.fileno()
-
-
-def _events_of(events: int) -> int:
-    return (events & selectors.EVENT_READ and READABLE) | (events & selectors.EVENT_WRITE and WRITABLE)
+        super().close()
 
 
 class _Loop(asyncio.SelectorEventLoop):
@@ -159,7 +103,7 @@ class Watch:
         assert isinstance(self._loop, _Loop)  # noqa: S101 - for the type checker
         self._selector = self._loop.selector
         self._epoll = self._selector.epoll
-        self._selector.others = self._look
+        self._selector.watch = self
         self._calls: dict[int, Call] = {}
         self._later: dict[int, int] = {}
         self._soon: list[Callable[[], None]] = []
@@ -220,9 +164,19 @@ class Watch:
             self._soon_in_loop.cancel()
         if self._timer is not None:
             self._timer.cancel()
-        self._selector.others = None
+        self._selector.watch = None
         for descriptor in list(self._calls):
             self.let_go(descriptor)
+
+    def look(self, ready: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Make the calls of a round for what is ready by epoll(7); return what is not its own."""
+        calls = self._calls
+        own = [one for one in ready if one[0] in calls]
+        if not own:
+            return ready
+        others = [one for one in ready if one[0] not in calls] if len(own) < len(ready) else []
+        self.round(partial(self._call, own))
+        return others
 
     def _part_of_round(self, call: Callable[[], object]) -> None:
         self.in_round = True
@@ -268,9 +222,6 @@ class Watch:
                 self._later[descriptor] = events
                 self._timer = self._loop.call_later(_SECONDS_UNTIL_LATER, self._begin)
                 return
-
-    def _look(self, ready: list[tuple[int, int]]) -> None:
-        self.round(partial(self._call, ready))
 
     def _call(self, ready: list[tuple[int, int]]) -> None:
         for descriptor, events in ready:
