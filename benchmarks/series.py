@@ -38,7 +38,7 @@ _PYTHON_OPENS = 3_200
 _PYTHON_BATCH64_OPENS = 16_000
 _TRANSFERS = 1_000
 _STARTS = 20
-_DIRECTORIES_OF_CLAMDSCAN = 40  # with 2,000 files
+_PARTS = 40  # with 2,000 files
 _PINGS = 2_000
 _COPIES = 7  # files of 4 KiB that a reply has room for
 
@@ -245,28 +245,33 @@ class Scans:
 
 @dataclass(frozen=True)
 class Clamdscans:
-    """Root's clamdscan of some directories of the walked tree, by clamd or in its place: seconds.
+    """Root's clamdscan of the walked tree, which it names, by clamd or in its place: seconds.
 
-    What each found is compared with the others' last ones, when the clock has stopped.
+    `parts`: of so many of its directories instead, each named by itself, which so is a command with a
+    connection of its own. What each found is compared with the others' last ones, when the clock has stopped.
     """
 
     by: Literal["clamd", "scand", "relay"]
     options: tuple[str, ...]
+    parts: int | None = None
     unit: str = "s"
 
     def measure(self, stage: Stage) -> float:
         """Return the seconds."""
         daemon = getattr(stage, "small_clamd" if self.by == "clamd" else self.by)
         configuration = daemon.configuration
-        directories = sorted(map(str, stage.walked.root.iterdir()))[:_DIRECTORIES_OF_CLAMDSCAN]
+        named = [stage.walked.root]
+        if self.parts is not None:
+            named = sorted(stage.walked.root.iterdir())[: self.parts]
         command = ["clamdscan", "--config-file", str(configuration), "--no-summary", *self.options]
         began = time.perf_counter()
-        done = subprocess.run([*command, *directories], capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, *named], capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - began
         verdicts = verdicts_of_clamdscan(done.stdout)
         found = {path: said for path, said in verdicts.items() if said != "error"}
-        stage.scanned[f"{self.by} {self.options}", False] = found
-        sides = [stage.scanned.get((f"{by} {self.options}", False)) for by in ("clamd", "scand", "relay")]
+        what = f"{self.options} {self.parts}"
+        stage.scanned[f"{self.by} {what}", False] = found
+        sides = [stage.scanned.get((f"{by} {what}", False)) for by in ("clamd", "scand", "relay")]
         if not found or any(side is not None and side != found for side in sides):
             raise BenchmarkError(f"clamdscan found other files by {self.by}: {done.stderr[:200]}")
         return seconds
@@ -465,7 +470,7 @@ VARIANTS: dict[str, Variant] = {
     "clamdscan_large_multiscan": Scans("--multiscan", large=True),
 }
 VARIANTS |= {
-    "relay_fdpass": Clamdscans("relay", ("--fdpass",)),
+    "relay_fdpass": Clamdscans("relay", ("--fdpass",), _PARTS),
     "relay_ping": Pings("relay"),
     "relay_who_ping": Pings("relay_who"),
     "relay_ping_session": Pings("relay", session=True),
@@ -474,9 +479,10 @@ for _by in ("clamd", "scand"):
     VARIANTS |= {
         f"{_by}_ping": Pings(_by),
         f"{_by}_ping_session": Pings(_by, session=True),
-        f"{_by}_fdpass": Clamdscans(_by, ("--fdpass",)),
-        f"{_by}_stream": Clamdscans(_by, ("--stream",)),
+        f"{_by}_fdpass": Clamdscans(_by, ("--fdpass",), _PARTS),
+        f"{_by}_stream": Clamdscans(_by, ("--stream",), _PARTS),
         f"{_by}_multiscan": Clamdscans(_by, ("--multiscan",)),
+        f"{_by}_multiscan_parts": Clamdscans(_by, ("--multiscan",), _PARTS),
         f"{_by}_fdpass_multiscan": Clamdscans(_by, ("--fdpass", "--multiscan")),
         f"{_by}_stream_multiscan": Clamdscans(_by, ("--stream", "--multiscan")),
     }
@@ -526,6 +532,9 @@ SCAN_SERIES = (
     Series("clamdscan_fdpass_vs_relay", "scand_fdpass", "relay_fdpass", "lower", 2.5),
     Series("clamdscan_stream_vs_clamd", "scand_stream", "clamd_stream", "lower", 1.0),
     Series("clamdscan_multiscan_vs_clamd", "scand_multiscan", "clamd_multiscan", "lower", 1.0),
+    Series(
+        "clamdscan_multiscan_parts_vs_clamd", "scand_multiscan_parts", "clamd_multiscan_parts", "lower", 2.0
+    ),
     Series(
         "clamdscan_fdpass_sessions_vs_clamd", "scand_fdpass_multiscan", "clamd_fdpass_multiscan", "lower", 1.0
     ),

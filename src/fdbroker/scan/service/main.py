@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import sys
@@ -185,6 +186,9 @@ def _run_with(configuration: Configuration, tcp: socket.socket | None, ready: in
             missing = ", ".join(state.layer.value for state in report.missing())
             say("its workers are confined" + (f", but for: {missing}" if missing else " by all layers"))
         versions: list[Version] = pool.versions()
+        # All that is here by now stays, and need not be looked at again while clients wait.
+        gc.collect()
+        gc.freeze()
         run(serve(configuration, pool, versions, notifier, tcp))
 
 

@@ -54,13 +54,13 @@ class OneByOne:
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[OpensFiles, Callable[[], Coroutine[None, None, None]]]] = deque()
-        self._runs: asyncio.Task[None] | None = None
+        self._running: asyncio.Task[None] | None = None
 
     def add(self, request: OpensFiles, open_files: Callable[[], Coroutine[None, None, None]]) -> None:
         """Call a function for a request, and run what it returns, when those before are over."""
         self._waiting.append((request, open_files))
-        if self._runs is None or self._runs.done():
-            self._runs = asyncio.create_task(self._run())
+        if self._running is None:
+            self._begin_next()
 
     def drop(self, request: OpensFiles) -> None:
         """Begin no more with a request, and end it if it has begun."""
@@ -70,18 +70,19 @@ class OneByOne:
 
     def close(self) -> None:
         """Begin with none, and end the one that has begun."""
-        if self._runs is not None:
-            self._runs.cancel()
+        self._waiting.clear()
+        if self._running is not None:
+            self._running.cancel()
 
-    async def _run(self) -> None:
-        while self._waiting:
-            request, open_files = self._waiting.popleft()
-            request.task = asyncio.create_task(open_files())
-            try:
-                await asyncio.wait([request.task])
-            except asyncio.CancelledError:
-                request.task.cancel()
-                raise
+    def _begin_next(self) -> None:
+        request, open_files = self._waiting.popleft()
+        request.task = self._running = asyncio.create_task(open_files())
+        self._running.add_done_callback(self._over)
+
+    def _over(self, _: asyncio.Task[None]) -> None:
+        self._running = None
+        if self._waiting:
+            self._begin_next()
 
 
 async def files_at(served: ServedClient, paths: Iterable[bytes]) -> AsyncGenerator[Opened, None]:
