@@ -68,6 +68,11 @@ def output_of(
             return output, ended
 
 
+def without_directory(said: bytes) -> bytes:
+    """Return what a program of the coreutils said, which name themselves by their path, or without it."""
+    return said.replace(b"/usr/bin/", b"", 1)
+
+
 def test_program_reads_its_standard_input_and_writes_its_output(file: int) -> None:
     digest = hashlib.sha256(CONTENTS).hexdigest()
     output, ended = output_of(["/usr/bin/sha256sum"], file)
@@ -85,7 +90,7 @@ def test_program_of_an_unprivileged_user_is_confined_as_well(
             return output, str(ended), {state.layer.name for state in program.report.missing()}
 
     output, ended, gaps = unprivileged(start)
-    assert output == b"/usr/bin/sha256sum: /etc/passwd: No such file or directory\n"
+    assert without_directory(output) == b"sha256sum: /etc/passwd: No such file or directory\n"
     assert ended == "it ended with status 1"
     assert gaps == {"IDS"}
 
@@ -143,9 +148,9 @@ def test_landlock_and_the_filter_hold_a_program_where_there_are_no_namespaces(
     output, ended = output_of(
         ["/usr/bin/cat", "/etc/passwd"], file, wanted=confinement(unsafe_without=frozenset({left_out}))
     )
-    assert output in {
-        b"/usr/bin/cat: /etc/passwd: Permission denied\n",
-        b"/usr/bin/cat: /etc/passwd: No such file or directory\n",
+    assert without_directory(output) in {
+        b"cat: /etc/passwd: Permission denied\n",
+        b"cat: /etc/passwd: No such file or directory\n",
     }
     assert ended.status == 1
 
@@ -160,7 +165,7 @@ def test_what_is_named_readable_can_be_read(directory: Path, file: int) -> None:
         path.chmod(0o755)
     paths_of_data = [str(directory / "data"), paths[1]]
     output, _ = output_of(["/usr/bin/cat", *paths], file, readable=paths_of_data)
-    assert output == f"12/usr/bin/cat: {paths[2]}: No such file or directory\n".encode()
+    assert without_directory(output) == f"12cat: {paths[2]}: No such file or directory\n".encode()
 
 
 def test_program_gets_the_environment_that_it_is_given_and_no_other(file: int) -> None:
