@@ -178,7 +178,7 @@ def test_a_symbolic_link_is_named_and_never_followed(tmp_path: Path) -> None:
 @pytest.fixture
 def with_no_mount_above() -> Iterator[Path]:
     """A directory on the file system of the root of all, which /tmp need not be on."""
-    for place in ("/tmp", "/var/tmp", os.fspath(Path(__file__).parent)):  # noqa: S108 - looked at, and its own made there
+    for place in ("/tmp", "/var/tmp", os.fspath(Path(__file__).parent)):
         if os.stat(place).st_dev == os.stat("/").st_dev:
             with tempfile.TemporaryDirectory(dir=place) as directory:
                 yield Path(directory)
