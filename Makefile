@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONDONTWRITEBYTECODE
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage test-system races soak hostile fuzz lint format man completions docs dist deb bench \
+.PHONY: help setup demo test coverage test-debian test-system races soak hostile fuzz lint format man completions docs dist deb bench \
 	bench-scan constraints clean unknown-sources
 
 help: ## list the targets
@@ -50,6 +50,9 @@ test: $(VENV)/.ready ## run all tests with branch coverage (as root: none is ski
 
 coverage: $(VENV)/.ready ## write what the tests did not reach to build/coverage/, after `make test`
 	@$(BIN)/python -m coverage html --fail-under=0
+
+test-debian: ## run all tests on another release of Debian, by the last commit: SUITE=trixie (as root, on Debian)
+	@scripts/on-debian $(or $(SUITE),trixie) make test ARGS='$(ARGS)'
 
 test-system: $(VENV)/.ready ## run the tests that boot a systemd of their own (as root, with systemd installed)
 	@$(BIN)/python -m pytest -q tests/system $(ARGS)

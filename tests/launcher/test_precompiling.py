@@ -116,6 +116,7 @@ def test_sources_that_are_not_roots_are_not_compiled(place: Path, monkeypatch: p
 def test_it_starts_nothing_and_says_what_is_in_the_way(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.chdir("/")  # where the launcher goes, and other tests would be left
     done: list[str] = []
     monkeypatch.setattr(precompiling, "precompile", lambda: done.append("done"))
     assert launch(["--precompile"]) == 0
