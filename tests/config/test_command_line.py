@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.config.__main__ import main
+from tests.forked import run_forked
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -122,6 +123,26 @@ def test_an_output_that_can_not_be_written_is_a_problem(
     directory.mkdir()
     assert main(["compile", str(policy), "--dev", "--output", str(directory)]) == 2
     assert sorted(os.listdir(policy.parent)) == ["d", "policy.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ("/dev/full", "No space left on device; make room, or write elsewhere"),
+        ("a pipe that nobody reads", "Broken pipe; write elsewhere"),
+    ],
+)
+def test_a_standard_output_that_can_not_be_written_is_a_problem_and_nothing_else_is_said(
+    policy: Path, where: str, why: str
+) -> None:
+    if where == "/dev/full":
+        output = os.open(where, os.O_WRONLY)
+    else:
+        read_end, output = os.pipe()
+        os.close(read_end)
+    done = run_forked(lambda: main(["compile", str(policy), "--dev"]), "fdbroker.config", stdout=output)
+    os.close(output)
+    assert (done.returncode, done.stderr.decode()) == (2, f"standard output: can't be written: {why}\n")
 
 
 def test_check_says_that_there_is_no_problem(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:
