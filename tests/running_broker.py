@@ -171,6 +171,78 @@ def launcher_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(_SOURCES)}
 
 
+def start_launcher(
+    policy_file: Path,
+    *options: str,
+    prefix: Sequence[str] = (),
+    stdout: int,
+    stderr: int,
+    pass_fds: Sequence[int] = (),
+    most_descriptors: int | None = None,
+) -> subprocess.Popen[bytes] | ForkedProcess:
+    """Start a broker by the launcher: forked from here, or as a command behind `prefix`."""
+    command = launcher_command(policy_file, *options)
+    if prefix:
+        return subprocess.Popen(
+            [*prefix, *command],
+            env=launcher_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=pass_fds,
+        )
+
+    def start() -> int:
+        if most_descriptors is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most_descriptors, most_descriptors))
+        return launch(command[command.index("--policy") :])
+
+    return fork_program(start, "fdbrokerd", stdout=stdout, stderr=stderr, pass_fds=pass_fds)
+
+
+def write_policy(directory: Path, compiled: dict[str, Any] | str | bytes) -> Path:
+    """Write a compiled policy, what stands in its place (bytes), or the text of a policy.yaml."""
+    file = directory / ("policy.yaml" if isinstance(compiled, str) else "policy.json")
+    if isinstance(compiled, dict):
+        compiled = json.dumps(compiled)
+    file.write_bytes(compiled if isinstance(compiled, bytes) else compiled.encode())
+    return file
+
+
+def start_that_fails(
+    directory: Path,
+    compiled: dict[str, Any] | str | bytes,
+    *options: str,
+    prefix: Sequence[str] = (),
+    stdout: int | None = None,
+    pass_fds: Sequence[int] = (),
+) -> str:
+    """Start a broker as an administrator would; return what it says, once it did not start.
+
+    `compiled` as for `write_policy`; `prefix` and `pass_fds` as for `start_launcher`.
+    """
+    policy_file = write_policy(directory, compiled)
+    socket = directory / "broker.seqpacket"
+    with open(directory / "said", "w+b") as said, open(directory / "shown", "w+b") as shown:
+        process = start_launcher(
+            policy_file,
+            f"--socket={socket}",
+            "--audit=none",
+            *options,
+            prefix=prefix,
+            stdout=shown.fileno() if stdout is None else stdout,
+            stderr=said.fileno(),
+            pass_fds=pass_fds,
+        )
+        status = process.wait(timeout=60)
+        text = (directory / "said").read_text()
+        assert status == 2, text
+        assert (directory / "shown").read_bytes() == b""
+    assert "Traceback" not in text
+    wait_until(lambda: not socket.exists(), "what was made is removed")
+    return text
+
+
 @contextlib.contextmanager
 def running_broker(
     directory: Path,
@@ -195,43 +267,22 @@ def running_broker(
     """
     socket, errors = directory / "broker.seqpacket", directory / "errors"
     records = directory / "audit.jsonl" if audit is None else Path(audit)
-    policy_file = directory / ("policy.yaml" if isinstance(compiled, str) else "policy.json")
-    policy_file.write_text(compiled if isinstance(compiled, str) else json.dumps(compiled))
+    policy_file = write_policy(directory, compiled)
     read_end, write_end = os.pipe()
-    command = [
-        *launcher_command(policy_file, *options),
-        *([f"--socket={socket}"] if own_socket else []),
-        "--socket-mode=666",
-        f"--audit={records}",
-        f"--ready-fd={write_end}",
-    ]
-    passed = [write_end, *pass_fds]
-    process: subprocess.Popen[bytes] | ForkedProcess
     with open(errors, "wb") as error_file:
-        if prefix:
-            process = subprocess.Popen(
-                [*prefix, *command],
-                env=launcher_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=error_file,
-                pass_fds=passed,
-            )
-        else:
-            arguments = command[command.index("--policy") :]
-
-            def start() -> int:
-                if most_descriptors is not None:
-                    resource.setrlimit(resource.RLIMIT_NOFILE, (most_descriptors, most_descriptors))
-                return launch(arguments)
-
-            process = fork_program(
-                start,
-                "fdbrokerd",
-                stdout=stdout,
-                stderr=error_file.fileno(),
-                pass_fds=passed,
-            )
+        process = start_launcher(
+            policy_file,
+            *options,
+            *([f"--socket={socket}"] if own_socket else []),
+            "--socket-mode=666",
+            f"--audit={records}",
+            f"--ready-fd={write_end}",
+            prefix=prefix,
+            stdout=stdout,
+            stderr=error_file.fileno(),
+            pass_fds=[write_end, *pass_fds],
+            most_descriptors=most_descriptors,
+        )
     os.close(write_end)
     with open(read_end, "rb") as ready:
         started = ready.read() == b"ready\n"

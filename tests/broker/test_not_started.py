@@ -16,12 +16,10 @@ from fdbroker.kernel import capabilities, process
 from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH
 from fdbroker.launcher import start as start_module
 from fdbroker.launcher.broker_seccomp import broker_filter
-from fdbroker.launcher.launch import launch
 from fdbroker.launcher.privileges import become_broker
 from fdbroker.launcher.start import Start, start_broker
 from tests.broker.speaking import Speaker
-from tests.forked import fork_program
-from tests.processes import in_child, wait_until
+from tests.processes import in_child
 from tests.running_broker import (
     BROKER_UID,
     OTHER_UID,
@@ -30,14 +28,14 @@ from tests.running_broker import (
     policy,
     rule,
     running_broker,
+    start_that_fails,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.for_other_users import ForOtherUsers
-    from tests.forked import ForkedProcess
 
 pytestmark = pytest.mark.root
 
@@ -57,52 +55,6 @@ def check_nothing_listens(directory: Path) -> None:
             pytest.raises(ConnectionRefusedError),
         ):
             sock.connect(str(path))
-
-
-def start_that_fails(
-    directory: Path,
-    compiled: dict[str, Any] | str | bytes,
-    *options: str,
-    prefix: Sequence[str] = (),
-    stdout: int | None = None,
-) -> str:
-    """Start a broker as an administrator would; return what it says, once it did not start.
-
-    `compiled` is a compiled policy, what stands in its place (bytes), or the
-    text of a policy.yaml. `prefix` goes before the command; without one the
-    launcher is forked from here.
-    """
-    policy_file = directory / ("policy.yaml" if isinstance(compiled, str) else "policy.json")
-    if isinstance(compiled, bytes):
-        policy_file.write_bytes(compiled)
-    else:
-        policy_file.write_text(compiled if isinstance(compiled, str) else json.dumps(compiled))
-    command = launcher_command(
-        policy_file, f"--socket={directory}/broker.seqpacket", "--audit=none", *options
-    )
-    with open(directory / "said", "w+b") as said, open(directory / "shown", "w+b") as shown:
-        output = shown.fileno() if stdout is None else stdout
-        process: subprocess.Popen[bytes] | ForkedProcess
-        if prefix:
-            process = subprocess.Popen(
-                [*prefix, *command],
-                env=launcher_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=said,
-            )
-        else:
-            arguments = command[command.index("--policy") :]
-            process = fork_program(
-                lambda: launch(arguments), "fdbrokerd", stdout=output, stderr=said.fileno()
-            )
-        status = process.wait(timeout=60)
-        text = (directory / "said").read_text()
-        assert status == 2, text
-        assert (directory / "shown").read_bytes() == b""
-    assert "Traceback" not in text
-    wait_until(lambda: not (directory / "broker.seqpacket").exists(), "what was made is removed")
-    return text
 
 
 @pytest.mark.parametrize(

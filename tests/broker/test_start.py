@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import importlib.machinery
@@ -60,6 +61,7 @@ def handover_document(**changes: object) -> dict[str, Any]:
         "notify": None,
         "watchdog_usec": None,
         "held": [],
+        "roots": [],
         "cgroup_root": "/sys/fs/cgroup",
         "boot_id": "boot",
         "version": "1.2",
@@ -78,10 +80,11 @@ def handover_descriptor(document: object) -> int:
 
 def test_handover_is_read_to_its_end_and_closed() -> None:
     with no_descriptor_left():
-        handover = main.read_handover(handover_descriptor(handover_document()))
+        handover = main.read_handover(handover_descriptor(handover_document(roots=[["tree", 8]])))
     assert (handover.uid, handover.gid) == (BROKER_UID, BROKER_UID)
     assert handover.listeners == [(5, "broker.seqpacket", None), (7, "clamd", "clamd")]
     assert handover.connections == [(6, "worker")]
+    assert handover.roots == {"tree": 8}
     assert handover.seccomp == b"\x06\x00"
     assert handover.launcher_fingerprint == "0a-0b"
     assert handover.policy.roots[0].path == b"/srv"
@@ -117,6 +120,8 @@ def test_handover_that_is_none_does_not_start(text: bytes) -> None:
         {"seccomp": 5},
         {"control": "7"},
         {"held": 7},
+        {"roots": [8]},
+        {"roots": [["tree", "x"]]},
     ],
 )
 def test_handover_with_an_impossible_value_does_not_start(changes: dict[str, object]) -> None:
@@ -249,6 +254,15 @@ def test_missing_openat2_is_told_with_its_likely_causes(monkeypatch: pytest.Monk
 # Roots
 
 
+@contextlib.contextmanager
+def open_directory(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def root(path: Path | str) -> Root:
     raw = os.fsencode(path)
     return Root(0, "tree", raw, cross_mounts=False, skip=len(raw) + 1)
@@ -293,6 +307,44 @@ def test_root_may_be_the_root_directory() -> None:
     [held] = hold_roots([Root(0, "all", b"/", cross_mounts=False, skip=1)], read_only_required=False)
     assert os.path.samestat(os.fstat(held.descriptor), Path("/").stat())
     os.close(held.descriptor)
+
+
+def test_a_root_that_is_handed_over_must_be_the_one_of_the_policy(tmp_path: Path) -> None:
+    with open_directory(tmp_path) as there, open_directory(Path("/")) as elsewhere:
+        for opens, handed, is_right in (
+            ("helpers", [["tree", there]], True),
+            ("helpers", [["tree", elsewhere]], False),
+            ("helpers", [["other", there]], False),
+            ("helpers", [], False),
+            ("loop", [["tree", there]], True),
+            ("loop", [["tree", elsewhere]], False),
+            ("loop", [], True),
+        ):
+            [tree] = policy(tmp_path)["roots"]
+            compiled = policy(tmp_path, roots=[tree | {"opens": opens}])
+            document = handover_document(policy=compiled, roots=handed)
+            handover = main.read_handover(handover_descriptor(document))
+            with contextlib.nullcontext() if is_right else pytest.raises(StartError) as caught:
+                main.check_roots(handover)
+            if caught is not None:
+                assert f"root 'tree' ({tmp_path}) was handed over as " in str(caught.value)
+                assert str(caught.value).endswith("start the broker again, by its launcher")
+        (tmp_path / "moved").mkdir()
+        with open_directory(tmp_path / "moved") as moved:
+            compiled = policy(tmp_path / "moved")
+            handover = main.read_handover(
+                handover_descriptor(handover_document(policy=compiled, roots=[["tree", moved]]))
+            )
+            main.check_roots(handover)
+            (tmp_path / "moved").rmdir()
+            with pytest.raises(StartError, match=r"moved \(deleted\)'.*moved or removed meanwhile"):
+                main.check_roots(handover)
+
+
+def test_a_root_that_is_open_already_is_not_opened_again(tmp_path: Path) -> None:
+    with open_directory(tmp_path) as there:
+        [held] = hold_roots([root("/nowhere")], {"tree": there}, read_only_required=False)
+        assert held.descriptor == there
 
 
 # All of it, without what can't be undone

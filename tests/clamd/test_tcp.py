@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import re
+import select
 import socket
 import struct
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 from fdbroker.launcher.errors import LaunchError
 from fdbroker.scan.service import tcp
 from fdbroker.scan.service.configuration import Tcp
-from fdbroker.scan.service.tcp import TcpListener, is_loopback, listening_socket
+from fdbroker.scan.service.tcp import TcpClient, TcpListener, is_loopback, listening_socket
 from tests.clamd.talks import chunks
 from tests.for_other_users import copy_systemd
 from tests.processes import wait_until
@@ -165,6 +166,48 @@ def test_connections_have_limits_and_more_of_them_wait(port: int, scand: Running
         assert time.monotonic() - began > 0.5
         assert {sock.recv(100) for sock in silent} == {b"COMMAND READ TIMED OUT\n"}
     wait_until(lambda: scand.descriptors() <= idle, "its descriptors are closed")
+
+
+def test_who_is_quiet_longest_gives_way_where_all_connections_are_taken(
+    others: ForOtherUsers, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp, "_SECONDS_OF_GRACE", 0.3)
+    port = free_port()
+    configuration = _CONFIGURATION.format(directory=directory, port=port)
+    configuration = configuration.replace("command_timeout: 1s", "command_timeout: 60s")
+    with (
+        running_scand(others, directory, configuration, str(directory / "engines")),
+        contextlib.ExitStack() as stack,
+    ):
+        busy, in_a_stream, silent = (stack.enter_context(connected(port)) for _ in range(3))
+        busy.sendall(b"zINSTREAM\0" + chunks(b"hang"))
+        in_a_stream.sendall(b"zIDSESSION\0zPING\0")
+        assert in_a_stream.recv(100) == b"1: PONG\0"
+        in_a_stream.sendall(b"zINSTREAM\0" + struct.pack("!I", 100))
+        # It came before, and has said nothing since; then it is the other one's turn.
+        for sock in (silent, in_a_stream):
+            assert asked(port, b"zPING\0") == b"PONG\0"
+            stack.enter_context(connected(port))
+            assert sock.recv(100) == b"COMMAND READ TIMED OUT\n"
+        assert not select.select([busy], [], [], 0)[0], "who waits for the service was sent away"
+
+
+@pytest.mark.parametrize(
+    ("state", "its_turn"),
+    [
+        ({}, True),
+        ({"_commands": {1: None}}, False),  # a file is scanned
+        ({"_reading": False}, False),  # there is no room for more of a stream
+        ({"_commands": {1: None}, "_write_timer": 1}, True),  # it does not read what it was told
+        ({"_reading": False, "_finishing": True}, True),  # it was told all, and does not close
+    ],
+)
+def test_who_gives_way_is_waited_for(state: dict[str, object], *, its_turn: bool) -> None:
+    client = TcpClient.__new__(TcpClient)
+    usual = {"_last_moved": 5.0, "_reading": True, "_commands": {}, "_write_timer": None, "_finishing": False}
+    for name, value in (usual | state).items():
+        setattr(client, name, value)
+    assert client.waits_for_it_since == (5.0 if its_turn else None)
 
 
 # ---- the socket ----

@@ -67,7 +67,6 @@ NOT_ERRORS_ALONE = frozenset(
         '……,"…_hex":"…"…',
         '……,"time":"…","event":"…",…,……,…}',
         '{"type": "file", "path": …, "verdict": "clean", "size": …}',
-        "a worker's files are answered in another order than they were handed in",
         '{"loaded": [1.5, "text"]}',
         "%a %b %e %H:%M:%S %Y",
         "<WalkedFile … kind=…>",

@@ -14,7 +14,6 @@ import pytest
 import fdbroker
 from fdbroker import client
 from fdbroker.cli import main as main_module
-from fdbroker.cli import streams
 from fdbroker.cli.broker import DENIED
 from fdbroker.cli.main import main
 from fdbroker.cli.output import OutputError, ReaderGoneError
@@ -149,7 +148,6 @@ def test_every_failure_is_status_2_and_told(
         raise raised
 
     monkeypatch.setattr(main_module.cli, "main", fail)
-    monkeypatch.setattr(streams, "give_up", lambda _stream: None)
     assert main([]) == 2
     assert shown in capsys.readouterr().err
 
@@ -161,7 +159,6 @@ def test_reader_that_is_gone_is_told_by_the_status_alone(
         raise ReaderGoneError("Broken pipe")
 
     monkeypatch.setattr(main_module.cli, "main", fail)
-    monkeypatch.setattr(streams, "give_up", lambda _stream: None)
     assert main([]) == 141
     assert capsys.readouterr().err == ""
 

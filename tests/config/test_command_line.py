@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.config.__main__ import main
+from tests.forked import run_forked
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,6 +94,24 @@ def test_what_was_compiled_before_is_kept_where_that_is_asked_for_and_there_is_s
     assert json.loads(output.read_text())["version"] == 1
 
 
+def test_a_file_for_the_audit_is_a_problem_of_a_policy_for_a_service_with_its_place(
+    policy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = policy.with_suffix(".d") / "site.yaml"
+    part.parent.mkdir()
+    part.write_text("version: 1\naudit:\n  to: /var/log/fdbroker/audit.jsonl\n")
+    assert main(["compile", str(policy), "--dev", "--service"]) == 2
+    assert capsys.readouterr().err == (
+        f"{part}:3:7: audit: to: the broker's service is not root, and can open no file for writing; leave it"
+        " out, and have systemd open the file: StandardOutput=append:/var/log/fdbroker/audit.jsonl of the"
+        " unit\n"
+    )
+    assert main(["compile", str(policy), "--dev"]) == 0
+    assert json.loads(capsys.readouterr().out)["daemon"]["audit"] == "/var/log/fdbroker/audit.jsonl"
+    part.write_text("version: 1\naudit: {on_failure: allow}\n")
+    assert main(["compile", str(policy), "--dev", "--service"]) == 0
+
+
 def test_an_output_that_can_not_be_written_is_a_problem(
     policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +123,26 @@ def test_an_output_that_can_not_be_written_is_a_problem(
     directory.mkdir()
     assert main(["compile", str(policy), "--dev", "--output", str(directory)]) == 2
     assert sorted(os.listdir(policy.parent)) == ["d", "policy.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ("/dev/full", "No space left on device; make room, or write elsewhere"),
+        ("a pipe that nobody reads", "Broken pipe; write elsewhere"),
+    ],
+)
+def test_a_standard_output_that_can_not_be_written_is_a_problem_and_nothing_else_is_said(
+    policy: Path, where: str, why: str
+) -> None:
+    if where == "/dev/full":
+        output = os.open(where, os.O_WRONLY)
+    else:
+        read_end, output = os.pipe()
+        os.close(read_end)
+    done = run_forked(lambda: main(["compile", str(policy), "--dev"]), "fdbroker.config", stdout=output)
+    os.close(output)
+    assert (done.returncode, done.stderr.decode()) == (2, f"standard output: can't be written: {why}\n")
 
 
 def test_check_says_that_there_is_no_problem(policy: Path, capsys: pytest.CaptureFixture[str]) -> None:

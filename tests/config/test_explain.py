@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, seed, settings
 
 from fdbroker.config import ConfigError
+from fdbroker.config import explain as explain_module
 from fdbroker.config.explain import (
     ALLOW,
     DENY,
@@ -29,10 +30,11 @@ from fdbroker.config.explain import (
 from fdbroker.policy.decide import Policy, decide_object
 from fdbroker.policy.rules import ClientFacts, Root, read_policy
 from tests.descriptors.mounting import MS_RDONLY, MS_REMOUNT, mount, mounted
+from tests.hanging.fuse import Operation, fuse_mounted
 from tests.policy import decision_model
 from tests.policy.decision_cases import Case, aimed, cases, objects
 from tests.policy.decision_model import Facts
-from tests.processes import in_child
+from tests.processes import children_of, in_child
 from tests.running_broker import CLIENT_UID, policy, reachable_directory, rule
 
 if TYPE_CHECKING:
@@ -413,6 +415,27 @@ def test_what_helpers_serve_is_said_to_be_neither_listed_nor_walked(
     explanation = explain(rules, ASKER, action, path, look_as_broker)
     assert explanation.verdict == (ALLOW if reason == "ok" else DENY, reason, "all")
     assert ("'opens: helpers'" in explanation.sentence) is (reason != "ok")
+
+
+@pytest.mark.root
+def test_a_file_system_that_does_not_answer_is_said_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roots = [{"name": "tree", "path": str(tmp_path), "cross_mounts": False, "opens": "helpers"}]
+    rules = read_policy(policy(tmp_path, roots=roots))
+    with fuse_mounted(tmp_path, {"good": b"good", "stuck": b"stuck"}) as server:
+        server.never.add((Operation.LOOKUP, "stuck"))
+        for name, verdict in (("good", (ALLOW, "ok", "all")), ("stuck", (DENY, "timed_out", "all"))):
+            if verdict[0] == DENY:
+                monkeypatch.setattr(explain_module, "STEP_SECONDS", 0.2)
+            explanation = explain(rules, ASKER, "open", bytes(tmp_path / name), look_as_broker)
+            assert explanation.verdict == verdict
+            assert ("did not answer within 3 s" in explanation.sentence) == (name == "stuck")
+        # Whoever waits for it has no stream of ours, so that a pipe ends all the same.
+        [waiting] = children_of(os.getpid())
+        directory = f"/proc/{waiting}/fd"
+        assert {os.readlink(f"{directory}/{name}") for name in os.listdir(directory)} == {str(tmp_path)}
+    os.waitpid(waiting, 0)
 
 
 def test_root_that_is_not_there_is_said() -> None:

@@ -270,7 +270,7 @@ def test_what_is_said_to_be_of_no_use_changes_no_decision_when_it_goes(reached: 
         uids = client.uid, None if acted_for is None else acted_for.uid
         decisions = [view.actions[action].decide(path.encode()) for action in actions for path in case.paths]
         return [
-            name.allowed and decide_object(name, facts, *uids).allowed
+            name.allowed and decide_object(name, facts, *uids, facts.around).allowed
             for name in decisions
             for facts in found
         ]

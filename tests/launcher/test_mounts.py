@@ -10,7 +10,13 @@ import pytest
 from fdbroker.kernel import files, namespaces, process
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.launcher import mounts
-from fdbroker.launcher.mounts import Mount, ReadOnlyViewError, not_read_only, parse_mounts
+from fdbroker.launcher.mounts import (
+    Mount,
+    ReadOnlyViewError,
+    mounts_on_the_way,
+    not_read_only,
+    parse_mounts,
+)
 from fdbroker.launcher.start import find_cgroup2
 from tests.running_broker import BROKER_UID
 
@@ -37,10 +43,10 @@ def error_of(function: Callable[..., object], *arguments: object) -> int:
 
 def test_points_and_options_of_mounts_are_read() -> None:
     assert parse_mounts(MOUNTINFO) == [
-        Mount(27, b"ext4", b"/", b"/", frozenset({b"rw", b"relatime"})),
-        Mount(28, b"proc", b"/", b"/proc", frozenset({b"ro", b"nosuid", b"nodev", b"noexec"})),
-        Mount(29, b"tmpfs", b"/sub", b"/mnt/with space\\and\nmore", frozenset({b"ro", b"nosuid"})),
-        Mount(30, b"ext4", b"/", b"/srv", frozenset({b"rw", b"nosuid", b"nodev"})),
+        Mount(27, 1, b"ext4", b"/", b"/", frozenset({b"rw", b"relatime"})),
+        Mount(28, 27, b"proc", b"/", b"/proc", frozenset({b"ro", b"nosuid", b"nodev", b"noexec"})),
+        Mount(29, 27, b"tmpfs", b"/sub", b"/mnt/with space\\and\nmore", frozenset({b"ro", b"nosuid"})),
+        Mount(30, 27, b"ext4", b"/", b"/srv", frozenset({b"rw", b"nosuid", b"nodev"})),
     ]
 
 
@@ -63,6 +69,57 @@ def test_cgroup2_is_found_where_a_name_has_a_space_in_it(tmp_path: Path, in_chil
 
 def test_a_mount_is_read_only_by_its_own_options_and_not_by_those_of_its_file_system() -> None:
     assert not_read_only(parse_mounts(MOUNTINFO)) == [b"/", b"/mnt/with space\\and\nmore", b"/srv"]
+
+
+def way(path: str, *mounts: tuple[int, int, str]) -> list[int]:
+    """Return the numbers of the mounts on the way; mounts by number, parent and point."""
+    table = [Mount(one, parent, b"ext4", b"/", at.encode(), frozenset()) for one, parent, at in mounts]
+    return [mount.number for mount in mounts_on_the_way(path.encode(), table)]
+
+
+def test_the_way_to_a_path_goes_through_what_is_mounted_and_not_covered() -> None:
+    table = [(20, 1, "/"), (21, 20, "/home"), (22, 21, "/home/a/b"), (23, 20, "/homely"), (24, 20, "/srv/x")]
+    assert way("/", *table) == [20]
+    assert way("/home", *table) == [20, 21]
+    assert way("/home/a", *table) == [20, 21]
+    assert way("/home/a/b/c", *table) == [20, 21, 22]
+    assert way("/homely", *table) == [20, 23]
+    assert way("/srv", *table) == [20]
+    # A later mount covers what lies in the directory that it is on, and one on the very point comes on top.
+    assert way("/srv/x/y", *table, (25, 20, "/srv")) == [20, 25]
+    assert way("/srv/x/y", *table, (25, 24, "/srv/x")) == [20, 24, 25]
+    # rootfs is its own parent; what a chroot has above it is not to be seen.
+    assert way("/home/a", (1, 1, "/"), (20, 1, "/"), (21, 20, "/home")) == [1, 20, 21]
+    assert way("/home/a", (21, 20, "/home"), (22, 20, "/srv")) == [21]
+    assert way("/home/a", (22, 20, "/srv")) == []
+
+
+@pytest.mark.root
+def test_the_way_ends_in_the_mount_in_which_the_kernel_finds_the_path(
+    tmp_path: Path, in_child: Children
+) -> None:
+    for name in ("a/b/c", "a/d", "e"):
+        (tmp_path / name).mkdir(parents=True)
+
+    def number_of(path: Path) -> int:
+        descriptor = os.open(path, os.O_PATH)
+        with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as info:
+            return next(int(line.split()[1]) for line in info if line.startswith("mnt_id:"))
+
+    def child() -> None:
+        namespaces.unshare(namespaces.CLONE_NEWNS)
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+        # On a/b, inside it, over all of a (with directories for more), on the very point of that, and inside.
+        for at in ("a/b", "a/b/c", "e", "a", "a/b", "a", "a/d"):
+            (tmp_path / at).mkdir(parents=True, exist_ok=True)
+            subprocess.run(["mount", "-t", "tmpfs", "none", str(tmp_path / at)], check=True)
+            for name in ("b/c", "d"):
+                (tmp_path / "a" / name).mkdir(parents=True, exist_ok=True)
+            table = mounts.read_mounts()
+            for path in (tmp_path, *tmp_path.rglob("*")):
+                assert mounts_on_the_way(bytes(path), table)[-1].number == number_of(path), (at, path)
+
+    in_child(child)
 
 
 @pytest.mark.root

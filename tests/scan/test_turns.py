@@ -294,19 +294,36 @@ TestScans = Scans.TestCase
 TestScans.settings = settings(max_examples=60, stateful_step_count=40)
 
 
-def test_an_answer_that_is_out_of_order_is_of_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verdicts_in_another_order_are_of_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "Supervisor", PuppetSupervisor)
     monkeypatch.setattr(PuppetSupervisor, "look_up", lambda _name: (0, 0), raising=False)
     PuppetSupervisor.made = []
+    before = open_descriptors()
     with Pool([configure("hashes")]) as pool:
         [puppet] = PuppetSupervisor.made
-        for path in (b"1", b"2"):
+        paths = (b"1", b"2", b"3", b"4")
+        for path in paths:
             pool.enqueue(Source(0), path, path, os.open(__file__, os.O_RDONLY))
         assert pool.advance() == []
-        puppet.files.rotate()
         puppet.answer(Clean())
-        with pytest.raises(RuntimeError, match="in another order"):
-            pool.advance()
+        puppet.files.rotate()
+        for _ in range(2):
+            puppet.answer(Clean())
+        finished = pool.advance()
+        # The first one as well, whose verdict may be its own, and the one that has none yet.
+        assert [(one.ticket, one.done.path) for one in finished] == [(path, path) for path in paths]
+        assert {one.done.verdict for one in finished} == {
+            Error(Reason.UNKNOWN_ANSWER, "the verdicts are not as many as the files, or in another order")
+        }
+        assert (pool.under_way, puppet.files) == (0, deque())
+        # It goes on with what comes, by another worker.
+        pool.enqueue(Source(0), b"5", b"5", os.open(__file__, os.O_RDONLY))
+        assert pool.advance() == []
+        puppet.answer(Clean())
+        [one] = pool.advance()
+        assert (one.ticket, one.done.verdict) == (b"5", Clean())
+        assert puppet.workers_started == 2
+    assert open_descriptors() == before
 
 
 def test_a_verdict_that_is_lost_makes_no_other_file_clean(monkeypatch: pytest.MonkeyPatch) -> None:

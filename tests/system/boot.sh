@@ -82,7 +82,7 @@ U
 devices() { # a /dev at $1, with all that PrivateDevices= of a unit copies
     local device name major minor
     mount -t tmpfs -o nosuid,mode=755 none "$1"
-    for device in null:1:3 zero:1:5 full:1:7 random:1:8 urandom:1:9 tty:5:0; do
+    for device in null:1:3 zero:1:5 full:1:7 random:1:8 urandom:1:9 tty:5:0 fuse:10:229; do
         IFS=: read -r name major minor <<<"$device"
         mknod -m 666 "$1/$name" c "$major" "$minor"
     done

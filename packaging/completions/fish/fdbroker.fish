@@ -97,6 +97,7 @@ complete -c fdbroker -n '__fdbroker_is "fdbroker policy check"' -s h -l help -d 
 complete -c fdbroker -n '__fdbroker_is "fdbroker policy compile"' -F
 complete -c fdbroker -n '__fdbroker_is "fdbroker policy compile"' -l output -r -F -d 'Where to write, as a whole or not at all'
 complete -c fdbroker -n '__fdbroker_is "fdbroker policy compile"' -l keep -d 'If the policy has problems and the output is there, tell them, leave it as it is, and exit with 0'
+complete -c fdbroker -n '__fdbroker_is "fdbroker policy compile"' -l service -d 'It is for a service that is started as the broker\'s user, who can open no file for writing'
 complete -c fdbroker -n '__fdbroker_is "fdbroker policy compile"' -l dev -d 'Accept a file of yours, also below /tmp'
 complete -c fdbroker -n '__fdbroker_is "fdbroker policy compile"' -s h -l help -d 'Show this message and exit'
 complete -c fdbroker -n '__fdbroker_is "fdbroker policy diff"' -F

@@ -31,7 +31,7 @@ from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH, parse_process_sta
 from fdbroker.policy.rules import PolicyError, RuleSet, read_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from fdbroker.broker.roots import HeldRoot
 
@@ -52,7 +52,8 @@ class Handover(NamedTuple):
     """What the launcher hands over, as JSON on a descriptor. Descriptors are owned from then on.
 
     `control` listens for those who administer the broker, `notify` is connected to the service
-    manager, and `held` stay open and are never used, as a locked pidfile is. A listener comes with its
+    manager, and `held` stay open and are never used, as a locked pidfile is. `roots`, by name, are those
+    that could not be opened here, where nothing may wait for a file system. A listener comes with its
     name, and with that of the service whose clients come there, None where they come to the broker.
     """
 
@@ -67,6 +68,7 @@ class Handover(NamedTuple):
     notify: int | None
     watchdog_usec: int | None
     held: Sequence[int]
+    roots: Mapping[str, int]
     cgroup_root: str | None
     boot_id: str
     version: str
@@ -100,6 +102,7 @@ def read_handover(descriptor: int) -> Handover:
             notify=_optional(document["notify"]),
             watchdog_usec=_optional(document["watchdog_usec"]),
             held=[int(number) for number in document["held"]],
+            roots={str(name): int(number) for name, number in document["roots"]},
             cgroup_root=document["cgroup_root"],
             boot_id=str(document["boot_id"]),
             version=str(document["version"]),
@@ -139,20 +142,43 @@ def check_descriptors(handover: Handover) -> None:
     promised |= {number for number, _ in handover.connections}
     optional = (handover.control, handover.audit, handover.ready, handover.notify)
     promised |= {number for number in optional if number is not None}
-    present = set()
+    roots = {*handover.roots.values()}
+    present = {*roots}
     for name in os.listdir("/proc/self/fd"):
         number = int(name)
+        if number in roots:
+            continue  # even fstat(2) asks whoever answers for it; `check_roots` looks at it
         try:
             os.fstat(number)
         except OSError:
             continue  # the listing's own, closed by now
         present.add(number)
+    promised |= roots
     present -= {0, 1, 2}
     if present != promised - {0, 1, 2}:
         raise StartError(
             f"the broker was handed descriptors {sorted(promised)} but has {sorted(present)};"
             " whoever starts it must close all others"
         )
+
+
+def check_roots(handover: Handover) -> None:
+    """Check that the roots which were handed over are those of the policy, without asking a file system.
+
+    Raises:
+        StartError: one is missing, or is another directory.
+
+    """
+    for root in handover.policy.roots:
+        number = handover.roots.get(root.name)
+        if number is None and not root.helpers:
+            continue  # opened here
+        place = b"nothing" if number is None else os.readlink(b"/proc/self/fd/%d" % number)
+        if place != root.path:
+            raise StartError(
+                f"root {root.name!r} ({os.fsdecode(root.path)}) was handed over as {place!r}: was it moved or"
+                " removed meanwhile? start the broker again, by its launcher"
+            )
 
 
 def check_state(handover: Handover) -> None:
@@ -252,7 +278,7 @@ def build(handover: Handover) -> tuple[Broker, Audit]:
     start_helpers = _helper_start() if any(root.helpers for root in policy.roots) else None
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     dumpable.set_dumpable(False)
-    roots = hold_roots(policy.roots, read_only_required=settings.read_only_view_required)
+    roots = hold_roots(policy.roots, handover.roots, read_only_required=settings.read_only_view_required)
     Watchdog.prepare()
     watchdog = Watchdog()
     held = Held(
@@ -312,6 +338,7 @@ def run(handover_descriptor: int) -> int:
     try:
         handover = read_handover(handover_descriptor)
         check_descriptors(handover)
+        check_roots(handover)
         check_state(handover)
         broker, audit = build(handover)
     except (StartError, RootError, IdentityError, OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from fdbroker.kernel.files import FilesystemFacts, filesystem_of
 from fdbroker.policy.rules import Surroundings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from fdbroker.policy.rules import Root
 
@@ -99,8 +99,12 @@ def objection_to_filesystem(
     return None
 
 
-def hold_roots(roots: Sequence[Root], *, read_only_required: bool) -> list[HeldRoot]:
+def hold_roots(
+    roots: Sequence[Root], opened: Mapping[str, int] | None = None, *, read_only_required: bool
+) -> list[HeldRoot]:
     """Open every root with O_PATH; the caller owns the descriptors, for good.
+
+    `opened`: by the names of roots, descriptors of those that are open already.
 
     Raises:
         RootError: a root is missing, no directory, reached by a symbolic
@@ -111,7 +115,9 @@ def hold_roots(roots: Sequence[Root], *, read_only_required: bool) -> list[HeldR
     held: list[HeldRoot] = []
     try:
         for root in roots:
-            descriptor = _open_root(root)
+            descriptor = (opened or {}).get(root.name, -1)
+            if descriptor < 0:
+                descriptor = open_root(root.name, root.path)
             kept = HeldRoot(descriptor, root.skip, root.cross_mounts, read_only_required, root.helpers)
             held.append(kept)
             if root.helpers:
@@ -138,18 +144,25 @@ def hold_roots(roots: Sequence[Root], *, read_only_required: bool) -> list[HeldR
     return held
 
 
-def _open_root(root: Root) -> int:
-    """Open component by component, so that no symbolic link is followed on the way."""
+def open_root(name: str, path: bytes) -> int:
+    """Return an O_PATH descriptor of a root, the caller's: opened component by component, following no link.
+
+    It waits for whoever answers for what is on the way. The root of a mount is not asked for.
+
+    Raises:
+        RootError: it is missing, or no directory reached without symbolic links.
+
+    """
     flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     here = os.open("/", flags)
-    for component in root.path.split(b"/"):
+    for component in path.split(b"/"):
         if not component:
             continue
         try:
             below = os.open(component, flags, dir_fd=here)
         except OSError as error:
             raise RootError(
-                f"root {root.name!r} ({os.fsdecode(root.path)}) can't be opened at"
+                f"root {name!r} ({os.fsdecode(path)}) can't be opened at"
                 f" {os.fsdecode(component)!r}: {error.strerror};"
                 " it must be a directory, reached without symbolic links"
             ) from None

@@ -99,7 +99,7 @@ _INVALID_IN_SESSION = b"Command invalid inside IDSESSION. ERROR"
 _PLAIN_IN_SESSION = rb"Only nCMDS\n and zCMDS\0 are accepted inside IDSESSION. ERROR"
 _STREAM_TOO_LONG = b"INSTREAM size limit exceeded. ERROR"
 _COMMAND_TOO_LONG = b"Command too long. ERROR"
-_TIMED_OUT = b"COMMAND READ TIMED OUT"
+TIMED_OUT = b"COMMAND READ TIMED OUT"
 _NO_DESCRIPTOR = b"No file descriptor received. ERROR"
 _SEVERAL_DESCRIPTORS = b"FILDES: several descriptors received, one is needed. ERROR"
 _STRAY_DESCRIPTOR = b"PROTOCOL ERROR: ancillary data sent without FILDES. ERROR"
@@ -324,7 +324,7 @@ class Conversation:
             self._paused = True
         else:
             # clamd knows neither number nor terminator here.
-            self._refuse(_TIMED_OUT + _NEWLINE)
+            self._refuse(TIMED_OUT + _NEWLINE)
 
     def next_event(self, now: float) -> Event | None:
         """Return the next event, or None: then more has to be received."""

@@ -141,10 +141,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (click.Abort, KeyboardInterrupt):
         complain_printable("interrupted")
     except ReaderGoneError:
-        streams.give_up(sys.stdout)
         return EXIT_READER_GONE
     except (OutputError, BrokenPipeError) as error:
-        streams.give_up(sys.stdout)
         complain(f"the output could not be written: {error}")
     except ModuleNotFoundError as missing:
         extra = missing_extra(missing)
@@ -154,7 +152,6 @@ def _run(arguments: Sequence[str] | None) -> int:
             complain_printable(extra)
     except OSError as error:
         # Of what click writes itself: the help. All else is dealt with where it can be told what it is about.
-        streams.give_up(sys.stdout)
         complain(str(error))
     except Exception:  # noqa: BLE001 - shown, and never taken for a verdict
         complain_of_bug()

@@ -79,8 +79,13 @@ def check(
     is_flag=True,
     help="If the policy has problems and the output is there, tell them, leave it as it is, and exit with 0.",
 )
+@click.option(
+    "--service",
+    is_flag=True,
+    help="It is for a service that is started as the broker's user, who can open no file for writing.",
+)
 @_dev_option
-def compile_(file: str, output: str, *, keep: bool, dev: bool) -> int:
+def compile_(file: str, output: str, *, keep: bool, service: bool, dev: bool) -> int:
     """Compile a policy file to what the broker reads: JSON in which names are numbers.
 
     Without FILE it is /etc/fdbroker/policy.yaml. If there is any problem nothing is written.
@@ -93,7 +98,8 @@ def compile_(file: str, output: str, *, keep: bool, dev: bool) -> int:
     Examples:  fdbroker policy compile
                fdbroker policy compile --output /etc/fdbroker/policy.json
     """  # noqa: D301 - \b is click's mark for a paragraph that keeps its lines
-    flags = [flag for flag, wanted in (("--keep", keep), ("--dev", dev)) if wanted]
+    given = (("--keep", keep), ("--service", service), ("--dev", dev))
+    flags = [flag for flag, wanted in given if wanted]
     return _config("compile", *flags, f"--output={output}", "--", file)
 
 

@@ -69,7 +69,8 @@ def run(arguments: Sequence[str] | None = None) -> Result:
             return Result(checked.document(), status=status)
         return Result(checked.summary(), checked.told(), status)
     try:
-        compiled = compile_files(read_policy_files(options.file, dev=options.dev), SystemLookups())
+        files = read_policy_files(options.file, dev=options.dev)
+        compiled = compile_files(files, SystemLookups(), for_service=options.service)
     except ConfigError as error:
         if options.keep and os.path.isfile(options.output):
             kept = f"{printable(options.output)} stays as it was: the policy that was in force\n"
@@ -129,6 +130,11 @@ def _parser() -> argparse.ArgumentParser:
         "--keep",
         action="store_true",
         help="if the policy has problems and the output is there, tell them, leave it as it is, and exit 0",
+    )
+    compiling.add_argument(
+        "--service",
+        action="store_true",
+        help="it is for a service that is started as the broker's user, who can open no file for writing",
     )
     compiling.add_argument("--dev", action="store_true", help=_DEV_HELP)
     checking = commands.add_parser("check", help="report every problem, write nothing")

@@ -98,8 +98,12 @@ def compile_policy(text: bytes, filename: str, lookups: Lookups) -> CompiledPoli
     return compile_files([PolicyFile(filename, text)], lookups)
 
 
-def compile_files(files: Sequence[PolicyFile], lookups: Lookups) -> CompiledPolicy:
+def compile_files(
+    files: Sequence[PolicyFile], lookups: Lookups, *, for_service: bool = False
+) -> CompiledPolicy:
     """Check a policy that is in several files, the first of which is its main one; return it compiled.
+
+    `for_service`: fdbrokerd is started by systemd as the broker's user, who can open no file for writing.
 
     Raises:
         ConfigError: as `compile_policy`.
@@ -107,7 +111,7 @@ def compile_files(files: Sequence[PolicyFile], lookups: Lookups) -> CompiledPoli
     """
     problems = ProblemList(files[0].name)
     reader = Reader(problems)
-    compiler = _Compiler(reader, lookups)
+    compiler = _Compiler(reader, lookups, for_service=for_service)
     trees = []
     for file in files:
         problems.begin(file.name)
@@ -146,9 +150,10 @@ class _RuleLimitsIfWanted(TypedDict, total=False):
 class _Compiler:
     """Reads one policy. Where a value is refused something stands in; the problem is noted."""
 
-    def __init__(self, reader: Reader, lookups: Lookups) -> None:
+    def __init__(self, reader: Reader, lookups: Lookups, *, for_service: bool) -> None:
         self._reader = reader
         self._lookups = lookups
+        self._for_service = for_service
         self._clients = ClientReader(reader, lookups)
         self._conditions = ConditionReader(reader, self._clients)
         self._daemon = DaemonReader(reader, self._clients, lookups)
@@ -457,9 +462,15 @@ class _Compiler:
         found = {} if mapping is None else self._reader.entries(mapping, "audit", Audit)
         choice = self._reader.choice(found.get("on_failure"), "audit: on_failure", get_args(OnFailure))
         cure = "write the absolute path of a file, or leave it out for standard output"
-        return choice or Audit().on_failure, self._reader.parsed(
-            found.get("to"), "audit: to", parse_path, cure
-        )
+        node = found.get("to")
+        to = self._reader.parsed(node, "audit: to", parse_path, cure)
+        if node is not None and to is not None and self._for_service:
+            self._reader.add(
+                node.mark,
+                "audit: to: the broker's service is not root, and can open no file for writing",
+                f"leave it out, and have systemd open the file: StandardOutput=append:{to} of the unit",
+            )
+        return choice or Audit().on_failure, to
 
     def _admins(self, node: Node | None) -> dict[str, list[int]]:
         mapping = self._reader.mapping(node, "admins", "write {group: NAME}, {user: NAME} or both")

@@ -15,10 +15,12 @@ import errno
 import json
 import os
 import pwd
+import select
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fdbroker.broker.helper_pool import STEP_SECONDS
 from fdbroker.broker.links import MOST_LINKS, LinkRefusedError, name_behind_link
 from fdbroker.broker.roots import (
     HELPED_FILESYSTEMS,
@@ -33,6 +35,7 @@ from fdbroker.config.errors import ConfigError, Problem
 from fdbroker.config.identities import OVERFLOW_ID, Lookups, SystemLookups
 from fdbroker.config.names import group_text, id_of_number, is_number, user_text
 from fdbroker.config.sources import PolicyFile, directory_of_parts, parts_among, read_policy_files
+from fdbroker.kernel import children, process
 from fdbroker.kernel.files import filesystem_of, open_path_beneath
 from fdbroker.policy.decide import NameDecision, Policy, decide_object
 from fdbroker.policy.paths import components_below, problem_with_path
@@ -91,6 +94,8 @@ REASONS = {
     "is_directory": "rule {rule} is about it, but it is a directory, and the broker opens regular files only",
     "not_regular": "rule {rule} is about it, but it is no regular file, and the broker opens nothing else",
     "filesystem": "rule {rule} is about it, but it is on a file system that the broker never serves",
+    "timed_out": f"rule {{rule}} is about it, but its file system, or who watches it, did not answer within"
+    f" {STEP_SECONDS:g} s, for which a helper of the broker waits",
     "not_listed": "rule {rule} is about it, but its root says 'opens: helpers', and nothing there is listed"
     " or walked",
     "empty": "the path is empty",
@@ -372,7 +377,36 @@ def answer_by_name(rules: RuleSet, asker: Asker, action: str, path: bytes) -> di
 
 
 def look_as_broker(root: Root, path: bytes, action: str) -> Seen:
-    """Look at an object the way the broker does, with the rights of this process; never raises."""
+    """Look at an object the way the broker does, with the rights of this process; never raises.
+
+    Where helpers look, a child looks first, with a helper's time: who waits for a dead file system can't be
+    interrupted.
+    """
+    if root.helpers and not _is_answered(lambda: _look(root, path, action)):
+        return Seen(reason="timed_out")
+    return _look(root, path, action)
+
+
+def _is_answered(look: Callable[[], object]) -> bool:
+    """Return whether a child that does this ends in time. Nothing of ours waits for one that does not."""
+    child = children.fork_tied()
+    if child is None:
+        try:
+            process.close_range(0)
+            look()
+        finally:
+            os._exit(0)
+    ended = select.poll()
+    ended.register(child.pidfd, select.POLLIN)
+    if ended.poll(1000 * STEP_SECONDS):
+        children.reap(child)
+        return True
+    children.kill(child)
+    os.close(child.pidfd)
+    return False
+
+
+def _look(root: Root, path: bytes, action: str) -> Seen:
     held = -1
     try:
         [held_root] = hold_roots([root], read_only_required=False)

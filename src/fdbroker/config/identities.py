@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import grp
 import os
 import pwd
@@ -12,6 +13,7 @@ from typing import NamedTuple, Protocol
 from fdbroker.config.errors import quoted
 from fdbroker.config.names import number_for_group, number_for_user
 from fdbroker.config.scalars import ScalarError
+from fdbroker.launcher.mounts import Mount, mounts_on_the_way, read_mounts
 
 # What ids without a mapping show as: anybody's, seen from a user namespace.
 OVERFLOW_ID = 65534
@@ -69,6 +71,13 @@ class Lookups(Protocol):
 class SystemLookups:
     """The answers of this machine: its user database and its file system."""
 
+    @functools.cached_property
+    def _mounts(self) -> list[Mount]:
+        try:
+            return read_mounts()
+        except OSError:
+            return []
+
     def user(self, name: str) -> int | None:
         """Return the uid of a user, or None."""
         try:
@@ -100,12 +109,18 @@ class SystemLookups:
         return [entry.gr_name for entry in grp.getgrall()]
 
     def directory(self, path: str) -> Fault | None:
-        """Look at every component of `path`, so that the message names the one that is wrong."""
+        """Look at every component of `path`, so that the message names the one that is wrong.
+
+        What others answer for, who may never do so, is not looked at: the broker's start has a time limit.
+        """
+        way = mounts_on_the_way(os.fsencode(path), self._mounts)
+        end = next((os.fsdecode(mount.point) for mount in way if mount.is_answered_by_others), None)
         at = ""
         for component in path.split("/")[1:]:
             at = f"{at}/{component}"
+            if at == end:
+                return None
             try:
-                # Not stat(2), for which the server of a file system is asked, who may never answer.
                 os.close(os.open(at, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
             except NotADirectoryError:
                 if os.path.islink(at):

@@ -13,12 +13,10 @@ from fdbroker.broker.roots import HELPED_FILESYSTEMS, SERVED_FILESYSTEMS
 from fdbroker.config.containment import leading_names, parse
 from fdbroker.config.names import group_text, user_text
 from fdbroker.kernel.files import filesystem_of
-from fdbroker.launcher.mounts import Mount, read_mounts
+from fdbroker.launcher.mounts import Mount, mount_at, read_mounts
 from fdbroker.policy.globs import NOTHING, Glob
 from fdbroker.policy.paths import components_below
 
-# As in /proc/self/mountinfo. By name, since asking the file system itself may take for ever.
-_NETWORK = frozenset({b"nfs", b"nfs4", b"cifs", b"smb3", b"smbfs", b"autofs", b"9p"})
 # Directories that are looked at, and how far below the names that a glob begins with. Most trees show in the
 # first level whose they are, as /home does.
 _MOST_DIRECTORIES = 500
@@ -56,13 +54,8 @@ class ThisMachine:
 
     def network_filesystem(self, path: bytes) -> str | None:
         """Return the type of the file system at `path` if its answers come from elsewhere."""
-        found = None
-        for mount in self._mounts:  # later ones lie on top of earlier ones
-            if components_below(mount.point, path) is not None:
-                found = mount if found is None or len(mount.point) >= len(found.point) else found
-        if found is None or not (found.type in _NETWORK or found.type.startswith(b"fuse")):
-            return None
-        return os.fsdecode(found.type)
+        found = mount_at(path, self._mounts)
+        return None if found is None or not found.is_answered_by_others else os.fsdecode(found.type)
 
     def unserved_filesystem(self, path: bytes) -> str | None:
         """Return the type of the file system at `path` if the broker serves no file of it."""

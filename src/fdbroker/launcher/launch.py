@@ -155,10 +155,10 @@ def _take_what_was_passed(options: Options) -> _Passed:
 
 def _prepare(options: Options, passed: _Passed, policies: Policies, plan: Plan, made: Made) -> Start:
     """Open and make what the broker is started with."""
-    from fdbroker.launcher.start import Start  # noqa: PLC0415 - imported while the policy was compiled
+    from fdbroker.launcher.start import Start, names_and_paths  # noqa: PLC0415 - imported while the policy was compiled
     from fdbroker.launcher.unit_options import check_unit_options  # noqa: PLC0415 - likewise
 
-    check_unit_options([(root["name"], root["path"]) for root in policies.broker["roots"]])
+    check_unit_options(names_and_paths(policies.broker))
     audit = open_audit(plan.audit, plan.uid, plan.gid)
     activation = passed.activation
     listeners = [

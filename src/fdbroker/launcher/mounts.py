@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _ATTRIBUTES = namespaces.MOUNT_ATTR_RDONLY | namespaces.MOUNT_ATTR_NOSUID | namespaces.MOUNT_ATTR_NODEV
 _OPTIONS = frozenset({b"ro", b"nosuid", b"nodev"})
 _ESCAPED = re.compile(rb"\\([0-7]{3})")
+_ANSWERED_BY_OTHERS = frozenset({b"nfs", b"nfs4", b"cifs", b"smb3", b"smbfs", b"autofs", b"9p", b"virtiofs"})
 
 
 class ReadOnlyViewError(LaunchError):
@@ -34,13 +35,25 @@ class ReadOnlyViewError(LaunchError):
 
 
 class Mount(NamedTuple):
-    """Of a line of /proc/PID/mountinfo: its number, what of which type of file system is where, and how."""
+    """Of a line of /proc/PID/mountinfo: its number, what of which type of file system is where, and how.
+
+    `parent`: the number of the mount that `point` lies in, which may be one that is not to be seen.
+    """
 
     number: int
+    parent: int
     type: bytes
     root: bytes
     point: bytes
     options: frozenset[bytes]
+
+    @property
+    def is_answered_by_others(self) -> bool:
+        """Whether its answers come from elsewhere (FUSE, NFS ...), and may never come.
+
+        By the name of its type, since asking the file system itself is what may take for ever.
+        """
+        return self.type in _ANSWERED_BY_OTHERS or self.type.startswith(b"fuse")
 
 
 def parse_mounts(text: bytes) -> list[Mount]:
@@ -51,7 +64,8 @@ def parse_mounts(text: bytes) -> list[Mount]:
         fields = line.split(b" ")
         kind = fields[fields.index(b"-", 6) + 1]  # after optional fields
         options = frozenset(fields[5].split(b","))
-        mounts.append(Mount(int(fields[0]), kind, _unescaped(fields[3]), _unescaped(fields[4]), options))
+        number, parent, root, point = int(fields[0]), int(fields[1]), *map(_unescaped, fields[3:5])
+        mounts.append(Mount(number, parent, kind, root, point, options))
     return mounts
 
 
@@ -63,6 +77,35 @@ def read_mounts() -> list[Mount]:
     """Return the mounts of this process."""
     with open("/proc/self/mountinfo", "rb") as file:
         return parse_mounts(file.read())
+
+
+def mounts_on_the_way(path: bytes, mounts: Iterable[Mount]) -> list[Mount]:
+    """Return the mounts through which a look-up of `path` goes, without a look at any file system.
+
+    `path` is absolute and normal, and need not exist; the last mount is the one that has it, or would have.
+    Symbolic links on the way are not looked for. Empty: nothing of it is among `mounts`.
+    """
+    left = [mount for mount in mounts if is_at_or_above(mount.point, path)]
+    numbers = {mount.number for mount in left}
+    # The uppermost ones have a parent that is not to be seen, or themselves.
+    here = [mount for mount in left if mount.parent not in numbers - {mount.number}]
+    way: list[Mount] = []
+    while here:
+        # What lies beyond the first one is on what that covers, and is not met.
+        way.append(min(here, key=lambda mount: len(mount.point)))
+        here = [mount for mount in left if mount.parent == way[-1].number and mount not in way]
+    return way
+
+
+def mount_at(path: bytes, mounts: Iterable[Mount]) -> Mount | None:
+    """Return the last of `mounts_on_the_way`, None if there are none."""
+    way = mounts_on_the_way(path, mounts)
+    return way[-1] if way else None
+
+
+def is_at_or_above(ancestor: bytes, path: bytes) -> bool:
+    """Return whether `path` is `ancestor` or lies below it."""
+    return ancestor in {b"/", path} or path.startswith(ancestor + b"/")
 
 
 def not_read_only(mounts: Iterable[Mount]) -> list[bytes]:
@@ -100,31 +143,32 @@ def enter_read_only_view() -> None:
         )
 
 
-def check_read_only_view(roots: Iterable[tuple[str, str]]) -> None:
-    """Check that the roots, given by name and path, are read-only and nosuid already: nothing can be changed.
+def check_read_only_view(roots: Iterable[tuple[str, str, bool]]) -> None:
+    """Check that the roots are read-only and nosuid already: nothing can be changed.
 
-    For a start without CAP_SYS_ADMIN, as by systemd with ReadOnlyPaths=/. What
-    is mounted below a root is looked at file by file, by the broker.
+    For a start without CAP_SYS_ADMIN, as by systemd with ReadOnlyPaths=/. What is mounted below a root is
+    looked at file by file, by the broker. `roots`: name, path, and whether helpers open there; what is
+    mounted at those may never answer, so it is not asked, and its own options are the mount's.
 
     Raises:
         ReadOnlyViewError: one of them is not so, or is not there.
 
     """
-    for name, path in roots:
-        try:
-            flags = os.statvfs(path).f_flag
-        except OSError as error:
-            raise ReadOnlyViewError(
-                f"root {name!r} ({path}) can't be looked at: {error.strerror}; it must be a directory that"
-                " exists in the view of this service"
-            ) from error
+    mounts = read_mounts()
+    for name, path, helpers in roots:
+        if helpers:
+            mount = mount_at(os.fsencode(path), mounts)
+            options = frozenset() if mount is None else mount.options
+            read_only, nosuid = b"ro" in options, b"nosuid" in options
+        else:
+            read_only, nosuid = _flags_of(name, path)
         lacking = [
             f"{word} ({cure})"
-            for bit, word, cure in (
-                (os.ST_RDONLY, "read-only", "ReadOnlyPaths=/"),
-                (os.ST_NOSUID, "nosuid", "NoNewPrivileges=yes"),
+            for holds, word, cure in (
+                (read_only, "read-only", "ReadOnlyPaths=/"),
+                (nosuid, "nosuid", "NoNewPrivileges=yes"),
             )
-            if not flags & bit
+            if not holds
         ]
         if lacking:
             raise ReadOnlyViewError(
@@ -132,6 +176,18 @@ def check_read_only_view(roots: Iterable[tuple[str, str]]) -> None:
                 " without CAP_SYS_ADMIN it can't make a view of its own; set these options in the unit, start"
                 " as root with all capabilities, or say read_only_view: off in the policy"
             )
+
+
+def _flags_of(name: str, path: str) -> tuple[bool, bool]:
+    """Return whether what is at `path` is read-only, and nosuid: by its mount, or by its file system."""
+    try:
+        flags = os.statvfs(path).f_flag
+    except OSError as error:
+        raise ReadOnlyViewError(
+            f"root {name!r} ({path}) can't be looked at: {error.strerror}; it must be a directory that"
+            " exists in the view of this service"
+        ) from error
+    return bool(flags & os.ST_RDONLY), bool(flags & os.ST_NOSUID)
 
 
 def _cure(error: SyscallError) -> str:

@@ -19,10 +19,11 @@ from fdbroker.launcher.helper_seccomp import helper_filter, starter_filter
 from fdbroker.launcher.inherited import close_terminals_to_reading
 from fdbroker.launcher.mounts import check_read_only_view, enter_read_only_view, read_mounts
 from fdbroker.launcher.privileges import become_broker
+from fdbroker.launcher.roots import open_roots_that_may_hang
 from fdbroker.launcher.version import installed_version
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
 
@@ -61,6 +62,11 @@ def descriptors_of(start: Start) -> list[int]:
     return [*listeners, *connections, *start.held, *(number for number in single if number is not None)]
 
 
+def names_and_paths(policy: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
+    """Return name and path of each root of a compiled policy, and whether helpers open there."""
+    return [(root["name"], root["path"], root["opens"] == "helpers") for root in policy["roots"]]
+
+
 def start_broker(start: Start) -> NoReturn:
     """Turn this process into the broker.
 
@@ -90,8 +96,10 @@ def start_broker(start: Start) -> NoReturn:
         if capabilities.capget().effective >> capabilities.CAP_SYS_ADMIN & 1:
             enter_read_only_view()
         else:
-            check_read_only_view([(root["name"], root["path"]) for root in start.policy["roots"]])
+            check_read_only_view(names_and_paths(start.policy))
     become_broker(start.uid, start.gid)
+    # As the broker, and through its view of the files.
+    roots = open_roots_that_may_hang(names_and_paths(start.policy))
     handover = os.memfd_create("fdbroker-handover", os.MFD_CLOEXEC)
     document = {
         "uid": start.uid,
@@ -105,6 +113,7 @@ def start_broker(start: Start) -> NoReturn:
         "notify": start.notify,
         "watchdog_usec": start.watchdog_usec,
         "held": start.held,
+        "roots": roots,
         "cgroup_root": cgroup_root,
         "boot_id": boot_id,
         "version": version,
@@ -116,7 +125,7 @@ def start_broker(start: Start) -> NoReturn:
         file.write(json.dumps(document).encode())
     os.lseek(handover, 0, os.SEEK_SET)
     process.close_range(3, cloexec=True)
-    for number in (handover, *descriptors_of(start)):
+    for number in (handover, *descriptors_of(start), *(number for _, number in roots)):
         os.set_inheritable(number, True)
     options = ["--dev"] if start.dev else []
     try:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from fdbroker.kernel import landlock
 from fdbroker.launcher.errors import LaunchError
-from fdbroker.launcher.mounts import read_mounts
+from fdbroker.launcher.mounts import is_at_or_above, mount_at, read_mounts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from fdbroker.launcher.mounts import Mount
 
@@ -25,18 +25,21 @@ _INACCESSIBLE = b"/systemd/inaccessible/"
 _PRIVATE = b"/systemd-private-"
 
 
-def check_unit_options(roots: Sequence[tuple[str, str]]) -> None:
-    """Check that the roots, given by name and path, are neither hidden nor anybody else's.
+def check_unit_options(roots: Sequence[tuple[str, str, bool]]) -> None:
+    """Check that the roots are neither hidden nor anybody else's, without a look at what may never answer.
+
+    `roots`: name, path, and whether helpers open there.
 
     Raises:
-        LaunchError: they are; the text names the option.
+        LaunchError: they are, and the text names the option; or one is on a file system for which others
+            answer, and helpers do not open there.
 
     """
     check_user_namespace()
     check_system_calls()
     mounts = read_mounts()
-    for name, path in roots:
-        _check_root(name, os.fsencode(path), mounts)
+    for name, path, helpers in roots:
+        _check_root(name, os.fsencode(path), mounts, helpers=helpers)
 
 
 def check_user_namespace() -> None:
@@ -75,15 +78,22 @@ def check_system_calls() -> None:
         ) from error
 
 
-def _check_root(name: str, path: bytes, mounts: Iterable[Mount]) -> None:
+def _check_root(name: str, path: bytes, mounts: Sequence[Mount], *, helpers: bool) -> None:
     shown = f"root {name!r} ({os.fsdecode(path)})"
-    number = _number_of_mount(path)
+    its_own = mount_at(path, mounts)
+    kind = b"" if its_own is None or not its_own.is_answered_by_others else its_own.type
+    # Behind autofs there may be any file system: to open the root has it mounted.
+    if kind not in {b"", b"autofs"} and not helpers:
+        raise LaunchError(
+            f"{shown} is on a file system of type {os.fsdecode(kind)}, whose files others answer for"
+            " and may hold; say 'opens: helpers' of it, or choose a directory on a local disk or tmpfs"
+        )
     for mount in mounts:
         hidden = mount.root.startswith(_INACCESSIBLE)
         private = _PRIVATE in mount.root
         if not (hidden or private):
             continue
-        if mount.number == number:
+        if mount is its_own:
             option = "ProtectHome=yes or InaccessiblePaths=" if hidden else "PrivateTmp=yes"
             instead = "ProtectHome=read-only does no harm" if hidden else "set PrivateTmp=no"
             raise LaunchError(
@@ -93,19 +103,3 @@ def _check_root(name: str, path: bytes, mounts: Iterable[Mount]) -> None:
         if is_at_or_above(path, mount.point):
             where = os.fsdecode(mount.point)
             sys.stderr.write(f"fdbroker: {shown}: what is below {where} is not served: the unit hides it\n")
-
-
-def _number_of_mount(path: bytes) -> int:
-    """Return in which mount the way to `path` ends. What lies over what, only the kernel knows."""
-    while not os.path.lexists(path):
-        path = os.path.dirname(path)  # it is not there: who is above it may be hidden
-    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as info:
-        number = next(int(line.split()[1]) for line in info if line.startswith("mnt_id:"))
-    os.close(descriptor)
-    return number
-
-
-def is_at_or_above(ancestor: bytes, path: bytes) -> bool:
-    """Return whether `path` is `ancestor` or lies below it."""
-    return ancestor in {b"/", path} or path.startswith(ancestor + b"/")

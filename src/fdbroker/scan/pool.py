@@ -609,10 +609,13 @@ class Pool:
         answered = lane.supervisor.advance(least)
         if len(answered) + lane.supervisor.under_way != len(lane.files):
             answered = _given_up(lane)
+        # Before any of them is told.
+        for done, file in zip(answered, lane.files, strict=False):
+            if done.path is not file.path:
+                answered = _given_up(lane)
+                break
         for done in answered:
             file = lane.files.popleft()
-            if done.path is not file.path:
-                raise RuntimeError("a worker's files are answered in another order than they were handed in")
             self._with_workers -= 1
             lane.bytes -= done.size
             if not self._handovers:
@@ -668,7 +671,10 @@ class Pool:
 
 
 def _given_up(lane: _Lane) -> list[Done]:
-    """Return an error for each file of a worker whose verdicts are not as many: whose is which?"""
+    """End a worker whose verdicts are not as many as its files, or in another order: whose is which?
+
+    Return an error for each of its files.
+    """
     lane.supervisor.abandon()
-    error = Error(Reason.UNKNOWN_ANSWER, "there are fewer verdicts, or more, than files")
+    error = Error(Reason.UNKNOWN_ANSWER, "the verdicts are not as many as the files, or in another order")
     return [Done(file.path, file.before.size, error) for file in lane.files]

@@ -17,6 +17,7 @@ import pytest
 
 import fdbroker
 from tests.broker.speaking import DatagramSpeaker
+from tests.hanging.fuse import FuseServer, Operation, fuse_mounted
 from tests.processes import in_child
 from tests.system.inside.system import (
     COMPILED,
@@ -82,6 +83,38 @@ def test_helpers_open_files_in_the_unit_and_end_with_it() -> None:
     assert not group.exists()
     print(f"figure: stop with helpers {time.monotonic() - begin:.3f} s")  # noqa: T201 - as below
     assert show("Result") == "success"
+
+
+@contextlib.contextmanager
+def root_of_fuse(within: str = "") -> Iterator[FuseServer]:
+    """Mount a FUSE file system with one file, and have it, or a directory within it, as a root."""
+    far = Path("/srv/far")
+    far.mkdir(exist_ok=True)
+    rule = "  - {name: alice-reads-far, allow: open, client: {user: alice}, in: far, paths: '**'}\n"
+    text = POLICY_FILE.read_text().replace("rules:\n", f"rules:\n{rule}")
+    POLICY_FILE.write_text(
+        text.replace("roots:\n", f"roots:\n  far: {{path: {far / within}, opens: helpers}}\n")
+    )
+    with fuse_mounted(far, {"file": b"what is far\n"}) as server:
+        yield server
+
+
+def test_it_starts_beside_a_root_that_does_not_answer_and_serves_it_when_it_does() -> None:
+    with root_of_fuse() as server:
+        server.never |= {(operation, "") for operation in Operation} - {(Operation.INIT, "")}
+        assert cat("/srv/data/file").stdout == "what is in /srv/data\n"
+        assert "did not answer the broker in time" in cat("/srv/far/file").stderr
+        server.never.clear()
+        assert cat("/srv/far/file").stdout == "what is far\n"
+
+
+def test_a_start_with_a_root_within_a_file_system_that_does_not_answer_ends_and_says_why() -> None:
+    with root_of_fuse("within") as server, drop_in("[Service]\nTimeoutStopSec=100ms\n"):
+        server.never.add((Operation.LOOKUP, "within"))
+        assert run("systemctl", "start", SERVICE, check=False).returncode == 1
+        assert (show("Result"), show("ExecMainStatus")) == ("exit-code", "2")
+    said = "root 'far' (/srv/far/within) can't be opened: fuse at /srv/far did not answer within 10 s"
+    assert any(said in line for line in messages())
 
 
 def test_what_is_handed_out_can_not_be_written_by_its_owner() -> None:
@@ -272,6 +305,14 @@ def test_a_start_that_is_asked_for_with_a_broken_policy_is_refused_and_says_why(
     assert show("ActiveState") == "failed"
     assert not COMPILED.exists()
     assert any("unknown key 'rulez'" in line for line in messages())
+
+
+def test_a_file_for_the_audit_is_told_with_its_place_in_the_policy() -> None:
+    POLICY_FILE.write_text(f"{POLICY_FILE.read_text()}audit: {{to: /var/log/fdbroker/audit.jsonl}}\n")
+    line = len(POLICY_FILE.read_text().splitlines())
+    assert run("systemctl", "start", SERVICE, check=False).returncode == 1
+    said = f"{POLICY_FILE}:{line}:13: audit: to: the broker's service is not root"
+    assert any(said in message for message in messages())
 
 
 def test_a_start_that_is_asked_for_after_a_failure_is_refused_as_well() -> None:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker.cli.broker import how_to_restart
 from fdbroker.cli.checks.check import BROKEN, OK, WEAKER, Check
 from fdbroker.config.names import counted, printable
-from fdbroker.launcher.mounts import parse_mounts
-from fdbroker.launcher.unit_options import is_at_or_above
+from fdbroker.launcher.mounts import is_at_or_above, parse_mounts
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.cli.broker import SERVICE, systemd_runs
 from fdbroker.cli.checks.check import output_of
-from fdbroker.launcher.unit_options import is_at_or_above
+from fdbroker.launcher.mounts import is_at_or_above
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fdbroker.cli.checks.check import BROKEN, OK, WEAKER, Check
 from fdbroker.cli.checks.limits import LEAST_OPEN_FILES, LEAST_TASKS
 from fdbroker.config.names import printable
-from fdbroker.launcher.unit_options import is_at_or_above
+from fdbroker.launcher.mounts import is_at_or_above
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -3,6 +3,9 @@
 The kernel does not say who is at the other end. So they may ask for nothing but what needs no rights: PING,
 VERSION, and the verdict of what they send themselves (INSTREAM). Together they are one user among those who
 take turns and share memory. Each connection is a trust domain of its own: no worker has files of two.
+
+So many of them have a connection, and who they are can't be told: one may have all. Where all are taken and
+somebody waits, the one who has kept the service waiting longest gives way.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ import contextlib
 import errno
 import ipaddress
 import itertools
+import math
 import os
 import socket
 from typing import TYPE_CHECKING, cast
 
-from fdbroker.clamd.protocol import FOR_STRANGERS, Kind
+from fdbroker.clamd.protocol import FOR_STRANGERS, TIMED_OUT, Kind
 from fdbroker.launcher.errors import LaunchError
 from fdbroker.scan.service.clamd import ClamdClient
 from fdbroker.scan.service.core import say
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from fdbroker.aio import ServedClient
+    from fdbroker.scan.service.clamd import _Command
     from fdbroker.scan.service.configuration import Listener, Tcp
     from fdbroker.scan.service.core import Core
 
@@ -35,6 +40,8 @@ STRANGERS = -1
 _BACKLOG = 128
 _ACCEPTED_AT_ONCE = 16  # before others have their turn
 _SECONDS_WITHOUT_DESCRIPTORS = 1.0
+# Who keeps the service waiting for so long gives way, where there is no room for others.
+_SECONDS_OF_GRACE = 5.0
 
 
 def listening_socket(tcp: Tcp | None, passed: Mapping[int, str]) -> socket.socket | None:
@@ -154,8 +161,27 @@ class TcpClient(ClamdClient):
     def __init__(self, core: Core, stranger: _Stranger, name: str, domain: int, listener: Listener) -> None:
         self._name = name
         self._domain = domain
+        self._last_moved = asyncio.get_running_loop().time()
         # It asks the broker for nothing, so nobody calls what a client that is known has besides.
         super().__init__(core, cast("ServedClient", stranger), listener)
+
+    @property
+    def waits_for_it_since(self) -> float | None:
+        """Since when (of the loop) it has neither said nor read anything; None: it waits for the service."""
+        its_turn = (self._reading and not self._commands) or self._write_timer is not None or self._finishing
+        return self._last_moved if its_turn else None
+
+    def give_way(self) -> None:
+        """Close it, and say what who is late is told."""
+        self._send_and_close(TIMED_OUT + b"\n")
+
+    def _on_event(self, events: int) -> None:
+        self._last_moved = self._loop.time()
+        super()._on_event(events)
+
+    def _end(self, command: _Command) -> None:
+        self._last_moved = self._loop.time()  # its turn begins
+        super()._end(command)
 
     def _may_ask_for(self) -> frozenset[Kind]:
         return FOR_STRANGERS
@@ -176,10 +202,11 @@ class TcpListener:
         self._sock = sock
         self._tcp = tcp
         self._loop = asyncio.get_running_loop()
-        self._connected = 0
+        self._clients: dict[int, TcpClient] = {}  # by their numbers
         # No number comes again, so that no worker has what it was handed for another connection.
         self._domains = itertools.count(STRANGERS - 1, -1)
-        self._pause: asyncio.TimerHandle | None = None
+        self._pause: asyncio.TimerHandle | None = None  # there are no descriptors
+        self._full: asyncio.TimerHandle | None = None  # there is no room
         self._closed = False
         self._listen()
 
@@ -187,19 +214,25 @@ class TcpListener:
         """Take nobody any more. Those who have connected stay."""
         self._closed = True
         self._loop.remove_reader(self._sock)
-        if self._pause is not None:
-            self._pause.cancel()
+        for timer in (self._pause, self._full):
+            if timer is not None:
+                timer.cancel()
 
     def _listen(self) -> None:
-        self._pause = None
-        if not self._closed and self._connected < self._tcp.connections:
+        if self._full is not None:
+            self._full.cancel()
+        self._pause = self._full = None
+        if not self._closed:
             self._loop.add_reader(self._sock, self._accept)
 
     def _accept(self) -> None:
+        """Take who waits; where there is no room for the first, the kernel keeps them, up to the backlog."""
+        if not self._has_room() and not self._make_room():
+            self._loop.remove_reader(self._sock)
+            self._full = self._loop.call_later(_SECONDS_OF_GRACE / 5, self._listen)
+            return
         for _ in range(_ACCEPTED_AT_ONCE):
-            if self._connected >= self._tcp.connections:
-                # The kernel keeps them, up to the backlog.
-                self._loop.remove_reader(self._sock)
+            if not self._has_room():
                 return
             try:
                 sock, peer = self._sock.accept()
@@ -221,15 +254,34 @@ class TcpListener:
                 sock.close()
 
     def _take(self, sock: socket.socket, peer: str) -> None:
-        stranger = _Stranger(sock, self._one_less)
-        self._connected += 1
+        number = next(self._domains)
+        stranger = _Stranger(sock, lambda: self._one_less(number))
         try:
-            TcpClient(self._core, stranger, f"tcp {peer}", next(self._domains), self._tcp.speaks)
+            client = TcpClient(self._core, stranger, f"tcp {peer}", number, self._tcp.speaks)
         except OSError as error:  # no more descriptors can be watched
             stranger.close()
             say(f"a client by TCP could not be served: {error.strerror}")
+            return
+        if sock.fileno() >= 0:  # it was not answered, and gone, by now
+            self._clients[number] = client
 
-    def _one_less(self) -> None:
-        self._connected -= 1
-        if self._pause is None:
+    def _has_room(self) -> bool:
+        return len(self._clients) < self._tcp.connections
+
+    def _make_room(self) -> bool:
+        """Have somebody give way; return whether there is anybody."""
+        waited_for = [
+            (since, client)
+            for client in self._clients.values()
+            if (since := client.waits_for_it_since) is not None
+        ]
+        since, client = min(waited_for, key=lambda one: one[0], default=(math.inf, None))
+        if client is None or since > self._loop.time() - _SECONDS_OF_GRACE:
+            return False
+        client.give_way()
+        return True
+
+    def _one_less(self, number: int) -> None:
+        self._clients.pop(number, None)
+        if self._full is not None:
             self._listen()
