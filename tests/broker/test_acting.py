@@ -245,7 +245,7 @@ def frames_there(memory: Memory) -> int:
 
 def release(memory: Memory, number: int) -> None:
     """Release a client; return when that is done."""
-    memory["speaker"].sock.send(encode_release(6, number))
+    memory["speaker"].sock.send(encode_release(6, [number]))
     reply = memory["speaker"].ask(encode_status(9)).reply
     assert reply.id == 9, reply
 
@@ -730,7 +730,7 @@ def test_message_of_another_process_neither_serves_nor_releases(made: Acting) ->
     service = made.serving()
     made.client()
     number = service.do(accepted).number
-    service.do(send_in_child, encode_release(9, number))
+    service.do(send_in_child, encode_release(9, [number]))
     reply = service.do(ask_in_child, encode_serve(8, b"index"))
     assert reply.reason is Reason.IDENTITY
     assert made.broker.events()[-2:] == ["release_refused", "serve_refused"]
@@ -1108,7 +1108,7 @@ def open_release_open(memory: Memory, number: int, path: bytes) -> list[str]:
     sock, speaker = memory["speaker"].sock, memory["speaker"]
     for message in (
         encode_open(1, [path], number),
-        encode_release(2, number),
+        encode_release(2, [number]),
         encode_open(3, [path], number),
     ):
         sock.send(message)

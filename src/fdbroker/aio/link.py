@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 _MOST_AT_ONCE = 16  # frames that are received before other tasks get their turn
+# Seconds that releases wait for each other at most, and after which nothing was heard of a broker that has
+# not much to do.
+_HELD_BACK = 0.02
 _FULL_QUEUE_PAUSE = 0.01  # seconds; nothing tells when a listener's queue has room
 
 
@@ -35,6 +38,8 @@ class WatchedLink(Link):
         self.ended: ConnectionLost | BrokerError | None = None
         # Reads that had something: shows whether the broker is alive.
         self.heard = 0
+        self._heard_at = 0.0
+        self._releasing: asyncio.TimerHandle | None = None
         self._is_writing = False
         self._is_reading = False  # what is to be sent is sent when that is over
         self._greeted: Callable[[], None] | None = None
@@ -87,6 +92,25 @@ class WatchedLink(Link):
             self.loop.remove_writer(self._sock)
             self._is_writing = False
 
+    def send_afterthoughts(self) -> None:
+        """Tell the broker what is not wanted any more: at once, or releases of a few clients a moment later.
+
+        Each message wakes the broker up. So while clients come one after the other, and the broker lets
+        them, releases wait for others, and go with whatever is sent next.
+        """
+        if (
+            self._unsent
+            or not self._engine.releases_may_wait
+            or self.loop.time() > self._heard_at + _HELD_BACK
+        ):
+            self.send_queued()
+        elif self._releasing is None:
+            self._releasing = self.loop.call_later(_HELD_BACK, self._release)
+
+    def _release(self) -> None:
+        self._releasing = None
+        self.send_queued()
+
     def end(self, why: ConnectionLost | BrokerError) -> None:
         """Close it; everybody who waits on it is woken up. May be called again."""
         if self.ended is None:
@@ -94,6 +118,8 @@ class WatchedLink(Link):
             self.loop.remove_reader(self._sock)
             if self._is_writing:
                 self.loop.remove_writer(self._sock)
+            if self._releasing is not None:
+                self._releasing.cancel()
             self.close()
             if self._greeted is not None:
                 self._greeted()
@@ -107,6 +133,7 @@ class WatchedLink(Link):
 
     def _read(self) -> None:
         self._is_reading = True
+        self._heard_at = self.loop.time()
         try:
             for _ in range(_MOST_AT_ONCE):
                 if not self.receive():
@@ -119,7 +146,7 @@ class WatchedLink(Link):
             return
         finally:
             self._is_reading = False
-        self.send_queued()  # clients that came and nobody wants are released
+        self.send_afterthoughts()  # clients that came and nobody wants are released
         if self._greeted is not None and self._engine.state is State.READY:
             self._greeted()
 
