@@ -98,6 +98,8 @@ class WatchedLink(Link):
         Each message wakes the broker up. So while clients come one after the other, and the broker lets
         them, releases wait for others, and go with whatever is sent next.
         """
+        if self._is_reading:
+            return  # it is called when that is over
         if (
             self._unsent
             or not self._engine.releases_may_wait

@@ -30,6 +30,7 @@ MOST_CLIENTS = 1024
 _LAST_NUMBER = 0xFFFFFFFF
 # Each message of a service wakes us up, so while nobody is near a limit it may collect what it releases.
 _MOST_HELD_BACK = 16
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
 
 
 class ServedClient:
@@ -165,7 +166,7 @@ class Services:
         self.count += 1
         self._clients_of[peer.uid] = self._clients_of.get(peer.uid, 0) + 1
         server.clients[number] = client
-        facts = AcceptedClient(number, peer.pid, peer.uid, peer.gid, peer.level)
+        facts = _new(AcceptedClient, (number, peer.pid, peer.uid, peer.gid, peer.level))
         # Those that are not released yet count: nobody may be refused since they are held back.
         may_hold_back = min((most - max(self._clients_of.values())) // 4, _MOST_HELD_BACK)
         frame = encode_accepted(
@@ -217,7 +218,12 @@ class Services:
 
 
 def _has_room(server: Connection) -> bool:
-    return not server.unsent and not _is_sent_to(server) and len(server.clients) < MOST_CLIENTS
+    # Of each client that comes: the streams alone are asked for more.
+    return (
+        not server.unsent
+        and len(server.clients) < MOST_CLIENTS
+        and (server.stream is None or not _is_sent_to(server))
+    )
 
 
 def _number_of_clients(server: Connection) -> int:

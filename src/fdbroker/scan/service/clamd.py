@@ -95,9 +95,10 @@ def serve_client(core: Core, served: ServedClient, listener: Listener) -> None:
     Mostly it has said by now what it wants. Who wants nothing but an answer to a PING is gone before anything
     is made for him.
     """
-    came = None
-    with contextlib.suppress(OSError):  # it is read from again
+    try:
         came = sockets.receive_unclosed(served.socket, _MOST_BYTES)
+    except OSError:  # it is read from again
+        came = None
     if came is not None and not len(came[1]):
         reply = WHOLE_CONVERSATIONS.get(came[0])
         if reply is not None and not came[2] and _answer_if_all_is_said(served.socket, reply):
@@ -110,9 +111,10 @@ def _answer_if_all_is_said(sock: socket.socket, reply: bytes) -> bool:
     """Answer a client, unless it says more; return whether it was answered."""
     if not _all_is_read(sock):
         return False
-    # Nothing was sent there yet, so there is room. Whom it does not reach is gone.
-    with contextlib.suppress(OSError):
-        sockets.send_at_once(sock, reply)
+    try:
+        sockets.send_at_once(sock, reply)  # nothing was sent there yet, so there is room
+    except OSError:  # who it is for is gone
+        return True
     return True
 
 
