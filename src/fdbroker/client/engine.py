@@ -408,8 +408,10 @@ class Engine:
                 # No request names it from now on, so that the broker may do with the number what it likes.
                 self._clients.discard(client)
                 released.append(client)
-        for first in range(0, len(released), MAX_PATHS):
-            frames.append(encode_release(self._next_id(), released[first : first + MAX_PATHS]))
+        frames += [
+            encode_release(self._next_id(), released[first : first + MAX_PATHS])
+            for first in range(0, len(released), MAX_PATHS)
+        ]
         return frames
 
     def receive(self, data: bytes, descriptors: Descriptors, *, truncated: bool = False) -> Answer | None:

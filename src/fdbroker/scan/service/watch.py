@@ -16,7 +16,7 @@ import os
 import select
 import selectors
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Call = Callable[[int], None]
 
 _Result = TypeVar("_Result")
+_Rest = TypeVarTuple("_Rest")
 
 # Events of epoll_ctl(2). What is told in any case is that the other end is gone.
 READABLE = int(select.EPOLLIN)
@@ -91,10 +92,10 @@ class _Loop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         self.selector = _Selector()
-        self._readers: dict[int, Callable[[], object]] = {}
+        self._readers: dict[int, Callable[[], Any]] = {}
         super().__init__(self.selector)
 
-    def add_reader(self, fd: FileDescriptorLike, callback: Callable[..., object], *args: object) -> None:
+    def add_reader(self, fd: FileDescriptorLike, callback: Callable[[*_Rest], Any], *args: *_Rest) -> None:
         """Call a function whenever a descriptor is readable; as its base class."""
         watch, number = self.selector.watch, _number_of(fd)
         if watch is None or number in self.selector.get_map():
@@ -114,7 +115,7 @@ class _Loop(asyncio.SelectorEventLoop):
             watch.let_go(number)
         return True
 
-    def add_writer(self, fd: FileDescriptorLike, callback: Callable[..., object], *args: object) -> None:
+    def add_writer(self, fd: FileDescriptorLike, callback: Callable[[*_Rest], Any], *args: *_Rest) -> None:
         """Call a function whenever a descriptor is writable; as its base class."""
         number = _number_of(fd)
         read = self._readers.get(number)
