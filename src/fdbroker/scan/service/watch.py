@@ -66,6 +66,8 @@ class _Selector(selectors.EpollSelector):
         ready = self.epoll.poll(seconds, _MOST_AT_ONCE)
         if self.watch is not None:
             ready = self.watch.look(ready)
+        if not ready:
+            return []
         found = []
         keys = self.get_map()
         for number, events in ready:
@@ -92,7 +94,7 @@ class _Loop(asyncio.SelectorEventLoop):
 
     def __init__(self) -> None:
         self.selector = _Selector()
-        self._readers: dict[int, Callable[[], Any]] = {}
+        self._readers: dict[int, Callable[[], None]] = {}
         super().__init__(self.selector)
 
     def add_reader(self, fd: FileDescriptorLike, callback: Callable[[*_Rest], Any], *args: *_Rest) -> None:
@@ -103,8 +105,12 @@ class _Loop(asyncio.SelectorEventLoop):
             return
         if number in self._readers:
             watch.let_go(number)
-        self._readers[number] = read = partial(callback, *args)
-        watch.add(number, READABLE, lambda _: read())
+
+        def read(_events: int = READABLE) -> None:
+            callback(*args)
+
+        self._readers[number] = read
+        watch.add(number, READABLE, read)
 
     def remove_reader(self, fd: FileDescriptorLike) -> bool:
         """Call it no more; return whether there was one."""
