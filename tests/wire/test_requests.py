@@ -271,7 +271,7 @@ def test_the_number_of_the_client_comes_before_all_else_of_a_request(request_: R
     assert decode_request(frame) == request_
     assert frame[1] & 1
     assert frame[HEADER.size : HEADER.size + CLIENT.size] == CLIENT.pack(request_.client)  # type: ignore[union-attr]
-    without = encode_request(request_._replace(client=None))  # type: ignore[call-arg, arg-type]
+    without = encode_request(request_._replace(client=None))  # type: ignore[call-arg]
     assert frame[HEADER.size + CLIENT.size :] == without[HEADER.size :]
 
 
