@@ -356,11 +356,22 @@ class HandingOver:
 
     async def serve_one(self, number: int, may_hold_back: int) -> None:
         """Have a client served, which is done at once."""
+        (await self.hand_over(number, may_hold_back)).close()
+
+    async def hand_over(self, number: int, may_hold_back: int) -> aio.ServedClient:
         mine, theirs = socket.socketpair()
         facts = AcceptedClient(number, 10, 20, 30, 2)
         with mine, theirs:
             sockets.send(self._ours, encode_accepted(FIRST, 7, facts, may_hold_back), [theirs.fileno()])
-        (await self._service.accept()).close()
+        return await self._service.accept()
+
+    async def status(self) -> None:
+        """Have the broker asked, and answer, something that is nobody's."""
+        asking = asyncio.create_task(self.client.status())
+        await asyncio.sleep(0)
+        request = decode_request(self._ours.recv(1000))
+        say(self._ours, encode_status_reply(request.id, 7, b"{}"))
+        await asking
 
     async def released(self) -> tuple[int, ...]:
         """Return the numbers that the next message releases."""
@@ -422,6 +433,18 @@ def test_releases_that_nobody_joins_are_sent_a_moment_later(monkeypatch: pytest.
     handing_over(test)
     # Who was not busy is not going to be, so there is nothing to wait for.
     monkeypatch.setattr(link, "_HELD_BACK", -1.0)
+    handing_over(test)
+
+
+def test_what_was_said_with_a_client_that_came_a_while_ago_holds_no_more() -> None:
+    async def test(broker: HandingOver) -> None:
+        served = await broker.hand_over(1, 5)
+        broker.client._asks._link._client_came_at = 0.0
+        await broker.status()  # of others it says nothing
+        served.close()
+        assert not broker.says_nothing()
+        assert await broker.released() == (1,)
+
     handing_over(test)
 
 

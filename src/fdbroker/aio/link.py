@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from typing import TYPE_CHECKING
 
 from fdbroker.client.engine import State
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 _MOST_AT_ONCE = 16  # frames that are received before other tasks get their turn
-# Seconds that releases wait for each other at most, and after which nothing was heard of a broker that has
-# not much to do.
+# Seconds that releases wait for each other at most, and for which they may after a client has come: then what
+# the broker said with it may hold no more, nor does another one come soon.
 _HELD_BACK = 0.02
 _FULL_QUEUE_PAUSE = 0.01  # seconds; nothing tells when a listener's queue has room
 
@@ -38,7 +39,7 @@ class WatchedLink(Link):
         self.ended: ConnectionLost | BrokerError | None = None
         # Reads that had something: shows whether the broker is alive.
         self.heard = 0
-        self._heard_at = 0.0
+        self._client_came_at = -math.inf
         self._releasing: asyncio.TimerHandle | None = None
         self._is_writing = False
         self._is_reading = False  # what is to be sent is sent when that is over
@@ -103,7 +104,7 @@ class WatchedLink(Link):
         if (
             self._unsent
             or not self._engine.releases_may_wait
-            or self.loop.time() > self._heard_at + _HELD_BACK
+            or self.loop.time() > self._client_came_at + _HELD_BACK
         ):
             self.send_queued()
         elif self._releasing is None:
@@ -135,7 +136,7 @@ class WatchedLink(Link):
 
     def _read(self) -> None:
         self._is_reading = True
-        self._heard_at = self.loop.time()
+        came_before = self._engine.clients_that_came
         try:
             for _ in range(_MOST_AT_ONCE):
                 if not self.receive():
@@ -148,6 +149,8 @@ class WatchedLink(Link):
             return
         finally:
             self._is_reading = False
+        if self._engine.clients_that_came != came_before:
+            self._client_came_at = self.loop.time()
         self.send_afterthoughts()  # clients that came and nobody wants are released
         if self._greeted is not None and self._engine.state is State.READY:
             self._greeted()

@@ -269,8 +269,9 @@ class Engine:
         # What `afterthoughts` says to the broker: walks to cancel, clients to release.
         self._to_cancel: deque[int] = deque()
         self._to_release: deque[int] = deque()
-        # How many of the latter may wait for each other, as the broker said last.
+        # How many of the latter may wait for each other, as the broker said with the last client that came.
         self._may_hold_back = 0
+        self.clients_that_came = 0  # of listeners, in all
         self._welcome: Welcome | None = None
         self._limits = VERSION_LIMITS
 
@@ -532,6 +533,7 @@ class Engine:
             self._check(descriptors, 1, reply)
         self._clients.add(number)
         self._may_hold_back = reply.may_hold_back
+        self.clients_that_came += 1
         if reply.id in self._abandoned:
             self._to_release.append(number)
             return None
