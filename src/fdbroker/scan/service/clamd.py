@@ -197,9 +197,10 @@ class _OneFile:
         self._files.close()
 
     def _answer(self, text: bytes) -> None:
-        # It is all that is sent there, so there is room. Whom it does not reach is gone.
-        with contextlib.suppress(OSError):
+        try:  # it is all that is sent there, so there is room
             sockets.send_at_once(self._served.socket, b"%b: %b%b" % (self._name, text, self._terminator))
+        except OSError:  # who it is for is gone
+            return
 
     def _on_gone(self, _events: int) -> None:
         self._let_go()
