@@ -238,14 +238,22 @@ def accepted(memory: Memory) -> Accepted:
     return Accepted(reply.id, *reply.client)
 
 
+def may_hold_back(memory: Memory) -> tuple[int, int]:
+    """Receive one client; return its number, and how many releases may be held back."""
+    answer = memory["speaker"].receive()
+    with answer.descriptors as descriptors:
+        memory["sockets"][answer.reply.client.number] = socket.socket(fileno=descriptors.take())
+    return answer.reply.client.number, answer.reply.may_hold_back
+
+
 def frames_there(memory: Memory) -> int:
     """Count what is there to be received, and receive it."""
     return len(memory["speaker"].arrived())
 
 
-def release(memory: Memory, number: int) -> None:
-    """Release a client; return when that is done."""
-    memory["speaker"].sock.send(encode_release(6, number))
+def release(memory: Memory, *numbers: int) -> None:
+    """Release clients; return when that is done."""
+    memory["speaker"].sock.send(encode_release(6, numbers))
     reply = memory["speaker"].ask(encode_status(9)).reply
     assert reply.id == 9, reply
 
@@ -730,7 +738,7 @@ def test_message_of_another_process_neither_serves_nor_releases(made: Acting) ->
     service = made.serving()
     made.client()
     number = service.do(accepted).number
-    service.do(send_in_child, encode_release(9, number))
+    service.do(send_in_child, encode_release(9, [number]))
     reply = service.do(ask_in_child, encode_serve(8, b"index"))
     assert reply.reason is Reason.IDENTITY
     assert made.broker.events()[-2:] == ["release_refused", "serve_refused"]
@@ -853,6 +861,52 @@ def test_clients_of_one_uid_are_limited_over_all_services(reachable: Path) -> No
         clamd.do(release, next(a.number for a in got if a.pid == client.pid))
         client.do(connect, made.directory / "index")
         assert index.do(accepted).pid == client.pid
+
+
+def hold_back_after(made: Acting, client: Puppet, service: Puppet, name: str = "clamd") -> tuple[int, int]:
+    """Connect once more; return the client's number and how many releases may then be held back."""
+    client.do(connect, made.directory / name)
+    made.broker.serve()
+    told: tuple[int, int] = service.do(may_hold_back)
+    return told
+
+
+def test_the_nearer_a_user_is_to_its_limit_the_fewer_releases_may_be_held_back(reachable: Path) -> None:
+    limits = {"connections_per_uid": 20, "in_flight_per_connection": 512}
+    for made in acting_broker(reachable, limits=limits):
+        service, index = made.serving(), made.serving(b"index", STRANGER_UID)
+        client, other, stranger = (made.puppet(uid) for uid in (CLIENT_UID, OTHER_UID, STRANGER_UID))
+        told = [hold_back_after(made, client, service) for _ in range(17)]
+        assert [may for _, may in told] == [(20 - count) // 4 for count in range(1, 18)]
+        # Whoever is near a limit: who serves others may have clients of that user, too.
+        assert hold_back_after(made, other, service)[1] == 0
+        assert hold_back_after(made, other, index, "index")[1] == 0
+        service.do(release, *(number for number, _ in told))
+        assert hold_back_after(made, client, service)[1] == 4
+        # Who has more than another policy allows.
+        made.broker.switch(
+            acting_policy(made.tree, limits={"connections_per_uid": 1, "in_flight_per_connection": 512})
+        )
+        assert hold_back_after(made, stranger, service)[1] == 0
+        assert "client_refused" not in made.broker.events()
+
+
+def test_few_releases_are_held_back_however_far_away_the_limit_is(made: Acting) -> None:
+    service = made.serving()
+    made.broker.switch(made_policy_with_many(made))
+    assert hold_back_after(made, made.puppet(CLIENT_UID), service)[1] == 16
+
+
+def test_one_message_releases_several_and_what_is_none_in_it_means_nothing(made: Acting) -> None:
+    service = made.serving()
+    numbers = []
+    for _ in range(3):
+        made.client()
+        numbers.append(service.do(accepted).number)
+    service.do(release, numbers[0], 99, numbers[0], numbers[2])
+    assert made.broker.broker._services.count == 1
+    reasons = [service.do(ask_all, number, bytes(made.tree / "client"))[0] for number in numbers]
+    assert [reason == "identity" for reason in reasons] == [True, False, True]
 
 
 def turns_of(broker: SteppedBroker, rounds: int = 5) -> int:
@@ -1108,7 +1162,7 @@ def open_release_open(memory: Memory, number: int, path: bytes) -> list[str]:
     sock, speaker = memory["speaker"].sock, memory["speaker"]
     for message in (
         encode_open(1, [path], number),
-        encode_release(2, number),
+        encode_release(2, [number]),
         encode_open(3, [path], number),
     ):
         sock.send(message)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fdbroker.clamd.protocol import (
     COMMANDS,
+    FILDES_ALONE,
     FOR_STRANGERS,
     LONGEST_COMMAND,
     WHOLE_CONVERSATIONS,
@@ -114,6 +115,19 @@ def test_what_is_known_of_whole_conversations_is_what_comes_of_them() -> None:
         conversation = Conversation(LIMITS, 0.0)
         assert events_of(conversation, data) == [Reply(reply)]
         assert conversation.is_over
+
+
+@pytest.mark.parametrize(("data", "terminator"), FILDES_ALONE.items())
+def test_of_who_hands_in_one_file_no_more_is_read_and_how_the_answer_ends_is_known(
+    data: bytes, terminator: bytes
+) -> None:
+    conversation = Conversation(LIMITS, 0.0)
+    assert events_of(conversation, data, 1) == [Asked(Kind.FILDES, 0)]
+    assert not conversation.reads_more
+    assert conversation.deadline is None
+    assert conversation.answer(0, b"OK", b"fd[7]") == b"fd[7]: OK" + terminator
+    conversation.finish(0, 1.0)
+    assert conversation.is_over
 
 
 @given(

@@ -199,12 +199,13 @@ def test_who_is_quiet_longest_gives_way_where_all_connections_are_taken(
         ({"_commands": {1: None}}, False),  # a file is scanned
         ({"_reading": False}, False),  # there is no room for more of a stream
         ({"_commands": {1: None}, "_write_timer": 1}, True),  # it does not read what it was told
-        ({"_reading": False, "_finishing": True}, True),  # it was told all, and does not close
+        # It was told all: a moment later it is closed, whether it closes or not.
+        ({"_reading": False, "_closed": True}, False),
     ],
 )
 def test_who_gives_way_is_waited_for(state: dict[str, object], *, its_turn: bool) -> None:
     client = TcpClient.__new__(TcpClient)
-    usual = {"_last_moved": 5.0, "_reading": True, "_commands": {}, "_write_timer": None, "_finishing": False}
+    usual = {"_last_moved": 5.0, "_reading": True, "_commands": {}, "_write_timer": None, "_closed": False}
     for name, value in (usual | state).items():
         setattr(client, name, value)
     assert client.waits_for_it_since == (5.0 if its_turn else None)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fdbroker import aio
+from fdbroker.aio import link
 from fdbroker.client import (
     BrokerTimeoutError,
     DisconnectedError,
@@ -25,15 +26,27 @@ from fdbroker.client import (
     TooManyFilesError,
     WalkInterrupted,
 )
+from fdbroker.kernel import sockets
 from fdbroker.testing import FakeBroker
 from fdbroker.wire.format import ERRNO_OF, Kind, Reason
-from fdbroker.wire.messages import GIVEN, CancelRequest, ErrorReply, Hello, StatRequest, WalkRequest
-from fdbroker.wire.replies import encode_error, encode_status_reply
+from fdbroker.wire.messages import (
+    GIVEN,
+    AcceptedClient,
+    CancelRequest,
+    ErrorReply,
+    Hello,
+    ReleaseRequest,
+    StatRequest,
+    StatusRequest,
+    WalkRequest,
+)
+from fdbroker.wire.replies import encode_accepted, encode_error, encode_serve_reply, encode_status_reply
+from fdbroker.wire.requests import decode_request
 from fdbroker.wire.stream import framed
 from tests.client.brokers import FIRST, SECOND, given, hear, say, welcome
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
 FILES: dict[str, bytes | Reason | OSError] = {
@@ -331,6 +344,124 @@ def test_who_serves_each_client_hears_of_a_loss_that_came_behind_one(fake: FakeB
             assert numbers == [1]
 
     asyncio.run(main())
+
+
+class HandingOver:
+    """A hand-made broker and a service of it: what is handed over, and what the service says."""
+
+    def __init__(self, ours: socket.socket, client: aio.Client, service: aio.Service) -> None:
+        self._ours = ours
+        self.client = client
+        self._service = service
+
+    async def serve_one(self, number: int, may_hold_back: int) -> None:
+        """Have a client served, which is done at once."""
+        (await self.hand_over(number, may_hold_back)).close()
+
+    async def hand_over(self, number: int, may_hold_back: int) -> aio.ServedClient:
+        mine, theirs = socket.socketpair()
+        facts = AcceptedClient(number, 10, 20, 30, 2)
+        with mine, theirs:
+            sockets.send(self._ours, encode_accepted(FIRST, 7, facts, may_hold_back), [theirs.fileno()])
+        return await self._service.accept()
+
+    async def status(self) -> None:
+        """Have the broker asked, and answer, something that is nobody's."""
+        asking = asyncio.create_task(self.client.status())
+        await asyncio.sleep(0)
+        request = decode_request(self._ours.recv(1000))
+        say(self._ours, encode_status_reply(request.id, 7, b"{}"))
+        await asking
+
+    async def released(self) -> tuple[int, ...]:
+        """Return the numbers that the next message releases."""
+        async with asyncio.timeout(10):
+            data = await asyncio.get_running_loop().sock_recv(self._ours, 1000)
+        request = decode_request(data)
+        assert isinstance(request, ReleaseRequest)
+        return request.clients
+
+    def says_nothing(self) -> bool:
+        try:
+            self._ours.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        return False
+
+
+def handing_over(test: Callable[[HandingOver], Awaitable[None]]) -> None:
+    async def main() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            say(ours, welcome())
+            async with await aio.Client.from_socket(theirs) as client:
+                hear(ours)
+                say(ours, encode_serve_reply(FIRST, 7, GIVEN))
+                async with await client.serve("clamd") as service:
+                    hear(ours)
+                    ours.settimeout(0)
+                    await test(HandingOver(ours, client, service))
+            gc.collect()
+
+    asyncio.run(main())
+
+
+def test_releases_wait_for_others_as_far_as_the_broker_lets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "_HELD_BACK", 1000.0)
+
+    async def test(broker: HandingOver) -> None:
+        for number in (1, 2):
+            await broker.serve_one(number, 2)
+            assert broker.says_nothing()
+        await broker.serve_one(3, 2)
+        assert await broker.released() == (1, 2, 3)
+        await broker.serve_one(4, 9)
+        assert broker.says_nothing()
+        await broker.serve_one(5, 0)  # near a limit: what is held back goes when that is heard of
+        assert await broker.released() == (4,)
+        assert await broker.released() == (5,)
+
+    handing_over(test)
+
+
+def test_releases_that_nobody_joins_are_sent_a_moment_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(broker: HandingOver) -> None:
+        for number in (1, 2):  # the second by another alarm
+            await broker.serve_one(number, 5)
+            assert await broker.released() == (number,)
+
+    handing_over(test)
+    # Who was not busy is not going to be, so there is nothing to wait for.
+    monkeypatch.setattr(link, "_HELD_BACK", -1.0)
+    handing_over(test)
+
+
+def test_what_was_said_with_a_client_that_came_a_while_ago_holds_no_more() -> None:
+    async def test(broker: HandingOver) -> None:
+        served = await broker.hand_over(1, 5)
+        broker.client._asks._link._client_came_at = 0.0
+        await broker.status()  # of others it says nothing
+        served.close()
+        assert not broker.says_nothing()
+        assert await broker.released() == (1,)
+
+    handing_over(test)
+
+
+def test_releases_that_wait_go_with_what_is_said_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "_HELD_BACK", 1000.0)
+
+    async def test(broker: HandingOver) -> None:
+        await broker.serve_one(1, 5)
+        asking = asyncio.create_task(broker.client.status())
+        await asyncio.sleep(0)
+        assert not broker.says_nothing()
+        asking.cancel()
+        kinds = [type(decode_request(broker._ours.recv(1000))) for _ in range(2)]
+        assert sorted(kinds, key=repr) == [ReleaseRequest, StatusRequest]
+        await broker.serve_one(2, 5)  # and what waits when all ends is gone with it
+
+    handing_over(test)
 
 
 def test_what_serving_a_client_raises_ends_it_and_the_next_client_waits(fake: FakeBroker, path: Path) -> None:

@@ -826,7 +826,7 @@ def test_a_client_that_is_dropped_is_released_with_what_is_sent_next(tmp_path: P
         next(service).socket.close()
         client.status()
         client.status()
-        assert [one.client for one in fake.requests if isinstance(one, ReleaseRequest)] == [1]
+        assert [one.clients for one in fake.requests if isinstance(one, ReleaseRequest)] == [(1,)]
         del service
         client.status()
 

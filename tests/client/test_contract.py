@@ -539,7 +539,7 @@ def test_a_service_gets_its_clients_and_asks_for_them(fake: FakeBroker, client: 
             client.stat("/data/a")
             assert asked(fake, StatRequest)[-1].client is None
         client.status()
-        assert [request.client for request in asked(fake, ReleaseRequest)] == [1]
+        assert [request.clients for request in asked(fake, ReleaseRequest)] == [(1,)]
         with pytest.raises(ValueError, match="client 1 is closed"):
             served.stat("/data/a")
         assert "uid 8" in repr(served)
@@ -581,7 +581,7 @@ def test_clients_that_nobody_took_are_closed_and_released_with_the_service(
             service.accept()
     # The second goes behind the last request, whose reply may be here before.
     wait_until(
-        lambda: sorted(request.client for request in asked(fake, ReleaseRequest)) == [1, 2],
+        lambda: sorted(one for request in asked(fake, ReleaseRequest) for one in request.clients) == [1, 2],
         "the release of both",
     )
 

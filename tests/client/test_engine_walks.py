@@ -342,7 +342,7 @@ def test_a_client_is_released_later_once_and_only_if_it_was_not_already() -> Non
         engine.release_later(5)
     [frame] = engine.afterthoughts()
     released = decode_request(frame)
-    assert released == ReleaseRequest(released.id, 5)
+    assert released == ReleaseRequest(released.id, (5,))
     assert engine.outstanding == 0
 
 

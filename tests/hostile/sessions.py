@@ -336,7 +336,7 @@ def act_for_a_client(served: Served) -> Session:
         paths = [served.path(name) for name in names]
         opened = _read("open", names, _ask(speaker, encode_open(7, paths, number)))
         with contextlib.suppress(ConnectionError):  # it may have ended by then
-            speaker.sock.send(encode_release(8, number))
+            speaker.sock.send(encode_release(8, [number]))
         ended = _ask(speaker, encode_status(9))
         return Session(opened.got, opened.answered and ended is not None)
 

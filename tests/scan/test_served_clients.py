@@ -7,21 +7,24 @@ import contextlib
 import errno
 import os
 import socket
+import tempfile
 from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from fdbroker.clamd.protocol import WHOLE_CONVERSATIONS
+from fdbroker.clamd.protocol import FILDES_ALONE, WHOLE_CONVERSATIONS
 from fdbroker.kernel import sockets
 from fdbroker.scan.pool import Pool
-from fdbroker.scan.service import serving
+from fdbroker.scan.service import clamd, serving
 from fdbroker.scan.service.clamd import serve_client
 from fdbroker.scan.service.configuration import Configuration, Listener
 from fdbroker.scan.service.core import Core
+from fdbroker.scan.service.hub import Ticket
 from fdbroker.scan.service.native import NativeClient
 from fdbroker.scan.service.tcp import TcpClient, _Stranger
 from fdbroker.scan.service.watch import run as run_watched
-from fdbroker.scan.verdict import Error, Reason
+from fdbroker.scan.supervisor import Done
+from fdbroker.scan.verdict import Clean, Error, Infected, Reason
 from tests.scan.descriptors import open_descriptors
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from fdbroker.broker.notify import Notifier
     from fdbroker.kernel.descriptors import Descriptors
     from fdbroker.scan.service.core import Speaks
-    from fdbroker.scan.supervisor import Done
+    from fdbroker.scan.verdict import Verdict
 
 
 def with_core(test: Callable[[Core], Awaitable[None] | None]) -> None:
@@ -295,6 +298,158 @@ def test_a_ping_of_which_descriptors_were_dropped_is_none(monkeypatch: pytest.Mo
         return data, owned, True
 
     assert b"PONG" not in b"".join(told(receive, monkeypatch, lambda client: client.send(b"zPING\0")))
+
+
+def with_one_file(
+    test: Callable[[Core, socket.socket], Awaitable[None] | None],
+    said: bytes = b"zFILDES\0\0",
+    flags: int = os.O_RDONLY,
+) -> None:
+    """Run a test with a client that has handed in a file, which no engine will ever answer for."""
+
+    def run(core: Core) -> Awaitable[None] | None:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(0)
+        theirs.settimeout(0)
+        with tempfile.NamedTemporaryFile() as file:
+            descriptor = os.open(file.name, flags)
+            socket.send_fds(theirs, [said], [descriptor])
+            os.close(descriptor)
+            serve_client(core, cast("ServedClient", _Served(ours)), Listener("clamd"))
+        return test(core, theirs)
+
+    with_core(run)
+
+
+def verdict_is(core: Core, verdict: Verdict) -> None:
+    [ticket] = core.hub.pool.cancel(next(iter(core.hub._clients)))
+    assert isinstance(ticket, Ticket)
+    core.hub.count(ticket.files, -1)
+    ticket.tell(Done(b"", 0, verdict))
+
+
+async def end_of_all(core: Core) -> None:
+    while core.connections:  # noqa: ASYNC110 - what ends is no task, and tells nobody
+        await asyncio.sleep(0)
+
+
+async def all_that_is_told(client: socket.socket) -> bytes:
+    with client:
+        answer = b""
+        while part := await asyncio.get_running_loop().sock_recv(client, 100):
+            answer += part
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        (Clean(), b"OK"),
+        (Infected("Some-Name"), b"Some-Name FOUND"),
+        (Error(Reason.TIMED_OUT, "late"), b"late. ERROR"),
+    ],
+)
+@pytest.mark.parametrize(("said", "end"), FILDES_ALONE.items())
+def test_who_hands_in_one_file_is_told_of_it_and_gone(
+    said: bytes, end: bytes, verdict: Verdict, words: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def test(core: Core, client: socket.socket) -> None:
+        verdict_is(core, verdict)
+        assert not core.connections
+        assert not core.hub.clients
+        name, _, rest = (await all_that_is_told(client)).partition(b": ")
+        assert (name[:3], rest) == (b"fd[", words + end)
+
+    with_one_file(test, said)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == ([] if words == b"OK" else [lines[0]])
+    assert all(f": {words.decode()}" in line and "uid 1000: /" in line for line in lines)
+
+
+def test_what_is_said_behind_one_file_is_read_before_the_end() -> None:
+    async def test(core: Core, client: socket.socket) -> None:
+        client.send(b"zVERSION\0")
+        verdict_is(core, Clean())
+        assert len(core.connections) == 1  # for a moment
+        loop = asyncio.get_running_loop()
+        assert (await loop.sock_recv(client, 100)).endswith(b": OK\0")
+        client.send(b"zPING\0")
+        assert await loop.sock_recv(client, 100) == b""  # and no reset
+        client.close()
+        await end_of_all(core)
+
+    with_one_file(test)
+
+
+def test_who_says_no_end_behind_one_file_is_closed_a_moment_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clamd, "_DRAINING", 0.05)
+
+    async def test(core: Core, client: socket.socket) -> None:
+        client.send(b"zVERSION\0")
+        verdict_is(core, Clean())
+        await end_of_all(core)
+        with pytest.raises(BrokenPipeError):
+            client.send(b"zVERSION\0")
+        client.close()
+
+    with_one_file(test)
+
+
+def test_the_file_of_who_is_gone_is_dropped() -> None:
+    async def test(core: Core, client: socket.socket) -> None:
+        client.close()
+        await end_of_all(core)
+        assert not core.hub.clients
+        assert not core.hub.queued
+
+    with_one_file(test)
+
+
+@pytest.mark.parametrize("more", [b"", b"zVERSION\0"])
+def test_who_has_handed_in_one_file_is_told_that_the_service_ends(more: bytes) -> None:
+    async def test(core: Core, client: socket.socket) -> None:
+        client.send(more)
+        for connection in tuple(core.connections):
+            connection.end("stopping", "the service is being stopped")
+        assert not core.connections
+        assert not core.hub.queued
+        answer = await asyncio.get_running_loop().sock_recv(client, 100)
+        assert answer.endswith(b": the service is being stopped. ERROR\0")
+        client.close()
+
+    with_one_file(test)
+
+
+def test_nothing_is_left_of_one_file_whose_client_can_not_be_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def test(core: Core) -> None:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(0)
+        with theirs, open(__file__, "rb") as file:
+            socket.send_fds(theirs, [b"zFILDES\0\0"], [file.fileno()])
+            monkeypatch.setattr(core.watch, "add", refuse_to_watch)
+            served = _Served(ours)
+            with pytest.raises(OSError, match="No space"):
+                serve_client(core, cast("ServedClient", served), Listener("clamd"))
+            served.close()  # as who made it does
+            assert (len(core.connections), core.hub.clients, core.hub.queued) == (0, 0, 0)
+        monkeypatch.undo()
+
+    with_core(test)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (os.O_WRONLY, b"the descriptor is not open for reading. ERROR"),
+        (os.O_PATH, b"not open for reading. ERROR"),
+    ],
+)
+def test_one_file_that_no_engine_may_have_is_an_error(flags: int, words: bytes) -> None:
+    async def test(core: Core, client: socket.socket) -> None:
+        assert words in await all_that_is_told(client)
+        assert not core.connections
+
+    with_one_file(test, flags=flags)
 
 
 def test_of_a_session_that_does_not_read_its_answers_no_ping_is_lost() -> None:

@@ -284,3 +284,80 @@ def test_what_is_no_watchs_the_selector_tells_as_any_does() -> None:
     before = open_descriptors()
     selector.close()
     assert len(before) - len(open_descriptors()) == 2
+
+
+def test_a_reader_of_the_loop_is_called_in_a_round_until_it_is_removed() -> None:
+    async def test(watch: Watch) -> None:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            came: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
+
+            def read(who: str) -> None:
+                ours.recv(1)
+                came.put_nowait((who, watch.in_round))
+
+            assert not loop.remove_reader(ours)
+            loop.add_reader(ours, read, "first")
+            theirs.send(b"x")
+            assert await came.get() == ("first", True)
+            loop.add_reader(ours.fileno(), read, "second")  # in its place
+            theirs.send(b"x")
+            assert await came.get() == ("second", True)
+            assert loop.remove_reader(ours)
+            assert not loop.remove_reader(ours)
+            theirs.send(b"x")
+            for _ in range(3):  # rounds of the loop
+                await asyncio.sleep(0)
+            assert came.empty()
+
+    watching(test)
+
+
+def test_who_waits_to_write_as_well_hears_of_both() -> None:
+    async def test(watch: Watch) -> None:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            came: asyncio.Queue[str] = asyncio.Queue()
+
+            def read(_: object = None) -> None:
+                ours.recv(1)
+                came.put_nowait("readable")
+
+            def write() -> None:
+                loop.remove_writer(ours)
+                came.put_nowait("writable")
+
+            loop.add_reader(ours, read)
+            for _ in range(2):
+                loop.add_writer(ours, write)
+                assert await came.get() == "writable"
+                theirs.send(b"x")
+                assert await came.get() == "readable"
+            loop.add_reader(ours, read, "again")
+            theirs.send(b"x")
+            assert await came.get() == "readable"
+            assert loop.remove_reader(ours)
+            watch.add(ours.fileno(), READABLE, read)  # its number is anybody's again
+            theirs.send(b"x")
+            assert await came.get() == "readable"
+            watch.let_go(ours.fileno())
+
+    watching(test)
+
+
+def test_a_round_in_the_middle_of_another_is_a_part_of_it() -> None:
+    async def test(watch: Watch) -> None:
+        done: list[str] = []
+        watch.after = lambda: done.append("after")
+
+        def call() -> None:
+            watch.soon(lambda: done.append("soon"))
+            watch.round(lambda: done.append(f"inner {watch.in_round}"))
+            done.append(f"outer {watch.in_round}")
+
+        watch.round(call)
+        assert done == ["inner True", "outer True", "after", "soon", "after"]
+
+    watching(test)

@@ -107,7 +107,7 @@ def encode_request(message: Request) -> bytes:
         case ServeRequest():
             return client.encode_serve(message.id, message.listener)
         case ReleaseRequest():
-            return client.encode_release(message.id, message.client)
+            return client.encode_release(message.id, message.clients)
         case StatusRequest():
             return client.encode_status(message.id, message.part, message.row)
         case ExplainRequest():
@@ -137,7 +137,9 @@ def encode_reply(message: Reply) -> bytes:
         case ServeReply():
             return replies.encode_serve_reply(message.id, message.generation, message.result)
         case AcceptedReply():
-            return replies.encode_accepted(message.id, message.generation, message.client)
+            return replies.encode_accepted(
+                message.id, message.generation, message.client, message.may_hold_back
+            )
         case StatusReply():
             return replies.encode_status_reply(message.id, message.generation, message.document)
         case ExplainReply():
@@ -189,7 +191,7 @@ requests_of_all_kinds: st.SearchStrategy[Request] = st.one_of(
     st.builds(MoreRequest, u32, st.integers(1, 2**16 - 1)),
     st.builds(CancelRequest, u32),
     st.builds(ServeRequest, u32, st.binary(min_size=1, max_size=MAX_LISTENER_NAME)),
-    st.builds(ReleaseRequest, u32, u32),
+    st.builds(ReleaseRequest, u32, st.lists(u32, min_size=1, max_size=MAX_PATHS).map(tuple)),
     u32.map(StatusRequest),
     st.builds(StatusRequest, u32, st.sampled_from(list(STATUS_PARTS.values())), u32),
     st.builds(ExplainRequest, u32, st.sampled_from(list(ACTIONS.values())), paths),
@@ -251,7 +253,7 @@ replies_of_all_kinds: st.SearchStrategy[Reply] = st.one_of(
     st.builds(WalkReply, u32, u32, st.just(GIVEN), st.lists(walked, max_size=20), st.none() | ends),
     st.builds(WalkReply, u32, u32, not_given, st.just([]), ends),
     st.builds(ServeReply, u32, u32, results),
-    st.builds(AcceptedReply, u32, u32, accepted),
+    st.builds(AcceptedReply, u32, u32, accepted, u16),
     st.builds(StatusReply, u32, u32, st.binary(max_size=200)),
     st.builds(ExplainReply, u32, u32, st.binary(max_size=200)),
     st.builds(ReloadReply, u32, u32, u32, st.booleans()),
@@ -306,6 +308,8 @@ def _value(key: str, value: Any) -> Any:  # noqa: ANN401 - JSON, with one case f
     # Bytes are written as text, one character (U+0000 to U+00FF) for each.
     if key == "paths":
         return [path.encode("latin-1") for path in value]
+    if key == "clients":
+        return tuple(value)
     if key in {"copies", "globs"}:
         return tuple(text.encode("latin-1") for text in value)
     if key in {"path", "behind", "listener", "document", "name", "piece"}:

@@ -62,7 +62,7 @@ from fdbroker.wire.requests import decode_request
 from tests.wire.frames import REQUEST_TYPES, encode_request, requests_of_all_kinds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 ALL_KINDS = WalkKind(sum(WalkKind))
 A_WALK = WalkRequest(8, b"/a", b"b/c", WalkFilter(globs=(b"*.c", b"**")), descriptors=True, credit=3, most=64)
@@ -81,7 +81,7 @@ EXAMPLES: list[Request] = [
     MoreRequest(9, 2),
     CancelRequest(10),
     ServeRequest(11, b"clamd"),
-    ReleaseRequest(12, 3),
+    ReleaseRequest(12, (3, 5)),
 ]
 FOR_A_CLIENT: list[Request] = [
     OpenRequest(2, [b"/a", b"/b"], client=0x2F2F2F2F, copy=True),
@@ -271,7 +271,7 @@ def test_the_number_of_the_client_comes_before_all_else_of_a_request(request_: R
     assert decode_request(frame) == request_
     assert frame[1] & 1
     assert frame[HEADER.size : HEADER.size + CLIENT.size] == CLIENT.pack(request_.client)  # type: ignore[union-attr]
-    without = encode_request(request_._replace(client=None))  # type: ignore[call-arg, arg-type]
+    without = encode_request(request_._replace(client=None))  # type: ignore[call-arg]
     assert frame[HEADER.size + CLIENT.size :] == without[HEADER.size :]
 
 
@@ -300,7 +300,7 @@ def test_what_is_no_number_of_a_client_is_not_encoded(number: int) -> None:
         lambda: encode_stat(1, [b"/a"], number),
         lambda: encode_list(1, b"/a", client=number),
         lambda: encode_walk(1, b"/a", WalkFilter(), credit=1, client=number),
-        lambda: encode_release(1, number),
+        lambda: encode_release(1, [2, number]),
     ]
     for encode in calls:
         with pytest.raises(ValueError, match="number of a client"):
@@ -390,12 +390,28 @@ def test_more_of_a_walk_is_1_to_65535_frames(credit: int) -> None:
         decode_request(HEADER.pack(Type.MORE, 0, 0, 1, 0))
 
 
-@pytest.mark.parametrize("kind", [Type.CANCEL, Type.SERVE, Type.RELEASE])
+@pytest.mark.parametrize("numbers", [[], range(MAX_PATHS + 1)])
+def test_a_release_of_none_or_of_too_many_is_neither_encoded_nor_decoded(numbers: Sequence[int]) -> None:
+    with pytest.raises(ValueError, match="1 to 253 clients"):
+        encode_release(1, numbers)
+    frame = HEADER.pack(Type.RELEASE, 0, len(numbers), 1, 0) + struct.pack(f"<{len(numbers)}I", *numbers)
+    with pytest.raises(MalformedError, match="1 to 253 clients"):
+        decode_request(frame)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_release_of_more_or_fewer_than_its_count_says_is_malformed(change: int) -> None:
+    frame = bytearray(encode_release(1, [2, 3]))
+    frame[2] += change
+    with pytest.raises(MalformedError, match="1 to 253 clients"):
+        decode_request(bytes(frame))
+
+
+@pytest.mark.parametrize("kind", [Type.CANCEL, Type.SERVE])
 def test_a_count_where_there_is_none_to_have_is_malformed(kind: Type) -> None:
     whole = {
         Type.CANCEL: encode_cancel(1),
         Type.SERVE: encode_serve(1, b"x"),
-        Type.RELEASE: encode_release(1, 2),
     }
     frame = bytearray(whole[kind])
     decode_request(bytes(frame))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from typing import TYPE_CHECKING
 
 from fdbroker.client.engine import State
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 _MOST_AT_ONCE = 16  # frames that are received before other tasks get their turn
+# Seconds that releases wait for each other at most, and for which they may after a client has come: then what
+# the broker said with it may hold no more, nor does another one come soon.
+_HELD_BACK = 0.02
 _FULL_QUEUE_PAUSE = 0.01  # seconds; nothing tells when a listener's queue has room
 
 
@@ -35,6 +39,8 @@ class WatchedLink(Link):
         self.ended: ConnectionLost | BrokerError | None = None
         # Reads that had something: shows whether the broker is alive.
         self.heard = 0
+        self._client_came_at = -math.inf
+        self._releasing: asyncio.TimerHandle | None = None
         self._is_writing = False
         self._is_reading = False  # what is to be sent is sent when that is over
         self._greeted: Callable[[], None] | None = None
@@ -87,6 +93,27 @@ class WatchedLink(Link):
             self.loop.remove_writer(self._sock)
             self._is_writing = False
 
+    def send_afterthoughts(self) -> None:
+        """Tell the broker what is not wanted any more: at once, or releases of a few clients a moment later.
+
+        Each message wakes the broker up. So while clients come one after the other, and the broker lets
+        them, releases wait for others, and go with whatever is sent next.
+        """
+        if self._is_reading:
+            return  # it is called when that is over
+        if (
+            self._unsent
+            or not self._engine.releases_may_wait
+            or self.loop.time() > self._client_came_at + _HELD_BACK
+        ):
+            self.send_queued()
+        elif self._releasing is None:
+            self._releasing = self.loop.call_later(_HELD_BACK, self._release)
+
+    def _release(self) -> None:
+        self._releasing = None
+        self.send_queued()
+
     def end(self, why: ConnectionLost | BrokerError) -> None:
         """Close it; everybody who waits on it is woken up. May be called again."""
         if self.ended is None:
@@ -94,6 +121,8 @@ class WatchedLink(Link):
             self.loop.remove_reader(self._sock)
             if self._is_writing:
                 self.loop.remove_writer(self._sock)
+            if self._releasing is not None:
+                self._releasing.cancel()
             self.close()
             if self._greeted is not None:
                 self._greeted()
@@ -107,6 +136,7 @@ class WatchedLink(Link):
 
     def _read(self) -> None:
         self._is_reading = True
+        came_before = self._engine.clients_that_came
         try:
             for _ in range(_MOST_AT_ONCE):
                 if not self.receive():
@@ -119,7 +149,9 @@ class WatchedLink(Link):
             return
         finally:
             self._is_reading = False
-        self.send_queued()  # clients that came and nobody wants are released
+        if self._engine.clients_that_came != came_before:
+            self._client_came_at = self.loop.time()
+        self.send_afterthoughts()  # clients that came and nobody wants are released
         if self._greeted is not None and self._engine.state is State.READY:
             self._greeted()
 

@@ -118,7 +118,7 @@ class Session:
 
     def send_afterthoughts(self) -> None:
         """Tell the broker what is not wanted any more."""
-        self._link.send_queued()
+        self._link.send_afterthoughts()
 
     def check_bound(self, call: Call) -> None:
         """Raise what ended the connection on which a call was sent, if it has ended; ValueError if closed."""

@@ -28,6 +28,9 @@ _DENIED = refused(Reason.DENIED)
 # Of one connection of a service: more clients wait in the listener's backlog until some are released.
 MOST_CLIENTS = 1024
 _LAST_NUMBER = 0xFFFFFFFF
+# Each message of a service wakes us up, so while nobody is near a limit it may collect what it releases.
+_MOST_HELD_BACK = 16
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
 
 
 class ServedClient:
@@ -163,8 +166,12 @@ class Services:
         self.count += 1
         self._clients_of[peer.uid] = self._clients_of.get(peer.uid, 0) + 1
         server.clients[number] = client
-        facts = AcceptedClient(number, peer.pid, peer.uid, peer.gid, peer.level)
-        frame = encode_accepted(server.serving[name], self._dispatch.generation.number, facts)
+        facts = _new(AcceptedClient, (number, peer.pid, peer.uid, peer.gid, peer.level))
+        # Those that are not released yet count: nobody may be refused since they are held back.
+        may_hold_back = min((most - max(self._clients_of.values())) // 4, _MOST_HELD_BACK)
+        frame = encode_accepted(
+            server.serving[name], self._dispatch.generation.number, facts, max(may_hold_back, 0)
+        )
         return frame, [sock.detach()]
 
     def _released(self, client: ServedClient) -> None:
@@ -198,19 +205,25 @@ class Services:
         return encode_serve_reply(request.id, generation.number, result), []
 
     def _release(self, connection: Connection, request: Request, objection: str | None) -> None:
-        """Let go of a client. It has no answer: a service would be woken up for each that it is done with."""
+        """Let go of clients. It has no answer: a service would be woken up for each that it is done with."""
         assert isinstance(request, ReleaseRequest)  # noqa: S101 - for the type checker; the table says it
         if objection is not None:
             members = member_text(request=request.id, reason=objection)
             self._audit.event("release_refused", f"{connection.record},{members}")
             return
-        client = connection.clients.pop(request.client, None)
-        if client is not None:
-            client.close()
+        for number in request.clients:
+            client = connection.clients.pop(number, None)
+            if client is not None:
+                client.close()
 
 
 def _has_room(server: Connection) -> bool:
-    return not server.unsent and not _is_sent_to(server) and len(server.clients) < MOST_CLIENTS
+    # Of each client that comes: the streams alone are asked for more.
+    return (
+        not server.unsent
+        and len(server.clients) < MOST_CLIENTS
+        and (server.stream is None or not _is_sent_to(server))
+    )
 
 
 def _number_of_clients(server: Connection) -> int:

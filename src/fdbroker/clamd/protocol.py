@@ -113,8 +113,9 @@ WHOLE_CONVERSATIONS = {
 }
 # Reads of a session that are a command which is answered on the spot, with the end of it.
 _PINGS = {b"zPING\0": _NUL, b"nPING\n": _NEWLINE}
-# FILDES as clients say it, with the byte that the descriptor comes with.
-_FILDES = {b"zFILDES\0\0": _NUL, b"nFILDES\n\0": _NEWLINE}
+# FILDES as clients say it, with the byte that the descriptor comes with, and how the answer ends. Without a
+# session nothing is read behind it.
+FILDES_ALONE = {b"zFILDES\0\0": _NUL, b"nFILDES\n\0": _NEWLINE}
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ class Conversation:
 
         None: `receive` it; as `answer_at_once`.
         """
-        terminator = _FILDES.get(data)
+        terminator = FILDES_ALONE.get(data)
         if terminator is None or not self._may_hand_in or not self._is_between_commands:
             return None
         self._begin_at_once(terminator, now)

@@ -269,6 +269,9 @@ class Engine:
         # What `afterthoughts` says to the broker: walks to cancel, clients to release.
         self._to_cancel: deque[int] = deque()
         self._to_release: deque[int] = deque()
+        # How many of the latter may wait for each other, as the broker said with the last client that came.
+        self._may_hold_back = 0
+        self.clients_that_came = 0  # of listeners, in all
         self._welcome: Welcome | None = None
         self._limits = VERSION_LIMITS
 
@@ -378,6 +381,11 @@ class Engine:
         """Whether `afterthoughts` may have something to say."""
         return bool(self._to_cancel or self._to_release)
 
+    @property
+    def releases_may_wait(self) -> bool:
+        """Whether `afterthoughts` has nothing to say but releases, so few that the broker lets them wait."""
+        return 0 < len(self._to_release) <= self._may_hold_back and not self._to_cancel
+
     def afterthoughts(self) -> Sequence[bytes]:
         """Return frames that are to be sent, of walks and clients that nobody wants any more.
 
@@ -394,12 +402,17 @@ class Engine:
             if walk is not None and not walk.cancelled:
                 walk.cancelled = True
                 frames.append(encode_cancel(request_id))
+        released = []
         while self._to_release:
             client = self._to_release.popleft()
             if client in self._clients:
                 # No request names it from now on, so that the broker may do with the number what it likes.
                 self._clients.discard(client)
-                frames.append(encode_release(self._next_id(), client))
+                released.append(client)
+        frames += [
+            encode_release(self._next_id(), released[first : first + MAX_PATHS])
+            for first in range(0, len(released), MAX_PATHS)
+        ]
         return frames
 
     def receive(self, data: bytes, descriptors: Descriptors, *, truncated: bool = False) -> Answer | None:
@@ -519,6 +532,8 @@ class Engine:
         if len(descriptors) != 1:
             self._check(descriptors, 1, reply)
         self._clients.add(number)
+        self._may_hold_back = reply.may_hold_back
+        self.clients_that_came += 1
         if reply.id in self._abandoned:
             self._to_release.append(number)
             return None

@@ -13,7 +13,6 @@ from fdbroker.client.link import Call
 from fdbroker.wire.client import AcceptedReply
 
 if TYPE_CHECKING:
-    from fdbroker.client.engine import Answer
     from fdbroker.wire.messages import AcceptedClient
 
 
@@ -51,10 +50,6 @@ def accepted_by(call: ServeCall) -> tuple[AcceptedClient, socket.socket]:
     if type(answer.reply) is not AcceptedReply:
         call.answers.insert(0, answer)  # whoever else asks is told as well
         check_served(answer, call.listener)
-    return _accepted_of(answer, call)
-
-
-def _accepted_of(answer: Answer, call: ServeCall) -> tuple[AcceptedClient, socket.socket]:
     assert type(answer.reply) is AcceptedReply  # noqa: S101 - for the type checker
     number = answer.descriptors.take()
     try:

@@ -13,6 +13,7 @@ import fcntl
 import select
 import socket
 import struct
+from array import array
 from typing import NamedTuple
 
 from fdbroker.kernel.errors import SyscallError, renamed
@@ -33,6 +34,7 @@ _PIDFD_REQUEST = _PIDFD_INFO.pack(_PIDFD_WANTED, *([0] * 13))
 
 _UCRED = struct.Struct("=iII")
 _MOST_OF_GETSOCKOPT = 1024  # bytes; above it is a ValueError of Python
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
 
 
 class Ucred(NamedTuple):
@@ -72,10 +74,10 @@ def read_ucred(raw: bytes) -> Ucred:
     """
     if len(raw) != _UCRED.size:
         raise SyscallError(errno.EBADMSG, "struct ucred", length=len(raw))
-    return Ucred(*_UCRED.unpack(raw))
+    return _new(Ucred, _UCRED.unpack(raw))
 
 
-def peer_groups(sock: socket.socket) -> tuple[int, ...]:
+def peer_groups(sock: socket.socket) -> array[int]:
     """Return the supplementary groups of the peer at connect (SO_PEERGROUPS, Linux 4.13).
 
     A process may have 65,536, `socket.getsockopt` has room for 256.
@@ -84,7 +86,7 @@ def peer_groups(sock: socket.socket) -> tuple[int, ...]:
         raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _MOST_OF_GETSOCKOPT)
     except OSError:  # ERANGE; of any other error there is another one
         raw = _whole_option(sock, SO_PEERGROUPS, "SO_PEERGROUPS")
-    return struct.unpack(f"={len(raw) // 4}I", raw)
+    return array("I", raw)
 
 
 def peer_label(sock: socket.socket) -> bytes | None:
@@ -182,4 +184,4 @@ def read_pidfd_info(raw: bytes) -> PidfdInfo:
     mask, cgroup_id, pid, tgid, _, ruid, rgid, euid, egid, *_rest = _PIDFD_INFO.unpack(raw)
     if mask & _PIDFD_WANTED != _PIDFD_WANTED:
         raise SyscallError(errno.ESRCH, "ioctl", request="PIDFD_GET_INFO", mask=mask)
-    return PidfdInfo(cgroup_id, pid, tgid, ruid, rgid, euid, egid)
+    return _new(PidfdInfo, (cgroup_id, pid, tgid, ruid, rgid, euid, egid))

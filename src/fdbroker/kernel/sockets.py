@@ -160,11 +160,10 @@ def receive_unclosed(sock: socket.socket, size: int) -> tuple[bytes, Descriptors
         raise
     except OSError as error:
         raise renamed(error, "recvmsg", descriptor=sock.fileno(), size=size) from None
-    descriptors = Descriptors()
+    descriptors = _NONE
     for level, kind, content in ancillary:
         if kind == _SCM_RIGHTS and level == _SOL_SOCKET:
-            for number in _numbers(content):
-                descriptors.add(number)
+            descriptors = Descriptors([*descriptors.take_all(), *_numbers(content)])
     return data, descriptors, bool(flags & CONTROL_TRUNCATED)
 
 

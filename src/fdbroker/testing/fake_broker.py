@@ -498,7 +498,7 @@ class FakeBroker:
             self._let_serve(connection, request)
         elif isinstance(request, ReleaseRequest):
             with self._lock:
-                connection.clients.discard(request.client)
+                connection.clients.difference_update(request.clients)
         elif isinstance(request, WalkRequest | MoreRequest | CancelRequest):
             self._walk(connection, request)
         else:

@@ -146,6 +146,8 @@ class AcceptedReply(NamedTuple):
     id: int
     generation: int
     client: AcceptedClient
+    # How many releases may be kept for a moment, to be sent together.
+    may_hold_back: int = 0
 
 
 class StatusReply(NamedTuple):
@@ -321,9 +323,12 @@ def encode_serve(request_id: int, listener: bytes) -> bytes:
     return HEADER.pack(Type.SERVE, 0, 0, request_id, 0) + listener
 
 
-def encode_release(request_id: int, client: int) -> bytes:
-    """Return what says that client `client` is not acted for any more; ValueError: no such number."""
-    return HEADER.pack(Type.RELEASE, 0, 0, request_id, 0) + _number_of(client)
+def encode_release(request_id: int, clients: Sequence[int]) -> bytes:
+    """Return what says that clients are not acted for any more; ValueError: no such numbers, or too many."""
+    if not 1 <= len(clients) <= MAX_PATHS:
+        raise ValueError(f"a release is of 1 to {MAX_PATHS} clients, not {len(clients)}")
+    head = HEADER.pack(Type.RELEASE, 0, len(clients), request_id, 0)
+    return head + b"".join(map(_number_of, clients))
 
 
 def encode_status(request_id: int, part: str | None = None, row: int = 0) -> bytes:
@@ -608,11 +613,11 @@ def _decode_accepted(
     frame: bytes, _flags: int, count: int, request_id: int, generation: int
 ) -> AcceptedReply:
     _expect(frame, HEADER.size + ACCEPTED.size, "an accepted client", request_id)
-    number, pid, uid, gid, level, reserved = ACCEPTED.unpack_from(frame, HEADER.size)
-    if count or reserved:
-        raise MalformedError("an accepted client whose reserved fields are not 0", request_id)
+    number, pid, uid, gid, level, may_hold_back = ACCEPTED.unpack_from(frame, HEADER.size)
+    if count:
+        raise MalformedError("an accepted client whose count is not 0", request_id)
     client = _new(AcceptedClient, (number, pid, uid, gid, level))
-    return _new(AcceptedReply, (request_id, generation, client))
+    return _new(AcceptedReply, (request_id, generation, client, may_hold_back))
 
 
 def _decode_status(frame: bytes, _flags: int, count: int, request_id: int, generation: int) -> StatusReply:

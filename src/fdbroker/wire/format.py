@@ -36,7 +36,7 @@ CLIENT = struct.Struct("<I")  # the number of a client that a service acts for
 WALK = struct.Struct("<IHHQQq")  # credit, kinds, options, least and most size, newer than
 WALK_ENTRY = struct.Struct("<HBB")  # length of the path, d_type, flags
 WALK_END = struct.Struct("<QQQI")  # entries, descriptors, directories, what is missing
-ACCEPTED = struct.Struct("<IIIIHH")  # number, pid, uid, gid, identity level, reserved
+ACCEPTED = struct.Struct("<IIIIHH")  # number, pid, uid, gid, identity level, releases held back
 LENGTH = struct.Struct("<I")  # of a frame, before it on a stream
 
 LIST_LAST_PAGE = 1

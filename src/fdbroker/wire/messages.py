@@ -120,10 +120,10 @@ class ServeRequest(NamedTuple):
 
 
 class ReleaseRequest(NamedTuple):
-    """I act for this client no more."""
+    """I act for these clients no more: 1 to MAX_PATHS of them."""
 
     id: int
-    client: int
+    clients: tuple[int, ...]
 
 
 class StatusRequest(NamedTuple):

@@ -129,10 +129,15 @@ def encode_serve_reply(request_id: int, generation: int, result: Result) -> byte
     return HEADER.pack(Type.SERVE | REPLY, 0, 0, request_id, generation) + result.encode()
 
 
-def encode_accepted(request_id: int, generation: int, client: AcceptedClient) -> bytes:
-    """Return the frame; the client's socket goes beside it. `request_id`: of the request to serve."""
+def encode_accepted(
+    request_id: int, generation: int, client: AcceptedClient, may_hold_back: int = 0
+) -> bytes:
+    """Return the frame; the client's socket goes beside it. `request_id`: of the request to serve.
+
+    `may_hold_back`: how many releases may be kept for a moment, to be sent together.
+    """
     head = HEADER.pack(Type.ACCEPTED | REPLY, 0, 0, request_id, generation)
-    return head + ACCEPTED.pack(*client, 0)
+    return head + ACCEPTED.pack(*client, may_hold_back)
 
 
 def encode_status_reply(request_id: int, generation: int, document: bytes) -> bytes:

@@ -180,9 +180,9 @@ def _decode_serve(frame: bytes, _flags: int, count: int, request_id: int) -> Ser
 
 
 def _decode_release(frame: bytes, _flags: int, count: int, request_id: int) -> ReleaseRequest:
-    if count or len(frame) != HEADER.size + CLIENT.size:
-        raise MalformedError("a release without the number of a client", request_id)
-    return ReleaseRequest(request_id, *CLIENT.unpack_from(frame, _BODY))
+    if not 1 <= count <= MAX_PATHS or len(frame) != HEADER.size + CLIENT.size * count:
+        raise MalformedError(f"a release has the numbers of 1 to {MAX_PATHS} clients", request_id)
+    return ReleaseRequest(request_id, tuple(number for (number,) in CLIENT.iter_unpack(frame[_BODY:])))
 
 
 def _decode_status(frame: bytes, _flags: int, count: int, request_id: int) -> StatusRequest:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from fdbroker.clamd.protocol import (
     COMMANDS,
     EVERYTHING,
+    FILDES_ALONE,
     RELOADING,
     WHOLE_CONVERSATIONS,
     Abandoned,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from fdbroker.clamd.protocol import Event
     from fdbroker.scan.service.configuration import Listener
     from fdbroker.scan.service.core import Core
+    from fdbroker.scan.service.hub import ClientFiles
     from fdbroker.scan.service.memory import Kept
     from fdbroker.scan.stamps import Stamp
     from fdbroker.scan.supervisor import Done
@@ -93,15 +95,20 @@ def serve_client(core: Core, served: ServedClient, listener: Listener) -> None:
     """Serve a client. See `fdbroker.scan.service.core.Speaks`.
 
     Mostly it has said by now what it wants. Who wants nothing but an answer to a PING is gone before anything
-    is made for him.
+    is made for him, and who hands in one file needs no conversation.
     """
-    came = None
-    with contextlib.suppress(OSError):  # it is read from again
+    try:
         came = sockets.receive_unclosed(served.socket, _MOST_BYTES)
-    if came is not None and not len(came[1]):
-        reply = WHOLE_CONVERSATIONS.get(came[0])
-        if reply is not None and not came[2] and _answer_if_all_is_said(served.socket, reply):
-            served.close()
+    except OSError:  # it is read from again
+        came = None
+    if came is not None and not came[2]:
+        data, owned, _ = came
+        if not len(owned):
+            reply = WHOLE_CONVERSATIONS.get(data)
+            if reply is not None and _answer_if_all_is_said(served.socket, reply):
+                served.close()
+                return
+        elif data in FILDES_ALONE and _serve_one_file(core, served, listener, owned, FILDES_ALONE[data]):
             return
     ClamdClient(core, served, listener, came)
 
@@ -110,10 +117,146 @@ def _answer_if_all_is_said(sock: socket.socket, reply: bytes) -> bool:
     """Answer a client, unless it says more; return whether it was answered."""
     if not _all_is_read(sock):
         return False
-    # Nothing was sent there yet, so there is room. Whom it does not reach is gone.
-    with contextlib.suppress(OSError):
-        sockets.send_at_once(sock, reply)
+    try:
+        sockets.send_at_once(sock, reply)  # nothing was sent there yet, so there is room
+    except OSError:  # who it is for is gone
+        return True
     return True
+
+
+def _serve_one_file(
+    core: Core, served: ServedClient, listener: Listener, owned: Descriptors, terminator: bytes
+) -> bool:
+    """Have a file scanned that is all a client wants; return whether it is one that can be scanned at once.
+
+    If not, `owned` is still the caller's.
+    """
+    if len(owned) != 1:
+        return False
+    [descriptor] = owned.numbers()
+    if not core.mounted.have(descriptor):
+        return False
+    before, to_copy = look(descriptor, shared=core.hub.pool.has_outside_engines)
+    if to_copy or isinstance(before, Error):
+        return False
+    files = core.hub.client(served.uid)
+    if not files.may_be_given():
+        files.close()
+        return False
+    _OneFile(core, served, listener, files, owned.take(), before, terminator)
+    return True
+
+
+class _OneFile:
+    """A client that has handed in one file, and of whom no more is read; owns its connection.
+
+    As clamdscan has each file scanned. What a `ClamdClient` does besides is for those who say more.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        served: ServedClient,
+        listener: Listener,
+        files: ClientFiles,
+        descriptor: int,
+        before: Stamp,
+        terminator: bytes,
+    ) -> None:
+        """Have it scanned. `files`: of this client, and `descriptor`: owned from now on."""
+        self._core = core
+        self._served = served
+        self._listener = listener
+        self._files = files
+        self._fileno = served.socket.fileno()
+        self._name = b"fd[%d]" % descriptor
+        self._shown = _path_of(descriptor) or self._name
+        self._terminator = terminator
+        core.connections[self] = listener
+        try:
+            files.submit(self, self._tell, b"", descriptor, before=before)
+            core.watch.add(self._fileno, 0, self._on_gone, later=True)
+        except BaseException:
+            self._let_go()
+            files.close()
+            raise
+
+    def _tell(self, done: Done) -> None:
+        text = OK
+        if not isinstance(done.verdict, Clean):
+            text = said(done.verdict, self._listener.unscanned)[0]
+            if text != OK:
+                _log(self._core, f"uid {self._served.uid}", self._shown, text)
+        self._answer(text)
+        all_is_read = _all_is_read(self._served.socket)
+        self._let_go()
+        if all_is_read:
+            self._served.close()
+        else:
+            _Farewell(self._core, self._served, self._listener)
+        self._files.close()
+
+    def _answer(self, text: bytes) -> None:
+        try:  # it is all that is sent there, so there is room
+            sockets.send_at_once(self._served.socket, b"%b: %b%b" % (self._name, text, self._terminator))
+        except OSError:  # who it is for is gone
+            return
+
+    def _on_gone(self, _events: int) -> None:
+        self._let_go()
+        self._served.close()
+        self._files.close()
+
+    def _let_go(self) -> None:
+        self._core.connections.pop(self, None)
+        self._core.watch.let_go(self._fileno)
+
+    def end(self, reason: str, text: str) -> None:  # noqa: ARG002 - clamd's clients know no reasons
+        """Answer with an error, and close."""
+        self._answer(f"{text}. ERROR".encode())
+        self._on_gone(0)
+
+
+class _Farewell:
+    """A client that was told all, and may be in the middle of a sentence; owns its connection.
+
+    The kernel makes a reset of what is not read at the end, and a client that meets one may not look at the
+    reply: so what such a client still says is read for a moment.
+    """
+
+    def __init__(self, core: Core, served: ServedClient, listener: Listener) -> None:
+        self._core = core
+        self._served = served
+        self._fileno = served.socket.fileno()
+        core.connections[self] = listener
+        self._timer = asyncio.get_running_loop().call_later(_DRAINING, self._close)
+        try:
+            served.socket.shutdown(socket.SHUT_WR)
+            core.watch.add(self._fileno, READABLE, self._read)
+        except OSError:  # it is gone, or no more can be watched
+            self._close()
+
+    def _read(self, _events: int) -> None:
+        try:
+            for _ in range(_READS_AT_ONCE):
+                data, _, _ = sockets.receive_data(self._served.socket, _MOST_BYTES)
+                if not data:
+                    self._close()
+                    return
+        except BlockingIOError:
+            return
+        except OSError:
+            self._close()
+
+    def _close(self) -> None:
+        self._timer.cancel()
+        self._core.connections.pop(self, None)
+        self._core.watch.let_go(self._fileno)
+        self._served.close()
+
+    def end(self, reason: str, text: str) -> None:  # noqa: ARG002 - it was told all
+        """Close it."""
+        self._close()
 
 
 class ClamdClient:
@@ -158,7 +301,6 @@ class ClamdClient:
         # Nothing but its end is waited for until it is read from: mostly all is there.
         self._waits_for = 0
         core.watch.add(self._fileno, 0, self._on_event, later=True)
-        self._finishing = False
         self._closed = False
         self._refused = False
         core.connections[self] = listener
@@ -207,9 +349,7 @@ class ClamdClient:
             self._write()
         if self._closed:
             return
-        if self._finishing:
-            self._drain()
-        elif self._reading:
+        if self._reading:
             self._read()
         elif events & IS_GONE:
             self._close()
@@ -317,7 +457,7 @@ class ClamdClient:
 
     def _go_on(self) -> None:
         """Do what was asked, as far as there is room for it, and see what is to be waited for."""
-        if self._pulling or self._finishing or self._closed:
+        if self._pulling or self._closed:
             return
         while True:
             if not self._dry:
@@ -358,7 +498,7 @@ class ClamdClient:
 
     def _settle(self) -> None:
         """Wait for the right thing: more of the client, or its end, or room."""
-        if self._closed or self._finishing:
+        if self._closed:
             return
         if self._conversation.is_over and not self._outbox:
             self._finish()
@@ -441,35 +581,12 @@ class ClamdClient:
         self._settle()
 
     def _finish(self) -> None:
-        """Say that this was all, and close; who was refused may be in the middle of a sentence.
-
-        The kernel makes a reset of what is not read at the end, and a client that meets one may not look at
-        the reply: so what such a client still says is read for a moment.
-        """
-        self._finishing = True
+        """Close, since this was all; who was refused may be in the middle of a sentence."""
         if not self._refused and _all_is_read(self._sock):
             self._close()
             return
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
-        if self._timer is not None:
-            self._timer.cancel()
-        self._owned.close()
-        self._reading = False
-        self._timer = self._loop.call_later(_DRAINING, self._close)
-        self._wait(READABLE)
-
-    def _drain(self) -> None:
-        try:
-            for _ in range(_READS_AT_ONCE):
-                data, _, _ = sockets.receive_data(self._sock, _MOST_BYTES)
-                if not data:
-                    self._close()
-                    return
-        except BlockingIOError:
-            return
-        except OSError:
-            self._close()
+        self._let_go()
+        _Farewell(self._core, self._served, self._listener)
 
     def end(self, reason: str, text: str) -> None:  # noqa: ARG002 - clamd's clients know no reasons
         """Answer what is under way with an error, and close."""
@@ -487,8 +604,12 @@ class ClamdClient:
         self._close()
 
     def _close(self) -> None:
-        if self._closed:
-            return
+        if not self._closed:
+            self._let_go()
+            self._served.close()
+
+    def _let_go(self) -> None:
+        """Let go of all but the connection."""
         self._closed = True
         self._core.connections.pop(self, None)
         self._core.watch.let_go(self._fileno)
@@ -507,7 +628,6 @@ class ClamdClient:
             self._stream.abandon()
         self._owned.close()
         self._files.close()
-        self._served.close()
 
     # ---- commands ----
 
@@ -722,12 +842,15 @@ class ClamdClient:
     def _log(self, command: _Command, name: bytes, verdict: Verdict, text: bytes) -> None:
         if isinstance(verdict, Error) and verdict.reason in _IN_THE_AUDIT:
             return
-        shown = name if command.kind in _PATHS else command.shown
-        line = f"{printable(shown)}: {text.decode()}"
-        if self._core.configuration.log == "clamd":
-            write_line(f"{time.strftime('%a %b %e %H:%M:%S %Y')} -> {line}")
-        else:
-            write_line(f"fdbroker-scand: {self._who()}: {line}")
+        _log(self._core, self._who(), name if command.kind in _PATHS else command.shown, text)
+
+
+def _log(core: Core, who: str, shown: bytes, text: bytes) -> None:
+    line = f"{printable(shown)}: {text.decode()}"
+    if core.configuration.log == "clamd":
+        write_line(f"{time.strftime('%a %b %e %H:%M:%S %Y')} -> {line}")
+    else:
+        write_line(f"fdbroker-scand: {who}: {line}")
 
 
 @functools.lru_cache

@@ -167,8 +167,11 @@ class TcpClient(ClamdClient):
 
     @property
     def waits_for_it_since(self) -> float | None:
-        """Since when (of the loop) it has neither said nor read anything; None: it waits for the service."""
-        its_turn = (self._reading and not self._commands) or self._write_timer is not None or self._finishing
+        """Since when (of the loop) it has neither said nor read anything; None: it waits for the service.
+
+        Or it was told all: then it is closed in a moment anyway.
+        """
+        its_turn = (self._reading and not self._commands) or self._write_timer is not None
         return self._last_moved if its_turn else None
 
     def give_way(self) -> None:

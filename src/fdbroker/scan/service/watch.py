@@ -2,7 +2,8 @@
 
 An event loop of asyncio takes a handle, a context and a place in a queue for each event, and most of a small
 scan is such work. So the loop has a selector that makes the calls of these itself, one after the other, and
-tells the loop of the others alone: `run` runs a program by such a loop.
+tells the loop of the others alone: `run` runs a program by such a loop. Readers of the loop, as that of the
+broker's connection, are among them.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import os
 import select
 import selectors
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from typing import Any
 
+    from _typeshed import FileDescriptorLike
+
     Call = Callable[[int], None]
 
 _Result = TypeVar("_Result")
+_Rest = TypeVarTuple("_Rest")
 
 # Events of epoll_ctl(2). What is told in any case is that the other end is gone.
 READABLE = int(select.EPOLLIN)
@@ -62,6 +66,8 @@ class _Selector(selectors.EpollSelector):
         ready = self.epoll.poll(seconds, _MOST_AT_ONCE)
         if self.watch is not None:
             ready = self.watch.look(ready)
+        if not ready:
+            return []
         found = []
         keys = self.get_map()
         for number, events in ready:
@@ -81,11 +87,51 @@ class _Selector(selectors.EpollSelector):
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """An event loop in which there may be a `Watch`."""
+    """An event loop in which there may be a `Watch`: it then calls readers, too, as those of the broker.
+
+    Whose descriptor is waited for to write, as for a moment in rare cases, is the loop's own from then on.
+    """
 
     def __init__(self) -> None:
         self.selector = _Selector()
+        self._readers: dict[int, Callable[[], None]] = {}
         super().__init__(self.selector)
+
+    def add_reader(self, fd: FileDescriptorLike, callback: Callable[[*_Rest], Any], *args: *_Rest) -> None:
+        """Call a function whenever a descriptor is readable; as its base class."""
+        watch, number = self.selector.watch, _number_of(fd)
+        if watch is None or number in self.selector.get_map():
+            super().add_reader(number, callback, *args)
+            return
+        if number in self._readers:
+            watch.let_go(number)
+
+        def read(_events: int = READABLE) -> None:
+            callback(*args)
+
+        self._readers[number] = read
+        watch.add(number, READABLE, read)
+
+    def remove_reader(self, fd: FileDescriptorLike) -> bool:
+        """Call it no more; return whether there was one."""
+        watch, number = self.selector.watch, _number_of(fd)
+        if self._readers.pop(number, None) is None:
+            return super().remove_reader(number)
+        if watch is not None:
+            watch.let_go(number)
+        return True
+
+    def add_writer(self, fd: FileDescriptorLike, callback: Callable[[*_Rest], Any], *args: *_Rest) -> None:
+        """Call a function whenever a descriptor is writable; as its base class."""
+        number = _number_of(fd)
+        read = self._readers.get(number)
+        if read is not None and self.remove_reader(number):
+            super().add_reader(number, read)
+        super().add_writer(number, callback, *args)
+
+
+def _number_of(descriptor: FileDescriptorLike) -> int:
+    return descriptor if isinstance(descriptor, int) else descriptor.fileno()
 
 
 class Watch:
@@ -138,7 +184,10 @@ class Watch:
                 self._epoll.unregister(descriptor)
 
     def round(self, call: Callable[[], object]) -> None:
-        """Make a call as if it were for one of the descriptors."""
+        """Make a call as if it were for one of the descriptors, or for the one whose call makes it."""
+        if self.in_round:
+            call()
+            return
         self._sees_to_soon = True
         try:
             self._part_of_round(call)
