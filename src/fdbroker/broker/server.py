@@ -274,6 +274,7 @@ class Broker:
         """Serve one message for each uid, and what else happened."""
         served: set[int] = set()
         waiting: list[Connection] = []
+        coming: list[Listener] = []
         for descriptor, events in ready:
             connection = self._connections.get(descriptor)
             if connection is not None:
@@ -286,7 +287,7 @@ class Broker:
                     served.add(uid)
                     self._serve_message(connection)
             elif descriptor in self._acceptor.listeners:
-                self._on_listener(self._acceptor.listeners[descriptor])
+                coming.append(self._acceptor.listeners[descriptor])
             elif descriptor in self._helper_descriptors:
                 self._on_helper(descriptor)
             elif descriptor == self._wake_read:
@@ -297,6 +298,10 @@ class Broker:
             for connection in waiting:
                 if connection.state is _READING and self._goes_on():
                     self._serve_message(connection)
+        # Last: who comes may get the number of a descriptor that was closed in this round, and must not get
+        # an event of the one who had it.
+        for listener in coming:
+            self._on_listener(listener)
 
     def _go_on(self) -> None:
         """Do one thing for each uid that has something to do without an event."""
