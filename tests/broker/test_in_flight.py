@@ -153,3 +153,27 @@ def test_what_may_be_received_in_another_order_is_forgotten_at_the_end_alone(pai
     pair.receive()
     assert pair.flight.settle(pair.client)
     assert pair.flight.total == 0
+
+
+def test_clients_that_received_all_or_went_are_remembered_for_no_rule() -> None:
+    # One that never receives would otherwise keep all those of its uid that come and go.
+    flight, pairs = InFlight(10_000, 10_000), [Pair(socket.SOCK_SEQPACKET) for _ in range(4)]
+    for pair in pairs:
+        pair.flight = flight
+        for _ in range(2):
+            pair.client.shares = ((("rule", 1), 3),)
+            assert pair.send(6000, 3)
+    stalled, receiving, *going = pairs
+    for pair in going:
+        pair.close()
+        flight.forget(pair.client)
+    while receiving.sent:
+        receiving.receive()
+        flight.settle(receiving.client)
+    assert list(flight._sent_by_rule[("rule", 1)]) == [stalled.client]
+    assert flight.room_of_rule("rule", 1, 10, 10) == 4
+    stalled.close()
+    flight.forget(stalled.client)
+    receiving.close()
+    assert not flight._sent_by_rule
+    assert not flight._of_rule
