@@ -314,8 +314,8 @@ class _Step:
         return self.held_back_by is not None
 
     def count_opened(self, rule: Rule | None, count: int) -> None:
-        """Count what a rule opened here, if it is limited."""
-        if rule is not None and rule.limits is not None:
+        """Count what a rule opened here, if it is limited. What it did not open at all is no count of 0."""
+        if count and rule is not None and rule.limits is not None:
             self.opened_by[rule] = self.opened_by.get(rule, 0) + count
 
     def leave_out(self, why: Incomplete) -> None:
