@@ -446,7 +446,8 @@ class Opener:
             outcome = failure(names[-1][1], error)
         # What one name on the way keeps from the client, the others do not tell.
         result = outcome.result
-        if result.status is Status.REFUSED and not all(said.plain for _, said in names):
+        fails = outcome.reason != "ok" and result.errno not in _OURS
+        if fails and not all(said.plain for _, said in names):
             result = _DENIED
         told = Outcome(result, outcome.reason, outcome.rule, outcome.facts)
         if len(names) > 1:
@@ -492,10 +493,14 @@ class Opener:
                 if error.errno == errno.ELOOP:
                     continue
                 raise
-            facts = os.fstat(held)
-            if not (also_last and stat.S_ISLNK(facts.st_mode)):
-                return _Found(held, facts, root, path, decision, before)
-            os.close(held)
+            try:
+                facts = os.fstat(held)
+                if not (also_last and stat.S_ISLNK(facts.st_mode)):
+                    found, held = _Found(held, facts, root, path, decision, before), -1
+                    return found
+            finally:
+                if held >= 0:
+                    os.close(held)
         return object_refusal(names[-1][1], "too_many_links")
 
     def _judge_names_before(self, found: _Found, asker: Asker) -> Outcome | None:
