@@ -15,7 +15,7 @@ import pytest
 from fdbroker.broker import opening
 from fdbroker.broker.roots import HeldRoot, objection_to_filesystem
 from fdbroker.kernel.errors import SyscallError
-from fdbroker.kernel.files import FilesystemFacts, read_directory
+from fdbroker.kernel.files import FilesystemFacts, open_path_beneath, read_directory
 from fdbroker.wire.client import ListReply, encode_list, encode_open
 from fdbroker.wire.format import MAX_REPLY, Kind, Reason, Status
 from fdbroker.wire.messages import ErrorReply
@@ -651,6 +651,22 @@ def test_name_that_goes_away_during_a_list_is_left_out(
     speaker = stepped.join()
     monkeypatch.setattr(opening, "read_directory", remove_after)
     assert b"file" not in {entry.name for entry in speaker.page(bytes(stepped.tree)).entries}
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_list_for_which_the_broker_lacks_something_is_broken_and_not_a_page_with_fewer_names(
+    stepped: SteppedBroker, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail_for_file(directory: int, path: bytes, cross_mounts: bool = False) -> int:  # noqa: FBT001, FBT002 - as it is
+        if path == b"file":
+            raise SyscallError(number, "openat2")
+        return open_path_beneath(directory, path, cross_mounts)
+
+    speaker = stepped.join()
+    monkeypatch.setattr(opening, "open_path_beneath", fail_for_file)
+    page = speaker.page(bytes(stepped.tree))
+    assert (page.result.reason, page.result.errno, page.entries) == (Reason.BROKEN, number, [])
+    assert reason_in_audit(stepped) == errno.errorcode[number]
 
 
 # file systems and mounts

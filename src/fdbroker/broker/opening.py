@@ -711,6 +711,8 @@ class Opener:
             ):
                 return None
         except OSError as error:
+            if error.errno in _OURS:  # or a page without this name would pass for a complete one
+                raise
             # A mount point is named, but what is mounted there is not looked at.
             seen = error.errno == errno.EXDEV and may_list.plain
             return ListEntry(entry.name, entry.kind, None) if seen else None
