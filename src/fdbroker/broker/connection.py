@@ -123,6 +123,7 @@ class Connection(Client):
         "began",
         "clients",
         "credentials",
+        "delivering",
         "for_control",
         "greeted",
         "loading",
@@ -168,6 +169,8 @@ class Connection(Client):
         self.walks: dict[int, ActiveWalk] = {}
         # How many answers others are to give: processes that open what may hang.
         self.awaited = 0
+        # Descriptors that they are sending, which are under way only when that is done.
+        self.delivering = 0
         # The listeners whose clients are handed over here, with the id of the request that asked for it;
         # and the clients, by number.
         self.serving: dict[bytes, int] = {}

@@ -119,7 +119,7 @@ class Helped:
             shares: Shares = ()
             if isinstance(asker, str):
                 outcomes = [Outcome(refused(Reason.IDENTITY), asker)] * len(paths)
-            elif _is_full(connection):
+            elif self._is_full(connection, len(paths)):
                 outcomes = [TOO_MANY_IN_FLIGHT] * len(paths)
             elif not connection.flight.room_for(connection, len(paths)):
                 outcomes = [self._dispatch.too_many_in_flight(connection, len(paths))] * len(paths)
@@ -154,11 +154,23 @@ class Helped:
                 return False
             if connection.stream is not None:
                 frame = framed(frame)
+            connection.delivering += len(places)
             done = partial(self._delivered, connection, request, len(places), shares, began)
             self._helpers.deliver(number, connection.sock, frame, places, descriptors, done)
             return True
         finally:
             close_all(descriptors)
+
+    def _is_full(self, connection: Connection, count: int) -> bool:
+        """Return whether `count` descriptors more would be too many for this client, or have to wait for it.
+
+        A helper that waits is kept from others. Half of what the queue may hold is room for any reply.
+        """
+        if connection.unsent or bytes_not_received(connection.sock) > SEND_BUFFER:
+            return True
+        # What was asked for before is counted when it is answered; not when this was read.
+        most = self._dispatch.generation.settings.in_flight_per_connection
+        return connection.count_in_flight() + connection.delivering + count > most
 
     def _open(
         self,
@@ -219,6 +231,7 @@ class Helped:
         delivery: Delivery,
     ) -> None:
         """Count what is under way, or take it back in the audit."""
+        connection.delivering -= count
         if delivery.sent != 0:  # whole, in part, or nobody knows: they go with the first byte
             connection.shares = shares
             connection.flight.add(connection, count, None)  # other replies may have been sent since
@@ -246,11 +259,3 @@ class Helped:
             connection.awaited -= 1
         if connection.state is State.WAITING:
             self._loop.read_on(connection)
-
-
-def _is_full(connection: Connection) -> bool:
-    """Return whether a helper might have to wait for this client, which would keep it from others.
-
-    Half of what the queue may hold is room for any reply.
-    """
-    return bool(connection.unsent) or bytes_not_received(connection.sock) > SEND_BUFFER
