@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fdbroker.broker import opening
-from fdbroker.broker.links import MOST_LINKS
-from fdbroker.broker.opening import MOST_BEHIND_LINKS
+from fdbroker.broker.links import MOST_BEHIND_LINKS, MOST_LINKS
 from fdbroker.kernel.errors import SyscallError
 from fdbroker.policy.rules import PolicyError, read_policy
 from fdbroker.wire.client import OpenReply, encode_open

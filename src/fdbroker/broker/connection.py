@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fdbroker.broker.dispatch import Asker, Table
     from fdbroker.broker.identity import Peer, PeerAtConnect
     from fdbroker.broker.in_flight import InFlight, Shares
-    from fdbroker.broker.opening import Outcome
+    from fdbroker.broker.outcomes import Outcome
     from fdbroker.broker.walks import ActiveWalk
 
 

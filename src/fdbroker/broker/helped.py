@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.connection import SEND_BUFFER, State
-from fdbroker.broker.dispatch import NOT_RECORDED, TOO_MANY_IN_FLIGHT
 from fdbroker.broker.helper_pool import Job, JobPath
+from fdbroker.broker.judging import judge_report
 from fdbroker.broker.limits import account_of
-from fdbroker.broker.opening import NEEDS_HELPER, Outcome
+from fdbroker.broker.outcomes import NEEDS_HELPER, NOT_RECORDED, TOO_MANY_IN_FLIGHT, Outcome
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.sockets import bytes_not_received
 from fdbroker.wire.format import Kind, Reason
@@ -193,7 +193,7 @@ class Helped:
         # By the policy of now another root may serve a path, and then it was opened here.
         reports = {index: reports[index] for index in reports if outcomes[index] is NEEDS_HELPER}
         for index, report in reports.items():
-            outcomes[index] = opener.judge_report(asker, "open", request.paths[index], report)
+            outcomes[index] = judge_report(asker, "open", request.paths[index], report, opener.roots)
         return outcomes, reports
 
     def _answer_stat(
@@ -210,7 +210,7 @@ class Helped:
             outcomes = opener.describe(asker, paths)
             for index, report in reports.items():
                 if outcomes[index] is NEEDS_HELPER:
-                    outcomes[index] = opener.judge_report(asker, "stat", paths[index], report)
+                    outcomes[index] = judge_report(asker, "stat", paths[index], report, opener.roots)
             if self._dispatch.open_limits is not None:
                 self._dispatch.open_limits.charge_request(asker, outcomes)
         if not self._dispatch.record(

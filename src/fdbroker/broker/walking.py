@@ -25,7 +25,8 @@ from itertools import repeat
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.broker.opening import Given, Outcome, failure, file_stat, name_is_lost, object_refusal, refusal
+from fdbroker.broker.judging import file_stat, name_is_lost
+from fdbroker.broker.outcomes import Given, Outcome, failure, object_refusal, refusal
 from fdbroker.broker.watchdog import nothing
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.errors import SyscallError
