@@ -146,8 +146,11 @@ class InFlight:
         uid, of_uid = client.peer.uid, self._of_uid
         if self.total + count <= self._most and of_uid.get(uid, 0) + count <= self.most_per_uid:
             return True
+        of_all = self.total + count > self._most
         for other in tuple(self._clients):
-            self.settle(other)
+            # Who has used up its own share is not to have the kernel asked about everybody again and again.
+            if of_all or other.peer.uid == uid:
+                self.settle(other)
         return self.total + count <= self._most and self.has_share(client, count)
 
     def has_share(self, client: Client, count: int) -> bool:
