@@ -127,27 +127,17 @@ class Helped:
                 outcomes, reports = self._open(request, asker, reports, over, descriptors, copies)
                 if self._dispatch.open_limits is not None:
                     shares = self._dispatch.open_limits.charge(asker, outcomes, descriptors, copies, reports)
-            # In the order of the paths: what the helper has open, and what is open here.
-            places: list[int] = []
-            own = 0
-            for index, outcome in enumerate(outcomes):
-                if outcome.result is not GIVEN:
-                    continue
-                if index in reports:  # where it is given, the helper has it open
-                    places.append(reports[index].place)
-                else:
-                    own += 1
-                    places.append(-own)
             if not self._dispatch.record(
                 asker, connection, "open", request.id, paths, outcomes, number=request.client
             ):
                 close_all(descriptors)
                 copies.clear()
-                own, places, outcomes, shares = 0, [], [NOT_RECORDED] * len(paths), ()
+                outcomes, shares = [NOT_RECORDED] * len(paths), ()
+            places = _places(outcomes, reports)
             self._dispatch.counts.copied += sum(map(len, copies))
             results = [outcome.result for outcome in outcomes]
             frame = encode_open_reply(request.id, generation, results, copies)
-            if own == len(places):
+            if len(descriptors) == len(places):  # what is given is all open here
                 sent, descriptors = descriptors, []
                 connection.shares = shares
                 self._loop.send(connection, frame, sent, request.id)
@@ -259,3 +249,17 @@ class Helped:
             connection.awaited -= 1
         if connection.state is State.WAITING:
             self._loop.read_on(connection)
+
+
+def _places(outcomes: Sequence[Outcome], reports: Mapping[int, Report]) -> list[int]:
+    """Return where each descriptor that is given comes from, in the order of the paths.
+
+    As `encode_deliver` has it: from a helper, which has open what is given of its `reports`, or from here.
+    """
+    places: list[int] = []
+    own = 0
+    for index, outcome in enumerate(outcomes):
+        if outcome.result is GIVEN:
+            own -= index not in reports
+            places.append(reports[index].place if index in reports else own)
+    return places
