@@ -22,6 +22,7 @@ import stat
 import time
 from collections.abc import Collection
 from itertools import repeat
+from operator import attrgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -193,27 +194,16 @@ class _Level:
 
     def state(self) -> tuple[object, ...]:
         """Return all that steps change."""
-        return (
-            self.entries,
-            self.next,
-            self.chunk,
-            self.at,
-            self.position,
-            self.identity,
-            self.is_read,
-        )
+        return _what_steps_change(self)
 
     def restore(self, state: tuple[object, ...]) -> None:
         """Be again as when `state` was taken."""
-        (
-            self.entries,
-            self.next,
-            self.chunk,
-            self.at,
-            self.position,
-            self.identity,
-            self.is_read,
-        ) = state  # type: ignore[assignment]
+        for name, value in zip(_CHANGED_BY_STEPS, state, strict=True):
+            setattr(self, name, value)
+
+
+_CHANGED_BY_STEPS = ("entries", "next", "chunk", "at", "position", "identity", "is_read")
+_what_steps_change = attrgetter(*_CHANGED_BY_STEPS)
 
 
 class _PlainNames(NamedTuple):
