@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from fdbroker.kernel import sockets
 from fdbroker.wire.client import (
+    AcceptedReply,
     OpenReply,
     StatusReply,
     encode_hello,
@@ -1045,6 +1046,31 @@ def test_too_many_references_are_told_and_the_connection_goes_on(
     assert stepped.events() == ["undelivered"]
     assert (stepped.records()[-1]["errno"], stepped.records()[-1]["request"]) == (errno.ETOOMANYREFS, 7)
     assert speaker.open_one(bytes(stepped.tree / "file")).content == b"content"
+
+
+@pytest.mark.parametrize("errors", [[TOO_MANY], [NO_ROOM, TOO_MANY], [NO_ROOM, NO_ROOM, TOO_MANY]])
+def test_client_of_a_service_that_can_not_be_handed_over_is_let_go_and_the_next_one_is_handed_over(
+    tree: Path, tmp_path: Path, errors: list[OSError]
+) -> None:
+    compiled = policy(tree, services=[{"name": "clamd", "clients": [{"any": True}]}])
+    with no_descriptor_left(), SteppedBroker(tree, compiled, audit=tmp_path / "audit") as broker:
+        listener, of_service = broker.listen(tmp_path), broker.listen_for(tmp_path, "clamd")
+        with broker.call(listener) as service:
+            service.ask(encode_serve(5, b"clamd"))
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, failing_sends(*errors) as left:
+                client.connect(str(of_service))
+                broker.serve()
+                assert not left
+                assert client.recv(1) == b""
+            assert broker.broker._services.count == 0
+            assert service.arrived() == []
+            assert broker.events()[-1] == "undelivered"
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.connect(str(of_service))
+                broker.serve()
+                [answer] = service.arrived()
+                with answer.descriptors as descriptors:
+                    assert (type(answer.reply), len(descriptors)) == (AcceptedReply, 1)
 
 
 def test_refusal_for_too_many_references_waits_for_room_and_nothing_is_read_before_it(

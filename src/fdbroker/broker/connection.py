@@ -41,16 +41,26 @@ class State(Enum):
 class Unsent:
     """A reply, or the rest of it, that the socket had no room for; owns its descriptors.
 
-    `begun`: on a stream a part of it was sent, and with that its descriptors.
+    `begun`: on a stream a part of it was sent, and with that its descriptors. `client`: the number of the
+    client that it hands over to a service.
     """
 
-    __slots__ = ("begun", "data", "descriptors", "request_id")
+    __slots__ = ("begun", "client", "data", "descriptors", "request_id")
 
-    def __init__(self, data: bytes, descriptors: list[int], request_id: int, *, begun: bool = False) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        descriptors: list[int],
+        request_id: int,
+        *,
+        begun: bool = False,
+        client: int | None = None,
+    ) -> None:
         self.data = data
         self.descriptors = descriptors
         self.request_id = request_id
         self.begun = begun
+        self.client = client
 
 
 class Client:

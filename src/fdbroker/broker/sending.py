@@ -50,20 +50,30 @@ class Sender:
         waiting = (len(reply.descriptors) for connection in connections for reply in connection.unsent)
         return self._never_sent + sum(waiting)
 
-    def send(self, connection: Connection, data: bytes, descriptors: list[int], request_id: int) -> None:
-        """Send a reply, or keep it until there is room; its descriptors are owned here from now on."""
+    def send(
+        self,
+        connection: Connection,
+        data: bytes,
+        descriptors: list[int],
+        request_id: int,
+        client: int | None = None,
+    ) -> None:
+        """Send a reply, or keep it until there is room; its descriptors are owned here from now on.
+
+        `client`: the number of the client that is handed over by it.
+        """
         if connection.stream is not None:
             data = framed(data)
         if connection.unsent:
-            self._keep_unsent(connection, Unsent(data, descriptors, request_id))
+            self._keep_unsent(connection, Unsent(data, descriptors, request_id, client=client))
             return
         try:
             sent = sockets.send_part(connection.sock, data, descriptors, wait=False)
         except BlockingIOError:
-            self._keep_unsent(connection, Unsent(data, descriptors, request_id))
+            self._keep_unsent(connection, Unsent(data, descriptors, request_id, client=client))
             return
         except OSError as error:
-            self._let_go(connection, Unsent(data, descriptors, request_id), error)
+            self._let_go(connection, Unsent(data, descriptors, request_id, client=client), error)
             return
         if descriptors:
             self._flight.add(connection, len(descriptors), sent)
@@ -87,6 +97,12 @@ class Sender:
         self._record_unsent(connection, reply, error.errno)
         if error.errno != errno.ETOOMANYREFS:
             self._hang_up(connection)
+            return
+        if reply.client is not None:
+            # The service has never heard of it, and so would not release it.
+            client = connection.clients.pop(reply.client, None)
+            if client is not None:
+                client.close()
             return
         # Our own share is far below; others of this uid may have used up the rest.
         text = "too many descriptors are under way; receive what was sent, then ask again"

@@ -501,7 +501,8 @@ class Broker:
             return
         answered = self._services.accept(sock, service, server)
         if answered is not None:
-            self._sender.send(server, *answered, server.serving[service])
+            newest = next(reversed(server.clients))
+            self._sender.send(server, *answered, server.serving[service], newest)
 
     def _see_who_serves(self) -> None:
         """Listen for the clients of those services that can take some."""
