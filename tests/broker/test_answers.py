@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fdbroker.broker import opening
+from fdbroker.broker import judging, listing, opening, outcomes
 from fdbroker.broker.roots import HeldRoot, objection_to_filesystem
 from fdbroker.kernel.errors import SyscallError
-from fdbroker.kernel.files import FilesystemFacts, read_directory
+from fdbroker.kernel.files import FilesystemFacts, open_path_beneath, read_directory
 from fdbroker.wire.client import ListReply, encode_list, encode_open
 from fdbroker.wire.format import MAX_REPLY, Kind, Reason, Status
 from fdbroker.wire.messages import ErrorReply
@@ -26,6 +26,7 @@ from tests.running_broker import policy, rule
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from types import ModuleType
 
 UID = os.getuid()
 ELSEWHERE = UID + 1  # somebody who is not us
@@ -324,9 +325,13 @@ def test_every_failure_to_open_is_a_refusal_that_is_recorded(
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EXDEV, errno.EACCES, errno.ENOENT, 7777])
-@pytest.mark.parametrize("call", ["open_path_beneath", "reopen_for_reading"])
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [(judging, "open_path_beneath"), (opening, "reopen_for_reading")],
+    ids=["find", "reopen"],
+)
 def test_failing_call_under_a_condition_tells_nothing(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: str, number: int
 ) -> None:
     def fail(*_arguments: object, **_more: object) -> int:
         raise OSError(number, "it failed")
@@ -334,7 +339,7 @@ def test_failing_call_under_a_condition_tells_nothing(
     compiled = policy(tree, rule("some", where={"size": {"min": 0}}))
     with SteppedBroker(tree, compiled, audit=tmp_path / "audit") as broker:
         speaker = broker.join()
-        monkeypatch.setattr(opening, call, fail)
+        monkeypatch.setattr(module, call, fail)
         assert speaker.open_one(bytes(tree / "file")) == ("denied", errno.EACCES, None)
         assert reason_in_audit(broker) not in {"denied", "ok"}
 
@@ -350,15 +355,19 @@ def test_error_without_a_number_is_a_refusal_as_well(
     assert speaker.open_one(bytes(stepped.tree / "file")) == ("broken", errno.EIO, None)
 
 
-@pytest.mark.parametrize("call", ["open_path_beneath", "reopen_for_reading", "read_directory"])
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [(judging, "open_path_beneath"), (listing, "reopen_for_reading"), (listing, "read_directory")],
+    ids=["find", "reopen", "read"],
+)
 def test_failing_call_in_a_list_is_a_refusal_that_is_recorded(
-    stepped: SteppedBroker, monkeypatch: pytest.MonkeyPatch, call: str
+    stepped: SteppedBroker, monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: str
 ) -> None:
     def fail(*_arguments: object, **_more: object) -> int:
         raise SyscallError(errno.EIO, call)
 
     speaker = stepped.join()
-    monkeypatch.setattr(opening, call, fail)
+    monkeypatch.setattr(module, call, fail)
     page = speaker.page(bytes(stepped.tree))
     assert (page.result.reason, page.result.errno, page.entries) == (Reason.BROKEN, errno.EIO, [])
     assert reason_in_audit(stepped) == "EIO"
@@ -591,7 +600,7 @@ def test_directory_that_is_exchanged_during_a_list_is_busy(
         return read(descriptor)
 
     speaker = stepped.join()
-    monkeypatch.setattr(opening, "read_directory", exchange_first)
+    monkeypatch.setattr(listing, "read_directory", exchange_first)
     page = speaker.page(bytes(stepped.tree / "directory"))
     assert page.result.reason == Reason.BUSY
     assert page.entries == []
@@ -615,7 +624,7 @@ def test_directory_that_changes_during_a_list_is_read_again_a_few_times(
         return names
 
     speaker = stepped.join()
-    monkeypatch.setattr(opening, "read_directory", change_first)
+    monkeypatch.setattr(listing, "read_directory", change_first)
     page = speaker.page(bytes(directory))
     assert page.result.reason == reason
     listed = {entry.name for entry in page.entries}
@@ -627,7 +636,7 @@ def test_directory_that_changes_during_a_list_is_read_again_a_few_times(
 def test_outcomes_of_ever_new_rules_do_not_pile_up(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening, "_MAX_GIVEN", 2)
+    monkeypatch.setattr(outcomes, "MOST_KEPT", 2)
     rules = [rule(f"rule {name}", paths=[name]) for name in ("file", "empty", "directory/*")]
     with SteppedBroker(tree, policy(tree, *rules), audit=tmp_path / "audit") as broker:
         speaker = broker.join()
@@ -649,8 +658,24 @@ def test_name_that_goes_away_during_a_list_is_left_out(
         return names
 
     speaker = stepped.join()
-    monkeypatch.setattr(opening, "read_directory", remove_after)
+    monkeypatch.setattr(listing, "read_directory", remove_after)
     assert b"file" not in {entry.name for entry in speaker.page(bytes(stepped.tree)).entries}
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_list_for_which_the_broker_lacks_something_is_broken_and_not_a_page_with_fewer_names(
+    stepped: SteppedBroker, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail_for_file(directory: int, path: bytes, cross_mounts: bool = False) -> int:  # noqa: FBT001, FBT002 - as it is
+        if path == b"file":
+            raise SyscallError(number, "openat2")
+        return open_path_beneath(directory, path, cross_mounts)
+
+    speaker = stepped.join()
+    monkeypatch.setattr(listing, "open_path_beneath", fail_for_file)
+    page = speaker.page(bytes(stepped.tree))
+    assert (page.result.reason, page.result.errno, page.entries) == (Reason.BROKEN, number, [])
+    assert reason_in_audit(stepped) == errno.errorcode[number]
 
 
 # file systems and mounts

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fdbroker.broker import opening
+from fdbroker.broker import copying
 from fdbroker.kernel.files import open_regular_entries
 from fdbroker.wire.client import OpenReply, encode_open
 from fdbroker.wire.format import MAX_COPY, MAX_REPLY, Status
@@ -120,7 +120,7 @@ def test_nothing_stays_open_where_the_files_of_a_second_root_break_the_broker(
 
     paths = [bytes(delivering.trees[tree] / "file") for tree in ("copies", "both")]
     assert [had.how for had in ask(delivering.speaker, paths)] == ["copied", "copied"]
-    monkeypatch.setattr(opening, "open_regular_entries", break_at_the_second)
+    monkeypatch.setattr(copying, "open_regular_entries", break_at_the_second)
     before = set(os.listdir("/proc/self/fd"))
     answer = delivering.speaker.ask(encode_open(8, paths, copy=True))
     assert not isinstance(answer.reply, OpenReply)

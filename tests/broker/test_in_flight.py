@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fdbroker.broker import in_flight
 from fdbroker.broker.in_flight import InFlight
 from fdbroker.kernel import sockets
 
@@ -153,3 +154,50 @@ def test_what_may_be_received_in_another_order_is_forgotten_at_the_end_alone(pai
     pair.receive()
     assert pair.flight.settle(pair.client)
     assert pair.flight.total == 0
+
+
+def test_clients_that_received_all_or_went_are_remembered_for_no_rule() -> None:
+    # One that never receives would otherwise keep all those of its uid that come and go.
+    flight, pairs = InFlight(10_000, 10_000), [Pair(socket.SOCK_SEQPACKET) for _ in range(4)]
+    for pair in pairs:
+        pair.flight = flight
+        for _ in range(2):
+            pair.client.shares = ((("rule", 1), 3),)
+            assert pair.send(6000, 3)
+    stalled, receiving, *going = pairs
+    for pair in going:
+        pair.close()
+        flight.forget(pair.client)
+    while receiving.sent:
+        receiving.receive()
+        flight.settle(receiving.client)
+    assert list(flight._sent_by_rule[("rule", 1)]) == [stalled.client]
+    assert flight.room_of_rule("rule", 1, 10, 10) == 4
+    stalled.close()
+    flight.forget(stalled.client)
+    receiving.close()
+    assert not flight._sent_by_rule
+    assert not flight._of_rule
+
+
+def test_who_has_its_share_is_asked_about_alone_unless_all_have_too_much() -> None:
+    pairs = [Pair(socket.SOCK_SEQPACKET) for _ in range(4)]
+    flight = InFlight(40, 12)
+    asked: list[socket.socket] = []
+
+    def never_received(sock: socket.socket) -> int:
+        asked.append(sock)
+        return 1 << 20
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_flight, "bytes_not_received", never_received)
+        for pair, uid in zip(pairs, (1, 1, 2, 3), strict=True):
+            pair.flight, pair.client.peer.uid = flight, uid
+            assert pair.send(10, 5)
+        assert not flight.room_for(pairs[0].client, 3)
+        assert asked == [pair.ours for pair in pairs[:2]]
+        asked.clear()
+        assert not flight.room_for(pairs[2].client, 21)
+        assert asked == [pair.ours for pair in pairs]
+    for pair in pairs:
+        pair.close()

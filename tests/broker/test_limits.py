@@ -587,6 +587,28 @@ def test_what_a_walk_could_not_open_is_not_counted_as_given(
         ground.close()
 
 
+def test_frames_of_a_walk_whose_filter_left_out_all_of_a_rule_count_for_it_as_nothing(tmp_path: Path) -> None:
+    some = rule("some", paths=["**"], limits={"in_flight": 400})
+    large = rule("large", paths=["*/large/**"], limits={"in_flight": 400})
+    tree = tmp_path / "tree"
+    for number in range(10):
+        for name, size in (("large", 5), ("small", 1)):
+            (tree / f"{number}" / name).mkdir(parents=True)
+            (tree / f"{number}" / name / "file").write_bytes(bytes(size))
+    with limited_broker(tmp_path, large, some) as broker, broker.join() as speaker:
+        speaker.begin_walk(bytes(broker.tree), credit=20, asked=WalkFilter(most_size=2), most=1)
+        broker.serve()
+        assert set(broker.broker._flight._of_rule) == {("some", os.getuid())}
+        answers = speaker.arrived()
+        broker.serve()
+        assert sum(len(answer.descriptors) for answer in answers) == 10
+        for answer in answers:
+            answer.descriptors.close()
+        [connection] = broker.broker._connections.values()
+        assert connection.count_in_flight() == 0
+        assert broker.broker._flight._of_rule == {}
+
+
 def test_a_walk_that_opens_nothing_is_not_held_back(tmp_path: Path, clock: Clock) -> None:
     with limited_broker(tmp_path, **rate("opens", 1)) as broker, broker.join() as speaker:
         assert reasons_of(speaker, broker) == ["ok"]

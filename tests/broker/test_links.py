@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fdbroker.broker.links import MOST_LINKS
-from fdbroker.broker.opening import MOST_BEHIND_LINKS
+from fdbroker.broker import opening
+from fdbroker.broker.links import MOST_BEHIND_LINKS, MOST_LINKS
+from fdbroker.kernel.errors import SyscallError
 from fdbroker.policy.rules import PolicyError, read_policy
 from fdbroker.wire.client import OpenReply, encode_open
 from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Reason, Status
@@ -254,6 +255,47 @@ def test_conditions_of_every_name_on_the_way_hold_and_none_tells_what_is_there(l
         assert speaker.open_one(path_of(broker, "little")).content == b"abc"
         assert speaker.open_one(path_of(broker, "file")).reason == "denied"
         assert speaker.open_one(bytes(linked / "data/file")).content == b"content"
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.EIO, ("denied", errno.EACCES)),
+        (errno.ESTALE, ("denied", errno.EACCES)),
+        # Of the broker's own it may be told: it says nothing of what is there.
+        (errno.EMFILE, ("broken", errno.EMFILE)),
+    ],
+)
+def test_failing_call_tells_nothing_where_a_name_on_the_way_has_a_condition(
+    linked: Path, monkeypatch: pytest.MonkeyPatch, number: int, told: tuple[str, int]
+) -> None:
+    def fail(*_arguments: object) -> int:
+        raise SyscallError(number, "openat")
+
+    small = FOLLOWS | {"paths": ["links/**"], "where": {"size": {"max": 30}}}
+    with no_descriptor_left(), serving(linked, small, rule("data", paths=["data/**"])) as broker:
+        speaker = broker.join()
+        assert speaker.open_one(path_of(broker, "file")).content == b"content"
+        monkeypatch.setattr(opening, "reopen_for_reading", fail)
+        assert speaker.open_one(path_of(broker, "file"))[:2] == told
+        assert last_record(broker)["reason"] == errno.errorcode[number]
+
+
+def test_what_links_lead_to_is_closed_where_it_can_not_be_looked_at(
+    following: SteppedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inode, fstat = (following.tree / "data/file").stat().st_ino, os.fstat
+
+    def fail_for_file(descriptor: int) -> os.stat_result:
+        facts = fstat(descriptor)
+        if facts.st_ino == inode:
+            raise OSError(errno.EIO, "it failed")
+        return facts
+
+    speaker = following.join()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", fail_for_file)
+        assert speaker.open_one(path_of(following, "file"))[:2] == ("broken", errno.EIO)
 
 
 def test_number_of_links_is_a_condition_on_what_a_link_leads_to(linked: Path) -> None:

@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 
 from fdbroker.kernel import sockets
 from fdbroker.wire.client import (
+    AcceptedReply,
     OpenReply,
     StatusReply,
     encode_hello,
     encode_list,
     encode_open,
+    encode_serve,
     encode_stat,
     encode_status,
 )
@@ -922,6 +924,41 @@ def test_uid_with_many_connections_gets_one_answer_a_round_while_others_wait(
         other.peer.uid = mine
 
 
+@contextlib.contextmanager
+def no_number_free_below(number: int) -> Iterator[None]:
+    """Have every number of a descriptor below one of them taken."""
+    taken: list[int] = []
+    while not taken or taken[-1] < number:
+        taken.append(os.open("/", os.O_PATH | os.O_CLOEXEC))
+    try:
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+def test_client_that_comes_in_the_round_in_which_another_goes_is_not_taken_for_that_one(
+    tree: Path, tmp_path: Path
+) -> None:
+    compiled = policy(tree, services=[{"name": "clamd", "clients": [{"any": True}]}])
+    with no_descriptor_left(), SteppedBroker(tree, compiled) as broker:
+        listener, of_service = broker.listen(tmp_path), broker.listen_for(tmp_path, "clamd")
+        with broker.call(listener) as service, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            service.ask(encode_serve(5, b"clamd"))
+            [number] = broker.broker._connections
+            with socket.socket(socket.AF_UNIX, Speaker.kind) as newcomer, no_number_free_below(number):
+                # All of it is found in one round, in this order: that the service is gone is seen when the
+                # client is handed over, and the number of its descriptor is free before its own event comes.
+                client.connect(str(of_service))
+                newcomer.connect(str(listener))
+                service.sock.shutdown(socket.SHUT_RDWR)
+                broker.broker.step(0)
+                assert list(broker.broker._connections) == [number]
+                speaker = Speaker(newcomer, broker.serve)
+                speaker.greet()
+                assert speaker.open_one(bytes(tree / "file")).content == b"content"
+
+
 def test_reply_that_waits_is_sent_with_its_descriptors_once_there_is_room(
     stepped: SteppedBroker, bystander: Speaker
 ) -> None:
@@ -1009,6 +1046,31 @@ def test_too_many_references_are_told_and_the_connection_goes_on(
     assert stepped.events() == ["undelivered"]
     assert (stepped.records()[-1]["errno"], stepped.records()[-1]["request"]) == (errno.ETOOMANYREFS, 7)
     assert speaker.open_one(bytes(stepped.tree / "file")).content == b"content"
+
+
+@pytest.mark.parametrize("errors", [[TOO_MANY], [NO_ROOM, TOO_MANY], [NO_ROOM, NO_ROOM, TOO_MANY]])
+def test_client_of_a_service_that_can_not_be_handed_over_is_let_go_and_the_next_one_is_handed_over(
+    tree: Path, tmp_path: Path, errors: list[OSError]
+) -> None:
+    compiled = policy(tree, services=[{"name": "clamd", "clients": [{"any": True}]}])
+    with no_descriptor_left(), SteppedBroker(tree, compiled, audit=tmp_path / "audit") as broker:
+        listener, of_service = broker.listen(tmp_path), broker.listen_for(tmp_path, "clamd")
+        with broker.call(listener) as service:
+            service.ask(encode_serve(5, b"clamd"))
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client, failing_sends(*errors) as left:
+                client.connect(str(of_service))
+                broker.serve()
+                assert not left
+                assert client.recv(1) == b""
+            assert broker.broker._services.count == 0
+            assert service.arrived() == []
+            assert broker.events()[-1] == "undelivered"
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+                client.connect(str(of_service))
+                broker.serve()
+                [answer] = service.arrived()
+                with answer.descriptors as descriptors:
+                    assert (type(answer.reply), len(descriptors)) == (AcceptedReply, 1)
 
 
 def test_refusal_for_too_many_references_waits_for_room_and_nothing_is_read_before_it(

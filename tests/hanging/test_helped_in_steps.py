@@ -171,7 +171,7 @@ def test_a_helper_gives_up_a_stream_that_does_not_receive(
     helped: Helped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Else it is not asked to send at all; see below.
-    monkeypatch.setattr("fdbroker.broker.helped._is_full", lambda _connection: False)
+    monkeypatch.setattr(HelpedRequests, "_is_full", lambda *_: False)
     stream = Stream(helped)
     with stream.sock:
         stream.sock.settimeout(0)
@@ -320,6 +320,27 @@ def test_no_helper_waits_for_a_client_whose_queue_is_half_full(helped: Helped) -
         assert [result.reason for result in refused.reply.results] == [Reason.LIMIT]
         assert helped.reasons()[-1] == "in_flight"
         assert lazy.open_one(path).content == b"content"  # it has received all
+
+
+def test_descriptors_that_helpers_send_count_for_what_a_connection_may_have_under_way(tmp_path: Path) -> None:
+    tree = filled(tmp_path / "tree")
+    limits = {"in_flight_per_connection": 253}
+    compiled = policy(tree, roots=[root_at(tree, "tree", "helpers")], limits=limits)
+    with no_descriptor_left(), Helped(tree, tmp_path / "audit", compiled) as helped, helped.join() as speaker:
+        for number in range(2):
+            # That it is not over yet is known when it is answered, and not when it is read.
+            speaker.sock.send(encode_open(30 + number, [bytes(tree / "file")] * 150))
+        helped.serve_until(lambda: len(helped.reasons()) == 300)
+        helped.serve()
+        assert helped.in_flight <= 253
+        counts = []
+        for _ in range(2):
+            answer = speaker.receive()
+            assert answer is not None
+            counts.append(len(answer.descriptors))
+            answer.descriptors.close()
+        assert sorted(counts) == [0, 150]
+        assert speaker.open_one(bytes(tree / "file")).content == b"content"
 
 
 def rates(burst: int) -> dict[str, int]:

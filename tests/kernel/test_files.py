@@ -147,7 +147,7 @@ def test_tree_that_moves_meanwhile_is_tried_again(
     directory: int, proc: int, monkeypatch: pytest.MonkeyPatch, number: int, failures: int
 ) -> None:
     calls = 0
-    real = files._openat2
+    real = files._syscall
 
     def flaky(*arguments: object) -> int:
         nonlocal calls
@@ -158,7 +158,7 @@ def test_tree_that_moves_meanwhile_is_tried_again(
         return int(real(*arguments))
 
     monkeypatch.setattr(files, "_openat2_at_once", lambda *_: -1)
-    monkeypatch.setattr(files, "_openat2", flaky)
+    monkeypatch.setattr(files, "_syscall", flaky)
     opened = files.open_regular_beneath(directory, b"file", proc)
     assert opened is not None
     assert stat.S_ISREG(os.fstat(opened).st_mode)
@@ -177,7 +177,7 @@ def test_tree_that_never_rests_is_given_up(
         return -1
 
     monkeypatch.setattr(files, "_openat2_at_once", lambda *_: -1)
-    monkeypatch.setattr(files, "_openat2", moving)
+    monkeypatch.setattr(files, "_syscall", moving)
     with pytest.raises(SyscallError) as caught:
         files.open_regular_beneath(directory, b"file", proc)
     assert caught.value.errno == errno.EAGAIN

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fdbroker.broker.dispatch import Asker, Table
     from fdbroker.broker.identity import Peer, PeerAtConnect
     from fdbroker.broker.in_flight import InFlight, Shares
-    from fdbroker.broker.opening import Outcome
+    from fdbroker.broker.outcomes import Outcome
     from fdbroker.broker.walks import ActiveWalk
 
 
@@ -41,16 +41,26 @@ class State(Enum):
 class Unsent:
     """A reply, or the rest of it, that the socket had no room for; owns its descriptors.
 
-    `begun`: on a stream a part of it was sent, and with that its descriptors.
+    `begun`: on a stream a part of it was sent, and with that its descriptors. `client`: the number of the
+    client that it hands over to a service.
     """
 
-    __slots__ = ("begun", "data", "descriptors", "request_id")
+    __slots__ = ("begun", "client", "data", "descriptors", "request_id")
 
-    def __init__(self, data: bytes, descriptors: list[int], request_id: int, *, begun: bool = False) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        descriptors: list[int],
+        request_id: int,
+        *,
+        begun: bool = False,
+        client: int | None = None,
+    ) -> None:
         self.data = data
         self.descriptors = descriptors
         self.request_id = request_id
         self.begun = begun
+        self.client = client
 
 
 class Client:
@@ -123,6 +133,7 @@ class Connection(Client):
         "began",
         "clients",
         "credentials",
+        "delivering",
         "for_control",
         "greeted",
         "loading",
@@ -168,6 +179,8 @@ class Connection(Client):
         self.walks: dict[int, ActiveWalk] = {}
         # How many answers others are to give: processes that open what may hang.
         self.awaited = 0
+        # Descriptors that they are sending, which are under way only when that is done.
+        self.delivering = 0
         # The listeners whose clients are handed over here, with the id of the request that asked for it;
         # and the clients, by number.
         self.serving: dict[bytes, int] = {}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from fdbroker.broker.connection import Client
-    from fdbroker.broker.opening import Outcome
+    from fdbroker.broker.outcomes import Outcome
     from fdbroker.policy.rules import Rule
     from fdbroker.wire.messages import Request
 

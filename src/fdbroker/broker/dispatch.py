@@ -13,7 +13,8 @@ from fdbroker.broker.audit import failure_text, member_text
 from fdbroker.broker.connection import Connection
 from fdbroker.broker.counting import Counts
 from fdbroker.broker.limits import Limits
-from fdbroker.broker.opening import NEEDS_HELPER, Outcome, Page
+from fdbroker.broker.listing import Page
+from fdbroker.broker.outcomes import NEEDS_HELPER, NOT_RECORDED, TOO_MANY_IN_FLIGHT, Outcome
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.wire.format import ERRNO_OF, MAX_COPY, MAX_FRAME, MAX_PATHS, VERSION, Kind, Reason
 from fdbroker.wire.messages import (
@@ -399,7 +400,3 @@ class Dispatch:
         self._audit.event(f"{what}_refused", f"{connection.record},{members}")
         text = f"the sender of this message is not who connected: {objection}"
         return self.error(request_id, Kind.REFUSED, Reason.IDENTITY, text), []
-
-
-NOT_RECORDED = Outcome(refused(Reason.AUDIT), "audit")
-TOO_MANY_IN_FLIGHT = Outcome(refused(Reason.LIMIT), "in_flight")

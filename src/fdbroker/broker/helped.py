@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.connection import SEND_BUFFER, State
-from fdbroker.broker.dispatch import NOT_RECORDED, TOO_MANY_IN_FLIGHT
 from fdbroker.broker.helper_pool import Job, JobPath
+from fdbroker.broker.judging import judge_report
 from fdbroker.broker.limits import account_of
-from fdbroker.broker.opening import NEEDS_HELPER, Outcome
+from fdbroker.broker.outcomes import NEEDS_HELPER, NOT_RECORDED, TOO_MANY_IN_FLIGHT, Outcome
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.sockets import bytes_not_received
 from fdbroker.wire.format import Kind, Reason
@@ -119,7 +119,7 @@ class Helped:
             shares: Shares = ()
             if isinstance(asker, str):
                 outcomes = [Outcome(refused(Reason.IDENTITY), asker)] * len(paths)
-            elif _is_full(connection):
+            elif self._is_full(connection, len(paths)):
                 outcomes = [TOO_MANY_IN_FLIGHT] * len(paths)
             elif not connection.flight.room_for(connection, len(paths)):
                 outcomes = [self._dispatch.too_many_in_flight(connection, len(paths))] * len(paths)
@@ -127,38 +127,40 @@ class Helped:
                 outcomes, reports = self._open(request, asker, reports, over, descriptors, copies)
                 if self._dispatch.open_limits is not None:
                     shares = self._dispatch.open_limits.charge(asker, outcomes, descriptors, copies, reports)
-            # In the order of the paths: what the helper has open, and what is open here.
-            places: list[int] = []
-            own = 0
-            for index, outcome in enumerate(outcomes):
-                if outcome.result is not GIVEN:
-                    continue
-                if index in reports:  # where it is given, the helper has it open
-                    places.append(reports[index].place)
-                else:
-                    own += 1
-                    places.append(-own)
             if not self._dispatch.record(
                 asker, connection, "open", request.id, paths, outcomes, number=request.client
             ):
                 close_all(descriptors)
                 copies.clear()
-                own, places, outcomes, shares = 0, [], [NOT_RECORDED] * len(paths), ()
+                outcomes, shares = [NOT_RECORDED] * len(paths), ()
+            places = _places(outcomes, reports)
             self._dispatch.counts.copied += sum(map(len, copies))
             results = [outcome.result for outcome in outcomes]
             frame = encode_open_reply(request.id, generation, results, copies)
-            if own == len(places):
+            if len(descriptors) == len(places):  # what is given is all open here
                 sent, descriptors = descriptors, []
                 connection.shares = shares
                 self._loop.send(connection, frame, sent, request.id)
                 return False
             if connection.stream is not None:
                 frame = framed(frame)
+            connection.delivering += len(places)
             done = partial(self._delivered, connection, request, len(places), shares, began)
             self._helpers.deliver(number, connection.sock, frame, places, descriptors, done)
             return True
         finally:
             close_all(descriptors)
+
+    def _is_full(self, connection: Connection, count: int) -> bool:
+        """Return whether `count` descriptors more would be too many for this client, or have to wait for it.
+
+        A helper that waits is kept from others. Half of what the queue may hold is room for any reply.
+        """
+        if connection.unsent or bytes_not_received(connection.sock) > SEND_BUFFER:
+            return True
+        # What was asked for before is counted when it is answered; not when this was read.
+        most = self._dispatch.generation.settings.in_flight_per_connection
+        return connection.count_in_flight() + connection.delivering + count > most
 
     def _open(
         self,
@@ -181,7 +183,7 @@ class Helped:
         # By the policy of now another root may serve a path, and then it was opened here.
         reports = {index: reports[index] for index in reports if outcomes[index] is NEEDS_HELPER}
         for index, report in reports.items():
-            outcomes[index] = opener.judge_report(asker, "open", request.paths[index], report)
+            outcomes[index] = judge_report(asker, "open", request.paths[index], report, opener.roots)
         return outcomes, reports
 
     def _answer_stat(
@@ -198,7 +200,7 @@ class Helped:
             outcomes = opener.describe(asker, paths)
             for index, report in reports.items():
                 if outcomes[index] is NEEDS_HELPER:
-                    outcomes[index] = opener.judge_report(asker, "stat", paths[index], report)
+                    outcomes[index] = judge_report(asker, "stat", paths[index], report, opener.roots)
             if self._dispatch.open_limits is not None:
                 self._dispatch.open_limits.charge_request(asker, outcomes)
         if not self._dispatch.record(
@@ -219,6 +221,7 @@ class Helped:
         delivery: Delivery,
     ) -> None:
         """Count what is under way, or take it back in the audit."""
+        connection.delivering -= count
         if delivery.sent != 0:  # whole, in part, or nobody knows: they go with the first byte
             connection.shares = shares
             connection.flight.add(connection, count, None)  # other replies may have been sent since
@@ -248,9 +251,15 @@ class Helped:
             self._loop.read_on(connection)
 
 
-def _is_full(connection: Connection) -> bool:
-    """Return whether a helper might have to wait for this client, which would keep it from others.
+def _places(outcomes: Sequence[Outcome], reports: Mapping[int, Report]) -> list[int]:
+    """Return where each descriptor that is given comes from, in the order of the paths.
 
-    Half of what the queue may hold is room for any reply.
+    As `encode_deliver` has it: from a helper, which has open what is given of its `reports`, or from here.
     """
-    return bool(connection.unsent) or bytes_not_received(connection.sock) > SEND_BUFFER
+    places: list[int] = []
+    own = 0
+    for index, outcome in enumerate(outcomes):
+        if outcome.result is GIVEN:
+            own -= index not in reports
+            places.append(reports[index].place if index in reports else own)
+    return places

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from fdbroker.broker import helper_messages as messages
 from fdbroker.broker.audit import failure_text
 from fdbroker.broker.helper_pool import STEP_SECONDS, ObjectFacts, Report
-from fdbroker.broker.opening import name_is_lost
+from fdbroker.broker.judging import name_is_lost
 from fdbroker.kernel import children, seccomp, sockets
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.files import filesystem_of, open_path_beneath, open_proc_self_fd, reopen_for_reading

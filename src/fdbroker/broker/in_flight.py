@@ -44,8 +44,8 @@ class InFlight:
         self._of_uid: dict[int, int] = {}
         # By the name of a rule that limits them, and uid.
         self._of_rule: dict[tuple[str, int], int] = {}
-        # And who was sent those: nobody else is asked about when they are used up.
-        self._sent_by_rule: dict[tuple[str, int], dict[Client, None]] = {}
+        # And how many of those each client was sent: nobody else is asked about when they are used up.
+        self._sent_by_rule: dict[tuple[str, int], dict[Client, int]] = {}
         # Those that have something in flight.
         self._clients: dict[Client, None] = {}
 
@@ -61,7 +61,8 @@ class InFlight:
             client.shares = ()
             for key, number in shares:
                 self._of_rule[key] = self._of_rule.get(key, 0) + number
-                self._sent_by_rule.setdefault(key, {})[client] = None
+                sent = self._sent_by_rule.setdefault(key, {})
+                sent[client] = sent.get(client, 0) + number
         # Without bytes of its own it is thought to be in whatever is left.
         client.under_way.append((0 if size is None else size + _OVERHEAD, count, shares))
         self.total += count
@@ -73,7 +74,7 @@ class InFlight:
         """Take back all that a client has in flight: it was received, or its queue is gone."""
         if self._of_rule:
             for _, _, shares in client.under_way:
-                self._take_back_shares(shares)
+                self._take_back_shares(client, shares)
         client.under_way.clear()
         self._take_back(client, client.in_flight)
 
@@ -85,14 +86,16 @@ class InFlight:
         """Return how many of `most` a rule still gives a uid. Asks the kernel if it is less than `wanted`."""
         key = (rule, uid)
         if most - self._of_rule.get(key, 0) < wanted:
-            sent = self._sent_by_rule.get(key, {})
-            for client in tuple(sent):
-                if self.settle(client):
-                    sent.pop(client, None)
+            for client in tuple(self._sent_by_rule.get(key, ())):
+                self.settle(client)
         return most - self._of_rule.get(key, 0)
 
-    def _take_back_shares(self, shares: Shares) -> None:
+    def _take_back_shares(self, client: Client, shares: Shares) -> None:
         for key, number in shares:
+            sent = self._sent_by_rule[key]
+            sent[client] -= number
+            if not sent[client]:
+                del sent[client]
             self._of_rule[key] -= number
             if not self._of_rule[key]:
                 del self._of_rule[key], self._sent_by_rule[key]
@@ -135,7 +138,7 @@ class InFlight:
         while len(under_way) > kept:
             _, count, shares = under_way.popleft()
             received += count
-            self._take_back_shares(shares)
+            self._take_back_shares(client, shares)
         self._take_back(client, received)
 
     def room_for(self, client: Client, count: int) -> bool:
@@ -143,8 +146,11 @@ class InFlight:
         uid, of_uid = client.peer.uid, self._of_uid
         if self.total + count <= self._most and of_uid.get(uid, 0) + count <= self.most_per_uid:
             return True
+        of_all = self.total + count > self._most
         for other in tuple(self._clients):
-            self.settle(other)
+            # Who has used up its own share is not to have the kernel asked about everybody again and again.
+            if of_all or other.peer.uid == uid:
+                self.settle(other)
         return self.total + count <= self._most and self.has_share(client, count)
 
     def has_share(self, client: Client, count: int) -> bool:

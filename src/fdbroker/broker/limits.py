@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.buckets import Buckets
-from fdbroker.broker.opening import Outcome
+from fdbroker.broker.outcomes import Outcome
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.wire.format import MAX_PATHS, Kind, Limit, Reason, Status
 from fdbroker.wire.messages import (

@@ -8,7 +8,6 @@ asked for by then.
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import resource
@@ -21,11 +20,12 @@ from typing import TYPE_CHECKING
 from fdbroker.broker.accepting import Acceptor, Listener
 from fdbroker.broker.acting import Services
 from fdbroker.broker.audit import member_text
-from fdbroker.broker.connection import SEND_BUFFER, Connection, State, Unsent
+from fdbroker.broker.connection import SEND_BUFFER, Connection, State
 from fdbroker.broker.control import Control
 from fdbroker.broker.dispatch import Dispatch, Loop, Parts, Table
 from fdbroker.broker.identity import PeerAtConnect
 from fdbroker.broker.in_flight import InFlight
+from fdbroker.broker.sending import Sender
 from fdbroker.broker.walks import Walks, can_go_on
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import close_all
@@ -33,7 +33,6 @@ from fdbroker.kernel.memory import release_free_memory
 from fdbroker.wire.format import MAX_FRAME, MAX_PATHS, Kind, Limit, Reason
 from fdbroker.wire.messages import Hello, LimitReached, MalformedError, ReleaseRequest, ServeRequest
 from fdbroker.wire.requests import decode_request
-from fdbroker.wire.stream import framed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,6 +80,9 @@ class Broker:
         self._helpers: OpenHelpers | None = None
         self._helper_descriptors: frozenset[int] = frozenset()
         self._audit = parts.audit
+        self._sender = Sender(
+            self._dispatch, self._audit, self._flight, self._wait_for, self._read_on, self._hang_up
+        )
         self._level, self._labels = parts.held.identity_level, parts.held.labels
         self._epoll = select.epoll()
         self._connections: dict[int, Connection] = {}
@@ -88,7 +90,6 @@ class Broker:
         # Those on control sockets, of root and others.
         self._for_control = 0
         self._accepted = 0
-        self._never_sent_descriptors = 0
         # Connections that have something to do without an event: a frame of a stream that is there
         # already, a walk that may go on.
         self._busy: dict[Connection, None] = {}
@@ -158,7 +159,7 @@ class Broker:
         self._helper_descriptors = frozenset(helpers.descriptors())
         for descriptor in self._helper_descriptors:
             self._epoll.register(descriptor, _READY)
-        loop = Loop(self._send, self._read_on, self._hang_up, self._fail)
+        loop = Loop(self._sender.send, self._read_on, self._hang_up, self._fail)
         self._dispatch.helped = helped(helpers, self._dispatch, self._audit, loop)
 
     def _on_helper(self, descriptor: int) -> None:
@@ -274,6 +275,7 @@ class Broker:
         """Serve one message for each uid, and what else happened."""
         served: set[int] = set()
         waiting: list[Connection] = []
+        coming: list[Listener] = []
         for descriptor, events in ready:
             connection = self._connections.get(descriptor)
             if connection is not None:
@@ -286,7 +288,7 @@ class Broker:
                     served.add(uid)
                     self._serve_message(connection)
             elif descriptor in self._acceptor.listeners:
-                self._on_listener(self._acceptor.listeners[descriptor])
+                coming.append(self._acceptor.listeners[descriptor])
             elif descriptor in self._helper_descriptors:
                 self._on_helper(descriptor)
             elif descriptor == self._wake_read:
@@ -297,6 +299,10 @@ class Broker:
             for connection in waiting:
                 if connection.state is _READING and self._goes_on():
                     self._serve_message(connection)
+        # Last: who comes may get the number of a descriptor that was closed in this round, and must not get
+        # an event of the one who had it.
+        for listener in coming:
+            self._on_listener(listener)
 
     def _go_on(self) -> None:
         """Do one thing for each uid that has something to do without an event."""
@@ -361,8 +367,9 @@ class Broker:
 
     def _totals(self) -> Mapping[str, int]:
         self._settle_decisions()
+        not_sent = self._sender.not_sent(self._connections.values())
         return {
-            "descriptors_sent": self._flight.total + self._flight.taken_back - self._not_sent(),
+            "descriptors_sent": self._flight.total + self._flight.taken_back - not_sent,
             "accepted": self._accepted,
             "connections": len(self._connections),
             "in_flight": self._flight.total,
@@ -383,13 +390,6 @@ class Broker:
             "clients_served": self._services.count,
             "helpers_stuck": 0 if self._helpers is None else self._helpers.stuck,
         }
-
-    def _not_sent(self) -> int:
-        """Return how many descriptors were counted as under way that wait still, or never were sent."""
-        waiting = sum(
-            len(reply.descriptors) for connection in self._connections.values() for reply in connection.unsent
-        )
-        return self._never_sent_descriptors + waiting
 
     def _rows(self, part: str) -> Sequence[object]:
         """Return a list of the whole status that is asked for apart."""
@@ -478,7 +478,7 @@ class Broker:
         if refusal is not None:
             self._acceptor.record_refusal(name, refusal.members)
             self._dispatch.limits.hit(refusal.limit)
-            self._send_last(
+            self._sender.send_last(
                 connection,
                 self._dispatch.error(0, Kind.REFUSED, Reason.LIMIT, refusal.text, refusal.reached),
             )
@@ -501,7 +501,8 @@ class Broker:
             return
         answered = self._services.accept(sock, service, server)
         if answered is not None:
-            self._send(server, *answered, server.serving[service])
+            newest = next(reversed(server.clients))
+            self._sender.send(server, *answered, server.serving[service], newest)
 
     def _see_who_serves(self) -> None:
         """Listen for the clients of those services that can take some."""
@@ -511,7 +512,7 @@ class Broker:
 
     def _tell_who_may_not_serve(self) -> None:
         for connection, frame in self._services.end_where_denied():
-            self._send(connection, frame, [], 0)
+            self._sender.send(connection, frame, [], 0)
 
     # Connections go
 
@@ -540,7 +541,9 @@ class Broker:
             text = f"{what} must come within {seconds:g} s"
             reached = LimitReached(Limit.MESSAGE_WITHIN, int(seconds), 0)
             self._dispatch.limits.hit("message_within")
-            self._send_last(connection, self._dispatch.error(0, Kind.REFUSED, Reason.LIMIT, text, reached))
+            self._sender.send_last(
+                connection, self._dispatch.error(0, Kind.REFUSED, Reason.LIMIT, text, reached)
+            )
             self._hang_up(connection)
 
     def _look_for_idle(self, timeout: float, idle: float) -> float:
@@ -572,7 +575,7 @@ class Broker:
         """End a connection from our side, but keep counting what lies in the client's queue."""
         if connection.state is State.CLOSED:  # by the first of two things that were to be sent there
             return
-        self._discard_unsent(connection)
+        self._sender.discard_unsent(connection)
         if self._flight.settle(connection):
             self._drop(connection)
             return
@@ -596,23 +599,10 @@ class Broker:
         if served:
             self._see_who_serves()
 
-    def _discard_unsent(self, connection: Connection) -> None:
-        """Let go of replies that wait, and take back in the audit what they would have given."""
-        for reply in connection.unsent:
-            self._never_sent_descriptors += len(reply.descriptors)
-            self._record_unsent(connection, reply, errno.EPIPE)
-        connection.discard_unsent()
-
-    def _record_unsent(self, connection: Connection, reply: Unsent, number: int | None) -> None:
-        """Record that a reply, or the end of it, is not sent: who got a part of it has its descriptors."""
-        members = member_text(request=reply.request_id, errno=number)
-        event = "partly_delivered" if reply.begun else "undelivered"
-        self._audit.event(event, f"{connection.record},{members}")
-
     def _drop(self, connection: Connection) -> None:
         """Forget a connection whose client is gone, or has nothing left to receive."""
         self._end_what_goes_on(connection)
-        self._discard_unsent(connection)
+        self._sender.discard_unsent(connection)
         self._flight.forget(connection)
         self._counts.leave(connection)
         descriptor = connection.sock.fileno()
@@ -649,7 +639,7 @@ class Broker:
             # both directions were shut down by a client that lives on, with its queue: then that counts on.
             self._hang_up(connection)
         elif connection.state is State.SENDING:
-            self._send_what_waits(connection)
+            self._sender.send_what_waits(connection)
         elif connection.state is State.READING:
             self._serve_message(connection)
         elif connection.state is State.TAKING:
@@ -754,7 +744,7 @@ class Broker:
 
     def _malformed_by(self, connection: Connection, error: MalformedError) -> None:
         """Record and say what breaks the protocol, and end the connection."""
-        self._send_last(connection, self._dispatch.malformed(connection.record, error))
+        self._sender.send_last(connection, self._dispatch.malformed(connection.record, error))
         self._hang_up(connection)
 
     def _answer(self, connection: Connection, data: bytes, credentials: bytes | None) -> None:
@@ -787,7 +777,7 @@ class Broker:
         if self._deadlines and connection.greeted:
             self._deadlines.pop(connection, None)
         reply, descriptors = answered
-        self._send(connection, reply, descriptors, request_id)
+        self._sender.send(connection, reply, descriptors, request_id)
         connection.requests += 1
         connection.durations[kind].append(monotonic_ns() - self._watchdog.now)
         if kind is ServeRequest:
@@ -817,7 +807,7 @@ class Broker:
             self._fail(connection, 0, error)
             return True
         if answered is not None:
-            self._send(connection, *answered)
+            self._sender.send(connection, *answered)
         return not self._walks.held_back
 
     def _load_on(self, connection: Connection) -> None:
@@ -835,86 +825,13 @@ class Broker:
             del self._loading[0]
             connection.loading = None
             self._wait_for(connection, State.READING)
-            self._send(connection, *answered, loading.request_id)
+            self._sender.send(connection, *answered, loading.request_id)
             self._see_what_waits(connection)
 
     def _fail(self, connection: Connection, request_id: int, error: Exception) -> None:
         """Record and say that something is wrong with us, and end the connection."""
-        self._send_last(connection, self._dispatch.failed(connection.record, request_id, error))
+        self._sender.send_last(connection, self._dispatch.failed(connection.record, request_id, error))
         self._hang_up(connection)
-
-    def _send(self, connection: Connection, data: bytes, descriptors: list[int], request_id: int) -> None:
-        """Send a reply, or keep it until there is room; its descriptors are owned here from now on."""
-        if connection.stream is not None:
-            data = framed(data)
-        if connection.unsent:
-            self._keep_unsent(connection, Unsent(data, descriptors, request_id))
-            return
-        try:
-            sent = sockets.send_part(connection.sock, data, descriptors, wait=False)
-        except BlockingIOError:
-            self._keep_unsent(connection, Unsent(data, descriptors, request_id))
-            return
-        except OSError as error:
-            self._let_go(connection, Unsent(data, descriptors, request_id), error)
-            return
-        if descriptors:
-            self._flight.add(connection, len(descriptors), sent)
-            close_all(descriptors)
-        if sent < len(data):
-            self._keep_unsent(connection, Unsent(data[sent:], [], request_id, begun=True))
-
-    def _keep_unsent(self, connection: Connection, reply: Unsent) -> None:
-        """Keep a reply for which there was no room."""
-        connection.unsent.append(reply)
-        if reply.descriptors:
-            # They are open here, which costs us as much as if they were on their way.
-            self._flight.add(connection, len(reply.descriptors), len(reply.data))
-        if connection.state is not State.SENDING:
-            self._wait_for(connection, State.SENDING)
-
-    def _let_go(self, connection: Connection, reply: Unsent, error: OSError) -> None:
-        """Let go of a reply that can't be sent at all."""
-        close_all(reply.descriptors)
-        connection.shares = ()
-        self._record_unsent(connection, reply, error.errno)
-        if error.errno != errno.ETOOMANYREFS:
-            self._hang_up(connection)
-            return
-        # Our own share is far below; others of this uid may have used up the rest.
-        text = "too many descriptors are under way; receive what was sent, then ask again"
-        error_frame = self._dispatch.error(reply.request_id, Kind.REFUSED, Reason.LIMIT, text)
-        self._send(connection, error_frame, [], reply.request_id)
-
-    def _send_what_waits(self, connection: Connection) -> None:
-        while connection.unsent:
-            reply = connection.unsent[0]
-            try:
-                sent = sockets.send_part(connection.sock, reply.data, reply.descriptors, wait=False)
-            except BlockingIOError:
-                return  # it waits on, and its descriptors are counted already
-            except OSError as error:
-                del connection.unsent[0]
-                self._never_sent_descriptors += len(reply.descriptors)
-                self._let_go(connection, reply, error)
-                return
-            close_all(reply.descriptors)
-            if sent < len(reply.data):
-                reply.data = reply.data[sent:]
-                reply.begun = True
-                return
-            del connection.unsent[0]
-        self._read_on(connection)
-
-    def _send_last(self, connection: Connection, frame: bytes) -> None:
-        """Send the last frame of a connection, if there is room for it: one behind the rest of another."""
-        if connection.unsent:
-            return
-        try:
-            sockets.send(connection.sock, frame if connection.stream is None else framed(frame), wait=False)
-        except OSError:
-            # Said to a client that does not listen; the audit has it.
-            return
 
 
 def settle_memory() -> None:

@@ -22,10 +22,12 @@ import stat
 import time
 from collections.abc import Collection
 from itertools import repeat
+from operator import attrgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from fdbroker.broker.opening import Given, Outcome, failure, file_stat, name_is_lost, object_refusal, refusal
+from fdbroker.broker.judging import file_stat, name_is_lost
+from fdbroker.broker.outcomes import Given, Outcome, failure, object_refusal, refusal
 from fdbroker.broker.watchdog import nothing
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.kernel.errors import SyscallError
@@ -192,27 +194,16 @@ class _Level:
 
     def state(self) -> tuple[object, ...]:
         """Return all that steps change."""
-        return (
-            self.entries,
-            self.next,
-            self.chunk,
-            self.at,
-            self.position,
-            self.identity,
-            self.is_read,
-        )
+        return _what_steps_change(self)
 
     def restore(self, state: tuple[object, ...]) -> None:
         """Be again as when `state` was taken."""
-        (
-            self.entries,
-            self.next,
-            self.chunk,
-            self.at,
-            self.position,
-            self.identity,
-            self.is_read,
-        ) = state  # type: ignore[assignment]
+        for name, value in zip(_CHANGED_BY_STEPS, state, strict=True):
+            setattr(self, name, value)
+
+
+_CHANGED_BY_STEPS = ("entries", "next", "chunk", "at", "position", "identity", "is_read")
+_what_steps_change = attrgetter(*_CHANGED_BY_STEPS)
 
 
 class _PlainNames(NamedTuple):
@@ -314,8 +305,8 @@ class _Step:
         return self.held_back_by is not None
 
     def count_opened(self, rule: Rule | None, count: int) -> None:
-        """Count what a rule opened here, if it is limited."""
-        if rule is not None and rule.limits is not None:
+        """Count what a rule opened here, if it is limited. What it did not open at all is no count of 0."""
+        if count and rule is not None and rule.limits is not None:
             self.opened_by[rule] = self.opened_by.get(rule, 0) + count
 
     def leave_out(self, why: Incomplete) -> None:

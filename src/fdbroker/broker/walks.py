@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fdbroker.broker.audit import member_text
-from fdbroker.broker.opening import Outcome
+from fdbroker.broker.outcomes import Outcome
 from fdbroker.broker.walking import BATCH, NO_PATHS, Batch, Walk
 from fdbroker.kernel.descriptors import close_all
 from fdbroker.wire.format import Incomplete, Reason

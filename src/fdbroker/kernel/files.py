@@ -49,8 +49,7 @@ _WITHIN = ctypes.byref(_how_within)
 _ACROSS = ctypes.byref(_how_across)
 _NUMBER = ctypes.c_long(SYS_OPENAT2)
 _HOW_SIZE = ctypes.c_size_t(ctypes.sizeof(_OpenHow))
-_openat2 = ctypes.CDLL(None, use_errno=True).syscall
-_openat2.restype = ctypes.c_long
+_syscall = LIBC.syscall  # which returns a long
 
 
 def open_path_beneath(directory: int, path: bytes, cross_mounts: bool = False) -> int:  # noqa: FBT001, FBT002 - hot
@@ -71,14 +70,14 @@ def open_path_beneath(directory: int, path: bytes, cross_mounts: bool = False) -
     if 0 in path:
         raise SyscallError(errno.EINVAL, "openat2", directory=directory, path=path)
     how = _ACROSS if cross_mounts else _WITHIN
-    descriptor: int = _openat2(_NUMBER, directory, path, how, _HOW_SIZE)
+    descriptor: int = _syscall(_NUMBER, directory, path, how, _HOW_SIZE)
     if descriptor >= 0:
         return descriptor
     number = ctypes.get_errno()
     for _ in range(_RETRIES):
         if number not in {errno.EAGAIN, errno.EINTR}:
             break
-        descriptor = _openat2(_NUMBER, directory, path, how, _HOW_SIZE)
+        descriptor = _syscall(_NUMBER, directory, path, how, _HOW_SIZE)
         if descriptor >= 0:
             return descriptor
         number = ctypes.get_errno()
@@ -407,9 +406,7 @@ def wait_for_changes_of_names(descriptor: int) -> None:
         SyscallError: ENOTDIR, ENOENT (the directory was removed).
 
     """
-    room = ctypes.create_string_buffer(_LONGEST_DIRENT)
-    number = ctypes.c_long(SYS_GETDENTS64)
-    if LIBC.syscall(number, ctypes.c_int(descriptor), room, ctypes.c_size_t(_LONGEST_DIRENT)) < 0:
+    if _syscall(_GETDENTS64, descriptor, _chunk_room, _LONGEST_DIRENT) < 0:
         raise SyscallError(ctypes.get_errno(), "getdents64", descriptor=descriptor)
 
 
@@ -422,14 +419,12 @@ class DirectoryEntry(NamedTuple):
 
 
 _DIRECTORY_CHUNK = 32768
-_LONGEST_DIRENT = 280  # 19 bytes and a name of 255 with its NUL, rounded up
+_LONGEST_DIRENT = ctypes.c_size_t(280)  # 19 bytes and a name of 255 with its NUL, rounded up
 _DIRENT = struct.Struct("=8xqHB")
 _DIRENT_NAME = 19
 _chunk_room = ctypes.create_string_buffer(_DIRECTORY_CHUNK)
 _CHUNK_SIZE = ctypes.c_size_t(_DIRECTORY_CHUNK)
 _GETDENTS64 = ctypes.c_long(SYS_GETDENTS64)
-_getdents64 = ctypes.CDLL(None, use_errno=True).syscall
-_getdents64.restype = ctypes.c_long
 
 
 def read_directory(descriptor: int) -> list[DirectoryEntry]:
@@ -457,7 +452,7 @@ def read_directory_chunk(descriptor: int) -> bytes:
         SyscallError: as `read_directory`.
 
     """
-    size = _getdents64(_GETDENTS64, descriptor, _chunk_room, _CHUNK_SIZE)
+    size = _syscall(_GETDENTS64, descriptor, _chunk_room, _CHUNK_SIZE)
     if size < 0:
         raise SyscallError(ctypes.get_errno(), "getdents64", descriptor=descriptor)
     return ctypes.string_at(_chunk_room, size)

@@ -285,13 +285,7 @@ def ask_for_pidfds(sock: socket.socket) -> bool:
 
     Return whether the kernel has it.
     """
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 1)
-    except OSError as error:
-        if error.errno == errno.ENOPROTOOPT:
-            return False
-        raise renamed(error, "setsockopt", descriptor=sock.fileno(), option="SO_PASSPIDFD") from None
-    return True
+    return _set_if_known(sock, SO_PASSPIDFD, 1, "SO_PASSPIDFD")
 
 
 def refuse_descriptors(sock: socket.socket, *, refuse: bool = True) -> bool:
@@ -300,12 +294,17 @@ def refuse_descriptors(sock: socket.socket, *, refuse: bool = True) -> bool:
     On a listener it holds for what connects from now on, also before accept().
     Return whether the kernel has it; without it, what arrives must be closed.
     """
+    return _set_if_known(sock, SO_PASSRIGHTS, int(not refuse), "SO_PASSRIGHTS")
+
+
+def _set_if_known(sock: socket.socket, option: int, value: int, name: str) -> bool:
+    """Set an option; return whether the kernel has it."""
     try:
-        sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, int(not refuse))
+        sock.setsockopt(socket.SOL_SOCKET, option, value)
     except OSError as error:
         if error.errno == errno.ENOPROTOOPT:
             return False
-        raise renamed(error, "setsockopt", descriptor=sock.fileno(), option="SO_PASSRIGHTS") from None
+        raise renamed(error, "setsockopt", descriptor=sock.fileno(), option=name) from None
     return True
 
 

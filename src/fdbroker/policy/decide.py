@@ -97,6 +97,9 @@ class NameDecision:
         self.rule = allows[0] if self.plain else rule
 
 
+_new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
+
+
 class ObjectDecision(NamedTuple):
     """What name and object decide. `rule` allowed or refused it, or came nearest."""
 
@@ -135,7 +138,7 @@ def decide_object(
             else where.first_failure(facts, client_uid, on_behalf_of_uid, surroundings, deny=False)
         )
         if failed is None:
-            return ObjectDecision(allowed=True, reason="ok", rule=rule)
+            return _new(ObjectDecision, (True, "ok", rule))
         if nearest is None:
             failure, nearest = f"where_{failed}", rule
     return ObjectDecision(allowed=False, reason=failure, rule=nearest)

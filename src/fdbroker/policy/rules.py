@@ -421,13 +421,28 @@ def read_policy_in_steps(document: object) -> Generator[None, None, RuleSet]:
     for i, entry in enumerate(_list(document, "rules", dict, "policy")):
         rules.append(Rule(i, entry, roots))
         yield
+    settings = _read_settings(document)
+    services = _read_services(document)
+    named = [client for rule in rules for client in (*rule.clients, *rule.on_behalf_of)]
+    named += [client for clients in services.values() for client in clients]
+    cgroups = frozenset(path for client in named for path in client.cgroups or ())
+    # However it was laid out: what is told apart is what it says.
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    fingerprint = f"{crc32(text.encode()):08x}"
+    names_labels = any(client.labels is not None for client in named)
+    return RuleSet(
+        tuple(roots.values()), tuple(rules), settings, cgroups, fingerprint, services, names_labels
+    )
+
+
+def _read_settings(document: Mapping[str, object]) -> Settings:
     limits = _get(document, "limits", dict, "policy")
     _exact_keys(limits, "limits", _LIMITS, _LIMITS_IF_WANTED)
     audit = _get(document, "audit", dict, "policy")
     _exact_keys(audit, "audit", {"on_failure"})
     admins = _get(document, "admins", dict, "policy")
     _exact_keys(admins, "admins", {"uids", "gids"})
-    settings = Settings(
+    return Settings(
         connections_per_uid=_count(limits, "connections_per_uid", "limits", 1),
         # One full reply must fit, or a request for it could never be answered.
         in_flight_per_connection=_count(limits, "in_flight_per_connection", "limits", 253),
@@ -448,17 +463,6 @@ def read_policy_in_steps(document: object) -> Generator[None, None, RuleSet]:
             _seconds(limits, "idle_timeout", "limits", 1.0, 86400.0) if "idle_timeout" in limits else None
         ),
         identity_strict=_one_of(document, "identity", "policy", IDENTITIES) == "strict",
-    )
-    services = _read_services(document)
-    named = [client for rule in rules for client in (*rule.clients, *rule.on_behalf_of)]
-    named += [client for clients in services.values() for client in clients]
-    cgroups = frozenset(path for client in named for path in client.cgroups or ())
-    # However it was laid out: what is told apart is what it says.
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    fingerprint = f"{crc32(text.encode()):08x}"
-    names_labels = any(client.labels is not None for client in named)
-    return RuleSet(
-        tuple(roots.values()), tuple(rules), settings, cgroups, fingerprint, services, names_labels
     )
 
 
