@@ -247,7 +247,7 @@ class Chaos:
                 broker._deadlines,
             ),
             *(flight.total, flight._of_uid, flight._of_rule, flight._sent_by_rule, flight._clients),
-            *(services.count, services._clients_of, walks.count, walks._walks_of),
+            *(services.count, services._clients_of, walks.count, walks._counted_of),
         ]
         assert not any(left), left
         assert "failed" not in self.broker.events()  # which is a bug that was caught

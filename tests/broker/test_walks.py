@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import select
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from fdbroker.broker.walking import _Level
     from fdbroker.wire.messages import WalkEnd
 
 LEVELS = list(range(probe_level().level + 1))
@@ -364,7 +366,62 @@ def test_walks_are_limited_over_all_connections_and_each_end_makes_room(
     frames_now(walked, one)
     assert walked_of.count == 1
     one.close()
-    assert (walked_of.count, walked_of._walks_of) == (0, {})
+    assert (walked_of.count, walked_of._counted, walked_of._counted_of) == (0, 0, {})
+
+
+@pytest.mark.parametrize("limit", ["MOST_WALKS_OF_UID", "MOST_WALKS_IN_ALL"])
+def test_a_walk_counts_once_more_for_each_1024_bytes_of_its_globs(
+    walked: SteppedBroker, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(walks, limit, 6)
+    one = walked.join()
+
+    def is_begun(request_id: int, *lengths: int) -> bool:
+        asked = WalkFilter(globs=tuple(b"a" * length for length in lengths))
+        one.begin_walk(bytes(walked.tree), asked=asked, credit=0, request_id=request_id)
+        return not frames_now(walked, one, 2)
+
+    assert is_begun(1, 1024, 1023, 1), "it counts for three"
+    assert not is_begun(2, 1024, 1024, 1024)
+    assert is_begun(2, 1024, 1023)
+    assert is_begun(3, 1023), "it counts for one"
+    assert not is_begun(4)
+    one.send(encode_cancel(1))
+    frames_now(walked, one)
+    assert is_begun(4, 1024, 1024)
+    assert not is_begun(5)
+    one.close()
+    assert (walked.broker._walks._counted, walked.broker._walks._counted_of) == (0, {})
+
+
+def size_of_level(level: _Level) -> int:
+    """Return about how many bytes are kept of a directory that the walk is below."""
+    parts = (level, level.identity, *level.identity, level.position, level.globs, *level.globs)
+    return sum(map(sys.getsizeof, parts))
+
+
+def test_of_a_directory_half_a_kilobyte_is_kept_for_each_that_the_walk_counts_for(tmp_path: Path) -> None:
+    """So a megabyte at most, 2,000 directories deep: without globs, and with all that there may be."""
+    here = os.open(tmp_path, os.O_PATH)
+    for _ in range(300):
+        os.mkdir("a", dir_fd=here)
+        below = os.open("a", os.O_PATH, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    glob = (b"**/a/" * 205)[:1024].rstrip(b"/*")
+    for globs in ((), (glob,) * 16):
+        with SteppedBroker(tmp_path, policy(tmp_path, rule("all"))) as broker:
+            one = broker.join()
+            one.begin_walk(bytes(tmp_path), asked=WalkFilter(globs=globs), credit=100)
+            frames_now(broker, one, 1)
+            [connection] = broker.broker._connections.values()
+            [active] = connection.walks.values()
+            while len(active.walk._levels) < 230:  # a step goes into 64 at most
+                assert not frames_now(broker, one, 1)
+            sizes = [size_of_level(level) for level in active.walk._levels]
+            assert max(sizes) < 512 * active.counts
+            assert max(sizes) > 64 * len(globs), "states are kept"
 
 
 def rest_of_rest(broker: SteppedBroker, speaker: Speaker, request_id: int, first: Walked) -> list[bytes]:

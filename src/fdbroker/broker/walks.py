@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from fdbroker.broker.limits import Limits
 
 MOST_WALKS = 4  # of one connection, or of one client of a service on it
-# A walk that waits for credit keeps its place: up to a megabyte, 2,000 directories deep.
+# A walk that waits for credit keeps its place: up to a megabyte, 2,000 directories deep. It has states of its
+# globs in each, so it counts once more for each so many bytes of these.
 MOST_WALKS_OF_UID = 32
 MOST_WALKS_IN_ALL = 256
+_BYTES_OF_GLOBS = 1024
 _MOST_CREDIT = 1 << 31
 _HELD_BACK = 0.02  # seconds until a walk that a limit holds back is tried again
 _SIGN_OF_LIFE = 2.0  # seconds after which a frame without entries says that the walk goes on
@@ -51,11 +53,23 @@ _LEFT_OUT = {
 class ActiveWalk:
     """A walk of one connection, what it has sent and what it may still send."""
 
-    __slots__ = ("credit", "descriptors", "entries", "most", "not_before", "request", "sent", "uid", "walk")
+    __slots__ = (
+        "counts",
+        "credit",
+        "descriptors",
+        "entries",
+        "most",
+        "not_before",
+        "request",
+        "sent",
+        "uid",
+        "walk",
+    )
 
-    def __init__(self, request: WalkRequest, walk: Walk, uid: int) -> None:
+    def __init__(self, request: WalkRequest, walk: Walk, uid: int, counts: int) -> None:
         self.request = request
         self.uid = uid  # that it counts for
+        self.counts = counts  # for so many
         self.walk = walk
         self.credit = request.credit
         self.most = request.most or BATCH
@@ -76,7 +90,9 @@ class Walks:
         self._audit = parts.audit
         self._proc_self_fd = parts.held.proc_self_fd
         self.count = 0
-        self._walks_of: dict[int, int] = {}
+        # As each counts.
+        self._counted = 0
+        self._counted_of: dict[int, int] = {}
         self._ping = parts.watchdog.ping
         dispatch.table |= {WalkRequest: self._begin, MoreRequest: self._more, CancelRequest: self._cancel}
 
@@ -162,11 +178,12 @@ class Walks:
             self._note_end(self._dispatch.who(connection, active.request.client), active, end)
 
     def _forget(self, connection: Connection, request_id: int) -> None:
-        uid = connection.walks.pop(request_id).uid
+        active = connection.walks.pop(request_id)
         self.count -= 1
-        self._walks_of[uid] -= 1
-        if not self._walks_of[uid]:
-            del self._walks_of[uid]
+        self._counted -= active.counts
+        self._counted_of[active.uid] -= active.counts
+        if not self._counted_of[active.uid]:
+            del self._counted_of[active.uid]
 
     def _begin(self, connection: Connection, request: Request, objection: str | None) -> Answer | None:
         assert isinstance(request, WalkRequest)  # noqa: S101 - for the type checker; the table says it
@@ -178,14 +195,16 @@ class Walks:
         # Of a service each client has its own, or one of them would keep the others from any.
         of_client = sum(one.request.client == request.client for one in connection.walks.values())
         uid = asker.uid if asker.on_behalf_of_uid is None else asker.on_behalf_of_uid
-        of_uid = self._walks_of.get(uid, 0)
-        if of_client >= MOST_WALKS or of_uid >= MOST_WALKS_OF_UID or self.count >= MOST_WALKS_IN_ALL:
+        counts = 1 + sum(map(len, request.filter.globs)) // _BYTES_OF_GLOBS
+        of_uid, in_all = self._counted_of.get(uid, 0) + counts, self._counted + counts
+        if of_client >= MOST_WALKS or of_uid > MOST_WALKS_OF_UID or in_all > MOST_WALKS_IN_ALL:
             return self._refuse(connection, request, Reason.LIMIT, "walks"), []
         roots = self._dispatch.generation.opener.roots
         walk = Walk(request, roots, asker.view, asker.uid, self._proc_self_fd, self._ping)
-        connection.walks[request.id] = ActiveWalk(request, walk, uid)
+        connection.walks[request.id] = ActiveWalk(request, walk, uid, counts)
         self.count += 1
-        self._walks_of[uid] = of_uid + 1
+        self._counted = in_all
+        self._counted_of[uid] = of_uid
         return None
 
     def _more(self, connection: Connection, request: Request, objection: str | None) -> None:
