@@ -91,8 +91,8 @@ with fdbroker.connect(timeout=20) as client:
         longest = max(longest, time.monotonic() - began)
 print(json.dumps([calls, errors, longest]))
 """
-# The same for who has files scanned, in turn the marked one and the other: what was said of each and how often, and the
-# longest time without an answer. A connection that ends is made anew.
+# The same for who has files scanned, in turn the marked one and the other: what was said of each and how
+# often, and the longest time without an answer. A connection that ends is made anew.
 SCANS = """\
 import collections, json, os, select, socket, subprocess, sys, time
 from fdbroker.scan.client import connect
@@ -208,6 +208,41 @@ def main(shared: Path) -> None:
         _status("fdbroker", *words)[0] for words in ((), ("policy",), ("\x1b",), ("audit", "x"))
     ]
 
+    seen |= _upgrade(second)
+
+    seen["remove"] = _dpkg("--remove", "fdbroker", "fdbroker-scand")
+    seen["removed"] = {
+        "states": [_show(f"fdbroker-{name}.socket", "ActiveState") for name in SOCKETS],
+        "service": _show("fdbroker.service", "ActiveState"),
+        "scanning": [_show(unit, "ActiveState") for unit in SCANNING],
+        "kept": [
+            POLICY.read_text() == ALLOWING,
+            AUDIT.read_text(),
+            SCAND.exists(),
+        ],
+        "left": [path for path in ("/run/fdbroker", "/var/cache/fdbroker") if Path(path).exists()],
+        "programs": Path("/usr/bin/fdbroker").exists(),
+    }
+    POLICY.unlink()
+    seen["again"] = _dpkg("--install", *(file for file in second if "/fdbroker_" in file))
+    seen["comes_back"] = POLICY.exists()
+    seen["purge"] = _dpkg("--purge", "fdbroker", "fdbroker-scand", "python3-fdbroker")
+    seen["files_after"] = _files()
+    seen["ours"] = [sorted(path.name for path in place.iterdir()) for place in (TREE, SCANNED, DATABASE)]
+    seen["users"] = [
+        [
+            line.split(":")
+            for line in Path("/etc", name).read_text().splitlines()
+            if line.startswith("fdbroker")
+        ]
+        for name in ("passwd", "group")
+    ]
+    (shared / "seen").write_text(json.dumps(seen))
+
+
+def _upgrade(second: list[str]) -> dict[str, Any]:
+    """Upgrade under load, then once more while policy and configuration are broken; return what was seen."""
+    seen: dict[str, Any] = {}
     before, scanner = _running(), _main_process("fdbroker-scand.service")
     with _load() as load, _scans() as scans:
         seen["upgrade"] = _dpkg("--install", *second)
@@ -236,31 +271,7 @@ def main(shared: Path) -> None:
         "same": _main_process("fdbroker-scand.service") == scanner,
         "scanned": _scan(),
     }
-
-    seen["remove"] = _dpkg("--remove", "fdbroker", "fdbroker-scand")
-    seen["removed"] = {
-        "states": [_show(f"fdbroker-{name}.socket", "ActiveState") for name in SOCKETS],
-        "service": _show("fdbroker.service", "ActiveState"),
-        "scanning": [_show(unit, "ActiveState") for unit in SCANNING],
-        "kept": [
-            POLICY.read_text() == ALLOWING,
-            AUDIT.read_text(),
-            SCAND.exists(),
-        ],
-        "left": [path for path in ("/run/fdbroker", "/var/cache/fdbroker") if Path(path).exists()],
-        "programs": Path("/usr/bin/fdbroker").exists(),
-    }
-    POLICY.unlink()
-    seen["again"] = _dpkg("--install", *(file for file in second if "/fdbroker_" in file))
-    seen["comes_back"] = POLICY.exists()
-    seen["purge"] = _dpkg("--purge", "fdbroker", "fdbroker-scand", "python3-fdbroker")
-    seen["files_after"] = _files()
-    seen["ours"] = [sorted(path.name for path in place.iterdir()) for place in (TREE, SCANNED, DATABASE)]
-    seen["users"] = [
-        [line.split(":") for line in Path("/etc", name).read_text().splitlines() if line.startswith("fdbroker")]
-        for name in ("passwd", "group")
-    ]
-    (shared / "seen").write_text(json.dumps(seen))
+    return seen
 
 
 def _make_files_to_scan() -> None:
@@ -354,7 +365,7 @@ def _scan() -> str:
 
 @contextmanager
 def _scans() -> Iterator[dict[str, Any]]:
-    """Have files scanned in three ways while the body runs; give a dictionary in which is put what came of each."""
+    """Have files scanned in three ways while the body runs; give a dictionary for what came of each."""
     seen: dict[str, Any] = {}
     words = [*_become(), "/usr/bin/python3", "-I", "-c", SCANS]
     files = [str(SCANNED / "marked"), str(SCANNED / "clean")]

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
-BUILT = REPOSITORY / "build" / "deb"
 SECOND = "0.1.0-2"
 # The packages are there already.
 PAGE = [
@@ -31,16 +30,6 @@ PAGE = [
     for command in commands(block)
     if command.text != "make deb"
 ]
-
-
-@pytest.fixture(scope="module")
-def packages() -> list[Path]:
-    """Return the packages as `make deb` builds them."""
-    made = subprocess.run(
-        ["make", "-s", "deb"], cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False
-    )
-    assert made.returncode == 0, made.stdout + made.stderr
-    return sorted(BUILT.glob("*.deb"))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +163,9 @@ def test_the_scan_service_is_the_new_one_after_an_upgrade_with_its_engines(seen:
     assert scanner["state"] == [["active", "enabled"]] * 3
     assert scanner["configuration_is_ours"]
     for scanned in (seen["scanned"], scanner["scanned"]):
-        assert "infected: Test-Marker.UNOFFICIAL (hashes: clean, libclamav: Test-Marker.UNOFFICIAL)" in scanned
+        assert (
+            "infected: Test-Marker.UNOFFICIAL (hashes: clean, libclamav: Test-Marker.UNOFFICIAL)" in scanned
+        )
 
 
 @pytest.mark.booting
@@ -239,7 +230,7 @@ def test_building_elsewhere_gives_the_same_bytes(packages: list[Path], tmp_path:
     assert built.returncode == 0, built.stderr
     first, second = (
         {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in place.glob("*.deb")}
-        for place in (BUILT, directory)
+        for place in (packages[0].parent, directory)
     )
     assert len(first) == len(packages)
     assert first == second

@@ -79,7 +79,7 @@ async def serve(
         notifier.say(STOPPING="1")
         if by_tcp is not None:
             by_tcp.close()
-        # First the broker is told that nobody can come: who connects again at once waits for the next service then.
+        # The broker first: who connects again at once is not handed over, but waits for the next service.
         for task in (*tasks, *renewals):
             task.cancel()
         await asyncio.gather(*tasks, *renewals, return_exceptions=True)
@@ -126,7 +126,7 @@ async def _serve_listener(core: Core, name: str, listener: Listener, notifier: N
 async def _take_clients(
     core: Core, name: str, listener: Listener, service: aio.Service, notifier: Notifier
 ) -> None:
-    """Serve who comes. Raises BrokerError when nobody can come any more; those that came are the caller's to end."""
+    """Serve who comes. Raises BrokerError when nobody can come any more; who came is the caller's to end."""
     speaks = PROTOCOLS[listener.protocol]
     kind, word = _SOCKETS[listener.protocol]
     fits = False  # all of a listener have the same type
