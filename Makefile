@@ -112,7 +112,7 @@ build/deb/.made: dist/.made scripts/deb
 	@scripts/setup --packages deb
 	@scripts/deb dist/fdbroker-*.tar.gz build/deb
 	@# Suppressed: what is wrong of a first upload to the archive of Debian alone.
-	@lintian --allow-root --display-info --pedantic --fail-on error,warning --suppress-tags initial-upload-closes-no-bugs \
+	@lintian --allow-root --fail-on error,warning --suppress-tags initial-upload-closes-no-bugs \
 		build/deb/fdbroker_*.changes
 	@touch $@
 
