@@ -227,3 +227,21 @@ def test_wheel_has_types_and_licence_and_only_the_package(tmp_path: Path) -> Non
     assert kept <= set(names)
     assert metadata["Version"] == configuration()["project"]["version"]
     assert all("extra ==" in line for line in metadata.get_all("Requires-Dist", []))
+
+
+def test_whoever_makes_it_has_one_name_wherever_it_is_said() -> None:
+    [author] = configuration()["project"]["authors"]
+    said = {
+        "docs/site/conf.py": r'^author = "(.*)"$',
+        "packaging/debian/changelog": r"^ -- (.*) <.*",
+        "packaging/debian/control": r"^Maintainer: (.*) <.*>$",
+        "packaging/debian/copyright": r"^Copyright: \d+ (.*)$",
+    }
+    for file, pattern in said.items():
+        assert set(re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE)) == {author["name"]}, file
+
+
+def test_debian_packages_have_the_version_of_the_project() -> None:
+    changelog = (ROOT / "packaging" / "debian" / "changelog").read_text()
+    [first] = re.findall(r"\Afdbroker \((.*)-\d+\) ", changelog)
+    assert first == configuration()["project"]["version"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sphinx.environment import BuildEnvironment
 
 project = "fdbroker"
-author = "the authors of fdbroker"
+author = "fdbroker maintainers"
 version = release = fdbroker.__version__
 html_title = f"fdbroker {version}"
 # No date of the day: what is built of the same sources is the same.

@@ -14,7 +14,7 @@ from fdbroker.kernel import capabilities, namespaces, process
 from fdbroker.kernel.capabilities import Capabilities
 from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH
 
-_SECUREBITS = 0x2F  # as in the unit: noroot, no-setuid-fixup, both locked, and keep-caps locked
+_SECUREBITS = 0x0F  # as in the unit: noroot, no-setuid-fixup, both locked
 
 
 def main() -> None:

@@ -297,7 +297,7 @@ def inherited(
         ("bounding", "CapabilityBoundingSet=CAP_DAC_READ_SEARCH"),
         (
             "securebits",
-            "SecureBits=noroot noroot-locked no-setuid-fixup no-setuid-fixup-locked keep-caps-locked",
+            "SecureBits=noroot noroot-locked no-setuid-fixup no-setuid-fixup-locked",
         ),
         ("view", "is not read-only (ReadOnlyPaths=/) and not nosuid (NoNewPrivileges=yes) in the view"),
         ("nosuid", "is not nosuid (NoNewPrivileges=yes) in the view"),

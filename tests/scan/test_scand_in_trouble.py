@@ -228,6 +228,42 @@ def test_service_that_is_stopped_says_so_and_leaves_no_process(
         assert "STOPPING=1" in scand_said(scand)
 
 
+def test_who_connects_again_while_the_service_stops_waits_for_the_next_one(
+    others: ForOtherUsers, own_directory: Path
+) -> None:
+    def service() -> Any:  # noqa: ANN401 - a context manager
+        return running_scand(others, own_directory)
+
+    broker = running_broker(
+        own_directory, policy_text(own_directory), f"--socket-group={SCAND_UID}", own_socket=False
+    )
+    with broker, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Puppet(uid=uid)) for uid in (ANN, BOB) for _ in range(3)]
+        with service() as scand:
+            scand.wait_for("scan: serving")
+            idle = scand.descriptors()
+            for client in clients:
+                client.begin(come_again, scand.socket)
+            wait_until(lambda: scand.descriptors() >= idle + len(clients), "they are there")
+            assert scand.stop() == 0
+        with service():
+            assert [client.result() for client in clients] == ["stopping"] * len(clients)
+
+
+def come_again(_memory: dict[str, object], path: str) -> str:
+    """Ask until the service ends the connection, connect and ask again at once; return why it ended."""
+    reasons_told: list[str] = []
+    with client_of(path) as service:
+        while not reasons_told:
+            try:
+                service.status()
+            except ServiceGoneError as error:
+                reasons_told.append(error.reason)
+    with client_of(path) as service:
+        service.status()
+    return reasons_told[0]
+
+
 def scand_said(scand: RunningScand) -> str:
     scand.wait_for("STOPPING=1")
     return "\n".join(scand.said)

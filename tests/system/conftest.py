@@ -57,3 +57,13 @@ def package(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [wheel] = dist.glob("*.whl")
     install(wheel, tree)
     return tree
+
+
+@pytest.fixture(scope="session")
+def packages() -> list[Path]:
+    """Return the Debian packages as `make deb` builds them."""
+    made = subprocess.run(
+        ["make", "-s", "deb"], cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    return sorted((REPOSITORY / "build" / "deb").glob("*.deb"))

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.root
 
-BUILT = REPOSITORY / "build" / "deb"
 SECOND = "0.1.0-2"
 # The packages are there already.
 PAGE = [
@@ -31,16 +30,6 @@ PAGE = [
     for command in commands(block)
     if command.text != "make deb"
 ]
-
-
-@pytest.fixture(scope="module")
-def packages() -> list[Path]:
-    """Return the packages as `make deb` builds them."""
-    made = subprocess.run(
-        ["make", "-s", "deb"], cwd=REPOSITORY, capture_output=True, encoding="utf-8", check=False
-    )
-    assert made.returncode == 0, made.stdout + made.stderr
-    return sorted(BUILT.glob("*.deb"))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +68,7 @@ def _as_second(package: Path, shared: Path) -> None:
 
 @pytest.mark.booting
 def test_every_step_of_apt_and_dpkg_succeeds(seen: dict[str, Any]) -> None:
-    for step in ("install", "upgrade", "reinstall", "remove", "again", "purge"):
+    for step in ("install", "upgrade", "reinstall", "reinstall_scand", "remove", "again", "purge"):
         status, output = seen[step]
         assert status == 0, (step, output)
         assert "returned 101" not in output, step
@@ -91,6 +80,7 @@ def test_what_is_installed_listens_allows_nothing_and_has_its_pages(seen: dict[s
     assert installed["sockets"] == [["active", "enabled"]] * 3
     assert installed["others"] == [["inactive"]] * 3
     assert installed["service"] == ["inactive", "disabled"]
+    assert installed["scanning"] == [["inactive", "disabled"]] * 3
     assert installed["policy"] == (REPOSITORY / "config" / "policy.yaml").read_text()
     assert [status for status, _ in installed["checks"]] == [0, 0], installed["checks"]
     assert installed["compiled"] > 20
@@ -110,6 +100,12 @@ def test_the_page_about_packages_shows_what_its_commands_print_and_undoes_it(see
         assert (status != 0) == refused, (command.place, status, output)
     assert seen["as_before"]["policy"] == (REPOSITORY / "config" / "policy.yaml").read_text()
     assert seen["as_before"]["sockets"] == [["active"]] * 3
+
+
+@pytest.mark.booting
+def test_what_ci_of_a_distribution_runs_succeeds(seen: dict[str, Any]) -> None:
+    for name, (status, output) in seen["tried"].items():
+        assert status == 0, (name, output)
 
 
 @pytest.mark.booting
@@ -146,10 +142,45 @@ def test_an_upgrade_with_a_broken_policy_leaves_the_broker_running(seen: dict[st
 
 
 @pytest.mark.booting
+def test_an_upgrade_while_files_are_scanned_gives_no_wrong_verdict_and_ends_what_is_under_way_alone(
+    seen: dict[str, Any],
+) -> None:
+    for way, (said, longest) in seen["scans"].items():
+        counts = dict(said)
+        assert counts.pop("marked: infected") > 10, (way, said)
+        assert counts.pop("clean: clean") > 10, (way, said)
+        # Nothing else than that there is no verdict, once for each of broker and service at most.
+        assert not {name for name in counts if "clean: i" in name or "marked: c" in name}, (way, said)
+        assert sum(counts.values()) <= 2, (way, said)
+        assert longest < 20, way
+
+
+@pytest.mark.booting
+def test_the_scan_service_is_the_new_one_after_an_upgrade_with_its_engines(seen: dict[str, Any]) -> None:
+    assert [status for status, _ in seen["scanning"]] == [0] * 3, seen["scanning"]
+    scanner = seen["scanner"]
+    assert scanner["another"]
+    assert scanner["state"] == [["active", "enabled"]] * 3
+    assert scanner["configuration_is_ours"]
+    for scanned in (seen["scanned"], scanner["scanned"]):
+        assert (
+            "infected: Test-Marker.UNOFFICIAL (hashes: clean, libclamav: Test-Marker.UNOFFICIAL)" in scanned
+        )
+
+
+@pytest.mark.booting
+def test_an_upgrade_with_a_broken_configuration_leaves_the_scan_service_running(seen: dict[str, Any]) -> None:
+    assert seen["broken_scand"]["same"]
+    assert "infected: Test-Marker.UNOFFICIAL" in seen["broken_scand"]["scanned"]
+    assert "its configuration has errors, so the service of before goes on" in seen["reinstall_scand"][1]
+
+
+@pytest.mark.booting
 def test_removal_stops_all_and_keeps_what_is_the_administrators(seen: dict[str, Any]) -> None:
     removed = seen["removed"]
     assert removed["states"] == [["inactive"]] * 3
     assert removed["service"] == ["inactive"]
+    assert removed["scanning"] == [["inactive"]] * 3
     assert removed["kept"] == [True, "{}\n", True]
     assert not removed["left"]
     assert not removed["programs"]
@@ -167,6 +198,17 @@ def test_a_purge_leaves_nothing(seen: dict[str, Any]) -> None:
     left = {name for name in after - before if "__pycache__" not in name or "fdbroker" in name}
     left = {name for name in left if "fdbroker-test-" not in name}
     assert not left
+
+
+@pytest.mark.booting
+def test_a_purge_keeps_what_is_of_others_and_users_who_can_not_log_in(seen: dict[str, Any]) -> None:
+    assert seen["ours"] == [["file"], ["clean", "marked"], ["test.ndb"]]
+    # No number of theirs is to be another one's while files, or a policy, may have it.
+    users, groups = seen["users"]
+    ours = {"fdbroker", "fdbroker-scand", "fdbroker-worker"}
+    assert {name for name, *_ in users} - {"fdbroker-test-client"} == ours
+    assert {shell for name, *_, shell in users if name in ours} == {"/usr/sbin/nologin"}
+    assert {name for name, *_ in groups} >= ours | {"fdbroker-clients", "fdbroker-admin"}
 
 
 def test_building_elsewhere_gives_the_same_bytes(packages: list[Path], tmp_path: Path) -> None:
@@ -188,7 +230,7 @@ def test_building_elsewhere_gives_the_same_bytes(packages: list[Path], tmp_path:
     assert built.returncode == 0, built.stderr
     first, second = (
         {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in place.glob("*.deb")}
-        for place in (BUILT, directory)
+        for place in (packages[0].parent, directory)
     )
     assert len(first) == len(packages)
     assert first == second

@@ -19,15 +19,16 @@ from fdbroker.kernel.errors import SyscallError
 from fdbroker.kernel.process_state import CAP_DAC_READ_SEARCH, ProcessState, read_process_state
 from fdbroker.launcher.errors import LaunchError
 
-# What `SecureBits=noroot noroot-locked no-setuid-fixup no-setuid-fixup-locked keep-caps-locked` sets.
+# What `SecureBits=noroot noroot-locked no-setuid-fixup no-setuid-fixup-locked` sets. Not keep-caps-locked:
+# systemd 257 can start nothing that has it, and with no-setuid-fixup the kernel does not look at keep-caps
+# (capabilities(7)).
 _SECUREBITS = (
     process.SECBIT_NOROOT
     | process.SECBIT_NOROOT_LOCKED
     | process.SECBIT_NO_SETUID_FIXUP
     | process.SECBIT_NO_SETUID_FIXUP_LOCKED
-    | process.SECBIT_KEEP_CAPS_LOCKED
 )
-# Bits above say whether ambient capabilities can still be raised: with one capability that is nothing.
+# Others lock keep-caps, or say whether ambient capabilities can still be raised: with one that is nothing.
 _SECUREBITS_MASK = _SECUREBITS | process.SECBIT_KEEP_CAPS
 
 _CURE = "Start it as root, or by systemd with the options in parentheses."
@@ -39,7 +40,7 @@ _OPTIONS = {
     "inheritable": "AmbientCapabilities=CAP_DAC_READ_SEARCH",
     "ambient": "AmbientCapabilities=CAP_DAC_READ_SEARCH",
 }
-_SECUREBITS_OPTION = "SecureBits=noroot noroot-locked no-setuid-fixup no-setuid-fixup-locked keep-caps-locked"
+_SECUREBITS_OPTION = "SecureBits=noroot noroot-locked no-setuid-fixup no-setuid-fixup-locked"
 
 
 class PrivilegeError(LaunchError):

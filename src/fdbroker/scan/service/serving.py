@@ -30,6 +30,9 @@ _SOCKETS = {"clamd": (socket.SOCK_STREAM, "stream"), "scan": (socket.SOCK_SEQPAC
 
 _PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between attempts to reach the broker; the last one goes on
 _WELL = "serving"
+# Reasons and texts for clients whose connections end.
+_STOPPING = ("stopping", "the service is being stopped")
+_BROKER_GONE = ("broker_gone", "the broker was lost by which this connection came; connect again")
 
 
 async def serve(
@@ -76,11 +79,12 @@ async def serve(
         notifier.say(STOPPING="1")
         if by_tcp is not None:
             by_tcp.close()
-        for connection in tuple(core.connections):
-            connection.end("stopping", "the service is being stopped")
+        # The broker first: who connects again at once is not handed over, but waits for the next service.
         for task in (*tasks, *renewals):
             task.cancel()
         await asyncio.gather(*tasks, *renewals, return_exceptions=True)
+        for connection in tuple(core.connections):
+            connection.end(*_STOPPING)
         core.close()
 
 
@@ -111,6 +115,10 @@ async def _serve_listener(core: Core, name: str, listener: Listener, notifier: N
                 await _take_clients(core, name, listener, service, notifier)
         except OSError as error:  # of the broker, or no descriptors for the connection
             _note(core, notifier, name, f"not served: {core.configuration.broker}: {error.strerror}")
+        finally:
+            # What the broker knew of them it does not know on another connection.
+            for connection in [one for one, by in core.connections.items() if by is listener]:
+                connection.end(*(_STOPPING if core.stop.is_set() else _BROKER_GONE))
         await asyncio.sleep(_PAUSES[min(attempts, len(_PAUSES) - 1)])
         attempts += 1
 
@@ -118,7 +126,7 @@ async def _serve_listener(core: Core, name: str, listener: Listener, notifier: N
 async def _take_clients(
     core: Core, name: str, listener: Listener, service: aio.Service, notifier: Notifier
 ) -> None:
-    """Serve who comes. Raises BrokerError when nobody can come any more; then those that came are gone."""
+    """Serve who comes. Raises BrokerError when nobody can come any more; who came is the caller's to end."""
     speaks = PROTOCOLS[listener.protocol]
     kind, word = _SOCKETS[listener.protocol]
     fits = False  # all of a listener have the same type
@@ -144,12 +152,7 @@ async def _take_clients(
             why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             say(f"a client of uid {served.uid} could not be served: {why}")
 
-    try:
-        await service.for_each(take)
-    finally:
-        # What the broker knew of them it does not know on another connection.
-        for connection in [one for one, by in core.connections.items() if by is listener]:
-            connection.end("broker_gone", "the broker was lost by which this connection came; connect again")
+    await service.for_each(take)
 
 
 def _note(core: Core, notifier: Notifier, name: str, how: str) -> None:
