@@ -61,12 +61,20 @@ def test_number_of_a_file_system_that_is_gone_is_not_that_of_a_users_own(
 
 
 @pytest.mark.root
-def test_overlay_is_a_users_own_unless_it_is_mounted_here(mounted: Mounted, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", ["of one file system", "of two"])
+def test_overlay_is_a_users_own_unless_it_is_mounted_here(
+    mounted: Mounted, tmp_path: Path, layers: str
+) -> None:
+    """With layers of two file systems, a file in it has the device number of no mount."""
+
     def lay_over() -> None:
         mount(b"x", bytes(tmp_path), b"tmpfs", 0, b"")
         os.chdir(tmp_path)
         for name in ("lower", "upper", "work", "merged"):
             os.mkdir(name)
+        if layers == "of two":
+            mount(b"x", b"lower", b"tmpfs", 0, b"")
+        (tmp_path / "lower" / "file").touch()
         mount(b"x", b"merged", b"overlay", 0, b"lowerdir=lower,upperdir=upper,workdir=work")
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -75,7 +83,7 @@ def test_overlay_is_a_users_own_unless_it_is_mounted_here(mounted: Mounted, tmp_
         namespaces.unshare(namespaces.CLONE_NEWNS)
         mount(b"none", b"/", b"", 1 << 18 | 1 << 14, b"")  # MS_PRIVATE, MS_REC
         lay_over()
-        descriptors = [os.open(path, os.O_RDONLY | os.O_CREAT) for path in ("merged/file", "plain")]
+        descriptors = [os.open(path, os.O_RDONLY | os.O_CREAT, 0o600) for path in ("merged/file", "plain")]
         socket.send_fds(theirs, [b"x"], descriptors)
 
     with ours, theirs:
@@ -89,8 +97,11 @@ def test_overlay_is_a_users_own_unless_it_is_mounted_here(mounted: Mounted, tmp_
     here = os.getcwd()
     lay_over()
     try:
-        assert open_and(mounted, tmp_path / "merged" / "file")
+        with open("merged/file", "rb") as file:
+            assert mounted.have(file.fileno())
     finally:
         os.chdir(here)
         unmount(bytes(tmp_path / "merged"))
+        if layers == "of two":
+            unmount(bytes(tmp_path / "lower"))
         unmount(bytes(tmp_path))

@@ -14,7 +14,7 @@ import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdbroker.kernel.descriptors import Descriptors
-from fdbroker.kernel.devices import device_at_once
+from fdbroker.kernel.devices import place_at_once
 from fdbroker.kernel.files import filesystem_of
 from fdbroker.scan.verdict import Error, Reason
 
@@ -37,32 +37,36 @@ class Mounted:
         self._changes = select.poll()
         self._changes.register(self._mounts, select.POLLERR | select.POLLPRI)
         with Descriptors([os.memfd_create("device")]) as memory:
-            self._memory, _ = device_at_once(*memory.numbers())
-        self._devices = self._read()
+            self._memory = place_at_once(*memory.numbers()).device
+        self._read()
 
     def have(self, descriptor: int) -> bool:
         """Return whether it is a file or directory on one of them, or memory. Never waits."""
         try:
-            device, mode = device_at_once(descriptor)
+            device, mode, mount = place_at_once(descriptor)
         except OSError:
             return False
         if self._changes.poll(0):
-            self._devices = self._read()
-        return device in self._devices and (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+            self._read()
+        # A file of an overlay may have a device number that no mount has.
+        here = device in self._devices or mount in self._numbers
+        return here and (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
     def close(self) -> None:
         """Close the descriptor."""
         self._mounts.close()
 
-    def _read(self) -> frozenset[int]:
+    def _read(self) -> None:
         self._mounts.seek(0)
-        devices = {self._memory}
+        # By the number of the mount as well: those of other mount namespaces have other ones.
+        self._devices, self._numbers = {self._memory}, set[int]()
         for line in self._mounts:
             mount, _, what = line.partition(b" - ")
             if not what.startswith((b"fuse ", b"fuse.", b"fuseblk ")):
-                major, minor = mount.split(b" ", 3)[2].split(b":")
-                devices.add(os.makedev(int(major), int(minor)))
-        return frozenset(devices)
+                number, _, device, _ = mount.split(b" ", 3)
+                major, minor = device.split(b":")
+                self._devices.add(os.makedev(int(major), int(minor)))
+                self._numbers.add(int(number))
 
 
 class Sorted(NamedTuple):
