@@ -17,6 +17,7 @@ import pytest
 from tests.clamd.scenarios import LIMIT, fill
 from tests.clamd.speaking import HALF_CLOSE, Passed, Until, converse
 from tests.clamd.talks import chunks
+from tests.hanging.fuse import fuse_mounted
 from tests.processes import in_child, wait_until
 from tests.running_broker import reachable_directory
 from tests.scan.clamav import BAD, BAD_NAME, make_database
@@ -212,6 +213,21 @@ def test_descriptors_that_can_be_written_are_scanned_as_copies(scand: RunningSca
     bad = bytes(directory / "tree" / "ann" / "bad")
     said = asked(scand, b"zIDSESSION\0", Passed(b"zFILDES\0\0", ((bad, os.O_RDWR),)), Until(b"\0"), b"zEND\0")
     assert re.fullmatch(rb"1: fd\[\d+\]: " + BAD_NAME.encode() + rb" FOUND\0", said)
+
+
+def test_a_file_of_a_users_own_file_system_is_an_error_of_that_file_alone(
+    scand: RunningScand, directory: Path
+) -> None:
+    target = directory / "fuse"
+    target.mkdir()
+    theirs = Passed(b"zFILDES\0\0", ((bytes(target / "file"), os.O_RDONLY),))
+    clean = Passed(b"zFILDES\0\0", ((bytes(directory / "tree" / "ann" / "clean"), os.O_RDONLY),))
+    with fuse_mounted(target, {"file": b"fine"}, owner=ANN):
+        said = asked(scand, theirs)
+        session = asked(scand, b"zIDSESSION\0", theirs, Until(b"1: "), clean, Until(b"2: "), b"zEND\0")
+    reason = rb"[^\0]*its file system may be a program of a user's[^\0]*\. ERROR"
+    assert re.fullmatch(rb"fd\[\d+\]: %b\x00" % reason, said)
+    assert re.fullmatch(rb"1: fd\[\d+\]: %b\x002: fd\[\d+\]: OK\x00" % reason, session)
 
 
 def test_answers_of_a_session_come_as_they_are_ready(scand: RunningScand, directory: Path) -> None:

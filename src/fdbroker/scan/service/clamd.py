@@ -444,13 +444,29 @@ class ClamdClient:
             with over.result().kept as kept:
                 if self._closed:
                     return
-                if over.result().refused:
-                    self._send_and_close(said(over.result().refused[0])[0] + b"\n")
+                refused = over.result().refused
+                if not refused:
+                    self._receive(data, kept)
+                elif len(numbers) != 1 or not self._refuse_at_once(data, numbers[0], refused[0]):
+                    self._send_and_close(said(refused[0])[0] + b"\n")
                     return
-                self._receive(data, kept)
             self._go_on()
 
         self._core.aside.run(self._served.uid, lambda: sort_out(numbers)).add_done_callback(known)
+
+    def _refuse_at_once(self, data: bytes, descriptor: int, why: Error) -> bool:
+        """Answer that a file is not scanned, where all that is said is to scan it; return whether it is so.
+
+        The descriptor is closed by now.
+        """
+        asked = self._conversation.asked_at_once(data, self._loop.time())
+        if asked is None:
+            return False
+        name = b"fd[%d]" % descriptor
+        command = self._commands[asked.number] = _Command(asked, name, name)
+        command.all_handed_in = True
+        self._tell(command, name, why)
+        return True
 
     def _wants_more(self) -> bool:
         return self._dry and self._conversation.reads_more and self._may_go_on()
