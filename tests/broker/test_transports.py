@@ -273,7 +273,7 @@ def test_malformed_frame_is_told_and_recorded_in_the_same_words(
         encode_cancel(77),
         frame(Type.WALK, body=struct.pack("<IHHQQq", 1, 1, 0, 0, 0, 0) + b"/a\0"),
         frame(Type.SERVE, body=b"clamd"),
-        frame(Type.RELEASE, body=bytes(4)),
+        frame(Type.RELEASE, count=1, body=bytes(4)),
         frame(Type.EXPLAIN, count=1, body=b"/a"),
         frame(Type.RELOAD, body=bytes(8)),
         frame(Type.OPEN, flags=1, count=1, body=bytes(4) + b"/a"),

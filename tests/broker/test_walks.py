@@ -429,7 +429,7 @@ def test_of_a_directory_half_a_kilobyte_is_kept_for_each_that_the_walk_counts_fo
             frames_now(broker, one, 1)
             [connection] = broker.broker._connections.values()
             [active] = connection.walks.values()
-            while not frames_now(broker, one, 1):
+            while not any(frame.end for frame in frames_now(broker, one, 1)):
                 pass
         assert len(made) == 301
         sizes = list(map(size_of_level, made))

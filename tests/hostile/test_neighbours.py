@@ -96,7 +96,7 @@ def requests() -> st.SearchStrategy[bytes]:
         st.builds(encode_more, ids(), st.sampled_from([1, 60_000])),
         st.builds(encode_cancel, ids()),
         st.builds(encode_serve, ids(), st.sampled_from([b"service", b"other"])),
-        st.builds(encode_release, ids(), ids()),
+        st.builds(encode_release, ids(), st.lists(ids(), min_size=1, max_size=3)),
         st.builds(encode_status, ids()),
         st.builds(encode_explain, ids(), st.just("open"), one),
         st.builds(encode_reload, ids(), st.just(0), st.sampled_from([b"{}", b"{", b"x"]), more=st.booleans()),
