@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import random
@@ -23,6 +24,8 @@ _EVERY = 97  # of the files, one in so many is in the database
 _MANY_DIGESTS, _MANY_PATTERNS = 300_000, 20_000
 _SIZES = (1024, 16384)  # those of the files: a digest is looked up among those of its size
 _SEED = 1
+_PATTERNS = [hashlib.sha256(bytes([number])).digest() for number in range(2)]
+_MAILS, _SIZE_OF_MAIL = 200, 64 << 10
 
 
 class Daemon(NamedTuple):
@@ -45,9 +48,8 @@ def make_database(directory: Path, tree: Path, *, large: bool = False) -> Path:
         digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
         lines.add(f"{digest}:{len(data)}:Bench-{path.parent.name}-{path.stem}\n")
     (directory / "bench.hdb").write_text("".join(sorted(lines)), "ascii")
-    patterns = [hashlib.sha256(bytes([number])).hexdigest() for number in range(2)]
     (directory / "bench.ndb").write_text(
-        "".join(f"Bench-Pattern-{n}:0:*:{pattern}\n" for n, pattern in enumerate(patterns)), "ascii"
+        "".join(f"Bench-Pattern-{n}:0:*:{pattern.hex()}\n" for n, pattern in enumerate(_PATTERNS)), "ascii"
     )
     if large:
         chance = random.Random(_SEED)  # noqa: S311 - to have the same ones again
@@ -58,6 +60,17 @@ def make_database(directory: Path, tree: Path, *, large: bool = False) -> Path:
         with (directory / "many.ndb").open("w", encoding="ascii") as file:
             for number in range(_MANY_PATTERNS):
                 file.write(f"Bench-Many-{number}:0:*:{chance.getrandbits(256):064x}\n")
+    return directory
+
+
+def make_mails(directory: Path) -> Path:
+    """Write files of 64 KiB into `directory`, of letters as attachments are; in two is what is looked for."""
+    directory.mkdir()
+    chance = random.Random(_SEED)  # noqa: S311 - to have the same ones again
+    for number in range(_MAILS):
+        letters = base64.b64encode(chance.randbytes(_SIZE_OF_MAIL))
+        found = _PATTERNS[number] if number < len(_PATTERNS) else b""
+        (directory / f"mail-{number}").write_bytes(found + letters[: _SIZE_OF_MAIL - len(found)])
     return directory
 
 

@@ -248,28 +248,30 @@ class Clamdscans:
     """Root's clamdscan of the walked tree, which it names, by clamd or in its place: seconds.
 
     `parts`: of so many of its directories instead, each named by itself, which so is a command with a
-    connection of its own. What each found is compared with the others' last ones, when the clock has stopped.
+    connection of its own. `mails`: of files of 64 KiB instead, with the large database. What each found is
+    compared with the others' last ones, when the clock has stopped.
     """
 
     by: Literal["clamd", "scand", "relay"]
     options: tuple[str, ...]
     parts: int | None = None
+    mails: bool = False
     unit: str = "s"
 
     def measure(self, stage: Stage) -> float:
         """Return the seconds."""
-        daemon = getattr(stage, "small_clamd" if self.by == "clamd" else self.by)
-        configuration = daemon.configuration
-        named = [stage.walked.root]
+        name = "small_clamd" if self.by == "clamd" else self.by
+        daemon = getattr(stage, f"large_{self.by}" if self.mails else name)
+        named = [stage.mails if self.mails else stage.walked.root]
         if self.parts is not None:
             named = sorted(stage.walked.root.iterdir())[: self.parts]
-        command = ["clamdscan", "--config-file", str(configuration), "--no-summary", *self.options]
+        command = ["clamdscan", "--config-file", str(daemon.configuration), "--no-summary", *self.options]
         began = time.perf_counter()
         done = subprocess.run([*command, *named], capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - began
         verdicts = verdicts_of_clamdscan(done.stdout)
         found = {path: said for path, said in verdicts.items() if said != "error"}
-        what = f"{self.options} {self.parts}"
+        what = f"{self.options} {self.parts} {self.mails}"
         stage.scanned[f"{self.by} {what}", False] = found
         sides = [stage.scanned.get((f"{by} {what}", False)) for by in ("clamd", "scand", "relay")]
         if not found or any(side is not None and side != found for side in sides):
@@ -480,6 +482,7 @@ for _by in ("clamd", "scand"):
         f"{_by}_ping": Pings(_by),
         f"{_by}_ping_session": Pings(_by, session=True),
         f"{_by}_fdpass": Clamdscans(_by, ("--fdpass",), _PARTS),
+        f"{_by}_fdpass_mails": Clamdscans(_by, ("--fdpass",), mails=True),
         f"{_by}_stream": Clamdscans(_by, ("--stream",), _PARTS),
         f"{_by}_multiscan": Clamdscans(_by, ("--multiscan",)),
         f"{_by}_multiscan_parts": Clamdscans(_by, ("--multiscan",), _PARTS),
@@ -530,6 +533,7 @@ SCAN_SERIES = (
     Series("ping_session_vs_relay", "scand_ping_session", "relay_ping_session", "lower", 2.5),
     Series("clamdscan_fdpass_vs_clamd", "scand_fdpass", "clamd_fdpass", "lower", 1.0),
     Series("clamdscan_fdpass_vs_relay", "scand_fdpass", "relay_fdpass", "lower", 2.5),
+    Series("clamdscan_fdpass_mails_vs_clamd", "scand_fdpass_mails", "clamd_fdpass_mails", "lower", 1.5),
     Series("clamdscan_stream_vs_clamd", "scand_stream", "clamd_stream", "lower", 1.0),
     Series("clamdscan_multiscan_vs_clamd", "scand_multiscan", "clamd_multiscan", "lower", 1.0),
     Series(

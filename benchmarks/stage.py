@@ -136,6 +136,19 @@ class Stage:
         return self._stack.enter_context(running)
 
     @cached_property
+    def large_scand(self) -> clamav.Daemon:
+        """The same with the large database."""
+        running = scand.running_scand(
+            self.directory / "large-scand", self.sources, self.walked.root, self.large_database
+        )
+        return self._stack.enter_context(running)
+
+    @cached_property
+    def mails(self) -> Path:
+        """A directory of files that are as large as mails, made when it is first asked for."""
+        return clamav.make_mails(self.directory / "mails")
+
+    @cached_property
     def relay(self) -> clamav.Daemon:
         """The least that three processes of Python can be in clamd's place, with the small database."""
         running = clamav.running_relay(self.python, self.directory / "relay", self.small_database)
