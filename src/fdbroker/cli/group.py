@@ -21,7 +21,9 @@ class SuggestingGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find a command as click does, and say more where there is none."""
         if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
-            close = difflib.get_close_matches(args[0], self.list_commands(ctx), 1) or self._below(ctx, args[0])
+            close = difflib.get_close_matches(args[0], self.list_commands(ctx), 1) or self._below(
+                ctx, args[0]
+            )
             if close:
                 raise click.UsageError(f"No such command {args[0]!r}. Did you mean {close[0]}?", ctx)
             raise click.UsageError(f"No such command {args[0]!r}.", ctx)

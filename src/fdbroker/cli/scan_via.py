@@ -104,8 +104,8 @@ def _cure(error: OSError) -> str:
         return "its listener in the policy needs 'type: seqpacket'; write that, or say --via self"
     if error.errno == errno.ENOENT:  # the broker makes it, or systemd, whether the service runs or not
         return (
-            "it is the listener 'scan' of the policy, which the broker makes at its start, or fdbroker-scan.socket"
-            " (docs/scand.md); see to these, or say --via self"
+            "it is the listener 'scan' of the policy, which the broker makes at its start, or"
+            " fdbroker-scan.socket (docs/scand.md); see to these, or say --via self"
         )
     return "start the broker and fdbroker-scand, or say --via self"
 
