@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import os
@@ -265,15 +266,18 @@ def test_audit_that_was_rotated_without_the_broker_is_told(around: Around) -> No
     assert "others can write records" in writable.found
 
 
-def test_audit_whose_disk_is_nearly_full_is_told(around: Around) -> None:
+@pytest.mark.parametrize(("fill", "state"), [(0, WEAKER), (1 << 20, BROKEN)])
+def test_audit_whose_disk_has_little_room_or_none_is_told(around: Around, fill: int, state: str) -> None:
     small = around.directory / "small"
-    small.mkdir()
+    small.mkdir(exist_ok=True)
     with mounted("tmpfs", small, data="mode=755,size=1m"):
         (small / "audit").touch(0o640)
+        with contextlib.suppress(OSError):  # it is full
+            (small / "others").write_bytes(bytes(fill))
         around.compiled["daemon"]["audit"] = str(small / "audit")
         [check] = audit_file(around.compiled, None)
     around.compiled["daemon"]["audit"] = str(around.directory / "audit.jsonl")
-    assert check.state == WEAKER
+    assert check.state == state
     assert "are free on its disk" in check.found
 
 

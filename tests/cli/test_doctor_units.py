@@ -10,7 +10,7 @@ import pytest
 
 from fdbroker.cli.broker import SERVICE
 from fdbroker.cli.checks import BROKEN, OK, WEAKER, systemd
-from fdbroker.cli.checks.check import Running
+from fdbroker.cli.checks.check import Check, Running
 from fdbroker.cli.checks.systemd import SCAN_SERVICE, Unit
 from fdbroker.cli.checks.unit_options import calls_refused, file_with, objections_to_broker
 from fdbroker.cli.checks.units import unit_checks
@@ -121,14 +121,15 @@ def test_calls_that_a_filter_refuses_are_those_that_the_broker_needs(shown: str,
     assert calls_refused(shown) == refused
 
 
-def shown(
-    monkeypatch: pytest.MonkeyPatch, of: dict[str, dict[str, str]], *, policy: bool = True
-) -> dict[str, tuple[str, str]]:
-    """Return what the checks say, by name, where systemctl shows this; without `policy` none can be read."""
-    text = (
-        b"version: 1\nroots: {srv: {path: /srv}}\nrules: []\n"
-        b"listeners: {scan: {service: {user: root}, type: seqpacket}}\n"
-    )
+def checked(
+    monkeypatch: pytest.MonkeyPatch,
+    of: dict[str, dict[str, str]],
+    *,
+    policy: bool = True,
+    listeners: str = "{scan: {service: {user: root}, type: seqpacket}}",
+) -> list[Check]:
+    """Return the checks where systemctl shows this; without `policy` none can be read."""
+    text = f"version: 1\nroots: {{srv: {{path: /srv}}}}\nrules: []\nlisteners: {listeners}\n".encode()
     compiled = compile_policy(text, "policy.yaml", SystemLookups()) if policy else None
 
     def show(name: str, _properties: object) -> dict[str, list[str]]:
@@ -137,11 +138,14 @@ def shown(
 
     monkeypatch.setattr(systemd, "_show", show)
     monkeypatch.setattr("os.path.isdir", lambda _path: True)
-    running = Running(7, {})
-    return {
-        check.name: (check.state, check.found)
-        for check in unit_checks(systemd.read_units(), compiled, running)
-    }
+    return unit_checks(systemd.read_units(), compiled, Running(7, {}))
+
+
+def shown(
+    monkeypatch: pytest.MonkeyPatch, of: dict[str, dict[str, str]], *, policy: bool = True
+) -> dict[str, tuple[str, str]]:
+    """Return what the checks say, by name."""
+    return {check.name: (check.state, check.found) for check in checked(monkeypatch, of, policy=policy)}
 
 
 def test_machine_without_these_units_has_nothing_to_say_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +201,34 @@ def test_sockets_of_the_unit_are_looked_at(
     service = RIGHT | {"TriggeredBy": "own.socket"}
     told = shown(monkeypatch, {SERVICE: service, "own.socket": SOCKET | changes})
     assert told.get("own.socket", (None,))[0] == state
+
+
+@pytest.mark.parametrize(("active", "stops"), [("active", True), ("inactive", False)])
+def test_a_socket_of_a_broker_that_runs_is_started_after_it_was_stopped(
+    monkeypatch: pytest.MonkeyPatch, active: str, *, stops: bool
+) -> None:
+    of = {
+        SERVICE: RIGHT | {"ActiveState": active, "TriggeredBy": "own.socket"},
+        "own.socket": SOCKET | {"ActiveState": "failed"},
+    }
+    [check] = [check for check in checked(monkeypatch, of) if check.name == "own.socket"]
+    assert check.cure.startswith("systemctl stop fdbroker.service; ") is stops
+
+
+@pytest.mark.parametrize(
+    ("active", "listeners", "told"),
+    [
+        ("active", "{seqpacket: {}}", True),
+        ("inactive", "{seqpacket: {}}", False),
+        ("active", "{scan: {service: {user: root}, type: seqpacket}}", False),
+    ],
+)
+def test_a_scan_service_that_runs_and_has_no_listener_is_told(
+    monkeypatch: pytest.MonkeyPatch, active: str, listeners: str, *, told: bool
+) -> None:
+    of = {SERVICE: RIGHT, SCAN_SERVICE: RIGHT | {"ActiveState": active, "User": "fdbroker-scand"}}
+    names = {check.name for check in checked(monkeypatch, of, listeners=listeners)}
+    assert (f"{SCAN_SERVICE} listeners" in names) is told
 
 
 def test_private_network_goes_wrong_with_datagrams_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,7 +236,12 @@ def test_message_of_an_older_click_is_shown_escaped_once(
 
 @pytest.mark.parametrize(
     ("arguments", "meant"),
-    [(("scna", "/"), "scan"), (("statsu",), "status"), (("policy", "explian", "/"), "explain")],
+    [
+        (("scna", "/"), "scan"),
+        (("statsu",), "status"),
+        (("policy", "explian", "/"), "explain"),
+        (("explain",), "policy explain"),
+    ],
 )
 def test_command_that_is_misspelt_is_told_what_was_meant(
     arguments: tuple[str, ...], meant: str, capsys: pytest.CaptureFixture[str]

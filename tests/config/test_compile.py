@@ -446,6 +446,7 @@ LIMITS = "connections_per_uid, in_flight_per_connection, message_within, in_flig
         ("client: clamav", "4:13: rule 'r': client: 'clamav' is neither any nor a mapping; write any, or {user: clamav} if that is meant"),
         ("client: [any]", f"4:14: rule 'r': client: entry 1 must be a mapping, not text; {CLIENT}"),
         ("client: {usr: x}", "4:14: rule 'r': client: unknown key 'usr'; did you mean 'user'?"),
+        ("client: {user:x}", "4:14: rule 'r': client: unknown key 'user:x'; write a space behind the colon: 'user: x'"),
         ("client: {label: []}", "4:21: rule 'r': client: label: the list is empty; write it whole, as in system_u:system_r:backup_t:s0, or 'backup (enforce)'"),
         ("client: {labels: x}", "4:14: rule 'r': client: unknown key 'labels'; did you mean 'label'?"),
         ("client: {user: clamva}", "4:20: rule 'r': client: user: there is no user 'clamva' on this system; did you mean 'clamav'?"),
@@ -546,7 +547,7 @@ def test_a_mistake_in_a_rule_is_shown_with_place_reason_and_cure(line: str, prob
     [
         ("[]", "1:1: the policy must be a mapping, not a list; begin with 'version: 1'"),
         ("{}", "1:1: the policy is empty; begin with 'version: 1'"),
-        (SMALLEST.replace("version: 1\n", ""), "1:1: key 'version' is missing; add 'version: ...'"),
+        (SMALLEST.replace("version: 1\n", ""), "1:1: key 'version' is missing; add 'version: 1'"),
         (SMALLEST.replace(": 1", ": 2"), "1:10: version 2 of the policy format is not known; write 'version: 1', or use the fdbroker that this policy is for"),
         (SMALLEST.replace(": 1", ": 1.0"), f"1:10: version: '1.0' {COUNT}"),
         (SMALLEST.replace(": 1", ": true"), f"1:10: version: 'true' {COUNT}"),

@@ -39,6 +39,7 @@ done
 rm -rf /etc/fdbroker /etc/letsencrypt
 mkdir -p /etc/fdbroker /var/log/fdbroker /etc/systemd/system /run/home
 ln -s /opt/fdbroker/bin/fdbroker* /usr/local/bin/
+chgrp mail /var/mail; chmod 2775 /var/mail  # as Debian has it
 groupadd --system fdbroker-clients
 useradd --system --user-group --no-create-home --shell /usr/sbin/nologin fdbroker
 set +eu

@@ -382,7 +382,7 @@ def test_command_says_what_it_can_not_ask_of_the_service(
     finally:
         scand.socket = scand.socket.removesuffix("-not-there")
     assert done.returncode == 2
-    assert "start fdbroker-scand, or say --via self" in done.stderr
+    assert "it is the listener 'scan' of the policy" in done.stderr
 
 
 def test_files_to_be_copied_are_closed_though_their_client_is_gone(scand: RunningScand) -> None:

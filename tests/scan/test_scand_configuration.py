@@ -104,11 +104,11 @@ def test_the_example_says_what_is_usual() -> None:
         ("timeout: 5", "2:10: timeout: '5' is not a duration; write digits with a unit: 30s, 5min, 2h or 7d"),
         (
             "engines: {libclamv: {}}",
-            "2:11: there is no engine 'libclamv'; did you mean 'libclamav'?; SEE",
+            "2:11: there is no engine 'libclamv'; did you mean 'libclamav'?",
         ),
         (
             "engines: {hashes: {list: /x}}",
-            "2:11: engine hashes: there is no option 'list'; did you mean 'lists'?; SEE",
+            "2:11: engine hashes: there is no option 'list'; did you mean 'lists'?",
         ),
         ("accept: [rar]", "2:10: accept: no engine here looks into containers; remove it, or add libclamav"),
         (

@@ -21,8 +21,19 @@ class SuggestingGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find a command as click does, and say more where there is none."""
         if self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
-            close = difflib.get_close_matches(args[0], self.list_commands(ctx), 1)
+            close = difflib.get_close_matches(args[0], self.list_commands(ctx), 1) or self._below(
+                ctx, args[0]
+            )
             if close:
                 raise click.UsageError(f"No such command {args[0]!r}. Did you mean {close[0]}?", ctx)
             raise click.UsageError(f"No such command {args[0]!r}.", ctx)
         return super().resolve_command(ctx, args)
+
+    def _below(self, ctx: click.Context, name: str) -> list[str]:
+        """Return the commands of that name in the groups that this one has."""
+        groups = ((each, self.get_command(ctx, each)) for each in self.list_commands(ctx))
+        return [
+            f"{each} {name}"
+            for each, group in groups
+            if isinstance(group, click.Group) and group.get_command(ctx, name) is not None
+        ]

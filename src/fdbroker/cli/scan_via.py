@@ -102,7 +102,12 @@ def _cure(error: OSError) -> str:
         return "whoever administers the machine can let you (listeners of the policy), or say --via self"
     if error.errno == errno.EPROTOTYPE:
         return "its listener in the policy needs 'type: seqpacket'; write that, or say --via self"
-    return "start fdbroker-scand, or say --via self"
+    if error.errno == errno.ENOENT:  # the broker makes it, or systemd, whether the service runs or not
+        return (
+            "it is the listener 'scan' of the policy, which the broker makes at its start, or"
+            " fdbroker-scan.socket (docs/scand.md); see to these, or say --via self"
+        )
+    return "start the broker and fdbroker-scand, or say --via self"
 
 
 def versions_of(service: ScanService) -> list[Version]:

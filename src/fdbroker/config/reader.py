@@ -64,16 +64,20 @@ class Reader:
             if key in keys:
                 found[key] = entry.value
             else:
-                meant.add(closest(key, free))
-                otherwise = f"the keys here are {', '.join(keys)}"
-                self._problems.add(
-                    entry.key.mark, f"{before}unknown key {quoted(key)}", did_you_mean(key, free, otherwise)
-                )
+                first, colon, rest = key.partition(":")
+                if colon and rest and first in free:  # no typo of the key, but of YAML
+                    meant.add(first)
+                    cure = f"write a space behind the colon: {quoted(f'{first}: {rest}')}"
+                else:
+                    meant.add(closest(key, free))
+                    cure = did_you_mean(key, free, f"the keys here are {', '.join(keys)}")
+                self._problems.add(entry.key.mark, f"{before}unknown key {quoted(key)}", cure)
         required = [name for name, needed in keys.items() if needed]
         for name in (*required, *also_required):
             if name not in mapping.entries and name not in meant:
+                value = "1" if name == "version" else "..."  # the only one of every file that there is
                 self._problems.add(
-                    mapping.mark, f"{before}key {quoted(name)} is missing", f"add '{name}: ...'"
+                    mapping.mark, f"{before}key {quoted(name)} is missing", f"add '{name}: {value}'"
                 )
         return found
 

@@ -154,7 +154,8 @@ def audit_file(compiled: CompiledPolicy | None, running: Running | None) -> list
     room = there.f_bavail * there.f_frsize
     if room < _LITTLE_ROOM:
         found = f"{shown}: {room >> 20} MiB are free on its disk; without room everything is denied"
-        return [Check(name, WEAKER, found, meaning, "free some, or rotate the audit (docs/audit.md)")]
+        state = WEAKER if there.f_bavail else BROKEN
+        return [Check(name, state, found, meaning, "free some, or rotate the audit (docs/audit.md)")]
     return failed or [Check(name, OK, f"{shown}, {room >> 20} MiB free", meaning)]
 
 

@@ -50,10 +50,11 @@ def unit_checks(
             objections += about_datagrams(broker)
         checks += [_state_of(broker), *options_of(broker, objections)]
         for unit in sockets:
-            checks += _socket(unit, services)
+            checks += _socket(unit, services, served=broker.value("ActiveState") == "active")
         checks += _whose_broker(broker, running)
     if scand is not None:
         checks += [_state_of(scand), *options_of(scand, objections_to_scand(scand))]
+        checks += _listeners_of_scand(scand, services)
     return checks
 
 
@@ -99,6 +100,18 @@ def _whose_broker(unit: Unit, running: Running | None) -> list[Check]:
     return [Check(f"{unit.name} process", BROKEN, found, "one broker serves, by one policy", cure)]
 
 
+def _listeners_of_scand(unit: Unit, services: set[str] | None) -> list[Check]:
+    """Check that the policy gives clients to a scan service that runs; `services`: None: not known."""
+    if services is None or services or unit.value("ActiveState") != "active":
+        return []
+    found = "runs, and the policy has no listener of a service, so it has no clients"
+    cure = (
+        "name one in the policy, and start its socket (docs/scand.md); or systemctl disable --now "
+        + unit.name
+    )
+    return [Check(f"{unit.name} listeners", WEAKER, found, "users reach the scan service", cure)]
+
+
 # ---- sockets ----
 
 
@@ -106,8 +119,12 @@ def _takes_datagrams(unit: Unit) -> bool:
     return unit.value("ActiveState") == "active" and unit.value("FileDescriptorName") == "dgram"
 
 
-def _socket(unit: Unit, services: set[str] | None) -> list[Check]:
-    """Check a socket unit of the broker; `services`: names that the policy has besides, None: not known."""
+def _socket(unit: Unit, services: set[str] | None, *, served: bool) -> list[Check]:
+    """Check a socket unit of the broker.
+
+    `services`: names that the policy has besides, None: not known; `served`: whether the broker's
+    service runs.
+    """
     name, meaning = unit.name, "clients reach the broker, also while it is not started yet"
     called = unit.value("FileDescriptorName")
     listening = unit.values.get("Listen", [])
@@ -116,6 +133,8 @@ def _socket(unit: Unit, services: set[str] | None) -> list[Check]:
     if unit.value("ActiveState") != "active":
         found = f"is {unit.value('ActiveState')} ({unit.value('Result')})"
         cure = f"systemctl reset-failed {name}; systemctl enable --now {name}"
+        if served:  # systemd passes sockets when a service starts, and starts none of one that runs
+            cure = f"systemctl stop fdbroker.service; {cure}"
         return [Check(name, BROKEN, found, meaning, cure)]
     cure = f"systemctl edit {name}; then systemctl restart {name}"
     if called not in _KIND_OF and services is not None and called not in services:

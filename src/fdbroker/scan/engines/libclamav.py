@@ -401,7 +401,7 @@ class LibClamAV(Inside):
         self._messages.clear()
         options = _DB_OPTIONS | (_DB_PUA if self.options.possibly_unwanted else 0)
         status = self._library.cl_load(path, self._engine, ctypes.byref(count), options)
-        self._check(f"the database {shown(path)}", status)
+        self._check(f"the database {shown(path)}", status, "; has freshclam run? (option database)")
         return count.value
 
     def _own_signatures(self) -> bytes:
@@ -416,11 +416,11 @@ class LibClamAV(Inside):
         ]
         return "".join(lines).encode("ascii")
 
-    def _check(self, what: str, status: int) -> None:
+    def _check(self, what: str, status: int, cure: str = "") -> None:
         if status:
             text = self._library.cl_strerror(status).decode("ascii", "replace")
             said = "".join(f"; {one.decode('utf-8', 'replace').strip()}" for one in self._messages[:3])
-            raise EngineError(f"libclamav: {what}: {text}{said}")
+            raise EngineError(f"libclamav: {what}: {text}{said}{cure}")
 
     def _open_converters(self) -> None:
         """Have glibc open its modules, which stay open as long as one converter of each is."""

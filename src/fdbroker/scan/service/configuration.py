@@ -344,7 +344,9 @@ class _Whole:
                     words += [("accept", text.value) for text in accept]
                 engines.append(configure(name, values_of_words(kind, words, where=f"engine {name}")))
             except (EngineError, OptionsError) as error:
-                self._reader.add(entry.key.mark, str(error), "see docs/scanning.md for its options")
+                reason, _, cure = str(error).partition("; did you mean")
+                cure = f"did you mean{cure}" if cure else "see docs/scanning.md for its options"
+                self._reader.add(entry.key.mark, reason, cure)
         if accept and not accepting:
             self._reader.add(
                 accept[0].mark, "accept: no engine here looks into containers", "remove it, or add libclamav"
