@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import io
 import os
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import pytest
 
+from fdbroker import aio
 from fdbroker.broker.notify import Notifier
+from fdbroker.client import DeniedError
 from fdbroker.scan.client import ScanService, ServiceGoneError, ServiceRefusedError
 from fdbroker.scan.plugins import configure
 from fdbroker.scan.pool import Pool
-from fdbroker.scan.service.configuration import read_configuration
+from fdbroker.scan.service import serving
+from fdbroker.scan.service.configuration import Listener, read_configuration
 from fdbroker.scan.service.serving import serve
 from fdbroker.scan.service.tcp import listening_socket
 from fdbroker.scan.service.watch import run
@@ -250,3 +255,34 @@ def test_a_socket_of_the_wrong_type_is_told_with_its_cure(
 
     serve_while(client, pool, tmp_path)
     assert "scan is not spoken on this type of socket; write type: seqpacket" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "pauses"),
+    [
+        (ConnectionRefusedError("of a test"), [0.1, 0.2, 0.5, 1.0, 2.0, 2.0, 2.0, 2.0]),
+        (DeniedError(errno.EACCES, "of a test", b"scan"), [0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 10.0]),
+    ],
+    ids=["can't be reached", "refuses"],
+)
+def test_a_broker_that_refuses_is_asked_less_often_than_one_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, pauses: list[float]
+) -> None:
+    """Each refusal is on record."""
+    paused: list[float] = []
+
+    async def connect(_path: str) -> NoReturn:
+        raise error
+
+    async def sleep(seconds: float) -> None:
+        paused.append(seconds)
+        if len(paused) == len(pauses):
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(aio, "connect", connect)
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    monkeypatch.setattr(serving, "say", lambda _: None)
+    core = SimpleNamespace(configuration=SimpleNamespace(broker="broker"), connections={}, listeners={})
+    with contextlib.closing(Notifier(None, None)) as notifier, pytest.raises(asyncio.CancelledError):
+        asyncio.run(serving._serve_listener(core, "scan", Listener("scan"), notifier))  # type: ignore[arg-type]
+    assert paused == pauses

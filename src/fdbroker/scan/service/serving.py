@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fdbroker import aio
+from fdbroker.client import DeniedError
 from fdbroker.scan.service.clamd import serve_client
 from fdbroker.scan.service.configuration import Tcp
 from fdbroker.scan.service.core import Core, say
@@ -28,7 +29,10 @@ PROTOCOLS: dict[str, Speaks] = {"clamd": serve_client, "scan": NativeClient}
 # What they are spoken on, and how the policy has it.
 _SOCKETS = {"clamd": (socket.SOCK_STREAM, "stream"), "scan": (socket.SOCK_SEQPACKET, "seqpacket")}
 
-_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between attempts to reach the broker; the last one goes on
+# Seconds between attempts to serve, the last of which goes on: where the broker can't be reached, and where
+# it refuses, of which each time is on record.
+_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
+_PAUSES_IF_REFUSED = (*_PAUSES, 5.0, 10.0)
 _WELL = "serving"
 # Reasons and texts for clients whose connections end.
 _STOPPING = ("stopping", "the service is being stopped")
@@ -105,6 +109,7 @@ async def _serve_listener(core: Core, name: str, listener: Listener, notifier: N
     """Serve the clients of a listener, for ever; connect to the broker again whenever it is lost."""
     attempts = 0
     while True:
+        pauses: tuple[float, ...] = _PAUSES
         try:
             async with (
                 await aio.connect(core.configuration.broker) as client,
@@ -115,11 +120,13 @@ async def _serve_listener(core: Core, name: str, listener: Listener, notifier: N
                 await _take_clients(core, name, listener, service, notifier)
         except OSError as error:  # of the broker, or no descriptors for the connection
             _note(core, notifier, name, f"not served: {core.configuration.broker}: {error.strerror}")
+            if isinstance(error, DeniedError):
+                pauses = _PAUSES_IF_REFUSED
         finally:
             # What the broker knew of them it does not know on another connection.
             for connection in [one for one, by in core.connections.items() if by is listener]:
                 connection.end(*(_STOPPING if core.stop.is_set() else _BROKER_GONE))
-        await asyncio.sleep(_PAUSES[min(attempts, len(_PAUSES) - 1)])
+        await asyncio.sleep(pauses[min(attempts, len(pauses) - 1)])
         attempts += 1
 
 
