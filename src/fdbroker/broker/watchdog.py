@@ -42,8 +42,8 @@ def _set_timer(seconds: float) -> None:
 def close_unread(sock: socket.socket) -> None:
     """Close a connection whose client may have sent descriptors, which end with it.
 
-    A socket among them that lingers (SO_LINGER, socket(7)) has who closes it last wait for its peer, for as long
-    as its owner likes, but no longer than to a signal. So there is one: of the timer, which is set back then.
+    A socket among them that lingers (SO_LINGER, socket(7)) has who closes it last wait for its peer, for as
+    long as its owner likes, but no longer than to a signal. So there is one: of the timer, which is set back.
     """
     handler = signal.signal(signal.SIGALRM, lambda _number, _frame: None)
     # Again and again: the first one may come before the wait.
