@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,6 +51,7 @@ from tests.broker.stepping import SteppedBroker
 from tests.broker.test_loop import few_left
 from tests.processes import become, wait_until
 from tests.running_broker import CLIENT_UID, OTHER_UID, policy, rule
+from tests.scan.descriptors import lingering_socket
 from tests.uids import FIRST_UID
 
 if TYPE_CHECKING:
@@ -861,6 +863,32 @@ def test_clients_of_one_uid_are_limited_over_all_services(reachable: Path) -> No
         clamd.do(release, next(a.number for a in got if a.pid == client.pid))
         client.do(connect, made.directory / "index")
         assert index.do(accepted).pid == client.pid
+
+
+def test_a_client_that_is_refused_can_not_hold_up_the_broker_by_what_it_sent(reachable: Path) -> None:
+    """Sockets that linger are closed with its connection."""
+    limits = {"connections_per_uid": 1, "in_flight_per_connection": 512}
+    for made in acting_broker(reachable, limits=limits):
+        service = made.serving()
+        clients: list[Memory] = [{}, {}]
+        connect(clients[0], made.directory / "clamd")
+        made.broker.serve()
+        assert service.do(accepted).pid == os.getpid()
+        connect(clients[1], made.directory / "clamd")
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            for _ in range(3):
+                with lingering_socket(listener.getsockname()) as lingering:
+                    socket.send_fds(clients[1]["sock"], [b"x"], [lingering.fileno()])
+                    os.close(lingering.detach())
+            signals = signal.getitimer(signal.ITIMER_REAL), signal.getsignal(signal.SIGALRM)
+            began = time.monotonic()
+            made.broker.serve()
+            assert time.monotonic() - began < 2
+            assert (signal.getitimer(signal.ITIMER_REAL), signal.getsignal(signal.SIGALRM)) == signals
+        record = made.broker.records()[-1]
+        assert (record["event"], record["reason"]) == ("client_refused", "connections_per_uid")
+        for client in clients:
+            client["sock"].close()
 
 
 def hold_back_after(made: Acting, client: Puppet, service: Puppet, name: str = "clamd") -> tuple[int, int]:

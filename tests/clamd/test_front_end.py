@@ -320,6 +320,58 @@ def test_what_can_not_be_received_and_lingers_when_it_is_closed_holds_up_nobody(
         assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize("said", [b"zFILDES\0\0", b"zPING\0", b"nonsense\n", b"zIDSESSION\0zEND\0"])
+def test_what_nobody_reads_and_lingers_when_it_is_closed_holds_up_nobody(
+    scand: RunningScand, directory: Path, said: bytes, *, stays: bool
+) -> None:
+    """It lies behind all that a client wants, or a client goes: then it is closed with the connection."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        open(directory / "tree" / "ann" / "clean", "rb") as file,
+        socket.socket(socket.AF_UNIX) as sock,
+    ):
+        # So that it is the service that closes it for the last time.
+        os.kill(scand.pid, signal.SIGSTOP)
+        try:
+            sock.connect(str(scand.clamd))
+            socket.send_fds(sock, [said], [file.fileno()] if b"FILDES" in said else [])
+            with lingering_socket(listener.getsockname()) as lingering:
+                socket.send_fds(sock, [b"\0"], [lingering.fileno()])
+                os.close(lingering.detach())
+            if not stays:
+                sock.close()
+        finally:
+            os.kill(scand.pid, signal.SIGCONT)
+        began = time.monotonic()
+        for _ in range(3):  # one of them after what was said
+            assert asked(scand, b"zPING\0") == b"PONG\0"
+        assert time.monotonic() - began < 5
+
+
+def test_descriptors_that_linger_are_few_however_many_are_handed_over(scand: RunningScand) -> None:
+    """Who hands over what can't be closed, and goes, has no more of it taken."""
+    before = scand.descriptors()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with contextlib.ExitStack() as stack:
+            # So that it is the service that closes them for the last time.
+            os.kill(scand.pid, signal.SIGSTOP)
+            try:
+                for _ in range(8):
+                    sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                    sock.connect(str(scand.clamd))
+                    with lingering_socket(listener.getsockname()) as lingering:
+                        socket.send_fds(sock, [b"zFILDES\0\0"], [lingering.fileno()] * 250)
+                        os.close(lingering.detach())
+            finally:
+                os.kill(scand.pid, signal.SIGCONT)
+            assert asked(scand, b"zPING\0") == b"PONG\0"
+        for _ in range(2):
+            assert asked(scand, b"zPING\0") == b"PONG\0"
+        assert scand.descriptors() < before + 3 * 250
+    wait_until(lambda: scand.descriptors() <= before, "they are closed", 20)
+
+
 def set_most_descriptors(scand: RunningScand, soft: int, hard: int) -> None:
     """Set the limit of the service, as its own user: root may lack the capability."""
     in_child(lambda: resource.prlimit(scand.pid, resource.RLIMIT_NOFILE, (soft, hard)), uid=SCAND_UID)

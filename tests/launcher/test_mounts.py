@@ -13,6 +13,7 @@ from fdbroker.launcher import mounts
 from fdbroker.launcher.mounts import (
     Mount,
     ReadOnlyViewError,
+    check_read_only_view,
     mounts_on_the_way,
     not_read_only,
     parse_mounts,
@@ -48,6 +49,26 @@ def test_points_and_options_of_mounts_are_read() -> None:
         Mount(29, 27, b"tmpfs", b"/sub", b"/mnt/with space\\and\nmore", frozenset({b"ro", b"nosuid"})),
         Mount(30, 27, b"ext4", b"/", b"/srv", frozenset({b"rw", b"nosuid", b"nodev"})),
     ]
+
+
+BEHIND_A_SERVER = rb"""27 1 254:0 / / ro,nosuid - ext4 /dev/vda rw
+30 27 0:31 / /srv rw,nosuid,nodev - fuse.sshfs there rw
+31 30 0:32 / /srv/disk ro,nosuid,nodev - ext4 /dev/vdb rw
+32 30 0:33 / /srv/other rw,nosuid,nodev - tmpfs none rw
+"""
+
+
+def test_a_root_behind_what_may_not_answer_is_judged_by_its_mount_and_not_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def hang(path: str) -> None:
+        raise AssertionError(path)
+
+    monkeypatch.setattr(mounts, "read_mounts", lambda: parse_mounts(BEHIND_A_SERVER))
+    monkeypatch.setattr(os, "statvfs", hang)
+    check_read_only_view([("disk", "/srv/disk/mail", False)])
+    with pytest.raises(ReadOnlyViewError, match=r"root 'other' \(/srv/other\) is not read-only"):
+        check_read_only_view([("other", "/srv/other", False)])
 
 
 @pytest.mark.root

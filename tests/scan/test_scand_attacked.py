@@ -410,6 +410,30 @@ def test_socket_that_lingers_when_it_is_closed_holds_up_nobody_else(scand: Runni
             assert in_child(lambda: seconds_of_a_status(scand), uid=BOB) < 0.5
 
 
+@pytest.mark.parametrize("first", [b"{}", b""])
+def test_message_that_nobody_reads_with_a_socket_that_lingers_holds_up_nobody_else(
+    scand: RunningScand, first: bytes
+) -> None:
+    """At the first one the connection is closed; the second one ends with it."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, Puppet(uid=ANN) as ann:
+        ann.do(connect_for_later, scand.socket)
+        scand.process.send_signal(signal.SIGSTOP)
+        try:
+            ann.do(say, first)
+            ann.do(say, b"")
+            ann.do(pass_on_a_lingering_socket, listener.getsockname(), 1)
+        finally:
+            scand.process.send_signal(signal.SIGCONT)
+        for _ in range(10):
+            assert in_child(lambda: seconds_of_a_status(scand), uid=BOB) < 0.5
+
+
+def say(memory: dict[str, object], message: bytes) -> None:
+    sock = memory["socket"]
+    assert isinstance(sock, socket.socket)
+    sock.send(message)
+
+
 def connect_for_later(memory: dict[str, object], path: str) -> None:
     memory["socket"] = connected(path)
 

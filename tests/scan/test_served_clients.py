@@ -156,6 +156,32 @@ def test_a_stranger_that_can_not_be_served_is_one_less_and_not_two(monkeypatch: 
     assert gone == [1]
 
 
+def test_a_stranger_for_whom_there_was_no_room_has_its_turn_from_when_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next one who comes does not throw out the one who has waited longest for the service."""
+
+    def test(core: Core) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            theirs.send(b"zINSTREAM\0")
+            ours.settimeout(0)
+            client = TcpClient(core, _Stranger(ours, lambda: None), "tcp", -2, Listener("clamd"))
+            monkeypatch.setattr(client, "_may_go_on", lambda: False)
+            client._go_on()
+            assert client.waits_for_it_since is None
+            began = asyncio.get_running_loop().time()
+            client._last_moved = began - 3600.0
+            monkeypatch.undo()
+            client._go_on()
+            since = client.waits_for_it_since
+            assert since is not None
+            assert since >= began
+            client.end("stopping", "")
+
+    with_core(test)
+
+
 def test_a_client_at_whose_first_words_the_service_fails_is_closed_and_the_next_one_is_served(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -373,7 +399,8 @@ def test_what_is_said_behind_one_file_is_read_before_the_end() -> None:
         assert len(core.connections) == 1  # for a moment
         loop = asyncio.get_running_loop()
         assert (await loop.sock_recv(client, 100)).endswith(b": OK\0")
-        client.send(b"zPING\0")
+        with pytest.raises(BrokenPipeError):
+            client.send(b"zPING\0")
         assert await loop.sock_recv(client, 100) == b""  # and no reset
         client.close()
         await end_of_all(core)

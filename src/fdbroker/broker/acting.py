@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from fdbroker.broker.audit import member_text
 from fdbroker.broker.identity import IdentityError, PeerAtConnect
+from fdbroker.broker.watchdog import close_unread
 from fdbroker.wire.format import Reason
 from fdbroker.wire.messages import GIVEN, AcceptedClient, ReleaseRequest, Request, ServeRequest, refused
 from fdbroker.wire.replies import encode_accepted, encode_serve_reply
@@ -157,7 +158,7 @@ class Services:
             if not self._audit.event("client_accepted", members) and self._audit.deny_on_failure:
                 raise IdentityError("audit")
         except (IdentityError, OSError) as error:
-            sock.close()
+            close_unread(sock)  # its listener is one on which descriptors may be sent: to the service
             if peer is not None:
                 peer.close()
             members = member_text(uid=None if peer is None else peer.uid, reason=str(error))

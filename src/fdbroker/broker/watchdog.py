@@ -22,11 +22,13 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
 STUCK_SECONDS = 3.0
 _AGAIN = 500_000_000  # nanoseconds; so a loop that gets stuck is ended after 2.5 to 3 seconds
 _SHORT_WAIT = 1.0
+_MOMENT = 0.001  # seconds
 
 
 def nothing() -> None:
@@ -35,6 +37,22 @@ def nothing() -> None:
 
 def _set_timer(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def close_unread(sock: socket.socket) -> None:
+    """Close a connection whose client may have sent descriptors, which end with it.
+
+    A socket among them that lingers (SO_LINGER, socket(7)) has who closes it last wait for its peer, for as
+    long as its owner likes, but no longer than to a signal. So there is one: of the timer, which is set back.
+    """
+    handler = signal.signal(signal.SIGALRM, lambda _number, _frame: None)
+    # Again and again: the first one may come before the wait.
+    timer = signal.setitimer(signal.ITIMER_REAL, _MOMENT, _MOMENT)
+    try:
+        sock.close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 class Watchdog:

@@ -147,8 +147,9 @@ def check_read_only_view(roots: Iterable[tuple[str, str, bool]]) -> None:
     """Check that the roots are read-only and nosuid already: nothing can be changed.
 
     For a start without CAP_SYS_ADMIN, as by systemd with ReadOnlyPaths=/. What is mounted below a root is
-    looked at file by file, by the broker. `roots`: name, path, and whether helpers open there; what is
-    mounted at those may never answer, so it is not asked, and its own options are the mount's.
+    looked at file by file, by the broker. `roots`: name, path, and whether helpers open there. Of those, and
+    of a root that lies behind what others answer for, which may be never, the options of its mount are read,
+    and nobody is asked.
 
     Raises:
         ReadOnlyViewError: one of them is not so, or is not there.
@@ -156,9 +157,11 @@ def check_read_only_view(roots: Iterable[tuple[str, str, bool]]) -> None:
     """
     mounts = read_mounts()
     for name, path, helpers in roots:
-        if helpers:
-            mount = mount_at(os.fsencode(path), mounts)
-            options = frozenset() if mount is None else mount.options
+        way = mounts_on_the_way(os.fsencode(path), mounts)
+        # What is mounted on autofs is there, and nobody is asked for it any more.
+        behind = any(mount.is_answered_by_others and mount.type != b"autofs" for mount in way[:-1])
+        if helpers or behind:
+            options = way[-1].options if way else frozenset()
             read_only, nosuid = b"ro" in options, b"nosuid" in options
         else:
             read_only, nosuid = _flags_of(name, path)

@@ -66,9 +66,9 @@ class AsideForUsers:
         self._waiting: dict[int, deque[Callable[[], None]]] = {}
         self._running: dict[int, int] = {}
 
-    def of_user(self, user: int) -> int:
-        """Return how many calls of a user run or wait."""
-        return self._running.get(user, 0) + len(self._waiting.get(user, ()))
+    def is_free_for(self, user: int) -> bool:
+        """Return whether one more call of a user would run at once."""
+        return not self._running or self._running.get(user, 0) < self._MOST
 
     def run(self, user: int, function: Callable[[], _T]) -> asyncio.Future[_T]:
         """Have a function called, in its turn; as `run_aside`, but that it waits for a thread."""

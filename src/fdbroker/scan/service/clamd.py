@@ -38,6 +38,7 @@ from fdbroker.config.names import printable
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.scan.run import Scanned
+from fdbroker.scan.service.closing import all_is_read, close_aside, close_stream, ends_read
 from fdbroker.scan.service.copying import look, sealed_copy
 from fdbroker.scan.service.core import write_line
 from fdbroker.scan.service.filesystems import Sorted, sort_out
@@ -97,10 +98,10 @@ def serve_client(core: Core, served: ServedClient, listener: Listener) -> None:
     Mostly it has said by now what it wants. Who wants nothing but an answer to a PING is gone before anything
     is made for him, and who hands in one file needs no conversation.
     """
-    try:
-        came = sockets.receive_unclosed(served.socket, _MOST_BYTES)
-    except OSError:  # it is read from again
-        came = None
+    came = None
+    if core.aside.is_free_for(served.uid):
+        with contextlib.suppress(OSError):  # it is read from again
+            came = sockets.receive_unclosed(served.socket, _MOST_BYTES)
     if came is not None and not came[2]:
         data, owned, _ = came
         if not len(owned):
@@ -115,7 +116,7 @@ def serve_client(core: Core, served: ServedClient, listener: Listener) -> None:
 
 def _answer_if_all_is_said(sock: socket.socket, reply: bytes) -> bool:
     """Answer a client, unless it says more; return whether it was answered."""
-    if not _all_is_read(sock):
+    if not ends_read(sock):
         return False
     try:
         sockets.send_at_once(sock, reply)  # nothing was sent there yet, so there is room
@@ -188,9 +189,8 @@ class _OneFile:
             if text != OK:
                 _log(self._core, f"uid {self._served.uid}", self._shown, text)
         self._answer(text)
-        all_is_read = _all_is_read(self._served.socket)
         self._let_go()
-        if all_is_read:
+        if ends_read(self._served.socket):
             self._served.close()
         else:
             _Farewell(self._core, self._served, self._listener)
@@ -204,7 +204,7 @@ class _OneFile:
 
     def _on_gone(self, _events: int) -> None:
         self._let_go()
-        self._served.close()
+        close_stream(self._core, self._served)
         self._files.close()
 
     def _let_go(self) -> None:
@@ -237,22 +237,30 @@ class _Farewell:
             self._close()
 
     def _read(self, _events: int) -> None:
-        try:
-            for _ in range(_READS_AT_ONCE):
-                data, _, _ = sockets.receive_data(self._served.socket, _MOST_BYTES)
-                if not data:
-                    self._close()
-                    return
-        except BlockingIOError:
-            return
-        except OSError:
-            self._close()
+        for _ in range(_READS_AT_ONCE):
+            try:
+                data, owned, _ = sockets.receive_unclosed(self._served.socket, _MOST_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._close()
+                return
+            if len(owned):  # no sentence has them in its middle
+                self._let_go()
+                close_aside(self._core, self._served, owned.take_all())
+                return
+            if not data:
+                self._close()
+                return
 
     def _close(self) -> None:
+        self._let_go()
+        close_stream(self._core, self._served)
+
+    def _let_go(self) -> None:
         self._timer.cancel()
         self._core.connections.pop(self, None)
         self._core.watch.let_go(self._fileno)
-        self._served.close()
 
     def end(self, reason: str, text: str) -> None:  # noqa: ARG002 - it was told all
         """Close it."""
@@ -360,6 +368,8 @@ class ClamdClient:
     def _read(self, came: tuple[bytes, Descriptors, bool] | None = None) -> None:
         """Read what is there, behind what `came` already, and do what can be done about it."""
         for _ in range(_READS_AT_ONCE):
+            if came is None and not self._may_receive():
+                break
             try:
                 data, owned, dropped = came or sockets.receive_unclosed(self._sock, _MOST_BYTES)
             except BlockingIOError:
@@ -372,8 +382,10 @@ class ClamdClient:
                 return
             if dropped:
                 # By the kernel: what came with which command nobody can tell now.
-                self._core.aside.run(self._served.uid, owned.close)
-                self._send_and_close(_NOT_RECEIVED)
+                with contextlib.suppress(OSError):
+                    sockets.send_at_once(self._sock, bytes(self._outbox) + _NOT_RECEIVED)
+                self._let_go()
+                close_aside(self._core, self._served, owned.take_all())
                 return
             came = None
             if not len(owned):
@@ -441,6 +453,8 @@ class ClamdClient:
 
         def known(over: asyncio.Future[Sorted]) -> None:
             self._sorting = False
+            # Its user's other connections may be read from, too.
+            self._core.hub.make_room_known()
             with over.result().kept as kept:
                 if self._closed:
                     return
@@ -469,7 +483,11 @@ class ClamdClient:
         return True
 
     def _wants_more(self) -> bool:
-        return self._dry and self._conversation.reads_more and self._may_go_on()
+        return self._dry and self._conversation.reads_more and self._may_go_on() and self._may_receive()
+
+    def _may_receive(self) -> bool:
+        # Descriptors that come may have to be looked at there, and each read has up to 253.
+        return self._core.aside.is_free_for(self._served.uid)
 
     def _go_on(self) -> None:
         """Do what was asked, as far as there is room for it, and see what is to be waited for."""
@@ -598,7 +616,7 @@ class ClamdClient:
 
     def _finish(self) -> None:
         """Close, since this was all; who was refused may be in the middle of a sentence."""
-        if not self._refused and _all_is_read(self._sock):
+        if not self._refused and all_is_read(self._sock):
             self._close()
             return
         self._let_go()
@@ -622,7 +640,7 @@ class ClamdClient:
     def _close(self) -> None:
         if not self._closed:
             self._let_go()
-            self._served.close()
+            close_stream(self._core, self._served)
 
     def _let_go(self) -> None:
         """Let go of all but the connection."""
@@ -887,13 +905,6 @@ def _commands_of(uid: int, core: Core) -> frozenset[Kind]:
     """Return what a user may ask for."""
     configuration = core.configuration
     return _COMMANDS[uid in configuration.may_renew, uid in configuration.may_stop]
-
-
-def _all_is_read(sock: socket.socket) -> bool:
-    try:
-        return not sock.recv(1, socket.MSG_PEEK)
-    except OSError:  # mostly that nothing is there
-        return True
 
 
 def _let_go(command: _Command) -> None:

@@ -58,6 +58,7 @@ class Core:
         self.versions = versions
         self.connections: dict[Connection, Listener] = {}  # each with the listener that it came by
         self.aside = AsideForUsers()
+        self.closings = AsideForUsers()  # nobody waits for those, and they keep nobody waiting
         self.mounted = Mounted()
         self.began = time.monotonic()
         self.renewed = 0

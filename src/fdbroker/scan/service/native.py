@@ -40,6 +40,7 @@ from fdbroker.scan.messages import (
 )
 from fdbroker.scan.run import Scanned, Skipped
 from fdbroker.scan.service.aside import run_aside
+from fdbroker.scan.service.closing import close_aside
 from fdbroker.scan.service.copying import look, sealed_copy
 from fdbroker.scan.service.filesystems import Sorted, sort_out
 from fdbroker.scan.service.opening import FAILED, OneByOne, ToScan, TreeOfFiles, files_at
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
     from fdbroker.scan.supervisor import Done
 
 MOST_REQUESTS = 256  # of one connection under way
-_MOST_MESSAGES_ASIDE = 2  # of a user, whose descriptors have to be looked at; each may have 253
 _MESSAGES_AT_ONCE = 16  # before others have their turn
 
 
@@ -138,7 +138,8 @@ class NativeClient:
         return (
             not self._outbox
             and not self._sorting
-            and self._core.aside.of_user(self._served.uid) < _MOST_MESSAGES_ASIDE
+            # Descriptors that came may have to be looked at there, and each message has up to 253.
+            and self._core.aside.is_free_for(self._served.uid)
             and len(self._scans) < MOST_REQUESTS
             and len(self._copying) < MOST_REQUESTS
             and self._files.may_be_given()
@@ -272,7 +273,8 @@ class NativeClient:
             scan.over = True
         self._scans.clear()
         self._files.close()
-        self._served.close()
+        # Always: of messages that are empty nothing tells whether there are any.
+        close_aside(self._core, self._served)
 
     # ---- requests ----
 

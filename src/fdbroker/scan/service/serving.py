@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fdbroker import aio
 from fdbroker.client import DeniedError
 from fdbroker.scan.service.clamd import serve_client
+from fdbroker.scan.service.closing import close_aside
 from fdbroker.scan.service.configuration import Tcp
 from fdbroker.scan.service.core import Core, say
 from fdbroker.scan.service.native import NativeClient
@@ -150,12 +151,12 @@ async def _take_clients(
                 f"its clients can't be served: {listener.protocol} is not spoken on this type of socket;"
                 f" write type: {word} at {name} in listeners of the policy, and restart the broker",
             )
-            served.close()
+            close_aside(core, served)
             return
         try:
             core.watch.round(partial(speaks, core, served, listener))
         except Exception as error:  # noqa: BLE001 - no more descriptors can be watched, or whatever: others are served
-            served.close()
+            close_aside(core, served)
             why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             say(f"a client of uid {served.uid} could not be served: {why}")
 

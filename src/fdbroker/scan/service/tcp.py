@@ -182,6 +182,12 @@ class TcpClient(ClamdClient):
         self._last_moved = self._loop.time()
         super()._on_event(events)
 
+    def _settle(self) -> None:
+        was_waited_for = self._reading
+        super()._settle()
+        if self._reading and not was_waited_for:  # there was no room for what it has said, and is again
+            self._last_moved = self._loop.time()
+
     def _end(self, command: _Command) -> None:
         self._last_moved = self._loop.time()  # its turn begins
         super()._end(command)
