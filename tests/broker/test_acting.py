@@ -925,6 +925,16 @@ def test_few_releases_are_held_back_however_far_away_the_limit_is(made: Acting) 
     assert hold_back_after(made, made.puppet(CLIENT_UID), service)[1] == 16
 
 
+def test_of_many_users_none_is_looked_for_who_is_near_a_limit_and_no_release_is_held_back(
+    made: Acting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acting, "_MOST_USERS_LOOKED_AT", 2)
+    service = made.serving()
+    made.broker.switch(made_policy_with_many(made))
+    users = [made.puppet(uid) for uid in (CLIENT_UID, OTHER_UID, STRANGER_UID)]
+    assert [hold_back_after(made, user, service)[1] for user in users] == [16, 16, 0]
+
+
 def test_one_message_releases_several_and_what_is_none_in_it_means_nothing(made: Acting) -> None:
     service = made.serving()
     numbers = []

@@ -31,6 +31,7 @@ MOST_CLIENTS = 1024
 _LAST_NUMBER = 0xFFFFFFFF
 # Each message of a service wakes us up, so while nobody is near a limit it may collect what it releases.
 _MOST_HELD_BACK = 16
+_MOST_USERS_LOOKED_AT = 64
 _new = tuple.__new__  # what a NamedTuple does itself, by a function in Python
 
 
@@ -168,12 +169,20 @@ class Services:
         self._clients_of[peer.uid] = self._clients_of.get(peer.uid, 0) + 1
         server.clients[number] = client
         facts = _new(AcceptedClient, (number, peer.pid, peer.uid, peer.gid, peer.level))
-        # Those that are not released yet count: nobody may be refused since they are held back.
-        may_hold_back = min((most - max(self._clients_of.values())) // 4, _MOST_HELD_BACK)
         frame = encode_accepted(
-            server.serving[name], self._dispatch.generation.number, facts, max(may_hold_back, 0)
+            server.serving[name], self._dispatch.generation.number, facts, self._may_hold_back(most)
         )
         return frame, [sock.detach()]
+
+    def _may_hold_back(self, most: int) -> int:
+        """Return how many releases may wait for others, where a user may have `most` clients.
+
+        Those that are not released yet count, and nobody may be refused since they are held back. So it goes
+        by the user who has the most; of many it is not asked who that is.
+        """
+        if len(self._clients_of) > _MOST_USERS_LOOKED_AT:
+            return 0
+        return max(0, min((most - max(self._clients_of.values())) // 4, _MOST_HELD_BACK))
 
     def _released(self, client: ServedClient) -> None:
         uid = client.peer.uid
