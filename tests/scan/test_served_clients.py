@@ -15,8 +15,8 @@ import pytest
 from fdbroker.clamd.protocol import FILDES_ALONE, WHOLE_CONVERSATIONS
 from fdbroker.kernel import sockets
 from fdbroker.scan.pool import Pool
-from fdbroker.scan.service import clamd, serving
-from fdbroker.scan.service.clamd import serve_client
+from fdbroker.scan.service import closing, serving
+from fdbroker.scan.service.clamd_short import serve_client
 from fdbroker.scan.service.configuration import Configuration, Listener
 from fdbroker.scan.service.core import Core
 from fdbroker.scan.service.hub import Ticket
@@ -409,7 +409,7 @@ def test_what_is_said_behind_one_file_is_read_before_the_end() -> None:
 
 
 def test_who_says_no_end_behind_one_file_is_closed_a_moment_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clamd, "_DRAINING", 0.05)
+    monkeypatch.setattr(closing, "_DRAINING", 0.05)
 
     async def test(core: Core, client: socket.socket) -> None:
         client.send(b"zVERSION\0")

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import functools
 import os
-import socket
 import time
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,9 +18,7 @@ from typing import TYPE_CHECKING
 from fdbroker.clamd.protocol import (
     COMMANDS,
     EVERYTHING,
-    FILDES_ALONE,
     RELOADING,
-    WHOLE_CONVERSATIONS,
     Abandoned,
     Asked,
     Chunk,
@@ -38,7 +35,7 @@ from fdbroker.config.names import printable
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.scan.run import Scanned
-from fdbroker.scan.service.closing import all_is_read, close_aside, close_stream, ends_read
+from fdbroker.scan.service.closing import Farewell, all_is_read, close_aside, close_stream
 from fdbroker.scan.service.copying import look, sealed_copy
 from fdbroker.scan.service.core import write_line
 from fdbroker.scan.service.filesystems import Sorted, sort_out
@@ -55,19 +52,17 @@ if TYPE_CHECKING:
     from fdbroker.clamd.protocol import Event
     from fdbroker.scan.service.configuration import Listener
     from fdbroker.scan.service.core import Core
-    from fdbroker.scan.service.hub import ClientFiles
     from fdbroker.scan.service.memory import Kept
     from fdbroker.scan.stamps import Stamp
     from fdbroker.scan.supervisor import Done
     from fdbroker.scan.verdict import Verdict
 
 MOST_COMMANDS = 64  # of one session under way; then no more is read
-_MOST_BYTES = 1 << 16  # of one read
+MOST_BYTES = 1 << 16  # of one read
 # Before others have their turn. Of short commands one read has ten thousand, of usual parts of a stream
 # (1 KiB) no more than these.
 _READS_AT_ONCE = 16
 _EVENTS_AT_ONCE = 80
-_DRAINING = 1.0  # seconds for a client to close, after all was said
 _NOT_RECEIVED = b"File descriptors could not be received. ERROR\n"
 _STOP_AT_A_FINDING = frozenset({Kind.SCAN, Kind.ALLMATCHSCAN})
 _PATHS = frozenset({Kind.SCAN, Kind.CONTSCAN, Kind.MULTISCAN, Kind.ALLMATCHSCAN})
@@ -90,181 +85,6 @@ class _Command:
         self.missing: tuple[str, ...] = ()
         self.task: asyncio.Task[None] | None = None
         self.kept: Kept | None = None
-
-
-def serve_client(core: Core, served: ServedClient, listener: Listener) -> None:
-    """Serve a client. See `fdbroker.scan.service.core.Speaks`.
-
-    Mostly it has said by now what it wants. Who wants nothing but an answer to a PING is gone before anything
-    is made for him, and who hands in one file needs no conversation.
-    """
-    came = None
-    if core.aside.is_free_for(served.uid):
-        with contextlib.suppress(OSError):  # it is read from again
-            came = sockets.receive_unclosed(served.socket, _MOST_BYTES)
-    if came is not None and not came[2]:
-        data, owned, _ = came
-        if not len(owned):
-            reply = WHOLE_CONVERSATIONS.get(data)
-            if reply is not None and _answer_if_all_is_said(served.socket, reply):
-                served.close()
-                return
-        elif data in FILDES_ALONE and _serve_one_file(core, served, listener, owned, FILDES_ALONE[data]):
-            return
-    ClamdClient(core, served, listener, came)
-
-
-def _answer_if_all_is_said(sock: socket.socket, reply: bytes) -> bool:
-    """Answer a client, unless it says more; return whether it was answered."""
-    if not ends_read(sock):
-        return False
-    try:
-        sockets.send_at_once(sock, reply)  # nothing was sent there yet, so there is room
-    except OSError:  # who it is for is gone
-        return True
-    return True
-
-
-def _serve_one_file(
-    core: Core, served: ServedClient, listener: Listener, owned: Descriptors, terminator: bytes
-) -> bool:
-    """Have a file scanned that is all a client wants; return whether it is one that can be scanned at once.
-
-    If not, `owned` is still the caller's.
-    """
-    if len(owned) != 1:
-        return False
-    [descriptor] = owned.numbers()
-    if not core.mounted.have(descriptor):
-        return False
-    before, to_copy = look(descriptor, shared=core.hub.pool.has_outside_engines)
-    if to_copy or isinstance(before, Error):
-        return False
-    files = core.hub.client(served.uid)
-    if not files.may_be_given():
-        files.close()
-        return False
-    _OneFile(core, served, listener, files, owned.take(), before, terminator)
-    return True
-
-
-class _OneFile:
-    """A client that has handed in one file, and of whom no more is read; owns its connection.
-
-    As clamdscan has each file scanned. What a `ClamdClient` does besides is for those who say more.
-    """
-
-    def __init__(
-        self,
-        core: Core,
-        served: ServedClient,
-        listener: Listener,
-        files: ClientFiles,
-        descriptor: int,
-        before: Stamp,
-        terminator: bytes,
-    ) -> None:
-        """Have it scanned. `files`: of this client, and `descriptor`: owned from now on."""
-        self._core = core
-        self._served = served
-        self._listener = listener
-        self._files = files
-        self._fileno = served.socket.fileno()
-        self._name = b"fd[%d]" % descriptor
-        self._shown = _path_of(descriptor) or self._name
-        self._terminator = terminator
-        core.connections[self] = listener
-        try:
-            files.submit(self, self._tell, b"", descriptor, before=before)
-            core.watch.add(self._fileno, 0, self._on_gone, later=True)
-        except BaseException:
-            self._let_go()
-            files.close()
-            raise
-
-    def _tell(self, done: Done) -> None:
-        text = OK
-        if not isinstance(done.verdict, Clean):
-            text = said(done.verdict, self._listener.unscanned)[0]
-            if text != OK:
-                _log(self._core, f"uid {self._served.uid}", self._shown, text)
-        self._answer(text)
-        self._let_go()
-        if ends_read(self._served.socket):
-            self._served.close()
-        else:
-            _Farewell(self._core, self._served, self._listener)
-        self._files.close()
-
-    def _answer(self, text: bytes) -> None:
-        try:  # it is all that is sent there, so there is room
-            sockets.send_at_once(self._served.socket, b"%b: %b%b" % (self._name, text, self._terminator))
-        except OSError:  # who it is for is gone
-            return
-
-    def _on_gone(self, _events: int) -> None:
-        self._let_go()
-        close_stream(self._core, self._served)
-        self._files.close()
-
-    def _let_go(self) -> None:
-        self._core.connections.pop(self, None)
-        self._core.watch.let_go(self._fileno)
-
-    def end(self, reason: str, text: str) -> None:  # noqa: ARG002 - clamd's clients know no reasons
-        """Answer with an error, and close."""
-        self._answer(f"{text}. ERROR".encode())
-        self._on_gone(0)
-
-
-class _Farewell:
-    """A client that was told all, and may be in the middle of a sentence; owns its connection.
-
-    The kernel makes a reset of what is not read at the end, and a client that meets one may not look at the
-    reply: so what such a client still says is read for a moment.
-    """
-
-    def __init__(self, core: Core, served: ServedClient, listener: Listener) -> None:
-        self._core = core
-        self._served = served
-        self._fileno = served.socket.fileno()
-        core.connections[self] = listener
-        self._timer = asyncio.get_running_loop().call_later(_DRAINING, self._close)
-        try:
-            served.socket.shutdown(socket.SHUT_WR)
-            core.watch.add(self._fileno, READABLE, self._read)
-        except OSError:  # it is gone, or no more can be watched
-            self._close()
-
-    def _read(self, _events: int) -> None:
-        for _ in range(_READS_AT_ONCE):
-            try:
-                data, owned, _ = sockets.receive_unclosed(self._served.socket, _MOST_BYTES)
-            except BlockingIOError:
-                return
-            except OSError:
-                self._close()
-                return
-            if len(owned):  # no sentence has them in its middle
-                self._let_go()
-                close_aside(self._core, self._served, owned.take_all())
-                return
-            if not data:
-                self._close()
-                return
-
-    def _close(self) -> None:
-        self._let_go()
-        close_stream(self._core, self._served)
-
-    def _let_go(self) -> None:
-        self._timer.cancel()
-        self._core.connections.pop(self, None)
-        self._core.watch.let_go(self._fileno)
-
-    def end(self, reason: str, text: str) -> None:  # noqa: ARG002 - it was told all
-        """Close it."""
-        self._close()
 
 
 class ClamdClient:
@@ -338,10 +158,10 @@ class ClamdClient:
             not self._closed
             and not self._sorting
             and self._write_timer is None
-            and len(self._outbox) < _MOST_BYTES
+            and len(self._outbox) < MOST_BYTES
             and self._conversation.under_way < MOST_COMMANDS
             and self._files.may_be_given()
-            and (self._stream is None or self._stream.kept.may_grow(_MOST_BYTES))
+            and (self._stream is None or self._stream.kept.may_grow(MOST_BYTES))
         )
 
     def _wait(self, wanted: int) -> None:
@@ -371,7 +191,7 @@ class ClamdClient:
             if came is None and not self._may_receive():
                 break
             try:
-                data, owned, dropped = came or sockets.receive_unclosed(self._sock, _MOST_BYTES)
+                data, owned, dropped = came or sockets.receive_unclosed(self._sock, MOST_BYTES)
             except BlockingIOError:
                 break
             except ConnectionError:
@@ -395,7 +215,7 @@ class ClamdClient:
                 self._sort_out(data, owned)
                 break
             # A read ends at a descriptor, otherwise at the end of what is there.
-            may_be_more = len(owned) > 0 or len(data) == _MOST_BYTES
+            may_be_more = len(owned) > 0 or len(data) == MOST_BYTES
             if len(owned) != 1 or not self._begin_at_once(data, owned):
                 self._receive(data, owned)
                 self._pull()
@@ -620,7 +440,7 @@ class ClamdClient:
             self._close()
             return
         self._let_go()
-        _Farewell(self._core, self._served, self._listener)
+        Farewell(self._core, self._served, self._listener)
 
     def end(self, reason: str, text: str) -> None:  # noqa: ARG002 - clamd's clients know no reasons
         """Answer what is under way with an error, and close."""
@@ -724,7 +544,7 @@ class ClamdClient:
 
     def _scan_descriptor(self, asked: Asked, descriptor: int) -> None:
         name = b"fd[%d]" % descriptor
-        command = self._commands[asked.number] = _Command(asked, name, _path_of(descriptor) or name)
+        command = self._commands[asked.number] = _Command(asked, name, path_of(descriptor) or name)
         before, to_copy = look(descriptor, shared=self._core.hub.pool.has_outside_engines)
         if to_copy and not isinstance(before, Error):
             owned = Descriptors([descriptor])
@@ -876,10 +696,11 @@ class ClamdClient:
     def _log(self, command: _Command, name: bytes, verdict: Verdict, text: bytes) -> None:
         if isinstance(verdict, Error) and verdict.reason in _IN_THE_AUDIT:
             return
-        _log(self._core, self._who(), name if command.kind in _PATHS else command.shown, text)
+        log_reply(self._core, self._who(), name if command.kind in _PATHS else command.shown, text)
 
 
-def _log(core: Core, who: str, shown: bytes, text: bytes) -> None:
+def log_reply(core: Core, who: str, shown: bytes, text: bytes) -> None:
+    """Have a reply in the log, of a file as it is `shown` to people; in the form that is configured."""
     line = f"{printable(shown)}: {text.decode()}"
     if core.configuration.log == "clamd":
         write_line(f"{time.strftime('%a %b %e %H:%M:%S %Y')} -> {line}")
@@ -917,7 +738,7 @@ def _plain(path: bytes) -> bytes:
     return b"/" + b"/".join(filter(None, path.split(b"/"))) if path.startswith(b"/") else path
 
 
-def _path_of(descriptor: int) -> bytes | None:
+def path_of(descriptor: int) -> bytes | None:
     """Return where the kernel sees the file behind a descriptor: for people, and to decide nothing by."""
     try:
         return os.readlink(b"/proc/self/fd/%d" % descriptor)

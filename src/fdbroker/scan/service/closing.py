@@ -6,6 +6,7 @@ these may take as long as its sender likes: a socket waits for its peer (SO_LING
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import socket
@@ -13,14 +14,20 @@ import struct
 import termios
 from typing import TYPE_CHECKING
 
+from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
+from fdbroker.scan.service.watch import READABLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fdbroker.aio import ServedClient
+    from fdbroker.scan.service.configuration import Listener
     from fdbroker.scan.service.core import Core
 
+_DRAINING = 1.0  # seconds for a client to close, after all was said
+_READS_AT_ONCE = 16  # before others have their turn
+_MOST_BYTES = 1 << 16  # of one read
 _NUMBER = struct.Struct("@i")
 _NOTHING = _NUMBER.pack(0)
 
@@ -59,3 +66,53 @@ def close_aside(core: Core, served: ServedClient, owned: Sequence[int] = ()) -> 
         return
     closed = core.closings.run(served.uid, Descriptors([*owned, number]).close)
     closed.add_done_callback(lambda _: served.close())
+
+
+class Farewell:
+    """A client that was told all, and may be in the middle of a sentence; owns its connection.
+
+    The kernel makes a reset of what is not read at the end, and a client that meets one may not look at the
+    reply: so what such a client still says is read for a moment.
+    """
+
+    def __init__(self, core: Core, served: ServedClient, listener: Listener) -> None:
+        self._core = core
+        self._served = served
+        self._fileno = served.socket.fileno()
+        core.connections[self] = listener
+        self._timer = asyncio.get_running_loop().call_later(_DRAINING, self._close)
+        try:
+            served.socket.shutdown(socket.SHUT_WR)
+            core.watch.add(self._fileno, READABLE, self._read)
+        except OSError:  # it is gone, or no more can be watched
+            self._close()
+
+    def _read(self, _events: int) -> None:
+        for _ in range(_READS_AT_ONCE):
+            try:
+                data, owned, _ = sockets.receive_unclosed(self._served.socket, _MOST_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._close()
+                return
+            if len(owned):  # no sentence has them in its middle
+                self._let_go()
+                close_aside(self._core, self._served, owned.take_all())
+                return
+            if not data:
+                self._close()
+                return
+
+    def _close(self) -> None:
+        self._let_go()
+        close_stream(self._core, self._served)
+
+    def _let_go(self) -> None:
+        self._timer.cancel()
+        self._core.connections.pop(self, None)
+        self._core.watch.let_go(self._fileno)
+
+    def end(self, reason: str, text: str) -> None:  # noqa: ARG002 - it was told all
+        """Close it."""
+        self._close()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fdbroker import aio
 from fdbroker.client import DeniedError
-from fdbroker.scan.service.clamd import serve_client
+from fdbroker.scan.service.clamd_short import serve_client
 from fdbroker.scan.service.closing import close_aside
 from fdbroker.scan.service.configuration import Tcp
 from fdbroker.scan.service.core import Core, say
