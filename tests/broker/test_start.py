@@ -672,7 +672,7 @@ def test_finder_refuses_what_somebody_else_can_change(roots_own: Path, what: str
     place = {"folder": folder, "base": roots_own}.get(what, source)
     if what == "owner":
         os.chown(source, BROKER_UID, 0)
-        said = f" belongs to uid {BROKER_UID}, so somebody other than root can change it; as root: chown root "
+        said = f" belongs to uid {BROKER_UID}, so somebody other than root can change it; as root: chown"
     elif what == "link":
         source.rename(folder / "real.py")
         source.symlink_to("real.py")

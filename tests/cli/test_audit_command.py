@@ -494,8 +494,8 @@ def test_audit_is_where_the_policy_says_where_no_file_is_named(
     assert capsys.readouterr().err == ""
     assert files(names=Failure("policy.yaml:1:1: wrong; mend it\nand more")) == [audit.DEFAULT_FILE]
     assert capsys.readouterr().err == (
-        "fdbroker: where the policy has the audit go can't be read, so /var/log/fdbroker/audit.jsonl is taken:"
-        " policy.yaml:1:1: wrong; mend it\n"
+        "fdbroker: where the policy has the audit go can't be read, so /var/log/fdbroker/audit.jsonl is"
+        " taken: policy.yaml:1:1: wrong; mend it\n"
     )
     usual.unlink()
     assert files(names="/srv/log/audit.jsonl") == [audit.DEFAULT_FILE]
