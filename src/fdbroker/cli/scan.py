@@ -460,8 +460,8 @@ def worker_ids(wanted: str | None) -> tuple[int, int] | None:
     if ids is None and wanted is None:
         raise click.UsageError(
             "root does not read hostile files itself: a worker of another user does, and there is no user"
-            f" {WORKER_USER} on this machine. Add one ({ADD_USER} {WORKER_USER}), or say who the worker shall be:"
-            " --worker-uid USER."
+            f" {WORKER_USER} on this machine. Add one ({ADD_USER} {WORKER_USER}), or say who the worker"
+            " shall be: --worker-uid USER."
         )
     if ids is None:
         raise click.UsageError(f"--worker-uid {wanted}: there is no such user.")
