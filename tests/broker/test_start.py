@@ -11,6 +11,7 @@ import json
 import marshal
 import os
 import py_compile
+import re
 import resource
 import shutil
 import signal
@@ -668,14 +669,19 @@ def test_finder_refuses_what_somebody_else_can_change(roots_own: Path, what: str
     source.chmod(0o644)
     finder = TrustedFinder(str(roots_own), check=True)
     assert finder.find_spec("fdbroker.kernel.libc", None) is not None
+    place = {"folder": folder, "base": roots_own}.get(what, source)
     if what == "owner":
         os.chown(source, BROKER_UID, 0)
+        said = f" belongs to uid {BROKER_UID}, so somebody other than root can change it; as root: chown"
     elif what == "link":
         source.rename(folder / "real.py")
         source.symlink_to("real.py")
+        said = f" is a symbolic link to {folder}/real.py; start fdbrokerd by a path without links, or"
     else:
-        {"file": source, "folder": folder, "base": roots_own}[what].chmod(0o775 if what != "file" else 0o664)
-    with pytest.raises(UntrustedSourceError, match=r"somebody other than root.*--dev"):
+        place.chmod(0o664 if what == "file" else 0o775)
+        mode = "0664" if what == "file" else "0775"
+        said = f" has mode {mode}, so somebody other than root can change it; as root: chmod go-w {place}, or"
+    with pytest.raises(UntrustedSourceError, match=re.escape(f"{place}{said}") + ".*--dev to try it out"):
         finder.find_spec("fdbroker.kernel.libc", None)
     # Tried out from a checkout, anything goes.
     assert TrustedFinder(str(roots_own), check=False).find_spec("fdbroker.kernel.libc", None) is not None
@@ -705,7 +711,7 @@ def test_entry_of_sources_that_others_can_write_does_not_start_and_says_so(tmp_p
     done = run_entry(copy / "broker" / "entry.py", "0")
     assert done.returncode == 2
     assert done.stderr.startswith("fdbroker: ")
-    assert "install fdbroker as root" in done.stderr
+    assert f"as root: chmod go-w {copy}, or install fdbroker where all is root's" in done.stderr
 
 
 def test_entry_imports_the_trusted_folders_alone_and_reaches_the_handover() -> None:

@@ -136,14 +136,19 @@ def test_a_port_is_one_of_the_loopback() -> None:
 
 
 def test_the_report_begins_with_what_needs_a_look() -> None:
-    assert as_text(import_conf(b"ScanPE yes\nMaxFileSize 1M\nDatabaseDirectory /a\x1b[1m\nNoSuch 1\n")) == (
+    imported = import_conf(b"ScanPE yes\nMaxFileSize 1M\nDatabaseDirectory /a\x1b[1m\nNoSuch 1\nScanELF 1\n")
+    needs_a_look = (
         "wrong:\n"
         "  4: NoSuch: it is no option of clamd 1.4\n"
         "translated:\n"
         "  2: MaxFileSize: engines.libclamav.max_file_size: 1MiB\n"
         "  3: DatabaseDirectory: engines.libclamav.database: /a?[1m\n"
-        "so anyway:\n"
+    )
+    assert as_text(imported) == f"{needs_a_look}so anyway: 2 more (--verbose lists them)\n"
+    assert as_text(imported, verbose=True) == (
+        f"{needs_a_look}so anyway:\n"
         "  1: ScanPE: libclamav looks into it\n"
+        "  5: ScanELF: libclamav looks into it\n"
     )
     assert as_text(import_conf(b"")) == ""
 
@@ -156,7 +161,8 @@ def test_the_report_begins_with_what_needs_a_look() -> None:
 def test_any_text_is_imported_and_what_comes_of_it_is_yaml(text: list[str]) -> None:
     imported = import_conf("".join(text).encode("utf-8", "surrogatepass"))
     yaml.safe_load(as_yaml(imported))
-    assert as_text(imported).isascii() or as_text(imported).replace("\n", "").isprintable()
+    said = as_text(imported, verbose=True)
+    assert said.isascii() or said.replace("\n", "").isprintable()
 
 
 def test_the_command_writes_a_configuration_that_the_service_takes(
@@ -174,6 +180,17 @@ def test_the_command_writes_a_configuration_that_the_service_takes(
     assert (configuration.workers, configuration.limits.total) == (20, 200)
     assert "  2: MaxThreads: workers: 20 (processes, so many for one user;" in said.err
     assert "elsewhere:\n  1: LocalSocket:" in said.err
+
+
+def test_what_holds_anyway_is_counted_unless_it_is_asked_for(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    conf = tmp_path / "clamd.conf"
+    conf.write_text("ScanPE yes\n")
+    assert main(["import-clamd-conf", str(conf)]) == 0
+    assert capfd.readouterr().err == "so anyway: 1 more (--verbose lists them)\n"
+    assert main(["import-clamd-conf", "-v", str(conf)]) == 0
+    assert capfd.readouterr().err == "so anyway:\n  1: ScanPE: libclamav looks into it\n"
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

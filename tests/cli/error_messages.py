@@ -91,6 +91,7 @@ NOT_ERRORS_ALONE = frozenset(
         "ClamAV …/…/…, … signatures",
         "yara-x …, … rules",
         "0 is no limit there; here there always is one, and the usual one holds",
+        "…: … more (--verbose lists them)",
         # Of layers that are in force.
         "…, of … MiB",
         "its channel, /dev/null twice, and the program",

@@ -14,6 +14,7 @@ import pytest
 from fdbroker.cli import audit, broker
 from fdbroker.cli.audit_file import follow_lines
 from fdbroker.cli.audit_records import Filter, Line, path_of
+from fdbroker.cli.failure import Failure
 from fdbroker.policy.globs import compile_glob
 from tests.cli.commands import command, environment, run_as, run_here, run_on_terminal
 from tests.running_broker import CLIENT_UID, policy
@@ -450,6 +451,7 @@ def test_audit_of_a_service_is_read_from_the_journal_unless_there_is_a_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "audit.jsonl"
+    monkeypatch.setattr(audit, "DEFAULT_POLICY", str(tmp_path / "none.yaml"))
     monkeypatch.setattr(audit, "DEFAULT_FILE", str(file))
     monkeypatch.setattr(broker, "is_a_service", lambda: True)
 
@@ -467,3 +469,33 @@ def test_audit_of_a_service_is_read_from_the_journal_unless_there_is_a_file(
     monkeypatch.setattr(broker, "is_a_service", lambda: False)
     assert not is_of_journal()
     assert capsys.readouterr().err == ""
+
+
+def test_audit_is_where_the_policy_says_where_no_file_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = tmp_path / "policy.yaml"
+    usual.touch()
+    monkeypatch.setattr(audit, "DEFAULT_POLICY", str(usual))
+
+    def files(*, names: object) -> list[str]:
+        def load(path: str) -> dict[str, Any]:
+            assert path == str(usual)
+            if isinstance(names, Exception):
+                raise names
+            return {"daemon": {"audit": names}}
+
+        monkeypatch.setattr(audit, "load", load)
+        return audit._Source((), None, None, rotated=False, journal=False).files
+
+    assert files(names="/srv/log/audit.jsonl") == ["/srv/log/audit.jsonl"]
+    assert files(names=None) == [audit.DEFAULT_FILE]
+    assert files(names=ModuleNotFoundError("yaml")) == [audit.DEFAULT_FILE]
+    assert capsys.readouterr().err == ""
+    assert files(names=Failure("policy.yaml:1:1: wrong; mend it\nand more")) == [audit.DEFAULT_FILE]
+    assert capsys.readouterr().err == (
+        "fdbroker: where the policy has the audit go can't be read, so /var/log/fdbroker/audit.jsonl is"
+        " taken: policy.yaml:1:1: wrong; mend it\n"
+    )
+    usual.unlink()
+    assert files(names="/srv/log/audit.jsonl") == [audit.DEFAULT_FILE]

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fdbroker.cli import broker
+from fdbroker.cli.checks import check
 from fdbroker.client import DEFAULT_SOCKET, BrokerTimeoutError, UnavailableError
+from fdbroker.client.control import DEFAULT_CONTROL
 from fdbroker.config import names
 
 if TYPE_CHECKING:
@@ -85,6 +87,33 @@ def test_a_service_is_started_and_restarted_by_systemd(monkeypatch: pytest.Monke
         there.remove(away)
         assert "systemctl" not in str(broker.obstacle("/x", MISSING)) + broker.how_to_restart()
         there.add(away)
+
+
+@pytest.mark.parametrize("error", [MISSING, UnavailableError(errno.ECONNREFUSED, "Connection refused")])
+@pytest.mark.parametrize(
+    ("path", "unit"),
+    [(DEFAULT_SOCKET, "fdbroker-seqpacket.socket"), (DEFAULT_CONTROL, "fdbroker-control.socket")],
+)
+def test_service_that_runs_without_its_socket_is_stopped_before_the_socket_is_started(
+    monkeypatch: pytest.MonkeyPatch, path: str, unit: str, error: UnavailableError
+) -> None:
+    monkeypatch.setattr(broker, "is_a_service", lambda: True)
+    monkeypatch.setattr(broker, "service_runs", lambda: True)
+    text = str(broker.obstacle(path, error))
+    cure = "systemctl stop fdbroker.service; systemctl restart {}; systemctl start fdbroker.service."
+    assert f"Its service runs without it. As root: {cure.format(unit)}" in text
+    # Of another socket the service need know nothing.
+    assert "Its service runs" not in str(broker.obstacle("/x", error))
+    monkeypatch.setattr(broker, "service_runs", lambda: False)
+    assert "as root: systemctl start fdbroker.service." in str(broker.obstacle(path, error))
+
+
+@pytest.mark.parametrize(("said", "runs"), [("active\n", True), ("inactive\n", False), (None, False)])
+def test_a_service_runs_if_systemd_says_so(
+    monkeypatch: pytest.MonkeyPatch, *, said: str | None, runs: bool
+) -> None:
+    monkeypatch.setattr(check, "output_of", lambda *_command: said)
+    assert broker.service_runs() is runs
 
 
 def test_control_socket_is_named_by_its_own_option() -> None:

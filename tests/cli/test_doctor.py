@@ -29,6 +29,7 @@ from fdbroker.cli.checks import check as check_module
 from fdbroker.cli.checks import policy as policy_checks
 from fdbroker.cli.checks.check import NotSeenError, in_child, in_time
 from fdbroker.config.compile import compile_policy
+from fdbroker.config.defaults import ADD_USER
 from fdbroker.config.identities import SystemLookups
 from fdbroker.kernel import landlock, namespaces, process, sockets
 from fdbroker.kernel.errors import SyscallError
@@ -223,7 +224,7 @@ def test_user_that_exists_is_told_with_its_uid(monkeypatch: pytest.MonkeyPatch) 
     assert shown["user fdbroker"][:3] == ("user fdbroker", OK, "uid 0")
     worker = shown["user fdbroker-worker"]
     assert worker.state == WEAKER
-    assert "useradd --system" in worker.cure
+    assert worker.cure == f"as root: {ADD_USER} fdbroker-worker"
 
 
 def test_group_that_no_policy_needs_is_not_asked_for() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from fdbroker.cli.explanation import lines_of_answer
 from fdbroker.config.__main__ import main as config_main
 from tests.cli.commands import environment, run, run_here, run_on_terminal
 from tests.forked import run_forked
@@ -174,6 +175,22 @@ def test_service_is_explained_on_behalf_of_a_user(file: str) -> None:
         run_here("policy", "explain", "--json", "--policy", file, "--on-behalf-of", "1001", *asked).stdout
     )
     assert document["on_behalf_of"] == {"uid": 1001, "gids": [], "cgroups": []}
+
+
+def test_walk_that_is_allowed_is_told_to_say_nothing_of_what_it_meets(file: str) -> None:
+    with open(file, "a") as opened:
+        opened.write("  - {name: walk, allow: walk, in: tree, client: any, paths: '**', except: 'bin/*'}\n")
+
+    def told(action: str, path: str) -> str:
+        return run_here("policy", "explain", "--policy", file, "--action", action, path).stdout
+
+    walk = told("walk", "/usr/bin")
+    assert "\nAllowed: rule walk allows it.\nWhat lies below it is decided by itself, name by name: " in walk
+    assert "'open' as well if files are to be given" in walk
+    assert "What lies below" not in told("list", "/usr/bin") + told("walk", "/usr/bin/env")
+    answer = {"action": "walk", "allowed": True, "reason": "ok", "rule": "walk"}
+    assert any("What lies below" in line for line in lines_of_answer(answer, b"/usr"))
+    assert not any("What lies below" in line for line in lines_of_answer({**answer, "allowed": False}, b"/u"))
 
 
 def test_path_is_made_absolute_and_one_outside_the_roots_is_denied(file: str) -> None:

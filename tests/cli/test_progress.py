@@ -8,15 +8,17 @@ import sys
 import time
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import pytest
 import rich.console
 
 from fdbroker.cli.ahead import Ahead
+from fdbroker.cli.policy_diff import _shown_while
 from fdbroker.cli.progress import ScanProgress, _Left, _size, _words
 from fdbroker.cli.scan_output import Totals
 from fdbroker.client import UnavailableError
+from fdbroker.config.difference import Walked
 from fdbroker.scan.tree import File, Found, NotAFile
 
 if TYPE_CHECKING:
@@ -199,6 +201,26 @@ def test_bar_is_drawn_a_few_times_a_second_at_most(monkeypatch: pytest.MonkeyPat
         screen.now += 0.06
         progress.update(Totals(files=3), ahead)
         assert "3 files," in screen.drawn()
+
+
+def test_comparison_of_policies_shows_what_it_waits_for_without_delay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    walked = Walked()
+
+    def found() -> Iterator[NoReturn]:
+        screen.drawn()
+        walked.entries = 1
+        walked.watch(b"/a")
+        assert "1 path compared, in /a" in screen.drawn()
+        walked.watch(b"/a/b")
+        assert screen.drawn() == "", "so soon after"
+        walked.waits_for(b"/a/far\n")
+        assert r"1 path compared, waiting for /a/far\x0a" in screen.drawn()
+        yield from ()
+
+    with screen_of_ours(monkeypatch) as screen:
+        assert list(_shown_while(found(), walked)) == []
 
 
 def test_bar_shows_a_finding_before_its_line_is_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from fdbroker.cli.broker import DENIED
 from fdbroker.cli.scan import WORKER_USER, worker_ids
+from fdbroker.config.defaults import ADD_USER
 from tests.cli.commands import (
     AS_ROOT,
     command,
@@ -399,7 +400,7 @@ def test_root_must_say_who_the_worker_is_where_there_is_no_user_for_it(tree: Tre
         pytest.skip(f"this machine has a user {WORKER_USER}")
     result = run("scan", tree.root)
     assert result.returncode == 2
-    assert f"useradd --system {WORKER_USER}" in result.stderr
+    assert f"Add one ({ADD_USER} {WORKER_USER}), or say who" in result.stderr
     assert "--worker-uid" in result.stderr
 
 

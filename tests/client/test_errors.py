@@ -148,3 +148,12 @@ def test_no_error_about_the_connection_is_taken_for_one_about_the_file() -> None
     for kind in (errors.UnavailableError, errors.DisconnectedError, errors.ProtocolError):
         assert issubclass(kind, ConnectionError)
         assert not issubclass(kind, about_files)
+
+
+def test_an_audit_without_room_is_told_once_and_in_the_brokers_words_where_it_has_some() -> None:
+    said = "it could not be recorded, so nothing was done: free the audit's disk, or see to who reads it"
+    told = error_of_reply(ErrorReply(3, 1, Kind.REFUSED, Reason.AUDIT, 5, said))
+    assert isinstance(told, errors.BrokenError)
+    assert told.strerror == said
+    untold = error_of_reply(ErrorReply(3, 1, Kind.REFUSED, Reason.AUDIT, 5, ""))
+    assert str(untold.strerror).startswith("the broker could not record its decision, so it gave nothing;")

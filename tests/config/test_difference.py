@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fdbroker.config import ConfigError
+from fdbroker.config import ConfigError, difference
 from fdbroker.config.difference import (
     Change,
     ClientKind,
@@ -27,15 +27,20 @@ from fdbroker.config.difference import (
     load,
     trees_of,
 )
-from fdbroker.config.explain import ALLOW, Asker, explain, look_as_broker
+from fdbroker.config.explain import ALLOW, Asker, explain, judge, look_as_broker
+from fdbroker.launcher.mounts import Mount
+from fdbroker.policy.decide import Policy
 from fdbroker.policy.rules import ACTIONS, ClientFacts, RuleSet, read_policy
-from tests.descriptors.mounting import mounted
+from tests.descriptors.mounting import bound, mounted
 from tests.policy.decision_cases import GID, OTHER, UID, documents
 from tests.processes import in_child
 from tests.running_broker import CLIENT_UID, policy, reachable_directory, rule
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+NOBODY = Asker(ClientFacts(UID, frozenset()))
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +241,67 @@ def test_other_mounts_are_entered_only_where_a_root_crosses_them(tmp_path: Path)
             found = list(compare(one, other, kinds_of_clients(one, other)[:1], [bytes(tmp_path)], walked))
             counts.append((walked.entries, len({each.path for each in found})))
     assert counts == [(2, 1), (3, 3)]
+
+
+@pytest.mark.root
+def test_mounts_are_told_apart_as_the_broker_does_whatever_their_devices_are(tmp_path: Path) -> None:
+    # Layers of several file systems: files and directories of the overlay have different devices. And a
+    # mount of the same file system has the same device.
+    with mounted("tmpfs", tmp_path):
+        for name in ("lower", "upper", "tree"):
+            (tmp_path / name).mkdir()
+        with mounted("tmpfs", tmp_path / "lower"), mounted("tmpfs", tmp_path / "upper"):
+            (tmp_path / "lower" / "file").touch()
+            (tmp_path / "lower" / "bound").touch()
+            (tmp_path / "lower" / "again").mkdir()
+            for name in ("data", "work"):
+                (tmp_path / "upper" / name).mkdir()
+            layers = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper/data,workdir={tmp_path}/upper/work"
+            top = tmp_path / "tree"
+            with (
+                mounted("overlay", top, data=layers),
+                bound(top / "file", top / "bound"),
+                bound(top / "again", top / "again"),
+            ):
+                assert top.stat().st_dev != (top / "file").stat().st_dev, "this overlay shows nothing"
+                lost = found_lost(top)
+                look = {
+                    name: judge(Policy(read_policy(policy(top))), NOBODY, "stat", name, look_as_broker)
+                    for name in (bytes(top), *map(bytes, top.iterdir()))
+                }
+    assert lost == {name for name, judged in look.items() if judged.verdict.decision == ALLOW}
+    assert lost == {bytes(top), bytes(top / "file")}
+
+
+def found_lost(top: Path) -> set[bytes]:
+    """Return what may be described no more after a policy that allows everything to one that denies it."""
+    one, other = read_policy(policy(top)), read_policy(policy(top, rule("all", effect="deny")))
+    found = compare(one, other, [ClientKind("x", NOBODY)], [bytes(top)], Walked())
+    return {each.path for each in found if each.action == "stat"}
+
+
+@pytest.mark.root
+def test_a_mount_that_may_never_answer_is_named_before_it_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "far").mkdir()
+    here = Mount(1, 0, b"fuse.sshfs", b"/", bytes(tmp_path / "far"), frozenset())
+    monkeypatch.setattr(difference, "read_mounts", lambda: [here, here._replace(type=b"ext4", point=b"/x")])
+    looked: list[str] = []
+    stat_of = os.stat
+
+    def noting(path: Any, **options: Any) -> os.stat_result:  # noqa: ANN401 - of os.stat
+        looked.append(f"stat {os.fsdecode(path)}")
+        return stat_of(path, **options)
+
+    monkeypatch.setattr(os, "stat", noting)
+    walked = Walked()
+    walked.waits_for = lambda mount: looked.append(f"waits for {os.fsdecode(mount)}")
+    walked.watch = lambda directory: looked.append(f"in {os.fsdecode(directory)}")
+    one, other = read_policy(policy(tmp_path)), read_policy(policy(tmp_path, rule("n", effect="deny")))
+    list(compare(one, other, [ClientKind("x", NOBODY)], [bytes(tmp_path)], walked))
+    far = str(tmp_path / "far")
+    assert looked == [f"in {tmp_path}", f"waits for {far}", "stat far", f"in {far}"]
 
 
 @pytest.mark.root

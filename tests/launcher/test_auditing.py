@@ -33,7 +33,7 @@ pytestmark = pytest.mark.root
         ("sticky", "its mode is 01777"),
         ("link", "it is a symbolic link; use its real path"),
         ("above", f"it belongs to uid {OTHER_UID}"),
-        ("missing", "No such file or directory"),
+        ("missing", "No such file or directory; name a directory that exists, or make it, as root: mkdir -p"),
     ],
 )
 def test_an_audit_in_a_directory_that_is_not_roots_alone_is_refused(

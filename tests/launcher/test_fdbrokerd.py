@@ -703,6 +703,22 @@ def test_a_wrong_command_line_is_status_2(options: str, capsys: pytest.CaptureFi
     assert told.out == ""
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--deamon", "unknown argument '--deamon'; did you mean '--daemon'?"),
+        ("--socket-mod=600", "unknown argument '--socket-mod=600'; did you mean '--socket-mode'?"),
+        ("x.yaml", "unknown argument 'x.yaml'; fdbrokerd --help shows all options"),
+    ],
+)
+def test_a_misspelt_option_is_told_with_the_one_that_was_meant(
+    given: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        read_options([given])
+    assert capsys.readouterr().err.endswith(f"fdbrokerd: error: {said}\n")
+
+
 @pytest.mark.parametrize("options", [WRONG[0], WRONG_IDS[0], WRONG_IDS[-1]])
 def test_a_wrong_command_line_starts_nothing(directory: Path, options: str) -> None:
     assert "fdbrokerd: error: " in not_started(directory, options)

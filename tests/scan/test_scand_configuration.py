@@ -116,6 +116,14 @@ def test_the_example_says_what_is_usual() -> None:
             "2:30: listeners: scan: protocol: 'ftp' is not a choice here; write clamd or scan",
         ),
         (
+            "listeners: {clamd: {protocol: clam, max_stream: 5MiB, read_timeout: 2s, unscanned: ok}}",
+            "2:31: listeners: clamd: protocol: 'clam' is not a choice here; did you mean 'clamd'?",
+        ),
+        (
+            "listeners: {clamd: {max_stream: 5MiB, read_timeout: 2s}}",
+            "2:20: listeners: clamd: key 'protocol' is missing; add 'protocol: ...'",
+        ),
+        (
             "listeners: {scan: {protocol: scan, max_stream: 1MiB}}",
             "2:36: listeners: scan: max_stream: it is for the protocol clamd; remove it",
         ),

@@ -28,4 +28,5 @@ complete -c fdbroker-scand -n '__fdbroker_scand_is "fdbroker-scand"' -l ready-fd
 complete -c fdbroker-scand -n '__fdbroker_scand_is "fdbroker-scand"' -l version -d 'Show the version and exit'
 complete -c fdbroker-scand -n '__fdbroker_scand_is "fdbroker-scand"' -s h -l help -d 'Show this message and exit'
 complete -c fdbroker-scand -n '__fdbroker_scand_is "fdbroker-scand import-clamd-conf"' -F
+complete -c fdbroker-scand -n '__fdbroker_scand_is "fdbroker-scand import-clamd-conf"' -s v -l verbose -d 'List also what holds without any option'
 complete -c fdbroker-scand -n '__fdbroker_scand_is "fdbroker-scand import-clamd-conf"' -s h -l help -d 'Show this message and exit'

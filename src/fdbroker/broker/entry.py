@@ -40,10 +40,18 @@ def check_only_root_writes(path: str) -> None:
     """
     while True:
         facts = os.lstat(path)
-        if stat.S_ISLNK(facts.st_mode) or facts.st_uid != 0 or facts.st_mode & 0o022:
+        if stat.S_ISLNK(facts.st_mode):
             raise UntrustedSourceError(
-                f"{path} is a link, or somebody other than root can change it;"
-                " install fdbroker as root, or start with --dev to try it out"
+                f"{path} is a symbolic link to {os.path.realpath(path)}; start fdbrokerd by a path without"
+                " links, or with --dev to try it out"
+            )
+        if facts.st_uid != 0 or facts.st_mode & 0o022:
+            found, cure = f"belongs to uid {facts.st_uid}", "chown root"
+            if facts.st_uid == 0:
+                found, cure = f"has mode 0{stat.S_IMODE(facts.st_mode):03o}", "chmod go-w"
+            raise UntrustedSourceError(
+                f"{path} {found}, so somebody other than root can change it; as root: {cure} {path}, or"
+                " install fdbroker where all is root's, or start with --dev to try it out"
             )
         parent = os.path.dirname(path)
         if parent == path:

@@ -408,8 +408,11 @@ def _scalar(text: str) -> str:
     return f'"{text}"' if plain else json.dumps(text)
 
 
-def as_text(imported: Imported) -> str:
-    """Return what becomes of each line, by outcome: what needs a look first, what holds anyway last."""
+def as_text(imported: Imported, *, verbose: bool = False) -> str:
+    """Return what becomes of each line, by outcome: what needs a look first, what holds anyway last.
+
+    Of what holds anyway only how many they are, unless `verbose`: they are most of a usual file.
+    """
     order = [
         Outcome.WRONG,
         Outcome.MISSING,
@@ -423,7 +426,9 @@ def as_text(imported: Imported) -> str:
     lines = []
     for outcome in order:
         found = [finding for finding in imported.findings if finding.outcome is outcome]
-        if found:
+        if outcome is Outcome.ANYWAY and found and not verbose:
+            lines.append(f"{outcome}: {len(found)} more (--verbose lists them)")
+        elif found:
             lines.append(f"{outcome}:")
             lines += [f"  {one.line}: {shown(one.option)}: {shown(one.text)}" for one in found]
     return "\n".join(lines) + "\n" if lines else ""

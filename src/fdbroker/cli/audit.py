@@ -20,7 +20,9 @@ from fdbroker.cli.control import connected
 from fdbroker.cli.failure import Failure
 from fdbroker.cli.group import SuggestingGroup
 from fdbroker.cli.output import coloured, complain_printable, write_json, write_line
+from fdbroker.cli.policy_file import load
 from fdbroker.client import BrokerError
+from fdbroker.config import DEFAULT_POLICY
 from fdbroker.config.errors import did_you_mean
 from fdbroker.config.names import counted, id_of_number, is_number, printable, user_name, user_text
 from fdbroker.policy.globs import Glob, compile_glob
@@ -107,10 +109,13 @@ class _Source:
         self.journal = journal or unit is not None or directory is not None
         if self.journal and (files or rotated):
             raise click.UsageError("files or the journal, not both")
-        self.files = list(files) or [DEFAULT_FILE]
-        if not self.journal and not files and not rotated and _is_in_the_journal():
-            self.journal = True
-            complain_printable(f"there is no {DEFAULT_FILE}; this is the journal of {self.unit}")
+        self.files = list(files)
+        if not self.journal and not files:
+            file = _usual_file()
+            self.files = [file]
+            if not rotated and _is_in_the_journal(file):
+                self.journal = True
+                complain_printable(f"there is no {printable(file)}; this is the journal of {self.unit}")
         if rotated:
             with _readable(self.files[0]):
                 self.files = [path for file in self.files for path in with_rotated(file)]
@@ -160,10 +165,27 @@ class _Source:
             ) from error
 
 
-def _is_in_the_journal() -> bool:
+def _usual_file() -> str:
+    """Return the file that the policy names for the audit, the usual one where that can't be seen."""
+    if not os.access(DEFAULT_POLICY, os.R_OK):
+        return DEFAULT_FILE  # as for who is not root, whom an audit is not for
+    try:
+        named = load(DEFAULT_POLICY)["daemon"]["audit"]
+    except ModuleNotFoundError:
+        return DEFAULT_FILE  # what reads YAML is another extra
+    except Failure as failure:
+        first = failure.message.partition("\n")[0]
+        complain_printable(
+            f"where the policy has the audit go can't be read, so {DEFAULT_FILE} is taken: {first}"
+        )
+        return DEFAULT_FILE
+    return named or DEFAULT_FILE
+
+
+def _is_in_the_journal(file: str) -> bool:
     """Return whether the broker is a service whose audit goes to no file, as its unit comes."""
     try:
-        os.stat(DEFAULT_FILE)
+        os.stat(file)
     except FileNotFoundError:
         return broker.is_a_service()
     except OSError:
@@ -228,9 +250,9 @@ def read(  # noqa: PLR0913 - one for each option
 ) -> int:
     """Show the broker's record of every decision: time, who, what, which path, the decision and why.
 
-    FILE is where the policy says that the audit goes (audit: {to: FILE}); without it
-    /var/log/fdbroker/audit.jsonl or, where that is not and systemd starts the broker,
-    the journal; - is standard input. Compressed files are read as well. Records that
+    Without FILE it is where /etc/fdbroker/policy.yaml says that the audit goes (audit:
+    {to: FILE}), else /var/log/fdbroker/audit.jsonl or, where that is not and systemd
+    starts the broker, the journal; - is standard input. Compressed files are read as well. Records that
     are missing (their numbers have a gap), lines that are none, and a file that others
     than root can write are told on standard error.
 
@@ -355,12 +377,12 @@ def _shown_finding(finding: Finding) -> str:
 
 
 @command.command("reopen", short_help="Have the broker go on in a new file, as root.")
-@click.argument("file", default=DEFAULT_FILE, type=click.UNPROCESSED)
+@click.argument("file", required=False, type=click.UNPROCESSED)
 @broker.control_option
-def reopen(file: str, control_path: str | None) -> int:
+def reopen(file: str | None, control_path: str | None) -> int:
     """Have the running broker write its audit to FILE from now on, as root: behind a rotation.
 
-    FILE is where the policy says that the audit goes; without it
+    Without FILE it is where /etc/fdbroker/policy.yaml says that the audit goes, else
     /var/log/fdbroker/audit.jsonl. It is made, mode 0640, if it is missing. When
     this returns 0, nothing more is written to the file before. No record is lost or
     split: the broker switches between two records, and the first in the new file
@@ -382,7 +404,7 @@ def reopen(file: str, control_path: str | None) -> int:
 
     if os.geteuid() != 0:
         raise Failure("only root moves the audit: run this as root")
-    path = os.path.abspath(file)
+    path = os.path.abspath(_usual_file() if file is None else file)
     with connected(control_path) as control:
         try:
             descriptor = open_audit_file(path)

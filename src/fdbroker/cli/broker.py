@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 SOCKET_VARIABLE = "FDBROKER_SOCKET"
 CONTROL_VARIABLE = "FDBROKER_CONTROL"
 SERVICE = "fdbroker.service"
+_SOCKET_UNITS = {
+    client.DEFAULT_SOCKET: "fdbroker-seqpacket.socket",
+    DEFAULT_CONTROL: "fdbroker-control.socket",
+}
 _BY_HAND = "fdbrokerd --stop && fdbrokerd --daemon"
 _UNIT_DIRECTORIES = (
     "/etc/systemd/system",
@@ -233,10 +237,11 @@ def obstacle(socket_path: str, error: client.BrokerError, option: str = "--socke
     elsewhere = f"If its socket is elsewhere, say where: {option} PATH, or {variable} in the environment."
     if isinstance(error, client.UnavailableError):
         if error.errno == errno.ENOENT:
-            return Obstacle(f"{shown}: no broker has its socket there", f"{_how_to_start()} {elsewhere}")
+            cure = f"{_how_to_start(socket_path)} {elsewhere}"
+            return Obstacle(f"{shown}: no broker has its socket there", cure)
         if error.errno == errno.ECONNREFUSED:
             found = f"{shown}: the socket is there, but no broker listens on it any more"
-            return Obstacle(found, _how_to_start())
+            return Obstacle(found, _how_to_start(socket_path))
         if error.errno == errno.EACCES:
             who, cure = _who_may_connect(socket_path)
             return Obstacle(f"{shown}: you may not connect to this broker: {who}", cure)
@@ -255,6 +260,13 @@ def is_a_service() -> bool:
     return systemd_runs() and any(os.path.exists(f"{directory}/{SERVICE}") for directory in _UNIT_DIRECTORIES)
 
 
+def service_runs() -> bool:
+    """Return whether systemd has the broker's service running, as far as it says so."""
+    from fdbroker.cli.checks.check import output_of  # noqa: PLC0415 - only where there is no broker
+
+    return (output_of("systemctl", "is-active", SERVICE) or "").strip() == "active"
+
+
 def how_to_restart() -> str:
     """Return the command for root that starts the broker anew."""
     if is_a_service():
@@ -262,8 +274,15 @@ def how_to_restart() -> str:
     return _BY_HAND
 
 
-def _how_to_start() -> str:
+def _how_to_start(socket_path: str) -> str:
     if is_a_service():
+        socket_unit = _SOCKET_UNITS.get(socket_path)
+        if socket_unit is not None and service_runs():
+            # systemd passes sockets when a service starts, and starts none of one that runs.
+            return (
+                f"Its service runs without it. As root: systemctl stop {SERVICE}; systemctl restart"
+                f" {socket_unit}; systemctl start {SERVICE}."
+            )
         return f"Start it, as root: systemctl start {SERVICE}. Why it ended says journalctl -u {SERVICE}."
     if (
         shutil.which("fdbrokerd", path=f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin")

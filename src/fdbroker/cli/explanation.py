@@ -20,6 +20,10 @@ _STATUS = {"allow": 0, "deny": 1, "unknown": 3}
 _COLOURS = {"allow": "green", "deny": "red", "unknown": "yellow"}
 # A policy with no more rules than these is shown whole.
 _FEW = 6
+_OF_A_WALK = (
+    "What lies below it is decided by itself, name by name: it needs 'walk' to be met, and 'open' as well if"
+    " files are to be given, as a scan wants them. Ask about a file there, with --action open."
+)
 _MARKS = {True: "+", False: "-", None: "?"}
 
 
@@ -130,6 +134,8 @@ def lines_of(explanation: Explanation, source: Source, *, verbose: bool) -> list
     if explanation.seen is not None:
         lines.append(f"object  {_object_line(explanation.seen)}")
     lines += lines_of_rules(explanation, verbose=verbose)
+    if explanation.action == "walk" and explanation.verdict.decision == "allow":
+        lines.append(_OF_A_WALK)
     if explanation.verdict.decision == "unknown" and os.geteuid() != 0:
         lines.append(
             f"Root can look at it: run this again as root, with --as {printable(user_name(client.uid))}."
@@ -306,4 +312,5 @@ def lines_of_answer(answer: Mapping[str, Any], path: bytes, client: ClientFacts 
     sentence = _sentence(answer)
     user = printable(user_name(os.geteuid() if client is None else client.uid))
     more = f"Root sees the rules and the file: run this again as root, with --as {user}."
-    return [*lines, "", coloured(f"{sentence[:1].upper()}{sentence[1:]}.", colour), more]
+    of_a_walk = [_OF_A_WALK] if answer.get("action") == "walk" and decision != "deny" else []
+    return [*lines, "", coloured(f"{sentence[:1].upper()}{sentence[1:]}.", colour), *of_a_walk, more]

@@ -119,11 +119,12 @@ def _kinds(users: Sequence[str], old: Loaded, new: Loaded) -> list[ClientKind]:
 def _shown_while(found: Iterator[Found], walked: Walked) -> Iterator[Found]:
     from fdbroker.cli.progress import WalkProgress  # noqa: PLC0415 - another extra
 
-    def words() -> str:
-        return f"{counted(walked.entries, 'path')} compared"
+    def words(place: bytes, what: str = "in") -> str:
+        return f"{counted(walked.entries, 'path')} compared, {what} {printable(place)}"
 
     with WalkProgress(wanted=True, words="comparing") as progress:
-        walked.watch = lambda: progress.show(words)
+        walked.watch = lambda directory: progress.show(lambda: words(directory))
+        walked.waits_for = lambda mount: progress.show(lambda: words(mount, "waiting for"), at_once=True)
         yield from found
 
 

@@ -99,10 +99,10 @@ class WalkProgress:
         self._bytes += size
         self.show(lambda: f"{counted(found, 'file')}, {_size(self._bytes)}")
 
-    def show(self, words: Callable[[], str]) -> None:
-        """Show what `words` returns, a few times a second."""
+    def show(self, words: Callable[[], str], *, at_once: bool = False) -> None:
+        """Show what `words` returns, a few times a second; `at_once`: now, as nothing may follow."""
         now = time.monotonic()
-        if self._progress.disable or now < self._next:
+        if self._progress.disable or (now < self._next and not at_once):
             return
         self._next = now + _INTERVAL
         self._progress.update(self._task, words=words(), refresh=True)

@@ -30,6 +30,7 @@ from fdbroker.cli.scan_via import (
 )
 from fdbroker.cli.sizes import size_of_option
 from fdbroker.cli.whole_file import whole_file
+from fdbroker.config.defaults import ADD_USER
 from fdbroker.config.names import id_of_number, is_number, printable
 from fdbroker.sandbox import SandboxError
 from fdbroker.scan.engine import EngineError, Inside
@@ -459,7 +460,7 @@ def worker_ids(wanted: str | None) -> tuple[int, int] | None:
     if ids is None and wanted is None:
         raise click.UsageError(
             "root does not read hostile files itself: a worker of another user does, and there is no user"
-            f" {WORKER_USER} on this machine. Add one (useradd --system {WORKER_USER}), or say who the worker"
+            f" {WORKER_USER} on this machine. Add one ({ADD_USER} {WORKER_USER}), or say who the worker"
             " shall be: --worker-uid USER."
         )
     if ids is None:

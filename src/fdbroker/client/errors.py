@@ -320,7 +320,7 @@ def _error(
         text = "the broker takes absolute paths only" if path else "the path is empty"
     elif reason is Reason.BROKEN:
         text = f"{text} ({os.strerror(number)})"
-    elif reason is Reason.POLICY and said:
+    elif reason in {Reason.POLICY, Reason.AUDIT} and said:
         text, said = said, ""  # it knows better, and has the cure
     if said:
         text = f"{text}: {said}"

@@ -6,6 +6,8 @@ from typing import Final
 
 DEFAULT_USER = "fdbroker"
 DEFAULT_GROUP_OF_CLIENTS = "fdbroker-clients"
+# How root adds a user whom something runs as and who does nothing else.
+ADD_USER = "useradd --system --user-group --no-create-home --shell /usr/sbin/nologin"
 DIRECTORY = "/run/fdbroker"
 PATHS = {
     "seqpacket": f"{DIRECTORY}/broker.seqpacket",

@@ -34,6 +34,8 @@ from fdbroker.config.explain import (
 from fdbroker.config.identities import Fault, SystemLookups
 from fdbroker.config.names import user_text
 from fdbroker.config.surroundings import type_of_filesystem
+from fdbroker.kernel.devices import place_at_once
+from fdbroker.launcher.mounts import read_mounts
 from fdbroker.policy.decide import ActionView, NameDecision, Policy, decide_object
 from fdbroker.policy.globs import Glob
 from fdbroker.policy.paths import components_below
@@ -235,10 +237,15 @@ class Found(NamedTuple):
 
 
 class Walked:
-    """Counts of a comparison. `unread`: what could not be read. `watch` is called for each directory."""
+    """Counts of a comparison. `unread`: what could not be read.
+
+    `watch` is called for each directory; `waits_for` before a mount is looked at whose server, where it is
+    dead, never answers, so that whoever waits can know for what.
+    """
 
     def __init__(self) -> None:
-        self.watch: Callable[[], None] = lambda: None
+        self.watch: Callable[[bytes], None] = lambda _directory: None
+        self.waits_for: Callable[[bytes], None] = lambda _mount: None
         self.entries = 0
         self.unread = 0
         self.first_unread: tuple[bytes, str] | None = None
@@ -262,14 +269,14 @@ def compare(
     if not pairs:
         return
     mounts = _Mounts()
-    for path, facts in _Walk((*old.roots, *new.roots), mounts, walked).over(trees):
-        is_link = stat.S_ISLNK(facts.st_mode)
+    for met in _Walk((*old.roots, *new.roots), mounts, walked).over(trees):
+        path, is_link = met.path, stat.S_ISLNK(met.facts.st_mode)
         for kind, action, one, other in pairs:
             names = one.decide(path), other.decide(path)
             if is_link and action in _FOLLOWING and any(name.followed is not None for name in names):
                 before, after = (_follow(policy, path, kind, action) for policy in policies)
             else:
-                before, after = (_decide(name, mounts, path, kind, action, facts) for name in names)
+                before, after = (_decide(name, mounts, met, kind, action) for name in names)
             if before[0] is not after[0]:
                 yield Found(path, kind, action, after[0], before[1], after[1])
 
@@ -332,48 +339,85 @@ def _plain(value: object) -> object:
     return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
+class _Met(NamedTuple):
+    """Something in a tree. `mount`: the number of the mount that it is on."""
+
+    path: bytes
+    facts: os.stat_result
+    mount: int
+
+
+def _mount_of(descriptor: int) -> int:
+    """Return the number of a mount, as openat2(2) tells mounts apart when it is to cross none.
+
+    Not st_dev: files of one overlay have several, and one file system may be mounted twice. Before Linux 5.8
+    there is nothing better.
+    """
+    place = place_at_once(descriptor)
+    return place.mount or place.device
+
+
+def _mount_at(path: bytes | str, directory: int | None = None) -> int:
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        return _mount_of(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class _Mounts:
     """What the broker serves of what lies under a root, by mount and file system."""
 
     def __init__(self) -> None:
-        self._devices: dict[bytes, int | None] = {}
+        self._of_roots: dict[bytes, int | None] = {}
         self._types: dict[int, int] = {}
         self._now_ns = time.time_ns()
+        # More than are met: one may lie below what another one covers.
+        self._points = {mount.point: mount.is_answered_by_others for mount in read_mounts()}
 
-    def objection(self, root: Root, path: bytes, device: int) -> str | None:
+    def is_point(self, path: bytes) -> bool:
+        """Return whether something may be mounted at a path, without a look at it."""
+        return path in self._points
+
+    def may_hang(self, path: bytes) -> bool:
+        """Return whether what is mounted at a path is answered by a server."""
+        return self._points.get(path, False)
+
+    def objection(self, root: Root, met: _Met) -> str | None:
         """Return why the broker would not serve it, as in its audit, or None."""
         if not root.cross_mounts:
-            if root.path not in self._devices:
+            if root.path not in self._of_roots:
                 try:
-                    self._devices[root.path] = os.lstat(root.path).st_dev
+                    self._of_roots[root.path] = _mount_at(root.path)
                 except OSError:
-                    self._devices[root.path] = None
-            return None if device == self._devices[root.path] else "crosses_mount"
-        return None if self.is_served(path, device, helpers=root.helpers) else "filesystem"
+                    self._of_roots[root.path] = None
+            return None if met.mount == self._of_roots[root.path] else "crosses_mount"
+        return None if self.is_served(met, helpers=root.helpers) else "filesystem"
 
-    def surroundings(self, path: bytes, device: int) -> Surroundings:
+    def surroundings(self, met: _Met) -> Surroundings:
         """Return what conditions ask beside the object: one moment for the whole comparison."""
-        self.is_served(path, device, helpers=False)
-        return Surroundings(self._now_ns, self._types[device])
+        self.is_served(met, helpers=False)
+        return Surroundings(self._now_ns, self._types[met.mount])
 
-    def is_served(self, path: bytes, device: int, *, helpers: bool) -> bool:
-        """Return whether files of a file system are ever served; `path` is something on it."""
-        if device not in self._types:
-            self._types[device] = type_of_filesystem(path) or 0
-        kind = self._types[device]
+    def is_served(self, met: _Met, *, helpers: bool) -> bool:
+        """Return whether files of the file system that something is on are ever served."""
+        if met.mount not in self._types:
+            self._types[met.mount] = type_of_filesystem(met.path) or 0
+        kind = self._types[met.mount]
         return kind in SERVED_FILESYSTEMS or (helpers and kind in HELPED_FILESYSTEMS)
 
 
 def _decide(
-    name: NameDecision, mounts: _Mounts, path: bytes, kind: ClientKind, action: str, facts: os.stat_result
+    name: NameDecision, mounts: _Mounts, met: _Met, kind: ClientKind, action: str
 ) -> tuple[bool, str]:
     """Return whether it is allowed, and the rule or the reason."""
+    facts = met.facts
     if not name.allowed or name.root is None:
         return False, name.reason if name.rule is None else f"rule {name.rule.name}"
     if name.root.helpers and action in {"list", "walk"}:
         return False, "not_listed"
     refused = kind_refused(facts.st_mode, "open" if action == "copy" else action)
-    refused = refused or mounts.objection(name.root, path, facts.st_dev)
+    refused = refused or mounts.objection(name.root, met)
     if refused is not None:
         return False, refused
     client, acted_for = kind.asker.uids
@@ -382,7 +426,7 @@ def _decide(
         facts,
         facts.st_uid if kind.owns else client,
         facts.st_uid if kind.acted_for_owns else acted_for,
-        mounts.surroundings(path, facts.st_dev) if name.asks_surroundings else None,
+        mounts.surroundings(met) if name.asks_surroundings else None,
     )
     # A condition that does not hold is named with the rule that would have allowed it.
     told = [] if decision.rule is None else [f"rule {decision.rule.name}"]
@@ -398,58 +442,62 @@ class _Walk:
         self._mounts = mounts
         self._walked = walked
 
-    def over(self, trees: Sequence[bytes]) -> Iterator[tuple[bytes, os.stat_result]]:
+    def over(self, trees: Sequence[bytes]) -> Iterator[_Met]:
         for tree in trees:
+            if self._mounts.may_hang(tree):
+                self._walked.waits_for(tree)
             try:
-                facts = os.lstat(tree)
+                facts, mount = os.lstat(tree), _mount_at(tree)
             except OSError as error:
                 _note_unread(self._walked, tree, error)
                 continue
             self._walked.entries += 1
-            yield tree, facts
+            yield _Met(tree, facts, mount)
             waiting = [tree] if stat.S_ISDIR(facts.st_mode) else []
             while waiting:
                 below: list[bytes] = []
                 yield from self._in(waiting.pop(), below)
                 waiting += sorted(below, reverse=True)
 
-    def _in(self, directory: bytes, below: list[bytes]) -> Iterator[tuple[bytes, os.stat_result]]:
+    def _in(self, directory: bytes, below: list[bytes]) -> Iterator[_Met]:
         """Yield what is in a directory, and add to `below` the directories that are to be read."""
-        self._walked.watch()
+        self._walked.watch(directory)
         try:
             descriptor = os.open(directory, _DIRECTORY)
         except OSError as error:
             _note_unread(self._walked, directory, error)
             return
         try:
-            device = os.fstat(descriptor).st_dev
+            mount = _mount_of(descriptor)
             with os.scandir(descriptor) as entries:
                 for entry in entries:
                     name = os.fsencode(entry.name)
                     path = os.path.join(directory, name)
+                    if self._mounts.may_hang(path):
+                        self._walked.waits_for(path)
                     try:
                         facts = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+                        its_mount = _mount_at(name, descriptor) if self._mounts.is_point(path) else mount
                     except OSError as error:
                         _note_unread(self._walked, path, error)
                         continue
                     self._walked.entries += 1
-                    yield path, facts
-                    if stat.S_ISDIR(facts.st_mode) and self._goes_on(path, facts.st_dev, device):
+                    met = _Met(path, facts, its_mount)
+                    yield met
+                    if stat.S_ISDIR(facts.st_mode) and (its_mount == mount or self._goes_on(met)):
                         below.append(path)
         except OSError as error:
             _note_unread(self._walked, directory, error)
         finally:
             os.close(descriptor)
 
-    def _goes_on(self, path: bytes, device: int, above: int) -> bool:
-        """Return whether anything below a directory may be served: it may be on another mount."""
-        if device == above:
-            return True
-        inside = any(components_below(path, root.path) is not None for root in self._roots)
+    def _goes_on(self, met: _Met) -> bool:
+        """Return whether anything below a directory on another mount than the one above it may be served."""
+        inside = any(components_below(met.path, root.path) is not None for root in self._roots)
         across = any(
-            root.cross_mounts and components_below(root.path, path) is not None for root in self._roots
+            root.cross_mounts and components_below(root.path, met.path) is not None for root in self._roots
         )
-        return (inside or across) and self._mounts.is_served(path, device, helpers=True)
+        return (inside or across) and self._mounts.is_served(met, helpers=True)
 
 
 def _note_unread(walked: Walked, path: bytes, error: OSError) -> None:

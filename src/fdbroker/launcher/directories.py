@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shlex
+
 from fdbroker.config.directories import DirectoryProblem, Kind, Sticky, UnsafeDirectoryError, open_directory
 from fdbroker.launcher.errors import LaunchError
 
@@ -21,11 +25,13 @@ def open_directory_of_root(path: str, *, make: bool = False, group_above: bool =
     try:
         return open_directory(path, sticky=Sticky.ABOVE, make=make, group_above=group_above)
     except UnsafeDirectoryError as error:
-        raise LaunchError(_text(error.problems[0])) from error
+        raise LaunchError(_text(error.problems[0], path)) from error
 
 
-def _text(problem: DirectoryProblem) -> str:
+def _text(problem: DirectoryProblem, wanted: str) -> str:
     path, detail = problem.path, problem.detail
+    missing = detail == os.strerror(errno.ENOENT)
+    or_make = f", or make it, as root: mkdir -p {shlex.quote(wanted)}" if missing else ""
     if problem.kind is Kind.NOT_MADE:
         return f"directory {path!r} can't be made: {detail}; make it first, as root, mode 0755"
     reason = {
@@ -33,6 +39,6 @@ def _text(problem: DirectoryProblem) -> str:
         Kind.WRITABLE: f"its mode is {detail}, so that others than root could make or exchange things there;"
         " chmod go-w it, or use another",
         Kind.LINK: f"it is a symbolic link; use its real path, {detail!r}",
-        Kind.UNREACHABLE: f"{detail}; name a directory that exists",
+        Kind.UNREACHABLE: f"{detail}; name a directory that exists{or_make}",
     }[problem.kind]
     return f"directory {path!r} can't be used: {reason}"

@@ -212,5 +212,6 @@ def _clear_the_way(directory: int, name: str, path: str, of_type: int) -> None:
     elif number != errno.ENOENT:
         raise LaunchError(
             f"socket {path!r} can't be made: somebody listens there, so a broker runs already;"
-            " stop it, or choose another path"
+            " stop it (fdbrokerd --stop, or systemctl stop fdbroker.service with its sockets), or choose"
+            " another path"
         )

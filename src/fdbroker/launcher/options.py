@@ -6,10 +6,12 @@ import argparse
 import grp
 import os
 import pwd
+import re
 from typing import NamedTuple
 
 from fdbroker.config import DEFAULT_POLICY
 from fdbroker.config.defaults import ALL_PERMISSIONS, FOR_REQUESTS
+from fdbroker.config.errors import did_you_mean, quoted
 from fdbroker.config.identities import MAX_ID, OVERFLOW_ID
 from fdbroker.launcher.version import installed_version
 
@@ -72,7 +74,11 @@ def read_options(arguments: list[str]) -> Options:
 
     """
     parser = option_parser()
-    given = parser.parse_args(arguments)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options = re.findall(r"--[a-z-]+", parser.format_usage())
+        cure = did_you_mean(unknown[0].partition("=")[0], options, "fdbrokerd --help shows all options")
+        parser.error(f"unknown argument {quoted(unknown[0])}; {cure}")
     try:
         inherited = [_inherited(text) for text in given.inherited]
     except ValueError:

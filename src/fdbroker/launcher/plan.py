@@ -7,6 +7,7 @@ import pwd
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdbroker.config.defaults import (
+    ADD_USER,
     DEFAULT_GROUP_OF_CLIENTS,
     DEFAULT_USER,
     FOR_REQUESTS,
@@ -125,9 +126,8 @@ def _user_of(daemon: Mapping[str, Any]) -> tuple[int, int]:
         entry = pwd.getpwnam(DEFAULT_USER)
     except KeyError:
         raise LaunchError(
-            f"there is no user {DEFAULT_USER!r} on this system, whom the broker runs as; create it (useradd"
-            f" --system --user-group --no-create-home --shell /usr/sbin/nologin {DEFAULT_USER}), or name"
-            " another by `user` in the policy or --user"
+            f"there is no user {DEFAULT_USER!r} on this system, whom the broker runs as; create it"
+            f" ({ADD_USER} {DEFAULT_USER}), or name another by `user` in the policy or --user"
         ) from None
     return entry.pw_uid, entry.pw_gid
 

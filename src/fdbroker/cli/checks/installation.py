@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import fdbroker
 from fdbroker.cli.checks.check import OK, WEAKER, Check
+from fdbroker.config.defaults import ADD_USER
 from fdbroker.config.names import group_name, printable, user_name
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ _NUMBER = "a number without a name, as the policy has it"
 
 
 def _user(name: str, otherwise: str, meaning: str) -> Check:
-    add = "useradd --system --no-create-home --shell /usr/sbin/nologin"
-    return _account("user", name, lambda: f"uid {pwd.getpwnam(name).pw_uid}", add, otherwise, meaning)
+    return _account("user", name, lambda: f"uid {pwd.getpwnam(name).pw_uid}", ADD_USER, otherwise, meaning)
 
 
 def _group(name: str, otherwise: str, meaning: str) -> Check:

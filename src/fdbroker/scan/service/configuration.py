@@ -271,14 +271,14 @@ class _Whole:
     def _listener(self, what: str, mapping: Mapping) -> Listener:
         found = self._reader.entries(mapping, what, _Listener)
         protocol = self._reader.choice(found.get("protocol"), f"{what}: protocol", get_args(Protocol))
-        usual = Listener(protocol or "scan")
-        if usual.protocol != "clamd":
-            for name in found:
-                if name != "protocol":
-                    text = f"{what}: {name}: it is for the protocol clamd"
-                    self._reader.add(mapping.entries[name].key.mark, text, "remove it")
-            return usual
-        return self._clamd(what, found)
+        if protocol != "scan":
+            # Also where it is neither: what else is there is for clamd, and the protocol is the one mistake.
+            return self._clamd(what, found)
+        for name in found:
+            if name != "protocol":
+                text = f"{what}: {name}: it is for the protocol clamd"
+                self._reader.add(mapping.entries[name].key.mark, text, "remove it")
+        return Listener(protocol)
 
     def _clamd(self, what: str, found: AnyMapping[str, Node]) -> Listener:
         usual = Listener("clamd")

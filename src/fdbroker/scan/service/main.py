@@ -111,11 +111,12 @@ def command(context: click.Context, path: str, ready: int | None, *, check: bool
 
 @command.command("import-clamd-conf", short_help="Translate a clamd.conf into a scand.yaml.")
 @click.argument("path", metavar="FILE")
-def import_clamd_conf(path: str) -> int:
+@click.option("-v", "--verbose", is_flag=True, help="List also what holds without any option.")
+def import_clamd_conf(path: str, *, verbose: bool) -> int:
     """Translate a clamd.conf into a scand.yaml, on standard output.
 
     What becomes of each line is said on standard error, what has no equivalent
-    first. Nothing is changed.
+    first. What holds without any option is counted. Nothing is changed.
 
     \b
     Exit status: 0  translated
@@ -132,7 +133,7 @@ def import_clamd_conf(path: str) -> int:
     imported = import_conf(text)
     sys.stdout.write(as_yaml(imported))
     sys.stdout.flush()
-    sys.stderr.write(as_text(imported))
+    sys.stderr.write(as_text(imported, verbose=verbose))
     return 0
 
 
