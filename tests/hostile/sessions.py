@@ -272,6 +272,9 @@ def walk_the_tree(served: Served) -> Session:
     return Session(got, answered=True)
 
 
+DESCRIBED = 8  # a request by a datagram that is no part of the session
+
+
 def send_datagrams(served: Served) -> Session:
     """Ask by a datagram; a second one, which is served behind it, shows that it has no answer."""
     path = served.tree.parent / "broker.dgram"
@@ -279,7 +282,7 @@ def send_datagrams(served: Served) -> Session:
         paths = [served.path(name) for name in WITHOUT_HELPERS]
         speaker.send(encode_open(7, paths))
         for _ in range(8):
-            speaker.send(encode_stat(8, paths[:1]))
+            speaker.send(encode_stat(DESCRIBED, paths[:1]))
             answer = speaker.receive()
             assert answer is not None
             if getattr(answer.reply, "id", None) == 7:
