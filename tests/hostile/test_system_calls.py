@@ -141,14 +141,21 @@ def test_broker_and_helpers_make_each_call_of_their_lists_or_it_has_its_reason(t
 
 
 def by_process(written: Path, broker: int, starter: int, helpers: Sequence[int]) -> dict[str, set[str]]:
-    """Return which calls each of them made. What the starter forks is a helper from its program on."""
+    """Return which calls each of them made. What the starter forks is a helper from its program on.
+
+    So is one of `helpers` that has not come so far when it is traced.
+    """
     seen: dict[str, set[str]] = {"broker": set(), "starter": set(), "helper": set()}
-    is_now = dict.fromkeys(helpers, "helper") | {broker: "broker", starter: "starter"}
+    made: dict[int, list[str]] = {}
     for pid, call in re.findall(r"^(\d+) +(\w+)\(", written.read_text(), re.MULTILINE):
-        process = is_now.setdefault(int(pid), "starter")
-        seen[process].add(call)
-        if call == "seccomp":
-            is_now[int(pid)] = "helper"
+        made.setdefault(int(pid), []).append(call)
+    for pid, names in made.items():
+        if pid in {broker, starter}:
+            seen["broker" if pid == broker else "starter"].update(names)
+            continue
+        confined = names.index("seccomp") + 1 if "seccomp" in names else 0 if pid in helpers else len(names)
+        seen["starter"].update(names[:confined])
+        seen["helper"].update(names[confined:])
     return seen
 
 
