@@ -17,9 +17,10 @@ from fdbroker.wire.client import WalkReply, encode_open, encode_stat
 from fdbroker.wire.format import Status
 from tests.broker.speaking import Speaker, read_opened
 from tests.hanging.fanotify import held_opens
-from tests.hanging.fuse import FuseServer, Operation, abort, fuse_mounted
+from tests.hanging.fuse import Operation, abort
+from tests.hanging.places import Place, mounted_beside_local, two_roots
 from tests.processes import children_of, wait_until
-from tests.running_broker import CLIENT_UID, RunningBroker, policy, reachable_directory, rule, running_broker
+from tests.running_broker import CLIENT_UID, RunningBroker, rule, running_broker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,23 +32,8 @@ pytestmark = pytest.mark.root
 FILES = {"good": b"good", "other": b"other", "stuck": b"stuck", "slow": b"slow"}
 
 
-def two_roots(local: Path, far: Path, *rules: dict[str, Any]) -> dict[str, Any]:
-    """Return a policy: everybody may do everything in both, and helpers open in the second."""
-    roots = [
-        {"name": "tree", "path": str(local), "cross_mounts": False, "opens": "loop"},
-        {"name": "far", "path": str(far), "cross_mounts": False, "opens": "helpers"},
-    ]
-    return policy(local, rule("local"), *(rules or [rule("far", root="far")]), roots=roots)
-
-
-class Place:
-    """A directory for a broker: `local` has a file, and at `far` a FUSE file system is mounted."""
-
-    def __init__(self, directory: Path, server: FuseServer) -> None:
-        self.directory = directory
-        self.local = directory / "local"
-        self.far = directory / "far"
-        self.server = server
+class BrokerPlace(Place):
+    """In which a broker runs."""
 
     def path(self, name: str) -> bytes:
         return bytes(self.far / name)
@@ -64,20 +50,16 @@ class Place:
 
 
 @pytest.fixture
-def place() -> Iterator[Place]:
-    with reachable_directory() as directory:
-        for name in ("local", "far"):
-            (directory / name).mkdir()
-        (directory / "local" / "file").write_bytes(b"local")
-        with fuse_mounted(directory / "far", FILES) as server:
-            yield Place(directory, server)
+def place() -> Iterator[BrokerPlace]:
+    with mounted_beside_local(FILES) as parts:
+        yield BrokerPlace(*parts)
 
 
 def events(broker: RunningBroker) -> list[str]:
     return [record["event"] for record in broker.records() if "decision" not in record]
 
 
-def test_a_file_of_a_fuse_server_is_given_described_and_closed(place: Place) -> None:
+def test_a_file_of_a_fuse_server_is_given_described_and_closed(place: BrokerPlace) -> None:
     with place.broker() as broker, Speaker.connect(broker.socket) as speaker:
         answers = speaker.open(place.path("good"), place.path("missing"), place.path("other"))
         assert [(answer.reason, answer.content) for answer in answers] == [
@@ -99,7 +81,7 @@ def test_a_file_of_a_fuse_server_is_given_described_and_closed(place: Place) -> 
     ]
 
 
-def test_one_request_mixes_what_the_loop_and_what_helpers_open(place: Place) -> None:
+def test_one_request_mixes_what_the_loop_and_what_helpers_open(place: BrokerPlace) -> None:
     local = bytes(place.local / "file")
     with place.broker() as broker, Speaker.connect(broker.socket) as speaker:
         for _ in range(3):
@@ -111,7 +93,7 @@ def test_one_request_mixes_what_the_loop_and_what_helpers_open(place: Place) -> 
 
 @pytest.mark.parametrize("operation", [Operation.OPEN, Operation.LOOKUP, Operation.STATFS])
 def test_an_open_that_never_ends_times_out_and_others_are_served_meanwhile(
-    place: Place, operation: Operation
+    place: BrokerPlace, operation: Operation
 ) -> None:
     with (
         place.broker() as broker,
@@ -138,7 +120,7 @@ def test_an_open_that_never_ends_times_out_and_others_are_served_meanwhile(
             assert hung.open_one(place.path("good")).content == b"good"
 
 
-def test_a_close_that_never_ends_holds_up_nobody(place: Place) -> None:
+def test_a_close_that_never_ends_holds_up_nobody(place: BrokerPlace) -> None:
     """close(2) of a FUSE file asks the server and waits: the broker has none of them open."""
     place.server.never.add((Operation.FLUSH, "stuck"))
     with place.broker() as broker, Speaker.connect(broker.socket) as speaker:
@@ -159,7 +141,7 @@ def sockets_of(pid: int) -> list[str]:
     return [name for name in opened_by(pid) if name.startswith("socket:")]
 
 
-def test_helpers_hold_nothing_of_the_brokers_and_are_confined(place: Place) -> None:
+def test_helpers_hold_nothing_of_the_brokers_and_are_confined(place: BrokerPlace) -> None:
     with place.broker() as broker, Speaker.connect(broker.socket):
         starter, helpers = broker.starter_and_helpers()
         # Those that were forked a moment ago may not have closed yet what is for the others.
@@ -179,7 +161,7 @@ def test_helpers_hold_nothing_of_the_brokers_and_are_confined(place: Place) -> N
             assert not [name for name in open_there if "eventpoll" in name]
 
 
-def test_helpers_end_with_the_broker_however_it_ends(place: Place) -> None:
+def test_helpers_end_with_the_broker_however_it_ends(place: BrokerPlace) -> None:
     compiled = two_roots(place.local, place.far)
     with running_broker(place.directory, compiled, stop=False) as broker:
         starter, helpers = broker.starter_and_helpers()
@@ -193,7 +175,7 @@ def test_helpers_end_with_the_broker_however_it_ends(place: Place) -> None:
             os.close(pidfd)
 
 
-def test_a_helper_that_dies_is_noticed_and_another_one_starts_when_it_is_needed(place: Place) -> None:
+def test_a_helper_that_dies_is_noticed_and_another_one_starts_when_it_is_needed(place: BrokerPlace) -> None:
     place.server.never.add((Operation.OPEN, "stuck"))
     with place.broker() as broker, Speaker.connect(broker.socket) as speaker:
         starter, helpers = broker.starter_and_helpers()
@@ -206,7 +188,7 @@ def test_a_helper_that_dies_is_noticed_and_another_one_starts_when_it_is_needed(
         assert events(broker).count("helper_ended") >= 1
 
 
-def test_without_its_starter_the_broker_says_so_and_serves_the_rest(place: Place) -> None:
+def test_without_its_starter_the_broker_says_so_and_serves_the_rest(place: BrokerPlace) -> None:
     with place.broker() as broker, Speaker.connect(broker.socket) as speaker:
         starter, _ = broker.starter_and_helpers()
         os.kill(starter, signal.SIGKILL)
@@ -216,7 +198,7 @@ def test_without_its_starter_the_broker_says_so_and_serves_the_rest(place: Place
         assert speaker.open_one(bytes(place.local / "file")).content == b"local"
 
 
-def test_what_one_uid_hangs_leaves_helpers_for_others(place: Place, in_child: Children) -> None:
+def test_what_one_uid_hangs_leaves_helpers_for_others(place: BrokerPlace, in_child: Children) -> None:
     place.server.never.add((Operation.OPEN, "stuck"))
 
     def other() -> list[str]:
@@ -237,7 +219,7 @@ def test_what_one_uid_hangs_leaves_helpers_for_others(place: Place, in_child: Ch
         assert place.server.asked(Operation.OPEN, "stuck") == HELPERS // 2
 
 
-def test_an_open_that_a_fanotify_listener_never_answers_times_out(place: Place) -> None:
+def test_an_open_that_a_fanotify_listener_never_answers_times_out(place: BrokerPlace) -> None:
     held = place.directory / "held"
     held.mkdir()
     for name in ("watched", "free"):
@@ -264,7 +246,7 @@ def test_an_open_that_a_fanotify_listener_never_answers_times_out(place: Place) 
             assert other.open_one(bytes(place.local / "file")).content == b"local"
 
 
-def test_conditions_are_asked_of_what_a_helper_found(place: Place) -> None:
+def test_conditions_are_asked_of_what_a_helper_found(place: BrokerPlace) -> None:
     rules = [
         rule(
             "owner",
@@ -284,7 +266,7 @@ def test_conditions_are_asked_of_what_a_helper_found(place: Place) -> None:
     assert reasons == ["ok", "where_size", "links_unknown", "no_rule"]
 
 
-def test_links_of_local_files_are_counted_by_helpers(place: Place) -> None:
+def test_links_of_local_files_are_counted_by_helpers(place: BrokerPlace) -> None:
     held = place.directory / "held"
     held.mkdir()
     (held / "one").write_bytes(b"one")
@@ -298,7 +280,7 @@ def test_links_of_local_files_are_counted_by_helpers(place: Place) -> None:
         assert [record["reason"] for record in broker.decisions()] == ["ok", "where_links"]
 
 
-def test_what_helpers_serve_is_neither_listed_nor_walked(place: Place) -> None:
+def test_what_helpers_serve_is_neither_listed_nor_walked(place: BrokerPlace) -> None:
     with place.broker() as broker, Speaker.connect(broker.socket) as speaker:
         page = speaker.page(bytes(place.far))
         assert page.result.reason.name == "FILESYSTEM"
@@ -312,7 +294,7 @@ def test_what_helpers_serve_is_neither_listed_nor_walked(place: Place) -> None:
         assert [record["reason"] for record in broker.decisions()] == ["not_listed"] * 2
 
 
-def test_a_client_that_leaves_is_waited_for_by_nobody(place: Place) -> None:
+def test_a_client_that_leaves_is_waited_for_by_nobody(place: BrokerPlace) -> None:
     place.server.never.add((Operation.OPEN, "stuck"))
     with place.broker() as broker, Speaker.connect(broker.socket) as other:
         for _ in range(3):
@@ -323,7 +305,7 @@ def test_a_client_that_leaves_is_waited_for_by_nobody(place: Place) -> None:
         assert other.status()["totals"]["connections"] == 1
 
 
-def test_a_client_that_does_not_receive_holds_up_itself_alone(place: Place) -> None:
+def test_a_client_that_does_not_receive_holds_up_itself_alone(place: BrokerPlace) -> None:
     with (
         place.broker() as broker,
         Speaker.connect(broker.socket) as lazy,

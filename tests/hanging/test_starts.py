@@ -14,8 +14,9 @@ from fdbroker.launcher import roots as roots_module
 from fdbroker.launcher.mounts import ReadOnlyViewError, check_read_only_view, enter_read_only_view
 from tests.broker.speaking import Speaker
 from tests.descriptors.mounting import mounted
-from tests.hanging.fuse import FuseServer, Operation, abort, fuse_mounted
-from tests.running_broker import policy, reachable_directory, rule, running_broker, start_that_fails
+from tests.hanging.fuse import Operation, abort, fuse_mounted
+from tests.hanging.places import Place, mounted_beside_local, two_roots
+from tests.running_broker import running_broker, start_that_fails
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,21 +36,11 @@ rules:
 """
 
 
-class Place:
-    """A directory in which `local` has a file, and at `far` a FUSE file system is mounted."""
-
-    def __init__(self, directory: Path, server: FuseServer) -> None:
-        self.directory = directory
-        self.local = directory / "local"
-        self.far = directory / "far"
-        self.server = server
+class StartPlace(Place):
+    """Of which brokers are started."""
 
     def compiled(self, far: Path, opens: str = "helpers") -> dict[str, Any]:
-        roots = [
-            {"name": "tree", "path": str(self.local), "cross_mounts": False, "opens": "loop"},
-            {"name": "far", "path": str(far), "cross_mounts": False, "opens": opens},
-        ]
-        return policy(self.local, rule("local"), rule("far", root="far"), roots=roots)
+        return two_roots(self.local, far, opens=opens)
 
     def yaml(self, far: Path, opens: str = "helpers") -> str:
         return YAML.format(local=self.local, far=far, opens=opens)
@@ -62,20 +53,16 @@ class Place:
 
 
 @pytest.fixture
-def place() -> Iterator[Place]:
-    with reachable_directory() as directory:
-        for name in ("local", "far"):
-            (directory / name).mkdir()
-        (directory / "local" / "file").write_bytes(b"local")
-        with fuse_mounted(directory / "far", FILES) as server:
-            server.wait_until_asked(Operation.INIT, "")
-            try:
-                yield Place(directory, server)
-            finally:
-                abort(directory / "far")
+def place() -> Iterator[StartPlace]:
+    with mounted_beside_local(FILES) as (directory, server):
+        server.wait_until_asked(Operation.INIT, "")
+        try:
+            yield StartPlace(directory, server)
+        finally:
+            abort(directory / "far")
 
 
-def test_a_broker_starts_while_its_root_does_not_answer_and_serves_it_when_it_does(place: Place) -> None:
+def test_a_broker_starts_while_its_root_does_not_answer_and_serves_it_when_it_does(place: StartPlace) -> None:
     place.server.never |= {(operation, "") for operation in Operation} - {(Operation.INIT, "")}
     local, good = bytes(place.local / "file"), bytes(place.far / "good")
     compiled = place.compiled(place.far)
@@ -91,7 +78,7 @@ def test_a_broker_starts_while_its_root_does_not_answer_and_serves_it_when_it_do
 
 @pytest.mark.parametrize("written", ["compiled", "yaml"])
 def test_a_root_in_a_file_system_that_does_not_answer_ends_the_start_which_names_it(
-    place: Place, monkeypatch: pytest.MonkeyPatch, written: str
+    place: StartPlace, monkeypatch: pytest.MonkeyPatch, written: str
 ) -> None:
     monkeypatch.setattr(roots_module, "SECONDS", 0.2)
     place.server.never.add((Operation.LOOKUP, "inner"))
@@ -115,7 +102,7 @@ def test_a_root_in_a_file_system_that_does_not_answer_ends_the_start_which_names
         assert ready.read() == b""
 
 
-def test_a_root_that_is_no_directory_there_ends_the_start_with_the_reason(place: Place) -> None:
+def test_a_root_that_is_no_directory_there_ends_the_start_with_the_reason(place: StartPlace) -> None:
     inner = place.far / "inner"
     text = start_that_fails(place.directory, place.compiled(inner))
     assert text == (
@@ -124,7 +111,7 @@ def test_a_root_that_is_no_directory_there_ends_the_start_with_the_reason(place:
     )
 
 
-def test_a_root_there_that_the_loop_would_open_is_refused_without_asking(place: Place) -> None:
+def test_a_root_there_that_the_loop_would_open_is_refused_without_asking(place: StartPlace) -> None:
     text = start_that_fails(place.directory, place.compiled(place.far, "loop"))
     assert text == (
         f"fdbroker: root 'far' ({place.far}) is on a file system of type fuse, whose files others answer for"
@@ -133,7 +120,7 @@ def test_a_root_there_that_the_loop_would_open_is_refused_without_asking(place: 
     assert place.asked() == 0
 
 
-def test_a_local_root_behind_such_a_file_system_is_opened_by_who_may_wait(place: Place) -> None:
+def test_a_local_root_behind_such_a_file_system_is_opened_by_who_may_wait(place: StartPlace) -> None:
     with contextlib.ExitStack() as stack:
         behind = place.directory / "behind"
         behind.mkdir()
@@ -146,7 +133,7 @@ def test_a_local_root_behind_such_a_file_system_is_opened_by_who_may_wait(place:
         assert speaker.open_one(bytes(behind / "file")).content == b"behind"
 
 
-def test_policies_are_compiled_and_checked_without_asking(place: Place) -> None:
+def test_policies_are_compiled_and_checked_without_asking(place: StartPlace) -> None:
     assert SystemLookups().directory(str(place.far)) is None
     assert SystemLookups().directory(str(place.far / "missing" / "below")) is None
     assert SystemLookups().directory(str(place.local / "missing")) is not None
@@ -162,7 +149,7 @@ def test_policies_are_compiled_and_checked_without_asking(place: Place) -> None:
 
 
 def test_a_mount_that_does_not_answer_is_read_only_by_its_own_options(
-    place: Place, in_child: Children
+    place: StartPlace, in_child: Children
 ) -> None:
     root = [("far", str(place.far), True)]
     with pytest.raises(ReadOnlyViewError, match=r"root 'far' .* is not read-only \(ReadOnlyPaths=/\) in"):

@@ -294,10 +294,16 @@ TestScans = Scans.TestCase
 TestScans.settings = settings(max_examples=60, stateful_step_count=40)
 
 
-def test_verdicts_in_another_order_are_of_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def puppets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a pool made with puppets, whose files are all of one owner."""
     monkeypatch.setattr(pool_module, "Supervisor", PuppetSupervisor)
     monkeypatch.setattr(PuppetSupervisor, "look_up", lambda _name: (0, 0), raising=False)
     PuppetSupervisor.made = []
+
+
+@pytest.mark.usefixtures("puppets")
+def test_verdicts_in_another_order_are_of_no_file() -> None:
     before = open_descriptors()
     with Pool([configure("hashes")]) as pool:
         [puppet] = PuppetSupervisor.made
@@ -326,10 +332,8 @@ def test_verdicts_in_another_order_are_of_no_file(monkeypatch: pytest.MonkeyPatc
     assert open_descriptors() == before
 
 
-def test_a_verdict_that_is_lost_makes_no_other_file_clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "Supervisor", PuppetSupervisor)
-    monkeypatch.setattr(PuppetSupervisor, "look_up", lambda _name: (0, 0), raising=False)
-    PuppetSupervisor.made = []
+@pytest.mark.usefixtures("puppets")
+def test_a_verdict_that_is_lost_makes_no_other_file_clean() -> None:
     before = open_descriptors()
     with Pool([configure("hashes")]) as pool:
         [puppet] = PuppetSupervisor.made

@@ -35,7 +35,14 @@ from fdbroker.config.names import printable
 from fdbroker.kernel import sockets
 from fdbroker.kernel.descriptors import Descriptors
 from fdbroker.scan.run import Scanned
-from fdbroker.scan.service.closing import Farewell, all_is_read, close_aside, close_stream
+from fdbroker.scan.service.closing import (
+    MOST_BYTES,
+    READS_AT_ONCE,
+    Farewell,
+    all_is_read,
+    close_aside,
+    close_stream,
+)
 from fdbroker.scan.service.copying import look, sealed_copy
 from fdbroker.scan.service.core import write_line
 from fdbroker.scan.service.filesystems import Sorted, sort_out
@@ -58,11 +65,7 @@ if TYPE_CHECKING:
     from fdbroker.scan.verdict import Verdict
 
 MOST_COMMANDS = 64  # of one session under way; then no more is read
-MOST_BYTES = 1 << 16  # of one read
-# Before others have their turn. Of short commands one read has ten thousand, of usual parts of a stream
-# (1 KiB) no more than these.
-_READS_AT_ONCE = 16
-_EVENTS_AT_ONCE = 80
+_EVENTS_AT_ONCE = 80  # before others have their turn
 _NOT_RECEIVED = b"File descriptors could not be received. ERROR\n"
 _STOP_AT_A_FINDING = frozenset({Kind.SCAN, Kind.ALLMATCHSCAN})
 _PATHS = frozenset({Kind.SCAN, Kind.CONTSCAN, Kind.MULTISCAN, Kind.ALLMATCHSCAN})
@@ -187,7 +190,7 @@ class ClamdClient:
 
     def _read(self, came: tuple[bytes, Descriptors, bool] | None = None) -> None:
         """Read what is there, behind what `came` already, and do what can be done about it."""
-        for _ in range(_READS_AT_ONCE):
+        for _ in range(READS_AT_ONCE):
             if came is None and not self._may_receive():
                 break
             try:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from fdbroker.clamd.protocol import FILDES_ALONE, WHOLE_CONVERSATIONS
 from fdbroker.clamd.replies import OK, said
 from fdbroker.kernel import sockets
-from fdbroker.scan.service.clamd import MOST_BYTES, ClamdClient, log_reply, path_of
-from fdbroker.scan.service.closing import Farewell, close_stream, ends_read
+from fdbroker.scan.service.clamd import ClamdClient, log_reply, path_of
+from fdbroker.scan.service.closing import MOST_BYTES, Farewell, close_stream, ends_read
 from fdbroker.scan.service.copying import look
 from fdbroker.scan.verdict import Clean, Error
 

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from fdbroker.scan.service.core import Core
 
 _DRAINING = 1.0  # seconds for a client to close, after all was said
-_READS_AT_ONCE = 16  # before others have their turn
-_MOST_BYTES = 1 << 16  # of one read
+MOST_BYTES = 1 << 16  # of one read
+# Before others have their turn. Of short commands one read has ten thousand, of usual parts of a stream
+# (1 KiB) no more than these.
+READS_AT_ONCE = 16
 _NUMBER = struct.Struct("@i")
 _NOTHING = _NUMBER.pack(0)
 
@@ -88,9 +90,9 @@ class Farewell:
             self._close()
 
     def _read(self, _events: int) -> None:
-        for _ in range(_READS_AT_ONCE):
+        for _ in range(READS_AT_ONCE):
             try:
-                data, owned, _ = sockets.receive_unclosed(self._served.socket, _MOST_BYTES)
+                data, owned, _ = sockets.receive_unclosed(self._served.socket, MOST_BYTES)
             except BlockingIOError:
                 return
             except OSError:
